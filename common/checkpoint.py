@@ -1,0 +1,161 @@
+"""A model directory in Hugging Face layout: its configuration, where its tensors lie, and its fingerprint. Imports no torch."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL, RolmOCR"}
+FINGERPRINTED = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.json", "chat_template.jinja")
+MAX_HEADER_BYTES = 100 * 2**20
+
+
+class BadCheckpoint(ValueError):
+    """The model directory cannot be served; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `dtype` as safetensors names it (BF16, F32, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened, checked model directory."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def family(self) -> str:
+        return self.config["model_type"]
+
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's configuration, whether the file is flat (published) or nested (transformers 5)."""
+        flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
+        return flat | self.config.get("text_config", {})
+
+    @cached_property
+    def vision_config(self) -> dict[str, Any]:
+        return self.config.get("vision_config", {})
+
+    @property
+    def max_model_len(self) -> int:
+        return self.text_config["max_position_embeddings"]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the weights are stored in, as torch names it."""
+        return self.config.get("dtype") or self.config.get("torch_dtype") or self.text_config.get("dtype") or "bfloat16"
+
+    @cached_property
+    def preprocessor_config(self) -> dict[str, Any]:
+        return read_json(self.path / "preprocessor_config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's own sampling defaults; empty where it brings none."""
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.exists() else {}
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        ids = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every safetensors file, by its name in the file."""
+        return {name: info for file in self.weight_files for name, info in read_header(file).items()}
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return [self.path / "model.safetensors"]
+        return [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the model: two directories of one fingerprint hold the same configuration and the same tensors by name, type
+        and place. The weights themselves are too large to be read by every process; the files' sizes stand for them."""
+        digest = hashlib.sha256()
+        for name in FINGERPRINTED:
+            if (file := self.path / name).exists():
+                digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model directory and check that it is whole.
+
+    Raises
+    ------
+    BadCheckpoint
+        where it is missing, incomplete, or of a family that is not supported.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise BadCheckpoint(f"no model directory {path}: give --model a folder with config.json, the tokenizer and *.safetensors")
+    if not (path / "config.json").exists():
+        raise BadCheckpoint(f"{path} has no config.json: it is no model directory in Hugging Face layout")
+    checkpoint = Checkpoint(path, read_json(path / "config.json"))
+    family = checkpoint.config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(f"{key} ({what})" for key, what in FAMILIES.items())
+        raise BadCheckpoint(f"{path} is of the family {family!r}, which is not supported; supported: {known}")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        if not (path / name).exists():
+            raise BadCheckpoint(f"{path} is incomplete: {name} is missing; download the whole repository")
+    missing = [file.name for file in checkpoint.weight_files if not file.exists()]
+    if missing:
+        raise BadCheckpoint(f"{path} is incomplete: {', '.join(missing[:5])} missing; download the whole repository")
+    assert checkpoint.tensors
+    return checkpoint
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except OSError as e:
+        raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise BadCheckpoint(f"{file} is no JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise BadCheckpoint(f"{file} holds no JSON object")
+    return found
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The table of contents of a safetensors file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors)."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise BadCheckpoint(f"{file} is no safetensors file, or is cut off: download it again")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise BadCheckpoint(f"{file} is no safetensors file: {e}") from e
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
+        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+    return tensors

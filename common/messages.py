@@ -1,0 +1,329 @@
+"""Every message between processes, one tagged union a hop and direction.
+
+A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`); all other fields make the header. Whatever
+grows with a request is a Tensor, so that a header's size does not depend on it. A new field goes last and has a default.
+
+Every message about a request carries (request_id, attempt): a receiver drops what belongs to an older attempt.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from common.wire import Tensor
+
+PROTOCOL_VERSION = 1
+
+Name = Annotated[str, msgspec.Meta(max_length=200)]
+Text = Annotated[str, msgspec.Meta(max_length=2000)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, tag=True, kw_only=True):
+    pass
+
+
+class RequestMessage(Message):
+    request_id: Name
+    attempt: Count
+
+
+class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Where a member listens: its id and the ZeroMQ address of its inbox."""
+
+    id: Name
+    address: Name
+
+
+class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How the next token is drawn. None means the model's own default, which preprocess fills in."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+
+
+class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """When an answer ends. `max_tokens` None means what is left of the context."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    min_tokens: Count = 0
+    ignore_eos: bool = False
+    stop: Annotated[tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)], ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
+    skip_special_tokens: bool = True
+
+
+class Usage(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    prompt_tokens: Count = 0
+    image_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count = 0
+
+
+# Both ends of a fresh connection say Hello before anything else; what does not fit is refused by Goodbye.
+
+
+class Hello(Message):
+    protocol_version: Count
+    id: Name
+    role: Name
+    fingerprint: Name
+    """Of the model; empty where the role knows no model (gateway)."""
+
+
+class Goodbye(Message):
+    reason: Text
+
+
+class Beat(Message):
+    """Sent every second on every connection: the sender's lease goes on."""
+
+
+class Abort(RequestMessage):
+    """Free everything that is held for the request. It may overtake, or be overtaken by, what it cancels."""
+
+
+class Failed(RequestMessage):
+    """The attempt cannot go on; `code` names a class of common.errors."""
+
+    code: Name
+    message: Text
+    stage: Name
+    image: Count | None = None
+
+
+# gateway -> preprocess
+
+
+class Submit(RequestMessage):
+    """One request. `prompt_kind` says what `prompt` holds: UTF-8 JSON of chat messages, whose image parts are
+    {"type": "image"} in the order of `images`; or int64 token ids with one placeholder an image."""
+
+    prompt_kind: Annotated[str, msgspec.Meta(pattern="^(messages|token_ids)$")]
+    prompt: Tensor
+    images: tuple[Tensor, ...]
+    """Encoded image files, uint8 [bytes] each."""
+    sampling: Sampling
+    stopping: Stopping
+    detokenizer: Peer
+    timeout: Seconds
+    """Seconds left until the request's deadline, counted from the receipt of this message."""
+    return_prompt_token_ids: bool = False
+
+
+GatewayToPreprocess = Hello | Beat | Submit | Abort
+
+
+# preprocess -> gateway
+
+
+class Routed(RequestMessage):
+    """The request was handed to this LLM group: where an abort must go, and whose death ends the attempt."""
+
+    llm: Peer
+    prompt_token_ids: Tensor | None = None
+
+
+PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed
+
+
+# preprocess -> vision
+
+
+class Offer(RequestMessage):
+    """One image to be encoded. Only a Grant moves its pixels; an image in the cache needs none."""
+
+    image: Count
+    mm_hash: Name
+    grid_thw: tuple[Count, Count, Count]
+    num_patches: Count
+    llm: Peer
+    """Where the embeddings go."""
+    timeout: Seconds
+
+
+class Pixels(RequestMessage):
+    image: Count
+    patches: Tensor
+    """uint8 [num_patches, channels * patch_size * patch_size], merge-block order."""
+
+
+PreprocessToVision = Hello | Beat | Offer | Pixels | Abort
+
+
+# vision -> preprocess
+
+
+class Grant(RequestMessage):
+    image: Count
+
+
+VisionToPreprocess = Hello | Goodbye | Beat | Grant | Failed
+
+
+# preprocess -> llm
+
+
+class Prompt(RequestMessage):
+    """The expanded prompt. Its images' embeddings come straight from vision, before or after it."""
+
+    gateway_id: Name
+    token_ids: Tensor
+    """int64 [num_tokens], placeholders expanded."""
+    positions: Tensor
+    """int64 [3, num_tokens]: M-RoPE's temporal, height and width index of each token."""
+    rope_delta: int
+    """Position of a token after the prompt = its index + rope_delta."""
+    placeholders: Tensor
+    """int64 [num_images, 2]: offset and length of each image's placeholder range."""
+    mm_hashes: Tensor
+    """uint8 [num_images, 32]."""
+    sampling: Sampling
+    stopping: Stopping
+    detokenizer: Peer
+    timeout: Seconds
+    timings: Tensor
+    """UTF-8 JSON: stage timings so far."""
+
+
+PreprocessToLlm = Hello | Beat | Prompt | Abort
+
+
+# llm -> preprocess
+
+
+class ImageReceived(RequestMessage):
+    """Rank 0 holds the image's embeddings: preprocess need not keep the image."""
+
+    image: Count
+
+
+class ImageRejected(RequestMessage):
+    """What came for the image cannot be used (shape, NaN)."""
+
+    image: Count
+    reason: Text
+
+
+LlmToPreprocess = Hello | Goodbye | Beat | ImageReceived | ImageRejected
+
+
+# vision -> llm
+
+
+class Embeddings(RequestMessage):
+    image: Count
+    mm_hash: Name
+    embeddings: Tensor
+    """[num_image_tokens, hidden_size] in the vision tower's dtype."""
+    preprocess_id: Name
+    """Whose image it is: the acknowledgement goes there."""
+    queue_seconds: Seconds = 0.0
+    encode_seconds: Seconds = 0.0
+    cached: bool = False
+
+
+VisionToLlm = Hello | Beat | Embeddings
+LlmToVision = Hello | Goodbye | Beat
+
+
+# llm -> detokenizer
+
+
+class Start(RequestMessage):
+    """An answer begins at the offset-th output token; deltas go to this gateway."""
+
+    gateway_id: Name
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    min_tokens: Count = 0
+    num_logprobs: int | None = None
+
+
+class Tokens(RequestMessage):
+    """New output tokens. With `finish_reason` it is the last message of the attempt."""
+
+    offset: Count
+    token_ids: Tensor
+    """int64 [n]."""
+    logprobs: Tensor | None = None
+    """float32 [n]: log-probability of each token."""
+    top_token_ids: Tensor | None = None
+    """int64 [n, k]."""
+    top_logprobs: Tensor | None = None
+    """float32 [n, k]."""
+    finish_reason: Name = ""
+    """stop, length, or empty while the answer goes on."""
+    usage: Usage = Usage()
+    timings: Tensor | None = None
+    """UTF-8 JSON, with the last message."""
+
+
+LlmToDetokenizer = Hello | Beat | Start | Tokens | Abort
+
+
+# detokenizer -> llm
+
+
+class StopFound(RequestMessage):
+    """A stop string ends the answer: free what the request holds."""
+
+
+DetokenizerToLlm = Hello | Goodbye | Beat | StopFound
+
+
+# detokenizer -> gateway
+
+
+class Delta(RequestMessage):
+    """A piece of the answer. Text may lag behind the ids while a character or a stop string is incomplete."""
+
+    offset: Count
+    token_ids: Tensor
+    text: Tensor
+    """UTF-8."""
+    finish_reason: Name = ""
+    usage: Usage = Usage()
+    logprobs: Tensor | None = None
+    """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token."""
+    timings: Tensor | None = None
+
+
+DetokenizerToGateway = Hello | Goodbye | Beat | Delta | Failed
+GatewayToDetokenizer = Hello | Beat | Abort
+
+
+# gateway -> llm
+
+GatewayToLlm = Hello | Beat | Abort
+LlmToGateway = Hello | Goodbye | Beat | Failed
+
+# Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells the role.
+HOPS = {
+    ("gateway", "preprocess"): GatewayToPreprocess,
+    ("preprocess", "gateway"): PreprocessToGateway,
+    ("gateway", "llm"): GatewayToLlm,
+    ("llm", "gateway"): LlmToGateway,
+    ("gateway", "detokenizer"): GatewayToDetokenizer,
+    ("detokenizer", "gateway"): DetokenizerToGateway,
+    ("preprocess", "vision"): PreprocessToVision,
+    ("vision", "preprocess"): VisionToPreprocess,
+    ("preprocess", "llm"): PreprocessToLlm,
+    ("llm", "preprocess"): LlmToPreprocess,
+    ("vision", "llm"): VisionToLlm,
+    ("llm", "vision"): LlmToVision,
+    ("llm", "detokenizer"): LlmToDetokenizer,
+    ("detokenizer", "llm"): DetokenizerToLlm,
+}

@@ -1,0 +1,163 @@
+"""Typed messages to ZeroMQ frames and back: two pure functions.
+
+    frames = [header, tensor 0, tensor 1, ...]
+
+The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]; its bytes are the frame, neither
+copied nor escaped. Decoding trusts nothing: every limit is explicit, every tensor's size is checked against its dtype and
+shape, every frame is used exactly once, and whatever does not fit its type is a WireError.
+"""
+
+import math
+from typing import Any
+
+import msgpack
+import msgspec
+import numpy as np
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_FRAMES = 1 + 128
+MAX_TENSOR_BYTES = 512 * 2**20
+MAX_DIMENSIONS = 8
+MAX_CONTAINER_LENGTH = 4096
+
+# numpy has no bfloat16: its elements are viewed as the uint16 they are stored in.
+NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+    "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
+}
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WireError(ValueError):
+    """What came is no message of the type that was expected."""
+
+
+class Tensor:
+    """An n-d tensor as it travels: dtype name, shape, and its elements in row-major order."""
+
+    __slots__ = ("dtype", "shape", "data")
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
+        self.dtype, self.shape, self.data = dtype, shape, data
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Tensor":
+        """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to the constructor."""
+        array = np.ascontiguousarray(array)
+        # Not array.data.cast("B"): memoryview refuses to cast a shape that contains zero.
+        return cls(array.dtype.name, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
+
+    @classmethod
+    def of_bytes(cls, data: Buffer) -> "Tensor":
+        return cls("uint8", (len(data),), data)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Tensor":
+        return cls.of_bytes(text.encode())
+
+    def numpy(self) -> np.ndarray:
+        """A read-only view; bfloat16 comes as uint16."""
+        return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
+    def bytes(self) -> bytes:
+        return bytes(self.data)
+
+    def text(self) -> str:
+        return bytes(self.data).decode()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Tensor)
+            and (self.dtype, self.shape) == (other.dtype, other.shape)
+            and bytes(self.data) == bytes(other.data)
+        )
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype}, {self.shape})"
+
+
+def encode(message: msgspec.Struct) -> list[Buffer]:
+    """The frames of a message. Tensor frames are views: do not change the arrays before they are sent."""
+    frames: list[Buffer] = [b""]
+
+    def hook(value: Any) -> Any:
+        assert isinstance(value, Tensor), f"no wire form for {type(value)}"
+        frames.append(value.data)
+        return [len(frames) - 1, value.dtype, value.shape]
+
+    frames[0] = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,), enc_hook=hook))
+    assert len(frames[0]) <= MAX_HEADER_BYTES, f"a header of {len(frames[0])} bytes: what grows belongs into a tensor"
+    assert len(frames) <= MAX_FRAMES, f"{len(frames)} frames"
+    return frames
+
+
+def decode(frames: list[Buffer], union: Any) -> Any:
+    """The message that `encode` made, checked against `union`.
+
+    Raises
+    ------
+    WireError
+        for anything else; time and memory stay bounded whatever came.
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise WireError(f"{len(frames)} frames")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise WireError(f"a header of {len(frames[0])} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    unused = set(range(1, len(frames)))
+
+    def hook(expected: type, value: Any) -> Any:
+        assert expected is Tensor
+        tensor, index = read_tensor(value, frames)
+        if index not in unused:
+            raise WireError(f"frame {index} is used twice")
+        unused.remove(index)
+        return tensor
+
+    try:
+        message = msgspec.convert(unpack(frames[0]), union, dec_hook=hook)
+    except (msgspec.ValidationError, RecursionError) as e:
+        raise WireError(str(e)) from e
+    if unused:
+        raise WireError(f"{len(unused)} frames belong to nothing")
+    return message
+
+
+def unpack(header: Buffer) -> Any:
+    try:
+        return msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            max_str_len=MAX_HEADER_BYTES,
+            max_bin_len=0,
+            max_ext_len=0,
+            max_array_len=MAX_CONTAINER_LENGTH,
+            max_map_len=MAX_CONTAINER_LENGTH,
+        )
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as e:
+        # The msgpack exceptions are ValueErrors but for OutOfData; a text that is no UTF-8 is one, too.
+        raise WireError(f"the header is no msgpack: {type(e).__name__}") from e
+
+
+def read_tensor(value: Any, frames: list[Buffer]) -> tuple[Tensor, int]:
+    match value:
+        case [int(index), str(dtype), [*shape]] if all(type(n) is int for n in shape):
+            pass
+        case _:
+            raise WireError("a tensor is not [frame, dtype, shape]")
+    if not 1 <= index < len(frames):
+        raise WireError(f"no frame {index}")
+    if dtype not in NUMPY_DTYPES:
+        raise WireError(f"dtype {dtype[:20]!r} is none of {', '.join(NUMPY_DTYPES)}")
+    if len(shape) > MAX_DIMENSIONS or any(n < 0 for n in shape):
+        raise WireError("a shape of too many or negative dimensions")
+    data = frames[index]
+    size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if size != len(data) or size > MAX_TENSOR_BYTES:
+        raise WireError(f"{len(data)} bytes for {dtype} {shape}")
+    return Tensor(dtype, tuple(shape), data), index
