@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL, RolmOCR"}
-FINGERPRINTED = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.json", "chat_template.jinja")
+FINGERPRINTED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 MAX_HEADER_BYTES = 100 * 2**20
 
 

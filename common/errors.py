@@ -66,7 +66,9 @@ class Internal(ServingError):
     pass
 
 
-BY_CODE = {cls.__name__: cls for cls in (InvalidRequest, UnreadableImage, TooLarge, NotFound, Exhausted, Unavailable, DeadlineExceeded, Internal)}
+BY_CODE = {
+    cls.__name__: cls for cls in (InvalidRequest, UnreadableImage, TooLarge, NotFound, Exhausted, Unavailable, DeadlineExceeded, Internal)
+}
 
 
 def from_code(code: str, message: str, stage: str = "", image: int | None = None, retry_after: float | None = None) -> ServingError:

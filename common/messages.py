@@ -60,7 +60,9 @@ class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     min_tokens: Count = 0
     ignore_eos: bool = False
-    stop: Annotated[tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)], ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)] = ()
+    stop: Annotated[
+        tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)], ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)
+    ] = ()
     stop_token_ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     skip_special_tokens: bool = True
 
@@ -243,13 +245,14 @@ LlmToVision = Hello | Goodbye | Beat
 
 
 class Start(RequestMessage):
-    """An answer begins at the offset-th output token; deltas go to this gateway."""
+    """The first token is there: an answer begins whose deltas go to this gateway."""
 
     gateway_id: Name
-    stop: tuple[str, ...]
-    skip_special_tokens: bool
-    min_tokens: Count = 0
-    num_logprobs: int | None = None
+    stopping: Stopping
+    usage: Usage
+    """Of the prompt; the completion's tokens are counted by the detokenizer."""
+    timings: Tensor
+    """UTF-8 JSON: the stages before the first token."""
 
 
 class Tokens(RequestMessage):
@@ -258,20 +261,17 @@ class Tokens(RequestMessage):
     offset: Count
     token_ids: Tensor
     """int64 [n]."""
+    finish_reason: Name = ""
+    """stop, length, or empty while the answer goes on."""
     logprobs: Tensor | None = None
     """float32 [n]: log-probability of each token."""
     top_token_ids: Tensor | None = None
     """int64 [n, k]."""
     top_logprobs: Tensor | None = None
     """float32 [n, k]."""
-    finish_reason: Name = ""
-    """stop, length, or empty while the answer goes on."""
-    usage: Usage = Usage()
-    timings: Tensor | None = None
-    """UTF-8 JSON, with the last message."""
 
 
-LlmToDetokenizer = Hello | Beat | Start | Tokens | Abort
+LlmToDetokenizer = Hello | Beat | Start | Tokens | Abort | Failed
 
 
 # detokenizer -> llm
@@ -302,13 +302,13 @@ class Delta(RequestMessage):
 
 
 DetokenizerToGateway = Hello | Goodbye | Beat | Delta | Failed
-GatewayToDetokenizer = Hello | Beat | Abort
+GatewayToDetokenizer = Hello | Beat
 
 
 # gateway -> llm
 
 GatewayToLlm = Hello | Beat | Abort
-LlmToGateway = Hello | Goodbye | Beat | Failed
+LlmToGateway = Hello | Goodbye | Beat
 
 # Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells the role.
 HOPS = {

@@ -39,7 +39,7 @@ class WireError(ValueError):
 class Tensor:
     """An n-d tensor as it travels: dtype name, shape, and its elements in row-major order."""
 
-    __slots__ = ("dtype", "shape", "data")
+    __slots__ = ("data", "dtype", "shape")
 
     def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
         self.dtype, self.shape, self.data = dtype, shape, data
@@ -71,9 +71,7 @@ class Tensor:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Tensor)
-            and (self.dtype, self.shape) == (other.dtype, other.shape)
-            and bytes(self.data) == bytes(other.data)
+            isinstance(other, Tensor) and (self.dtype, self.shape) == (other.dtype, other.shape) and bytes(self.data) == bytes(other.data)
         )
 
     def __repr__(self) -> str:

@@ -1,0 +1,97 @@
+"""One frozen dataclass a command: its fields are the flags and the TWINLENS_* environment variables."""
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+PREFIX = "TWINLENS_"
+T = TypeVar("T")
+
+
+class BadSetting(ValueError):
+    """A flag or variable that is unknown or has a value that cannot be; the message names it."""
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), hidden: bool = False) -> Any:
+    """A field of a settings dataclass."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "hidden": hidden})
+
+
+def names_of(settings: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(settings)}
+
+
+def load(settings: type[T], parser: argparse.ArgumentParser, argv: list[str] | None, known: Iterable[str]) -> T:
+    """Flags over environment over defaults. Prints the reason and exits with status 2 where a value cannot be."""
+    add_arguments(settings, parser)
+    try:
+        set_environment_defaults(parser, os.environ, known)
+    except BadSetting as e:
+        parser.error(str(e))
+    return from_namespace(settings, parser.parse_args(argv))
+
+
+def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
+    return settings(**{name: getattr(namespace, name) for name in names_of(settings)})
+
+
+def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind, meta = plain_type(hints[field.name]), field.metadata
+        text = argparse.SUPPRESS if meta["hidden"] else f"{meta['help']} [{PREFIX}{field.name.upper()}]"
+        if field.default not in (None, "", False) and not meta["hidden"]:
+            text += f" (default {field.default})"
+        how: dict[str, Any] = {"type": kind, "choices": meta["choices"] or None}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(field.name), dest=field.name, default=field.default, help=text.replace("%", "%%"), **how)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def plain_type(hint: Any) -> type:
+    """`int | None` is an int that may be absent."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def set_environment_defaults(parser: argparse.ArgumentParser, environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Takes the parser's own TWINLENS_* variables; one that only another command knows is left, one that none knows is refused.
+
+    Raises
+    ------
+    BadSetting
+    """
+    given = {key.removeprefix(PREFIX).lower(): value for key, value in environ.items() if key.startswith(PREFIX)}
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    for name, value in given.items():
+        if name in actions:
+            parser.set_defaults(**{name: convert(actions[name], name, value)})
+        elif name not in set(known):
+            raise BadSetting(f"no service or command knows {PREFIX}{name.upper()}: see --help for the names")
+
+
+def convert(action: argparse.Action, name: str, value: str) -> Any:
+    """An environment variable's text as the flag would read it."""
+    variable = PREFIX + name.upper()
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if value.lower() not in ("1", "true", "0", "false"):
+            raise BadSetting(f"{variable}={value!r}: give 1 or 0")
+        return value.lower() in ("1", "true")
+    if value == "" and action.default is None:
+        return None
+    try:
+        converted = action.type(value) if callable(action.type) else value
+    except ValueError as e:
+        raise BadSetting(f"{variable}={value!r} is no {getattr(action.type, '__name__', 'value')}") from e
+    if action.choices and converted not in action.choices:
+        raise BadSetting(f"{variable}={value!r}: choose from {', '.join(map(str, action.choices))}")
+    return converted

@@ -1,0 +1,314 @@
+"""The ZeroMQ side of a process: one I/O thread that owns every socket.
+
+A process has at most one inbox (ROUTER, bound) and a connection (DEALER) to each peer that it gives work to; both directions
+of a hop use the one connection. Both ends say Hello first, which checks protocol version and model fingerprint, then Beat
+every second: whoever is silent for LEASE_SECONDS is dead. The connecting end also sees a death at once, by the broken
+connection; it never reconnects a socket, it makes a new one, so no message survives into another life.
+
+What happens comes out as events (Up, Down, Received) through a callback on the I/O thread; it must only hand them on.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+
+from common.logs import get_logger
+from common.messages import HOPS, PROTOCOL_VERSION, Beat, Goodbye, Hello, Peer
+from common.wire import MAX_TENSOR_BYTES, Buffer, WireError, decode, encode
+
+BEAT_SECONDS = 1.0
+LEASE_SECONDS = 3.0
+CLOSE_LINGER_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """`address` is empty where the peer connected to us."""
+
+    peer_id: str
+    role: str
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    peer_id: str
+    role: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    peer_id: str
+    role: str
+    message: Any
+
+
+Event = Up | Down | Received
+
+
+@dataclass(slots=True)
+class Remote:
+    """One peer as the I/O thread knows it. `socket` is the DEALER that was made for it; None where the peer connected to the inbox."""
+
+    id: str
+    role: str
+    address: str = ""
+    socket: zmq.Socket | None = None
+    monitor: zmq.Socket | None = None
+    up: bool = False
+    seen: float = field(default_factory=time.monotonic)
+
+
+class Links:
+    """All connections of this process. `connect`, `send` and `close` may be called from any thread."""
+
+    def __init__(self, me: Hello, listen: str, advertise: str, on_event: Callable[[Event], None]) -> None:
+        self._me, self._on_event = me, on_event
+        self._context = zmq.Context()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._remotes: dict[str, Remote] = {}
+        self._by_socket: dict[Any, tuple[Remote, bool]] = {}
+        self._offered: list[tuple[Peer, str]] = []
+        self._closing = False
+        self._log = get_logger().bind(member=me.id)
+        self._inbox = self._bind(listen) if listen else None
+        self.address = self._address(advertise) if self._inbox else ""
+        self._thread = threading.Thread(target=self._run, name="links", daemon=True)
+        self._thread.start()
+
+    # Called by any thread
+
+    def connect(self, peer: Peer, role: str) -> None:
+        """Make a connection unless there is one. What is sent to the peer meanwhile waits in it."""
+        self._do(lambda: self._connect(peer, role))
+
+    def keep_connected(self, offered: list[tuple[Peer, str]]) -> None:
+        """Connect to these and, where a connection breaks, try again every second. Others' connections stay as they are."""
+        self._do(lambda: self._offer(offered))
+
+    def send(self, peer_id: str, message: msgspec.Struct) -> None:
+        """To a connected peer; what is sent to any other is dropped, as it would be by the peer's death a moment later."""
+        frames = encode(message)
+        self._do(lambda: self._send(peer_id, frames))
+
+    def close(self) -> None:
+        """Sends what is waiting, for half a second at most."""
+        self._do(self._stop)
+        self._thread.join()
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        os.eventfd_write(self._wake, 1)
+
+    # On the I/O thread
+
+    def _run(self) -> None:
+        next_beat = time.monotonic() + BEAT_SECONDS
+        while not self._closing:
+            timeout = max(0.0, next_beat - time.monotonic())
+            for source, _ in self._poller.poll(timeout * 1000):
+                self._handle(source)
+            self._run_commands()
+            now = time.monotonic()
+            if now >= next_beat:
+                # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
+                self._beat(judge=now - next_beat < BEAT_SECONDS)
+                self._offer(self._offered)
+                next_beat = now + BEAT_SECONDS
+        self._context.destroy(linger=CLOSE_LINGER_MS)
+        os.close(self._wake)
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _handle(self, source: Any) -> None:
+        if source == self._wake:
+            os.eventfd_read(self._wake)
+        elif source is self._inbox:
+            self._drain(source, self._receive_at_inbox)
+        elif source in self._by_socket:
+            remote, is_monitor = self._by_socket[source]
+            if is_monitor:
+                self._down(remote, "its connection broke: the process ended or cannot be reached")
+            else:
+                self._drain(source, lambda frames: self._receive(remote, frames))
+
+    def _drain(self, socket: zmq.Socket, receive: Callable[[list[Buffer]], None]) -> None:
+        while not socket.closed:
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            receive([frame.buffer for frame in frames])
+
+    def _receive_at_inbox(self, frames: list[Buffer]) -> None:
+        peer_id, frames = bytes(frames[0]).decode(errors="replace"), frames[1:]
+        remote = self._remotes.get(peer_id)
+        if remote is None or is_hello(frames):
+            self._greet(peer_id, frames)
+        else:
+            self._receive(remote, frames)
+
+    def _greet(self, peer_id: str, frames: list[Buffer]) -> None:
+        """A new connection to the inbox. One that does not begin with a fitting Hello is told why and left alone."""
+        try:
+            hello = decode(frames, Hello)
+            reason = self._objection(hello)
+        except WireError as e:
+            hello, reason = None, f"say Hello first, your lease ended or never began ({e})"
+        if hello is None or reason or hello.id != peer_id:
+            self._log.warning("refused a connection", peer=peer_id, reason=reason)
+            self._send_at_inbox(peer_id, encode(Goodbye(reason=reason or "the id in Hello is not the connection's")))
+            return
+        if old := self._remotes.get(peer_id):
+            self._down(old, "it connected anew")
+        self._remotes[peer_id] = Remote(peer_id, hello.role, up=True)
+        self._send_at_inbox(peer_id, encode(self._me))
+        self._on_event(Up(peer_id, hello.role))
+
+    def _objection(self, hello: Hello) -> str:
+        if hello.protocol_version != self._me.protocol_version:
+            return f"protocol version {hello.protocol_version} against {self._me.protocol_version}: run services of one release"
+        if (hello.role, self._me.role) not in HOPS:
+            return f"a {hello.role} has nothing to say to a {self._me.role}"
+        if hello.fingerprint and self._me.fingerprint and hello.fingerprint != self._me.fingerprint:
+            return f"model fingerprint {hello.fingerprint} against {self._me.fingerprint}: both must serve the same model directory"
+        return ""
+
+    def _receive(self, remote: Remote, frames: list[Buffer]) -> None:
+        try:
+            message = decode(frames, HOPS[remote.role, self._me.role])
+        except WireError as e:
+            self._log.error("dropped a peer that sent what is no message", peer=remote.id, reason=str(e))
+            self._down(remote, f"it sent what is no message: {e}")
+            return
+        remote.seen = time.monotonic()
+        match message:
+            case Beat():
+                pass
+            case Goodbye(reason=reason):
+                self._down(remote, reason)
+            case Hello() if remote.socket is not None:
+                self._welcomed(remote, message)
+            case _:
+                self._on_event(Received(remote.id, remote.role, message))
+
+    def _welcomed(self, remote: Remote, hello: Hello) -> None:
+        reason = self._objection(hello)
+        if reason or hello.id != remote.id:
+            self._log.error("left a peer", peer=remote.id, reason=reason or f"another answers in its place: {hello.id}")
+            self._down(remote, reason or "another process has its address")
+        elif not remote.up:
+            remote.up = True
+            self._on_event(Up(remote.id, remote.role, remote.address))
+
+    def _connect(self, peer: Peer, role: str) -> None:
+        if peer.id in self._remotes:
+            return
+        socket = self._new_socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, self._me.id.encode())
+        # A broken connection is a death, and a new one is a new life: see the module's docstring.
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        remote = Remote(peer.id, role, peer.address, socket, socket.get_monitor_socket(lost))
+        self._remotes[peer.id] = remote
+        for source, is_monitor in ((remote.socket, False), (remote.monitor, True)):
+            self._by_socket[source] = (remote, is_monitor)
+            self._poller.register(source, zmq.POLLIN)
+        socket.connect(peer.address)
+        socket.send_multipart(encode(self._me))
+
+    def _offer(self, offered: list[tuple[Peer, str]]) -> None:
+        self._offered = offered
+        for peer, role in offered:
+            self._connect(peer, role)
+
+    def _send(self, peer_id: str, frames: list[Buffer]) -> None:
+        remote = self._remotes.get(peer_id)
+        if remote is None:
+            self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
+        elif remote.socket is not None:
+            remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        else:
+            self._send_at_inbox(peer_id, frames)
+
+    def _send_at_inbox(self, peer_id: str, frames: list[Buffer]) -> None:
+        assert self._inbox is not None
+        try:
+            self._inbox.send_multipart([peer_id.encode(), *frames], zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError as e:
+            # EHOSTUNREACH: the connection broke and its lease has not ended yet.
+            if e.errno != zmq.EHOSTUNREACH:
+                raise
+
+    def _down(self, remote: Remote, reason: str) -> None:
+        del self._remotes[remote.id]
+        if remote.socket is not None:
+            for source in (remote.socket, remote.monitor):
+                del self._by_socket[source]
+                self._poller.unregister(source)
+            remote.socket.disable_monitor()
+            remote.monitor.close(linger=0)
+            remote.socket.close(linger=0)
+        self._on_event(Down(remote.id, remote.role, reason))
+
+    def _beat(self, judge: bool) -> None:
+        now, beat = time.monotonic(), encode(Beat())
+        for remote in list(self._remotes.values()):
+            if judge and now - remote.seen > LEASE_SECONDS:
+                self._down(remote, f"no sign of life for {LEASE_SECONDS:.0f} s")
+            else:
+                self._send(remote.id, beat)
+
+    def _bind(self, listen: str) -> zmq.Socket:
+        socket = self._new_socket(zmq.ROUTER)
+        # Without the first a message to a peer that is gone is dropped in silence; the second lets a peer connect anew.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        socket.bind(listen)
+        self._poller.register(socket, zmq.POLLIN)
+        return socket
+
+    def _new_socket(self, kind: int) -> zmq.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        # ZeroMQ's high-water mark is no flow control (a ROUTER drops, a DEALER blocks): grants bound what is sent.
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_TENSOR_BYTES)
+        return socket
+
+    def _address(self, advertise: str) -> str:
+        assert self._inbox is not None
+        bound = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        scheme, _, rest = bound.partition("://")
+        if scheme != "tcp" or not advertise:
+            return bound
+        return f"tcp://{advertise}:{rest.rpartition(':')[2]}"
+
+    def _stop(self) -> None:
+        self._closing = True
+
+
+def is_hello(frames: list[Buffer]) -> bool:
+    """A peer that connects anew under its old id begins with Hello; nothing else is as short and decodes as one."""
+    try:
+        return len(frames) == 1 and isinstance(decode(frames, Hello), Hello)
+    except WireError:
+        return False
+
+
+def hello(member_id: str, role: str, fingerprint: str = "") -> Hello:
+    return Hello(protocol_version=PROTOCOL_VERSION, id=member_id, role=role, fingerprint=fingerprint)

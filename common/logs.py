@@ -1,0 +1,55 @@
+"""Logging by structlog: readable on a terminal, JSON otherwise; the standard library's loggers go the same way."""
+
+import logging
+import os
+import sys
+from typing import Any
+
+import structlog
+
+
+def get_logger() -> Any:
+    return structlog.get_logger()
+
+
+def wants_console(log_format: str) -> bool:
+    return log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+
+
+def set_up_logging(service: str, log_format: str, log_level: str) -> None:
+    """Everything goes to stderr: stdout belongs to what a command is asked for."""
+    console = wants_console(log_format)
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
+        add_origin(service),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, log_level.upper())),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final_processors(console)))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(log_level.upper())
+
+
+def final_processors(console: bool) -> list[Any]:
+    drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if console:
+        return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() or "FORCE_COLOR" in os.environ)]
+    # Locals may hold prompts, so tracebacks come without them.
+    tracebacks = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+    return [drop, tracebacks, structlog.processors.JSONRenderer()]
+
+
+def add_origin(service: str) -> Any:
+    def processor(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+        event.setdefault("service", service)
+        return event
+
+    return processor

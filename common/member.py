@@ -1,0 +1,79 @@
+"""A worker process as a member: its inbox of events, its connections, its place in the control plane."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from common.links import Event, Links, hello
+from common.membership import READY, STARTING, Membership, new_member_id
+from common.messages import Peer
+from common.settings import Service
+from proto.twinlens.control.v1 import control_pb2
+
+CONNECTABLE = (READY, control_pb2.MEMBER_STATE_DRAINING)
+
+
+class Member:
+    """What the work loop of a service needs to talk: events come in through `events` and `waiting_events`, messages go out by `links.send`."""
+
+    def __init__(
+        self,
+        settings: Service,
+        role: str,
+        stop: threading.Event,
+        load: Callable[[], tuple[int, int]],
+        fingerprint: str = "",
+        peers: tuple[str, ...] = (),
+        group: str = "",
+    ) -> None:
+        """Connects to every ready member of the roles in `peers` that serves the same model. `load` gives (in_flight, queued)."""
+        self.id = new_member_id(settings.name or role)
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._fingerprint, self._peers = fingerprint, peers
+        self.links = Links(hello(self.id, role, fingerprint), settings.listen, settings.advertise, self._inbox.put)
+        self.peer = Peer(self.id, self.links.address)
+        entry = control_pb2.Member(
+            id=self.id, role=role, address=self.links.address, fingerprint=fingerprint, state=STARTING, group=group, detail="loading"
+        )
+        self.membership = Membership(settings.controller, entry, load, self._on_members if peers else None)
+        threading.Thread(target=self._pass_on, args=(stop,), name="stop", daemon=True).start()
+
+    def ready(self, max_model_len: int = 0) -> None:
+        self.membership.set_state(READY, max_model_len=max_model_len)
+
+    def loading(self, progress: float) -> None:
+        """Shown by `twinlens status` while weights load."""
+        self.membership.set_state(STARTING, f"loading weights, {progress:.0%}")
+
+    def events(self) -> Iterator[Event]:
+        """Each event as it comes, until the process is to stop."""
+        while (event := self._inbox.get()) is not None:
+            yield event
+
+    def waiting_events(self, wait: bool) -> list[Event] | None:
+        """The events that are there, the first one waited for where `wait`; None when the process is to stop."""
+        found: list[Event] = []
+        try:
+            while True:
+                event = self._inbox.get(block=wait and not found)
+                if event is None:
+                    return None
+                found.append(event)
+        except queue.Empty:
+            return found
+
+    def close(self) -> None:
+        self.membership.leave()
+        self.links.close()
+
+    def _pass_on(self, stop: threading.Event) -> None:
+        stop.wait()
+        self._inbox.put(None)
+
+    def _on_members(self, members: list[control_pb2.Member]) -> None:
+        self.links.keep_connected([(Peer(m.id, m.address), m.role) for m in members if self._wants(m)])
+
+    def _wants(self, member: control_pb2.Member) -> bool:
+        """Rank 0 speaks for its group."""
+        fits = not self._fingerprint or not member.fingerprint or member.fingerprint == self._fingerprint
+        return member.role in self._peers and member.state in CONNECTABLE and member.rank == 0 and fits

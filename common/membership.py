@@ -1,0 +1,78 @@
+"""A process's place in the control plane: it joins the controller, tells its state and load, and hears who else is there."""
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from common.logs import get_logger
+from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+
+REPORT_SECONDS = 0.8  # `twinlens status` promises figures at most a second old
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.2, 2.0
+
+STARTING = control_pb2.MEMBER_STATE_STARTING
+READY = control_pb2.MEMBER_STATE_READY
+DRAINING = control_pb2.MEMBER_STATE_DRAINING
+DEAD = control_pb2.MEMBER_STATE_DEAD
+
+
+def new_member_id(name: str) -> str:
+    """The name and a part drawn at each start, so that a restarted process is another member."""
+    return f"{name}-{secrets.token_hex(3)}"
+
+
+class Membership:
+    """Keeps this process registered from a thread of its own. The controller may go and come back at any time."""
+
+    def __init__(
+        self,
+        controller: str,
+        member: control_pb2.Member,
+        load: Callable[[], tuple[int, int]],
+        on_members: Callable[[list[control_pb2.Member]], None] | None = None,
+    ) -> None:
+        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change."""
+        member.pid, member.host = os.getpid(), socket.gethostname()
+        self._controller, self._member, self._load, self._on_members = controller, member, load, on_members
+        self._changed, self._stopped = threading.Event(), False
+        self._log = get_logger().bind(member=member.id)
+        self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
+        self._thread.start()
+
+    def set_state(self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0) -> None:
+        """Tells the controller at once."""
+        self._member.state, self._member.detail, self._member.max_model_len = state, detail, max_model_len
+        self._changed.set()
+
+    def leave(self) -> None:
+        """The stream ends, and the controller knows it at once."""
+        self._stopped = True
+        self._changed.set()
+
+    def _run(self) -> None:
+        retry = FIRST_RETRY_SECONDS
+        while not self._stopped:
+            with grpc.insecure_channel(self._controller, options=[("grpc.enable_http_proxy", 0)]) as channel:
+                try:
+                    for response in control_pb2_grpc.ControlServiceStub(channel).Join(self._reports(), wait_for_ready=False):
+                        retry = FIRST_RETRY_SECONDS
+                        self._hear(response)
+                except grpc.RpcError as e:
+                    self._log.debug("the controller cannot be reached", controller=self._controller, code=str(e.code()))
+            self._changed.wait(retry)
+            retry = min(2 * retry, LAST_RETRY_SECONDS)
+
+    def _reports(self) -> Iterator[control_pb2.JoinRequest]:
+        while not self._stopped:
+            self._changed.clear()
+            self._member.in_flight, self._member.queued = self._load()
+            yield control_pb2.JoinRequest(member=self._member, watch=self._on_members is not None)
+            self._changed.wait(REPORT_SECONDS)
+
+    def _hear(self, response: control_pb2.JoinResponse) -> None:
+        if self._on_members:
+            self._on_members([member for member in response.members if member.state != DEAD])

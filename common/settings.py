@@ -1,0 +1,127 @@
+"""The settings of every command in one place: each service must know which TWINLENS_* variables are another's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import names_of, setting
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What every service has."""
+
+    controller: str = setting("127.0.0.1:50050", "gRPC address of the controller (HOST:PORT, or unix:PATH)")
+    listen: str = setting("tcp://127.0.0.1:*", "ZeroMQ address of this service's inbox (tcp://HOST:PORT, PORT may be *, or ipc://PATH)")
+    advertise: str = setting("", "host that others reach the inbox by, where it is not the one it listens on")
+    name: str = setting("", "this member's name; its id is the name and a part drawn at each start (default: the role)")
+    log_format: str = setting("auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json"))
+    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    die_with_parent: int = setting(0, "pid of the launcher", hidden=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What every service has that reads the model directory."""
+
+    model: str = setting(str(EMBEDDED_MODEL), "model directory in Hugging Face layout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What the services have that compute on a device."""
+
+    dtype: str = setting("auto", "auto: the checkpoint's where the device computes it well", choices=DTYPES)
+    device: str = setting("auto", "auto: an accelerator where there is one", choices=DEVICES)
+    threads: int | None = setting(
+        None, "CPU threads of each computing process (default: half of the cores, so that vision and language fit)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    min_pixels: int | None = setting(None, "least size that an image is resized to (default: the checkpoint's)")
+    max_pixels: int | None = setting(None, "greatest size that an image is resized to (default: the checkpoint's)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    max_model_len: int | None = setting(None, "tokens of context, prompt and answer together (default: the checkpoint's)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors:
+    host: str = setting("127.0.0.1", "address that HTTP and gRPC listen on")
+    http_port: int = setting(8000, "OpenAI HTTP port")
+    grpc_port: int = setting(50051, "gRPC port")
+    max_waiting: int = setting(256, "admitted requests without their first token; more are refused (429)")
+    request_timeout: float = setting(600.0, "seconds until the deadline of a request that brings none")
+    max_body_mib: int = setting(64, "largest request body in MiB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    max_num_seqs: int = setting(64, "requests that run in one step")
+    max_num_batched_tokens: int = setting(1024, "tokens of one step, prompt chunks and decodes together")
+    block_size: int = setting(16, "tokens of one KV cache block")
+    kv_memory: int | None = setting(None, "bytes of KV cache (default on CPU: a fifth of the available memory, as far as it is of use)")
+    tp: int = setting(1, "tensor-parallel ranks of the language group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings(Service):
+    control_listen: str = setting("127.0.0.1:50050", "gRPC address that the control plane listens on (HOST:PORT, or unix:PATH)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(Service, Doors):
+    served_model_name: str = setting(EMBEDDED_MODEL.name, "the model's name for clients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings(Service, Model, Pixels, Context):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSettings(Service, Model, Engine):
+    embedding_cache_mib: int = setting(256, "image embeddings kept for repeated images, in MiB; 0: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmSettings(Service, Model, Engine, Context, Batching):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetokenizerSettings(Service, Model):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Doors, Model, Engine, Pixels, Context, Batching):
+    """The local launcher's: its own, and those that it hands on."""
+
+    served_model_name: str = setting("", "the model's name for clients (default: the folder's)")
+    vision: int = setting(1, "vision encoder replicas")
+    preprocess: int = setting(1, "preprocess replicas")
+    detokenizer: int = setting(1, "detokenizer replicas")
+    embedding_cache_mib: int = setting(256, "image embeddings kept by each vision replica, in MiB; 0: none")
+    read: str = setting("", "once ready, read this image and print its text and what each stage took")
+    log_format: str = setting("auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json"))
+    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+
+
+SERVICES = {
+    "controller": ControllerSettings,
+    "gateway": GatewaySettings,
+    "preprocess": PreprocessSettings,
+    "vision": VisionSettings,
+    "llm": LlmSettings,
+    "detokenizer": DetokenizerSettings,
+}
+CLIENT_NAMES = {"grpc"}
+KNOWN_NAMES = set().union(CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings]))

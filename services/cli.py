@@ -1,0 +1,42 @@
+"""The command `twinlens`: serve, generate, status."""
+
+import argparse
+import os
+import sys
+
+from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
+from common.settings import KNOWN_NAMES, ServeSettings
+from services.client import add_generate_arguments, add_status_arguments, generate, status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "twinlens", description="Serves vision-language models with vision and language as separate processes.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = lambda name, help: commands.add_parser(name, help=help, description=help, allow_abbrev=False)  # noqa: E731
+    add_arguments(ServeSettings, add("serve", "start every service on this machine and keep them running"))
+    add_generate_arguments(add("generate", "ask a running system over gRPC; the answer streams to stdout"))
+    add_status_arguments(add("status", "who is a member of a running system, and how busy"))
+    for command in commands.choices.values():
+        try:
+            set_environment_defaults(command, os.environ, KNOWN_NAMES)
+        except BadSetting as e:
+            parser.error(str(e))
+    sys.exit(run(parser.parse_args()))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "serve":
+            from services.launcher import serve
+
+            return serve(from_namespace(ServeSettings, arguments))
+        case "generate":
+            return generate(arguments)
+        case _:
+            return status(arguments)
+
+
+if __name__ == "__main__":
+    main()

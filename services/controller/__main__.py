@@ -1,0 +1,50 @@
+"""The control plane: membership, health, stats. Soft state: it may go and come back, and members join again."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from common.logs import get_logger
+from common.membership import READY, new_member_id
+from common.process import CannotStart, run
+from common.settings import ControllerSettings
+from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+from services.controller.service import ControlServicer
+
+STOP_SECONDS = 1.0
+
+
+def main(settings: ControllerSettings, stop: threading.Event) -> None:
+    asyncio.run(serve(settings, stop))
+
+
+async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
+    member = control_pb2.Member(id=new_member_id(settings.name or "controller"), role="controller", state=READY)
+    member.pid, member.host = os.getpid(), socket.gethostname()
+    servicer = ControlServicer(member)
+    server = grpc.aio.server()
+    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    try:
+        server.add_insecure_port(settings.control_listen)
+    except RuntimeError as e:
+        raise CannotStart(f"cannot listen on {settings.control_listen}: is the port taken?") from e
+    await server.start()
+    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    get_logger().info("listening", grpc=settings.control_listen, id=member.id)
+    expiry = asyncio.create_task(servicer.expire_leases())
+    await asyncio.to_thread(stop.wait)
+    expiry.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await expiry
+    await server.stop(STOP_SECONDS)
+
+
+if __name__ == "__main__":
+    run("controller", __doc__ or "", main)

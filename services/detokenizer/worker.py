@@ -1,0 +1,112 @@
+"""Token ids to text: each answer's deltas to its gateway, its end exactly once, stop strings back to the language group."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.links import Down, Event, Received
+from common.logs import get_logger
+from common.member import Member
+from common.messages import Abort, Delta, Failed, Start, StopFound, Tokens, Usage
+from common.wire import Tensor
+from services.detokenizer.incremental import IncrementalDecoder, Vocabulary, logprob_entry
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer under way."""
+
+    start: Start
+    llm_id: str
+    decoder: IncrementalDecoder
+    began: float = field(default_factory=time.monotonic)
+
+
+class Worker:
+    def __init__(self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer]) -> None:
+        self._member, self._vocabulary, self._answers = member, vocabulary, answers
+        self._log = get_logger()
+
+    def run(self) -> None:
+        for event in self._member.events():
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received(peer_id=llm_id, message=message):
+                self._take(llm_id, message)
+            case Down(peer_id=peer_id, reason=reason):
+                self._log.info("peer gone", peer=peer_id, reason=reason)
+                for key in [k for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)]:
+                    del self._answers[key]
+
+    def _take(self, llm_id: str, message: Any) -> None:
+        key = (message.request_id, message.attempt)
+        match message:
+            case Start(stopping=stopping):
+                decoder = IncrementalDecoder(self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens)
+                self._answers[key] = Answer(message, llm_id, decoder)
+            case Tokens() if key in self._answers:
+                self._extend(key, message)
+            case Failed() if key in self._answers:
+                self._member.links.send(self._answers.pop(key).start.gateway_id, message)
+            case Abort():
+                self._answers.pop(key, None)
+
+    def _extend(self, key: Key, tokens: Tokens) -> None:
+        answer, ids = self._answers[key], tokens.token_ids.numpy().tolist()
+        text, finish_reason = answer.decoder.push(ids), tokens.finish_reason
+        if answer.decoder.stopped:
+            ids, finish_reason = ids[: answer.decoder.num_tokens - tokens.offset], "stop"
+        if finish_reason:
+            text += answer.decoder.finish()
+            del self._answers[key]
+        if answer.decoder.stopped and not tokens.finish_reason:
+            self._member.links.send(answer.llm_id, StopFound(request_id=key[0], attempt=key[1]))
+        end = self._end(answer, tokens.offset + len(ids), finish_reason) if finish_reason else {}
+        delta = Delta(
+            request_id=key[0],
+            attempt=key[1],
+            offset=tokens.offset,
+            token_ids=Tensor.of(np.array(ids, np.int64)),
+            text=Tensor.of_text(text),
+            logprobs=self._logprobs(tokens, len(ids)),
+            **end,
+        )
+        self._member.links.send(answer.start.gateway_id, delta)
+
+    def _end(self, answer: Answer, completion_tokens: int, finish_reason: str) -> dict[str, Any]:
+        prompt = answer.start.usage
+        usage = Usage(
+            prompt_tokens=prompt.prompt_tokens,
+            image_tokens=prompt.image_tokens,
+            completion_tokens=completion_tokens,
+            cached_tokens=prompt.cached_tokens,
+        )
+        timings = json.loads(answer.start.timings.bytes()) | {"decode_seconds": time.monotonic() - answer.began}
+        return {"finish_reason": finish_reason, "usage": usage, "timings": Tensor.of_text(json.dumps(timings))}
+
+    def _logprobs(self, tokens: Tokens, count: int) -> Tensor | None:
+        if tokens.logprobs is None:
+            return None
+        assert tokens.top_token_ids is not None and tokens.top_logprobs is not None
+        rows = zip(
+            tokens.token_ids.numpy().tolist()[:count],
+            tokens.logprobs.numpy().tolist(),
+            tokens.top_token_ids.numpy().tolist(),
+            tokens.top_logprobs.numpy().tolist(),
+            strict=False,
+        )
+        return Tensor.of_text(json.dumps([self._entry(*row) for row in rows]))
+
+    def _entry(self, token_id: int, logprob: float, top_ids: list[int], top_logprobs: list[float]) -> dict[str, Any]:
+        """OpenAI's entry and the ids, which gRPC clients get."""
+        entry = logprob_entry(self._vocabulary, token_id, logprob, zip(top_ids, top_logprobs, strict=True)) | {"token_id": token_id}
+        for candidate, candidate_id in zip(entry["top_logprobs"], top_ids, strict=True):
+            candidate["token_id"] = candidate_id
+        return entry

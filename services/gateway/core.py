@@ -1,0 +1,222 @@
+"""The gateway's core: it owns every request from admission to its one end."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, from_code
+from common.links import Down, Received, Up
+from common.links import Event as LinkEvent
+from common.logs import get_logger
+from common.membership import DEAD, READY
+from common.messages import Abort, Delta, Failed, Peer, Routed, Submit
+from common.wire import Tensor
+from proto.twinlens.control.v1 import control_pb2
+from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+
+STAGES = ("preprocess", "vision", "llm", "detokenizer")
+CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """All that the gateway knows of a request under way. `preprocess`, `llm` and `detokenizer` are the ids of those who hold it."""
+
+    request: GenerationRequest
+    preprocess: str
+    detokenizer: str
+    attempt: int = 0
+    llm: str = ""
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    events: asyncio.Queue[Event | ServingError] = field(default_factory=asyncio.Queue)
+    admitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+
+    def depends_on(self, peer_id: str) -> bool:
+        """Preprocess keeps the images until they are taken, which they all are when the first token is there."""
+        return peer_id in (self.llm, self.detokenizer) or (peer_id == self.preprocess and self.first_token is None)
+
+
+class GatewayCore:
+    """Runs on one asyncio loop; `hear` and `hear_members` are called on it, too."""
+
+    def __init__(self, model_name: str, max_waiting: int, request_timeout: float) -> None:
+        self.model_name = model_name
+        self._max_waiting, self._request_timeout = max_waiting, request_timeout
+        self._records: dict[str, Record] = {}
+        self._up: dict[str, Up] = {}
+        self._members: list[control_pb2.Member] = []
+        self._log = get_logger()
+        self.links: Any = None
+
+    # What the doors call
+
+    @contextlib.asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        record = self._admit(request)
+        timeout = self._request_timeout if request.timeout is None else request.timeout
+        try:
+            async with contextlib.aclosing(self._events(record, timeout)) as events:
+                yield events
+        finally:
+            if self._records.pop(request.request_id, None):
+                self._abort(record)
+
+    def check_model(self, model: str | None) -> None:
+        if model and model != self.model_name:
+            raise NotFound(f"no model {model!r} is served here; served: {self.model_name!r}")
+
+    def max_model_len(self) -> int | None:
+        return max((m.max_model_len for m in self._members if m.role == "llm" and m.state == READY), default=0) or None
+
+    def not_ready(self) -> str:
+        missing = [role for role in STAGES if not any(m.role == role and m.state == READY for m in self._members)]
+        missing += [role for role in CONNECTED_STAGES if role not in missing and not self._connected(role)]
+        return f"no {' and no '.join(missing)} is ready" if missing else ""
+
+    def load(self) -> tuple[int, int]:
+        """(in_flight, queued) for the control plane."""
+        return len(self._records), 0
+
+    # What the connections tell
+
+    def hear_members(self, members: list[control_pb2.Member]) -> None:
+        self._members = [m for m in members if m.state != DEAD]
+
+    def hear(self, event: LinkEvent) -> None:
+        match event:
+            case Received(message=message):
+                self._take(message)
+            case Up(peer_id=peer_id):
+                self._up[peer_id] = event
+            case Down(peer_id=peer_id, role=role, reason=reason):
+                self._up.pop(peer_id, None)
+                self._log.warning("peer gone", peer=peer_id, reason=reason)
+                for record in [r for r in self._records.values() if r.depends_on(peer_id)]:
+                    self._fail(record, Unavailable(f"{role} was lost while it held the request: {reason}", stage=role))
+
+    # From here on ours
+
+    def _admit(self, request: GenerationRequest) -> Record:
+        if reason := self.not_ready():
+            raise Unavailable(f"{reason}: try again in a moment", retry_after=1.0)
+        if request.request_id in self._records:
+            raise Internal(f"request id {request.request_id} is in use: give each request its own")
+        waiting = sum(r.first_token is None for r in self._records.values())
+        if waiting >= self._max_waiting:
+            raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", retry_after=1.0)
+        record = Record(request, self._choose("preprocess"), self._choose("detokenizer"))
+        self._records[request.request_id] = record
+        self._submit(record)
+        return record
+
+    def _choose(self, role: str) -> str:
+        """Of the connected ones, the one that holds the fewest of our requests."""
+        held = dict.fromkeys(self._connected(role), 0)
+        for record in self._records.values():
+            holder = record.preprocess if role == "preprocess" else record.detokenizer
+            if holder in held and (role != "preprocess" or not record.llm):
+                held[holder] += 1
+        return min(held, key=held.__getitem__)
+
+    def _connected(self, role: str) -> list[str]:
+        return [peer_id for peer_id, up in self._up.items() if up.role == role]
+
+    def _submit(self, record: Record) -> None:
+        request = record.request
+        self.links.send(
+            record.preprocess,
+            Submit(
+                request_id=request.request_id,
+                attempt=record.attempt,
+                prompt_kind=request.prompt_kind,
+                prompt=prompt_tensor(request),
+                images=tuple(map(Tensor.of_bytes, request.images)),
+                sampling=request.sampling,
+                stopping=request.stopping,
+                detokenizer=Peer(record.detokenizer, self._up[record.detokenizer].address),
+                timeout=self._request_timeout if request.timeout is None else request.timeout,
+                return_prompt_token_ids=request.return_prompt_token_ids,
+            ),
+        )
+
+    async def _events(self, record: Record, timeout: float) -> AsyncIterator[Event]:
+        deadline = record.admitted + timeout
+        while True:
+            try:
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                    event = await record.events.get()
+            except TimeoutError:
+                raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
+            if isinstance(event, ServingError):
+                raise event
+            yield event
+            if isinstance(event, Ended):
+                return
+
+    def _take(self, message: Any) -> None:
+        record = self._records.get(message.request_id)
+        if record is None or record.attempt != message.attempt:
+            if isinstance(message, Routed):  # it ended before we knew whom to tell
+                self.links.connect(message.llm, "llm")
+                self.links.send(message.llm.id, Abort(request_id=message.request_id, attempt=message.attempt))
+            return
+        match message:
+            case Routed(llm=llm, prompt_token_ids=ids):
+                record.llm = llm.id
+                record.prompt_token_ids = None if ids is None else ids.numpy().tolist()
+                self.links.connect(llm, "llm")
+            case Delta():
+                self._extend(record, message)
+            case Failed(code=code, message=text, stage=stage, image=image):
+                self._fail(record, from_code(code, text, stage, image))
+
+    def _extend(self, record: Record, delta: Delta) -> None:
+        """Tokens follow one another without a gap: a delta that does not is our own mistake and ends the request."""
+        if delta.offset != len(record.token_ids):
+            self._fail(record, Internal(f"tokens from {delta.offset} on came after {len(record.token_ids)}", stage="detokenizer"))
+            return
+        if record.first_token is None:
+            record.first_token = time.monotonic()
+            record.events.put_nowait(Began(record.prompt_token_ids))
+        ids = delta.token_ids.numpy().tolist()
+        record.token_ids += ids
+        logprobs = json.loads(delta.logprobs.bytes()) if delta.logprobs else []
+        record.events.put_nowait(Piece(delta.offset, ids, delta.text.text(), logprobs))
+        if delta.finish_reason:
+            del self._records[record.request.request_id]
+            assert delta.timings is not None
+            timings = json.loads(delta.timings.bytes()) | {
+                "time_to_first_token_seconds": record.first_token - record.admitted,
+                "total_seconds": time.monotonic() - record.admitted,
+            }
+            record.events.put_nowait(Ended(delta.finish_reason, delta.usage, timings))
+            self._log.info(
+                "answered",
+                request_id=record.request.request_id,
+                finish_reason=delta.finish_reason,
+                tokens=len(record.token_ids),
+                seconds=round(timings["total_seconds"], 3),
+            )
+
+    def _fail(self, record: Record, error: ServingError) -> None:
+        del self._records[record.request.request_id]
+        self._abort(record)
+        self._log.warning("failed", request_id=record.request.request_id, code=error.code, stage=error.stage, reason=error.message)
+        record.events.put_nowait(error)
+
+    def _abort(self, record: Record) -> None:
+        """Every stage that holds something for the request frees it; the language group tells the detokenizer."""
+        for peer_id in filter(None, (record.preprocess, record.llm)):
+            self.links.send(peer_id, Abort(request_id=record.request.request_id, attempt=record.attempt))
+
+
+def prompt_tensor(request: GenerationRequest) -> Tensor:
+    if request.prompt_kind == "token_ids":
+        return Tensor("int64", (len(request.prompt) // 8,), request.prompt)
+    return Tensor.of_bytes(request.prompt)

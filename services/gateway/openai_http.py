@@ -1,0 +1,249 @@
+"""The OpenAI-compatible HTTP door."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import InvalidRequest, ServingError, TooLarge, Unavailable
+from services.gateway import sse
+from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
+from services.gateway.metrics import MeasuredCore, serving_errors_only
+from services.gateway.schema import MAX_TIMEOUT, chat_to_generation, new_request_id, parse_chat
+
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlette:
+    info = Information(core)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", ChatCompletions(core, max_body_bytes), methods=["POST"]),
+            Route("/v1/models", info.models),
+            Route("/v1/models/{model:path}", info.model),
+            Route("/livez", info.live),
+            Route("/readyz", info.ready),
+            Route("/health", info.ready),
+            Route("/metrics", info.metrics),
+            Route("/version", info.version),
+        ],
+        middleware=[Middleware(RequestBoundary)],
+        exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def error_response(error: ServingError) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    return JSONResponse(sse.error_body(error), error.http_status, headers)
+
+
+async def on_serving_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServingError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": error.detail.lower().replace(" ", "_")}
+    return JSONResponse({"error": body}, error.status_code, error.headers)
+
+
+class RequestBoundary:
+    """Around every request: it gets an id, which every answer carries, and what nobody expected becomes an answer, too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope["request_id"] = request_id = new_request_id(Headers(scope=scope).get("x-request-id"))
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                with serving_errors_only(), suppress(ClientDisconnect):
+                    await self.app(scope, receive, send_with_id)
+            except ServingError as error:
+                if started:
+                    raise
+                await error_response(error)(scope, receive, send_with_id)
+
+
+class Information:
+    """What can be asked beside completions."""
+
+    def __init__(self, core: MeasuredCore) -> None:
+        self.core, self.created = core, int(time.time())
+
+    def describe_model(self) -> dict[str, Any]:
+        described = {"id": self.core.model_name, "object": "model", "created": self.created, "owned_by": "twinlens"}
+        return described | {"max_model_len": self.core.max_model_len()}
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.describe_model()]})
+
+    async def model(self, request: Request) -> Response:
+        self.core.check_model(request.path_params["model"])
+        return JSONResponse(self.describe_model())
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        if reason := self.core.not_ready():
+            raise Unavailable(reason, stage="gateway")
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self.core.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": version("twinlens")})
+
+
+class ChatCompletions:
+    """POST /v1/chat/completions as an ASGI application: one task enters the core's context, answers, and leaves it, and that task
+    is cancelled when the client hangs up, whatever it waits for."""
+
+    def __init__(self, core: Core, max_body_bytes: int) -> None:
+        self.core, self.max_body_bytes = core, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation, answer, streamed = await self.read(Request(scope, receive))
+        if streamed:
+            work = self.stream(generation, answer, send)
+        else:
+            work = self.whole(generation, answer, scope, receive, send)
+        await unless_disconnected(work, receive)
+
+    async def read(self, request: Request) -> tuple[GenerationRequest, sse.Answer, bool]:
+        """The body is not kept: beside the generation's images it may be tens of megabytes."""
+        timeout = read_timeout(request.headers.get("x-request-timeout"))
+        chat = parse_chat(await read_body(request, self.max_body_bytes))
+        self.core.check_model(chat.model)
+        request_id = request.scope["request_id"]
+        generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
+        answer = sse.Answer(
+            request_id,
+            self.core.model_name,
+            with_ids=bool(chat.return_token_ids),
+            with_logprobs=bool(chat.logprobs),
+            with_usage=chat.include_usage,
+        )
+        return generation, answer, bool(chat.stream)
+
+    async def whole(self, generation: GenerationRequest, answer: sse.Answer, scope: Scope, receive: Receive, send: Send) -> None:
+        pieces: list[Piece] = []
+        async with self.core.generate(generation) as events:
+            async for event in events:
+                match event:
+                    case Began():
+                        began = event
+                    case Piece():
+                        pieces.append(event)
+                    case Ended():
+                        body = answer.whole(began, pieces, event)
+        await JSONResponse(body)(scope, receive, send)
+
+    async def stream(self, generation: GenerationRequest, answer: sse.Answer, send: Send) -> None:
+        """Nothing is sent before Began, so that whatever fails until then is an HTTP error; later it is an event."""
+        started = False
+        try:
+            async with self.core.generate(generation) as events:
+                async for event in events:
+                    match event:
+                        case Began():
+                            started = True
+                            await start_stream(send)
+                            await send_body(send, answer.first(event))
+                        case Piece():
+                            await send_body(send, answer.piece(event))
+                        case Ended():
+                            tail = answer.last(event)
+        except ServingError as error:
+            if not started:
+                raise
+            tail = sse.event(sse.error_body(error))
+        await send({"type": "http.response.body", "body": tail + sse.DONE})
+
+
+async def start_stream(send: Send) -> None:
+    headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def send_body(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
+    """What is somewhat too long is read to its end and dropped: a client that still sends would not see the answer."""
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+        elif size > 4 * limit:
+            break
+    if size > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes; send fewer or smaller images", stage="gateway")
+    return body
+
+
+def read_timeout(header: str | None) -> float | None:
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise InvalidRequest("X-Request-Timeout: must be a number of seconds above 0", stage="gateway")
+    return seconds
+
+
+async def unless_disconnected(work: Awaitable[None], receive: Receive) -> None:
+    """Ends with the work, or cancels it when the client hangs up first. The request's body must have been read."""
+    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            answering.result()
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

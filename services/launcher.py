@@ -1,0 +1,308 @@
+"""`twinlens serve`: every service of one machine as a child process; starts, watches, restarts and stops them."""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import BadCheckpoint, open_checkpoint
+from common.config import BadSetting, flag
+from common.logs import get_logger, set_up_logging, wants_console
+from common.membership import READY, Membership, new_member_id
+from common.process import EXIT_FAILED, EXIT_USAGE
+from common.settings import SERVICES, ServeSettings
+from proto.twinlens.control.v1 import control_pb2
+from services.client import read_image
+
+MAX_FAILED_STARTS = 5
+FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS = 0.5, 8.0
+STOP_SECONDS = 8.0
+"""From SIGTERM to SIGKILL; the gateway's grace for what is in flight is shorter."""
+SAMPLE_PROMPT = "Return the plain text representation of this document as if you were reading it naturally.\n"
+"""RolmOCR's (https://huggingface.co/reducto/RolmOCR)."""
+LAST_LINES = 8
+LONG_LIFE_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class Child:
+    """A service that is to run. `process` is None between a death and the next start."""
+
+    role: str
+    name: str
+    arguments: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    status: int = 0
+    was_ready: bool = False
+    failed_starts: int = 0
+    early_deaths: int = 0
+    started: float = 0.0
+    start_at: float = 0.0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """What it was told cannot be, or it fails time and again."""
+        return self.failed_starts > 0 and (self.status == EXIT_USAGE or self.failed_starts >= MAX_FAILED_STARTS)
+
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+
+
+class Launcher:
+    def __init__(self, settings: ServeSettings, run_dir: Path) -> None:
+        self._settings, self._run_dir = settings, run_dir
+        self._children = [self._child(role, n) for role, count in counts(settings).items() for n in range(count)]
+        # Not an Event: this is also put to by signal handlers, which must not wait for a lock that their own thread holds.
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stopping = False
+        self._ready_pids: set[int] = set()
+        self._log = get_logger()
+
+    def run(self) -> int:
+        """Until SIGINT or SIGTERM, or until a service cannot be kept running. Gives the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        watcher = control_pb2.Member(id=new_member_id("launcher"), role="launcher", state=READY)
+        membership = Membership(self._control, watcher, lambda: (0, 0), self._on_members)
+        announced = False
+        try:
+            while not self._stopping:
+                if broken := self._keep_running():
+                    print(
+                        f"twinlens serve: {broken.name} failed {broken.failed_starts} starts in a row. Its last words:",
+                        *broken.last_lines,
+                        sep="\n",
+                        file=sys.stderr,
+                    )
+                    return broken.status if broken.status == EXIT_USAGE else EXIT_FAILED
+                if not announced and self._all_ready():
+                    announced = True
+                    threading.Thread(target=self._announce, daemon=True).start()
+                self._wait()
+            return 0
+        finally:
+            membership.leave()
+            self._stop_all()
+
+    @property
+    def _control(self) -> str:
+        return f"unix:{self._run_dir}/control.sock"
+
+    def _child(self, role: str, n: int) -> Child:
+        name = f"{role}-{n}"
+        arguments = {
+            "controller": self._control,
+            "control_listen": self._control,
+            "listen": f"ipc://{self._run_dir}/{name}.sock",
+            "name": name,
+            "log_format": "console" if wants_console(self._settings.log_format) else "json",
+            "die_with_parent": os.getpid(),
+        }
+        own = {f.name: getattr(self._settings, f.name) for f in fields(self._settings)}
+        chosen = (own | arguments).items()
+        known = {f.name for f in fields(SERVICES[role])}
+        return Child(role, name, [f"{flag(k)}={v}" for k, v in chosen if k in known and v is not None])
+
+    def _keep_running(self) -> Child | None:
+        """Starts what is due; gives a child that failed too many starts in a row."""
+        for child in self._children:
+            if child.process is None and time.monotonic() >= child.start_at:
+                self._start(child)
+            elif child.process is not None and child.process.poll() is not None:
+                self._bury(child)
+                if child.is_hopeless:
+                    return child
+        return None
+
+    def _start(self, child: Child) -> None:
+        command = [sys.executable, "-m", f"services.{child.role}", *child.arguments]
+        # A process group of its own: Ctrl-C at the terminal is ours alone, and the children end in order.
+        child.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0, env=child_environment()
+        )
+        child.was_ready, child.started = False, time.monotonic()
+        child.last_lines.clear()
+        threading.Thread(target=self._relay, args=(child, child.process), daemon=True).start()
+        threading.Thread(target=self._await_death, args=(child.process,), daemon=True).start()
+
+    def _bury(self, child: Child) -> None:
+        """Plans the next start: at once after a long life, later and later where it dies soon or does not get ready."""
+        assert child.process is not None
+        child.status = child.process.returncode
+        child.failed_starts = 0 if child.was_ready else child.failed_starts + 1
+        lived = time.monotonic() - child.started
+        child.early_deaths = 0 if child.was_ready and lived > LONG_LIFE_SECONDS else child.early_deaths + 1
+        wait = min(FIRST_BACKOFF_SECONDS * 2 ** (child.early_deaths - 2), LAST_BACKOFF_SECONDS) if child.early_deaths > 1 else 0.0
+        child.process, child.start_at = None, time.monotonic() + wait
+        self._log.warning(
+            "service ended, starting it anew", name=child.name, status=child.status, failed_starts=child.failed_starts, wait=wait
+        )
+
+    def _relay(self, child: Child, process: subprocess.Popen[bytes]) -> None:
+        """The child's log lines go through, and the last ones are kept: they tell why it died."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            child.last_lines.append(line.decode(errors="replace").rstrip())
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+
+    def _await_death(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._changed.put(None)
+
+    def _wait(self) -> None:
+        """Until a child died, a member changed, a signal came, or a start is due."""
+        due = [child.start_at - time.monotonic() for child in self._children if child.process is None]
+        with contextlib.suppress(queue.Empty):
+            self._changed.get(timeout=max(0.0, min(due)) if due else None)
+
+    def _on_signal(self, *_: object) -> None:
+        if self._stopping:  # a second Ctrl-C: at once
+            for child in self._children:
+                signal_child(child, signal.SIGKILL)
+        self._stopping = True
+        self._changed.put(None)
+
+    def _on_members(self, members: list[control_pb2.Member]) -> None:
+        self._ready_pids = {m.pid for m in members if m.state == READY}
+        for child in self._children:
+            if child.process is not None and child.process.pid in self._ready_pids:
+                child.was_ready, child.failed_starts = True, 0
+        self._changed.put(None)
+
+    def _all_ready(self) -> bool:
+        return all(child.process is not None and child.process.pid in self._ready_pids for child in self._children)
+
+    def _announce(self) -> None:
+        s = self._settings
+        if s.read:
+            show_sample(f"{s.host}:{s.grpc_port}", Path(s.read))
+        print(
+            f"Twinlens serves {s.served_model_name!r}: OpenAI HTTP on http://{s.host}:{s.http_port}/v1, gRPC on {s.host}:{s.grpc_port}. Ctrl-C stops it.",
+            flush=True,
+        )
+
+    def _stop_all(self) -> None:
+        """The gateway first, so that what is in flight can end; then the others; then whoever is left, by force."""
+        self._stopping = True
+        deadline = time.monotonic() + STOP_SECONDS
+        for group in (["gateway"], [role for role in SERVICES if role not in ("gateway", "controller")], ["controller"]):
+            children = [child for child in self._children if child.role in group]
+            for child in children:
+                signal_child(child, signal.SIGTERM)
+            for child in children:
+                wait_for(child, deadline)
+
+
+def counts(settings: ServeSettings) -> dict[str, int]:
+    """How many processes of each role."""
+    return {
+        "controller": 1,
+        "gateway": 1,
+        "detokenizer": settings.detokenizer,
+        "preprocess": settings.preprocess,
+        "vision": settings.vision,
+        "llm": 1,
+    }
+
+
+def signal_child(child: Child, number: signal.Signals) -> None:
+    if child.process is not None and child.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.process.send_signal(number)
+
+
+def wait_for(child: Child, deadline: float) -> None:
+    if child.process is None:
+        return
+    try:
+        child.process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        get_logger().warning("did not stop in time: killed", name=child.name)
+        child.process.kill()
+        child.process.wait()
+
+
+def child_environment() -> dict[str, str]:
+    """Settings go by flag, so that a TWINLENS_* of the launcher's own does not reach a child; and the folder that `serve` is
+    called in must not provide a package `services`."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
+    return own | {"PYTHONSAFEPATH": "1"}
+
+
+def show_sample(grpc_target: str, image: Path) -> None:
+    text, timings = read_image(grpc_target, image, SAMPLE_PROMPT)
+    print(f"\n{image} says:\n\n{text}\n", flush=True)
+    for name, seconds in stage_times(timings):
+        print(f"  {name:<22} {seconds * 1000:8.1f} ms", flush=True)
+    print(flush=True)
+
+
+def stage_times(timings: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each stage, images one by one."""
+    yield "preprocess", timings["preprocess_seconds"]
+    for i, image in enumerate(timings["images"]):
+        yield f"vision queue, image {i}", image["queue_seconds"]
+        yield f"vision encode, image {i}", image["encode_seconds"]
+    yield "llm queue", timings["queue_seconds"]
+    yield "llm prefill", timings["prefill_seconds"]
+    yield "llm decode", timings["decode_seconds"]
+    yield "first token, in all", timings["time_to_first_token_seconds"]
+    yield "in all", timings["total_seconds"]
+
+
+def check(settings: ServeSettings) -> ServeSettings:
+    """The settings, completed; what cannot work is said before anything is started.
+
+    Raises
+    ------
+    BadSetting, BadCheckpoint
+    """
+    checkpoint = open_checkpoint(settings.model)
+    if settings.tp != 1:
+        raise BadSetting(f"--tp {settings.tp}: tensor parallelism is not built yet, use --tp 1")
+    for role, count in counts(settings).items():
+        if count < 1:
+            raise BadSetting(f"--{role} {count}: at least 1 is needed")
+    if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
+        raise BadSetting(f"--max-model-len {settings.max_model_len}: the checkpoint's context is {checkpoint.max_model_len}")
+    for name in ("http_port", "grpc_port"):
+        check_port(settings.host, getattr(settings, name), flag(name))
+    if settings.read and not Path(settings.read).is_file():
+        raise BadSetting(f"--read {settings.read}: no such file")
+    return replace(settings, served_model_name=settings.served_model_name or checkpoint.name)
+
+
+def check_port(host: str, port: int, name: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise BadSetting(f"{name} {port}: cannot listen on {host}:{port} ({e.strerror}); free it or give another") from e
+
+
+def serve(settings: ServeSettings) -> int:
+    """Runs everything until it is told to stop. Gives the exit status."""
+    set_up_logging("launcher", settings.log_format, settings.log_level)
+    try:
+        settings = check(settings)
+    except (BadSetting, BadCheckpoint) as e:
+        print(f"twinlens serve: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    run_dir = Path(tempfile.mkdtemp(prefix="twinlens-"))
+    try:
+        return Launcher(settings, run_dir).run()
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,0 +1,162 @@
+"""The language group's inner loop: requests in, tokens out. Knows no socket."""
+
+import json
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from common.messages import Prompt, Usage
+from services.llm.model_runner import ModelRunner
+from services.llm.request import Key, Request
+from services.llm.sampler import Logprobs, Sampler
+from services.llm.scheduler import Chunk, Scheduler, embeddings_of
+
+REMEMBERED_ENDS = 20_000
+
+
+@dataclass(slots=True)
+class Output:
+    """What a step gave to one request."""
+
+    request: Request
+    offset: int
+    token_ids: list[int]
+    finish_reason: str = ""
+    error: str = ""
+    logprobs: Logprobs | None = None
+
+
+@dataclass(slots=True)
+class EarlyEmbeddings:
+    """Embeddings that came before their prompt."""
+
+    preprocess_id: str
+    images: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict)
+
+
+class Engine:
+    """Prompt, embeddings and abort of a request may come in any order."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, hidden_size: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.scheduler, self.runner, self.sampler = scheduler, runner, sampler
+        self.hidden_size, self.eos_token_ids = hidden_size, eos_token_ids
+        self.requests: dict[Key, Request] = {}
+        self.early: dict[Key, EarlyEmbeddings] = {}
+        self._ended: OrderedDict[Key, None] = OrderedDict()
+
+    def add(self, prompt: Prompt) -> list[tuple[int, str]]:
+        """Takes a request; gives (image, objection) of each image whose embeddings came before."""
+        request = Request(prompt)
+        if request.key in self._ended:
+            return []
+        self.requests[request.key] = request
+        self.sampler.add(request.key, prompt.sampling, prompt.stopping, request.token_ids, request.output_token_ids, self.eos_token_ids)
+        self.scheduler.add(request)
+        early = self.early.pop(request.key, None)
+        if early is None:
+            return []
+        return [(image, self.add_embeddings(request.key, image, e, t, early.preprocess_id)) for image, (e, t) in early.images.items()]
+
+    def add_embeddings(self, key: Key, image: int, embeddings: torch.Tensor, timings: dict[str, Any], preprocess_id: str) -> str | None:
+        """Gives "" where they were taken, what is wrong with them, or None where the prompt is not there yet."""
+        if key in self._ended:
+            return ""
+        if key not in self.requests:
+            self.early.setdefault(key, EarlyEmbeddings(preprocess_id)).images[image] = (embeddings, timings)
+            return None
+        request = self.requests[key]
+        if reason := self._objection(request, image, embeddings):
+            return reason
+        request.embeddings.setdefault(image, embeddings)
+        request.image_timings.setdefault(image, timings)
+        return ""
+
+    def abort(self, key: Key) -> None:
+        """Frees everything that is held for the request, and remembers that it ended: its messages may still come."""
+        self._end(key)
+
+    def abort_all(self, peer_id: str) -> None:
+        """A gateway died, or a preprocess with images under way: what they own ends."""
+        for key in [k for k, r in self.requests.items() if r.prompt.gateway_id == peer_id]:
+            self._end(key)
+        for key in [k for k, e in self.early.items() if e.preprocess_id == peer_id]:
+            self._end(key)
+
+    def step(self) -> list[Output] | None:
+        """One forward pass; None where nothing can be computed until another message comes."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return None
+        now = time.monotonic()
+        for chunk in chunks:
+            chunk.request.first_scheduled = chunk.request.first_scheduled or now
+        embeddings = [part for chunk in chunks for part in embeddings_of(chunk)]
+        logits = self.runner.execute(self.scheduler.plan(chunks), embeddings)
+        self.scheduler.computed(chunks)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        return self._sample(sampling, logits) if sampling else []
+
+    def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Output]:
+        requests = [chunk.request for chunk in chunks]
+        sampled = self.sampler.sample(logits, [r.key for r in requests], [len(r.output_token_ids) for r in requests])
+        now = time.monotonic()
+        outputs = []
+        for row, request in enumerate(requests):
+            request.first_token = request.first_token or now
+            output = Output(request, len(request.output_token_ids), [sampled.token_ids[row]])
+            if row in sampled.bad_rows:
+                output.token_ids, output.error = [], "the language model computed no number for this prompt"
+            else:
+                request.output_token_ids.append(sampled.token_ids[row])
+                output.finish_reason = self._finish_reason(request)
+                output.logprobs = sampled.logprobs.get(row)
+            if output.error or output.finish_reason:
+                self._end(request.key)
+            outputs.append(output)
+        return outputs
+
+    def _finish_reason(self, request: Request) -> str:
+        stopping, count = request.prompt.stopping, len(request.output_token_ids)
+        last = request.output_token_ids[-1]
+        if count > stopping.min_tokens and last in stopping.stop_token_ids:
+            return "stop"
+        if count > stopping.min_tokens and last in self.eos_token_ids and not stopping.ignore_eos:
+            return "stop"
+        return "length" if count == stopping.max_tokens else ""
+
+    def _objection(self, request: Request, image: int, embeddings: torch.Tensor) -> str:
+        if image >= len(request.placeholders):
+            return f"image {image} of {len(request.placeholders)}"
+        wanted = (request.placeholders[image][1], self.hidden_size)
+        if tuple(embeddings.shape) != wanted:
+            return f"embeddings of shape {tuple(embeddings.shape)}, {wanted} are wanted"
+        return "" if bool(torch.isfinite(embeddings).all()) else "embeddings that are no numbers"
+
+    def _end(self, key: Key) -> None:
+        self.early.pop(key, None)
+        if self.requests.pop(key, None):
+            self.scheduler.finish([key])
+            self.sampler.remove(key)
+        self._ended[key] = None
+        if len(self._ended) > REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+
+
+def usage_of(request: Request) -> Usage:
+    return Usage(prompt_tokens=request.num_prompt_tokens, image_tokens=request.num_image_tokens)
+
+
+def timings_of(request: Request) -> bytes:
+    """UTF-8 JSON of the stages up to the first token: what came with the prompt, each image's, and this group's own."""
+    assert request.first_scheduled is not None and request.first_token is not None
+    timings = json.loads(request.prompt.timings.bytes())
+    for image, own in request.image_timings.items():
+        timings["images"][image].update(own)
+    timings["queue_seconds"] = request.first_scheduled - request.arrived
+    timings["prefill_seconds"] = request.first_token - request.first_scheduled
+    return json.dumps(timings).encode()

@@ -1,0 +1,196 @@
+"""The language model of Qwen2.5-VL."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import BadCheckpoint, Checkpoint
+from common.weights import Weights
+from services.llm.attention import StepAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's share of the heads and of the MLP, and how the ranks' partial sums become one."""
+
+    rank: int = 0
+    world_size: int = 1
+    all_reduce: Callable[[Tensor], Tensor] = field(default=lambda partial: partial)
+
+    def split(self, count: int) -> tuple[int, int]:
+        share = count // self.world_size
+        return self.rank * share, (self.rank + 1) * share
+
+    def split_kv_heads(self, count: int) -> tuple[int, int]:
+        """Ranks share a key head where there are fewer heads than ranks."""
+        if count >= self.world_size:
+            return self.split(count)
+        first = self.rank * count // self.world_size
+        return first, first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tied: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "TextConfig":
+        given = checkpoint.text_config
+        try:
+            config = cls._read(given, given.get("rope_parameters") or given["rope_scaling"])
+        except KeyError as e:
+            raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {e}") from e
+        if 2 * sum(config.mrope_section) != config.head_dim:
+            raise BadCheckpoint(f"{checkpoint.path}: mrope_section {config.mrope_section} does not fill heads of {config.head_dim}")
+        if given.get("use_sliding_window"):
+            raise BadCheckpoint(f"{checkpoint.path}: sliding-window attention is not supported")
+        return config
+
+    @classmethod
+    def _read(cls, given: dict[str, Any], rope: dict[str, Any]) -> "TextConfig":
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in ("default", "mrope"):
+            raise BadCheckpoint(f"rope of type {kind!r} is not supported")
+        time, height, width = rope["mrope_section"]
+        return cls(
+            vocab_size=given["vocab_size"],
+            hidden_size=given["hidden_size"],
+            intermediate_size=given["intermediate_size"],
+            num_layers=given["num_hidden_layers"],
+            num_heads=given["num_attention_heads"],
+            num_kv_heads=given["num_key_value_heads"],
+            head_dim=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
+            norm_eps=given["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta") or given["rope_theta"],
+            mrope_section=(time, height, width),
+            tied=given.get("tie_word_embeddings", False),
+        )
+
+    def check_divisible(self, world_size: int) -> None:
+        for name in ("num_heads", "intermediate_size"):
+            if getattr(self, name) % world_size:
+                raise BadCheckpoint(f"{name} {getattr(self, name)} cannot be shared by {world_size} ranks")
+        if self.num_kv_heads % world_size and world_size % self.num_kv_heads:
+            raise BadCheckpoint(f"{self.num_kv_heads} key heads cannot be shared by {world_size} ranks")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    input_norm: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    o_weight: Tensor
+    mlp_norm: Tensor
+    gate_up_weight: Tensor
+    down_weight: Tensor
+
+
+class LanguageModel:
+    """A rank's share of the decoder; embedding and head are whole on every rank."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = Shard(),
+        progress: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        self.config = TextConfig.of(checkpoint)
+        self.config.check_divisible(shard.world_size)
+        self.dtype, self.device, self._shard = dtype, device, shard
+        self._q_heads = shard.split(self.config.num_heads)
+        self._kv_heads = shard.split_kv_heads(self.config.num_kv_heads)
+        weights = Weights(checkpoint, ("model.language_model.", "lm_head."), progress)
+        vocabulary = (self.config.vocab_size, self.config.hidden_size)
+        self._embedding = weights.tensor("model.language_model.embed_tokens.weight", vocabulary, dtype, device)
+        self._layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
+        self._norm = self._load_norm(weights, "norm.weight")
+        self._head = self._embedding if self.config.tied else weights.tensor("lm_head.weight", vocabulary, dtype, device)
+        half = torch.arange(self.config.head_dim // 2, device=device).float()
+        self._frequencies = self.config.rope_theta ** -(2 * half / self.config.head_dim)
+        # Which of a position's three components turns each frequency.
+        self._components = torch.arange(3).repeat_interleave(torch.tensor(self.config.mrope_section)).to(device)
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        return self._kv_heads[1] - self._kv_heads[0]
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """[T, hidden]. An id outside the vocabulary is that of a placeholder, whose row is replaced later."""
+        return F.embedding(token_ids_T.clamp(0, self.config.vocab_size - 1), self._embedding)
+
+    def forward(self, x: Tensor, positions_3T: Tensor, attention: StepAttention, kv_cache: Tensor, sampled_rows: Tensor) -> Tensor:
+        """[T, hidden] -> float32 logits [num_sampled, vocab_size]; `kv_cache` is [num_layers, 2, num_blocks, block_size, K, D]."""
+        cos, signed_sin = self._rotary_tables(positions_3T)
+        for layer, cache in zip(self._layers, kv_cache, strict=True):
+            attended = self._attend(layer, x, cos, signed_sin, attention, cache)
+            if layer is self._layers[-1]:
+                # Nothing reads the other rows any more.
+                x, attended = x[sampled_rows], attended[sampled_rows]
+            x = x + self._shard.all_reduce(F.linear(attended, layer.o_weight))
+            gate, up = F.linear(self._normalise(x, layer.mlp_norm), layer.gate_up_weight).chunk(2, -1)
+            x = x + self._shard.all_reduce(F.linear(F.silu(gate) * up, layer.down_weight))
+        return F.linear(self._normalise(x, self._norm), self._head).float()
+
+    def _attend(self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: StepAttention, cache: Tensor) -> Tensor:
+        """[T, hidden] -> [T, local heads * head_dim]."""
+        num_q, num_kv = self._q_heads[1] - self._q_heads[0], self.num_local_kv_heads
+        qkv = F.linear(self._normalise(x, layer.input_norm), layer.qkv_weight, layer.qkv_bias)
+        qkv = qkv.view(len(x), num_q + 2 * num_kv, self.config.head_dim)
+        qk = rotate(qkv[:, : num_q + num_kv], cos, signed_sin).to(self.dtype)
+        return attention.run(qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_kv :], cache)
+
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+
+    def _rotary_tables(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, float32 [T, 1, head_dim]: the first half of the sines is negated for `rotate`."""
+        angles = positions_3T[self._components].T.float() * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+    def _load_layer(self, weights: Weights, index: int) -> Layer:
+        name, hidden = f"layers.{index}", self.config.hidden_size
+        q_rows, kv_rows = self.config.num_heads * self.config.head_dim, self.config.num_kv_heads * self.config.head_dim
+        inner = self.config.intermediate_size
+        q_part, kv_part = (tuple(head * self.config.head_dim for head in part) for part in (self._q_heads, self._kv_heads))
+        inner_part = self._shard.split(inner)
+        qkv = (("q", q_rows, q_part), ("k", kv_rows, kv_part), ("v", kv_rows, kv_part))
+
+        def part(tensor: str, shape: tuple[int, ...], dim: int, bounds: tuple[int, ...]) -> Tensor:
+            return weights.slice(f"model.language_model.{name}.{tensor}", shape, dim, *bounds, self.dtype, self.device)
+
+        return Layer(
+            input_norm=self._load_norm(weights, f"{name}.input_layernorm.weight"),
+            qkv_weight=torch.cat([part(f"self_attn.{x}_proj.weight", (rows, hidden), 0, bounds) for x, rows, bounds in qkv]),
+            qkv_bias=torch.cat([part(f"self_attn.{x}_proj.bias", (rows,), 0, bounds) for x, rows, bounds in qkv]),
+            o_weight=part("self_attn.o_proj.weight", (hidden, q_rows), 1, q_part),
+            mlp_norm=self._load_norm(weights, f"{name}.post_attention_layernorm.weight"),
+            gate_up_weight=torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")]),
+            down_weight=part("mlp.down_proj.weight", (hidden, inner), 1, inner_part),
+        )
+
+    def _load_norm(self, weights: Weights, name: str) -> Tensor:
+        return weights.tensor(f"model.language_model.{name}", (self.config.hidden_size,), self.dtype, self.device)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding in float32: entry i of a head turns with entry i + head_dim / 2."""
+    x = x.float()
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), signed_sin)

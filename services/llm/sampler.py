@@ -1,0 +1,283 @@
+"""From logits to tokens.
+
+A draw is counter-based: its noise is a hash of (seed, position of the token in the output, token id). Whatever device or batch
+computes it, and however often a request is resumed, the same logits give the same token.
+"""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.messages import Sampling, Stopping
+
+GREEDY_BELOW = 1e-5
+# The noise lies between -2.9 and 22.9: what is further than that behind the best cannot win.
+NOISE_RANGE = 26.0
+# A nucleus (top_p) is looked for among so many best tokens before the whole vocabulary is sorted.
+FIRST_NUCLEUS_WIDTH = 1024
+MASK_64 = 2**64 - 1
+# The increment and the multipliers of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+INCREMENT, MULTIPLIER_1, MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities under the model's own distribution, before penalties and temperature."""
+
+    logprob: float
+    """Of the token drawn."""
+    top_token_ids: np.ndarray
+    """int64 [num_logprobs], most probable first."""
+    top_logprobs: np.ndarray
+    """float32 [num_logprobs]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    token_ids: list[int]
+    """One a row; meaningless in a bad row."""
+    logprobs: dict[int, Logprobs]
+    """By row, for the rows that asked for them and are not bad."""
+    bad_rows: list[int]
+    """Rows whose logits hold a NaN, +inf, or nothing finite: no token can be drawn."""
+
+
+class TokenCounts:
+    """How often each token occurred, as arrays that grow by one entry a new token."""
+
+    def __init__(self, token_ids: Iterable[int]) -> None:
+        ids, counts = np.unique(np.fromiter(token_ids, np.int64), return_counts=True)
+        self._size, self._ids, self._counts = len(ids), ids, counts
+        self._entry = {token_id: entry for entry, token_id in enumerate(ids.tolist())}
+
+    def add(self, token_id: int) -> None:
+        entry = self._entry.setdefault(token_id, self._size)
+        if entry == len(self._ids):
+            self._ids, self._counts = (np.concatenate((a, np.zeros(len(a) + 64, np.int64))) for a in (self._ids, self._counts))
+        if entry == self._size:
+            self._ids[entry] = token_id
+            self._size += 1
+        self._counts[entry] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts[: self._size]
+
+
+@dataclass(slots=True)
+class Request:
+    sampling: Sampling
+    min_tokens: int
+    ending_ids: np.ndarray
+    """int64: tokens that end the answer, not to be drawn before `min_tokens` are there."""
+    seen: TokenCounts | None
+    """Prompt and output, for the repetition penalty."""
+    drawn: TokenCounts | None
+    """Output, for the presence and the frequency penalty."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+    def record(self, token_id: int) -> None:
+        for counts in (self.seen, self.drawn):
+            if counts is not None:
+                counts.add(token_id)
+
+
+@dataclass(slots=True)
+class Edits:
+    """Single entries [row, token] of the logits, with what is to be done to them."""
+
+    places: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, row: int, vocab_size: int, token_ids: np.ndarray, values: np.ndarray | float) -> None:
+        known = (token_ids >= 0) & (token_ids < vocab_size)
+        self.places.append(row * vocab_size + token_ids[known])
+        self.values.append(np.broadcast_to(np.asarray(values, np.float32), token_ids.shape)[known])
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return tuple(torch.from_numpy(np.concatenate(parts)).to(device) for parts in (self.places, self.values))
+
+
+class Sampler:
+    """Draws the next token of many requests at once; remembers of each what its penalties need."""
+
+    def __init__(self) -> None:
+        self._requests: dict[Hashable, Request] = {}
+
+    def add(
+        self,
+        key: Hashable,
+        sampling: Sampling,
+        stopping: Stopping,
+        prompt_token_ids: np.ndarray,
+        output_token_ids: list[int],
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Begin a request, or go on with one that has `output_token_ids` already. All of `sampling` is resolved."""
+        assert None not in (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+        penalises_repetition = sampling.repetition_penalty != 1
+        penalises_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        ending_ids = stopping.stop_token_ids + (() if stopping.ignore_eos else eos_token_ids)
+        self._requests[key] = Request(
+            sampling,
+            stopping.min_tokens,
+            np.array(ending_ids, np.int64),
+            TokenCounts([*prompt_token_ids.tolist(), *output_token_ids]) if penalises_repetition else None,
+            TokenCounts(output_token_ids) if penalises_output else None,
+        )
+
+    def remove(self, key: Hashable) -> None:
+        self._requests.pop(key, None)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, keys: list[Hashable], positions: list[int]) -> SampledTokens:
+        """Draw one token a row of `logits`, float32 [num_rows, vocab_size].
+
+        `positions` say which token of its request's output each row's will be, counted from 0 and over all attempts.
+        """
+        requests = [self._requests[key] for key in keys]
+        scores = self._penalised(logits, requests, positions)
+        best, choice = scores.max(-1)
+        if drawn_rows := [row for row, request in enumerate(requests) if not request.is_greedy]:
+            rows = torch.tensor(drawn_rows, device=logits.device)
+            choice[rows] = draw(scores[rows], [requests[row].sampling for row in drawn_rows], [positions[row] for row in drawn_rows])
+        # A NaN is the maximum of its row, and +inf, too; a row of -inf has no other maximum.
+        token_ids = torch.where(best.isfinite(), choice, -1).tolist()
+        bad_rows = [row for row, token_id in enumerate(token_ids) if token_id < 0]
+        logprobs = self._logprobs(logits, requests, token_ids)
+        for request, token_id in zip(requests, token_ids, strict=True):
+            if token_id >= 0:
+                request.record(token_id)
+        return SampledTokens(token_ids, logprobs, bad_rows)
+
+    def _penalised(self, logits: Tensor, requests: list[Request], positions: list[int]) -> Tensor:
+        """The logits with the penalties applied; the logits themselves where there are none."""
+        banned, factors, terms = Edits(), Edits(), Edits()
+        vocab_size = logits.shape[1]
+        for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+            sampling = request.sampling
+            if position < request.min_tokens:
+                banned.add(row, vocab_size, request.ending_ids, -torch.inf)
+            if request.seen is not None:
+                factors.add(row, vocab_size, request.seen.ids, sampling.repetition_penalty)
+            if request.drawn is not None:
+                counts = request.drawn.counts
+                terms.add(row, vocab_size, request.drawn.ids, -sampling.presence_penalty - sampling.frequency_penalty * counts)
+        if not (banned.places or factors.places or terms.places):
+            return logits
+        flat = logits.flatten().clone()
+        if factors.places:
+            places, factor = factors.tensors(logits.device)
+            given = flat[places]
+            flat[places] = torch.where(given > 0, given / factor, given * factor)
+        if terms.places:
+            places, term = terms.tensors(logits.device)
+            flat[places] += term
+        if banned.places:
+            places, values = banned.tensors(logits.device)
+            flat[places] = values
+        return flat.view_as(logits)
+
+    def _logprobs(self, logits: Tensor, requests: list[Request], token_ids: list[int]) -> dict[int, Logprobs]:
+        wanted = {row: n for row, r in enumerate(requests) if (n := r.sampling.num_logprobs) is not None and token_ids[row] >= 0}
+        if not wanted:
+            return {}
+        logprobs = logits[torch.tensor(list(wanted), device=logits.device)].log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor([[token_ids[row]] for row in wanted], device=logits.device))[:, 0].tolist()
+        top = logprobs.topk(min(max(wanted.values()), logits.shape[1]))
+        top_ids, top_values = top.indices.cpu().numpy(), top.values.cpu().numpy()
+        return {row: Logprobs(chosen[i], top_ids[i, :n], top_values[i, :n]) for i, (row, n) in enumerate(wanted.items())}
+
+
+def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
+    """int64 [num_rows]: a token of each row, drawn by its temperature among those that its filters leave.
+
+    The largest sum of score and Gumbel noise is a draw from softmax(scores).
+    """
+    scaled = scores / column(samplings, "temperature", scores)
+    # Noise is dear, and most of a large vocabulary needs none.
+    kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
+    row, token = kept // scores.shape[1], kept % scores.shape[1]
+    keys = torch.tensor(
+        [signed(mix(mix(s.seed) + position)) for s, position in zip(samplings, positions, strict=True)], device=scores.device
+    )
+    noisy = torch.full_like(scaled, -torch.inf).flatten()
+    noisy[kept] = scaled.flatten()[kept] + gumbel_noise(keys[row], token)
+    return noisy.view_as(scaled).argmax(-1)
+
+
+def threshold(scaled: Tensor, samplings: list[Sampling]) -> Tensor:
+    """[num_rows, 1]: the smallest scaled logit that can be drawn; equal ones stay together."""
+    best, vocab_size = scaled.amax(-1, keepdim=True), scaled.shape[1]
+    lowest = torch.maximum(best - NOISE_RANGE, best + column(samplings, "min_p", scaled).log())
+    if all(not s.top_k and s.top_p == 1 for s in samplings):
+        return lowest
+    top_ks = [min(s.top_k or vocab_size, vocab_size) for s in samplings]
+    width = max([FIRST_NUCLEUS_WIDTH, *(k for k in top_ks if k < vocab_size)])
+    top_k = torch.tensor(top_ks, device=scaled.device)[:, None]
+    return torch.maximum(lowest, top_threshold(scaled, top_k, column(samplings, "top_p", scaled), min(width, vocab_size)))
+
+
+def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
+    """The same for top_k, and for top_p among what top_k leaves; looks at the `width` best tokens where these suffice."""
+    vocab_size = scaled.shape[1]
+    ordered = scaled.topk(width).values
+    within = torch.arange(width, device=scaled.device) < top_k
+    total = torch.where(top_k < vocab_size, ordered.where(within, -torch.inf).logsumexp(-1, True), scaled.logsumexp(-1, True))
+    probabilities = (ordered - total).exp()
+    # A token stays where those before it do not reach top_p: the first always does. Rounding must not cut the tail of a row
+    # that has no top_p.
+    kept = within & ((probabilities.cumsum(-1) - probabilities < top_p) | (top_p == 1))
+    unfiltered = (top_k == vocab_size) & (top_p == 1)
+    if width < vocab_size and (kept[:, -1:] & (top_k > width) & ~unfiltered).any():
+        return top_threshold(scaled, top_k, top_p, vocab_size)
+    smallest = ordered.gather(1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
+    return smallest.masked_fill(unfiltered, -torch.inf)
+
+
+def column(samplings: list[Sampling], name: str, like: Tensor) -> Tensor:
+    """[num_rows, 1]: one field of each row's sampling."""
+    return torch.tensor([[getattr(s, name)] for s in samplings], dtype=like.dtype, device=like.device)
+
+
+def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """float32 [n]: -log(-log(u)) of a u in (0, 1) that (key, token id) determines."""
+    bits = mix_tensor(keys + (token_ids + 1) * signed(INCREMENT))
+    # 1 - u is what the hash gives: large noise, that of a small 1 - u, is the finest then.
+    complement = ((shift_right(bits, 32).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -(-torch.log1p(-complement)).log()
+
+
+def mix(state: int) -> int:
+    """splitmix64's output for a state, of which the low 64 bits count."""
+    x = (state + INCREMENT) & MASK_64
+    x = ((x ^ (x >> 30)) * MULTIPLIER_1) & MASK_64
+    x = ((x ^ (x >> 27)) * MULTIPLIER_2) & MASK_64
+    return x ^ (x >> 31)
+
+
+def mix_tensor(x: Tensor) -> Tensor:
+    """The same of int64 states that were incremented already: products wrap, as they must."""
+    x = (x ^ shift_right(x, 30)) * signed(MULTIPLIER_1)
+    x = (x ^ shift_right(x, 27)) * signed(MULTIPLIER_2)
+    return x ^ shift_right(x, 31)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Of int64 as if it were unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def signed(x: int) -> int:
+    """The int64 of the same 64 bits."""
+    return x - 2**64 if x >= 2**63 else x

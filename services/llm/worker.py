@@ -1,0 +1,120 @@
+"""The language group's shell: messages to the engine, its outputs to the detokenizers."""
+
+from typing import Any
+
+import numpy as np
+
+from common.links import Down, Event, Received, Up
+from common.logs import get_logger
+from common.member import Member
+from common.messages import (
+    Abort,
+    Embeddings,
+    Failed,
+    ImageReceived,
+    ImageRejected,
+    Prompt,
+    Start,
+    StopFound,
+    Tokens,
+)
+from common.torch_tensors import to_torch
+from common.wire import Tensor
+from services.llm.engine import Engine, Output, timings_of, usage_of
+
+
+class Worker:
+    def __init__(self, member: Member, engine: Engine) -> None:
+        self._member, self._engine, self._log = member, engine, get_logger()
+
+    def run(self) -> None:
+        """Steps while there is something to compute; waits for messages where there is not."""
+        idle = True
+        while (events := self._member.waiting_events(wait=idle)) is not None:
+            for event in events:
+                self._handle(event)
+            outputs = self._engine.step()
+            for output in outputs or []:
+                self._send(output)
+            idle = outputs is None
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received(peer_id=peer_id, message=message):
+                self._take(peer_id, message)
+            case Down(peer_id=peer_id, role=role, reason=reason):
+                self._log.info("peer gone", peer=peer_id, reason=reason)
+                if role in ("gateway", "preprocess"):
+                    self._engine.abort_all(peer_id)
+            case Up():
+                pass
+
+    def _take(self, peer_id: str, message: Any) -> None:
+        match message:
+            case Prompt():
+                self._member.links.connect(message.detokenizer, "detokenizer")
+                for image, objection in self._engine.add(message):
+                    self._acknowledge(peer_id, message, image, objection)
+                self._log.debug("prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0])
+            case Embeddings():
+                key = (message.request_id, message.attempt)
+                timings = {"queue_seconds": message.queue_seconds, "encode_seconds": message.encode_seconds, "cached": message.cached}
+                objection = self._engine.add_embeddings(key, message.image, to_torch(message.embeddings), timings, message.preprocess_id)
+                if objection is not None:
+                    self._acknowledge(message.preprocess_id, message, message.image, objection)
+            case Abort():
+                self._abort(message)
+            case StopFound():
+                self._engine.abort((message.request_id, message.attempt))
+
+    def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str | None) -> None:
+        name = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
+        answer = ImageRejected(**name, reason=objection) if objection else ImageReceived(**name)
+        self._member.links.send(preprocess_id, answer)
+
+    def _abort(self, message: Abort) -> None:
+        key = (message.request_id, message.attempt)
+        request = self._engine.requests.get(key)
+        self._engine.abort(key)
+        if request and request.first_token:
+            self._member.links.send(request.prompt.detokenizer.id, message)
+
+    def _send(self, output: Output) -> None:
+        prompt = output.request.prompt
+        name = {"request_id": prompt.request_id, "attempt": prompt.attempt}
+        send = lambda message: self._member.links.send(prompt.detokenizer.id, message)  # noqa: E731
+        if output.offset == 0:
+            request = output.request
+            send(
+                Start(
+                    **name,
+                    gateway_id=prompt.gateway_id,
+                    stopping=prompt.stopping,
+                    usage=usage_of(request),
+                    timings=Tensor.of_bytes(timings_of(request)),
+                )
+            )
+        if output.error:
+            self._log.error("request failed", request_id=prompt.request_id, reason=output.error)
+            send(Failed(**name, code="Internal", message=output.error, stage="llm"))
+            return
+        send(
+            Tokens(
+                **name,
+                offset=output.offset,
+                token_ids=Tensor.of(np.array(output.token_ids, np.int64)),
+                finish_reason=output.finish_reason,
+                **logprobs_of(output),
+            )
+        )
+
+
+def logprobs_of(output: Output) -> dict[str, Tensor]:
+    """The fields of Tokens for one token; none where the request asked for none."""
+    if (found := output.logprobs) is None:
+        return {}
+    return {
+        "logprobs": Tensor.of(np.array([found.logprob], np.float32)),
+        "top_token_ids": Tensor.of(found.top_token_ids[None]),
+        "top_logprobs": Tensor.of(found.top_logprobs[None]),
+    }

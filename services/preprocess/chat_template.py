@@ -1,0 +1,115 @@
+"""The checkpoint's own chat template: messages to the prompt's text."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from common.checkpoint import BadCheckpoint, read_json
+from common.errors import InvalidRequest
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class ChatTemplate:
+    """A compiled template. It runs in a sandbox: a checkpoint comes from elsewhere and may not run code here."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = to_json
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as e:
+            raise BadCheckpoint(f"the chat template cannot be compiled: line {e.lineno}: {e.message}") from e
+        self.special_tokens = special_tokens
+
+    def render(self, messages: Any) -> str:
+        """The prompt of a conversation, up to where the assistant begins to speak.
+
+        Raises
+        ------
+        InvalidRequest
+            where the messages are malformed, or the template refuses them.
+        """
+        try:
+            return self.template.render(messages=normalise(messages), add_generation_prompt=True, **self.special_tokens)
+        except jinja2.TemplateError as e:
+            raise InvalidRequest(f"the model's chat template refuses the messages: {e.message}") from e
+
+
+def load(path: Path) -> ChatTemplate:
+    """The template of a model directory: chat_template.jinja, chat_template.json or tokenizer_config.json, whichever is first."""
+    tokenizer_config = optional_json(path / "tokenizer_config.json")
+    source = find_source(path, tokenizer_config)
+    if source is None:
+        raise BadCheckpoint(
+            f"{path} has no chat template: put chat_template.jinja, chat_template.json or tokenizer_config.json with one there"
+        )
+    named = {name: tokenizer_config.get(name) for name in SPECIAL_TOKENS}
+    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token}
+    return ChatTemplate(source, tokens)
+
+
+def find_source(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    if (file := path / "chat_template.jinja").exists():
+        return file.read_text()
+    found = optional_json(path / "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
+
+
+def normalise(messages: Any) -> list[dict[str, Any]]:
+    """Only what templates may rely on: a known role, and content that is text or a list of text and image parts."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list of at least one message")
+    return [normalise_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def normalise_message(message: Any, where: str) -> dict[str, Any]:
+    match message:
+        case {"role": str(role), **rest} if role in ROLES:
+            pass
+        case _:
+            raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}")
+    match rest.get("content"):
+        case None:
+            content: Any = ""
+        case str(content):
+            pass
+        case [*parts]:
+            content = [normalise_part(part, f"{where}.content[{i}]") for i, part in enumerate(parts)]
+        case _:
+            raise InvalidRequest(f"{where}.content must be text or a list of parts")
+    return {"role": ROLES[role], "content": content}
+
+
+def normalise_part(part: Any, where: str) -> dict[str, str]:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image"}:
+            return {"type": "image"}
+    raise InvalidRequest(f"{where} must be a text or an image")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Unlike jinja2's own filter it does not escape for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,71 @@
+"""Encoded image files to RGB pixels, whatever the bytes are; and bicubic resizing."""
+
+import struct
+import warnings
+import zlib
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from common.errors import TooLarge, UnreadableImage
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+MAX_PIXELS = 50_000_000
+
+# Pillow's readers parse hostile bytes in Python and raise whatever the broken part of the file leads to.
+READER_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of a PNG, JPEG, WEBP or GIF file (its first frame): uint8 [height, width, 3].
+
+    The size is checked in the header, before any pixel is decoded. As in the reference, transparency is dropped and not
+    blended, and the orientation noted in EXIF is not applied.
+
+    Raises
+    ------
+    UnreadableImage
+        where the bytes are no such image, or a broken one. Pillow's own words, which may hold addresses, are not passed on.
+    TooLarge
+        beyond `max_pixels`.
+    """
+    # Pillow warns of large and of slightly broken files; the limit here is lower, and broken files that decode are welcome.
+    with warnings.catch_warnings(action="ignore"):
+        image = open_checked(data, max_pixels)
+        try:
+            return np.asarray(image.convert("RGB"))
+        except READER_ERRORS as e:
+            raise UnreadableImage(f"the image is a broken or cut off {image.format}; send the whole file") from e
+
+
+def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as e:
+        raise TooLarge(f"the image has more than the {max_pixels} pixels allowed; send it smaller") from e
+    except READER_ERRORS as e:
+        raise UnreadableImage(f"the bytes are no image of the formats {', '.join(FORMATS)}") from e
+    if image.width * image.height > max_pixels:
+        raise TooLarge(f"the image has {image.width}x{image.height} pixels, at most {max_pixels} are allowed; send it smaller")
+    return image
+
+
+def resize(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialiasing, as Pillow does it: uint8 [height, width, 3]."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))

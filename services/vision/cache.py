@@ -1,0 +1,28 @@
+"""Embeddings of images that were encoded before, bounded in bytes."""
+
+from collections import OrderedDict
+
+import torch
+
+
+class EmbeddingCache:
+    """mm_hash -> [num_image_tokens, hidden_size]; the least recently used go first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def get(self, mm_hash: str) -> torch.Tensor | None:
+        if mm_hash not in self._entries:
+            return None
+        self._entries.move_to_end(mm_hash)
+        return self._entries[mm_hash]
+
+    def put(self, mm_hash: str, embeddings: torch.Tensor) -> None:
+        if embeddings.nbytes > self.max_bytes or mm_hash in self._entries:
+            return
+        self._entries[mm_hash] = embeddings
+        self.num_bytes += embeddings.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.num_bytes -= oldest.nbytes

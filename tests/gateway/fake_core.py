@@ -1,0 +1,128 @@
+"""A core that answers by script, remembers what it was asked and what was aborted; and the doors before it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import uvicorn
+
+from common.errors import NotFound
+from common.messages import Usage
+from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+from services.gateway.grpc_api import create_server
+from services.gateway.metrics import MeasuredCore
+from services.gateway.openai_http import create_app
+
+TIMINGS = {
+    "preprocess_seconds": 0.25,
+    "images": [{"preprocess_seconds": 0.125, "queue_seconds": 0.0, "encode_seconds": 0.5, "cached": False}],
+    "queue_seconds": 0.0,
+    "prefill_seconds": 0.5,
+    "decode_seconds": 1.0,
+    "time_to_first_token_seconds": 0.75,
+    "total_seconds": 2.0,
+}
+
+
+def logprob(token_id: int, token: str) -> dict[str, Any]:
+    entry = {"token": token, "token_id": token_id, "bytes": list(token.encode()), "logprob": -0.5}
+    return entry | {"top_logprobs": [dict(entry)]}
+
+
+class Forever:
+    """In a script: nothing more comes until the client has enough."""
+
+
+FOREVER = Forever()
+
+HELLO: tuple[Event | Exception | Forever, ...] = (
+    Began([1, 2, 3]),
+    Piece(0, [10], "Hel", [logprob(10, "Hel")]),
+    Piece(1, [11], "", [logprob(11, "l")]),
+    Piece(2, [12], "lo", [logprob(12, "o")]),
+    Ended("stop", Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2), TIMINGS),
+)
+
+
+class FakeCore:
+    def __init__(self, *script: Event | Exception | Forever, refusal: Exception | None = None) -> None:
+        self.model_name = "org/tiny"
+        self.script, self.refusal = script or HELLO, refusal
+        self.requests: list[GenerationRequest] = []
+        self.waiting, self.aborted = asyncio.Event(), asyncio.Event()
+        self.reason = ""
+
+    @asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        self.requests.append(request)
+        if self.refusal:
+            raise self.refusal
+        ended = False
+
+        async def events() -> AsyncIterator[Event]:
+            nonlocal ended
+            for step in self.script:
+                if isinstance(step, Forever):
+                    self.waiting.set()
+                    await asyncio.Event().wait()
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    ended = isinstance(step, Ended)
+                    yield step
+
+        try:
+            yield events()
+        finally:
+            if not ended:
+                self.aborted.set()
+
+    def check_model(self, model: str | None) -> None:
+        if model not in (None, self.model_name):
+            raise NotFound(f"no model {model!r} is served")
+
+    def max_model_len(self) -> int | None:
+        return 4096
+
+    def not_ready(self) -> str:
+        return self.reason
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn that leaves the test process's signals alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def http_door(core: FakeCore) -> AsyncIterator[int]:
+    """A real server on a free port, which is given; it listens before it is served, so nobody need wait for it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        app = create_app(MeasuredCore(core), max_body_bytes=10**6)
+        server = QuietServer(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving
+
+
+@asynccontextmanager
+async def grpc_door(core: FakeCore, controller: str = "127.0.0.1:1") -> AsyncIterator[str]:
+    """A real gRPC server on a free port; gives its address."""
+    async with grpc.aio.insecure_channel(controller) as channel:
+        server = create_server(MeasuredCore(core), channel, max_message_bytes=10**6)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            await server.stop(None)

@@ -1,0 +1,205 @@
+"""The language model equals the reference, however its batches are cut and its blocks lie."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint import open_checkpoint
+from services.llm.families.qwen2_5_vl import Shard
+from services.llm.model_runner import ModelRunner
+from services.llm.plan import StepPlan
+from tests.golden import CASES, GoldenCase, max_difference
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 8
+NUM_BLOCKS = 96
+NUM_STEPS = 32
+# How far the logits of transformers 5.23.0 in bfloat16 lie from its own in float32 (the same ids being fed).
+BFLOAT16_DIFFERENCE = {"a_image": 0.50, "b_two_images_tied": 0.98, "c_gqa_tp8": 0.22, "d_text": 0.42}
+
+
+class Sequence:
+    """A golden request: its tokens with their positions and embeddings, and blocks that lie anywhere in the cache."""
+
+    def __init__(self, case: GoldenCase, blocks: np.ndarray) -> None:
+        self.blocks, self.num_computed = blocks, 0
+        self.token_ids = np.array(case.expected["input_ids"], np.int64)
+        self.positions = case.tensors["position_ids"]
+        self.delta = case.expected["rope_delta"]
+        self.embeddings = torch.from_numpy(case.tensors.get("image_embeds", np.zeros((0, 1), np.float32)))
+        placeholder = open_checkpoint(case.checkpoint).config["image_token_id"]
+        self.is_image = (self.token_ids == placeholder) & (len(self.embeddings) > 0)
+
+    def append(self, token_id: int) -> None:
+        position = np.full((3, 1), len(self.token_ids) + self.delta)
+        self.token_ids = np.append(self.token_ids, token_id)
+        self.positions = np.concatenate((self.positions, position), 1)
+        self.is_image = np.append(self.is_image, False)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+def blocks_of(num_sequences: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).permutation(NUM_BLOCKS).reshape(num_sequences, -1))
+
+
+def step(runner: ModelRunner, work: list[tuple[Sequence, int]]) -> np.ndarray:
+    """Compute that many tokens of each sequence; the logits of those that have none left, in order."""
+    spans = [np.arange(s.num_computed, s.num_computed + count) for s, count in work]
+    starts = np.cumsum([0] + [count for _, count in work])
+    is_image = [s.is_image[span] for (s, _), span in zip(work, spans, strict=True)]
+    plan = StepPlan(
+        # A placeholder's id is irrelevant: one that no vocabulary knows must do.
+        token_ids=np.concatenate(
+            [np.where(image, 10**9, s.token_ids[span]) for (s, _), span, image in zip(work, spans, is_image, strict=True)]
+        ),
+        positions=np.concatenate([s.positions[:, span] for (s, _), span in zip(work, spans, strict=True)], 1),
+        slot_mapping=np.concatenate(
+            [s.blocks[span // BLOCK_SIZE] * BLOCK_SIZE + span % BLOCK_SIZE for (s, _), span in zip(work, spans, strict=True)]
+        ),
+        query_lens=np.array([count for _, count in work]),
+        context_lens=np.array([span[-1] + 1 for span in spans]),
+        block_tables=padded([s.blocks[: -(-(span[-1] + 1) // BLOCK_SIZE)] for (s, _), span in zip(work, spans, strict=True)]),
+        embedding_rows=np.flatnonzero(np.concatenate(is_image)),
+        sampled_rows=np.array([stop - 1 for (s, count), stop in zip(work, starts[1:], strict=True) if count == s.num_left], np.int64),
+    )
+    embeddings = []
+    for (s, count), span, image in zip(work, spans, is_image, strict=True):
+        if image.any():
+            first = s.is_image[: span[0]].sum()
+            embeddings.append(s.embeddings[first : first + image.sum()])
+        s.num_computed += count
+    return runner.execute(plan, embeddings).numpy()
+
+
+def padded(tables: list[np.ndarray]) -> np.ndarray:
+    longest = max(map(len, tables))
+    return np.stack([np.pad(table, (0, longest - len(table))) for table in tables])
+
+
+def runner_of(case: GoldenCase, dtype: torch.dtype = torch.float32, shard: Shard = Shard()) -> ModelRunner:
+    return ModelRunner(open_checkpoint(case.checkpoint), dtype, CPU, NUM_BLOCKS, BLOCK_SIZE, shard=shard)
+
+
+def forced_logits(runner: ModelRunner, case: GoldenCase, chunk: int) -> np.ndarray:
+    """Logits of the last prompt token and of every greedy token but the last, the expected ones being fed."""
+    sequence = Sequence(case, blocks_of(1)[0])
+    logits = np.empty((0, runner.vocab_size), np.float32)
+    while not len(logits):
+        logits = step(runner, [(sequence, min(chunk, sequence.num_left))])
+    for token_id in case.expected["greedy_ids"][: NUM_STEPS - 1]:
+        sequence.append(token_id)
+        logits = np.concatenate((logits, step(runner, [(sequence, 1)])))
+    return logits
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> GoldenCase:
+    return GoldenCase(request.param)
+
+
+@pytest.mark.parametrize("chunk", [1000, 1, 7, 16, 33])
+def test_logits_equal_the_reference_in_any_chunks(case: GoldenCase, chunk: int) -> None:
+    logits = forced_logits(runner_of(case), case, chunk)
+    assert max_difference(logits[0], case.tensors["prefill_logits_last"]) < 1e-3
+    assert max_difference(logits, case.tensors["greedy_logits"]) < 1e-3
+    assert logits.argmax(1).tolist() == case.expected["greedy_ids"]
+
+
+def test_sequences_of_all_kinds_share_a_step(case: GoldenCase) -> None:
+    runner = runner_of(case)
+    early, late, chunked = (Sequence(case, blocks) for blocks in blocks_of(3))
+    greedy_ids = {id(s): [] for s in (early, late, chunked)}
+    for i in itertools.count():
+        work = [(chunked, min(3, chunked.num_left)), (early, early.num_left)] + [(late, late.num_left)] * (i >= 3)
+        work = [(s, count) for s, count in work if len(greedy_ids[id(s)]) < NUM_STEPS]
+        if not work:
+            break
+        finished = [s for s, count in work if count == s.num_left]
+        for s, row in zip(finished, step(runner, work), strict=True):
+            greedy_ids[id(s)].append(int(row.argmax()))
+            s.append(greedy_ids[id(s)][-1])
+    assert list(greedy_ids.values()) == [case.expected["greedy_ids"]] * 3
+
+
+def test_a_step_that_samples_nothing_returns_no_rows(case: GoldenCase) -> None:
+    runner = runner_of(case)
+    assert step(runner, [(Sequence(case, blocks_of(1)[0]), 5)]).shape == (0, runner.vocab_size)
+
+
+def test_logits_of_every_prompt_position_equal_the_reference() -> None:
+    case = GoldenCase("a_image")
+    runner = runner_of(case)
+    sequence = Sequence(case, blocks_of(1)[0])
+    length = len(sequence.token_ids)
+    sequence.token_ids = sequence.token_ids[:0]
+    rows = []
+    for i in range(length):
+        sequence.token_ids = np.array(case.expected["input_ids"][: i + 1])
+        rows.append(step(runner, [(sequence, 1)]))
+    assert max_difference(np.concatenate(rows), case.tensors["prefill_logits_all"]) < 1e-3
+
+
+def test_what_a_block_held_before_does_not_reach_its_next_owner() -> None:
+    case = GoldenCase("d_text")
+    runner = runner_of(case)
+    runner._kv_cache.fill_(torch.nan)
+    logits = forced_logits(runner, case, 7)
+    assert max_difference(logits, case.tensors["greedy_logits"]) < 1e-3
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase) -> None:
+    logits = forced_logits(runner_of(case, torch.bfloat16), case, 16)
+    expected = case.tensors["greedy_logits"]
+    assert max_difference(logits, expected) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
+    best = np.sort(expected, 1)
+    clear = best[:, -1] - best[:, -2] > 0.5
+    assert clear.any()
+    assert (logits.argmax(1) == expected.argmax(1))[clear].all()
+
+
+class ThreadGroup:
+    """Ranks as threads: a reduction waits for all and adds what they brought in the order of ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.barrier = threading.Barrier(world_size, timeout=60)
+        self.parts: list[torch.Tensor] = [torch.empty(0)] * world_size
+
+    def shard(self, rank: int) -> Shard:
+        def all_reduce(partial: torch.Tensor) -> torch.Tensor:
+            self.parts[rank] = partial
+            self.barrier.wait()
+            total = torch.stack(self.parts).sum(0)
+            self.barrier.wait()
+            return total
+
+        return Shard(rank, len(self.parts), all_reduce)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_the_shares_of_all_ranks_make_the_whole_model(world_size: int) -> None:
+    case = GoldenCase("c_gqa_tp8")
+    group = ThreadGroup(world_size)
+    logits: list[np.ndarray] = [np.empty(0)] * world_size
+
+    def run(rank: int) -> None:
+        logits[rank] = forced_logits(runner_of(case, shard=group.shard(rank)), case, 33)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(world_size):
+        assert max_difference(logits[rank], case.tensors["greedy_logits"]) < 1e-3
+
+
+def test_kv_bytes_are_those_of_the_cache(case: GoldenCase) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        size = ModelRunner.kv_bytes_per_block(open_checkpoint(case.checkpoint), dtype, BLOCK_SIZE)
+        assert size * NUM_BLOCKS == runner_of(case, dtype)._kv_cache.nbytes

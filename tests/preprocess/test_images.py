@@ -1,0 +1,149 @@
+"""Bytes from anywhere become RGB pixels or one of our own errors."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.errors import InvalidRequest, TooLarge, UnreadableImage
+from services.preprocess.images import decode, resize
+from tests.preprocess.cases import encoded, noise
+
+
+def png_with_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds hardly any pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_lossless_formats_give_the_pixels_back(format: str) -> None:
+    rgb = noise(20, 31)
+    assert np.array_equal(decode(encoded(rgb, format, lossless=True)), rgb)
+
+
+def test_jpeg_gives_what_pillow_gives() -> None:
+    data = encoded(noise(20, 31), "JPEG", quality=90)
+    found = decode(data)
+    assert found.shape == (20, 31, 3) and found.dtype == np.uint8
+    assert np.array_equal(found, np.asarray(Image.open(BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_any_buffer_is_read(kind: type) -> None:
+    assert decode(kind(encoded(noise(3, 5)))).shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_every_png_mode_becomes_what_pillow_converts_it_to(mode: str) -> None:
+    grey = noise(9, 8)[..., 0]
+    image = Image.fromarray(grey.astype(np.uint16) * 300) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    assert image.mode == mode
+    data = encoded(image)
+    found = decode(data)
+    assert found.shape == (9, 8, 3) and found.dtype == np.uint8
+    assert np.array_equal(found, np.asarray(Image.open(BytesIO(data)).convert("RGB")))
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    red, green, blue = decode(data)[4, 4].tolist()
+    assert red > 200 and green < 60 and blue < 60
+
+
+def test_transparency_is_dropped_and_not_blended() -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., :3] = (10, 20, 30)
+    assert (decode(encoded(rgba)) == (10, 20, 30)).all()
+
+
+def test_a_palette_with_alpha_gives_the_palettes_colours_without_a_warning() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    data = encoded(image, transparency=b"\xff\x00")
+    assert (decode(data) == (200, 100, 50)).all()
+
+
+def test_an_animated_gif_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("#ff0000", "#0000ff")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert Image.open(BytesIO(data)).n_frames == 2
+    assert (decode(data) == (255, 0, 0)).all()
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(noise(8, 16), "JPEG", exif=exif)).shape == (8, 16, 3)
+
+
+def test_one_pixel_is_an_image() -> None:
+    assert decode(encoded(noise(1, 1))).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg></svg>", b"%!PS-Adobe-3.0 EPSF-3.0", b"\xff\xd8\xff"])
+def test_what_is_no_image_is_unreadable(data: bytes) -> None:
+    with pytest.raises(UnreadableImage, match="no image of the formats PNG, JPEG, WEBP, GIF"):
+        decode(data)
+
+
+@pytest.mark.parametrize("format", ["BMP", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_unreadable(format: str) -> None:
+    with pytest.raises(UnreadableImage, match="no image of the formats"):
+        decode(encoded(noise(16, 16), format))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_cut_off_file_is_unreadable_and_no_library_text_gets_out(format: str, kept: float) -> None:
+    data = encoded(noise(64, 64), format)
+    with pytest.raises(UnreadableImage) as caught:
+        decode(data[: int(len(data) * kept)])
+    assert caught.value.message.startswith(("the image is a broken or cut off", "the bytes are no image"))
+    assert "0x" not in caught.value.message
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (10_000, 10_000), (7_100, 7_100), (2**31 - 1, 2**31 - 1)])
+def test_a_bomb_is_refused_by_its_header(width: int, height: int) -> None:
+    with pytest.raises(TooLarge, match="50000000"):
+        decode(png_with_header(width, height))
+
+
+def test_the_limit_of_pixels_is_inclusive() -> None:
+    data = encoded(noise(10, 20))
+    assert decode(data, max_pixels=200).shape == (10, 20, 3)
+    with pytest.raises(TooLarge, match="20x10 pixels, at most 199"):
+        decode(data, max_pixels=199)
+
+
+SEEDS = [encoded(noise(16, 16), format) for format in ("PNG", "JPEG", "WEBP", "GIF")]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
+def test_damaged_files_give_pixels_or_our_own_error(seed: bytes, damage: list[tuple[int, int]]) -> None:
+    data = bytearray(seed)
+    for at, value in damage:
+        data[at % len(data)] = value
+    try:
+        found = decode(data)
+    except InvalidRequest as e:
+        assert isinstance(e, UnreadableImage | TooLarge)
+    else:
+        assert found.ndim == 3 and found.shape[2] == 3 and found.dtype == np.uint8
+
+
+def test_resize_is_pillows_bicubic_and_leaves_the_right_size_alone() -> None:
+    rgb = noise(50, 70)
+    found = resize(rgb, 28, 56)
+    assert np.array_equal(found, np.asarray(Image.fromarray(rgb).resize((56, 28), Image.Resampling.BICUBIC)))
+    assert resize(rgb, 50, 70) is rgb

@@ -1,0 +1,296 @@
+"""Qwen2.5-VL's preprocessing equals the reference's, on the golden cases and beyond."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
+
+from common.checkpoint import open_checkpoint
+from common.errors import InvalidRequest, TooLarge, UnreadableImage
+from services.preprocess.families.qwen2_5_vl import Image, Preprocessor, patches, rope_positions, smart_resize
+from tests.preprocess.cases import CASES, GOLDEN, WITH_IMAGES, checkpoint_path, encoded, expected, noise, request
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+HUB_LIMITS = {"factor": 28, "min_pixels": 3136, "max_pixels": 12845056}
+
+
+@pytest.fixture(scope="module")
+def preprocessor() -> Preprocessor:
+    return Preprocessor(open_checkpoint(checkpoint_path("a_image")))
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """What the tower makes of patch rows uint8 [n, 3 * 14 * 14]: float32 [n, 1176], channel, time, y, x."""
+    pixels = rows.reshape(len(rows), 3, 1, 196).astype(np.float32) / 255
+    pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
+    return pixels.repeat(2, axis=2).reshape(len(rows), 1176)
+
+
+def image_of(preprocessor: Preprocessor, height: int, width: int) -> Image:
+    return preprocessor.image_plan(encoded(noise(height, width)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_requests_give_the_references_tensors(case: str) -> None:
+    preprocessor, want = Preprocessor(open_checkpoint(checkpoint_path(case))), expected(case)
+    tensors = load_file(GOLDEN / case / "expected" / "tensors.safetensors")
+    messages, files = request(case)
+    plans = [preprocessor.image_plan(data) for data in files]
+    assert len(plans) == {"a_image": 1, "b_two_images_tied": 2, "c_gqa_tp8": 1, "d_text": 0}[case]
+    assert [list(plan.grid_thw) for plan in plans] == want.get("image_grid_thw", [])
+
+    found = preprocessor.expand(preprocessor.tokenize("messages", messages), plans)
+    assert found.token_ids.dtype == np.int64 and found.token_ids.tolist() == want["input_ids"]
+    assert found.num_tokens == want["num_prompt_tokens"]
+    assert found.positions.dtype == np.int64 and np.array_equal(found.positions, tensors["position_ids"])
+    assert found.rope_delta == want["rope_delta"]
+    assert found.placeholders.tolist() == runs(want["input_ids"], preprocessor.image_token_id)
+    assert found.num_image_tokens == sum(plan.num_tokens for plan in plans)
+
+
+def runs(token_ids: list[int], wanted: int) -> list[list[int]]:
+    """[offset, length] of each run of one id."""
+    starts = [i for i, id in enumerate(token_ids) if id == wanted and token_ids[i - 1] != wanted]
+    return [[i, next(n for n in range(len(token_ids)) if token_ids[i + n] != wanted)] for i in starts]
+
+
+@pytest.mark.parametrize("case", WITH_IMAGES)
+def test_golden_pixels_equal_the_references(case: str) -> None:
+    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
+    want = load_file(GOLDEN / case / "expected" / "tensors.safetensors")["pixel_values"]
+    plans = [preprocessor.image_plan(data) for data in request(case)[1]]
+    rows = [plan.patches() for plan in plans]
+    assert [part.shape for part in rows] == [(plan.num_patches, 588) for plan in plans]
+    assert all(part.dtype == np.uint8 and part.flags.c_contiguous for part in rows)
+    found = normalised(np.concatenate(rows))
+    assert found.shape == want.shape and len(want) > 0
+    assert np.abs(found - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_texts_tokenize_as_in_the_reference(case: str) -> None:
+    preprocessor, probes = Preprocessor(open_checkpoint(checkpoint_path(case))), expected(case)["tokenizer_probes"]
+    assert probes
+    for probe in probes:
+        assert preprocessor.encode(probe["text"]).tolist() == probe["ids"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(45, 333), (300, 29), (720, 1280), (10, 17), (56, 56)])
+def test_pixels_of_any_size_equal_the_references(preprocessor: Preprocessor, height: int, width: int) -> None:
+    rgb = noise(height, width)
+    reference = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
+    want = reference(images=[rgb], return_tensors="np")
+    plan = preprocessor.image_plan(encoded(rgb))
+    assert [list(plan.grid_thw)] == want["image_grid_thw"].tolist()
+    assert np.abs(normalised(plan.patches()) - want["pixel_values"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "want"),
+    [
+        ((720, 1280), HUB_LIMITS, (728, 1288)),
+        ((1, 1), HUB_LIMITS, (56, 56)),
+        ((28, 28), HUB_LIMITS, (56, 56)),
+        ((42, 70), HUB_LIMITS, (56, 56)),  # 1.5 and 2.5 are both rounded to 2
+        ((98, 126), HUB_LIMITS, (112, 112)),  # 3.5 and 4.5 to 4
+        ((13, 1000), HUB_LIMITS, (28, 504)),  # a side rounded to nothing counts as too small
+        ((5, 1000), HUB_LIMITS, (28, 812)),
+        ((10000, 10000), HUB_LIMITS, (3556, 3556)),  # 3584 in exact arithmetic, in floating point just below
+        ((720, 1280), HUB_LIMITS | {"max_pixels": 921600}, (700, 1260)),
+        ((100, 100), HUB_LIMITS | {"min_pixels": 78400}, (280, 280)),
+        ((28, 5600), HUB_LIMITS | {"max_pixels": 784}, (28, 392)),
+    ],
+)
+def test_smart_resize_follows_the_table(size: tuple[int, int], limits: dict[str, int], want: tuple[int, int]) -> None:
+    assert smart_resize(*size, **limits) == want
+
+
+sides = st.integers(1, 8000)
+
+
+@given(sides, sides, st.sampled_from([3136, 78400]), st.sampled_from([100352, 921600, 12845056]))
+def test_smart_resize_equals_the_reference(height: int, width: int, min_pixels: int, max_pixels: int) -> None:
+    assume(max(height, width) <= 200 * min(height, width))
+    want = reference_smart_resize(height, width, factor=28, min_pixels=min_pixels, max_pixels=max_pixels)
+    assert smart_resize(height, width, 28, min_pixels, max_pixels) == want
+
+
+@pytest.mark.parametrize("size", [(1, 201), (2010, 10), (1, 50_000)])
+def test_smart_resize_refuses_a_strip_and_names_the_ratio(size: tuple[int, int]) -> None:
+    assert smart_resize(1, 200, **HUB_LIMITS)
+    with pytest.raises(InvalidRequest, match=rf"the image is {size[1]}x{size[0]}: one side may be at most 200 times"):
+        smart_resize(*size, **HUB_LIMITS)
+
+
+def test_patches_stand_in_blocks_that_are_merged() -> None:
+    rgb = noise(56, 84)
+    found = patches(rgb, 14, 2)
+    assert found.shape == (4 * 6, 588)
+    want = [
+        rgb[14 * y : 14 * y + 14, 14 * x : 14 * x + 14].transpose(2, 0, 1).ravel()
+        for row in range(2)
+        for column in range(3)
+        for y in (2 * row, 2 * row + 1)
+        for x in (2 * column, 2 * column + 1)
+    ]
+    assert np.array_equal(found, want)
+
+
+def test_equal_pixels_have_one_hash_in_any_file_format(preprocessor: Preprocessor) -> None:
+    rgb = noise(60, 90)
+    png, webp = (preprocessor.image_plan(encoded(rgb, format, lossless=True)) for format in ("PNG", "WEBP"))
+    small = preprocessor.image_plan(encoded(rgb, "PNG", compress_level=0))
+    assert png.mm_hash == webp.mm_hash == small.mm_hash
+    assert len(bytes.fromhex(png.mm_hash)) == 32
+
+
+def test_other_pixels_shapes_limits_and_models_have_other_hashes(preprocessor: Preprocessor) -> None:
+    rgb = noise(60, 90)
+    changed = rgb.copy()
+    changed[30, 40, 1] ^= 1
+    checkpoint = preprocessor.checkpoint
+    hashes = [
+        preprocessor.image_plan(encoded(rgb)).mm_hash,
+        preprocessor.image_plan(encoded(changed)).mm_hash,
+        preprocessor.image_plan(encoded(rgb.reshape(90, 60, 3))).mm_hash,
+        Preprocessor(checkpoint, max_pixels=3136).image_plan(encoded(rgb)).mm_hash,
+        Preprocessor(open_checkpoint(checkpoint_path("d_text"))).image_plan(encoded(rgb)).mm_hash,
+    ]
+    assert len(set(hashes)) == 5
+
+
+def test_limits_are_read_in_both_layouts_and_may_be_overridden() -> None:
+    flat, nested = (open_checkpoint(checkpoint_path(case)) for case in ("a_image", "c_gqa_tp8"))
+    assert [(p.min_pixels, p.max_pixels) for p in map(Preprocessor, (flat, nested))] == [(3136, 12845056), (3136, 31360)]
+    given = Preprocessor(nested, min_pixels=78400, max_pixels=921600)
+    assert given.image_plan(encoded(noise(720, 1280))).grid_thw == (1, 50, 90)
+    with pytest.raises(ValueError, match="min_pixels is 5000 and max_pixels 4000"):
+        Preprocessor(flat, min_pixels=5000, max_pixels=4000)
+    with pytest.raises(ValueError, match="at least 784"):
+        Preprocessor(flat, min_pixels=10, max_pixels=783)
+
+
+def test_max_model_len_is_the_models_or_less() -> None:
+    checkpoint = open_checkpoint(checkpoint_path("a_image"))
+    assert Preprocessor(checkpoint).max_model_len == 4096
+    assert Preprocessor(checkpoint, max_model_len=100).max_model_len == 100
+    for refused in (4097, 0):
+        with pytest.raises(ValueError, match=f"max_model_len is {refused}, the model's context is 4096"):
+            Preprocessor(checkpoint, max_model_len=refused)
+
+
+def test_unusable_images_are_refused_by_name(preprocessor: Preprocessor) -> None:
+    for data, error in ((b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)):
+        with pytest.raises(error):
+            preprocessor.image_plan(data)
+    assert issubclass(TooLarge, InvalidRequest)
+
+
+def test_token_ids_are_taken_as_they_are(preprocessor: Preprocessor) -> None:
+    found = preprocessor.tokenize("token_ids", np.array([513, preprocessor.image_token_id, 0, 543]))
+    assert found.tolist() == [513, 524, 0, 543]
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"), [([1, 544], "token id 544 is outside the model's vocabulary of 544"), ([-1], "token id -1"), ([], "empty")]
+)
+def test_token_ids_that_are_not_the_models_are_refused(preprocessor: Preprocessor, ids: list[int], told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        preprocessor.tokenize("token_ids", np.array(ids, dtype=np.int64))
+
+
+def test_half_a_surrogate_pair_is_refused(preprocessor: Preprocessor) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        preprocessor.tokenize("messages", [{"role": "user", "content": "\ud83d"}])
+
+
+def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> None:
+    short = Preprocessor(open_checkpoint(checkpoint_path("a_image")), max_model_len=10)
+    assert len(short.encode("a" * 160)) == 160
+    with pytest.raises(InvalidRequest, match="161 characters, far more than the model's context of 10 tokens"):
+        short.encode("a" * 161)
+
+
+def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
+    image = image_of(preprocessor, 56, 56)
+    two = preprocessor.tokenize("messages", [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}])
+    with pytest.raises(InvalidRequest, match="2 image placeholders for 1 images"):
+        preprocessor.expand(two, [image])
+    with pytest.raises(InvalidRequest, match="2 image placeholders for 3 images"):
+        preprocessor.expand(two, [image] * 3)
+    assert preprocessor.expand(two, [image] * 2).num_image_tokens == 8
+
+
+def test_a_placeholder_written_in_the_text_is_refused(preprocessor: Preprocessor) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "what is <|image_pad|>?"}]
+    token_ids = preprocessor.tokenize("messages", [{"role": "user", "content": parts}])
+    with pytest.raises(InvalidRequest, match=r"leave <\|image_pad\|> out of the text"):
+        preprocessor.expand(token_ids, [image_of(preprocessor, 56, 56)])
+
+
+def slow_positions(token_ids: list[int], grids: list[tuple[int, int]], placeholder: int) -> list[list[int]]:
+    """One token after the other, straight from the rule."""
+    found: list[list[int]] = []
+    remaining, cell = list(grids), 0
+    start = 0
+    for token_id in token_ids:
+        if token_id != placeholder:
+            found.append([start] * 3)
+            start += 1
+            continue
+        rows, columns = remaining[0]
+        found.append([start, start + cell // columns, start + cell % columns])
+        cell += 1
+        if cell == rows * columns:
+            start += max(rows, columns)
+            remaining.pop(0)
+            cell = 0
+    return [list(axis) for axis in zip(*found, strict=True)]
+
+
+grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=5)
+
+
+@settings(deadline=None)
+@given(grids, st.lists(st.integers(0, 4), min_size=6, max_size=6))
+def test_positions_of_mixed_prompts_follow_the_rule(grids: list[tuple[int, int]], gaps: list[int]) -> None:
+    token_ids, offsets = [0] * gaps[0], []
+    for (rows, columns), gap in zip(grids, gaps[1:], strict=False):
+        offsets.append(len(token_ids))
+        token_ids += [1] * (rows * columns) + [0] * gap
+    token_ids.append(0)
+    positions, rope_delta = rope_positions(len(token_ids), offsets, grids)
+    assert positions.tolist() == slow_positions(token_ids, grids, 1)
+    assert rope_delta == positions.max() + 1 - len(token_ids)
+
+
+def test_positions_after_an_image_at_the_end_go_on_beyond_it() -> None:
+    positions, rope_delta = rope_positions(7, [1], [(2, 3)])
+    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 3, 1, 2, 3]]
+    assert 7 + rope_delta == 4
+
+
+def test_the_tokenizers_own_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
+    preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
+    preprocessor.tokenizer.enable_truncation(2)
+    preprocessor.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    assert len(preprocessor.encode("a b c d e f")) == 2
+    assert len(Preprocessor(open_checkpoint(tmp_path / "model")).encode("a b c d e f")) > 2
+
+
+def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Preprocessor) -> None:
+    image = image_of(preprocessor, 504, 504)
+    token_ids = np.tile(np.array([1, 2, 521, preprocessor.image_token_id, 522]), 30)
+    started = time.perf_counter()
+    found = preprocessor.expand(token_ids, [image] * 30)
+    assert time.perf_counter() - started < 0.5
+    assert found.num_tokens == 30 * (4 + 324)
