@@ -36,6 +36,7 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells of its own start and stop
 
 
 def final_processors(console: bool) -> list[Any]:

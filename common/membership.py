@@ -31,15 +31,16 @@ class Membership:
     def __init__(
         self,
         controller: str,
-        member: control_pb2.Member,
+        member: control_pb2.Member | None,
         load: Callable[[], tuple[int, int]],
         on_members: Callable[[list[control_pb2.Member]], None] | None = None,
     ) -> None:
-        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change."""
-        member.pid, member.host = os.getpid(), socket.gethostname()
+        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change. Without a member it only listens."""
+        if member:
+            member.pid, member.host = os.getpid(), socket.gethostname()
         self._controller, self._member, self._load, self._on_members = controller, member, load, on_members
         self._changed, self._stopped = threading.Event(), False
-        self._log = get_logger().bind(member=member.id)
+        self._log = get_logger()
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
 
@@ -69,7 +70,8 @@ class Membership:
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
         while not self._stopped:
             self._changed.clear()
-            self._member.in_flight, self._member.queued = self._load()
+            if self._member:
+                self._member.in_flight, self._member.queued = self._load()
             yield control_pb2.JoinRequest(member=self._member, watch=self._on_members is not None)
             self._changed.wait(REPORT_SECONDS)
 

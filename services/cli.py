@@ -8,6 +8,8 @@ from common.config import BadSetting, add_arguments, from_namespace, set_environ
 from common.settings import KNOWN_NAMES, ServeSettings
 from services.client import add_generate_arguments, add_status_arguments, generate, status
 
+EXIT_INTERRUPTED = 130
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -23,7 +25,10 @@ def main() -> None:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
         except BadSetting as e:
             parser.error(str(e))
-    sys.exit(run(parser.parse_args()))
+    try:
+        sys.exit(run(parser.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def run(arguments: argparse.Namespace) -> int:

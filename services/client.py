@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grpc", default=DEFAULT_TARGET, metavar="HOST:PORT", help="the gateway's gRPC address (default: %(default)s)")
+    parser.add_argument(
+        "--grpc", default=DEFAULT_TARGET, type=address, metavar="HOST:PORT", help="the gateway's gRPC address (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -65,6 +68,12 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def address(text: str) -> str:
+    if not re.fullmatch(r".+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -158,7 +167,7 @@ def connected(target: str) -> Iterator[grpc.Channel]:
 def explained(error: grpc.RpcError, target: str) -> str:
     assert isinstance(error, grpc.Call)
     code, details = error.code(), error.details() or "no more is told"
-    if code == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+    if code == grpc.StatusCode.UNAVAILABLE and details.startswith("failed to connect"):
         return f"nothing answers at {target}: start it with `twinlens serve`, or give its address with --grpc HOST:PORT"
     return f"{target} says {code.name}: {details}"
 

@@ -20,7 +20,7 @@ from typing import Any
 from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.config import BadSetting, flag
 from common.logs import get_logger, set_up_logging, wants_console
-from common.membership import READY, Membership, new_member_id
+from common.membership import READY, Membership
 from common.process import EXIT_FAILED, EXIT_USAGE
 from common.settings import SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
@@ -34,6 +34,8 @@ SAMPLE_PROMPT = "Return the plain text representation of this document as if you
 """RolmOCR's (https://huggingface.co/reducto/RolmOCR)."""
 LAST_LINES = 8
 LONG_LIFE_SECONDS = 30.0
+RELAY_SECONDS = 1.0
+"""For the last words of a child that died to come through."""
 
 
 @dataclass(slots=True)
@@ -50,13 +52,13 @@ class Child:
     early_deaths: int = 0
     started: float = 0.0
     start_at: float = 0.0
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    relay: threading.Thread | None = None
 
     @property
     def is_hopeless(self) -> bool:
         """What it was told cannot be, or it fails time and again."""
         return self.failed_starts > 0 and (self.status == EXIT_USAGE or self.failed_starts >= MAX_FAILED_STARTS)
-
-    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
 
 
 class Launcher:
@@ -73,18 +75,13 @@ class Launcher:
         """Until SIGINT or SIGTERM, or until a service cannot be kept running. Gives the exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        watcher = control_pb2.Member(id=new_member_id("launcher"), role="launcher", state=READY)
-        membership = Membership(self._control, watcher, lambda: (0, 0), self._on_members)
+        membership = Membership(self._control, None, lambda: (0, 0), self._on_members)
         announced = False
         try:
             while not self._stopping:
                 if broken := self._keep_running():
-                    print(
-                        f"twinlens serve: {broken.name} failed {broken.failed_starts} starts in a row. Its last words:",
-                        *broken.last_lines,
-                        sep="\n",
-                        file=sys.stderr,
-                    )
+                    times = f"{broken.failed_starts} starts in a row" if broken.failed_starts > 1 else "to start"
+                    print(f"twinlens serve: {broken.name} failed {times}. Its last words:", *broken.last_lines, sep="\n", file=sys.stderr)
                     return broken.status if broken.status == EXIT_USAGE else EXIT_FAILED
                 if not announced and self._all_ready():
                     announced = True
@@ -133,12 +130,14 @@ class Launcher:
         )
         child.was_ready, child.started = False, time.monotonic()
         child.last_lines.clear()
-        threading.Thread(target=self._relay, args=(child, child.process), daemon=True).start()
+        child.relay = threading.Thread(target=relay, args=(child, child.process), daemon=True)
+        child.relay.start()
         threading.Thread(target=self._await_death, args=(child.process,), daemon=True).start()
 
     def _bury(self, child: Child) -> None:
         """Plans the next start: at once after a long life, later and later where it dies soon or does not get ready."""
-        assert child.process is not None
+        assert child.process is not None and child.relay is not None
+        child.relay.join(RELAY_SECONDS)
         child.status = child.process.returncode
         child.failed_starts = 0 if child.was_ready else child.failed_starts + 1
         lived = time.monotonic() - child.started
@@ -148,14 +147,6 @@ class Launcher:
         self._log.warning(
             "service ended, starting it anew", name=child.name, status=child.status, failed_starts=child.failed_starts, wait=wait
         )
-
-    def _relay(self, child: Child, process: subprocess.Popen[bytes]) -> None:
-        """The child's log lines go through, and the last ones are kept: they tell why it died."""
-        assert process.stderr is not None
-        for line in process.stderr:
-            child.last_lines.append(line.decode(errors="replace").rstrip())
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
 
     def _await_death(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
@@ -215,6 +206,15 @@ def counts(settings: ServeSettings) -> dict[str, int]:
         "vision": settings.vision,
         "llm": 1,
     }
+
+
+def relay(child: Child, process: subprocess.Popen[bytes]) -> None:
+    """The child's log lines go through, and the last ones are kept: they tell why it died."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        child.last_lines.append(line.decode(errors="replace").rstrip())
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 
 
 def signal_child(child: Child, number: signal.Signals) -> None:

@@ -26,9 +26,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         first = await anext(requests, None)
         if first is None:
             return
-        member_id = first.member.id
+        member_id = first.member.id if first.HasField("member") else None
         news = asyncio.Event()
-        self._take(first.member)
+        self._take(first)
         reports = asyncio.create_task(self._take_reports(requests, news))
         if first.watch:
             self._watchers.add(news)
@@ -37,13 +37,14 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             while True:
                 await news.wait()
                 news.clear()
-                if reports.done() or not self._table.lives(member_id):
+                if reports.done() or (member_id and not self._table.lives(member_id)):
                     return
                 yield self._response(first.watch)
         finally:
             reports.cancel()
             self._watchers.discard(news)
-            self._end(member_id, "it left")
+            if member_id:
+                self._end(member_id, "it left")
 
     async def ListMembers(
         self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
@@ -61,13 +62,14 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def _take_reports(self, requests: AsyncIterator[control_pb2.JoinRequest], news: asyncio.Event) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
             async for request in requests:
-                if not self._table.lives(request.member.id):
+                if request.HasField("member") and not self._table.lives(request.member.id):
                     break  # thawed after its lease ended: it must join anew
-                self._take(request.member)
+                self._take(request)
         news.set()
 
-    def _take(self, member: control_pb2.Member) -> None:
-        if self._table.report(member, time.monotonic()):
+    def _take(self, request: control_pb2.JoinRequest) -> None:
+        member = request.member
+        if request.HasField("member") and self._table.report(member, time.monotonic()):
             state = control_pb2.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower()
             self._log.debug("member", id=member.id, state=state, address=member.address)
             self._tell()

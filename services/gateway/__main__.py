@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import uvicorn
@@ -37,19 +38,26 @@ async def serve(settings: GatewaySettings, stop: threading.Event) -> None:
     member = control_pb2.Member(id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING)
 
     def hear(event: Event) -> None:
-        loop.call_soon_threadsafe(core.hear, event)
+        loop.call_soon_threadsafe(take, core.hear, event)
+
+    def take(hearer: Callable[[Any], None], news: Any) -> None:
+        """What changes who is there may change whether an answer can be given, which is what ready means here."""
+        hearer(news)
+        missing = core.not_ready()
+        state = STARTING if missing else READY
+        if (state, missing) != (member.state, member.detail):
+            membership.set_state(state, missing)
 
     def hear_members(members: list[control_pb2.Member]) -> None:
         offered = [
             (Peer(m.id, m.address), m.role) for m in members if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
         ]
         core.links.keep_connected(offered)
-        loop.call_soon_threadsafe(core.hear_members, members)
+        loop.call_soon_threadsafe(take, core.hear_members, members)
 
     core.links = Links(hello(member.id, "gateway"), "", "", hear)
     doors = await open_doors(settings, MeasuredCore(core))
     membership = Membership(settings.controller, member, core.load, hear_members)
-    membership.set_state(READY)
     get_logger().info(
         "listening", http=f"http://{settings.host}:{settings.http_port}", grpc=f"{settings.host}:{settings.grpc_port}", id=member.id
     )

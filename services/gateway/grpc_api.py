@@ -126,8 +126,13 @@ def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
 
 
 def given(message: Message) -> dict[str, Any]:
-    """The fields that were sent. A 32-bit float is the nearest to what the client wrote, not that number: seven digits are."""
-    return {field.name: float(f"{value:.7g}") if isinstance(value, float) else value for field, value in message.ListFields()}
+    """The fields that were sent."""
+    return {field.name: list(value) if field.is_repeated else as_written(value) for field, value in message.ListFields()}
+
+
+def as_written(value: Any) -> Any:
+    """A 32-bit float is the nearest to the number that the client wrote: seven digits give that number back."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def stream_message(event: Began | Piece | Ended, request_id: str) -> inference_pb2.GenerateStreamResponse:

@@ -4,13 +4,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from common.errors import Internal, ServingError
+from common.logs import get_logger
 from services.gateway.generation import Core, Ended, Event, GenerationRequest, Piece
-
-log = structlog.get_logger()
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -120,5 +118,5 @@ def serving_errors_only() -> Iterator[None]:
     except ServingError:
         raise
     except Exception as error:
-        log.exception("unexpected error")
+        get_logger().exception("unexpected error")
         raise Internal("an unexpected error in the gateway; its log tells more", stage="gateway") from error

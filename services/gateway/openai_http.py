@@ -49,7 +49,7 @@ def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlett
 
 
 def error_response(error: ServingError) -> JSONResponse:
-    headers = {}
+    headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     return JSONResponse(sse.error_body(error), error.http_status, headers)

@@ -72,7 +72,10 @@ class GatheredAttention:
         """The query heads that share a key head take the place of query positions, so that keys are never repeated."""
         num_kv_heads, head_dim = cache.shape[-2:]
         q = q_BHD.reshape(len(q_BHD), num_kv_heads, -1, head_dim)
-        k, v = (paged[decodes.blocks].view(len(q), -1, num_kv_heads, head_dim)[:, : decodes.max_context].transpose(1, 2) for paged in cache)
+        k, v = (
+            paged.index_select(0, decodes.blocks).view(len(q), -1, num_kv_heads, head_dim)[:, : decodes.max_context].transpose(1, 2)
+            for paged in cache
+        )
         return F.scaled_dot_product_attention(q, k, v, decodes.mask).flatten(1)
 
     def _prefill(self, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,7 +89,7 @@ class GatheredAttention:
 
     def _gather(self, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, K, D] of one sequence."""
-        k, v = (paged[blocks].flatten(0, 1)[:length] for paged in cache)
+        k, v = (paged.index_select(0, blocks).flatten(0, 1)[:length] for paged in cache)
         return k, v
 
     def _plan_decodes(self, plan: StepPlan) -> Decodes | None:

@@ -6,7 +6,7 @@ import zlib
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import TooLarge, UnreadableImage
 
@@ -33,8 +33,8 @@ READER_ERRORS = (
 def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The pixels of a PNG, JPEG, WEBP or GIF file (its first frame): uint8 [height, width, 3].
 
-    The size is checked in the header, before any pixel is decoded. As in the reference, transparency is dropped and not
-    blended, and the orientation noted in EXIF is not applied.
+    The size is checked in the header, before any pixel is decoded. As where the reference loads a file, the
+    orientation noted in EXIF is applied, and transparency is dropped and not blended.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -
     with warnings.catch_warnings(action="ignore"):
         image = open_checked(data, max_pixels)
         try:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except READER_ERRORS as e:
             raise UnreadableImage(f"the image is a broken or cut off {image.format}; send the whole file") from e
 

@@ -80,10 +80,10 @@ def test_an_animated_gif_gives_its_first_frame() -> None:
     assert (decode(data) == (255, 0, 0)).all()
 
 
-def test_exif_orientation_is_not_applied() -> None:
+def test_a_photo_taken_sideways_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode(encoded(noise(8, 16), "JPEG", exif=exif)).shape == (8, 16, 3)
+    assert decode(encoded(noise(8, 16), "JPEG", exif=exif)).shape == (16, 8, 3)
 
 
 def test_one_pixel_is_an_image() -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from common.checkpoint import open_checkpoint
-from common.errors import InvalidRequest, TooLarge, UnreadableImage
-from services.preprocess.families.qwen2_5_vl import Image, Preprocessor, patches, rope_positions, smart_resize
+from common.errors import InvalidRequest, UnreadableImage
+from services.preprocess.families.qwen2_5_vl import Image, Preprocessor, patches, smart_resize
 from tests.preprocess.cases import CASES, GOLDEN, WITH_IMAGES, checkpoint_path, encoded, expected, noise, request
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -187,11 +188,11 @@ def test_max_model_len_is_the_models_or_less() -> None:
             Preprocessor(checkpoint, max_model_len=refused)
 
 
-def test_unusable_images_are_refused_by_name(preprocessor: Preprocessor) -> None:
-    for data, error in ((b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)):
-        with pytest.raises(error):
-            preprocessor.image_plan(data)
-    assert issubclass(TooLarge, InvalidRequest)
+@pytest.mark.parametrize(("data", "error"), [(b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)])
+def test_unusable_images_are_refused_by_name(preprocessor: Preprocessor, data: bytes, error: type) -> None:
+    with pytest.raises(error) as caught:
+        preprocessor.image_plan(data)
+    assert type(caught.value) is error
 
 
 def test_token_ids_are_taken_as_they_are(preprocessor: Preprocessor) -> None:
@@ -236,48 +237,6 @@ def test_a_placeholder_written_in_the_text_is_refused(preprocessor: Preprocessor
         preprocessor.expand(token_ids, [image_of(preprocessor, 56, 56)])
 
 
-def slow_positions(token_ids: list[int], grids: list[tuple[int, int]], placeholder: int) -> list[list[int]]:
-    """One token after the other, straight from the rule."""
-    found: list[list[int]] = []
-    remaining, cell = list(grids), 0
-    start = 0
-    for token_id in token_ids:
-        if token_id != placeholder:
-            found.append([start] * 3)
-            start += 1
-            continue
-        rows, columns = remaining[0]
-        found.append([start, start + cell // columns, start + cell % columns])
-        cell += 1
-        if cell == rows * columns:
-            start += max(rows, columns)
-            remaining.pop(0)
-            cell = 0
-    return [list(axis) for axis in zip(*found, strict=True)]
-
-
-grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=5)
-
-
-@settings(deadline=None)
-@given(grids, st.lists(st.integers(0, 4), min_size=6, max_size=6))
-def test_positions_of_mixed_prompts_follow_the_rule(grids: list[tuple[int, int]], gaps: list[int]) -> None:
-    token_ids, offsets = [0] * gaps[0], []
-    for (rows, columns), gap in zip(grids, gaps[1:], strict=False):
-        offsets.append(len(token_ids))
-        token_ids += [1] * (rows * columns) + [0] * gap
-    token_ids.append(0)
-    positions, rope_delta = rope_positions(len(token_ids), offsets, grids)
-    assert positions.tolist() == slow_positions(token_ids, grids, 1)
-    assert rope_delta == positions.max() + 1 - len(token_ids)
-
-
-def test_positions_after_an_image_at_the_end_go_on_beyond_it() -> None:
-    positions, rope_delta = rope_positions(7, [1], [(2, 3)])
-    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 3, 1, 2, 3]]
-    assert 7 + rope_delta == 4
-
-
 def test_the_tokenizers_own_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
     shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
     preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
@@ -285,6 +244,15 @@ def test_the_tokenizers_own_padding_and_truncation_are_switched_off(tmp_path: Pa
     preprocessor.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     assert len(preprocessor.encode("a b c d e f")) == 2
     assert len(Preprocessor(open_checkpoint(tmp_path / "model")).encode("a b c d e f")) > 2
+
+
+def test_a_tokenizer_that_would_add_tokens_adds_none_to_a_finished_prompt(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
+    preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
+    want = preprocessor.encode("a b").tolist()
+    preprocessor.tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)])
+    assert preprocessor.tokenizer.encode("a b").ids == [512, *want]
+    assert preprocessor.encode("a b").tolist() == want
 
 
 def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Preprocessor) -> None:

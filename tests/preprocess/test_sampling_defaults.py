@@ -46,6 +46,6 @@ def test_max_tokens_may_fill_the_context_and_no_more() -> None:
 
 @pytest.mark.parametrize("num_prompt_tokens", [100, 5000])
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(num_prompt_tokens: int) -> None:
-    with pytest.raises(InvalidRequest, match=rf"{num_prompt_tokens} tokens.* context is 100"):
-        resolve_stopping(Stopping(max_tokens=1), num_prompt_tokens, 100)
+    with pytest.raises(InvalidRequest, match=rf"{num_prompt_tokens} tokens.* context is 100: shorten it"):
+        resolve_stopping(Stopping(), num_prompt_tokens, 100)
     assert resolve_stopping(Stopping(), 99, 100).max_tokens == 1

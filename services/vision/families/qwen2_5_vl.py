@@ -139,10 +139,10 @@ class VisionTower:
         x = self._embed_patches(patches.to(self.device), plan.order)
         for block in self._blocks:
             x = self._run_block(block, x, plan)
-        return self._merge(x)[plan.inverse]
+        return self._merge(x).index_select(0, plan.inverse)
 
     def _embed_patches(self, patches: Tensor, order: Tensor) -> Tensor:
-        ordered = patches.view(len(order), -1)[order].view(patches.shape)
+        ordered = patches.view(len(order), -1).index_select(0, order).view(patches.shape)
         normalised = (ordered.float() / 255 - self._mean) / self._std
         return F.linear(normalised.to(self.dtype), self._patch_weight)
 

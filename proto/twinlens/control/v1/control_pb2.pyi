@@ -119,7 +119,9 @@ class JoinRequest(_message.Message):
     watch: _builtins.bool
     """Of interest in the first message only."""
     @_builtins.property
-    def member(self) -> Global___Member: ...
+    def member(self) -> Global___Member:
+        """Absent for one who only watches, as the launcher does."""
+
     def __init__(
         self,
         *,

@@ -1,0 +1,68 @@
+"""Clients that hang up: the core is told at once, whatever the request was waiting for."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from services.gateway.generation import Began, Piece
+from tests.gateway.fake_core import FOREVER, FakeCore, http_door
+
+BEFORE_THE_FIRST_TOKEN = (FOREVER,)
+IN_THE_MIDDLE = (Began(None), Piece(0, [1], "x", []), FOREVER)
+
+
+def request(**body: Any) -> bytes:
+    content = json.dumps({"messages": [{"role": "user", "content": "hi"}], **body}).encode()
+    return b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", [BEFORE_THE_FIRST_TOKEN, IN_THE_MIDDLE])
+async def test_a_client_that_hangs_up_aborts_its_request(script: tuple[Any, ...], stream: bool) -> None:
+    core = FakeCore(*script)
+    async with http_door(core) as port, asyncio.timeout(10):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(stream=stream))
+        await core.waiting.wait()
+        assert not core.aborted.is_set()
+        writer.close()
+        await writer.wait_closed()
+        await core.aborted.wait()
+
+
+async def test_the_status_of_a_stream_comes_with_the_first_token() -> None:
+    core = FakeCore(*IN_THE_MIDDLE)
+    async with http_door(core) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(stream=True))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200") and b"text/event-stream" in head
+        assert b'"content":"x"' in await reader.readuntil(b'"x"')
+        writer.close()
+        await writer.wait_closed()
+        await core.aborted.wait()
+
+
+async def test_a_body_that_never_ends_asks_the_core_for_nothing() -> None:
+    core = FakeCore()
+    async with http_door(core) as port, asyncio.timeout(10):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request()[:-5])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+    assert core.requests == []
+
+
+async def test_the_next_request_of_a_connection_is_served() -> None:
+    async with http_door(FakeCore()) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(request(stream=True))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert (await reader.readuntil(b"0\r\n\r\n")).count(b"[DONE]") == 1
+        writer.close()
+        await writer.wait_closed()

@@ -1,0 +1,114 @@
+"""What a new user does first, against one running system."""
+
+import json
+import urllib.request
+
+import pytest
+
+from tests.system.running import RECEIPT, ROOT, Running, ask_about, text_of, until
+
+pytestmark = pytest.mark.system
+
+
+def error_rate(read: str, true: str) -> float:
+    """Edit distance over the characters of the true text."""
+    row = list(range(len(true) + 1))
+    for i, a in enumerate(read, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(true, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1] / len(true)
+
+
+def test_the_sample_is_read(embedded: Running) -> None:
+    status, answer = embedded.chat(ask_about(RECEIPT))
+    assert status == 200
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert error_rate(text_of(answer), (ROOT / "examples" / "receipt.txt").read_text().strip()) < 0.05
+
+
+def test_the_command_line_gives_what_http_gives(embedded: Running) -> None:
+    told = embedded.twinlens("generate", "--image", str(RECEIPT), "OCR:", "--temperature", "0", "--json")
+    answer = json.loads(told.stdout)
+    _, over_http = embedded.chat(ask_about(RECEIPT), return_token_ids=True)
+    assert (told.returncode, answer["finish_reason"]) == (0, "stop")
+    assert (answer["text"], answer["token_ids"]) == (text_of(over_http), over_http["choices"][0]["token_ids"])
+    assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
+    assert answer["usage"]["image_tokens"] == over_http["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+    assert answer["timings"]["images"][0].keys() >= {"preprocess_seconds", "queue_seconds", "encode_seconds"}
+    assert answer["timings"]["total_seconds"] >= answer["timings"]["time_to_first_token_seconds"] > 0
+
+
+def test_streamed_pieces_make_the_whole_answer(embedded: Running) -> None:
+    whole = text_of(embedded.chat(ask_about(RECEIPT))[1])
+    events = list(embedded.stream(ask_about(RECEIPT)))
+    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]) == whole
+
+
+def test_several_images_between_texts_are_taken_in_order(embedded: Running) -> None:
+    image = ask_about(RECEIPT)[0]["content"][0]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "first"}, image, {"type": "text", "text": "second"}, image]}]
+    status, answer = embedded.chat(messages, max_tokens=3, ignore_eos=True)
+    assert status == 200
+    _, single = embedded.chat(ask_about(RECEIPT), max_tokens=1)
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * single["usage"]["prompt_tokens_details"]["image_tokens"]
+
+
+def test_every_member_is_told(embedded: Running) -> None:
+    members = embedded.members()
+    assert {m["state"] for m in members} == {"ready"}
+    roles = sorted(m["role"] for m in members)
+    assert roles == sorted([*2 * ["preprocess", "vision", "detokenizer"], "controller", "gateway", "llm"])
+    assert all(m["pid"] > 0 for m in members)
+
+
+def test_one_request_id_goes_through_every_service(embedded: Running) -> None:
+    body = {"model": embedded.model, "messages": ask_about(RECEIPT), "max_tokens": 2}
+    headers = {"content-type": "application/json", "x-request-id": "trace-me"}
+    with urllib.request.urlopen(
+        urllib.request.Request(embedded.url("/v1/chat/completions"), json.dumps(body).encode(), headers)
+    ) as response:
+        assert response.headers["x-request-id"] == "trace-me"
+    services = {"gateway", "preprocess", "vision", "llm", "detokenizer"}
+    until(lambda: {e["service"] for e in embedded.logged(request_id="trace-me")} == services, "a line of each service")
+
+
+def test_a_client_that_hangs_up_frees_everything(embedded: Running) -> None:
+    events = embedded.stream(ask_about(RECEIPT), max_tokens=3500, ignore_eos=True)
+    next(events)
+    events.close()
+    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()), "nothing is held")
+
+
+def test_a_deadline_that_passes_is_told(embedded: Running) -> None:
+    body = {"model": embedded.model, "messages": ask_about(RECEIPT), "max_tokens": 3500, "ignore_eos": True}
+    request = urllib.request.Request(embedded.url("/v1/chat/completions"), json.dumps(body).encode(), {"x-request-timeout": "0.5"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    with error.value:
+        assert error.value.code == 504
+    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()), "nothing is held")
+
+
+@pytest.mark.parametrize(
+    ("image", "codes"),
+    [(b"not an image", {400, 422}), (RECEIPT.read_bytes()[:2000], {400, 422}), (b"", {400, 422})],
+    ids=["garbage", "cut off", "empty"],
+)
+def test_an_image_that_cannot_be_read_is_named_and_the_next_request_works(embedded: Running, image: bytes, codes: set[int]) -> None:
+    status, answer = embedded.chat(ask_about(image))
+    assert status in codes
+    assert "image" in answer["error"]["message"]
+    assert embedded.chat(ask_about(RECEIPT), max_tokens=1)[0] == 200
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(embedded: Running) -> None:
+    status, answer = embedded.chat([{"role": "user", "content": "word " * 2000}])
+    assert status == 400
+    assert "4096" in answer["error"]["message"]
+
+
+def test_a_prompt_that_names_the_placeholder_is_refused(embedded: Running) -> None:
+    status, answer = embedded.chat([{"role": "user", "content": "look: <|image_pad|>"}])
+    assert status == 400
+    assert "placeholder" in answer["error"]["message"]
