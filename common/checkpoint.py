@@ -13,10 +13,12 @@ FINGERPRINTED = (
     "generation_config.json",
     "preprocessor_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
 MAX_HEADER_BYTES = 100 * 2**20
+SAMPLE_BYTES = 64
 
 
 class BadCheckpoint(ValueError):
@@ -31,6 +33,8 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int
+    """In bytes, of its first element in the file."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,22 @@ class Checkpoint:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             return [self.path / "model.safetensors"]
-        return [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise BadCheckpoint(f"{index} has no weight_map of tensor names to files")
+        return [self.path / name for name in sorted(set(weight_map.values()))]
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the model: two directories of one fingerprint hold the same configuration and the same tensors by name, type
-        and place. The weights themselves are too large to be read by every process; the files' sizes stand for them."""
+        and place. The weights are too large to be read by every process: a few bytes of each tensor tell a fine-tuned model
+        from its base."""
         digest = hashlib.sha256()
         for name in FINGERPRINTED:
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
         for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode())
+            digest.update(f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode() + read_sample(info))
         return digest.hexdigest()[:16]
 
 
@@ -131,8 +139,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     missing = [file.name for file in checkpoint.weight_files if not file.exists()]
     if missing:
         raise BadCheckpoint(f"{path} is incomplete: {', '.join(missing[:5])} missing; download the whole repository")
-    assert checkpoint.tensors
+    if not checkpoint.tensors:
+        raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
     return checkpoint
+
+
+def read_sample(info: TensorInfo) -> bytes:
+    """From the tensor's middle: its beginning may be the embeddings of tokens that no training touches."""
+    with info.file.open("rb", buffering=0) as f:
+        f.seek(info.offset + info.num_bytes // 2)
+        return f.read(min(SAMPLE_BYTES, info.num_bytes - info.num_bytes // 2))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -158,11 +174,19 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(f.read(length))
         except ValueError as e:
             raise BadCheckpoint(f"{file} is no safetensors file: {e}") from e
+    if not isinstance(header, dict):
+        raise BadCheckpoint(f"{file} is no safetensors file")
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
-        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
-    return tensors
+    return {name: read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    """One tensor of a file of `size` bytes, whose data begins at `start`."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+            pass
+        case _:
+            raise BadCheckpoint(f"{file} is no safetensors file: its entry of {name} is malformed")
+    if start + end > size:
+        raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
+    return TensorInfo(file, dtype, tuple(shape), end - begin, start + begin)

@@ -71,7 +71,7 @@ def set_environment_defaults(parser: argparse.ArgumentParser, environ: Mapping[s
     BadSetting
     """
     given = {key.removeprefix(PREFIX).lower(): value for key, value in environ.items() if key.startswith(PREFIX)}
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     for name, value in given.items():
         if name in actions:
             parser.set_defaults(**{name: convert(actions[name], name, value)})

@@ -8,6 +8,7 @@ connection; it never reconnects a socket, it makes a new one, so no message surv
 What happens comes out as events (Up, Down, Received) through a callback on the I/O thread; it must only hand them on.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ import zmq
 
 from common.logs import get_logger
 from common.messages import HOPS, PROTOCOL_VERSION, Beat, Goodbye, Hello, Peer
+from common.process import CannotStart
 from common.wire import MAX_TENSOR_BYTES, Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
@@ -68,7 +70,7 @@ class Remote:
 
 
 class Links:
-    """All connections of this process. `connect`, `send` and `close` may be called from any thread."""
+    """All connections of this process. `connect`, `send` and `close` may be called from any thread; after `close` they do nothing."""
 
     def __init__(self, me: Hello, listen: str, advertise: str, on_event: Callable[[Event], None]) -> None:
         self._me, self._on_event = me, on_event
@@ -80,7 +82,8 @@ class Links:
         self._remotes: dict[str, Remote] = {}
         self._by_socket: dict[Any, tuple[Remote, bool]] = {}
         self._offered: list[tuple[Peer, str]] = []
-        self._closing = False
+        self._closing = self._closed = False
+        self._lock = threading.Lock()
         self._log = get_logger().bind(member=me.id)
         self._inbox = self._bind(listen) if listen else None
         self.address = self._address(advertise) if self._inbox else ""
@@ -108,8 +111,10 @@ class Links:
         self._thread.join()
 
     def _do(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if not self._closed:
+                self._commands.append(command)
+                os.eventfd_write(self._wake, 1)
 
     # On the I/O thread
 
@@ -127,7 +132,9 @@ class Links:
                 self._offer(self._offered)
                 next_beat = now + BEAT_SECONDS
         self._context.destroy(linger=CLOSE_LINGER_MS)
-        os.close(self._wake)
+        with self._lock:
+            self._closed = True
+            os.close(self._wake)
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -168,9 +175,11 @@ class Links:
             reason = self._objection(hello)
         except WireError as e:
             hello, reason = None, f"say Hello first, your lease ended or never began ({e})"
-        if hello is None or reason or hello.id != peer_id:
+        if hello is not None and not reason and hello.id != peer_id:
+            reason = "the id in Hello is not the connection's"
+        if hello is None or reason:
             self._log.warning("refused a connection", peer=peer_id, reason=reason)
-            self._send_at_inbox(peer_id, encode(Goodbye(reason=reason or "the id in Hello is not the connection's")))
+            self._send_at_inbox(peer_id, encode(Goodbye(reason=reason)))
             return
         if old := self._remotes.get(peer_id):
             self._down(old, "it connected anew")
@@ -227,7 +236,11 @@ class Links:
         for source, is_monitor in ((remote.socket, False), (remote.monitor, True)):
             self._by_socket[source] = (remote, is_monitor)
             self._poller.register(source, zmq.POLLIN)
-        socket.connect(peer.address)
+        try:
+            socket.connect(peer.address)
+        except zmq.ZMQError as e:
+            self._down(remote, f"its address {peer.address!r} cannot be connected to: {e.strerror}")
+            return
         socket.send_multipart(encode(self._me))
 
     def _offer(self, offered: list[tuple[Peer, str]]) -> None:
@@ -240,7 +253,9 @@ class Links:
         if remote is None:
             self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
         elif remote.socket is not None:
-            remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            # Again: its connection broke a moment ago, and the monitor's word of it lies unread.
+            with contextlib.suppress(zmq.Again):
+                remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
         else:
             self._send_at_inbox(peer_id, frames)
 
@@ -277,7 +292,10 @@ class Links:
         # Without the first a message to a peer that is gone is dropped in silence; the second lets a peer connect anew.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        socket.bind(listen)
+        try:
+            socket.bind(listen)
+        except zmq.ZMQError as e:
+            raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
         self._poller.register(socket, zmq.POLLIN)
         return socket
 

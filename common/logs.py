@@ -40,10 +40,11 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
 
 
 def final_processors(console: bool) -> list[Any]:
+    """Locals may hold prompts, so tracebacks come without them."""
     drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if console:
-        return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() or "FORCE_COLOR" in os.environ)]
-    # Locals may hold prompts, so tracebacks come without them.
+        colors = sys.stderr.isatty() or "FORCE_COLOR" in os.environ
+        return [drop, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
     tracebacks = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
     return [drop, tracebacks, structlog.processors.JSONRenderer()]
 

@@ -41,6 +41,13 @@ class Member:
     def ready(self, max_model_len: int = 0) -> None:
         self.membership.set_state(READY, max_model_len=max_model_len)
 
+    def waits_for(self, roles: list[str]) -> None:
+        """Ready once there is one of each."""
+        if roles:
+            self.membership.set_state(STARTING, f"waits for {' and '.join(roles)}")
+        else:
+            self.ready()
+
     def loading(self, progress: float) -> None:
         """Shown by `twinlens status` while weights load."""
         self.membership.set_state(STARTING, f"loading weights, {progress:.0%}")

@@ -37,10 +37,10 @@ def run(role: str, description: str, main: Callable[[Any, threading.Event], None
         main(settings, stop)
     except (BadCheckpoint, BadSetting) as e:
         log.error("cannot start", reason=str(e))
-        sys.exit(EXIT_USAGE)
+        leave(EXIT_USAGE)
     except CannotStart as e:
         log.error("cannot go on", reason=str(e))
-        sys.exit(EXIT_FAILED)
+        leave(EXIT_FAILED)
     except Exception:  # the outermost loop: say what it was, and let the launcher start the service anew
         log.exception("failed")
         leave(EXIT_FAILED)

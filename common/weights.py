@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
 
+Index = tuple[slice, ...]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -50,7 +51,7 @@ class Weights:
         assert 0 <= start <= stop <= shape[dim], f"{name}: {start}:{stop} of {shape}"
         return self._read(name, shape, (slice(None),) * dim + (slice(start, stop),), dtype, device)
 
-    def _read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], index: Index, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         stored_name, info = self._find(name, shape)
         try:
             stored = self._file(info).get_slice(stored_name)[index or ...]

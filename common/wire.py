@@ -19,6 +19,7 @@ MAX_FRAMES = 1 + 128
 MAX_TENSOR_BYTES = 512 * 2**20
 MAX_DIMENSIONS = 8
 MAX_CONTAINER_LENGTH = 4096
+MAX_ERROR_CHARS = 200
 
 # numpy has no bfloat16: its elements are viewed as the uint16 they are stored in.
 NUMPY_DTYPES = {
@@ -47,7 +48,8 @@ class Tensor:
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
         """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to the constructor."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make 1-d of 0-d
+        assert NUMPY_DTYPES.get(array.dtype.name) == array.dtype, f"no wire form for {array.dtype.str}"
         # Not array.data.cast("B"): memoryview refuses to cast a shape that contains zero.
         return cls(array.dtype.name, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
 
@@ -118,7 +120,8 @@ def decode(frames: list[Buffer], union: Any) -> Any:
     try:
         message = msgspec.convert(unpack(frames[0]), union, dec_hook=hook)
     except (msgspec.ValidationError, RecursionError) as e:
-        raise WireError(str(e)) from e
+        # The message may quote what came, and goes into logs and Goodbyes.
+        raise WireError(str(e)[:MAX_ERROR_CHARS]) from e
     if unused:
         raise WireError(f"{len(unused)} frames belong to nothing")
     return message
@@ -144,7 +147,7 @@ def unpack(header: Buffer) -> Any:
 
 def read_tensor(value: Any, frames: list[Buffer]) -> tuple[Tensor, int]:
     match value:
-        case [int(index), str(dtype), [*shape]] if all(type(n) is int for n in shape):
+        case [index, str(dtype), [*shape]] if all(type(n) is int for n in (index, *shape)):
             pass
         case _:
             raise WireError("a tensor is not [frame, dtype, shape]")

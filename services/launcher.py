@@ -28,7 +28,7 @@ from services.client import read_image
 
 MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS = 0.5, 8.0
-STOP_SECONDS = 8.0
+STOP_SECONDS = 6.0
 """From SIGTERM to SIGKILL; the gateway's grace for what is in flight is shorter."""
 SAMPLE_PROMPT = "Return the plain text representation of this document as if you were reading it naturally.\n"
 """RolmOCR's (https://huggingface.co/reducto/RolmOCR)."""

@@ -23,16 +23,16 @@ from muon import Muon, split
 
 LOOK: Mix = {"short": 0.15, "line": 0.2, "lines": 0.15, "receipt": 0.15, "page": 0.1, "title": 0.1, "small": 0.15}
 ALL_KINDS: Mix = {
-    "short": 0.04,
+    "short": 0.03,
     "line": 0.11,
     "lines": 0.07,
-    "3 lines": 0.12,
+    "3 lines": 0.11,
     "small receipt": 0.04,
     "receipt": 0.14,
-    "long receipt": 0.09,
-    "page": 0.12,
-    "title": 0.06,
-    "small": 0.05,
+    "long receipt": 0.08,
+    "page": 0.11,
+    "title": 0.1,
+    "small": 0.06,
     "document": 0.08,
     "full page": 0.08,
 }

@@ -27,7 +27,8 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
     member = control_pb2.Member(id=new_member_id(settings.name or "controller"), role="controller", state=READY)
     member.pid, member.host = os.getpid(), socket.gethostname()
     servicer = ControlServicer(member)
-    server = grpc.aio.server()
+    # Else a second controller would share the port, and the members, with the first.
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -18,6 +18,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def __init__(self, myself: control_pb2.Member) -> None:
         self._table, self._myself = MembershipTable(), myself
         self._watchers: set[asyncio.Event] = set()
+        self._streams: dict[str, asyncio.Event] = {}
         self._log = get_logger()
 
     async def Join(
@@ -28,6 +29,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             return
         member_id = first.member.id if first.HasField("member") else None
         news = asyncio.Event()
+        if member_id:
+            self._streams[member_id] = news
         self._take(first)
         reports = asyncio.create_task(self._take_reports(requests, news))
         if first.watch:
@@ -43,7 +46,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         finally:
             reports.cancel()
             self._watchers.discard(news)
-            if member_id:
+            # A member may have joined anew before the break of its old stream is seen.
+            if member_id and self._streams[member_id] is news:
+                del self._streams[member_id]
                 self._end(member_id, "it left")
 
     async def ListMembers(

@@ -51,6 +51,7 @@ class Worker:
             case Start(stopping=stopping):
                 decoder = IncrementalDecoder(self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens)
                 self._answers[key] = Answer(message, llm_id, decoder)
+                self._log.debug("answer begins", request_id=message.request_id)
             case Tokens() if key in self._answers:
                 self._extend(key, message)
             case Failed() if key in self._answers:

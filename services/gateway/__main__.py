@@ -24,8 +24,8 @@ from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 
-# SIGTERM: what is in flight may end within this time before it is cut off.
-GRACE_SECONDS = 5.0
+# After SIGTERM: for what is in flight to end by itself, and for its last bytes to leave.
+GRACE_SECONDS, CLOSE_SECONDS = 2.0, 1.0
 
 
 def main(settings: GatewaySettings, stop: threading.Event) -> None:
@@ -62,13 +62,14 @@ async def serve(settings: GatewaySettings, stop: threading.Event) -> None:
         "listening", http=f"http://{settings.host}:{settings.http_port}", grpc=f"{settings.host}:{settings.grpc_port}", id=member.id
     )
     await asyncio.to_thread(stop.wait)
+    await core.stop(GRACE_SECONDS)
     await doors.aclose()
     membership.leave()
     core.links.close()
 
 
 async def open_doors(settings: GatewaySettings, core: MeasuredCore) -> contextlib.AsyncExitStack:
-    """Listens on both ports; closing lets what is in flight end within the grace time."""
+    """Listens on both ports until the stack is closed."""
     doors = contextlib.AsyncExitStack()
     channel = await doors.enter_async_context(grpc.aio.insecure_channel(settings.controller))
     max_body_bytes = settings.max_body_mib << 20
@@ -79,7 +80,7 @@ async def open_doors(settings: GatewaySettings, core: MeasuredCore) -> contextli
         raise CannotStart(f"cannot listen on {settings.host}:{settings.grpc_port}: free it, or give another --grpc-port") from e
     assert port
     await server.start()
-    doors.push_async_callback(server.stop, GRACE_SECONDS)
+    doors.push_async_callback(server.stop, CLOSE_SECONDS)
     http = Http(create_app(core, max_body_bytes))
     serving = asyncio.create_task(http.serve([bind(settings.host, settings.http_port)]))
     doors.push_async_callback(http.stop, serving)
@@ -90,7 +91,7 @@ class Http(uvicorn.Server):
     """uvicorn inside our loop: the process's signals are not its business."""
 
     def __init__(self, app: Starlette) -> None:
-        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
+        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=CLOSE_SECONDS))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

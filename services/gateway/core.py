@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, from_code
@@ -51,6 +52,8 @@ class GatewayCore:
         self._records: dict[str, Record] = {}
         self._up: dict[str, Up] = {}
         self._members: list[control_pb2.Member] = []
+        self._stopping = False
+        self._idle = asyncio.Event()
         self._log = get_logger()
         self.links: Any = None
 
@@ -64,7 +67,8 @@ class GatewayCore:
             async with contextlib.aclosing(self._events(record, timeout)) as events:
                 yield events
         finally:
-            if self._records.pop(request.request_id, None):
+            if record.request.request_id in self._records:
+                self._forget(record)
                 self._abort(record)
 
     def check_model(self, model: str | None) -> None:
@@ -78,6 +82,16 @@ class GatewayCore:
         missing = [role for role in STAGES if not any(m.role == role and m.state == READY for m in self._members)]
         missing += [role for role in CONNECTED_STAGES if role not in missing and not self._connected(role)]
         return f"no {' and no '.join(missing)} is ready" if missing else ""
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new requests, lets those under way end within the grace (seconds), and ends the others with an error."""
+        self._stopping = True
+        if self._records:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace)
+        for record in list(self._records.values()):
+            self._fail(record, Unavailable("the gateway is stopping: try again", retry_after=1.0))
 
     def load(self) -> tuple[int, int]:
         """(in_flight, queued) for the control plane."""
@@ -103,10 +117,12 @@ class GatewayCore:
     # From here on ours
 
     def _admit(self, request: GenerationRequest) -> Record:
-        if reason := self.not_ready():
-            raise Unavailable(f"{reason}: try again in a moment", retry_after=1.0)
-        if request.request_id in self._records:
-            raise Internal(f"request id {request.request_id} is in use: give each request its own")
+        if self._stopping:
+            raise Unavailable("the gateway is stopping: try again", retry_after=1.0)
+        if missing := [role for role in CONNECTED_STAGES if not self._connected(role)]:
+            raise Unavailable(f"no {' and no '.join(missing)} is connected: try again in a moment", retry_after=1.0)
+        if request.request_id in self._records:  # a proxy's retry of a request that is still under way
+            request = replace(request, request_id=f"{request.request_id}~{secrets.token_hex(3)}")
         waiting = sum(r.first_token is None for r in self._records.values())
         if waiting >= self._max_waiting:
             raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", retry_after=1.0)
@@ -116,8 +132,10 @@ class GatewayCore:
         return record
 
     def _choose(self, role: str) -> str:
-        """Of the connected ones, the one that holds the fewest of our requests."""
-        held = dict.fromkeys(self._connected(role), 0)
+        """Of the connected ones, the one that holds the fewest of our requests; ready ones first."""
+        connected = self._connected(role)
+        ready = {m.id for m in self._members if m.state == READY}.intersection(connected)
+        held = dict.fromkeys(ready or connected, 0)
         for record in self._records.values():
             holder = record.preprocess if role == "preprocess" else record.detokenizer
             if holder in held and (role != "preprocess" or not record.llm):
@@ -189,7 +207,7 @@ class GatewayCore:
         logprobs = json.loads(delta.logprobs.bytes()) if delta.logprobs else []
         record.events.put_nowait(Piece(delta.offset, ids, delta.text.text(), logprobs))
         if delta.finish_reason:
-            del self._records[record.request.request_id]
+            self._forget(record)
             assert delta.timings is not None
             timings = json.loads(delta.timings.bytes()) | {
                 "time_to_first_token_seconds": record.first_token - record.admitted,
@@ -205,10 +223,15 @@ class GatewayCore:
             )
 
     def _fail(self, record: Record, error: ServingError) -> None:
-        del self._records[record.request.request_id]
+        self._forget(record)
         self._abort(record)
         self._log.warning("failed", request_id=record.request.request_id, code=error.code, stage=error.stage, reason=error.message)
         record.events.put_nowait(error)
+
+    def _forget(self, record: Record) -> None:
+        del self._records[record.request.request_id]
+        if not self._records:
+            self._idle.set()
 
     def _abort(self, record: Record) -> None:
         """Every stage that holds something for the request frees it; the language group tells the detokenizer."""

@@ -74,6 +74,7 @@ class TokenCounts:
 @dataclass(slots=True)
 class Request:
     sampling: Sampling
+    is_greedy: bool
     min_tokens: int
     ending_ids: np.ndarray
     """int64: tokens that end the answer, not to be drawn before `min_tokens` are there."""
@@ -81,10 +82,6 @@ class Request:
     """Prompt and output, for the repetition penalty."""
     drawn: TokenCounts | None
     """Output, for the presence and the frequency penalty."""
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.sampling.temperature < GREEDY_BELOW
 
     def record(self, token_id: int) -> None:
         for counts in (self.seen, self.drawn):
@@ -105,7 +102,8 @@ class Edits:
         self.values.append(np.broadcast_to(np.asarray(values, np.float32), token_ids.shape)[known])
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return tuple(torch.from_numpy(np.concatenate(parts)).to(device) for parts in (self.places, self.values))
+        places, values = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in (self.places, self.values))
+        return places, values
 
 
 class Sampler:
@@ -124,12 +122,14 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
     ) -> None:
         """Begin a request, or go on with one that has `output_token_ids` already. All of `sampling` is resolved."""
-        assert None not in (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+        assert sampling.temperature is not None and sampling.repetition_penalty is not None
+        assert sampling.top_p is not None and sampling.top_k is not None and sampling.min_p is not None
         penalises_repetition = sampling.repetition_penalty != 1
         penalises_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
         ending_ids = stopping.stop_token_ids + (() if stopping.ignore_eos else eos_token_ids)
         self._requests[key] = Request(
             sampling,
+            sampling.temperature < GREEDY_BELOW,
             stopping.min_tokens,
             np.array(ending_ids, np.int64),
             TokenCounts([*prompt_token_ids.tolist(), *output_token_ids]) if penalises_repetition else None,
@@ -169,6 +169,7 @@ class Sampler:
             if position < request.min_tokens:
                 banned.add(row, vocab_size, request.ending_ids, -torch.inf)
             if request.seen is not None:
+                assert sampling.repetition_penalty is not None
                 factors.add(row, vocab_size, request.seen.ids, sampling.repetition_penalty)
             if request.drawn is not None:
                 counts = request.drawn.counts

@@ -97,8 +97,7 @@ class Worker:
                 self._take(peer_id, message)
             case Up(peer_id=peer_id, role=role, address=address) if role in self._peers:
                 self._peers[role][peer_id] = Peer(peer_id, address)
-                if all(self._peers.values()):
-                    self._member.ready()
+                self._tell_state()
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._lose(peer_id, role, reason)
@@ -119,6 +118,7 @@ class Worker:
 
     def _lose(self, peer_id: str, role: str, reason: str) -> None:
         self._peers.get(role, {}).pop(peer_id, None)
+        self._tell_state()
         match role:
             case "vision":
                 lost = [(key, i) for key, h in self._handovers.items() for i, d in h.images.items() if d.vision_id == peer_id]
@@ -132,6 +132,11 @@ class Worker:
             case "llm":  # its gateway sees the death, too, and decides what becomes of the request
                 for key in [k for k, h in self._handovers.items() if h.llm.id == peer_id]:
                     self._drop(key)
+
+    def _tell_state(self) -> None:
+        """Ready means that a request with images can be handed on."""
+        missing = [role for role, peers in self._peers.items() if not peers]
+        self._member.waits_for(missing)
 
     # Preparing
 

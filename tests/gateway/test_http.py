@@ -1,17 +1,19 @@
 """The OpenAI door, request by request."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from common.errors import DeadlineExceeded, Exhausted, InvalidRequest, ServingError, Unavailable, UnreadableImage
+from common.errors import DeadlineExceeded, Exhausted, InvalidRequest, ServingError, TooLarge, Unavailable, UnreadableImage
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
 from services.gateway.metrics import MeasuredCore
-from services.gateway.openai_http import create_app
+from services.gateway.openai_http import create_app, read_body
 from tests.gateway.fake_core import TIMINGS, FakeCore
 
 CHAT = "/v1/chat/completions"
@@ -148,6 +150,18 @@ def test_what_fails_in_mid_stream_is_an_event_and_then_the_end(error: Exception)
 def test_a_bad_body_is_told(client: TestClient, body: bytes, status: int) -> None:
     answer = client.post(CHAT, content=body)
     assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+async def test_a_body_without_end_is_given_up() -> None:
+    chunks = itertools.count()
+
+    async def receive() -> dict[str, Any]:
+        next(chunks)
+        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+
+    with pytest.raises(TooLarge):
+        await read_body(Request({"type": "http"}, receive), 100)
+    assert next(chunks) == 41
 
 
 def test_the_param_of_an_error_is_the_field(client: TestClient) -> None:

@@ -32,7 +32,7 @@ def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
-def refusal(kind: type[InvalidRequest] = InvalidRequest, **body: Any) -> InvalidRequest:
+def refusal(kind: type[InvalidRequest] = InvalidRequest, **body: Any) -> Any:
     with pytest.raises(kind) as caught:
         generation(**body)
     return caught.value

@@ -88,16 +88,15 @@ def test_a_frozen_vision_replica_costs_its_requests_no_more_than_the_lease() -> 
         until(lambda: [m["state"] for m in system.members("vision")] == ["ready", "ready"], "the thawed one joins anew")
 
 
-def test_nothing_is_left_when_the_launcher_is_interrupted_or_killed() -> None:
-    for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
-        with Running() as system:
-            children = processes_of(system.process.pid)
-            assert len(children) == 6
-            os.kill(children.pop(), signal.SIGSTOP)  # a frozen child goes, too
-            children = processes_of(system.process.pid)
-            system.process.send_signal(number)
-            assert system.process.wait(30) == status
-            until(lambda: not any(map(lives, children)), f"no child after {number!r}")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_nothing_is_left_when_the_launcher_ends(number: signal.Signals, status: int) -> None:
+    with Running() as system:
+        children = processes_of(system.process.pid)
+        assert len(children) == 6
+        os.kill(min(children), signal.SIGSTOP)  # a frozen child goes, too
+        system.process.send_signal(number)
+        assert system.process.wait(30) == status
+        until(lambda: not any(map(lives, children)), "no child is left")
 
 
 def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -168,12 +168,13 @@ class LanguageModel:
         name, hidden = f"layers.{index}", self.config.hidden_size
         q_rows, kv_rows = self.config.num_heads * self.config.head_dim, self.config.num_kv_heads * self.config.head_dim
         inner = self.config.intermediate_size
-        q_part, kv_part = (tuple(head * self.config.head_dim for head in part) for part in (self._q_heads, self._kv_heads))
+        q_part, kv_part = ((first * self.config.head_dim, last * self.config.head_dim) for first, last in (self._q_heads, self._kv_heads))
         inner_part = self._shard.split(inner)
         qkv = (("q", q_rows, q_part), ("k", kv_rows, kv_part), ("v", kv_rows, kv_part))
 
-        def part(tensor: str, shape: tuple[int, ...], dim: int, bounds: tuple[int, ...]) -> Tensor:
-            return weights.slice(f"model.language_model.{name}.{tensor}", shape, dim, *bounds, self.dtype, self.device)
+        def part(tensor: str, shape: tuple[int, ...], dim: int, bounds: tuple[int, int]) -> Tensor:
+            start, stop = bounds
+            return weights.slice(f"model.language_model.{name}.{tensor}", shape, dim, start, stop, self.dtype, self.device)
 
         return Layer(
             input_norm=self._load_norm(weights, f"{name}.input_layernorm.weight"),

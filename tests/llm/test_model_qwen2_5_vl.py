@@ -1,0 +1,70 @@
+"""What a configuration or a file must not be for the language model to be loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from services.llm.families.qwen2_5_vl import LanguageModel, Shard, TextConfig
+from tests.golden import GoldenCase
+
+CPU = torch.device("cpu")
+
+
+def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Checkpoint:
+    shutil.copytree(GoldenCase("a_image").checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("num_hidden_layers"), "lacks 'num_hidden_layers'"),
+        (lambda c: c.pop("rope_scaling"), "lacks 'rope_scaling'"),
+        (lambda c: c["rope_scaling"].update(type="yarn"), "rope of type 'yarn'"),
+        (lambda c: c["rope_scaling"].update(mrope_section=[4, 6, 5]), "does not fill heads of 32"),
+        (lambda c: c.update(use_sliding_window=True), "sliding-window"),
+    ],
+)
+def test_a_configuration_that_is_not_understood_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(BadCheckpoint, match=message):
+        TextConfig.of(changed(tmp_path, change))
+
+
+def test_nested_and_flat_configurations_are_read_alike() -> None:
+    flat, nested = (TextConfig.of(open_checkpoint(GoldenCase(name).checkpoint)) for name in ("a_image", "c_gqa_tp8"))
+    assert (flat.num_heads, flat.num_kv_heads, flat.head_dim, flat.mrope_section) == (4, 2, 32, (4, 6, 6))
+    assert (nested.num_heads, nested.num_kv_heads, nested.head_dim, nested.mrope_section) == (8, 2, 32, (4, 6, 6))
+    assert flat.rope_theta == nested.rope_theta == 1e6
+
+
+def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
+    checkpoint = open_checkpoint(GoldenCase("a_image").checkpoint)
+    with pytest.raises(BadCheckpoint, match="num_heads 4 cannot be shared by 8 ranks"):
+        LanguageModel(checkpoint, torch.float32, CPU, Shard(0, 8))
+
+
+def test_a_missing_head_is_named(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path, lambda c: None)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match="has no tensor lm_head.weight"):
+        LanguageModel(open_checkpoint(checkpoint.path), torch.float32, CPU)
+
+
+def test_loading_tells_its_progress() -> None:
+    told: list[float] = []
+    LanguageModel(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.float32, CPU, progress=told.append)
+    assert told == sorted(told) and len(told) > 10 and told[-1] == 1
