@@ -239,7 +239,7 @@ class Links:
         try:
             socket.connect(peer.address)
         except zmq.ZMQError as e:
-            self._down(remote, f"its address {peer.address!r} cannot be connected to: {e.strerror}")
+            self._down(remote, f"its address {peer.address!r} cannot be connected to: {zmq.strerror(e.errno)}")
             return
         socket.send_multipart(encode(self._me))
 
@@ -295,7 +295,7 @@ class Links:
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
-            raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
+            raise CannotStart(f"cannot listen on {listen} ({zmq.strerror(e.errno)}): free it, or give another --listen") from e
         self._poller.register(socket, zmq.POLLIN)
         return socket
 

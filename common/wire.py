@@ -49,7 +49,7 @@ class Tensor:
     def of(cls, array: np.ndarray) -> "Tensor":
         """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to the constructor."""
         array = np.asarray(array, order="C")  # ascontiguousarray would make 1-d of 0-d
-        assert NUMPY_DTYPES.get(array.dtype.name) == array.dtype, f"no wire form for {array.dtype.str}"
+        assert array.dtype.name in NUMPY_DTYPES and array.dtype.isnative, f"no wire form for {array.dtype.str}"
         # Not array.data.cast("B"): memoryview refuses to cast a shape that contains zero.
         return cls(array.dtype.name, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
 

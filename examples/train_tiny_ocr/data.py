@@ -4,7 +4,7 @@ import multiprocessing as mp
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from queue import Empty
+from queue import Empty, Full
 
 import numpy as np
 import torch
@@ -83,7 +83,10 @@ def worker(queue: mp.Queue, mix: Mix, budget: int, long_share: float, seed: int)
     while True:
         kind_name = rng.choices(list(mix), list(mix.values()))[0]
         batch = make_batch(rng, kind_name, TRAINING, budget, rng.random() < long_share)
-        queue.put({name: tensor.numpy() for name, tensor in vars(batch).items()})
+        try:
+            queue.put({name: tensor.numpy() for name, tensor in vars(batch).items()}, timeout=600)
+        except Full:  # no step takes so long: the trainer was killed
+            return
 
 
 class Stream:

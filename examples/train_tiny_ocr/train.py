@@ -24,7 +24,7 @@ from muon import Muon, split
 LOOK: Mix = {"short": 0.15, "line": 0.2, "lines": 0.15, "receipt": 0.15, "page": 0.1, "title": 0.1, "small": 0.15}
 ALL_KINDS: Mix = {
     "short": 0.03,
-    "line": 0.11,
+    "line": 0.1,
     "lines": 0.07,
     "3 lines": 0.11,
     "small receipt": 0.04,

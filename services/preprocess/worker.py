@@ -148,8 +148,12 @@ class Worker:
         try:
             self._take_step(key, preparation)
         except ServingError as e:
-            del self._preparations[key]
+            self._preparations.pop(key, None)
             self._fail(key, preparation.gateway_id, e)
+        except Exception:  # the outermost loop: what one request's bytes lead to must not end the others
+            self._log.exception("request failed", request_id=key[0])
+            self._preparations.pop(key, None)
+            self._fail(key, preparation.gateway_id, Internal("the request could not be prepared: see the preprocess log"))
 
     def _take_step(self, key: Key, preparation: Preparation) -> None:
         submit = preparation.submit

@@ -60,7 +60,7 @@ def test_a_missing_head_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(BadCheckpoint, match="has no tensor lm_head.weight"):
+    with pytest.raises(BadCheckpoint, match=r"has no tensor lm_head\.weight"):
         LanguageModel(open_checkpoint(checkpoint.path), torch.float32, CPU)
 
 
