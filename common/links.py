@@ -147,10 +147,10 @@ class Links:
             self._drain(source, self._receive_at_inbox)
         elif source in self._by_socket:
             remote, is_monitor = self._by_socket[source]
-            if is_monitor:
+            # What arrived before the connection broke is read first.
+            self._drain(remote.socket, lambda frames: self._receive(remote, frames))
+            if is_monitor and self._remotes.get(remote.id) is remote:
                 self._down(remote, "its connection broke: the process ended or cannot be reached")
-            else:
-                self._drain(source, lambda frames: self._receive(remote, frames))
 
     def _drain(self, socket: zmq.Socket, receive: Callable[[list[Buffer]], None]) -> None:
         while not socket.closed:
@@ -295,6 +295,8 @@ class Links:
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
+            self._context.destroy(linger=0)
+            os.close(self._wake)
             raise CannotStart(f"cannot listen on {listen} ({zmq.strerror(e.errno)}): free it, or give another --listen") from e
         self._poller.register(socket, zmq.POLLIN)
         return socket

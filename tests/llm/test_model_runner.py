@@ -145,12 +145,18 @@ def test_logits_of_every_prompt_position_equal_the_reference() -> None:
     assert max_difference(np.concatenate(rows), case.tensors["prefill_logits_all"]) < 1e-3
 
 
-def test_what_a_block_held_before_does_not_reach_its_next_owner() -> None:
+@pytest.mark.parametrize("first", [1, 4, 7, 8, 9])
+def test_what_a_block_held_before_does_not_reach_its_next_owner(first: int) -> None:
+    """Beside a longer one a sequence is padded: its last block's empty rest is read, and masked."""
     case = GoldenCase("d_text")
     runner = runner_of(case)
     runner._kv_cache.fill_(torch.nan)
-    logits = forced_logits(runner, case, 7)
-    assert max_difference(logits, case.tensors["greedy_logits"]) < 1e-3
+    short, long = (Sequence(case, blocks) for blocks in blocks_of(2))
+    step(runner, [(short, first), (long, 60)])
+    for _ in range(12):
+        short.token_ids = short.token_ids[: short.num_computed + 1]
+        assert np.isfinite(step(runner, [(short, 1), (long, 1)])).all()
+        short.token_ids = np.array(case.expected["input_ids"])
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase) -> None:

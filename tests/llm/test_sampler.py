@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.messages import Sampling, Stopping
-from services.llm.sampler import FIRST_NUCLEUS_WIDTH, NOISE_RANGE, SampledTokens, Sampler, gumbel_noise, mix, mix_tensor, signed
+from services.llm.sampler import FIRST_NUCLEUS_WIDTH, NOISE_RANGE, SampledTokens, Sampler, gumbel_noise, mix, mix_tensor, signed, threshold
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.llm.test_model_runner import Sequence, blocks_of, runner_of, step
 
@@ -113,11 +113,15 @@ def test_top_p_counts_what_top_k_left() -> None:
 
 
 def test_a_nucleus_may_be_wider_than_the_first_look() -> None:
-    flat = torch.zeros(4 * FIRST_NUCLEUS_WIDTH)
-    flat[: 3 * FIRST_NUCLEUS_WIDTH] = 1.0
-    token_ids = np.array(drawn(flat, top_p=0.6))
-    assert token_ids.max() < 3 * FIRST_NUCLEUS_WIDTH
-    assert (token_ids > 2 * FIRST_NUCLEUS_WIDTH).any()
+    falling = torch.linspace(1.0, 0.9, 4 * FIRST_NUCLEUS_WIDTH)
+    lowest = threshold(falling[None], [sampling(top_p=0.6)])
+    reached = falling.softmax(0).cumsum(0)[falling >= lowest[0]]
+    assert reached[-2] < 0.6 <= reached[-1]
+
+
+def test_rounding_cuts_no_tail_where_there_is_no_top_p() -> None:
+    # The second is so improbable that the first alone rounds to 1.
+    assert threshold(torch.tensor([[0.0, -20.0, -21.0]]), [sampling(top_k=2)]).item() == -20
 
 
 def test_min_p_leaves_what_is_near_the_best() -> None:

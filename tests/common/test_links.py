@@ -1,0 +1,498 @@
+"""Two processes over ZeroMQ: they greet, talk, refuse who does not fit, and see each other's death."""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+import pytest
+import structlog
+import zmq
+
+from common import links as links_module
+from common.links import Down, Event, Links, Received, Up, hello
+from common.messages import PROTOCOL_VERSION, Abort, Goodbye, Grant, Hello, Offer, Peer, Pixels
+from common.process import CannotStart
+from common.wire import MAX_HEADER_BYTES, Tensor, decode, encode
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 20.0
+TCP = "tcp://127.0.0.1:*"
+GRANT = Grant(request_id="r", attempt=1, image=0)
+E = TypeVar("E", bound=Event)
+
+
+class End:
+    """One process's links, and what happened to them."""
+
+    def __init__(self, me: Hello, listen: str = "") -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.links = Links(me, listen, "", self.events.put)
+        self.peer, self.role = Peer(me.id, self.links.address), me.role
+
+    def expect(self, kind: type[E], timeout: float = DEADLINE) -> E:
+        """The next event."""
+        event = self.events.get(timeout=timeout)
+        assert isinstance(event, kind), event
+        return event
+
+    def hears_nothing(self, seconds: float) -> bool:
+        try:
+            self.events.get(timeout=seconds)
+        except queue.Empty:
+            return True
+        return False
+
+    def connect(self, other: "End") -> None:
+        self.links.connect(other.peer, other.role)
+
+    def meet(self, other: "End") -> None:
+        self.connect(other)
+        assert self.expect(Up).peer_id == other.peer.id
+        assert other.expect(Up).peer_id == self.peer.id
+
+
+Make = Callable[..., End]
+
+
+@pytest.fixture
+def end() -> Iterator[Make]:
+    made: list[End] = []
+
+    def make(member_id: str, role: str, listen: str = "", **differing: Any) -> End:
+        fields = {"protocol_version": PROTOCOL_VERSION, "id": member_id, "role": role, "fingerprint": ""}
+        made.append(End(Hello(**fields | differing), listen))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.links.close()
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def listen(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return TCP if request.param == "tcp" else f"ipc://{tmp_path}/inbox"
+
+
+@pytest.fixture
+def vision(end: Make) -> End:
+    return end("v", "vision", TCP)
+
+
+@pytest.fixture
+def preprocess(end: Make) -> End:
+    return end("p", "preprocess")
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(links_module, "LEASE_SECONDS", 0.8)
+    return 0.8
+
+
+CHILD = """
+import queue, sys
+from common import links
+from common.messages import Peer
+
+links.BEAT_SECONDS = 0.1
+role, listen, target = sys.argv[1:]
+events = queue.SimpleQueue()
+mine = links.Links(links.hello("child", role), listen, "", events.put)
+print(mine.address, flush=True)
+if target:
+    mine.keep_connected([(Peer("v", target), "vision")])
+while True:
+    print(type(events.get()).__name__, flush=True)
+"""
+
+
+@contextmanager
+def child(role: str, listen: str = "", target: str = "") -> Iterator[tuple[subprocess.Popen[str], Peer]]:
+    """Another process, which prints its address and then what happens to it."""
+    command = [sys.executable, "-c", CHILD, role, listen, target]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, Peer("child", process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+@contextmanager
+def stranger(address: str, identity: bytes = b"") -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RCVTIMEO, int(DEADLINE * 1000))
+        if identity:
+            dealer.setsockopt(zmq.IDENTITY, identity)
+        dealer.connect(address)
+        yield dealer
+
+
+def hears(dealer: "zmq.Socket[bytes]") -> Any:
+    return decode(dealer.recv_multipart(), Hello | Goodbye)
+
+
+# Talk
+
+
+def test_both_ends_hear_that_the_other_is_there(end: Make, listen: str) -> None:
+    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    preprocess.connect(vision)
+    assert preprocess.expect(Up) == Up("v", "vision", vision.links.address)
+    assert vision.expect(Up) == Up("p", "preprocess")
+
+
+def test_messages_and_their_tensors_go_both_ways_in_order(end: Make, listen: str) -> None:
+    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    preprocess.meet(vision)
+    patches = np.arange(3 * 2**20, dtype=np.uint8).reshape(3, -1)
+    sent = [Pixels(request_id="r", attempt=1, image=i, patches=Tensor.of(patches[i])) for i in range(3)]
+    for message in sent:
+        preprocess.links.send("v", message)
+    assert [vision.expect(Received) for _ in sent] == [Received("p", "preprocess", message) for message in sent]
+    vision.links.send("p", GRANT)
+    assert preprocess.expect(Received) == Received("v", "vision", GRANT)
+
+
+def test_what_is_sent_before_the_other_end_answered_waits_for_it(vision: End, preprocess: End) -> None:
+    preprocess.connect(vision)
+    preprocess.links.send("v", Abort(request_id="r", attempt=1))
+    vision.expect(Up)
+    assert vision.expect(Received).message == Abort(request_id="r", attempt=1)
+
+
+def test_a_second_connect_to_the_same_peer_changes_nothing(vision: End, preprocess: End) -> None:
+    preprocess.meet(vision)
+    preprocess.connect(vision)
+    preprocess.links.send("v", Abort(request_id="r", attempt=1))
+    vision.expect(Received)
+
+
+def test_a_message_to_an_unknown_peer_is_dropped(vision: End, preprocess: End) -> None:
+    preprocess.meet(vision)
+    vision.links.send("nobody", GRANT)
+    vision.links.send("p", GRANT)
+    assert preprocess.expect(Received).message == GRANT
+
+
+@pytest.mark.parametrize("size", [1, 256 * 1024])
+def test_closing_sends_what_is_waiting(end: Make, listen: str, size: int) -> None:
+    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    preprocess.meet(vision)
+    for image in range(8):
+        preprocess.links.send("v", Pixels(request_id="r", attempt=1, image=image, patches=Tensor.of_bytes(bytes(size))))
+    preprocess.links.close()
+    assert [vision.expect(Received).message.image for _ in range(8)] == list(range(8))
+
+
+def test_what_the_accepting_end_sent_before_it_closed_arrives_before_its_end(end: Make, listen: str) -> None:
+    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    preprocess.meet(vision)
+    for image in range(200):
+        vision.links.send("p", Grant(request_id="r", attempt=1, image=image))
+    vision.links.close()
+    assert [preprocess.expect(Received).message.image for _ in range(200)] == list(range(200))
+    preprocess.expect(Down)
+
+
+def test_after_close_every_call_does_nothing(vision: End, preprocess: End) -> None:
+    preprocess.links.close()
+    preprocess.connect(vision)
+    preprocess.links.keep_connected([(vision.peer, "vision")])
+    preprocess.links.send("v", GRANT)
+    preprocess.links.close()
+    assert preprocess.events.empty()
+
+
+# Who does not fit
+
+
+@pytest.mark.parametrize(
+    ("of_vision", "of_other", "reason"),
+    [
+        ({}, {"protocol_version": PROTOCOL_VERSION + 1}, "run services of one release"),
+        ({"fingerprint": "aa"}, {"fingerprint": "bb"}, "model fingerprint bb against aa"),
+        ({}, {"role": "detokenizer"}, "a detokenizer has nothing to say to a vision"),
+        ({}, {"role": "nonsense"}, "a nonsense has nothing to say to a vision"),
+    ],
+    ids=["protocol version", "fingerprint", "role", "unknown role"],
+)
+def test_who_does_not_fit_is_told_why_and_the_log_says_it(
+    end: Make, of_vision: dict[str, Any], of_other: dict[str, Any], reason: str
+) -> None:
+    vision = end("v", "vision", TCP, **of_vision)
+    misfit = encode(Hello(**{"protocol_version": PROTOCOL_VERSION, "id": "p", "role": "preprocess", "fingerprint": ""} | of_other))
+    with structlog.testing.capture_logs() as logs, stranger(vision.links.address, b"p") as dealer:
+        dealer.send_multipart(misfit)
+        goodbye = hears(dealer)
+    assert isinstance(goodbye, Goodbye) and reason in goodbye.reason
+    (line,) = logs
+    assert (line["event"], line["log_level"], line["peer"], line["reason"]) == ("refused a connection", "warning", "p", goodbye.reason)
+    assert vision.events.empty()
+
+
+def test_the_refused_end_hears_of_it_as_a_death_with_the_reason(end: Make) -> None:
+    vision, preprocess = end("v", "vision", TCP, fingerprint="aa"), end("p", "preprocess", fingerprint="bb")
+    preprocess.connect(vision)
+    assert "both must serve the same model directory" in preprocess.expect(Down).reason
+
+
+def test_the_connecting_end_refuses_one_who_does_not_fit(end: Make) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.LINGER, 0)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        preprocess = end("p", "preprocess", fingerprint="bb")
+        preprocess.links.connect(Peer("v", f"tcp://127.0.0.1:{port}"), "vision")
+        identity, *greeting = router.recv_multipart()
+        assert decode(greeting, Hello).id == "p"
+        router.send_multipart([identity, *encode(hello("v", "vision", "aa"))])
+        assert "both must serve the same model directory" in preprocess.expect(Down).reason
+
+
+def test_members_that_know_no_model_fit_any(end: Make) -> None:
+    preprocess, gateway = end("p", "preprocess", TCP, fingerprint="aa"), end("g", "gateway")
+    gateway.meet(preprocess)
+
+
+def test_a_hello_under_a_foreign_name_is_refused(vision: End) -> None:
+    with stranger(vision.links.address, b"x") as dealer:
+        dealer.send_multipart(encode(hello("p", "preprocess")))
+        assert hears(dealer) == Goodbye(reason="the id in Hello is not the connection's")
+
+
+NONSENSE = [
+    [b""],
+    [b"", b""],
+    [b"GET / HTTP/1.1\r\n\r\n"],
+    [b"\xff" * (MAX_HEADER_BYTES + 1)],
+    [b"\x91" * MAX_HEADER_BYTES],
+    [msgpack.packb({"type": "x" * (MAX_HEADER_BYTES - 20)})],
+    [msgpack.packb({"type": "Hello", "x" * (MAX_HEADER_BYTES - 40): 1})],
+    [b"x"] * 500,
+    encode(GRANT),
+]
+
+
+@pytest.mark.parametrize("identity", [b"evil", b"\xff\xfe", b""], ids=["named", "no text", "unnamed"])
+def test_a_stranger_who_sends_nonsense_does_no_harm(vision: End, preprocess: End, identity: bytes) -> None:
+    with stranger(vision.links.address, identity) as dealer:
+        for frames in NONSENSE:
+            dealer.send_multipart(frames)
+            if identity == b"evil":
+                assert "say Hello first" in hears(dealer).reason
+        preprocess.meet(vision)
+        preprocess.links.send("v", Abort(request_id="r", attempt=1))
+        vision.expect(Received)
+
+
+def test_one_who_speaks_another_protocol_does_no_harm(vision: End, preprocess: End) -> None:
+    host, _, port = vision.links.address.removeprefix("tcp://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE) as raw:
+        raw.sendall(b"GET /v1/models HTTP/1.1\r\n\r\n" * 100)
+        preprocess.meet(vision)
+
+
+def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(monkeypatch: pytest.MonkeyPatch, end: Make, preprocess: End) -> None:
+    monkeypatch.setattr(links_module, "MAX_TENSOR_BYTES", 2**20)
+    vision = end("v", "vision", TCP)
+    with stranger(vision.links.address, b"x") as dealer:
+        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        dealer.send(bytes(2**20 + 1))
+        assert monitor.poll(DEADLINE * 1000)
+        dealer.disable_monitor()
+        monitor.close()
+    preprocess.meet(vision)
+    assert vision.events.empty()
+
+
+@pytest.mark.parametrize("frames", [[b"nonsense"], encode(GRANT), [b""]], ids=["nonsense", "another hop's", "empty"])
+def test_a_peer_that_sends_what_is_no_message_of_the_hop_is_dropped(vision: End, frames: list[bytes]) -> None:
+    with stranger(vision.links.address, b"p") as dealer:
+        dealer.send_multipart(encode(hello("p", "preprocess")))
+        assert hears(dealer).id == "v"
+        vision.expect(Up)
+        dealer.send_multipart(frames)
+        assert "no message" in vision.expect(Down).reason
+
+
+# Death, and what comes after it
+
+
+def test_the_death_of_the_accepting_process_is_seen_at_once(preprocess: End, listen: str) -> None:
+    with child("vision", listen) as (process, peer):
+        preprocess.links.connect(peer, "vision")
+        preprocess.expect(Up)
+        process.kill()
+        # The lease is longer.
+        assert "its connection broke" in preprocess.expect(Down, timeout=2.5).reason
+
+
+def test_the_death_of_the_connecting_process_is_seen_by_its_lease(short_lease: float, end: Make) -> None:
+    vision = end("v", "vision", TCP)
+    with child("preprocess", target=vision.links.address) as (process, _):
+        vision.expect(Up)
+        process.kill()
+        killed = time.monotonic()
+        assert "no sign of life" in vision.expect(Down).reason
+        assert time.monotonic() - killed > short_lease / 2
+
+
+def test_a_peer_that_is_idle_but_alive_keeps_its_lease(short_lease: float, end: Make) -> None:
+    vision, preprocess = end("v", "vision", TCP), end("p", "preprocess")
+    preprocess.meet(vision)
+    assert preprocess.hears_nothing(3 * short_lease)
+    assert vision.events.empty()
+
+
+def test_a_frozen_acceptor_is_dead_after_its_lease(short_lease: float, end: Make) -> None:
+    preprocess = end("p", "preprocess")
+    with child("vision", TCP) as (process, peer):
+        preprocess.links.connect(peer, "vision")
+        preprocess.expect(Up)
+        process.send_signal(signal.SIGSTOP)
+        assert "no sign of life" in preprocess.expect(Down).reason
+
+
+def test_a_thawed_process_learns_that_its_lease_ended_and_comes_back(short_lease: float, end: Make) -> None:
+    vision = end("v", "vision", TCP)
+    with child("preprocess", target=vision.links.address) as (process, _):
+        vision.expect(Up)
+        process.send_signal(signal.SIGSTOP)
+        vision.expect(Down)
+        process.send_signal(signal.SIGCONT)
+        vision.expect(Up)
+        assert process.stdout is not None
+        assert [process.stdout.readline().strip() for _ in range(3)] == ["Up", "Down", "Up"]
+
+
+def test_a_process_that_comes_back_under_another_id_is_another_peer(end: Make, preprocess: End, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+    for member_id in ("v-1", "v-2"):
+        vision = end(member_id, "vision", address)
+        preprocess.meet(vision)
+        vision.links.close()
+        assert preprocess.expect(Down).peer_id == member_id
+
+
+def test_another_who_answers_at_an_address_is_left(end: Make, preprocess: End) -> None:
+    vision = end("v-2", "vision", TCP)
+    preprocess.links.connect(Peer("v-1", vision.links.address), "vision")
+    assert preprocess.expect(Down) == Down("v-1", "vision", "another process has its address")
+
+
+def test_a_peer_that_connects_anew_ends_its_former_life(end: Make, vision: End) -> None:
+    end("p", "preprocess").meet(vision)
+    again = end("p", "preprocess")
+    again.connect(vision)
+    assert vision.expect(Down) == Down("p", "preprocess", "it connected anew")
+    vision.expect(Up)
+    vision.links.send("p", GRANT)
+    again.expect(Up)
+    assert again.expect(Received).message == GRANT
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///nowhere/inbox", "nonsense", "", "tcp://", "tcp://127.0.0.1:99999"])
+def test_an_address_where_nobody_is_is_a_death_and_no_more(vision: End, preprocess: End, address: str) -> None:
+    preprocess.links.connect(Peer("x", address), "vision")
+    assert preprocess.expect(Down).peer_id == "x"
+    preprocess.meet(vision)
+
+
+def test_a_kept_connection_is_made_again_when_its_peer_returns(monkeypatch: pytest.MonkeyPatch, end: Make, tmp_path: Path) -> None:
+    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.1)
+    preprocess, address = end("p", "preprocess"), f"ipc://{tmp_path}/inbox"
+    preprocess.links.keep_connected([(Peer("v", address), "vision")])
+    preprocess.expect(Down)
+    vision = end("v", "vision", address)
+    vision.expect(Up)
+    while isinstance(preprocess.events.get(timeout=DEADLINE), Down):
+        pass
+    preprocess.links.send("v", Abort(request_id="r", attempt=1))
+    vision.expect(Received)
+
+
+def test_sending_to_a_peer_whose_death_is_not_read_yet_does_no_harm(end: Make, preprocess: End) -> None:
+    """The connection broke, and before the I/O thread reads of it, it runs the commands that wait."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    killed = threading.Event()
+
+    def hear(event: Event) -> None:
+        events.put(event)
+        if isinstance(event, Up):
+            killed.wait(DEADLINE)
+
+    links = Links(hello("p", "preprocess"), "", "", hear)
+    try:
+        with child("vision", TCP) as (process, peer):
+            links.connect(peer, "vision")
+            assert isinstance(events.get(timeout=DEADLINE), Up)
+            (remote,) = links._remotes.values()
+            process.kill()
+            assert remote.monitor is not None and remote.monitor.poll(DEADLINE * 1000)
+            for _ in range(10):
+                links.send("child", Abort(request_id="r", attempt=1))
+            killed.set()
+            assert isinstance(events.get(timeout=DEADLINE), Down)
+    finally:
+        killed.set()
+        links.close()
+
+
+# What is held
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_fifty_connections_leave_no_file_open(end: Make) -> None:
+    before = open_files()
+    for _ in range(50):
+        vision, preprocess = End(hello("v", "vision"), TCP), End(hello("p", "preprocess"))
+        preprocess.meet(vision)
+        preprocess.links.close()
+        vision.links.close()
+    assert open_files() == before
+
+
+def test_connections_that_fail_leave_no_file_open(preprocess: End) -> None:
+    before = open_files()
+    for _ in range(50):
+        preprocess.links.connect(Peer("x", "tcp://127.0.0.1:1"), "vision")
+        preprocess.expect(Down)
+    # The last ones may be on their way to be closed.
+    assert open_files() < before + 25
+
+
+def test_an_address_that_is_taken_is_told_as_such(vision: End, end: Make) -> None:
+    with pytest.raises(CannotStart, match=r"Address already in use.*--listen"):
+        end("w", "vision", vision.links.address)
+
+
+def test_the_advertised_host_stands_for_the_one_listened_on() -> None:
+    links = Links(hello("v", "vision"), TCP, "vision.example", lambda event: None)
+    links.close()
+    host, _, port = links.address.removeprefix("tcp://").partition(":")
+    assert host == "vision.example" and int(port) > 0
+
+
+def test_offers_arrive_whole(vision: End, preprocess: End) -> None:
+    offer = Offer(
+        request_id="r", attempt=1, image=0, mm_hash="h", grid_thw=(1, 4, 4), num_patches=16, llm=Peer("l", "tcp://127.0.0.1:1"), timeout=1.5
+    )
+    preprocess.meet(vision)
+    preprocess.links.send("v", offer)
+    assert vision.expect(Received).message == offer
