@@ -130,7 +130,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise BadCheckpoint(f"{path} has no config.json: it is no model directory in Hugging Face layout")
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
     family = checkpoint.config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(f"{key} ({what})" for key, what in FAMILIES.items())
         raise BadCheckpoint(f"{path} is of the family {family!r}, which is not supported; supported: {known}")
     for name in ("tokenizer.json", "preprocessor_config.json"):

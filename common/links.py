@@ -8,7 +8,6 @@ connection; it never reconnects a socket, it makes a new one, so no message surv
 What happens comes out as events (Up, Down, Received) through a callback on the I/O thread; it must only hand them on.
 """
 
-import contextlib
 import os
 import threading
 import time
@@ -28,6 +27,7 @@ from common.wire import MAX_TENSOR_BYTES, Buffer, WireError, decode, encode
 BEAT_SECONDS = 1.0
 LEASE_SECONDS = 3.0
 CLOSE_LINGER_MS = 500
+NEVER_MS = 24 * 3600 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +228,9 @@ class Links:
             return
         socket = self._new_socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._me.id.encode())
-        # A broken connection is a death, and a new one is a new life: see the module's docstring.
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        # A broken connection is a death, and a new one is a new life: see the module's docstring. Not -1, which means never, but
+        # with which a break discards what arrived and is not read yet, and makes sending fail.
+        socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
         lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         remote = Remote(peer.id, role, peer.address, socket, socket.get_monitor_socket(lost))
         self._remotes[peer.id] = remote
@@ -253,9 +254,7 @@ class Links:
         if remote is None:
             self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
         elif remote.socket is not None:
-            # Again: its connection broke a moment ago, and the monitor's word of it lies unread.
-            with contextlib.suppress(zmq.Again):
-                remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
         else:
             self._send_at_inbox(peer_id, frames)
 

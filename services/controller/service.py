@@ -29,9 +29,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             return
         member_id = first.member.id if first.HasField("member") else None
         news = asyncio.Event()
+        self._take(first)
         if member_id:
             self._streams[member_id] = news
-        self._take(first)
         reports = asyncio.create_task(self._take_reports(requests, news))
         if first.watch:
             self._watchers.add(news)
@@ -47,7 +47,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             reports.cancel()
             self._watchers.discard(news)
             # A member may have joined anew before the break of its old stream is seen.
-            if member_id and self._streams[member_id] is news:
+            if member_id and self._streams.get(member_id) is news:
                 del self._streams[member_id]
                 self._end(member_id, "it left")
 
@@ -65,12 +65,15 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 self._tell()
 
     async def _take_reports(self, requests: AsyncIterator[control_pb2.JoinRequest], news: asyncio.Event) -> None:
-        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+        try:
             async for request in requests:
                 if request.HasField("member") and not self._table.lives(request.member.id):
                     break  # thawed after its lease ended: it must join anew
                 self._take(request)
-        news.set()
+        except (grpc.RpcError, asyncio.CancelledError):
+            pass  # the stream broke
+        finally:
+            news.set()
 
     def _take(self, request: control_pb2.JoinRequest) -> None:
         member = request.member

@@ -111,6 +111,7 @@ class Engine:
             output = Output(request, len(request.output_token_ids), [sampled.token_ids[row]])
             if row in sampled.bad_rows:
                 output.token_ids, output.error = [], "the language model computed no number for this prompt"
+                self.scheduler.distrust(request)
             else:
                 request.output_token_ids.append(sampled.token_ids[row])
                 output.finish_reason = self._finish_reason(request)
@@ -139,8 +140,8 @@ class Engine:
 
     def _end(self, key: Key) -> None:
         self.early.pop(key, None)
-        if self.requests.pop(key, None):
-            self.scheduler.finish([key])
+        if request := self.requests.pop(key, None):
+            self.scheduler.finish(request)
             self.sampler.remove(key)
         self._ended[key] = None
         if len(self._ended) > REMEMBERED_ENDS:
@@ -148,7 +149,9 @@ class Engine:
 
 
 def usage_of(request: Request) -> Usage:
-    return Usage(prompt_tokens=request.num_prompt_tokens, image_tokens=request.num_image_tokens)
+    return Usage(
+        prompt_tokens=request.num_prompt_tokens, image_tokens=request.num_image_tokens, cached_tokens=request.num_cached_tokens or 0
+    )
 
 
 def timings_of(request: Request) -> bytes:

@@ -1,14 +1,14 @@
 """Which tokens of which requests the next step computes. Imports no torch."""
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
 from services.llm.block_pool import BlockPool
 from services.llm.plan import StepPlan
-from services.llm.request import Key, Request
+from services.llm.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,22 @@ class Chunk:
 
 class Scheduler:
     """There is no prefill phase and no decode phase: each request has computed `num_computed_tokens` of its `num_tokens`, and
-    each step brings some of them nearer. Chunked prefill, decoding, waiting for an image and resuming after a preemption are
-    all the same rule. Running requests go first, in the order in which they came, so that a long prompt waits for decodes
-    and not they for it; blocks are taken from the latest comer when there are none left."""
+    each step brings some of them nearer. Chunked prefill, decoding, reuse of a cached prefix, waiting for an image and resuming
+    after a preemption are all the same rule.
 
-    def __init__(self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.pool, self.block_size = pool, block_size
+        0 ........ shared blocks ........ | ........ own blocks ........ |
+        0 .. computed, in the KV cache .. | .. this step .. | .. later .. |
+                                 num_computed_tokens                 num_tokens
+
+    A request is admitted when all its known tokens find room, so that only a decode ever asks for another block. Blocks are
+    then taken from a request that waits for an image, or else from the latest comer: the oldest that can compute always goes on.
+    """
+
+    def __init__(
+        self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, prefix_caching: bool = True
+    ) -> None:
+        """`max_num_seqs` bounds the requests of a step. Those that wait for an image are not in it and keep no other out."""
+        self.pool, self.block_size, self.prefix_caching = pool, block_size, prefix_caching
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -42,111 +52,158 @@ class Scheduler:
         assert self._num_blocks(request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)) <= self.pool.num_blocks
         self.waiting.append(request)
 
-    def finish(self, keys: Iterable[Key]) -> None:
-        """Frees what these requests hold, wherever they stand."""
-        gone = set(keys)
-        for request in self.running:
-            if request.key in gone:
-                self._release(request)
-        self.running = [r for r in self.running if r.key not in gone]
-        self.waiting = deque(r for r in self.waiting if r.key not in gone)
+    def finish(self, request: Request) -> None:
+        """Frees what the request holds, wherever it stands."""
+        if request.block_table:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def distrust(self, request: Request) -> None:
+        """What was computed for the request is no number: no other may take it over."""
+        self.pool.forget(request.block_table)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty where nothing can be computed now."""
-        chunks: dict[Key, Chunk] = {}
-        for request in sorted(self.running, key=lambda r: self._num_wanted(r) > 1):  # decodes first
-            count = min(self._num_wanted(request), self._budget(chunks))
-            # One that was preempted for another of this step has no block left and wants to begin anew: not in this step.
-            if count > 0 and request.block_table and self._make_room(request, count, chunks):
-                chunks[request.key] = chunk_of(request, count)
-        for request in list(self.waiting):
-            count = min(self._num_wanted(request), self._budget(chunks))
-            if count == 0:
-                continue  # no budget left, or its first image is not there yet: others may pass
-            if len(self.running) == self.max_num_seqs or not self._has_room(request, count):
-                break
-            self._allocate(request, count)
-            self.waiting.remove(request)
-            self.running.append(request)
-            chunks[request.key] = chunk_of(request, count)
-        return list(chunks.values())
+        self._extend_block_tables()
+        wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
+        wanted.sort(key=lambda w: w[1] > 1)  # decodes first: a long prompt waits for them, not they for it
+        chunks, budget = [], self.max_num_batched_tokens
+        for request, count in wanted[: self.max_num_seqs]:
+            if count := min(count, budget):
+                chunks.append(Chunk(request, request.num_computed_tokens, request.num_computed_tokens + count))
+                budget -= count
+        return chunks + self._admit(budget, self.max_num_seqs - len(chunks), is_idle=not chunks)
 
     def plan(self, chunks: list[Chunk]) -> StepPlan:
         """What the ranks need to compute these chunks."""
-        starts = np.cumsum([0, *(c.end - c.begin for c in chunks)])
-        tables = np.zeros((len(chunks), max(len(c.request.block_table) for c in chunks)), np.int64)
-        for row, chunk in zip(tables, chunks, strict=True):
-            row[: len(chunk.request.block_table)] = chunk.request.block_table
+        requests, begins = [c.request for c in chunks], np.array([c.begin for c in chunks], np.int64)
+        context_lens = np.array([c.end for c in chunks], np.int64)
+        query_lens = context_lens - begins
+        ends = query_lens.cumsum()
+        starts = ends - query_lens
+        seqs = np.repeat(np.arange(len(chunks)), query_lens)
+        index = np.arange(ends[-1]) + (begins - starts)[seqs]
+        tables = self._block_tables(requests)
         return StepPlan(
             token_ids=np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks]),
-            positions=np.concatenate([c.request.positions_of(c.begin, c.end) for c in chunks], axis=1),
-            slot_mapping=np.concatenate([self._slots(c) for c in chunks]),
-            query_lens=np.diff(starts),
-            context_lens=np.array([c.end for c in chunks], np.int64),
+            positions=self._positions(chunks, starts, index + np.array([r.prompt.rope_delta for r in requests], np.int64)[seqs]),
+            slot_mapping=tables[seqs, index // self.block_size] * self.block_size + index % self.block_size,
+            query_lens=query_lens,
+            context_lens=context_lens,
             block_tables=tables,
-            embedding_rows=np.concatenate([self._embedding_rows(c) + start for c, start in zip(chunks, starts, strict=False)]),
-            sampled_rows=np.array([end - 1 for c, end in zip(chunks, starts[1:], strict=True) if c.samples], np.int64),
+            embedding_rows=self._embedding_rows(chunks, starts),
+            sampled_rows=ends[[c.samples for c in chunks]] - 1,
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """The step is done: its tokens' keys and values are in the cache."""
+        """The step is done: its tokens' keys and values are in the cache, and others may find the blocks that it filled."""
         for chunk in chunks:
-            chunk.request.num_computed_tokens = chunk.end
+            request, filled = chunk.request, range(chunk.begin // self.block_size, chunk.end // self.block_size)
+            request.num_computed_tokens = chunk.end
+            if filled and self.prefix_caching:
+                hashes = request.block_hashes(filled.stop, self.block_size)
+                for i in filled:
+                    self.pool.name(request.block_table[i], hashes[i])
 
-    def _budget(self, chunks: dict[Key, Chunk]) -> int:
-        return self.max_num_batched_tokens - sum(c.end - c.begin for c in chunks.values())
+    # Blocks
 
-    def _num_wanted(self, request: Request) -> int:
-        return max(0, request.num_computable_tokens - request.num_computed_tokens)
+    def _extend_block_tables(self) -> None:
+        """A block for each request whose last token has none, the oldest first, even if others must go for it."""
+        for request in self.running.copy():
+            if not request.block_table or request.num_tokens <= len(request.block_table) * self.block_size:
+                continue  # preempted for one before it, or not at the end of its last block
+            while not self.pool.num_free and request.block_table:
+                self._preempt(next((r for r in reversed(self.running) if r.num_wanted == 0), self.running[-1]))
+            if request.block_table:
+                request.block_table.extend(self.pool.allocate(1))
 
-    def _make_room(self, request: Request, count: int, chunks: dict[Key, Chunk]) -> bool:
-        """Preempts from the end of the queue until the request's tokens fit. False where it had to go itself."""
-        while not self._has_room(request, count):
-            victim = self.running.pop()
-            self._release(victim)
-            victim.num_computed_tokens = 0
-            self.waiting.appendleft(victim)
-            chunks.pop(victim.key, None)
-            self.num_preemptions += 1
-            if victim is request:
-                return False
-        self._allocate(request, count)
-        return True
+    def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
+        """Chunks of requests that begin or resume, in the order of their arrival; one whose image is missing may be passed."""
+        chunks: list[Chunk] = []
+        for request in self.waiting.copy() if budget and num_seqs else ():
+            cached = self._cached_blocks(request)
+            begin = len(cached) * self.block_size
+            computable = request.num_computable(begin)
+            if computable == begin:
+                continue
+            while not self._has_room(request, cached) and is_idle and not chunks and computable == request.num_tokens:
+                self._preempt(self.running[-1])  # all that run wait for an image, and this one need not
+            if self._has_room(request, cached):
+                self._start(request, cached)
+                chunks.append(Chunk(request, begin, min(computable, begin + budget)))
+                budget -= chunks[-1].end - begin
+            if budget == 0 or len(chunks) == num_seqs or (not request.block_table and computable == request.num_tokens):
+                break
+        return chunks
 
-    def _has_room(self, request: Request, count: int) -> bool:
-        return self._num_missing_blocks(request, count) <= self.pool.num_free
+    def _start(self, request: Request, cached: list[int]) -> None:
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.pool.share(cached)
+        request.block_table.extend(cached + self.pool.allocate(self._num_blocks(request.num_tokens) - len(cached)))
+        request.num_computed_tokens = len(cached) * self.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
 
-    def _allocate(self, request: Request, count: int) -> None:
-        request.block_table += self.pool.allocate(self._num_missing_blocks(request, count))
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
 
-    def _num_missing_blocks(self, request: Request, count: int) -> int:
-        return max(0, self._num_blocks(request.num_computed_tokens + count) - len(request.block_table))
+    def _release(self, request: Request) -> None:
+        self.pool.free(request.block_table)
+        del request.block_table[:]
+
+    def _cached_blocks(self, request: Request) -> list[int]:
+        """The longest cached prefix. The last token is computed in any case: its logits are wanted."""
+        if not self.prefix_caching:
+            return []
+        hashes = request.block_hashes((request.num_tokens - 1) // self.block_size, self.block_size)
+        return list(takewhile(lambda block: block is not None, map(self.pool.find, hashes)))
+
+    def _has_room(self, request: Request, cached: list[int]) -> bool:
+        num_taken = sum(map(self.pool.is_free, cached))
+        return num_taken + self._num_blocks(request.num_tokens) - len(cached) <= self.pool.num_free
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _release(self, request: Request) -> None:
-        self.pool.free(request.block_table)
-        request.block_table = []
+    # Parts of a plan
 
-    def _slots(self, chunk: Chunk) -> np.ndarray:
-        index = np.arange(chunk.begin, chunk.end)
-        return np.array(chunk.request.block_table, np.int64)[index // self.block_size] * self.block_size + index % self.block_size
+    def _block_tables(self, requests: list[Request]) -> np.ndarray:
+        tables = np.zeros((len(requests), max(len(r.block_table) for r in requests)), np.int64)
+        for row, request in zip(tables, requests, strict=True):
+            row[: len(request.block_table)] = request.block_table
+        return tables
 
-    def _embedding_rows(self, chunk: Chunk) -> np.ndarray:
-        rows = [np.arange(max(o, chunk.begin), min(o + n, chunk.end)) - chunk.begin for o, n in chunk.request.placeholders]
-        return np.concatenate([np.zeros(0, np.int64), *rows])
+    def _positions(self, chunks: list[Chunk], starts: np.ndarray, generated: np.ndarray) -> np.ndarray:
+        """Those of output tokens follow from their index; the prompt brought its own."""
+        positions = np.tile(generated, (3, 1))
+        for chunk, start in zip(chunks, starts, strict=True):
+            own = chunk.request.positions[:, chunk.begin : chunk.end]
+            positions[:, start : start + own.shape[1]] = own
+        return positions
+
+    def _embedding_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
+        rows = [np.zeros(0, np.int64)]
+        for chunk, start in zip(chunks, starts, strict=True):
+            rows += [np.arange(begin, end) + start - chunk.begin for _, begin, end in images_in(chunk)]
+        return np.concatenate(rows)
 
 
-def chunk_of(request: Request, count: int) -> Chunk:
-    return Chunk(request, request.num_computed_tokens, request.num_computed_tokens + count)
+def images_in(chunk: Chunk) -> list[tuple[int, int, int]]:
+    """(image, begin, end) of the placeholders that fall into the chunk."""
+    overlaps = [(i, max(o, chunk.begin), min(o + n, chunk.end)) for i, (o, n) in enumerate(chunk.request.placeholders)]
+    return [(i, begin, end) for i, begin, end in overlaps if begin < end]
 
 
 def embeddings_of(chunk: Chunk) -> list[object]:
     """The parts of the images' embeddings that fall into the chunk, in row order."""
-    parts = []
-    for i, (offset, length) in enumerate(chunk.request.placeholders):
-        begin, end = max(offset, chunk.begin), min(offset + length, chunk.end)
-        if begin < end:
-            parts.append(chunk.request.embeddings[i][begin - offset : end - offset])
-    return parts
+    request = chunk.request
+    return [
+        request.embeddings[i][begin - request.placeholders[i][0] : end - request.placeholders[i][0]] for i, begin, end in images_in(chunk)
+    ]

@@ -255,10 +255,12 @@ class Worker:
 
     def _send_pixels(self, key: Key, vision_id: str, index: int) -> None:
         handover = self._handovers.get(key)
-        dispatched = handover.images.get(index) if handover else None
-        if dispatched is None or dispatched.vision_id != vision_id:
+        if handover is None:
             self._member.links.send(vision_id, Abort(request_id=key[0], attempt=key[1]))
             return
+        dispatched = handover.images.get(index)
+        if dispatched is None or dispatched.vision_id != vision_id:
+            return  # a late one; no Abort, which would take the request's other images from the replica
         patches = Tensor.of(dispatched.image.patches())
         self._member.links.send(vision_id, Pixels(request_id=key[0], attempt=key[1], image=index, patches=patches))
 

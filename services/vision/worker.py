@@ -49,6 +49,7 @@ class Worker:
             self._grant()
             if job := self._next():
                 self._encode(job)
+                self._grant()
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -74,19 +75,20 @@ class Worker:
         job = self._jobs.get((pixels.request_id, pixels.attempt, pixels.image))
         if job is None:
             return  # it was aborted meanwhile
-        if pixels.patches.shape[0] != job.offer.num_patches or pixels.patches.dtype != "uint8":
+        if pixels.patches.shape[:1] != (job.offer.num_patches,) or pixels.patches.dtype != "uint8":
             self._fail(job, f"{pixels.patches} came for {job.offer.num_patches} patches")
         else:
             job.patches = to_torch(pixels.patches)
 
     def _grant(self) -> None:
-        """Keeps the next image's pixels on their way while the tower is at work."""
-        granted = sum(job.granted for job in self._jobs.values())
+        """Keeps the next image's pixels on their way while the tower is at work; an image that is in work twice needs them once."""
+        granted = {job.offer.mm_hash for job in self._jobs.values() if job.granted}
         for (request_id, attempt, image), job in self._jobs.items():
-            if granted >= MAX_GRANTED:
+            if len(granted) >= MAX_GRANTED:
                 return
-            if not job.granted:
-                job.granted, granted = True, granted + 1
+            if job.offer.mm_hash not in granted:
+                job.granted = True
+                granted.add(job.offer.mm_hash)
                 self._member.links.send(job.preprocess_id, Grant(request_id=request_id, attempt=attempt, image=image))
 
     def _next(self) -> Job | None:
@@ -95,16 +97,23 @@ class Worker:
     def _encode(self, job: Job) -> None:
         assert job.patches is not None
         began = time.monotonic()
-        embeddings = self._cache.get(job.offer.mm_hash)
-        cached = embeddings is not None
-        if embeddings is None:
+        try:
             embeddings = self._tower.encode(job.patches, job.offer.grid_thw)
-            self._cache.put(job.offer.mm_hash, embeddings)
-        self._jobs.pop((job.offer.request_id, job.offer.attempt, job.offer.image))
-        self._deliver(job, embeddings, queued=began - job.offered, encoded=time.monotonic() - began, cached=cached)
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process: end, and be started anew
+        except Exception as e:  # the outermost loop: no memory for it, or our own mistake; one image must not end the replica for all
+            self._log.exception("image failed", request_id=job.offer.request_id, image=job.offer.image)
+            self._fail(job, f"the vision tower failed ({type(e).__name__}): see the vision log")
+            return
+        self._cache.put(job.offer.mm_hash, embeddings)
+        encoded = time.monotonic() - began
+        for twin in [j for j in self._jobs.values() if j.offer.mm_hash == job.offer.mm_hash]:
+            del self._jobs[twin.offer.request_id, twin.offer.attempt, twin.offer.image]
+            self._deliver(twin, embeddings, queued=began - twin.offered, encoded=encoded, cached=twin is not job)
 
     def _deliver(self, job: Job, embeddings: torch.Tensor, queued: float, encoded: float, cached: bool) -> None:
         offer = job.offer
+        self._member.links.connect(offer.llm, "llm")  # anew, where the connection broke since the offer
         message = Embeddings(
             **name_of(offer),
             mm_hash=offer.mm_hash,

@@ -1,0 +1,94 @@
+"""What is logged: one JSON object a line, or readable on a terminal; never the values of local variables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import logging, sys
+import structlog
+from common.logs import get_logger, set_up_logging
+
+def fail():
+    secret = "-".join(("what", "a", "prompt", "says"))
+    raise ValueError("spoilt")
+
+early = get_logger()  # modules take theirs before logging is set up
+set_up_logging("vision", sys.argv[1], "info")
+log = early.bind(member="v-1")
+log.debug("not told")
+log.info("ready", num_patches=4, path=sys, text="größer")
+logging.getLogger("library").warning("a library says %s", "hello")
+logging.getLogger("library").debug("not told")
+structlog.contextvars.bind_contextvars(request_id="r-7")
+try:
+    fail()
+except ValueError:
+    log.exception("failed")
+    logging.getLogger("library").exception("failed too")
+"""
+
+
+def logged(log_format: str) -> str:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, log_format], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    assert not done.stdout
+    return done.stderr
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in logged("json").splitlines()]
+
+
+def test_json_has_one_object_a_line_with_the_same_keys_from_us_and_from_libraries() -> None:
+    ready, library, failed, _ = lines()
+    common = {"event", "level", "timestamp", "service"}
+    assert ready.keys() == common | {"member", "num_patches", "path", "text"}
+    assert (ready["event"], ready["level"], ready["service"], ready["member"], ready["num_patches"]) == (
+        "ready",
+        "info",
+        "vision",
+        "v-1",
+        4,
+    )
+    assert ready["timestamp"].endswith("Z") and ready["text"] == "größer"
+    assert library.keys() == common
+    assert (library["event"], library["level"]) == ("a library says hello", "warning")
+    assert failed["level"] == "error"
+
+
+def test_the_request_id_of_the_context_is_in_every_line() -> None:
+    ready, _, failed, failed_too = lines()
+    assert failed["request_id"] == failed_too["request_id"] == "r-7"
+    assert "request_id" not in ready
+
+
+def test_a_traceback_in_json_has_frames_and_no_locals() -> None:
+    for line in lines()[2:]:
+        (error,) = line["exception"]
+        assert (error["exc_type"], error["exc_value"]) == ("ValueError", "spoilt")
+        assert [frame["name"] for frame in error["frames"]] == ["<module>", "fail"]
+        assert not any(frame.get("locals") for frame in error["frames"])
+
+
+def test_auto_is_json_where_there_is_no_terminal() -> None:
+    assert json.loads(logged("auto").splitlines()[0])["event"] == "ready"
+
+
+def test_the_console_is_for_people() -> None:
+    first, *rest = logged("console").splitlines()
+    assert "[info     ] ready" in first and "num_patches=4" in first and "service=vision" in first
+    assert "\x1b" not in first
+    assert any("ValueError: spoilt" in line for line in rest)
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_no_log_holds_the_value_of_a_local_variable(log_format: str) -> None:
+    said = logged(log_format)
+    assert "spoilt" in said
+    assert "what-a-prompt-says" not in said

@@ -1,0 +1,89 @@
+"""The life of a service: how it ends, with which status, and that it does not outlive its launcher."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 30.0
+
+SERVICE = """
+import threading
+from common.checkpoint import BadCheckpoint
+from common.config import BadSetting
+from common.process import CannotStart, run
+
+def main(settings, stop):
+    threading.Thread(target=threading.Event().wait).start()  # a library's thread that never ends
+    print("up", flush=True)
+    {body}
+
+run("detokenizer", "A service.", main)
+"""
+
+# Starts the service and stays; both hold the pipe that the test reads.
+PARENT = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], f"--die-with-parent={os.getpid()}"])
+"""
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def service(body: str) -> str:
+    return SERVICE.format(body=body)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("return", 0, "stopped"),
+        ("raise BadCheckpoint('no such model')", 2, "no such model"),
+        ("raise BadSetting('--tp 9 is too much')", 2, "--tp 9 is too much"),
+        ("raise CannotStart('the port is taken')", 1, "the port is taken"),
+        ("raise KeyError('a mistake of ours')", 1, "a mistake of ours"),
+    ],
+)
+def test_a_service_ends_with_a_status_and_its_reason_whatever_threads_are_left(body: str, status: int, said: str) -> None:
+    with start(service(body), "--log-format=json") as process:
+        out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (status, "up\n")
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_asks_the_service_to_stop_and_it_ends_in_order(number: signal.Signals) -> None:
+    with start(service("stop.wait(); print('put away', flush=True)")) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (0, "put away\n")
+
+
+def test_a_service_dies_with_its_launcher_even_when_that_is_killed() -> None:
+    with start(PARENT, service("stop.wait()")) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "up\n"
+        parent.kill()
+        # The pipe's end comes when nobody is left who could write to it.
+        parent.communicate(timeout=DEADLINE)
+    assert parent.returncode == -signal.SIGKILL
+
+
+def test_a_service_whose_launcher_died_before_it_could_ask_does_not_start() -> None:
+    with start(service("return"), "--die-with-parent=1") as process:
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (1, "")
+
+
+def test_a_wrong_flag_ends_with_status_2() -> None:
+    with start(service("return"), "--nothing") as process:
+        _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 2
+    assert "--nothing" in err

@@ -1,0 +1,236 @@
+"""The control plane over real gRPC: members join by a stream and are dead when it breaks or falls silent."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.process import CannotStart
+from common.settings import ControllerSettings
+from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+from services.controller import membership_table, service
+from services.controller.__main__ import serve
+from services.controller.service import ControlServicer
+
+READY = control_pb2.MEMBER_STATE_READY
+STARTING = control_pb2.MEMBER_STATE_STARTING
+DEAD = control_pb2.MEMBER_STATE_DEAD
+DEADLINE = 20.0
+
+CONTROLLER = control_pb2.Member(id="controller-1", role="controller", state=READY)
+
+
+def member(member_id: str = "v-1", **fields: Any) -> control_pb2.Member:
+    return control_pb2.Member(**{"id": member_id, "role": "vision", "state": READY} | fields)
+
+
+class Joined:
+    """A stream that the test speaks on as a member or a watcher."""
+
+    def __init__(self, stub: Any) -> None:
+        self.call = stub.Join(timeout=DEADLINE)
+
+    async def report(self, reported: control_pb2.Member | None, watch: bool = False) -> None:
+        await self.call.write(control_pb2.JoinRequest(member=reported, watch=watch))
+
+    async def hear(self) -> dict[str, int]:
+        """The members' states in the next answer, but for the controller."""
+        answer = await self.call.read()
+        assert answer is not grpc.aio.EOF, "the stream ended"
+        return {m.id: m.state for m in answer.members if m.role != "controller"}
+
+    async def hear_until(self, wanted: dict[str, int]) -> None:
+        while await self.hear() != wanted:
+            pass
+
+    async def ends(self) -> bool:
+        while (answer := await self.call.read()) is not grpc.aio.EOF:
+            assert answer.lease_seconds
+        return (await self.call.code()) == grpc.StatusCode.OK
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    servicer, server = ControlServicer(CONTROLLER), grpc.aio.server()
+    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
+    address = f"unix:{tmp_path}/control"
+    server.add_insecure_port(address)
+    await server.start()
+    expiry = asyncio.create_task(servicer.expire_leases())
+    yield address
+    expiry.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await expiry
+    await server.stop(None)
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield control_pb2_grpc.ControlServiceStub(channel)
+
+
+@pytest.fixture
+async def watcher(stub: Any) -> Joined:
+    watching = Joined(stub)
+    await watching.report(None, watch=True)
+    assert await watching.hear() == {}
+    return watching
+
+
+async def listed(stub: Any) -> list[control_pb2.Member]:
+    return list((await stub.ListMembers(control_pb2.ListMembersRequest(), timeout=DEADLINE)).members)
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (membership_table, service):
+        monkeypatch.setattr(module, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(service, "TICK_SECONDS", 0.05)
+
+
+async def test_the_controller_is_a_member_itself(stub: Any) -> None:
+    assert await listed(stub) == [CONTROLLER]
+
+
+async def test_a_member_that_joins_is_listed_with_all_it_said(stub: Any) -> None:
+    said = member(pid=7, address="ipc:///run/v", fingerprint="ff", in_flight=1, queued=2, group="g", rank=3, host="h")
+    joined = Joined(stub)
+    await joined.report(said)
+    assert await joined.hear() == {}  # it does not watch
+    assert await listed(stub) == [CONTROLLER, said]
+
+
+async def test_the_lease_is_told_to_who_joins(stub: Any) -> None:
+    joined = Joined(stub)
+    await joined.report(member())
+    assert (await joined.call.read()).lease_seconds == membership_table.LEASE_SECONDS == 3
+
+
+async def test_a_watcher_hears_of_the_members_at_once_and_of_every_change(stub: Any, watcher: Joined) -> None:
+    joined = Joined(stub)
+    await joined.report(member(state=STARTING), watch=True)
+    assert await joined.hear() == {"v-1": STARTING}
+    assert await watcher.hear() == {"v-1": STARTING}
+    await joined.report(member())
+    assert await watcher.hear() == {"v-1": READY}
+
+
+async def test_a_watcher_is_no_member(stub: Any, watcher: Joined) -> None:
+    assert await listed(stub) == [CONTROLLER]
+    watcher.call.cancel()
+    joined = Joined(stub)
+    await joined.report(member())
+    await joined.hear()
+    assert [m.id for m in await listed(stub)] == ["controller-1", "v-1"]
+
+
+async def test_load_is_listed_and_not_told_to_watchers(stub: Any, watcher: Joined) -> None:
+    joined = Joined(stub)
+    await joined.report(member())
+    assert await watcher.hear() == {"v-1": READY}
+    for in_flight in range(1, 6):
+        await joined.report(member(in_flight=in_flight))
+    await joined.report(member(in_flight=9, address="moved"))
+    # The next thing that the watcher hears is the move: the five reports before it were not told.
+    answer = await watcher.call.read()
+    (moved,) = (m for m in answer.members if m.id == "v-1")
+    assert (moved.address, moved.in_flight) == ("moved", 9)
+
+
+@pytest.mark.parametrize("how", ["cancel", "done_writing"])
+async def test_a_member_is_dead_as_soon_as_its_stream_ends(stub: Any, watcher: Joined, how: str) -> None:
+    joined = Joined(stub)
+    await joined.report(member(in_flight=4))
+    await watcher.hear_until({"v-1": READY})
+    ended = getattr(joined.call, how)()
+    if asyncio.iscoroutine(ended):
+        await ended
+    # No lease is awaited: it is longer.
+    async with asyncio.timeout(2.5):
+        assert await watcher.hear() == {"v-1": DEAD}
+    (_, dead) = await listed(stub)
+    assert (dead.state, dead.in_flight) == (DEAD, 0)
+
+
+async def test_a_member_is_dead_as_soon_as_its_connection_breaks(address: str, watcher: Joined) -> None:
+    channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    joined = Joined(control_pb2_grpc.ControlServiceStub(channel))
+    await joined.report(member())
+    await watcher.hear_until({"v-1": READY})
+    await channel.close()
+    async with asyncio.timeout(2.5):
+        assert await watcher.hear() == {"v-1": DEAD}
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_silent_member_is_dead_after_its_lease(stub: Any, watcher: Joined) -> None:
+    joined = Joined(stub)
+    await joined.report(member())
+    await watcher.hear_until({"v-1": READY})
+    assert await watcher.hear() == {"v-1": DEAD}
+
+
+@pytest.mark.usefixtures("short_lease")
+@pytest.mark.parametrize("watch", [True, False], ids=["watching", "not watching"])
+async def test_a_member_that_speaks_after_its_lease_must_join_anew(stub: Any, watcher: Joined, watch: bool) -> None:
+    joined = Joined(stub)
+    await joined.report(member(), watch)
+    await watcher.hear_until({"v-1": DEAD})
+    with contextlib.suppress(asyncio.InvalidStateError):  # where the stream has ended already
+        await joined.report(member())
+    assert await joined.ends()
+    assert [m.state for m in await listed(stub)] == [READY, DEAD]
+
+    again = Joined(stub)
+    await again.report(member())
+    assert await watcher.hear() == {"v-1": READY}
+
+
+async def test_the_end_of_an_old_stream_does_not_end_the_member_that_has_a_new_one(stub: Any, watcher: Joined) -> None:
+    """A connection breaks, the member joins by another, and only then is the break seen."""
+    old, new = Joined(stub), Joined(stub)
+    await old.report(member(address="old"))
+    await watcher.hear()
+    await new.report(member(address="new"))
+    await watcher.hear()
+    await old.call.done_writing()
+    assert await old.ends()
+    await new.report(member(address="newer"))
+    answer = await watcher.call.read()
+    assert [(m.address, m.state) for m in answer.members if m.id == "v-1"] == [("newer", READY)]
+
+
+async def test_a_stream_that_says_nothing_leaves_no_trace(stub: Any) -> None:
+    joined = Joined(stub)
+    await joined.call.done_writing()
+    assert await joined.ends()
+    assert await listed(stub) == [CONTROLLER]
+
+
+async def test_a_port_that_is_taken_is_told_as_such() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    with pytest.raises(CannotStart, match=f"127.0.0.1:{port}.*taken"):
+        await serve(ControllerSettings(control_listen=f"127.0.0.1:{port}"), threading.Event())
+    await server.stop(None)
+
+
+async def test_the_whole_controller_is_healthy_and_stops_when_told(tmp_path: Path) -> None:
+    stop, address = threading.Event(), f"unix:{tmp_path}/control"
+    running = asyncio.create_task(serve(ControllerSettings(control_listen=address), stop))
+    async with grpc.aio.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = await check(health_pb2.HealthCheckRequest(), timeout=DEADLINE, wait_for_ready=True)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        (myself,) = await listed(control_pb2_grpc.ControlServiceStub(channel))
+        assert (myself.role, myself.state) == ("controller", READY) and myself.pid
+    stop.set()
+    await asyncio.wait_for(running, DEADLINE)

@@ -1,0 +1,173 @@
+"""The detokenizer worker: what the language group sends becomes deltas, and each answer ends once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.links import Down, Event
+from common.messages import Abort, Delta, Failed, Start, StopFound, Stopping, Tokens, Usage
+from common.wire import Tensor
+from services.detokenizer.incremental import Vocabulary
+from services.detokenizer.worker import Answer, Key, Worker
+from tests.fakes import FakeMember, received
+
+VOCABULARY = Vocabulary(Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json")
+BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
+
+
+class Detokenizer:
+    def __init__(self) -> None:
+        self.member, self.answers = FakeMember(), dict[Key, Answer]()
+        self.worker = Worker(self.member, VOCABULARY, self.answers)
+
+    def play(self, *batches: list[Event]) -> None:
+        self.member.play(self.worker, *batches)
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return self.member.links.of(Delta)
+
+    def text(self, request_id: str = "r", attempt: int = 0) -> str:
+        return "".join(d.text.text() for d in self.deltas if (d.request_id, d.attempt) == (request_id, attempt))
+
+
+def ids_of(text: str) -> list[int]:
+    return [BY_BYTES[bytes([byte])] for byte in text.encode()]
+
+
+def start(request_id: str = "r", attempt: int = 0, gateway: str = "gateway-1", llm: str = "llm-1", **stopping: Any) -> list[Event]:
+    message = Start(
+        request_id=request_id,
+        attempt=attempt,
+        gateway_id=gateway,
+        stopping=Stopping(**stopping),
+        usage=Usage(prompt_tokens=9, image_tokens=4, cached_tokens=2),
+        timings=Tensor.of_text(json.dumps({"prefill_seconds": 0.5, "images": []})),
+    )
+    return received(llm, "llm", message)
+
+
+def tokens(
+    offset: int, ids: Sequence[int], finish_reason: str = "", request_id: str = "r", attempt: int = 0, logprobs: bool = False
+) -> list[Event]:
+    """Log-probabilities tell their token: -id/1000, and the best candidate is always "a"."""
+    of = np.array(ids, np.int64)
+    told = {
+        "logprobs": Tensor.of((-of / 1000).astype(np.float32)),
+        "top_token_ids": Tensor.of(np.full((len(ids), 1), ids_of("a")[0], np.int64)),
+        "top_logprobs": Tensor.of(np.full((len(ids), 1), -0.5, np.float32)),
+    }
+    name = {"request_id": request_id, "attempt": attempt}
+    message = Tokens(**name, offset=offset, token_ids=Tensor.of(of), finish_reason=finish_reason, **told if logprobs else {})
+    return received("llm-1", "llm", message)
+
+
+def named(kind: type, llm: str = "llm-1", attempt: int = 0, **fields: Any) -> list[Event]:
+    return received(llm, "llm", kind(request_id="r", attempt=attempt, **fields))
+
+
+def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
+    detokenizer, ids = Detokenizer(), ids_of("é is 😀!")
+    detokenizer.play(start(), *[tokens(i, [id]) for i, id in enumerate(ids[:-1])], tokens(len(ids) - 1, ids[-1:], "length"))
+    assert [(d.offset, d.token_ids.numpy().tolist()) for d in detokenizer.deltas] == [(i, [id]) for i, id in enumerate(ids)]
+    assert {receiver for receiver, _ in detokenizer.member.links.sent} == {"gateway-1"}
+    assert detokenizer.text() == "é is 😀!"
+    assert detokenizer.deltas[0].text.text() == "", "half a character is held back"
+
+
+def test_the_last_delta_alone_carries_the_end_with_usage_and_timings() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(), tokens(0, ids_of("ab")), tokens(2, ids_of("c"), "length"), tokens(3, ids_of("d"), "length"))
+    first, last = detokenizer.deltas
+    assert (first.finish_reason, first.usage, first.timings) == ("", Usage(), None)
+    assert last.finish_reason == "length"
+    assert last.usage == Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2)
+    assert last.timings is not None
+    timings = json.loads(last.timings.bytes())
+    assert timings.pop("decode_seconds") >= 0
+    assert timings == {"prefill_seconds": 0.5, "images": []}
+    assert not detokenizer.answers
+
+
+def test_what_was_held_back_comes_with_the_end() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(stop=("END",)), tokens(0, ids_of("abEN")), tokens(4, ids_of("😀")[:2], "length"))
+    assert detokenizer.text() == "abEN\ufffd"
+
+
+def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(stop=("END",)), tokens(0, ids_of("ab EN")), tokens(5, ids_of("D more")), tokens(11, ids_of("x"), "length"))
+    assert detokenizer.text() == "ab "
+    last = detokenizer.deltas[-1]
+    assert (last.finish_reason, last.offset, last.token_ids.numpy().tolist()) == ("stop", 5, ids_of("D"))
+    assert last.usage.completion_tokens == 6
+    assert len(detokenizer.deltas) == 2, "what comes after the end is dropped"
+    assert [m.request_id for m in detokenizer.member.links.to("llm-1")] == ["r"]
+    assert len(detokenizer.member.links.of(StopFound)) == 1
+    assert not detokenizer.answers
+
+
+def test_a_stop_string_in_the_last_token_wins_and_the_language_group_is_not_told_what_it_knows() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(stop=("END",)), tokens(0, ids_of("aEND"), "length"))
+    [last] = detokenizer.deltas
+    assert (last.finish_reason, last.text.text()) == ("stop", "a")
+    assert not detokenizer.member.links.of(StopFound)
+
+
+def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
+    detokenizer, ids = Detokenizer(), ids_of("xEND")
+    detokenizer.play(start(stop=("END",)), tokens(0, [*ids, *ids_of("more")], logprobs=True))
+    [delta] = detokenizer.deltas
+    assert delta.logprobs is not None
+    entries = json.loads(delta.logprobs.bytes())
+    assert [e["token_id"] for e in entries] == delta.token_ids.numpy().tolist() == ids
+    assert [e["token"] for e in entries] == list("xEND")
+    assert [e["logprob"] for e in entries] == pytest.approx([-id / 1000 for id in ids])
+    [candidate] = entries[1]["top_logprobs"]
+    assert (candidate["token"], candidate["token_id"], candidate["logprob"]) == ("a", ids_of("a")[0], -0.5)
+
+
+def test_without_logprobs_there_are_none() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(), tokens(0, ids_of("a")))
+    assert [d.logprobs for d in detokenizer.deltas] == [None]
+
+
+def test_a_failure_of_the_language_group_is_passed_on_as_the_end() -> None:
+    detokenizer = Detokenizer()
+    failure = named(Failed, code="Internal", message="no numbers", stage="llm")
+    detokenizer.play(start(), tokens(0, ids_of("a")), failure, failure, tokens(1, ids_of("b")))
+    assert [message for _, message in detokenizer.member.links.sent[1:]] == [failure[0].message]
+    assert detokenizer.member.links.sent[1][0] == "gateway-1"
+    assert not detokenizer.answers
+
+
+@pytest.mark.parametrize(
+    "event", [named(Abort), [Down("llm-1", "llm", "gone")], [Down("gateway-1", "gateway", "gone")]], ids=["abort", "llm", "gateway"]
+)
+def test_an_answer_nobody_gives_or_wants_any_more_is_freed_and_others_are_not(event: list[Event]) -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(), start("other", gateway="gateway-2", llm="llm-2"), event, tokens(0, ids_of("a")))
+    assert list(detokenizer.answers) == [("other", 0)]
+    assert detokenizer.deltas == []
+
+
+def test_attempts_of_one_request_are_separate() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(start(), tokens(0, ids_of("é")[:1]), start(attempt=1), tokens(0, ids_of("b"), attempt=1), named(Abort))
+    assert list(detokenizer.answers) == [("r", 1)]
+    assert (detokenizer.text(), detokenizer.text(attempt=1)) == ("", "b")
+    detokenizer.play(tokens(1, ids_of("c"), "length", attempt=1))
+    assert detokenizer.text(attempt=1) == "bc" and not detokenizer.answers
+
+
+def test_tokens_before_any_start_are_dropped() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play(tokens(0, ids_of("a"), "length"), named(Abort))
+    assert detokenizer.member.links.sent == []

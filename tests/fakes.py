@@ -1,0 +1,69 @@
+"""What stands in for a process's connections: links that remember what was sent, and a member whose events are a script."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from common.links import Event, Received
+from common.messages import Abort, Peer
+
+T = TypeVar("T")
+
+
+class FakeLinks:
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Any]] = []
+        self.connected: list[tuple[Peer, str]] = []
+
+    def connect(self, peer: Peer, role: str) -> None:
+        self.connected.append((peer, role))
+
+    def send(self, peer_id: str, message: Any) -> None:
+        self.sent.append((peer_id, message))
+
+    def to(self, peer_id: str) -> list[Any]:
+        return [message for receiver, message in self.sent if receiver == peer_id]
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [message for _, message in self.sent if isinstance(message, kind)]
+
+    def take(self) -> list[tuple[str, Any]]:
+        """What was sent since the last call."""
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class FakeMember:
+    """Gives out one batch of events a round, as a work loop asks for them; what it waits for after the last ends it.
+
+    A batch may be a function, which is called then: it can look at what was sent so far.
+    """
+
+    def __init__(self) -> None:
+        self.links = FakeLinks()
+        self.missing: list[str] | None = None
+        self._script: Iterator[Any] = iter(())
+
+    def play(self, worker: Any, *batches: list[Event] | Callable[[], list[Event]]) -> None:
+        """Runs the worker over the batches, and on until it has nothing more to do."""
+        self._script = iter(batches)
+        worker.run()
+
+    def waiting_events(self, wait: bool) -> list[Event] | None:
+        batch = next(self._script, None if wait else [])
+        return batch() if callable(batch) else batch
+
+    def events(self) -> Iterator[Event]:
+        return itertools.chain.from_iterable(self._script)
+
+    def waits_for(self, roles: list[str]) -> None:
+        self.missing = roles
+
+
+def received(peer_id: str, role: str, *messages: Any) -> list[Event]:
+    return [Received(peer_id, role, message) for message in messages]
+
+
+def aborts(sent: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """(receiver, request_id) of each Abort."""
+    return [(receiver, message.request_id) for receiver, message in sent if isinstance(message, Abort)]

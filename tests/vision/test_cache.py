@@ -1,0 +1,48 @@
+"""The embedding cache is bounded in bytes and forgets what was not used for longest."""
+
+import torch
+
+from services.vision.cache import EmbeddingCache
+
+
+def rows(count: int) -> torch.Tensor:
+    """As many times 16 bytes."""
+    return torch.full((count, 4), float(count))
+
+
+def test_what_was_put_comes_back_and_the_rest_is_absent() -> None:
+    cache, embeddings = EmbeddingCache(100), rows(2)
+    cache.put("a", embeddings)
+    assert cache.get("a") is embeddings
+    assert cache.get("b") is None
+
+
+def test_the_least_recently_used_go_first_until_the_rest_fits() -> None:
+    cache = EmbeddingCache(4 * 16)
+    for name in "abcd":
+        cache.put(name, rows(1))
+    cache.get("a")
+    cache.put("e", rows(2))
+    assert [name for name in "abcde" if cache.get(name) is not None] == ["a", "d", "e"]
+    assert cache.num_bytes == 4 * 16
+
+
+def test_what_is_larger_than_the_cache_is_not_kept_and_displaces_nothing() -> None:
+    cache = EmbeddingCache(2 * 16)
+    cache.put("a", rows(2))
+    cache.put("b", rows(3))
+    assert cache.get("b") is None and cache.get("a") is not None
+    assert cache.num_bytes == 2 * 16
+
+
+def test_an_image_put_twice_is_counted_once() -> None:
+    cache = EmbeddingCache(100)
+    cache.put("a", rows(2))
+    cache.put("a", rows(2))
+    assert cache.num_bytes == 2 * 16
+
+
+def test_a_cache_of_no_bytes_keeps_nothing() -> None:
+    cache = EmbeddingCache(0)
+    cache.put("a", rows(1))
+    assert cache.get("a") is None and cache.num_bytes == 0
