@@ -241,6 +241,27 @@ VisionToLlm = Hello | Beat | Embeddings
 LlmToVision = Hello | Goodbye | Beat
 
 
+# llm rank 0 -> the other ranks of its group
+
+
+class Step(Message):
+    """What every rank computes next: the fields of services.llm.plan.StepPlan, int64 each."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_lens: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    embedding_rows: Tensor
+    sampled_rows: Tensor
+    embeddings: tuple[Tensor, ...]
+    """The images' embeddings that fall into the step, in row order."""
+
+
+LlmToLlm = Hello | Goodbye | Beat | Step
+
+
 # llm -> detokenizer
 
 
@@ -324,6 +345,7 @@ HOPS = {
     ("llm", "preprocess"): LlmToPreprocess,
     ("vision", "llm"): VisionToLlm,
     ("llm", "vision"): LlmToVision,
+    ("llm", "llm"): LlmToLlm,
     ("llm", "detokenizer"): LlmToDetokenizer,
     ("detokenizer", "llm"): DetokenizerToLlm,
 }

@@ -93,7 +93,11 @@ class VisionSettings(Service, Model, Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSettings(Service, Model, Engine, Context, Batching):
-    pass
+    group: str = setting("llm", "name of the tensor-parallel group, the same for all its ranks")
+    rank: int = setting(0, "this process's rank in its group")
+    rendezvous: str = setting(
+        "", "where the ranks of the group meet, for --tp above 1: tcp://HOST:PORT of rank 0, or file:///NEW/FILE on one host"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

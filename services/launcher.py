@@ -54,6 +54,9 @@ class Child:
     start_at: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     relay: threading.Thread | None = None
+    group: str = ""
+    """Of a language group with several ranks: they live and die together."""
+    num_starts: int = 0
 
     @property
     def is_hopeless(self) -> bool:
@@ -65,6 +68,7 @@ class Launcher:
     def __init__(self, settings: ServeSettings, run_dir: Path) -> None:
         self._settings, self._run_dir = settings, run_dir
         self._children = [self._child(role, n) for role, count in counts(settings).items() for n in range(count)]
+        self._children += [self._rank("llm-0", rank) for rank in range(settings.tp)]
         # Not an Event: this is also put to by signal handlers, which must not wait for a lock that their own thread holds.
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
@@ -96,9 +100,14 @@ class Launcher:
     def _control(self) -> str:
         return f"unix:{self._run_dir}/control.sock"
 
-    def _child(self, role: str, n: int) -> Child:
-        name = f"{role}-{n}"
-        arguments = {
+    def _rank(self, group: str, rank: int) -> Child:
+        child = self._child("llm", 0, name=group if rank == 0 else f"{group}.{rank}", group=group, rank=rank)
+        child.group = group
+        return child
+
+    def _child(self, role: str, n: int, name: str = "", **own: Any) -> Child:
+        name = name or f"{role}-{n}"
+        arguments = own | {
             "controller": self._control,
             "control_listen": self._control,
             "listen": f"ipc://{self._run_dir}/{name}.sock",
@@ -106,24 +115,38 @@ class Launcher:
             "log_format": "console" if wants_console(self._settings.log_format) else "json",
             "die_with_parent": os.getpid(),
         }
-        own = {f.name: getattr(self._settings, f.name) for f in fields(self._settings)}
-        chosen = (own | arguments).items()
+        given = {f.name: getattr(self._settings, f.name) for f in fields(self._settings)}
+        chosen = (given | arguments).items()
         known = {f.name for f in fields(SERVICES[role])}
         return Child(role, name, [f"{flag(k)}={v}" for k, v in chosen if k in known and v is not None])
 
     def _keep_running(self) -> Child | None:
         """Starts what is due; gives a child that failed too many starts in a row."""
         for child in self._children:
-            if child.process is None and time.monotonic() >= child.start_at:
+            if child.process is None and self._is_due(child):
                 self._start(child)
             elif child.process is not None and child.process.poll() is not None:
                 self._bury(child)
                 if child.is_hopeless:
                     return child
+                for rank in self._others_of(child):
+                    signal_child(rank, signal.SIGKILL)
         return None
 
+    def _is_due(self, child: Child) -> bool:
+        """A rank waits until all of its group are gone: a new group meets anew."""
+        return time.monotonic() >= child.start_at and all(
+            r.process is None or r.num_starts > child.num_starts for r in self._others_of(child)
+        )
+
+    def _others_of(self, child: Child) -> list[Child]:
+        return [other for other in self._children if child.group and other.group == child.group and other is not child]
+
     def _start(self, child: Child) -> None:
+        child.num_starts += 1
         command = [sys.executable, "-m", f"services.{child.role}", *child.arguments]
+        if child.group:
+            command.append(f"--rendezvous=file://{self._run_dir}/{child.group}.{child.num_starts}.meet")
         # A process group of its own: Ctrl-C at the terminal is ours alone, and the children end in order.
         child.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0, env=child_environment()
@@ -197,14 +220,13 @@ class Launcher:
 
 
 def counts(settings: ServeSettings) -> dict[str, int]:
-    """How many processes of each role."""
+    """How many processes of each role; the language groups' ranks come beside."""
     return {
         "controller": 1,
         "gateway": 1,
         "detokenizer": settings.detokenizer,
         "preprocess": settings.preprocess,
         "vision": settings.vision,
-        "llm": 1,
     }
 
 
@@ -270,8 +292,8 @@ def check(settings: ServeSettings) -> ServeSettings:
     BadSetting, BadCheckpoint
     """
     checkpoint = open_checkpoint(settings.model)
-    if settings.tp != 1:
-        raise BadSetting(f"--tp {settings.tp}: tensor parallelism is not built yet, use --tp 1")
+    if settings.tp < 1:
+        raise BadSetting(f"--tp {settings.tp}: at least 1 is needed")
     for role, count in counts(settings).items():
         if count < 1:
             raise BadSetting(f"--{role} {count}: at least 1 is needed")

@@ -1,7 +1,6 @@
 """ControlService over gRPC: a membership table fed by one stream a member."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator
 

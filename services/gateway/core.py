@@ -21,6 +21,8 @@ from services.gateway.generation import Began, Ended, Event, GenerationRequest, 
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
+REMEMBERED_IDS = 20_000
+"""As many as a language group remembers of requests that ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +35,8 @@ class Record:
     attempt: int = 0
     llm: str = ""
     prompt_token_ids: list[int] | None = None
+    early: list[Delta] = field(default_factory=list)
+    """Came before Routed, by another connection."""
     token_ids: list[int] = field(default_factory=list)
     events: asyncio.Queue[Event | ServingError] = field(default_factory=asyncio.Queue)
     admitted: float = field(default_factory=time.monotonic)
@@ -50,6 +54,7 @@ class GatewayCore:
         self.model_name = model_name
         self._max_waiting, self._request_timeout = max_waiting, request_timeout
         self._records: dict[str, Record] = {}
+        self._seen_ids: dict[str, None] = {}
         self._up: dict[str, Up] = {}
         self._members: list[control_pb2.Member] = []
         self._stopping = False
@@ -67,7 +72,7 @@ class GatewayCore:
             async with contextlib.aclosing(self._events(record, timeout)) as events:
                 yield events
         finally:
-            if record.request.request_id in self._records:
+            if self._records.get(record.request.request_id) is record:
                 self._forget(record)
                 self._abort(record)
 
@@ -121,15 +126,22 @@ class GatewayCore:
             raise Unavailable("the gateway is stopping: try again", retry_after=1.0)
         if missing := [role for role in CONNECTED_STAGES if not self._connected(role)]:
             raise Unavailable(f"no {' and no '.join(missing)} is connected: try again in a moment", retry_after=1.0)
-        if request.request_id in self._records:  # a proxy's retry of a request that is still under way
-            request = replace(request, request_id=f"{request.request_id}~{secrets.token_hex(3)}")
         waiting = sum(r.first_token is None for r in self._records.values())
         if waiting >= self._max_waiting:
             raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", retry_after=1.0)
-        record = Record(request, self._choose("preprocess"), self._choose("detokenizer"))
-        self._records[request.request_id] = record
+        record = Record(self._renamed(request), self._choose("preprocess"), self._choose("detokenizer"))
         self._submit(record)
+        self._records[record.request.request_id] = record
         return record
+
+    def _renamed(self, request: GenerationRequest) -> GenerationRequest:
+        """Clients and proxies send an id again; the stages drop what comes for a request that ended, so here each has its own."""
+        if request.request_id in self._seen_ids:
+            request = replace(request, request_id=f"{request.request_id}~{secrets.token_hex(3)}")
+        self._seen_ids[request.request_id] = None
+        if len(self._seen_ids) > REMEMBERED_IDS:
+            del self._seen_ids[next(iter(self._seen_ids))]
+        return request
 
     def _choose(self, role: str) -> str:
         """Of the connected ones, the one that holds the fewest of our requests; ready ones first."""
@@ -189,6 +201,11 @@ class GatewayCore:
                 record.llm = llm.id
                 record.prompt_token_ids = None if ids is None else ids.numpy().tolist()
                 self.links.connect(llm, "llm")
+                early, record.early = record.early, []
+                for delta in early:
+                    self._take(delta)
+            case Delta() if not record.llm:
+                record.early.append(message)
             case Delta():
                 self._extend(record, message)
             case Failed(code=code, message=text, stage=stage, image=image):

@@ -1,4 +1,4 @@
-"""The language group: continuous batching over a paged KV cache."""
+"""The language group: continuous batching over a paged KV cache, one process a tensor-parallel rank."""
 
 import os
 import threading
@@ -10,11 +10,14 @@ from common.config import BadSetting
 from common.device import prepare
 from common.logs import get_logger
 from common.member import Member
-from common.process import run
+from common.process import EXIT_FAILED, leave, run
 from common.settings import LlmSettings
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
+from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
+from services.llm.parallel import join_group
+from services.llm.ranks import follow, lead
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
 from services.llm.worker import Worker
@@ -24,31 +27,54 @@ ACCELERATOR_MEMORY_SHARE = 0.8
 
 
 def main(settings: LlmSettings, stop: threading.Event) -> None:
-    if settings.tp != 1:
-        raise BadSetting(f"--tp {settings.tp}: tensor parallelism is not built yet, use --tp 1")
     checkpoint = open_checkpoint(settings.model)
-    max_model_len = settings.max_model_len or checkpoint.max_model_len
+    config = TextConfig.of(checkpoint)
+    check(settings, config)
     device, dtype = prepare(settings, checkpoint)
-    bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, settings.block_size)
-    pool = BlockPool(num_blocks(settings, device, bytes_per_block, max_model_len))
-    scheduler = Scheduler(pool, settings.block_size, settings.max_num_seqs, settings.max_num_batched_tokens)
-    load = lambda: (len(scheduler.running), len(scheduler.waiting))  # noqa: E731
-    member = Member(settings, "llm", stop, load, checkpoint.fingerprint, group=settings.name or "llm")
-    log = get_logger()
-    log.info("loading", id=member.id, model=str(checkpoint.path), dtype=str(dtype), device=str(device), threads=torch.get_num_threads())
-    runner = ModelRunner(checkpoint, dtype, device, pool.num_blocks, settings.block_size, progress=member.loading)
-    engine = Engine(scheduler, runner, Sampler(), runner.hidden_size, checkpoint.eos_token_ids)
-    tokens = pool.num_blocks * settings.block_size
-    log.info(
-        "ready", id=member.id, kv_cache_mib=pool.num_blocks * bytes_per_block >> 20, kv_cache_tokens=tokens, max_model_len=max_model_len
-    )
-    member.ready(max_model_len)
-    Worker(member, engine).run()
+    schedulers: list[Scheduler] = []  # none yet: the member tells its load from the first moment on
+    load = lambda: (sum(len(s.running) for s in schedulers), sum(len(s.waiting) for s in schedulers))  # noqa: E731
+    on_loss = None if settings.tp == 1 else lambda reason: lose_rank(stop, reason)
+    member = Member(settings, "llm", stop, load, checkpoint.fingerprint, group=settings.group, rank=settings.rank, on_group_loss=on_loss)
+    log = get_logger().bind(id=member.id)
+    log.info("loading", model=str(checkpoint.path), dtype=str(dtype), device=str(device), threads=torch.get_num_threads())
+    max_elements = max(settings.max_num_batched_tokens * config.hidden_size, settings.max_num_seqs * config.vocab_size // settings.tp)
+    shard = join_group(settings.rank, settings.tp, settings.rendezvous, device, max_elements)
+    max_model_len = settings.max_model_len or checkpoint.max_model_len
+    bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, settings.block_size, settings.tp)
+    num_blocks = shard.agree(count_blocks(settings, device, bytes_per_block, max_model_len))
+    runner = ModelRunner(checkpoint, dtype, device, num_blocks, settings.block_size, member.loading, shard)
+    tokens = num_blocks * settings.block_size
+    log.info("ready", kv_cache_mib=num_blocks * bytes_per_block >> 20, kv_cache_tokens=tokens, max_model_len=max_model_len)
+    if settings.rank > 0:
+        member.ready()
+        follow(member, runner.execute)
+    else:
+        execute = lead(member, settings.tp - 1, runner.execute)
+        scheduler = Scheduler(BlockPool(num_blocks), settings.block_size, settings.max_num_seqs, settings.max_num_batched_tokens)
+        schedulers.append(scheduler)
+        member.ready(max_model_len)
+        Worker(member, Engine(scheduler, execute, Sampler(), config.hidden_size, checkpoint.eos_token_ids)).run()
     member.close()
 
 
-def num_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: int, max_model_len: int) -> int:
-    """As many as the memory allows and the batch can use, but at least one whole context.
+def check(settings: LlmSettings, config: TextConfig) -> None:
+    """Raises BadSetting or BadCheckpoint for what no start can mend."""
+    config.check_divisible(settings.tp)
+    if not 0 <= settings.rank < settings.tp:
+        raise BadSetting(f"--rank {settings.rank}: ranks of --tp {settings.tp} count from 0 to {settings.tp - 1}")
+    if settings.tp > 1 and not settings.rendezvous:
+        raise BadSetting(f"--tp {settings.tp} needs --rendezvous, the same for every rank")
+
+
+def lose_rank(stop: threading.Event, reason: str) -> None:
+    """Called on the I/O thread: the work loop may wait in a collective for the one that is gone, and would for ever."""
+    if not stop.is_set():
+        get_logger().error("a rank of the group is gone, so the group ends", reason=reason)
+        leave(EXIT_FAILED)
+
+
+def count_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: int, max_model_len: int) -> int:
+    """As many as this rank's memory allows and the batch can use, but at least one whole context.
 
     Raises
     ------
@@ -56,7 +82,7 @@ def num_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: int
         where not even one request of full length fits.
     """
     per_request = -(-max_model_len // settings.block_size)
-    memory = settings.kv_memory or available_memory(device)
+    memory = settings.kv_memory or available_memory(device, settings.tp)
     blocks = min(memory // bytes_per_block, settings.max_num_seqs * per_request)
     if blocks < per_request:
         raise BadSetting(
@@ -66,11 +92,11 @@ def num_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: int
     return blocks
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that the KV cache may take."""
+def available_memory(device: torch.device, world_size: int) -> int:
+    """Bytes that this rank's KV cache may take; on the CPU all ranks share one memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_MEMORY_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / world_size)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.messages import Prompt, Usage
-from services.llm.model_runner import ModelRunner
+from services.llm.ranks import Execute
 from services.llm.request import Key, Request
 from services.llm.sampler import Logprobs, Sampler
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
@@ -40,10 +40,8 @@ class EarlyEmbeddings:
 class Engine:
     """Prompt, embeddings and abort of a request may come in any order."""
 
-    def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, hidden_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self.scheduler, self.runner, self.sampler = scheduler, runner, sampler
+    def __init__(self, scheduler: Scheduler, execute: Execute, sampler: Sampler, hidden_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.scheduler, self.execute, self.sampler = scheduler, execute, sampler
         self.hidden_size, self.eos_token_ids = hidden_size, eos_token_ids
         self.requests: dict[Key, Request] = {}
         self.early: dict[Key, EarlyEmbeddings] = {}
@@ -96,7 +94,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.first_scheduled = chunk.request.first_scheduled or now
         embeddings = [part for chunk in chunks for part in embeddings_of(chunk)]
-        logits = self.runner.execute(self.scheduler.plan(chunks), embeddings)
+        logits = self.execute(self.scheduler.plan(chunks), embeddings)
         self.scheduler.computed(chunks)
         sampling = [chunk for chunk in chunks if chunk.samples]
         return self._sample(sampling, logits) if sampling else []

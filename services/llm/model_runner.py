@@ -8,7 +8,8 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from services.llm.attention import GatheredAttention
-from services.llm.families.qwen2_5_vl import LanguageModel, Shard, TextConfig
+from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
+from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
 
 

@@ -122,21 +122,27 @@ class Scheduler:
     def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
         """Chunks of requests that begin or resume, in the order of their arrival; one whose image is missing may be passed."""
         chunks: list[Chunk] = []
-        for request in self.waiting.copy() if budget and num_seqs else ():
+        for request in self.waiting.copy():
+            if budget == 0 or len(chunks) == num_seqs:
+                break
             cached = self._cached_blocks(request)
             begin = len(cached) * self.block_size
-            computable = request.num_computable(begin)
-            if computable == begin:
-                continue
-            while not self._has_room(request, cached) and is_idle and not chunks and computable == request.num_tokens:
-                self._preempt(self.running[-1])  # all that run wait for an image, and this one need not
-            if self._has_room(request, cached):
+            end = request.num_computable(begin)
+            misses_image = end < request.num_tokens
+            if is_idle and not chunks and not misses_image:
+                self._take_from_stalled(request, cached)
+            if end > begin and self._has_room(request, cached):
                 self._start(request, cached)
-                chunks.append(Chunk(request, begin, min(computable, begin + budget)))
+                chunks.append(Chunk(request, begin, min(end, begin + budget)))
                 budget -= chunks[-1].end - begin
-            if budget == 0 or len(chunks) == num_seqs or (not request.block_table and computable == request.num_tokens):
+            elif not misses_image:
                 break
         return chunks
+
+    def _take_from_stalled(self, request: Request, cached: list[int]) -> None:
+        """All that run wait for images, and this request need not."""
+        while not self._has_room(request, cached):
+            self._preempt(self.running[-1])
 
     def _start(self, request: Request, cached: list[int]) -> None:
         self.waiting.remove(request)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
-from services.llm.families.qwen2_5_vl import LanguageModel, Shard, TextConfig
+from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
+from services.llm.parallel import Shard
 from tests.golden import GoldenCase
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def test_nested_and_flat_configurations_are_read_alike() -> None:
 
 def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
     checkpoint = open_checkpoint(GoldenCase("a_image").checkpoint)
-    with pytest.raises(BadCheckpoint, match="num_heads 4 cannot be shared by 8 ranks"):
+    with pytest.raises(BadCheckpoint, match=r"4 heads, .* cannot be shared by 8 ranks: use --tp 1, 2, 4"):
         LanguageModel(checkpoint, torch.float32, CPU, Shard(0, 8))
 
 

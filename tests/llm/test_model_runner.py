@@ -2,14 +2,15 @@
 
 import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from services.llm.families.qwen2_5_vl import Shard
 from services.llm.model_runner import ModelRunner
+from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
 from tests.golden import CASES, GoldenCase, max_difference
 
@@ -177,14 +178,20 @@ class ThreadGroup:
         self.parts: list[torch.Tensor] = [torch.empty(0)] * world_size
 
     def shard(self, rank: int) -> Shard:
-        def all_reduce(partial: torch.Tensor) -> torch.Tensor:
-            self.parts[rank] = partial
+        def exchange(part: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+            self.parts[rank] = part
             self.barrier.wait()
-            total = torch.stack(self.parts).sum(0)
+            joined = join(self.parts)
             self.barrier.wait()
-            return total
+            return joined
 
-        return Shard(rank, len(self.parts), all_reduce)
+        def all_reduce(partial: torch.Tensor) -> torch.Tensor:
+            return exchange(partial, lambda parts: torch.stack(parts).sum(0))
+
+        def all_gather(part: torch.Tensor) -> torch.Tensor:
+            return exchange(part, lambda parts: torch.cat(parts, -1))
+
+        return Shard(rank, len(self.parts), all_reduce, all_gather)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -1,7 +1,7 @@
 """The language model of Qwen2.5-VL."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +11,9 @@ from torch import Tensor
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.weights import Weights
 from services.llm.attention import StepAttention
+from services.llm.parallel import Shard
 
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A rank's share of the heads and of the MLP, and how the ranks' partial sums become one."""
-
-    rank: int = 0
-    world_size: int = 1
-    all_reduce: Callable[[Tensor], Tensor] = field(default=lambda partial: partial)
-
-    def split(self, count: int) -> tuple[int, int]:
-        share = count // self.world_size
-        return self.rank * share, (self.rank + 1) * share
-
-    def split_kv_heads(self, count: int) -> tuple[int, int]:
-        """Ranks share a key head where there are fewer heads than ranks."""
-        if count >= self.world_size:
-            return self.split(count)
-        first = self.rank * count // self.world_size
-        return first, first + 1
+TP_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +63,19 @@ class TextConfig:
             tied=given.get("tie_word_embeddings", False),
         )
 
+    def is_divisible(self, world_size: int) -> bool:
+        """Key heads are replicated where there are fewer than ranks."""
+        whole = (self.num_heads, self.intermediate_size, self.vocab_size)
+        kv_fit = self.num_kv_heads % world_size == 0 or world_size % self.num_kv_heads == 0
+        return kv_fit and not any(count % world_size for count in whole)
+
     def check_divisible(self, world_size: int) -> None:
-        for name in ("num_heads", "intermediate_size"):
-            if getattr(self, name) % world_size:
-                raise BadCheckpoint(f"{name} {getattr(self, name)} cannot be shared by {world_size} ranks")
-        if self.num_kv_heads % world_size and world_size % self.num_kv_heads:
-            raise BadCheckpoint(f"{self.num_kv_heads} key heads cannot be shared by {world_size} ranks")
+        if not self.is_divisible(world_size):
+            fitting = ", ".join(str(n) for n in TP_SIZES if self.is_divisible(n))
+            raise BadCheckpoint(
+                f"{self.num_heads} heads, {self.num_kv_heads} key heads, an MLP of {self.intermediate_size} and a vocabulary of "
+                f"{self.vocab_size} cannot be shared by {world_size} ranks: use --tp {fitting}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +90,7 @@ class Layer:
 
 
 class LanguageModel:
-    """A rank's share of the decoder; embedding and head are whole on every rank."""
+    """A rank's share of the decoder: of the heads, of the MLP, and of the vocabulary's rows in embedding and head."""
 
     def __init__(
         self,
@@ -116,11 +106,11 @@ class LanguageModel:
         self._q_heads = shard.split(self.config.num_heads)
         self._kv_heads = shard.split_kv_heads(self.config.num_kv_heads)
         weights = Weights(checkpoint, ("model.language_model.", "lm_head."), progress)
-        vocabulary = (self.config.vocab_size, self.config.hidden_size)
-        self._embedding = weights.tensor("model.language_model.embed_tokens.weight", vocabulary, dtype, device)
+        self._vocabulary = shard.split(self.config.vocab_size)
+        self._embedding = self._load_vocabulary(weights, "model.language_model.embed_tokens.weight")
         self._layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
         self._norm = self._load_norm(weights, "norm.weight")
-        self._head = self._embedding if self.config.tied else weights.tensor("lm_head.weight", vocabulary, dtype, device)
+        self._head = self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight")
         half = torch.arange(self.config.head_dim // 2, device=device).float()
         self._frequencies = self.config.rope_theta ** -(2 * half / self.config.head_dim)
         # Which of a position's three components turns each frequency.
@@ -132,7 +122,13 @@ class LanguageModel:
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """[T, hidden]. An id outside the vocabulary is that of a placeholder, whose row is replaced later."""
-        return F.embedding(token_ids_T.clamp(0, self.config.vocab_size - 1), self._embedding)
+        first, last = self._vocabulary
+        local_ids_T = token_ids_T - first
+        x = F.embedding(local_ids_T.clamp(0, last - first - 1), self._embedding)
+        if self._shard.world_size == 1:
+            return x
+        x[(local_ids_T < 0) | (local_ids_T >= last - first)] = 0
+        return self._shard.all_reduce(x)
 
     def forward(self, x: Tensor, positions_3T: Tensor, attention: StepAttention, kv_cache: Tensor, sampled_rows: Tensor) -> Tensor:
         """[T, hidden] -> float32 logits [num_sampled, vocab_size]; `kv_cache` is [num_layers, 2, num_blocks, block_size, K, D]."""
@@ -145,7 +141,7 @@ class LanguageModel:
             x = x + self._shard.all_reduce(F.linear(attended, layer.o_weight))
             gate, up = F.linear(self._normalise(x, layer.mlp_norm), layer.gate_up_weight).chunk(2, -1)
             x = x + self._shard.all_reduce(F.linear(F.silu(gate) * up, layer.down_weight))
-        return F.linear(self._normalise(x, self._norm), self._head).float()
+        return self._shard.all_gather(F.linear(self._normalise(x, self._norm), self._head).float())
 
     def _attend(self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: StepAttention, cache: Tensor) -> Tensor:
         """[T, hidden] -> [T, local heads * head_dim]."""
@@ -185,6 +181,10 @@ class LanguageModel:
             gate_up_weight=torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")]),
             down_weight=part("mlp.down_proj.weight", (hidden, inner), 1, inner_part),
         )
+
+    def _load_vocabulary(self, weights: Weights, name: str) -> Tensor:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return weights.slice(name, shape, 0, *self._vocabulary, self.dtype, self.device)
 
     def _load_norm(self, weights: Weights, name: str) -> Tensor:
         return weights.tensor(f"model.language_model.{name}", (self.config.hidden_size,), self.dtype, self.device)

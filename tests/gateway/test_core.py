@@ -1,0 +1,328 @@
+"""The gateway's core: admission, one end for every request, and aborts wherever something is held."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, UnreadableImage
+from common.links import Down, Received, Up
+from common.membership import DEAD, READY
+from common.messages import Abort, Delta, Failed, Peer, Routed, Submit, Usage
+from common.wire import Tensor
+from proto.twinlens.control.v1 import control_pb2
+from services.gateway.core import CONNECTED_STAGES, GatewayCore
+from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+from tests.fakes import FakeLinks, aborts
+
+USAGE = Usage(prompt_tokens=9, completion_tokens=3)
+
+
+class Gateway:
+    """A core and the links that it sends by."""
+
+    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60) -> None:
+        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout), FakeLinks()
+        self.core.links = self.links
+        for role in CONNECTED_STAGES:
+            for n in range(1, replicas + 1):
+                self.core.hear(Up(f"{role}-{n}", role, f"ipc:///{role}-{n}"))
+
+    def submitted(self) -> list[tuple[str, Submit]]:
+        return [(receiver, message) for receiver, message in self.links.sent if isinstance(message, Submit)]
+
+    def hear(self, *messages: Any) -> None:
+        for message in messages:
+            self.core.hear(Received("peer", "role", message))
+
+    def aborts(self) -> list[tuple[str, str]]:
+        return aborts(self.links.sent)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.core.load() == (0, 0)
+
+
+def request(request_id: str = "r", **fields: Any) -> GenerationRequest:
+    return GenerationRequest(request_id=request_id, **{"prompt_kind": "messages", "prompt": b"[]"} | fields)
+
+
+def routed(request_id: str = "r", llm: str = "llm-1", ids: Sequence[int] | None = None, attempt: int = 0) -> Routed:
+    tensor = None if ids is None else Tensor.of(np.array(ids, np.int64))
+    return Routed(request_id=request_id, attempt=attempt, llm=Peer(llm, f"ipc:///{llm}"), prompt_token_ids=tensor)
+
+
+def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", request_id: str = "r", attempt: int = 0) -> Delta:
+    end = {"finish_reason": finish_reason, "usage": USAGE, "timings": Tensor.of_text(json.dumps({"decode_seconds": 0.5}))}
+    return Delta(
+        request_id=request_id,
+        attempt=attempt,
+        offset=offset,
+        token_ids=Tensor.of(np.array(ids, np.int64)),
+        text=Tensor.of_text(text),
+        **end if finish_reason else {},
+    )
+
+
+def failed(code: str = "Internal", stage: str = "llm", image: int | None = None) -> Failed:
+    return Failed(request_id="r", attempt=0, code=code, message="why", stage=stage, image=image)
+
+
+async def rest(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+async def error_of(events: AsyncIterator[Event]) -> ServingError:
+    with pytest.raises(ServingError) as caught:
+        await rest(events)
+    return caught.value
+
+
+async def test_a_request_goes_to_preprocess_whole() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(images=(b"png",), timeout=5, return_prompt_token_ids=True)):
+        [(receiver, submit)] = gateway.submitted()
+    assert receiver == "preprocess-1"
+    assert (submit.request_id, submit.attempt, submit.timeout, submit.return_prompt_token_ids) == ("r", 0, 5, True)
+    assert (submit.prompt.bytes(), [image.bytes() for image in submit.images]) == (b"[]", [b"png"])
+    assert submit.detokenizer == Peer("detokenizer-1", "ipc:///detokenizer-1")
+
+
+async def test_token_ids_travel_as_int64() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(prompt_kind="token_ids", prompt=np.array([5, 2**40], "<i8").tobytes())):
+        [(_, submit)] = gateway.submitted()
+    assert submit.prompt.numpy().tolist() == [5, 2**40]
+    assert submit.timeout == 60, "the gateway's own, where the client brings none"
+
+
+async def test_the_events_of_an_answer_come_in_order() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(ids=[1, 2]), delta(0, [10], "He"), delta(1, [11, 12], "y", "stop"))
+        began, first, second, ended = await rest(events)
+    assert began == Began([1, 2])
+    assert (first, second) == (Piece(0, [10], "He", []), Piece(1, [11, 12], "y", []))
+    assert isinstance(ended, Ended) and (ended.finish_reason, ended.usage) == ("stop", USAGE)
+    assert ended.timings["decode_seconds"] == 0.5
+    assert 0 < ended.timings["time_to_first_token_seconds"] <= ended.timings["total_seconds"]
+    assert gateway.is_idle and gateway.aborts() == []
+
+
+async def test_logprobs_come_with_their_tokens() -> None:
+    gateway, entry = Gateway(), {"token": "a", "logprob": -0.5}
+    message = delta(0, [10], "a")
+    message.logprobs = Tensor.of_text(json.dumps([entry]))
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), message)
+        assert [await anext(events), await anext(events)] == [Began(None), Piece(0, [10], "a", [entry])]
+
+
+async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(delta(0, [10], "a"), delta(1, [11], "b", "stop"), routed(ids=[1]))
+        assert [type(event) for event in await rest(events)] == [Began, Piece, Piece, Ended]
+    assert gateway.is_idle
+
+
+async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), delta(0, [10], "a"), delta(2, [12], "c"), delta(3, [13], "d", "stop"))
+        assert [await anext(events), await anext(events)] == [Began(None), Piece(0, [10], "a", [])]
+        assert isinstance(await error_of(events), Internal)
+    assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
+    assert gateway.is_idle
+
+
+async def test_a_failure_is_raised_as_its_own_error_with_stage_and_image() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(failed("UnreadableImage", "preprocess", 2), failed("Internal"))
+        error = await error_of(events)
+    assert isinstance(error, UnreadableImage) and (error.message, error.stage, error.image) == ("why", "preprocess", 2)
+    assert gateway.aborts() == [("preprocess-1", "r")]
+    assert gateway.is_idle
+
+
+@pytest.mark.parametrize("absent", CONNECTED_STAGES)
+async def test_without_a_stage_a_request_is_refused(absent: str) -> None:
+    gateway = Gateway()
+    gateway.core.hear(Down(f"{absent}-1", absent, "gone"))
+    with pytest.raises(Unavailable, match=f"no {absent} is connected") as caught:
+        async with gateway.core.generate(request()):
+            pass
+    assert caught.value.retry_after and gateway.links.sent == [] and gateway.is_idle
+
+
+async def test_the_bound_counts_requests_that_wait_for_their_first_token() -> None:
+    gateway = Gateway(max_waiting=1)
+    async with gateway.core.generate(request("r")):
+        with pytest.raises(Exhausted) as caught:
+            async with gateway.core.generate(request("r2")):
+                pass
+        assert caught.value.retry_after
+        gateway.hear(routed(), delta(0, [10], "a"))
+        async with gateway.core.generate(request("r3")):
+            assert [submit.request_id for _, submit in gateway.submitted()] == ["r", "r3"]
+
+
+async def test_an_id_that_comes_again_is_told_apart_while_the_first_runs() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as first, gateway.core.generate(request()) as second:
+        ids = [submit.request_id for _, submit in gateway.submitted()]
+        assert ids[0] == "r" and ids[1].startswith("r~")
+        for id, text in zip(ids, "ab", strict=True):
+            gateway.hear(routed(id), delta(0, [10], text, "stop", id))
+        for events, text in ((first, "a"), (second, "b")):
+            assert [event.text for event in await rest(events) if isinstance(event, Piece)] == [text]
+
+
+async def test_an_id_that_comes_again_after_its_end_is_new_to_the_stages_which_still_remember_the_end() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()):
+        gateway.hear(routed(), delta(0, [10], "a", "stop"))
+        # The first one's client still reads its last bytes.
+        async with gateway.core.generate(request()):
+            id = gateway.submitted()[1][1].request_id
+            assert id != "r"
+            gateway.hear(delta(1, [11], "late"))
+            assert gateway.core.load() == (1, 0)
+    assert gateway.aborts() == [("preprocess-1", id)]
+
+
+@pytest.mark.parametrize("role", CONNECTED_STAGES)
+async def test_a_lost_stage_fails_exactly_the_requests_that_depend_on_it(role: str) -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request("r1")) as lost, gateway.core.generate(request("r2")) as kept:
+        gateway.hear(routed("r1", "llm-1"), routed("r2", "llm-2"))
+        gateway.core.hear(Down(f"{role}-1", role, "killed"))
+        gateway.hear(delta(0, [10], "a", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
+        error = await error_of(lost)
+        assert isinstance(error, Unavailable) and error.stage == role and "killed" in error.message
+        assert isinstance((await rest(kept))[-1], Ended)
+    assert gateway.aborts() == [("preprocess-1", "r1"), ("llm-1", "r1")]
+    assert gateway.is_idle
+
+
+async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), delta(0, [10], "a"))
+        gateway.core.hear(Down("preprocess-1", "preprocess", "killed"))
+        gateway.hear(delta(1, [11], "b", "stop"))
+        assert isinstance((await rest(events))[-1], Ended)
+
+
+async def test_a_client_that_leaves_aborts_its_request_once_wherever_it_is() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), delta(0, [10], "a"))
+        await anext(events)
+    gateway.hear(delta(1, [11], "b", "stop"), failed())
+    assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
+    assert gateway.is_idle
+
+
+async def test_a_language_group_that_is_named_after_the_end_is_told_of_it() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()):
+        pass
+    gateway.links.take()
+    gateway.hear(routed(llm="llm-2"))
+    assert gateway.links.sent == [("llm-2", Abort(request_id="r", attempt=0))]
+    assert gateway.links.connected == [(Peer("llm-2", "ipc:///llm-2"), "llm")]
+
+
+async def test_messages_of_another_attempt_are_dropped() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), delta(0, [66], "no", "stop", attempt=7), delta(0, [10], "a", "stop"))
+        assert [event.text for event in await rest(events) if isinstance(event, Piece)] == ["a"]
+
+
+async def test_a_request_ends_at_its_deadline_and_is_aborted() -> None:
+    gateway = Gateway()
+    with pytest.raises(DeadlineExceeded, match=r"0\.01"):
+        async with gateway.core.generate(request(timeout=0.01)) as events:
+            gateway.hear(routed())
+            await rest(events)
+    assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
+    assert gateway.is_idle
+
+
+async def test_a_request_that_cannot_be_sent_leaves_nothing() -> None:
+    gateway = Gateway()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("129 frames")
+
+    gateway.links.send = refuse  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="129 frames"):
+        async with gateway.core.generate(request()):
+            pass
+    assert gateway.is_idle
+
+
+async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> None:
+    gateway = Gateway()
+
+    async def answer(events: AsyncIterator[Event]) -> None:
+        with pytest.raises(Unavailable, match="stopping"):
+            async with gateway.core.generate(request("new")):
+                pass
+        gateway.hear(routed(), delta(0, [10], "a", "stop"))
+        assert isinstance((await rest(events))[-1], Ended)
+
+    async with gateway.core.generate(request()) as events:
+        await asyncio.gather(gateway.core.stop(grace=60), answer(events))
+    assert gateway.is_idle and gateway.aborts() == []
+
+
+async def test_stopping_ends_what_outlives_the_grace_with_an_error() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed())
+        await gateway.core.stop(grace=0)
+        assert isinstance(await error_of(events), Unavailable)
+    assert gateway.is_idle and gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
+
+
+async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_ready_ones_first() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request("r1")), gateway.core.generate(request("r2")):
+        gateway.hear(routed("r2"))  # preprocess is through with it, the detokenizer is not
+        async with gateway.core.generate(request("r3")), gateway.core.generate(request("r4")):
+            holders = [(receiver, submit.detokenizer.id) for receiver, submit in gateway.submitted()]
+    assert [holder for holder, _ in holders] == ["preprocess-1", "preprocess-2", "preprocess-2", "preprocess-1"]
+    assert sorted(detokenizer for _, detokenizer in holders) == 2 * ["detokenizer-1"] + 2 * ["detokenizer-2"]
+    gateway.core.hear_members([control_pb2.Member(id="preprocess-2", role="preprocess", state=READY)])
+    for n in range(2):
+        async with gateway.core.generate(request(f"ready {n}")):
+            assert gateway.submitted()[-1][0] == "preprocess-2"
+
+
+def test_it_is_ready_with_a_ready_member_of_each_role_that_it_is_connected_to() -> None:
+    gateway = Gateway()
+    members = [control_pb2.Member(id=f"{role}-1", role=role, state=READY, max_model_len=64) for role in (*CONNECTED_STAGES, "vision")]
+    assert gateway.core.not_ready() == "no preprocess and no vision and no llm and no detokenizer is ready"
+    assert gateway.core.max_model_len() is None
+    gateway.core.hear_members(members)
+    assert gateway.core.not_ready() == "" and gateway.core.max_model_len() == 64
+    gateway.core.hear(Down("llm-1", "llm", "gone"))
+    assert gateway.core.not_ready() == "no llm is ready"
+    members[-1].state = DEAD
+    gateway.core.hear_members(members)
+    assert gateway.core.not_ready() == "no vision and no llm is ready"
+
+
+def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_one() -> None:
+    core = Gateway().core
+    core.check_model(None)
+    core.check_model("tiny")
+    with pytest.raises(NotFound, match="'tiny'"):
+        core.check_model("large")

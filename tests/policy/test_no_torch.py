@@ -1,0 +1,34 @@
+"""Only vision and llm load torch: the others start in a moment and weigh little. The scheduler is tested without it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.policy.sources import ROOT
+
+WITHOUT_TORCH = [
+    *(f"services.{name}.__main__" for name in ("controller", "gateway", "preprocess", "detokenizer")),
+    "services.cli",
+    "services.launcher",
+    *(f"services.llm.{name}" for name in ("scheduler", "block_pool", "request", "plan")),
+]
+PROGRAM = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+print(*sorted({"torch", "transformers", "torchvision", "safetensors"} & {name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def heavy_modules_after(module: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, module]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_it_loads_no_torch(module: str) -> None:
+    assert heavy_modules_after(module) == ""
+
+
+def test_one_that_does_would_be_seen() -> None:
+    assert "torch" in heavy_modules_after("common.torch_tensors")
