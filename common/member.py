@@ -2,15 +2,18 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from common.links import Down, Event, Links, hello
+from common.logs import get_logger
 from common.membership import READY, STARTING, Membership, new_member_id
 from common.messages import Peer
 from common.settings import Service
 from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, control_pb2.MEMBER_STATE_DRAINING)
+PROGRESS_SECONDS = 2.0
 
 
 class Member:
@@ -34,6 +37,7 @@ class Member:
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._fingerprint, self._peers, self._group, self._rank = fingerprint, peers, group, rank
         self._on_group_loss = on_group_loss
+        self._next_progress = time.monotonic() + PROGRESS_SECONDS
         self.links = Links(hello(self.id, role, fingerprint), settings.listen, settings.advertise, self._hear)
         self.peer = Peer(self.id, self.links.address)
         entry = control_pb2.Member(
@@ -61,8 +65,12 @@ class Member:
             self.ready()
 
     def loading(self, progress: float) -> None:
-        """Shown by `twinlens status` while weights load."""
+        """Shown by `twinlens status` and logged while weights load, but not for every tensor."""
+        if time.monotonic() < self._next_progress:
+            return
+        self._next_progress = time.monotonic() + PROGRESS_SECONDS
         self.membership.set_state(STARTING, f"loading weights, {progress:.0%}")
+        get_logger().info("loading weights", id=self.id, progress=f"{progress:.0%}")
 
     def events(self) -> Iterator[Event]:
         """Each event as it comes, until the process is to stop."""

@@ -33,6 +33,7 @@ STOP_SECONDS = 6.0
 SAMPLE_PROMPT = "Return the plain text representation of this document as if you were reading it naturally.\n"
 """RolmOCR's (https://huggingface.co/reducto/RolmOCR)."""
 LAST_LINES = 8
+MAX_PORT = 65535
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""
@@ -144,12 +145,14 @@ class Launcher:
 
     def _start(self, child: Child) -> None:
         child.num_starts += 1
-        command = [sys.executable, "-m", f"services.{child.role}", *child.arguments]
-        if child.group:
-            command.append(f"--rendezvous=file://{self._run_dir}/{child.group}.{child.num_starts}.meet")
         # A process group of its own: Ctrl-C at the terminal is ours alone, and the children end in order.
         child.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0, env=child_environment()
+            command_of(child, self._run_dir),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            env=child_environment(),
         )
         child.was_ready, child.started = False, time.monotonic()
         child.last_lines.clear()
@@ -191,7 +194,8 @@ class Launcher:
     def _on_members(self, members: list[control_pb2.Member]) -> None:
         self._ready_pids = {m.pid for m in members if m.state == READY}
         for child in self._children:
-            if child.process is not None and child.process.pid in self._ready_pids:
+            process = child.process  # read once: this is the membership's thread
+            if process is not None and process.pid in self._ready_pids:
                 child.was_ready, child.failed_starts = True, 0
         self._changed.put(None)
 
@@ -230,13 +234,19 @@ def counts(settings: ServeSettings) -> dict[str, int]:
     }
 
 
+def command_of(child: Child, run_dir: Path) -> list[str]:
+    meet = [f"--rendezvous=file://{run_dir}/{child.group}.{child.num_starts}.meet"] if child.group else []
+    return [sys.executable, "-m", f"services.{child.role}", *child.arguments, *meet]
+
+
 def relay(child: Child, process: subprocess.Popen[bytes]) -> None:
     """The child's log lines go through, and the last ones are kept: they tell why it died."""
     assert process.stderr is not None
-    for line in process.stderr:
-        child.last_lines.append(line.decode(errors="replace").rstrip())
-        sys.stderr.buffer.write(line)
-        sys.stderr.buffer.flush()
+    with process.stderr:
+        for line in process.stderr:
+            child.last_lines.append(line.decode(errors="replace").rstrip())
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
 
 
 def signal_child(child: Child, number: signal.Signals) -> None:
@@ -299,6 +309,8 @@ def check(settings: ServeSettings) -> ServeSettings:
             raise BadSetting(f"--{role} {count}: at least 1 is needed")
     if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
         raise BadSetting(f"--max-model-len {settings.max_model_len}: the checkpoint's context is {checkpoint.max_model_len}")
+    if settings.http_port == settings.grpc_port:
+        raise BadSetting(f"--http-port and --grpc-port are both {settings.http_port}: give two different ones")
     for name in ("http_port", "grpc_port"):
         check_port(settings.host, getattr(settings, name), flag(name))
     if settings.read and not Path(settings.read).is_file():
@@ -307,6 +319,8 @@ def check(settings: ServeSettings) -> ServeSettings:
 
 
 def check_port(host: str, port: int, name: str) -> None:
+    if not 0 < port <= MAX_PORT:
+        raise BadSetting(f"{name} {port}: give a port from 1 to {MAX_PORT}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

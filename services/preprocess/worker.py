@@ -150,7 +150,7 @@ class Worker:
         except ServingError as e:
             self._preparations.pop(key, None)
             self._fail(key, preparation.gateway_id, e)
-        except Exception:  # the outermost loop: what one request's bytes lead to must not end the others
+        except Exception:  # noqa: BLE001 - the outermost loop: what one request's bytes lead to must not end the others
             self._log.exception("request failed", request_id=key[0])
             self._preparations.pop(key, None)
             self._fail(key, preparation.gateway_id, Internal("the request could not be prepared: see the preprocess log"))

@@ -101,7 +101,7 @@ class Worker:
             embeddings = self._tower.encode(job.patches, job.offer.grid_thw)
         except torch.AcceleratorError:
             raise  # the device is lost to this process: end, and be started anew
-        except Exception as e:  # the outermost loop: no memory for it, or our own mistake; one image must not end the replica for all
+        except Exception as e:  # noqa: BLE001 - the outermost loop: one image that cannot be encoded ends nothing else
             self._log.exception("image failed", request_id=job.offer.request_id, image=job.offer.image)
             self._fail(job, f"the vision tower failed ({type(e).__name__}): see the vision log")
             return

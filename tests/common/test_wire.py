@@ -271,6 +271,14 @@ def test_a_header_beyond_its_limit_is_refused_for_its_size_whatever_it_says() ->
 
 
 @pytest.mark.parametrize(
+    "value", [[None] * (MAX_CONTAINER_LENGTH + 1), {str(n): n for n in range(MAX_CONTAINER_LENGTH + 1)}], ids=["array", "map"]
+)
+def test_a_container_beyond_its_limit_is_not_even_unpacked(value: Any) -> None:
+    with pytest.raises(WireError, match="is no msgpack"):
+        decode([msgpack.packb(GRANT | {"image": value})], VisionToPreprocess)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"type": "Nothing"},

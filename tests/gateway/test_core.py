@@ -2,83 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, UnreadableImage
-from common.links import Down, Received, Up
+from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, Unavailable, UnreadableImage
+from common.links import Down
 from common.membership import DEAD, READY
-from common.messages import Abort, Delta, Failed, Peer, Routed, Submit, Usage
+from common.messages import Abort, Peer
 from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
-from services.gateway.core import CONNECTED_STAGES, GatewayCore
-from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
-from tests.fakes import FakeLinks, aborts
-
-USAGE = Usage(prompt_tokens=9, completion_tokens=3)
-
-
-class Gateway:
-    """A core and the links that it sends by."""
-
-    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60) -> None:
-        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout), FakeLinks()
-        self.core.links = self.links
-        for role in CONNECTED_STAGES:
-            for n in range(1, replicas + 1):
-                self.core.hear(Up(f"{role}-{n}", role, f"ipc:///{role}-{n}"))
-
-    def submitted(self) -> list[tuple[str, Submit]]:
-        return [(receiver, message) for receiver, message in self.links.sent if isinstance(message, Submit)]
-
-    def hear(self, *messages: Any) -> None:
-        for message in messages:
-            self.core.hear(Received("peer", "role", message))
-
-    def aborts(self) -> list[tuple[str, str]]:
-        return aborts(self.links.sent)
-
-    @property
-    def is_idle(self) -> bool:
-        return self.core.load() == (0, 0)
-
-
-def request(request_id: str = "r", **fields: Any) -> GenerationRequest:
-    return GenerationRequest(request_id=request_id, **{"prompt_kind": "messages", "prompt": b"[]"} | fields)
-
-
-def routed(request_id: str = "r", llm: str = "llm-1", ids: Sequence[int] | None = None, attempt: int = 0) -> Routed:
-    tensor = None if ids is None else Tensor.of(np.array(ids, np.int64))
-    return Routed(request_id=request_id, attempt=attempt, llm=Peer(llm, f"ipc:///{llm}"), prompt_token_ids=tensor)
-
-
-def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", request_id: str = "r", attempt: int = 0) -> Delta:
-    end = {"finish_reason": finish_reason, "usage": USAGE, "timings": Tensor.of_text(json.dumps({"decode_seconds": 0.5}))}
-    return Delta(
-        request_id=request_id,
-        attempt=attempt,
-        offset=offset,
-        token_ids=Tensor.of(np.array(ids, np.int64)),
-        text=Tensor.of_text(text),
-        **end if finish_reason else {},
-    )
-
-
-def failed(code: str = "Internal", stage: str = "llm", image: int | None = None) -> Failed:
-    return Failed(request_id="r", attempt=0, code=code, message="why", stage=stage, image=image)
-
-
-async def rest(events: AsyncIterator[Event]) -> list[Event]:
-    return [event async for event in events]
-
-
-async def error_of(events: AsyncIterator[Event]) -> ServingError:
-    with pytest.raises(ServingError) as caught:
-        await rest(events)
-    return caught.value
+from services.gateway.core import CONNECTED_STAGES
+from services.gateway.generation import Began, Ended, Event, Piece
+from tests.gateway.builders import USAGE, Gateway, delta, error_of, failed, request, rest, routed
 
 
 async def test_a_request_goes_to_preprocess_whole() -> None:

@@ -179,7 +179,10 @@ def assert_blocks_are_owned(scheduler: Scheduler) -> None:
 def assert_plan_is_allowed(scheduler: Scheduler, plan: StepPlan, chunks: list[Chunk]) -> None:
     assert 0 < plan.num_tokens <= scheduler.max_num_batched_tokens
     assert len(chunks) <= scheduler.max_num_seqs
-    assert len({id(chunk.request) for chunk in chunks}) == len(chunks)
+    computed = {id(chunk.request) for chunk in chunks}
+    assert len(computed) == len(chunks)
+    if plan.query_lens.max() > 1:
+        assert all(id(r) in computed for r in scheduler.running if r.num_wanted == 1), "a prompt holds up a decode"
     assert len(set(plan.slot_mapping.tolist())) == plan.num_tokens, "two tokens for one slot"
     held = holders(scheduler)
     assert all(held[slot // scheduler.block_size] == 1 for slot in plan.slot_mapping.tolist()), "a shared block is written"

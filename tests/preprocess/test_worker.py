@@ -54,7 +54,9 @@ class Preprocess:
         return not self.preparations and not self.handovers
 
 
-def submit(request_id: str, *images: bytes, gateway: str = "gateway-1", prompt: bytes = b"", timeout: float = 60, **fields: Any) -> list[Event]:
+def submit(
+    request_id: str, *images: bytes, gateway: str = "gateway-1", prompt: bytes = b"", timeout: float = 60, **fields: Any
+) -> list[Event]:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": "Read it."}]
     message = Submit(
         request_id=request_id,

@@ -110,7 +110,8 @@ def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     [
         (["--model", "/no/such/model"], "no model directory"),
         (["--model", str(ROOT / "tests")], "no config.json"),
-        (["--tp", "2"], "--tp"),
+        (["--tp", "3"], "use --tp 1, 2"),
+        (["--tp", "0"], "--tp"),
         (["--device", "npu"], "torch-npu"),
         (["--max-model-len", "999999"], "4096"),
         (["--vision", "0"], "--vision"),

@@ -1,0 +1,78 @@
+"""A gateway core on fake links, and what its stages and clients send it."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import ServingError
+from common.links import Received, Up
+from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
+from common.wire import Tensor
+from services.gateway.core import CONNECTED_STAGES, GatewayCore
+from services.gateway.generation import Event, GenerationRequest
+from tests.fakes import FakeLinks, aborts
+
+USAGE = Usage(prompt_tokens=9, completion_tokens=3)
+
+
+class Gateway:
+    """A core and the links that it sends by."""
+
+    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60) -> None:
+        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout), FakeLinks()
+        self.core.links = self.links
+        for role in CONNECTED_STAGES:
+            for n in range(1, replicas + 1):
+                self.core.hear(Up(f"{role}-{n}", role, f"ipc:///{role}-{n}"))
+
+    def submitted(self) -> list[tuple[str, Submit]]:
+        return [(receiver, message) for receiver, message in self.links.sent if isinstance(message, Submit)]
+
+    def hear(self, *messages: Any) -> None:
+        for message in messages:
+            self.core.hear(Received("peer", "role", message))
+
+    def aborts(self) -> list[tuple[str, str]]:
+        return aborts(self.links.sent)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.core.load() == (0, 0)
+
+
+def request(request_id: str = "r", **fields: Any) -> GenerationRequest:
+    return GenerationRequest(request_id=request_id, **{"prompt_kind": "messages", "prompt": b"[]"} | fields)
+
+
+def routed(request_id: str = "r", llm: str = "llm-1", ids: Sequence[int] | None = None, attempt: int = 0) -> Routed:
+    tensor = None if ids is None else Tensor.of(np.array(ids, np.int64))
+    return Routed(request_id=request_id, attempt=attempt, llm=Peer(llm, f"ipc:///{llm}"), prompt_token_ids=tensor)
+
+
+def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", request_id: str = "r", attempt: int = 0) -> Delta:
+    end = {"finish_reason": finish_reason, "usage": USAGE, "timings": Tensor.of_text(json.dumps({"decode_seconds": 0.5}))}
+    return Delta(
+        request_id=request_id,
+        attempt=attempt,
+        offset=offset,
+        token_ids=Tensor.of(np.array(ids, np.int64)),
+        text=Tensor.of_text(text),
+        **end if finish_reason else {},
+    )
+
+
+def failed(code: str = "Internal", stage: str = "llm", image: int | None = None) -> Failed:
+    return Failed(request_id="r", attempt=0, code=code, message="why", stage=stage, image=image)
+
+
+async def rest(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+async def error_of(events: AsyncIterator[Event]) -> ServingError:
+    with pytest.raises(ServingError) as caught:
+        await rest(events)
+    return caught.value

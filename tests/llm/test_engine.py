@@ -1,0 +1,353 @@
+"""Prompt, embeddings and abort in any order; how answers end; what is wrong with one request harms no other."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from services.llm.engine import Engine, Output, timings_of, usage_of
+from services.llm.plan import StepPlan
+from services.llm.request import Key, Request
+from services.llm.sampler import Sampler
+from tests.llm.builders import (
+    BLOCK_SIZE,
+    HIDDEN_SIZE,
+    VOCAB_SIZE,
+    FakeRunner,
+    assert_blocks_are_owned,
+    create_prompt,
+    create_request,
+    create_scheduler,
+    embeddings,
+    expected_output,
+)
+
+NUM_BLOCKS = 16
+POISON = 48
+"""A token after which the fake model computes no numbers."""
+IMAGE = ((2, 5, 1),)
+KEY = ("r", 0)
+
+
+class LogitsRunner(FakeRunner):
+    """Gives the next token by a row of logits of which it is the best."""
+
+    def execute(self, plan: StepPlan, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        logits = torch.nn.functional.one_hot(torch.tensor(self.next_tokens(plan, embeddings), dtype=torch.int64), VOCAB_SIZE).float()
+        seqs = np.isin(plan.query_lens.cumsum() - 1, plan.sampled_rows)
+        for row, (table, context) in enumerate(zip(plan.block_tables[seqs], plan.context_lens[seqs], strict=True)):
+            if (self.cache.reshape(-1, BLOCK_SIZE, 4)[table].reshape(-1, 4)[:context, 0] == POISON).any():
+                logits[row] = torch.nan
+        return logits
+
+
+def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engine:
+    made = create_scheduler(num_blocks=NUM_BLOCKS, **scheduler)
+    return Engine(made, LogitsRunner(NUM_BLOCKS).execute, Sampler(), HIDDEN_SIZE, eos_token_ids)
+
+
+def images(content: int = 1, length: int = 5) -> torch.Tensor:
+    return torch.from_numpy(embeddings(content, length))
+
+
+def send_embeddings(engine: Engine, tensor: torch.Tensor, image: int = 0, key: Key = KEY) -> str | None:
+    return engine.add_embeddings(key, image, tensor, {"encode_seconds": 1.0}, "preprocess")
+
+
+def outputs_of(engine: Engine) -> list[Output]:
+    """All outputs until nothing can be computed."""
+    found: list[Output] = []
+    while (outputs := engine.step()) is not None:
+        found += outputs
+        assert len(found) < 1000, "no end"
+    return found
+
+
+def answer(outputs: list[Output], request_id: str = "r") -> tuple[list[int], str]:
+    """The ids and the finish reason; offsets without a gap, one end."""
+    own = [output for output in outputs if output.request.prompt.request_id == request_id]
+    ids: list[int] = []
+    for output in own:
+        assert output.offset == len(ids)
+        ids += output.token_ids
+    assert all(not o.finish_reason and not o.error for o in own[:-1]), "only the last is the end"
+    return ids, own[-1].finish_reason if own else ""
+
+
+def undisturbed(**fields: Any) -> list[int]:
+    return expected_output(create_request(**fields))
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    assert not engine.requests and not engine.early
+    assert engine.scheduler.pool.num_free == NUM_BLOCKS
+    assert_blocks_are_owned(engine.scheduler)
+
+
+# Any order
+
+
+def test_embeddings_after_their_prompt() -> None:
+    engine = create_engine()
+    assert engine.add(create_prompt(images=IMAGE)) == []
+    assert outputs_of(engine) == []
+    assert send_embeddings(engine, images()) == ""
+    assert answer(outputs_of(engine)) == (undisturbed(images=IMAGE), "length")
+    assert_nothing_is_held(engine)
+
+
+def test_embeddings_before_their_prompt_are_taken_when_it_comes() -> None:
+    engine = create_engine()
+    assert send_embeddings(engine, images()) is None
+    assert engine.add(create_prompt(images=IMAGE)) == [(0, "")]
+    assert answer(outputs_of(engine)) == (undisturbed(images=IMAGE), "length")
+    assert_nothing_is_held(engine)
+
+
+def test_embeddings_that_come_twice_are_taken_once() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    assert [send_embeddings(engine, images()), send_embeddings(engine, images(content=2))] == ["", ""]
+    assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
+
+
+def test_embeddings_that_come_after_the_end_are_acknowledged_and_dropped() -> None:
+    engine = create_engine()
+    engine.add(create_prompt())
+    outputs_of(engine)
+    assert send_embeddings(engine, images()) == ""
+    assert_nothing_is_held(engine)
+
+
+def test_an_abort_before_the_prompt_cancels_it() -> None:
+    engine = create_engine()
+    send_embeddings(engine, images())
+    engine.abort(KEY)
+    assert engine.add(create_prompt(images=IMAGE)) == []
+    assert engine.step() is None
+    assert_nothing_is_held(engine)
+
+
+def test_an_abort_between_prompt_and_embeddings_frees_what_is_held() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    engine.step()
+    engine.abort(KEY)
+    assert send_embeddings(engine, images()) == ""
+    assert engine.step() is None
+    assert_nothing_is_held(engine)
+
+
+def test_an_abort_amid_the_answer_frees_what_is_held() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(max_tokens=20))
+    for _ in range(3):
+        engine.step()
+    engine.abort(KEY)
+    assert engine.step() is None
+    assert_nothing_is_held(engine)
+
+
+def test_an_abort_of_one_attempt_leaves_the_next() -> None:
+    engine = create_engine()
+    engine.abort(KEY)
+    engine.add(create_prompt(attempt=1))
+    assert answer(outputs_of(engine)) == (undisturbed(), "length")
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_several_images_may_come_around_the_prompt(order: int) -> None:
+    three = ((1, 2, 1), (4, 3, 2), (9, 4, 3))
+    engine, prompt = create_engine(), create_prompt(num_tokens=14, images=three)
+    for turn, image in enumerate((2, 0, 1)):
+        if turn == order:
+            engine.add(prompt)
+        engine.step()
+        send_embeddings(engine, images(three[image][2], three[image][1]), image)
+    if order >= 3:
+        assert engine.add(prompt) == [(2, ""), (0, ""), (1, "")]
+    assert answer(outputs_of(engine))[0] == undisturbed(num_tokens=14, images=three)
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("tensor", "image", "reason"),
+    [
+        (images(length=4), 0, "shape (4, 2), (5, 2) are wanted"),
+        (torch.zeros(5, 3), 0, "shape (5, 3)"),
+        (torch.zeros(10), 0, "shape (10,)"),
+        (torch.full((5, 2), torch.nan), 0, "no numbers"),
+        (torch.full((5, 2), torch.inf), 0, "no numbers"),
+        (images(), 1, "image 1 of 1"),
+    ],
+)
+def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(tensor: torch.Tensor, image: int, reason: str) -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    assert reason in (send_embeddings(engine, tensor, image) or "")
+    assert outputs_of(engine) == []
+    send_embeddings(engine, images())
+    assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
+
+
+def test_bad_embeddings_before_their_prompt_are_refused_when_it_comes() -> None:
+    engine = create_engine()
+    send_embeddings(engine, torch.full((5, 2), torch.nan))
+    ((image, objection),) = engine.add(create_prompt(images=IMAGE))
+    assert image == 0 and "no numbers" in objection
+    assert outputs_of(engine) == []
+
+
+def test_a_request_whose_logits_are_no_numbers_fails_alone() -> None:
+    engine = create_engine()
+    engine.add(create_prompt("bad", token_ids=[1, POISON, 2]))
+    engine.add(create_prompt("good"))
+    outputs = outputs_of(engine)
+    (bad,) = [o for o in outputs if o.request.prompt.request_id == "bad"]
+    assert "no number" in bad.error and bad.token_ids == []
+    assert answer(outputs, "good") == (undisturbed(), "length")
+    assert_nothing_is_held(engine)
+
+
+def test_what_a_failed_request_computed_is_not_taken_over() -> None:
+    engine = create_engine()
+    ids = [1, POISON, *range(2, 12)]
+    engine.add(create_prompt("bad", token_ids=ids))
+    outputs_of(engine)
+    engine.add(create_prompt("again", token_ids=ids))
+    assert engine.requests["again", 0].num_cached_tokens is None
+    (again,) = outputs_of(engine)
+    assert again.request.num_cached_tokens == 0
+
+
+# Ends
+
+
+def test_an_answer_ends_at_max_tokens() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(max_tokens=7))
+    assert answer(outputs_of(engine)) == (undisturbed(max_tokens=7), "length")
+
+
+def test_an_answer_ends_at_a_stop_id() -> None:
+    expected = undisturbed(max_tokens=9)
+    engine = create_engine()
+    engine.add(create_prompt(max_tokens=9, stop_token_ids=(expected[4],)))
+    assert answer(outputs_of(engine)) == (expected[: expected.index(expected[4]) + 1], "stop")
+
+
+def test_an_answer_ends_at_the_end_of_sequence() -> None:
+    expected = undisturbed(max_tokens=9)
+    engine = create_engine(eos_token_ids=(expected[3],))
+    engine.add(create_prompt(max_tokens=9))
+    assert answer(outputs_of(engine)) == (expected[: expected.index(expected[3]) + 1], "stop")
+    assert_nothing_is_held(engine)
+
+
+def test_an_end_of_sequence_can_be_ignored() -> None:
+    expected = undisturbed(max_tokens=9)
+    engine = create_engine(eos_token_ids=(expected[3],))
+    engine.add(create_prompt(max_tokens=9, ignore_eos=True))
+    assert answer(outputs_of(engine)) == (expected, "length")
+
+
+def test_no_answer_ends_before_min_tokens() -> None:
+    eos = undisturbed()[0]
+    engine = create_engine(eos_token_ids=(eos,))
+    engine.add(create_prompt(max_tokens=9, min_tokens=5))
+    ids, _ = answer(outputs_of(engine))
+    assert len(ids) >= 5 and eos not in ids[:5]
+
+
+def test_a_stop_id_that_is_the_last_token_is_a_stop() -> None:
+    expected = undisturbed(max_tokens=1)
+    engine = create_engine()
+    engine.add(create_prompt(max_tokens=1, stop_token_ids=(expected[0],)))
+    assert answer(outputs_of(engine)) == (expected, "stop")
+
+
+# Many at once
+
+
+def test_preemption_changes_no_answer() -> None:
+    """Sampled, with penalties: what the sampler remembers must survive, too."""
+    sampled = {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "seed": 4}
+    prompts = [create_prompt(str(i), token_ids=[i + 1] * 12, max_tokens=24, sampling=sampled) for i in range(3)]
+    engine = create_engine()
+    for prompt in prompts:
+        engine.add(prompt)
+    together = outputs_of(engine)
+    assert engine.scheduler.num_preemptions > 0
+    for prompt in prompts:
+        alone = create_engine()
+        alone.add(prompt)
+        assert answer(together, prompt.request_id) == answer(outputs_of(alone), prompt.request_id)
+
+
+def test_a_gateways_death_ends_its_requests_only() -> None:
+    engine = create_engine()
+    engine.add(create_prompt("a", gateway_id="dead"))
+    engine.add(create_prompt("b"))
+    engine.step()
+    engine.abort_all("dead")
+    assert list(engine.requests) == [("b", 0)]
+    outputs_of(engine)
+    assert_nothing_is_held(engine)
+
+
+def test_a_preprocess_death_frees_embeddings_whose_prompt_it_did_not_send() -> None:
+    engine = create_engine()
+    send_embeddings(engine, images())
+    engine.abort_all("another")
+    assert list(engine.early) == [KEY]
+    engine.abort_all("preprocess")
+    assert_nothing_is_held(engine)
+
+
+# What is told of a request
+
+
+def test_usage_tells_what_the_prefix_cache_had() -> None:
+    engine = create_engine()
+    for request_id in "ab":
+        engine.add(create_prompt(request_id, 16, images=IMAGE))
+        send_embeddings(engine, images(), key=(request_id, 0))
+        usage = usage_of(outputs_of(engine)[0].request)
+        assert (usage.prompt_tokens, usage.image_tokens) == (16, 5)
+        assert usage.cached_tokens == (0 if request_id == "a" else 12)
+
+
+def test_timings_join_what_each_stage_told() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    request: Request = engine.requests[KEY]
+    send_embeddings(engine, images())
+    outputs_of(engine)
+    timings = json.loads(timings_of(request))
+    assert timings["preprocess_seconds"] == 0.5 and timings["images"] == [{"encode_seconds": 1.0}]
+    assert timings["queue_seconds"] >= 0 and timings["prefill_seconds"] >= 0
+
+
+def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
+    engine = create_engine()
+    engine.add(create_prompt("a", 16, images=IMAGE))
+    send_embeddings(engine, images(), key=("a", 0))
+    outputs_of(engine)
+    engine.add(create_prompt("b", 16, images=IMAGE))
+    outputs = outputs_of(engine)
+    assert answer(outputs, "b")[0] == undisturbed(num_tokens=16, images=IMAGE)
+    assert json.loads(timings_of(outputs[0].request))["images"] == [{}]
+
+
+def test_logprobs_come_with_the_token_where_they_are_asked_for() -> None:
+    engine = create_engine()
+    engine.add(create_prompt("with", sampling={"num_logprobs": 2}))
+    engine.add(create_prompt("without"))
+    for output in outputs_of(engine):
+        found = output.logprobs
+        assert (found is not None) == (output.request.prompt.request_id == "with")
+        assert found is None or found.top_token_ids[0] == output.token_ids[0]

@@ -1,0 +1,166 @@
+"""What the language group tells whom, and in which order."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from common.links import Down, Event, Received, Up
+from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Start, StopFound, Tokens
+from common.torch_tensors import to_wire
+from common.wire import encode
+from services.llm.worker import Worker
+from tests.llm.builders import create_prompt
+from tests.llm.test_engine import IMAGE, POISON, assert_nothing_is_held, create_engine, images, undisturbed
+
+
+class FakeLinks:
+    def __init__(self) -> None:
+        self.connected: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, Any]] = []
+
+    def connect(self, peer: Any, role: str) -> None:
+        self.connected.append((peer.id, role))
+
+    def send(self, peer_id: str, message: msgspec.Struct) -> None:
+        encode(message)
+        self.sent.append((peer_id, message))
+
+
+class FakeMember:
+    """One batch of events a loop; the process is to stop when there are none left and the loop would wait."""
+
+    def __init__(self, batches: tuple[list[Event], ...]) -> None:
+        self.links, self.batches, self.num_loops = FakeLinks(), list(batches), 0
+
+    def waiting_events(self, wait: bool) -> list[Event] | None:
+        self.num_loops += 1
+        assert self.num_loops < 1000, "it steps though there is nothing to compute"
+        if self.batches:
+            return self.batches.pop(0)
+        return None if wait else []
+
+
+def work(*batches: list[Event]) -> list[tuple[str, Any]]:
+    """What is sent in answer to these events; nothing is held after them."""
+    member: Any = FakeMember(batches)
+    engine = create_engine()
+    Worker(member, engine).run()
+    assert_nothing_is_held(engine)
+    assert set(member.links.connected) <= {("detokenizer", "detokenizer")}
+    return member.links.sent
+
+
+def prompt(request_id: str = "r", peer_id: str = "preprocess", **fields: Any) -> Received:
+    return Received(peer_id, "preprocess", create_prompt(request_id, **fields))
+
+
+def embeddings(request_id: str = "r", tensor: torch.Tensor | None = None, owner: str = "preprocess") -> Received:
+    tensor = images() if tensor is None else tensor
+    name = {"request_id": request_id, "attempt": 0, "image": 0, "mm_hash": "00", "preprocess_id": owner}
+    return Received("vision", "vision", Embeddings(**name, embeddings=to_wire(tensor), encode_seconds=2.0))
+
+
+def abort(request_id: str = "r") -> Received:
+    return Received("gateway", "gateway", Abort(request_id=request_id, attempt=0))
+
+
+def answers(sent: list[tuple[str, Any]], request_id: str = "r") -> list[Any]:
+    """What went to the detokenizer about a request."""
+    return [message for peer_id, message in sent if peer_id == "detokenizer" and message.request_id == request_id]
+
+
+def test_an_answer_is_a_start_and_then_tokens_without_a_gap() -> None:
+    start, *tokens = answers(work([prompt(max_tokens=5)]))
+    assert isinstance(start, Start) and all(isinstance(t, Tokens) for t in tokens)
+    assert [t.offset for t in tokens] == [0, 1, 2, 3, 4]
+    assert [t.token_ids.numpy().tolist() for t in tokens] == [[token] for token in undisturbed(max_tokens=5)]
+    assert [t.finish_reason for t in tokens] == ["", "", "", "", "length"]
+
+
+def test_the_start_names_the_gateway_and_tells_the_prompts_usage() -> None:
+    start = answers(work([prompt(images=IMAGE, gateway_id="g7"), embeddings()]))[0]
+    assert (start.gateway_id, start.usage.prompt_tokens, start.usage.image_tokens) == ("g7", 8, 5)
+    assert b'"encode_seconds": 2.0' in start.timings.bytes()
+
+
+def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:
+    member: Any = FakeMember(([prompt()],))
+    Worker(member, create_engine()).run()
+    assert member.links.connected == [("detokenizer", "detokenizer")]
+
+
+@pytest.mark.parametrize("events", [[prompt(images=IMAGE), embeddings(owner="p2")], [embeddings(owner="p2"), prompt(images=IMAGE)]])
+def test_an_image_is_acknowledged_to_its_owner_whatever_came_first(events: list[Event]) -> None:
+    events = [Received("p2", "preprocess", e.message) if e.role == "preprocess" else e for e in events if isinstance(e, Received)]
+    sent = work(events)
+    assert [(peer, m.request_id, m.image) for peer, m in sent if isinstance(m, ImageReceived)] == [("p2", "r", 0)]
+    assert len(answers(sent)) == 5
+
+
+def test_an_image_is_not_acknowledged_before_its_prompt_is_there() -> None:
+    sent = work([embeddings()], [Down("preprocess", "preprocess", "killed")])
+    assert sent == []
+
+
+def test_bad_embeddings_are_refused_and_the_next_ones_taken() -> None:
+    bad = embeddings(tensor=torch.full((5, 2), math.nan))
+    sent = work([prompt(images=IMAGE)], [bad], [embeddings()])
+    assert [type(m) for peer, m in sent if peer == "preprocess"] == [ImageRejected, ImageReceived]
+    assert "no numbers" in sent[0][1].reason
+    assert answers(sent)[-1].finish_reason == "length"
+
+
+def test_an_image_of_a_request_that_ended_is_acknowledged_and_dropped() -> None:
+    sent = work([prompt()], [], [], [], [], [embeddings()])
+    assert [(peer, type(m)) for peer, m in sent if peer != "detokenizer"] == [("preprocess", ImageReceived)]
+
+
+def test_a_request_that_fails_says_so_once_after_its_start() -> None:
+    sent = work([prompt("bad", token_ids=[1, POISON]), prompt("good")])
+    start, failed = answers(sent, "bad")
+    assert isinstance(start, Start) and isinstance(failed, Failed) and failed.stage == "llm"
+    assert answers(sent, "good")[-1].finish_reason == "length"
+
+
+def test_an_abort_after_the_start_reaches_the_detokenizer_and_nothing_follows_it() -> None:
+    messages = answers(work([prompt(max_tokens=20)], [], [abort()]))
+    assert [type(m) for m in messages] == [Start, Tokens, Tokens, Abort]
+
+
+def test_an_abort_before_the_start_does_not_trouble_the_detokenizer() -> None:
+    assert answers(work([prompt(images=IMAGE)], [abort()], [embeddings()])) == []
+
+
+def test_an_abort_that_overtakes_its_prompt_cancels_it() -> None:
+    assert answers(work([abort()], [prompt()])) == []
+
+
+def test_a_stop_string_ends_the_request_without_another_word() -> None:
+    found = Received("detokenizer", "detokenizer", StopFound(request_id="r", attempt=0))
+    assert [type(m) for m in answers(work([prompt(max_tokens=20)], [found]))] == [Start, Tokens]
+
+
+def test_a_gateways_death_ends_its_answers_only() -> None:
+    sent = work([prompt("a", gateway_id="g1", max_tokens=20), prompt("b")], [Down("g1", "gateway", "killed")])
+    assert [type(m) for m in answers(sent, "a")] == [Start, Tokens]
+    assert answers(sent, "b")[-1].finish_reason == "length"
+
+
+def test_the_death_of_a_vision_replica_ends_nothing() -> None:
+    sent = work([prompt(images=IMAGE)], [Up("vision", "vision"), Down("vision", "vision", "killed")], [embeddings()])
+    assert answers(sent)[-1].finish_reason == "length"
+
+
+def test_it_waits_for_messages_where_nothing_can_be_computed_and_not_where_something_can() -> None:
+    member: Any = FakeMember(([prompt(max_tokens=4)],))
+    Worker(member, create_engine()).run()
+    assert member.num_loops == 6, "one for the prompt, three for decodes, one that finds nothing, one that waits"
+
+
+def test_logprobs_travel_with_their_tokens() -> None:
+    tokens = answers(work([prompt(sampling={"num_logprobs": 2}), prompt("plain")]))[1]
+    assert tokens.logprobs.shape == (1,) and tokens.top_token_ids.shape == tokens.top_logprobs.shape == (1, 2)
+    assert answers(work([prompt()]))[1].logprobs is None
