@@ -123,6 +123,9 @@ class Submit(RequestMessage):
     timeout: Seconds
     """Seconds left until the request's deadline, counted from the receipt of this message."""
     return_prompt_token_ids: bool = False
+    guide_kind: Annotated[str, msgspec.Meta(pattern="^(json_object|json_schema|regex)?$")] = ""
+    guide: Tensor | None = None
+    """UTF-8: the JSON schema or the regular expression that the answer must follow."""
 
 
 GatewayToPreprocess = Hello | Beat | Submit | Abort
@@ -198,6 +201,8 @@ class Prompt(RequestMessage):
     timeout: Seconds
     timings: Tensor
     """UTF-8 JSON: stage timings so far."""
+    grammar: Tensor | None = None
+    """UTF-8: what the answer must follow, for llguidance."""
 
 
 PreprocessToLlm = Hello | Beat | Prompt | Abort

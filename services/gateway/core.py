@@ -172,6 +172,8 @@ class GatewayCore:
                 detokenizer=Peer(record.detokenizer, self._up[record.detokenizer].address),
                 timeout=self._request_timeout if request.timeout is None else request.timeout,
                 return_prompt_token_ids=request.return_prompt_token_ids,
+                guide_kind=request.guide_kind,
+                guide=Tensor.of_text(request.guide) if request.guide else None,
             ),
         )
 

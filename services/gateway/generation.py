@@ -22,6 +22,9 @@ class GenerationRequest:
     timeout: float | None = None
     """Seconds until the deadline; None means the gateway's own."""
     return_prompt_token_ids: bool = False
+    guide_kind: str = ""
+    """json_object, json_schema or regex, with its text in `guide`; empty where the answer is free."""
+    guide: str = ""
 
 
 @dataclass(frozen=True, slots=True)

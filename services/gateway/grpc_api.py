@@ -108,7 +108,15 @@ def read_generation(request: GenerateRequest, request_id: str, timeout: float | 
         stopping=make_stopping({**given(request.stopping), "skip_special_tokens": response.get("skip_special_tokens")}, max_model_len),
         timeout=None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT),
         return_prompt_token_ids=request.response.return_prompt_token_ids,
+        **read_guide(request.guide),
     )
+
+
+def read_guide(params: inference_pb2.GuideParams) -> dict[str, str]:
+    kind = params.WhichOneof("guide")
+    if kind is None or (kind == "json_object" and not params.json_object):
+        return {}
+    return {"guide_kind": kind, "guide": "" if kind == "json_object" else getattr(params, kind)}
 
 
 def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:

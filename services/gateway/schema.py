@@ -51,6 +51,25 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class ResponseFormat(Body):
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+    def guide(self) -> tuple[str, str]:
+        """The kind of the guide and its text; both empty for plain text."""
+        match self.type:
+            case "text":
+                return "", ""
+            case "json_object":
+                return "json_object", ""
+            case "json_schema":
+                schema = (self.json_schema or {}).get("schema")
+                if not isinstance(schema, dict):
+                    raise InvalidField("response_format.json_schema.schema", "must be a JSON schema (an object)")
+                return "json_schema", json.dumps(schema)
+        raise InvalidField("response_format.type", "this is not supported; use text, json_object or json_schema")
+
+
 class ChatRequest(Body):
     """A chat completion's body. The ranges of sampling and stopping values are those of common.messages."""
 
@@ -76,6 +95,7 @@ class ChatRequest(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -138,6 +158,7 @@ def chat_to_generation(chat: ChatRequest, request_id: str, timeout: float | None
     sampling, stopping = chat.sampling(), chat.stopping(max_model_len)
     images: list[bytes] = []
     messages = [read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)]
+    guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
     return GenerationRequest(
         request_id=request_id,
         prompt_kind="messages",
@@ -147,6 +168,8 @@ def chat_to_generation(chat: ChatRequest, request_id: str, timeout: float | None
         stopping=stopping,
         timeout=timeout,
         return_prompt_token_ids=bool(chat.return_token_ids),
+        guide_kind=guide_kind,
+        guide=guide,
     )
 
 

@@ -15,6 +15,7 @@ from common.settings import LlmSettings
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
 from services.llm.families.qwen2_5_vl import TextConfig
+from services.llm.guides import Guides
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import join_group
 from services.llm.ranks import follow, lead
@@ -53,7 +54,8 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
         scheduler = Scheduler(BlockPool(num_blocks), settings.block_size, settings.max_num_seqs, settings.max_num_batched_tokens)
         schedulers.append(scheduler)
         member.ready(max_model_len)
-        Worker(member, Engine(scheduler, execute, Sampler(), config.hidden_size, checkpoint.eos_token_ids)).run()
+        guides = Guides(checkpoint.path / "tokenizer.json", config.vocab_size, checkpoint.eos_token_ids)
+        Worker(member, Engine(scheduler, execute, Sampler(), guides, config.hidden_size, checkpoint.eos_token_ids)).run()
     member.close()
 
 

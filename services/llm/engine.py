@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from common.messages import Prompt, Usage
+from services.llm.guides import Guides, Mask
 from services.llm.ranks import Execute
 from services.llm.request import Key, Request
 from services.llm.sampler import Logprobs, Sampler
@@ -40,8 +41,10 @@ class EarlyEmbeddings:
 class Engine:
     """Prompt, embeddings and abort of a request may come in any order."""
 
-    def __init__(self, scheduler: Scheduler, execute: Execute, sampler: Sampler, hidden_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self.scheduler, self.execute, self.sampler = scheduler, execute, sampler
+    def __init__(
+        self, scheduler: Scheduler, execute: Execute, sampler: Sampler, guides: Guides, hidden_size: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.scheduler, self.execute, self.sampler, self.guides = scheduler, execute, sampler, guides
         self.hidden_size, self.eos_token_ids = hidden_size, eos_token_ids
         self.requests: dict[Key, Request] = {}
         self.early: dict[Key, EarlyEmbeddings] = {}
@@ -54,6 +57,8 @@ class Engine:
             return []
         self.requests[request.key] = request
         self.sampler.add(request.key, prompt.sampling, prompt.stopping, request.token_ids, request.output_token_ids, self.eos_token_ids)
+        if prompt.grammar:
+            self.guides.add(request.key, prompt.grammar.text())
         self.scheduler.add(request)
         early = self.early.pop(request.key, None)
         if early is None:
@@ -94,14 +99,15 @@ class Engine:
         for chunk in chunks:
             chunk.request.first_scheduled = chunk.request.first_scheduled or now
         embeddings = [part for chunk in chunks for part in embeddings_of(chunk)]
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        masks = self.guides.begin_masks([chunk.request.key for chunk in sampling])
         logits = self.execute(self.scheduler.plan(chunks), embeddings)
         self.scheduler.computed(chunks)
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        return self._sample(sampling, logits) if sampling else []
+        return self._sample(sampling, logits, {row: mask.result() for row, mask in masks.items()}) if sampling else []
 
-    def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Output]:
+    def _sample(self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]) -> list[Output]:
         requests = [chunk.request for chunk in chunks]
-        sampled = self.sampler.sample(logits, [r.key for r in requests], [len(r.output_token_ids) for r in requests])
+        sampled = self.sampler.sample(logits, [r.key for r in requests], [len(r.output_token_ids) for r in requests], masks)
         now = time.monotonic()
         outputs = []
         for row, request in enumerate(requests):
@@ -112,7 +118,8 @@ class Engine:
                 self.scheduler.distrust(request)
             else:
                 request.output_token_ids.append(sampled.token_ids[row])
-                output.finish_reason = self._finish_reason(request)
+                goes_on = self.guides.accept(request.key, sampled.token_ids[row])
+                output.finish_reason = self._finish_reason(request) if goes_on else "stop"
                 output.logprobs = sampled.logprobs.get(row)
             if output.error or output.finish_reason:
                 self._end(request.key)
@@ -141,6 +148,7 @@ class Engine:
         if request := self.requests.pop(key, None):
             self.scheduler.finish(request)
             self.sampler.remove(key)
+            self.guides.remove(key)
         self._ended[key] = None
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)

@@ -4,8 +4,9 @@ A draw is counter-based: its noise is a hash of (seed, position of the token in 
 computes it, and however often a request is resumed, the same logits give the same token.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -140,13 +141,16 @@ class Sampler:
         self._requests.pop(key, None)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, keys: list[Hashable], positions: list[int]) -> SampledTokens:
+    def sample(
+        self, logits: Tensor, keys: list[Hashable], positions: list[int], masks: Mapping[int, np.ndarray] = MappingProxyType({})
+    ) -> SampledTokens:
         """Draw one token a row of `logits`, float32 [num_rows, vocab_size].
 
-        `positions` say which token of its request's output each row's will be, counted from 0 and over all attempts.
+        `positions` say which token of its request's output each row's will be, counted from 0 and over all attempts. `masks`
+        hold, by row, bool [vocab_size]: the only tokens that may be drawn.
         """
         requests = [self._requests[key] for key in keys]
-        scores = self._penalised(logits, requests, positions)
+        scores = masked(self._penalised(logits, requests, positions), masks)
         best, choice = scores.max(-1)
         if drawn_rows := [row for row, request in enumerate(requests) if not request.is_greedy]:
             rows = torch.tensor(drawn_rows, device=logits.device)
@@ -198,6 +202,15 @@ class Sampler:
         top = logprobs.topk(min(max(wanted.values()), logits.shape[1]))
         top_ids, top_values = top.indices.cpu().numpy(), top.values.cpu().numpy()
         return {row: Logprobs(chosen[i], top_ids[i, :n], top_values[i, :n]) for i, (row, n) in enumerate(wanted.items())}
+
+
+def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
+    if not masks:
+        return scores
+    allowed = torch.ones(scores.shape, dtype=torch.bool)
+    for row, mask in masks.items():
+        allowed[row] = torch.from_numpy(mask)
+    return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
 
 def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:

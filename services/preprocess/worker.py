@@ -28,6 +28,7 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Image, Preprocessor
+from services.preprocess.guides import Guides
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 
 MAX_DISPATCHES = 3
@@ -44,6 +45,7 @@ class Preparation:
     gateway_id: str
     received: float = field(default_factory=time.monotonic)
     token_ids: np.ndarray | None = None
+    grammar: Tensor | None = None
     images: list[Image] = field(default_factory=list)
     image_seconds: list[float] = field(default_factory=list)
 
@@ -79,6 +81,7 @@ class Worker:
         self._member, self._preprocessor = member, preprocessor
         self._preparations, self._handovers = preparations, handovers
         self._peers: dict[str, dict[str, Peer]] = {"vision": {}, "llm": {}}
+        self._guides = Guides(preprocessor.checkpoint.path / "tokenizer.json")
         self._turn = itertools.count()
         self._log = get_logger()
 
@@ -159,6 +162,9 @@ class Worker:
         submit = preparation.submit
         if preparation.token_ids is None:
             preparation.token_ids = self._preprocessor.tokenize(submit.prompt_kind, prompt_of(submit))
+            if submit.guide_kind:
+                guide = submit.guide.text() if submit.guide else ""
+                preparation.grammar = Tensor.of_text(self._guides.grammar(submit.guide_kind, guide))
         elif len(preparation.images) < len(submit.images):
             self._prepare_image(preparation)
         else:
@@ -195,6 +201,7 @@ class Worker:
             detokenizer=submit.detokenizer,
             timeout=max(0.0, preparation.deadline - time.monotonic()),
             timings=timings_of(preparation),
+            grammar=preparation.grammar,
         )
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
         self._member.links.send(preparation.gateway_id, Routed(**name, llm=llm, prompt_token_ids=ids))

@@ -1,5 +1,6 @@
 """Messages made from their types: any of a kind for hypothesis, the least and the largest of a kind, and the tensors in one."""
 
+import re
 import typing
 from typing import Any
 
@@ -77,8 +78,8 @@ def filled(kind: inspect.Type, tensor: Tensor, largest: bool) -> Any:
             return (filled(item, tensor, largest),) * ((most or MAX_IMAGES) if largest else 1)
         case inspect.TupleType(item_types=items):
             return tuple(filled(item, tensor, largest) for item in items)
-        case inspect.StrType(pattern=str()):
-            return "messages"
+        case inspect.StrType(pattern=str(pattern)):
+            return re.findall(r"\w+", pattern)[0]  # the first of the alternatives
         case inspect.StrType(max_length=most):
             return "\U0001f9fe" * most if largest and most else "x"
         case inspect.IntType(le=most):

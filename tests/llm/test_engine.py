@@ -1,6 +1,7 @@
 """Prompt, embeddings and abort in any order; how answers end; what is wrong with one request harms no other."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from services.llm.engine import Engine, Output, timings_of, usage_of
+from services.llm.guides import Guides
 from services.llm.plan import StepPlan
 from services.llm.request import Key, Request
 from services.llm.sampler import Sampler
@@ -45,7 +47,7 @@ class LogitsRunner(FakeRunner):
 
 def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engine:
     made = create_scheduler(num_blocks=NUM_BLOCKS, **scheduler)
-    return Engine(made, LogitsRunner(NUM_BLOCKS).execute, Sampler(), HIDDEN_SIZE, eos_token_ids)
+    return Engine(made, LogitsRunner(NUM_BLOCKS).execute, Sampler(), Guides(Path(), VOCAB_SIZE, eos_token_ids), HIDDEN_SIZE, eos_token_ids)
 
 
 def images(content: int = 1, length: int = 5) -> torch.Tensor:

@@ -8,14 +8,14 @@ import pytest
 
 from tests.policy.sources import ROOT, parse, sources
 
-MAX_LINES = 8300
+MAX_LINES = 8500
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 LONGER_FILES = {
     "common/messages.py": 400,  # every message of every hop in one place
     "common/links.py": 340,
-    "services/launcher.py": 320,
+    "services/launcher.py": 360,
     "services/preprocess/worker.py": 330,
 }
 

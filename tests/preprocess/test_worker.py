@@ -178,12 +178,12 @@ def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -
     preprocess.play(submit("r", *IMAGES[:2]))
     for _ in range(MAX_DISPATCHES - 1):
         assert offers(preprocess.play(failed("vision-1", 1))) == [("vision-1", 1)]
-    sent = preprocess.play(failed("vision-1", 1), failed("vision-1", 1))
+    sent = preprocess.play(failed("vision-1", 1))
     assert failures(sent) == [("gateway-1", "r", "Internal", 1)]
     error = sent[-1][1]
     assert error.stage == "vision" and "image 1" in error.message and "the tower failed" in error.message
     assert aborts(sent) == [("vision-1", "r")], "its other image is not wanted any more"
-    assert preprocess.holds_nothing
+    assert preprocess.holds_nothing and preprocess.play(failed("vision-1", 0)) == []
 
 
 @pytest.mark.parametrize(("visions", "llm", "stage"), [((), True, "vision"), (("vision-1",), False, "llm")])

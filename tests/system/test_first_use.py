@@ -112,3 +112,21 @@ def test_a_prompt_that_names_the_placeholder_is_refused(embedded: Running) -> No
     status, answer = embedded.chat([{"role": "user", "content": "look: <|image_pad|>"}])
     assert status == 400
     assert "placeholder" in answer["error"]["message"]
+
+
+SCHEMA = {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"], "additionalProperties": False}
+
+
+def test_an_answer_follows_its_schema(embedded: Running) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "receipt", "schema": SCHEMA}}
+    status, answer = embedded.chat(ask_about(RECEIPT), response_format=wanted, max_tokens=200)
+    assert status == 200
+    assert isinstance(json.loads(text_of(answer))["total"], int | float)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_schema_that_cannot_be_followed_is_refused(embedded: Running) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    status, answer = embedded.chat(ask_about(RECEIPT), response_format=wanted)
+    assert status == 400
+    assert "nonsense" in answer["error"]["message"]

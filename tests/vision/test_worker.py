@@ -109,6 +109,7 @@ def test_an_image_that_is_in_work_twice_is_sent_and_encoded_once(cache_bytes: in
     assert replica.grants() == [("r0", 0), ("r2", 0)]
     assert replica.tower.encoded == [20]
     assert replica.embeddings() == [("r0", 20.0), ("r1", 20.0)]
+    assert [message.cached for message in replica.member.links.of(Embeddings)] == [False, True]
     assert [key[0] for key in replica.jobs] == ["r2"]
 
 

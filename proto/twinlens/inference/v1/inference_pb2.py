@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+proto/twinlens/inference/v1/inference.proto\x12\x15twinlens.inference.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x15\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x86\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\rB\r\n\x0b_max_tokens\"\x98\x01\n\x0fResponseOptions\x12\x19\n\x0cnum_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x17return_prompt_token_ids\x18\x02 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_skip_special_tokens\"\xde\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x34\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1f.twinlens.inference.v1.TokenIdsH\x00\x12,\n\x06images\x18\x05 \x03(\x0b\x32\x1c.twinlens.inference.v1.Image\x12\x37\n\x08sampling\x18\x06 \x01(\x0b\x32%.twinlens.inference.v1.SamplingParams\x12\x37\n\x08stopping\x18\x07 \x01(\x0b\x32%.twinlens.inference.v1.StoppingParams\x12\x38\n\x08response\x18\x08 \x01(\x0b\x32&.twinlens.inference.v1.ResponseOptionsB\x08\n\x06prompt\"\xe4\x02\n\x15GenerateStreamRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x34\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1f.twinlens.inference.v1.TokenIdsH\x00\x12,\n\x06images\x18\x05 \x03(\x0b\x32\x1c.twinlens.inference.v1.Image\x12\x37\n\x08sampling\x18\x06 \x01(\x0b\x32%.twinlens.inference.v1.SamplingParams\x12\x37\n\x08stopping\x18\x07 \x01(\x0b\x32%.twinlens.inference.v1.StoppingParams\x12\x38\n\x08response\x18\x08 \x01(\x0b\x32&.twinlens.inference.v1.ResponseOptionsB\x08\n\x06prompt\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"i\n\x0cImageTimings\x12\x1a\n\x12preprocess_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x03 \x01(\x01\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"\xde\x01\n\x07Timings\x12\x1a\n\x12preprocess_seconds\x18\x01 \x01(\x01\x12\x33\n\x06images\x18\x02 \x03(\x0b\x32#.twinlens.inference.v1.ImageTimings\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x05 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x06 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x07 \x01(\x01\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"p\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.twinlens.inference.v1.TopLogprob\"\xb2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12:\n\rfinish_reason\x18\x04 \x01(\x0e\x32#.twinlens.inference.v1.FinishReason\x12+\n\x05usage\x18\x05 \x01(\x0b\x32\x1c.twinlens.inference.v1.Usage\x12/\n\x07timings\x18\x06 \x01(\x0b\x32\x1e.twinlens.inference.v1.Timings\x12\x35\n\x08logprobs\x18\x07 \x03(\x0b\x32#.twinlens.inference.v1.TokenLogprob\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\"o\n\x05\x44\x65lta\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.twinlens.inference.v1.TokenLogprob\"\x9f\x01\n\x03\x45nd\x12:\n\rfinish_reason\x18\x01 \x01(\x0e\x32#.twinlens.inference.v1.FinishReason\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.twinlens.inference.v1.Usage\x12/\n\x07timings\x18\x03 \x01(\x0b\x32\x1e.twinlens.inference.v1.Timings\"5\n\x05\x42\x65gin\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\"\xaa\x01\n\x16GenerateStreamResponse\x12-\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1c.twinlens.inference.v1.BeginH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.twinlens.inference.v1.DeltaH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.twinlens.inference.v1.EndH\x00\x42\x07\n\x05\x65vent*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe0\x01\n\x10InferenceService\x12[\n\x08Generate\x12&.twinlens.inference.v1.GenerateRequest\x1a\'.twinlens.inference.v1.GenerateResponse\x12o\n\x0eGenerateStream\x12,.twinlens.inference.v1.GenerateStreamRequest\x1a-.twinlens.inference.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+proto/twinlens/inference/v1/inference.proto\x12\x15twinlens.inference.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x15\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x86\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\rB\r\n\x0b_max_tokens\"\x98\x01\n\x0fResponseOptions\x12\x19\n\x0cnum_logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x17return_prompt_token_ids\x18\x02 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_skip_special_tokens\"U\n\x0bGuideParams\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x42\x07\n\x05guide\"\x91\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x34\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1f.twinlens.inference.v1.TokenIdsH\x00\x12,\n\x06images\x18\x05 \x03(\x0b\x32\x1c.twinlens.inference.v1.Image\x12\x37\n\x08sampling\x18\x06 \x01(\x0b\x32%.twinlens.inference.v1.SamplingParams\x12\x37\n\x08stopping\x18\x07 \x01(\x0b\x32%.twinlens.inference.v1.StoppingParams\x12\x38\n\x08response\x18\x08 \x01(\x0b\x32&.twinlens.inference.v1.ResponseOptions\x12\x31\n\x05guide\x18\t \x01(\x0b\x32\".twinlens.inference.v1.GuideParamsB\x08\n\x06prompt\"\x97\x03\n\x15GenerateStreamRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x34\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1f.twinlens.inference.v1.TokenIdsH\x00\x12,\n\x06images\x18\x05 \x03(\x0b\x32\x1c.twinlens.inference.v1.Image\x12\x37\n\x08sampling\x18\x06 \x01(\x0b\x32%.twinlens.inference.v1.SamplingParams\x12\x37\n\x08stopping\x18\x07 \x01(\x0b\x32%.twinlens.inference.v1.StoppingParams\x12\x38\n\x08response\x18\x08 \x01(\x0b\x32&.twinlens.inference.v1.ResponseOptions\x12\x31\n\x05guide\x18\t \x01(\x0b\x32\".twinlens.inference.v1.GuideParamsB\x08\n\x06prompt\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"i\n\x0cImageTimings\x12\x1a\n\x12preprocess_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x03 \x01(\x01\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"\xde\x01\n\x07Timings\x12\x1a\n\x12preprocess_seconds\x18\x01 \x01(\x01\x12\x33\n\x06images\x18\x02 \x03(\x0b\x32#.twinlens.inference.v1.ImageTimings\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x05 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x06 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x07 \x01(\x01\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"p\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.twinlens.inference.v1.TopLogprob\"\xb2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12:\n\rfinish_reason\x18\x04 \x01(\x0e\x32#.twinlens.inference.v1.FinishReason\x12+\n\x05usage\x18\x05 \x01(\x0b\x32\x1c.twinlens.inference.v1.Usage\x12/\n\x07timings\x18\x06 \x01(\x0b\x32\x1e.twinlens.inference.v1.Timings\x12\x35\n\x08logprobs\x18\x07 \x03(\x0b\x32#.twinlens.inference.v1.TokenLogprob\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\"o\n\x05\x44\x65lta\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.twinlens.inference.v1.TokenLogprob\"\x9f\x01\n\x03\x45nd\x12:\n\rfinish_reason\x18\x01 \x01(\x0e\x32#.twinlens.inference.v1.FinishReason\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.twinlens.inference.v1.Usage\x12/\n\x07timings\x18\x03 \x01(\x0b\x32\x1e.twinlens.inference.v1.Timings\"5\n\x05\x42\x65gin\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\"\xaa\x01\n\x16GenerateStreamResponse\x12-\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1c.twinlens.inference.v1.BeginH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.twinlens.inference.v1.DeltaH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.twinlens.inference.v1.EndH\x00\x42\x07\n\x05\x65vent*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe0\x01\n\x10InferenceService\x12[\n\x08Generate\x12&.twinlens.inference.v1.GenerateRequest\x1a\'.twinlens.inference.v1.GenerateResponse\x12o\n\x0eGenerateStream\x12,.twinlens.inference.v1.GenerateStreamRequest\x1a-.twinlens.inference.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.twinlens.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2889
-  _globals['_FINISHREASON']._serialized_end=2984
+  _globals['_FINISHREASON']._serialized_start=3078
+  _globals['_FINISHREASON']._serialized_end=3173
   _globals['_TOKENIDS']._serialized_start=70
   _globals['_TOKENIDS']._serialized_end=93
   _globals['_IMAGE']._serialized_start=95
@@ -43,30 +43,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPPINGPARAMS']._serialized_end=594
   _globals['_RESPONSEOPTIONS']._serialized_start=597
   _globals['_RESPONSEOPTIONS']._serialized_end=749
-  _globals['_GENERATEREQUEST']._serialized_start=752
-  _globals['_GENERATEREQUEST']._serialized_end=1102
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1105
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1461
-  _globals['_USAGE']._serialized_start=1463
-  _globals['_USAGE']._serialized_end=1565
-  _globals['_IMAGETIMINGS']._serialized_start=1567
-  _globals['_IMAGETIMINGS']._serialized_end=1672
-  _globals['_TIMINGS']._serialized_start=1675
-  _globals['_TIMINGS']._serialized_end=1897
-  _globals['_TOPLOGPROB']._serialized_start=1899
-  _globals['_TOPLOGPROB']._serialized_end=1961
-  _globals['_TOKENLOGPROB']._serialized_start=1963
-  _globals['_TOKENLOGPROB']._serialized_end=2075
-  _globals['_GENERATERESPONSE']._serialized_start=2078
-  _globals['_GENERATERESPONSE']._serialized_end=2384
-  _globals['_DELTA']._serialized_start=2386
-  _globals['_DELTA']._serialized_end=2497
-  _globals['_END']._serialized_start=2500
-  _globals['_END']._serialized_end=2659
-  _globals['_BEGIN']._serialized_start=2661
-  _globals['_BEGIN']._serialized_end=2714
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2717
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2887
-  _globals['_INFERENCESERVICE']._serialized_start=2987
-  _globals['_INFERENCESERVICE']._serialized_end=3211
+  _globals['_GUIDEPARAMS']._serialized_start=751
+  _globals['_GUIDEPARAMS']._serialized_end=836
+  _globals['_GENERATEREQUEST']._serialized_start=839
+  _globals['_GENERATEREQUEST']._serialized_end=1240
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1243
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1650
+  _globals['_USAGE']._serialized_start=1652
+  _globals['_USAGE']._serialized_end=1754
+  _globals['_IMAGETIMINGS']._serialized_start=1756
+  _globals['_IMAGETIMINGS']._serialized_end=1861
+  _globals['_TIMINGS']._serialized_start=1864
+  _globals['_TIMINGS']._serialized_end=2086
+  _globals['_TOPLOGPROB']._serialized_start=2088
+  _globals['_TOPLOGPROB']._serialized_end=2150
+  _globals['_TOKENLOGPROB']._serialized_start=2152
+  _globals['_TOKENLOGPROB']._serialized_end=2264
+  _globals['_GENERATERESPONSE']._serialized_start=2267
+  _globals['_GENERATERESPONSE']._serialized_end=2573
+  _globals['_DELTA']._serialized_start=2575
+  _globals['_DELTA']._serialized_end=2686
+  _globals['_END']._serialized_start=2689
+  _globals['_END']._serialized_end=2848
+  _globals['_BEGIN']._serialized_start=2850
+  _globals['_BEGIN']._serialized_end=2903
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2906
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=3076
+  _globals['_INFERENCESERVICE']._serialized_start=3176
+  _globals['_INFERENCESERVICE']._serialized_end=3400
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,283 @@
+/* Products and the small operations between them in bfloat16, for CPUs that have its dot product (AVX512_BF16).
+ *
+ * Sums are float32 and rounded once. A row's result does not depend on the rows beside it. Matrices of weights lie as oneDNN packs
+ * them: panels of 64 outputs, in each the inputs in pairs, [outputs / 64][inputs / 2][64][2], filled up with zeros to whole panels and
+ * to a multiple of 32 inputs.
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef __AVX512BF16__
+#error "no bfloat16 dot product"
+#endif
+
+typedef uint16_t bf16;
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 16, PANEL = 64, MAX_ROWS = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2, MAX_HEADS = 16, MAX_DIM = 256, KEYS = 64 };
+
+INLINE __mmask16 mask_of(long left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+INLINE __m512 load(const bf16 *x, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, x)); }
+
+INLINE void store(bf16 *y, __mmask16 mask, __m512 x) { _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+INLINE __m512bh pair_of(const bf16 *x)
+{
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+/* e^x within 2 units in the last place: 2^n times a polynomial for what is left of x. */
+INLINE __m512 exponential(__m512 x)
+{
+    /* In this order a NaN stays one. */
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Adds `count` input pairs of a panel to the sums [rows][64]. Lines `from` to `to` of every pair's four are fetched ahead: where several
+ * tiles work on the same weights, each fetches its part of the next. */
+INLINE void tile(const int rows, const bf16 *x, long x_stride, const bf16 *w, long count, float *sums, int first, int from, int to)
+{
+    __m512 c[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) c[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * PANEL + j * LANES);
+    for (long k = 0; k < count; k++, w += 2 * PANEL, x += 2) {
+        __m512bh b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * LANES);
+        for (int line = from; line < to; line++) _mm_prefetch((const char *)(w + AHEAD * TILE_PAIRS * 2 * PANEL) + line * 64, _MM_HINT_T0);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            __m512bh a = pair_of(x + i * x_stride);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_store_ps(sums + i * PANEL + j * LANES, c[i][j]);
+}
+
+/* Sums [num_rows][64] of one panel: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
+static void panel(const bf16 *x, long x_stride, const bf16 *w, long num_pairs, int num_rows, float *sums)
+{
+    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (long k = 0; k < num_pairs; k += TILE_PAIRS) {
+        long count = num_pairs - k < TILE_PAIRS ? num_pairs - k : TILE_PAIRS;
+        for (int t = 0, row = 0; t < num_tiles; t++) {
+            int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t), from = 4 * t / num_tiles, to = 4 * (t + 1) / num_tiles;
+            const bf16 *a = x + row * x_stride + 2 * k, *b = w + k * 2 * PANEL;
+            float *c = sums + row * PANEL;
+            switch (rows) {
+            case 1: tile(1, a, x_stride, b, count, c, k == 0, from, to); break;
+            case 2: tile(2, a, x_stride, b, count, c, k == 0, from, to); break;
+            case 3: tile(3, a, x_stride, b, count, c, k == 0, from, to); break;
+            case 4: tile(4, a, x_stride, b, count, c, k == 0, from, to); break;
+            case 5: tile(5, a, x_stride, b, count, c, k == 0, from, to); break;
+            default: tile(6, a, x_stride, b, count, c, k == 0, from, to);
+            }
+            row += rows;
+        }
+    }
+}
+
+/* y [num_rows, num_outputs] = x [num_rows, num_inputs] times the packed weights, + bias and + residual where they are given.
+ * num_rows at most 64, num_inputs even. */
+void linear(const bf16 *x, long x_stride, const bf16 *weights, const bf16 *bias, const bf16 *residual, bf16 *y,
+            int num_rows, int num_outputs, int num_inputs, int num_threads)
+{
+    long panel_size = (long)(num_inputs + 31) / 32 * 32 * PANEL;
+    int num_panels = (num_outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int p = 0; p < num_panels; p++) {
+        float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));
+        panel(x, x_stride, weights + p * panel_size, num_inputs / 2, num_rows, sums);
+        for (long n = (long)p * PANEL; n < num_outputs && n < (p + 1L) * PANEL; n += LANES) {
+            __mmask16 mask = mask_of(num_outputs - n);
+            __m512 offset = bias ? load(bias + n, mask) : _mm512_setzero_ps();
+            for (int i = 0; i < num_rows; i++) {
+                long at = (long)i * num_outputs + n;
+                __m512 value = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL + n % PANEL), offset);
+                store(y + at, mask, residual ? _mm512_add_ps(value, load(residual + at, mask)) : value);
+            }
+        }
+    }
+}
+
+/* y = x / rms(x) * weight, row by row. */
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long num_rows, long width, int num_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) {
+        const bf16 *row = x + i * width;
+        __m512 squares = _mm512_setzero_ps();
+        for (long j = 0; j < width; j += LANES) {
+            __m512 value = load(row + j, mask_of(width - j));
+            squares = _mm512_fmadd_ps(value, value, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+        for (long j = 0; j < width; j += LANES) {
+            __mmask16 mask = mask_of(width - j);
+            store(y + i * width + j, mask, _mm512_mul_ps(_mm512_mul_ps(load(row + j, mask), scale), load(weight + j, mask)));
+        }
+    }
+}
+
+/* y [num_rows, width] = silu(gate) * up, where x [num_rows, 2 * width] is gate and up side by side. */
+void silu_mul(const bf16 *x, bf16 *y, long num_rows, long width, int num_threads)
+{
+    const __m512 one = _mm512_set1_ps(1);
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++)
+        for (long j = 0; j < width; j += LANES) {
+            __mmask16 mask = mask_of(width - j);
+            __m512 gate = load(x + 2 * i * width + j, mask), up = load(x + (2 * i + 1) * width + j, mask);
+            __m512 divisor = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+            store(y + i * width + j, mask, _mm512_mul_ps(_mm512_div_ps(gate, divisor), up));
+        }
+}
+
+/* Turns the first `num_heads` heads of each row in place: entry i with entry i + dim / 2. cos and signed_sin are [num_rows, dim]. */
+void rotate(bf16 *x, long stride, const float *cos, const float *signed_sin, long num_rows, int num_heads, int dim, int num_threads)
+{
+    int half = dim / 2;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++)
+        for (int h = 0; h < num_heads; h++)
+            for (int j = 0; j < half; j += LANES) {
+                bf16 *low = x + i * stride + h * dim + j, *high = low + half;
+                const float *c = cos + i * dim + j, *s = signed_sin + i * dim + j;
+                __mmask16 mask = mask_of(half - j);
+                __m512 a = load(low, mask), b = load(high, mask);
+                __m512 turned_b = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(mask, s + half));
+                store(low, mask, _mm512_fmadd_ps(a, _mm512_maskz_loadu_ps(mask, c), _mm512_mul_ps(b, _mm512_maskz_loadu_ps(mask, s))));
+                store(high, mask, _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, c + half), turned_b));
+            }
+}
+
+/* Scores of up to 64 keys, one vector a key with a query head in each lane; returns the greatest of each head. Eight keys at a time
+ * share the loads of the queries and hide the latency of the product; `places` is filled up. */
+INLINE __m512 score(const bf16 *keys, const long *places, int count, const int32_t *q, int dim, float scale, __m512 *scores)
+{
+    __m512 greatest = _mm512_set1_ps(-INFINITY);
+    for (int t = 0; t < count; t += 8) {
+        __m512 sums[8];
+        for (int j = 0; j < 8; j++) sums[j] = _mm512_setzero_ps();
+        for (int d = 0; d < dim / 2; d++) {
+            __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_HEADS);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) sums[j] = _mm512_dpbf16_ps(sums[j], query, pair_of(keys + places[t + j] + 2 * d));
+        }
+        for (int j = 0; j < 8; j++) {
+            scores[t + j] = _mm512_mul_ps(sums[j], _mm512_set1_ps(scale));
+            greatest = _mm512_max_ps(greatest, scores[t + j]);
+        }
+    }
+    return greatest;
+}
+
+/* Adds the values, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in registers. */
+INLINE void weigh(const bf16 *values, const long *places, int count, const float *weights, const float *shrink, int num_heads, int dim, float *sums)
+{
+    for (int h = 0; h < num_heads; h += 8)
+        for (int d = 0; d < dim; d += 2 * LANES) {
+            __m512 c[8][2];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++)
+                    c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES), _mm512_set1_ps(shrink[h + i]));
+            for (int t = 0; t < count; t++) {
+                const bf16 *value = values + places[t] + d;
+                __m512 low = load(value, 0xffff), high = load(value + LANES, 0xffff);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    __m512 weight = _mm512_set1_ps(weights[t * MAX_HEADS + h + i]);
+                    c[i][0] = _mm512_fmadd_ps(low, weight, c[i][0]);
+                    c[i][1] = _mm512_fmadd_ps(high, weight, c[i][1]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) _mm512_store_ps(sums + (h + i) * dim + d + j * LANES, c[i][j]);
+        }
+}
+
+typedef struct {
+    const bf16 *keys, *values;
+    const int64_t *blocks;
+    long block_size, stride, length;
+} Context;
+
+/* One key head of one sequence: the queries of its heads against its whole context, with a running maximum. */
+static void attend(const Context *context, const bf16 *queries, int num_heads, int dim, bf16 *y)
+{
+    int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64))) = {0};
+    float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64))) = {0};
+    float shrink[MAX_HEADS] __attribute__((aligned(64)));
+    __m512 scores[KEYS], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int h = 0; h < num_heads; h++)
+        for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
+    for (long first = 0; first < context->length; first += KEYS) {
+        int count = context->length - first < KEYS ? (int)(context->length - first) : KEYS;
+        long places[KEYS];
+        for (int t = 0; t < KEYS; t++) {
+            long token = first + (t < count ? t : count - 1), block = token / context->block_size;
+            places[t] = (context->blocks[block] * context->block_size + token % context->block_size) * context->stride;
+        }
+        __m512 best = _mm512_max_ps(greatest, score(context->keys, places, count, q, dim, 1 / sqrtf(dim), scores));
+        __m512 factor = exponential(_mm512_sub_ps(greatest, best));
+        greatest = best;
+        total = _mm512_mul_ps(total, factor);
+        for (int t = 0; t < count; t++) {
+            scores[t] = exponential(_mm512_sub_ps(scores[t], best));
+            total = _mm512_add_ps(total, scores[t]);
+        }
+        _mm512_store_ps(shrink, factor);
+        weigh(context->values, places, count, (const float *)scores, shrink, num_heads, dim, sums);
+    }
+    _mm512_store_ps(shrink, total);
+    for (int h = 0; h < num_heads; h++)
+        for (int d = 0; d < dim; d += LANES)
+            store(y + h * dim + d, 0xffff, _mm512_div_ps(_mm512_load_ps(sums + h * dim + d), _mm512_set1_ps(shrink[h])));
+}
+
+/* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
+ * [num_blocks, block_size, num_kv_heads, dim]. The rows of q are `q_stride` long, those of y [num_seqs, num_heads, dim] one after
+ * another; dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
+void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, const int64_t *block_tables, long table_stride,
+                      const int64_t *context_lens, bf16 *y, int num_seqs, int num_heads, int num_kv_heads, int dim, int block_size,
+                      int num_threads)
+{
+    int group = num_heads / num_kv_heads;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (int s = 0; s < num_seqs; s++)
+        for (int h = 0; h < num_kv_heads; h++) {
+            Context context = {keys + h * dim, values + h * dim, block_tables + s * table_stride, block_size, (long)num_kv_heads * dim,
+                               context_lens[s]};
+            long at = (long)h * group * dim;
+            attend(&context, q + s * q_stride + at, group, dim, y + (long)s * num_heads * dim + at);
+        }
+}
