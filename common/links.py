@@ -21,7 +21,7 @@ import zmq
 
 from common.logs import get_logger
 from common.messages import HOPS, PROTOCOL_VERSION, Beat, Goodbye, Hello, Peer
-from common.process import CannotStart
+from common.process import EXIT_FAILED, CannotStart
 from common.wire import MAX_TENSOR_BYTES, Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
@@ -87,7 +87,7 @@ class Links:
         self._log = get_logger().bind(member=me.id)
         self._inbox = self._bind(listen) if listen else None
         self.address = self._address(advertise) if self._inbox else ""
-        self._thread = threading.Thread(target=self._run, name="links", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="links", daemon=True)
         self._thread.start()
 
     # Called by any thread
@@ -117,6 +117,13 @@ class Links:
                 os.eventfd_write(self._wake, 1)
 
     # On the I/O thread
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except Exception:  # noqa: BLE001  the outermost loop of this thread: a process that cannot talk must not look alive
+            self._log.exception("the connections failed")
+            os._exit(EXIT_FAILED)
 
     def _run(self) -> None:
         next_beat = time.monotonic() + BEAT_SECONDS

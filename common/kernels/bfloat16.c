@@ -16,8 +16,10 @@
 
 typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
+#define LOG2_E 1.44269504f
 
-enum { LANES = 16, PANEL = 64, MAX_ROWS = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2, MAX_HEADS = 16, MAX_DIM = 256, KEYS = 64 };
+enum { LANES = 16, PANEL = 64, MAX_ROWS = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2 };
+enum { MAX_HEADS = 16, MAX_DIM = 256, KEYS = 64, CHUNK = 256, BLOCK_ROWS = 48 };
 
 INLINE __mmask16 mask_of(long left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
 
@@ -34,49 +36,60 @@ INLINE __m512bh pair_of(const bf16 *x)
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* e^x within 2 units in the last place: 2^n times a polynomial for what is left of x. */
-INLINE __m512 exponential(__m512 x)
+/* 2^x: a polynomial for the fraction, nearly as exact as float32 itself. In this order of max a NaN stays one. */
+INLINE __m512 power_of_two(__m512 x)
 {
-    /* In this order a NaN stays one. */
-    x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    x = _mm512_max_ps(_mm512_set1_ps(-127), x);
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.540353e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), n);
 }
 
-/* Adds `count` input pairs of a panel to the sums [rows][64]. Lines `from` to `to` of every pair's four are fetched ahead: where several
- * tiles work on the same weights, each fetches its part of the next. */
-INLINE void tile(const int rows, const bf16 *x, long x_stride, const bf16 *w, long count, float *sums, int first, int from, int to)
+/* Adds `count` input pairs to the sums of a tile of rows by vectors of outputs. Lines `from` to `to` of what every pair's four will be some
+ * steps later are fetched: where several tiles work on the same weights, each fetches its part of the next. */
+INLINE void tile(const int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w, long w_stride, long count,
+                 float *sums, long sums_stride, int first, int from, int to)
 {
     __m512 c[TILE_ROWS][4];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) c[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * PANEL + j * LANES);
-    for (long k = 0; k < count; k++, w += 2 * PANEL, x += 2) {
+        for (int j = 0; j < vectors; j++) c[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * sums_stride + j * LANES);
+    for (long k = 0; k < count; k++, w += w_stride, x += 2) {
         __m512bh b[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * LANES);
-        for (int line = from; line < to; line++) _mm_prefetch((const char *)(w + AHEAD * TILE_PAIRS * 2 * PANEL) + line * 64, _MM_HINT_T0);
+        for (int j = 0; j < vectors; j++) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * LANES);
+        for (int line = from; line < to; line++) _mm_prefetch((const char *)(w + AHEAD * TILE_PAIRS * w_stride) + line * 64, _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
             __m512bh a = pair_of(x + i * x_stride);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);
+            for (int j = 0; j < vectors; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);
         }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_store_ps(sums + i * PANEL + j * LANES, c[i][j]);
+        for (int j = 0; j < vectors; j++) _mm512_store_ps(sums + i * sums_stride + j * LANES, c[i][j]);
+}
+
+/* The same for any number of rows up to six. */
+INLINE void any_tile(int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w, long w_stride, long count,
+                     float *sums, long sums_stride, int first, int from, int to)
+{
+    switch (rows) {
+    case 1: tile(1, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
+    case 2: tile(2, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
+    case 3: tile(3, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
+    case 4: tile(4, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
+    case 5: tile(5, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
+    default: tile(6, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to);
+    }
 }
 
 /* Sums [num_rows][64] of one panel: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
@@ -87,16 +100,7 @@ static void panel(const bf16 *x, long x_stride, const bf16 *w, long num_pairs, i
         long count = num_pairs - k < TILE_PAIRS ? num_pairs - k : TILE_PAIRS;
         for (int t = 0, row = 0; t < num_tiles; t++) {
             int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t), from = 4 * t / num_tiles, to = 4 * (t + 1) / num_tiles;
-            const bf16 *a = x + row * x_stride + 2 * k, *b = w + k * 2 * PANEL;
-            float *c = sums + row * PANEL;
-            switch (rows) {
-            case 1: tile(1, a, x_stride, b, count, c, k == 0, from, to); break;
-            case 2: tile(2, a, x_stride, b, count, c, k == 0, from, to); break;
-            case 3: tile(3, a, x_stride, b, count, c, k == 0, from, to); break;
-            case 4: tile(4, a, x_stride, b, count, c, k == 0, from, to); break;
-            case 5: tile(5, a, x_stride, b, count, c, k == 0, from, to); break;
-            default: tile(6, a, x_stride, b, count, c, k == 0, from, to);
-            }
+            any_tile(rows, 4, x + row * x_stride + 2 * k, x_stride, w + k * 2 * PANEL, 2 * PANEL, count, sums + row * PANEL, PANEL, k == 0, from, to);
             row += rows;
         }
     }
@@ -153,7 +157,7 @@ void silu_mul(const bf16 *x, bf16 *y, long num_rows, long width, int num_threads
         for (long j = 0; j < width; j += LANES) {
             __mmask16 mask = mask_of(width - j);
             __m512 gate = load(x + 2 * i * width + j, mask), up = load(x + (2 * i + 1) * width + j, mask);
-            __m512 divisor = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+            __m512 divisor = _mm512_add_ps(one, power_of_two(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2_E))));
             store(y + i * width + j, mask, _mm512_mul_ps(_mm512_div_ps(gate, divisor), up));
         }
 }
@@ -247,12 +251,12 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
             long token = first + (t < count ? t : count - 1), block = token / context->block_size;
             places[t] = (context->blocks[block] * context->block_size + token % context->block_size) * context->stride;
         }
-        __m512 best = _mm512_max_ps(greatest, score(context->keys, places, count, q, dim, 1 / sqrtf(dim), scores));
-        __m512 factor = exponential(_mm512_sub_ps(greatest, best));
+        __m512 best = _mm512_max_ps(greatest, score(context->keys, places, count, q, dim, LOG2_E / sqrtf(dim), scores));
+        __m512 factor = power_of_two(_mm512_sub_ps(greatest, best));
         greatest = best;
         total = _mm512_mul_ps(total, factor);
         for (int t = 0; t < count; t++) {
-            scores[t] = exponential(_mm512_sub_ps(scores[t], best));
+            scores[t] = power_of_two(_mm512_sub_ps(scores[t], best));
             total = _mm512_add_ps(total, scores[t]);
         }
         _mm512_store_ps(shrink, factor);
@@ -280,4 +284,134 @@ void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16
             long at = (long)h * group * dim;
             attend(&context, q + s * q_stride + at, group, dim, y + (long)s * num_heads * dim + at);
         }
+}
+
+/* Keys as weights: panels of 64 keys, [panels][dim / 2][64][2]; what is beyond the last key is zero. */
+static void pack_keys(const bf16 *keys, long stride, long length, int dim, bf16 *packed)
+{
+    for (long first = 0; first < length; first += PANEL, packed += PANEL * dim)
+        for (int t = 0; t < PANEL; t++)
+            for (int d = 0; d < dim / 2; d++) {
+                int32_t pair = 0;
+                if (first + t < length) memcpy(&pair, keys + (first + t) * stride + 2 * d, 4);
+                memcpy(packed + d * 2 * PANEL + 2 * t, &pair, 4);
+            }
+}
+
+/* Values as weights, tokens being the inputs: [padded length / 2][dim][2]. */
+static void pack_values(const bf16 *values, long stride, long length, int dim, bf16 *packed)
+{
+    for (long t = 0; t < (length + PANEL - 1) / PANEL * PANEL; t += 2, packed += 2 * dim)
+        for (int d = 0; d < dim; d++) {
+            packed[2 * d] = t < length ? values[t * stride + d] : 0;
+            packed[2 * d + 1] = t + 1 < length ? values[(t + 1) * stride + d] : 0;
+        }
+}
+
+typedef struct {
+    float sums[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    __m512 totals[BLOCK_ROWS];
+    float greatest[BLOCK_ROWS];
+} Running;
+
+/* Makes weights of one row's scores, of which `visible` count, and shrinks what the row has so far to the new maximum. */
+INLINE void soften(float *scores, int num_panels, int visible, float scale, int dim, Running *running, int row, bf16 *weights)
+{
+    __m512 best = _mm512_set1_ps(running->greatest[row]), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+    for (int j = 0; j < num_panels * PANEL; j += LANES) {
+        float *place = scores + j / PANEL * TILE_ROWS * PANEL + j % PANEL;
+        __mmask16 mask = j < visible ? mask_of(visible - j) : 0;
+        __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask, _mm512_load_ps(place), factor);
+        _mm512_store_ps(place, score);
+        best = _mm512_max_ps(best, score);
+    }
+    float greatest = _mm512_reduce_max_ps(best);
+    best = _mm512_set1_ps(greatest);
+    for (int j = 0; j < num_panels * PANEL; j += LANES) {
+        __m512 weight = power_of_two(_mm512_sub_ps(_mm512_load_ps(scores + j / PANEL * TILE_ROWS * PANEL + j % PANEL), best));
+        total = _mm512_add_ps(total, weight);
+        store(weights + j, 0xffff, weight);
+    }
+    __m512 shrink = power_of_two(_mm512_sub_ps(_mm512_set1_ps(running->greatest[row]), best));
+    running->greatest[row] = greatest;
+    running->totals[row] = _mm512_fmadd_ps(running->totals[row], shrink, total);
+    for (int d = 0; d < dim; d += LANES) {
+        float *sums = running->sums + row * dim + d;
+        _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), shrink));
+    }
+}
+
+/* Up to six query rows from `row` of the block against one chunk of keys; row r sees `visible` + r * `step` of them. */
+static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const bf16 *keys, const bf16 *values, int num_panels, int dim, float scale,
+                        long visible, int step, Running *running)
+{
+    float scores[CHUNK * TILE_ROWS] __attribute__((aligned(64)));
+    bf16 weights[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
+    for (int p = 0; p < num_panels; p++)
+        any_tile(rows, 4, q + row * q_stride, q_stride, keys + p * PANEL * dim, 2 * PANEL, dim / 2, scores + p * TILE_ROWS * PANEL, PANEL, 1, 0, 0);
+    for (int i = 0; i < rows; i++) {
+        long seen = visible + (long)(row + i) * step;
+        seen = seen < 0 ? 0 : seen > num_panels * PANEL ? num_panels * PANEL : seen;
+        soften(scores + i * PANEL, num_panels, (int)seen, scale, dim, running, row + i, weights + i * CHUNK);
+    }
+    int d = 0;
+    for (; d + 4 * LANES <= dim && dim - d != 5 * LANES; d += 4 * LANES)
+        any_tile(rows, 4, weights, CHUNK, values + 2 * d, 2 * dim, num_panels * PANEL / 2, running->sums + row * dim + d, dim, 0, 0, 0);
+    for (; d + 3 * LANES <= dim; d += 3 * LANES)
+        any_tile(rows, 3, weights, CHUNK, values + 2 * d, 2 * dim, num_panels * PANEL / 2, running->sums + row * dim + d, dim, 0, 0, 0);
+    for (; d + 2 * LANES <= dim; d += 2 * LANES)
+        any_tile(rows, 2, weights, CHUNK, values + 2 * d, 2 * dim, num_panels * PANEL / 2, running->sums + row * dim + d, dim, 0, 0, 0);
+    for (; d < dim; d += LANES)
+        any_tile(rows, 1, weights, CHUNK, values + 2 * d, 2 * dim, num_panels * PANEL / 2, running->sums + row * dim + d, dim, 0, 0, 0);
+}
+
+/* A block of query rows of one head against all packed keys and values that it sees: row r sees `visible` + r * `step` of them. */
+static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 *keys, const bf16 *values, long length, int dim, long visible, int step,
+                         bf16 *y, long y_stride)
+{
+    Running running = {0};
+    for (int i = 0; i < num_rows; i++) running.greatest[i] = -INFINITY;
+    long last = visible + (long)(num_rows - 1) * step;
+    length = last < length ? last : length;
+    for (long first = 0; first < length; first += CHUNK) {
+        long count = length - first < CHUNK ? length - first : CHUNK;
+        int num_panels = (int)(count + PANEL - 1) / PANEL;
+        for (int row = 0; row < num_rows; row += TILE_ROWS)
+            attend_tile(q, q_stride, row, num_rows - row < TILE_ROWS ? num_rows - row : TILE_ROWS, keys + first * dim, values + first * dim, num_panels,
+                        dim, LOG2_E / sqrtf(dim), visible - first, step, &running);
+    }
+    for (int i = 0; i < num_rows; i++) {
+        __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(running.totals[i]));
+        for (int d = 0; d < dim; d += LANES) store(y + i * y_stride + d, 0xffff, _mm512_div_ps(_mm512_load_ps(running.sums + i * dim + d), total));
+    }
+}
+
+/* Attention of `num_seqs` sequences, whose rows follow each other: `query_len` rows of q and y each and `context_len` of keys and values, or,
+ * where `causal`, the last `query_len` of these being the queries' own. q, keys and values are [.., heads, dim] with strides between rows,
+ * y [num_seqs * query_len, num_heads, dim] is contiguous; dim is a multiple of 16 up to 256. The workspace holds keys and values of all
+ * heads with lengths rounded up to 64. */
+void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride, bf16 *y, bf16 *workspace, long num_seqs,
+               long query_len, long context_len, int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
+{
+    long size = (context_len + PANEL - 1) / PANEL * PANEL * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (long s = 0; s < num_seqs; s++)
+            for (long h = 0; h < num_kv_heads; h++) {
+                bf16 *packed = workspace + (s * num_kv_heads + h) * 2 * size;
+                pack_keys(keys + s * context_len * kv_stride + h * dim, kv_stride, context_len, dim, packed);
+                pack_values(values + s * context_len * kv_stride + h * dim, kv_stride, context_len, dim, packed + size);
+            }
+#pragma omp for collapse(3) schedule(dynamic)
+        for (long s = 0; s < num_seqs; s++)
+            for (long h = 0; h < num_heads; h++)
+                for (long b = 0; b < num_blocks; b++) {
+                    const bf16 *packed = workspace + (s * num_kv_heads + h * num_kv_heads / num_heads) * 2 * size;
+                    long row = b * BLOCK_ROWS, left = query_len - row;
+                    long visible = causal ? context_len - query_len + row + 1 : context_len;
+                    attend_block(q + (s * query_len + row) * q_stride + h * dim, q_stride, left < BLOCK_ROWS ? (int)left : BLOCK_ROWS, packed, packed + size,
+                                 context_len, dim, visible, causal, y + ((s * query_len + row) * num_heads + h) * dim, (long)num_heads * dim);
+                }
+    }
 }

@@ -72,7 +72,7 @@ class GatewayCore:
             async with contextlib.aclosing(self._events(record, timeout)) as events:
                 yield events
         finally:
-            if self._records.get(record.request.request_id) is record:
+            if record.request.request_id in self._records:
                 self._forget(record)
                 self._abort(record)
 
@@ -96,7 +96,7 @@ class GatewayCore:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace)
         for record in list(self._records.values()):
-            self._fail(record, Unavailable("the gateway is stopping: try again", retry_after=1.0))
+            self._fail(record, Unavailable("the gateway is stopping: try again", stage="gateway", retry_after=1.0))
 
     def load(self) -> tuple[int, int]:
         """(in_flight, queued) for the control plane."""
@@ -123,12 +123,12 @@ class GatewayCore:
 
     def _admit(self, request: GenerationRequest) -> Record:
         if self._stopping:
-            raise Unavailable("the gateway is stopping: try again", retry_after=1.0)
+            raise Unavailable("the gateway is stopping: try again", stage="gateway", retry_after=1.0)
         if missing := [role for role in CONNECTED_STAGES if not self._connected(role)]:
-            raise Unavailable(f"no {' and no '.join(missing)} is connected: try again in a moment", retry_after=1.0)
+            raise Unavailable(f"no {' and no '.join(missing)} is connected: try again in a moment", stage="gateway", retry_after=1.0)
         waiting = sum(r.first_token is None for r in self._records.values())
         if waiting >= self._max_waiting:
-            raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", retry_after=1.0)
+            raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", stage="gateway", retry_after=1.0)
         record = Record(self._renamed(request), self._choose("preprocess"), self._choose("detokenizer"))
         self._submit(record)
         self._records[record.request.request_id] = record
@@ -184,7 +184,7 @@ class GatewayCore:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                     event = await record.events.get()
             except TimeoutError:
-                raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
+                raise DeadlineExceeded(f"no answer within {timeout:g} s", stage="gateway") from None
             if isinstance(event, ServingError):
                 raise event
             yield event

@@ -31,7 +31,7 @@ class Request:
     """By image index: [length, hidden_size]."""
     image_timings: dict[int, dict[str, Any]] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
-    block_table: array = field(default_factory=lambda: array("q"))
+    block_table: "array[int]" = field(default_factory=lambda: array("q"))
     """Empty exactly while the request waits."""
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None

@@ -2,7 +2,6 @@
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 
@@ -112,11 +111,11 @@ class Scheduler:
     def _extend_block_tables(self) -> None:
         """A block for each request whose last token has none, the oldest first, even if others must go for it."""
         for request in self.running.copy():
-            if not request.block_table or request.num_tokens <= len(request.block_table) * self.block_size:
-                continue  # preempted for one before it, or not at the end of its last block
-            while not self.pool.num_free and request.block_table:
+            if request.num_tokens <= len(request.block_table) * self.block_size:
+                continue
+            while request.block_table and not self.pool.num_free:
                 self._preempt(next((r for r in reversed(self.running) if r.num_wanted == 0), self.running[-1]))
-            if request.block_table:
+            if request.block_table:  # it was not preempted itself, now or for one before it
                 request.block_table.extend(self.pool.allocate(1))
 
     def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
@@ -168,8 +167,12 @@ class Scheduler:
         """The longest cached prefix. The last token is computed in any case: its logits are wanted."""
         if not self.prefix_caching:
             return []
-        hashes = request.block_hashes((request.num_tokens - 1) // self.block_size, self.block_size)
-        return list(takewhile(lambda block: block is not None, map(self.pool.find, hashes)))
+        blocks: list[int] = []
+        for name in request.block_hashes((request.num_tokens - 1) // self.block_size, self.block_size):
+            if (block := self.pool.find(name)) is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def _has_room(self, request: Request, cached: list[int]) -> bool:
         num_taken = sum(map(self.pool.is_free, cached))

@@ -93,7 +93,7 @@ async def test_logprobs_and_our_own_fields(client: openai.AsyncOpenAI, core: Fak
         (openai.BadRequestError, {"max_tokens": 10**9}),
         (openai.BadRequestError, {"n": 2}),
         (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        (openai.BadRequestError, {"response_format": {"type": "json_object"}}),
+        (openai.BadRequestError, {"response_format": {"type": "grammar"}}),
         (openai.BadRequestError, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}]}),
     ],
 )

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from common.checkpoint import open_checkpoint
+from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.guides import Guides
+from services.llm.model_runner import ModelRunner
 from services.llm.plan import StepPlan
 from services.llm.request import Key, Request
 from services.llm.sampler import Sampler
+from tests.golden import CASES_WITH_IMAGES, GoldenCase
 from tests.llm.builders import (
     BLOCK_SIZE,
     HIDDEN_SIZE,
@@ -83,7 +87,7 @@ def undisturbed(**fields: Any) -> list[int]:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
-    assert not engine.requests and not engine.early
+    assert not engine.requests and not engine.early and not engine.sampler._requests
     assert engine.scheduler.pool.num_free == NUM_BLOCKS
     assert_blocks_are_owned(engine.scheduler)
 
@@ -104,6 +108,7 @@ def test_embeddings_before_their_prompt_are_taken_when_it_comes() -> None:
     engine = create_engine()
     assert send_embeddings(engine, images()) is None
     assert engine.add(create_prompt(images=IMAGE)) == [(0, "")]
+    assert not engine.early
     assert answer(outputs_of(engine)) == (undisturbed(images=IMAGE), "length")
     assert_nothing_is_held(engine)
 
@@ -343,6 +348,37 @@ def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
     outputs = outputs_of(engine)
     assert answer(outputs, "b")[0] == undisturbed(num_tokens=16, images=IMAGE)
     assert json.loads(timings_of(outputs[0].request))["images"] == [{}]
+
+
+@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
+    """The second request brings no embeddings: the cache covers them."""
+    case = GoldenCase(name)
+    checkpoint, block_size, num_blocks = open_checkpoint(case.checkpoint), 8, 96
+    runner = ModelRunner(checkpoint, torch.float32, torch.device("cpu"), num_blocks, block_size)
+    scheduler = create_scheduler(num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24)
+    guides = Guides(case.checkpoint / "tokenizer.json", runner.vocab_size, checkpoint.eos_token_ids)
+    engine = Engine(scheduler, runner.execute, Sampler(), guides, runner.hidden_size, checkpoint.eos_token_ids)
+    ranges = image_ranges(case)
+    expected = case.expected["greedy_ids"]
+    images = tuple((offset, length, image) for image, (offset, length) in enumerate(ranges))
+    for request_id in "ab":
+        prompt = create_prompt(request_id, token_ids=case.expected["input_ids"], images=images, max_tokens=len(expected), ignore_eos=True)
+        prompt.positions, prompt.rope_delta = Tensor.of(case.tensors["position_ids"]), case.expected["rope_delta"]
+        engine.add(prompt)
+        if request_id == "a":
+            rows = torch.from_numpy(case.tensors["image_embeds"]).split([length for _, length in ranges])
+            assert [send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)] == [""] * len(ranges)
+        outputs = outputs_of(engine)
+        assert answer(outputs, request_id) == (expected, "length")
+    assert usage_of(outputs[0].request).cached_tokens == (len(case.expected["input_ids"]) - 1) // block_size * block_size
+
+
+def image_ranges(case: GoldenCase) -> list[tuple[int, int]]:
+    """(offset, length) of each run of placeholders."""
+    is_image = np.array(case.expected["input_ids"]) == open_checkpoint(case.checkpoint).config["image_token_id"]
+    bounds = np.flatnonzero(np.diff(is_image, prepend=False, append=False)).reshape(-1, 2)
+    return [(int(begin), int(end - begin)) for begin, end in bounds]
 
 
 def test_logprobs_come_with_the_token_where_they_are_asked_for() -> None:

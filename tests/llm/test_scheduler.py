@@ -190,11 +190,20 @@ def test_a_preempted_request_computes_its_prompt_and_its_output_again_and_goes_o
     assert [a.output_token_ids, b.output_token_ids] == [expected_output(a), expected_output(b)]
 
 
+def test_a_preempted_request_resumes_before_later_ones_begin() -> None:
+    a, b = (create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1))
+    scheduler = create_scheduler(a, b, num_blocks=6, prefix_caching=False)
+    scheduler.add(create_request("c", token_ids=[3] * 8, max_tokens=1))
+    begun = [c.request.prompt.request_id for step in run(scheduler, FakeRunner()) for c in step if c.begin == 0]
+    assert begun == ["a", "b", "b", "c"]
+
+
 def test_a_request_that_waits_for_an_image_gives_its_blocks_to_one_that_decodes() -> None:
     late, text = stalls("late", 12), create_request("text", token_ids=[9] * 8, max_tokens=12)
     scheduler, runner = create_scheduler(late, text, num_blocks=5), FakeRunner()
-    run(scheduler, runner)
+    steps = run(scheduler, runner)
     assert text.output_token_ids == expected_output(text)
+    assert sum(c.request is text and c.begin == 0 for step in steps for c in step) == 1, "it was not preempted"
     give_embeddings(late, 0)
     run(scheduler, runner)
     assert late.output_token_ids == expected_output(late)

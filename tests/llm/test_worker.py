@@ -160,6 +160,10 @@ def test_it_waits_for_messages_where_nothing_can_be_computed_and_not_where_somet
     assert member.num_loops == 6, "one for the prompt, three for decodes, one that finds nothing, one that waits"
 
 
+def test_a_prompt_of_several_steps_goes_on_though_no_message_comes() -> None:
+    assert answers(work([prompt(num_tokens=40)]))[-1].finish_reason == "length"
+
+
 def test_logprobs_travel_with_their_tokens() -> None:
     tokens = answers(work([prompt(sampling={"num_logprobs": 2}), prompt("plain")]))[1]
     assert tokens.logprobs.shape == (1,) and tokens.top_token_ids.shape == tokens.top_logprobs.shape == (1, 2)

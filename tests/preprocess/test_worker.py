@@ -1,6 +1,5 @@
 """The preprocess worker: from a submitted request to a prompt and offers, and who owns an image until it has arrived."""
 
-import itertools
 import json
 from collections import OrderedDict
 from typing import Any
@@ -278,14 +277,9 @@ def test_a_late_grant_does_not_take_the_requests_other_images_from_the_replica()
 def test_it_is_ready_with_a_vision_replica_and_a_language_group_and_only_then() -> None:
     preprocess = Preprocess(llm=False)
     assert preprocess.member.missing is None
+    ups: list[Event] = [Up("vision-1", "vision"), Up("llm-1", "llm"), Up("vision-2", "vision")]
     states = []
-    for event in (
-        Up("vision-1", "vision"),
-        Up("llm-1", "llm"),
-        Up("vision-2", "vision"),
-        Down("vision-1", "vision", ""),
-        Down("vision-2", "vision", ""),
-    ):
+    for event in [*ups, Down("vision-1", "vision", ""), Down("vision-2", "vision", "")]:
         preprocess.play([event])
         states.append(preprocess.member.missing)
     assert states == [["llm"], [], [], [], ["vision"]]
@@ -301,5 +295,5 @@ def test_a_grant_is_served_between_the_images_of_a_long_request() -> None:
 def test_language_groups_take_turns() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.play([Up("llm-2", "llm", "ipc:///llm-2")])
-    sent = preprocess.play(list(itertools.chain.from_iterable(submit(f"r{n}") for n in range(4))))
+    sent = preprocess.play([event for n in range(4) for event in submit(f"r{n}")])
     assert [receiver for receiver, message in sent if isinstance(message, Prompt)] == ["llm-1", "llm-2", "llm-1", "llm-2"]

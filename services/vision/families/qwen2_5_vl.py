@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
+from common.kernels.operations import rms_norm, rotate, silu_mul
+from common.linear import Linear
 from common.weights import Weights
 
 NORM_EPS = 1e-6
@@ -82,20 +84,20 @@ class GridPlan:
     windows: tuple[tuple[int, int], ...]
     """(number of windows, patches in each), in order."""
     cos: Tensor
-    """float32 [num_patches, 1, head_dim]."""
+    """float32 [num_patches, head_dim]."""
     signed_sin: Tensor
-    """float32 [num_patches, 1, head_dim]: the first half is negated, so that a rotation needs no negation."""
+    """float32 [num_patches, head_dim]: the first half is negated, so that a rotation needs no negation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     full_attention: bool
     norm1: Tensor
-    qkv: tuple[Tensor, Tensor]
-    proj: tuple[Tensor, Tensor]
+    qkv: Linear
+    proj: Linear
     norm2: Tensor
-    gate_up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
+    gate_up: Linear
+    down: Linear
 
 
 class VisionTower:
@@ -112,12 +114,12 @@ class VisionTower:
         self.dtype, self.device = dtype, device
         weights = Weights(checkpoint, ("model.visual.",), progress)
         self._mean, self._std = (self._per_value(checkpoint.preprocessor_config[key]) for key in ("image_mean", "image_std"))
-        self._patch_weight = self._load_patch_weight(weights)
+        self._patch_embed = self._load_patch_embed(weights)
         self._blocks = [self._load_block(weights, i) for i in range(self.config.depth)]
         merged, out = self.config.hidden_size * self.config.merge_unit, self.config.out_hidden_size
         self._merger_norm = self._load(weights, "merger.ln_q.weight", self.config.hidden_size)
-        self._merger_in = self._load_linear(weights, "merger.mlp.0", merged, merged)
-        self._merger_out = self._load_linear(weights, "merger.mlp.2", out, merged)
+        self._merger_in = Linear(*self._load_linear(weights, "merger.mlp.0", merged, merged))
+        self._merger_out = Linear(*self._load_linear(weights, "merger.mlp.2", out, merged))
         self._grid_plan = lru_cache(MAX_CACHED_GRIDS)(self._make_grid_plan)
 
     @property
@@ -144,34 +146,30 @@ class VisionTower:
     def _embed_patches(self, patches: Tensor, order: Tensor) -> Tensor:
         ordered = patches.view(len(order), -1).index_select(0, order).view(patches.shape)
         normalised = (ordered.float() / 255 - self._mean) / self._std
-        return F.linear(normalised.to(self.dtype), self._patch_weight)
+        return self._patch_embed(normalised.to(self.dtype))
 
     def _run_block(self, block: Block, x: Tensor, plan: GridPlan) -> Tensor:
-        size = self.config.hidden_size
-        qkv = F.linear(F.rms_norm(x, (size,), block.norm1, NORM_EPS), *block.qkv)
         windows = ((1, len(x)),) if block.full_attention else plan.windows
-        x = x + F.linear(self._attend(qkv, plan, windows), *block.proj)
-        gate, up = F.linear(F.rms_norm(x, (size,), block.norm2, NORM_EPS), *block.gate_up).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, *block.down)
+        attended = self._attend(block.qkv(rms_norm(x, block.norm1, NORM_EPS)), plan, windows)
+        x = block.proj(attended, residual=x)
+        return block.down(silu_mul(block.gate_up(rms_norm(x, block.norm2, NORM_EPS))), residual=x)
 
     def _attend(self, qkv: Tensor, plan: GridPlan, windows: tuple[tuple[int, int], ...]) -> Tensor:
         """[num_patches, 3 * hidden] -> [num_patches, hidden]."""
         heads, dim = self.config.num_heads, self.config.head_dim
         qkv = qkv.view(len(qkv), 3 * heads, dim)
-        qk = rotate(qkv[:, : 2 * heads], plan.cos, plan.signed_sin).to(self.dtype)
-        parts = [qk[:, :heads], qk[:, heads:], qkv[:, 2 * heads :]]
+        rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)
         outputs, start = [], 0
         for count, length in windows:
             stop = start + count * length
-            q, k, v = (part[start:stop].view(count, length, heads, dim).transpose(1, 2) for part in parts)
+            q, k, v = (part.view(count, length, heads, dim).transpose(1, 2) for part in qkv[start:stop].split(heads, 1))
             outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * length, heads * dim))
             start = stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _merge(self, x: Tensor) -> Tensor:
-        size, unit = self.config.hidden_size, self.config.merge_unit
-        merged = F.rms_norm(x, (size,), self._merger_norm, NORM_EPS).view(-1, size * unit)
-        return F.linear(F.gelu(F.linear(merged, *self._merger_in)), *self._merger_out)
+        merged = rms_norm(x, self._merger_norm, NORM_EPS).view(-1, self.config.hidden_size * self.config.merge_unit)
+        return self._merger_out(F.gelu(self._merger_in(merged)))
 
     def _make_grid_plan(self, height: int, width: int) -> GridPlan:
         """`height` and `width` count units."""
@@ -184,8 +182,8 @@ class VisionTower:
             order.to(self.device),
             order.argsort().to(self.device),
             tuple((count, units * self.config.merge_unit) for count, units in windows),
-            torch.cat((cos, cos), -1)[:, None].to(self.device),
-            torch.cat((-sin, sin), -1)[:, None].to(self.device),
+            torch.cat((cos, cos), -1).to(self.device),
+            torch.cat((-sin, sin), -1).to(self.device),
         )
 
     def _rotary_angles(self, height: int, width: int) -> Tensor:
@@ -206,12 +204,12 @@ class VisionTower:
     def _load_linear(self, weights: Weights, name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         return self._load(weights, f"{name}.weight", rows, columns), self._load(weights, f"{name}.bias", rows)
 
-    def _load_patch_weight(self, weights: Weights) -> Tensor:
+    def _load_patch_embed(self, weights: Weights) -> Linear:
         """The temporal taps of the 3-d convolution are summed: a still image is the same frame at each of them."""
         c = self.config
         shape = (c.hidden_size, c.num_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         taps = weights.tensor("model.visual.patch_embed.proj.weight", shape, torch.float32, self.device)
-        return taps.sum(2).flatten(1).to(self.dtype)
+        return Linear(taps.sum(2).flatten(1).to(self.dtype))
 
     def _load_block(self, weights: Weights, index: int) -> Block:
         size, inner = self.config.hidden_size, self.config.intermediate_size
@@ -221,11 +219,11 @@ class VisionTower:
         return Block(
             full_attention=index in self.config.fullatt_block_indexes,
             norm1=self._load(weights, f"{name}.norm1.weight", size),
-            qkv=self._load_linear(weights, f"{name}.attn.qkv", 3 * size, size),
-            proj=self._load_linear(weights, f"{name}.attn.proj", size, size),
+            qkv=Linear(*self._load_linear(weights, f"{name}.attn.qkv", 3 * size, size)),
+            proj=Linear(*self._load_linear(weights, f"{name}.attn.proj", size, size)),
             norm2=self._load(weights, f"{name}.norm2.weight", size),
-            gate_up=(torch.cat((gate[0], up[0])), torch.cat((gate[1], up[1]))),
-            down=self._load_linear(weights, f"{name}.mlp.down_proj", size, inner),
+            gate_up=Linear(torch.cat((gate[0], up[0])), torch.cat((gate[1], up[1]))),
+            down=Linear(*self._load_linear(weights, f"{name}.mlp.down_proj", size, inner)),
         )
 
 
@@ -241,10 +239,3 @@ def window_order(height: int, width: int, side: int) -> tuple[Tensor, list[tuple
             by_size.setdefault(window.numel(), []).append(window.flatten())
     order = torch.cat([window for same in by_size.values() for window in same])
     return order, [(len(same), size) for size, same in by_size.items()]
-
-
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding in float32: entry i of a head turns with entry i + head_dim / 2."""
-    x = x.float()
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), signed_sin)

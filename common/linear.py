@@ -1,0 +1,89 @@
+"""The matrix product with weights that are laid out once, when they are loaded."""
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels.library import bfloat16_kernels, cpu_flags
+
+# Up to so many rows our kernel is faster than oneDNN's on the same packed weights; one that has tiles overtakes earlier.
+MAX_KERNEL_ROWS = 64
+MAX_KERNEL_ROWS_BESIDE_AMX = 16
+
+
+class Linear:
+    """x [n, num_inputs] -> x @ weight.T + bias [n, num_outputs]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._bias = bias
+        self._num_outputs, self._num_inputs = weight.shape
+        self._weight = weight
+        self._packed: Tensor | None = None
+        self._kernels: ctypes.CDLL | None = None
+        if weight.device.type == "cpu" and can_pack(weight.dtype):
+            self._pack(weight)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With `residual` added where it is given."""
+        if self._kernels is not None and 0 < len(x) <= self._max_kernel_rows:
+            return self._by_kernel(self._kernels, x, residual)
+        if self._packed is None:
+            product = F.linear(x, self._weight, self._bias)
+        else:
+            product = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return product if residual is None else product.add_(residual)
+
+    def _pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = self._packed
+        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0:
+            self._kernels = kernels_for_packed()
+            self._address = torch.ops.mkldnn.data_ptr(self._packed)
+            self._bias_address = None if self._bias is None else self._bias.data_ptr()
+            self._max_kernel_rows = MAX_KERNEL_ROWS_BESIDE_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
+
+    def _by_kernel(self, kernels: ctypes.CDLL, x: Tensor, residual: Tensor | None) -> Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if residual is not None:
+            residual = residual.contiguous()
+        num_rows = len(x)
+        out = x.new_empty(num_rows, self._num_outputs)
+        kernels.linear(
+            x.data_ptr(),
+            x.stride(0),
+            self._address,
+            self._bias_address,
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            self._num_outputs,
+            self._num_inputs,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def kernels_for_packed() -> ctypes.CDLL | None:
+    """Our kernels, where oneDNN packs weights the way that they read them: nobody promises that it always will."""
+    kernels = bfloat16_kernels()
+    if kernels is None:
+        return None
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(136, 72, generator=random).bfloat16()
+    x, found = torch.randn(3, 72, generator=random).bfloat16(), torch.empty(3, 136, dtype=torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    if torch.ops.mkldnn._nbytes(packed) != 192 * 96 * 2:
+        return None
+    kernels.linear(x.data_ptr(), 72, torch.ops.mkldnn.data_ptr(packed), None, None, found.data_ptr(), 3, 136, 72, 1)
+    return kernels if torch.allclose(found.float(), F.linear(x.float(), weight.float()), rtol=0.02, atol=0.02) else None
