@@ -63,8 +63,8 @@ class Remote:
     id: str
     role: str
     address: str = ""
-    socket: zmq.Socket | None = None
-    monitor: zmq.Socket | None = None
+    socket: zmq.Socket[bytes] | None = None
+    monitor: zmq.Socket[bytes] | None = None
     up: bool = False
     seen: float = field(default_factory=time.monotonic)
 
@@ -129,7 +129,7 @@ class Links:
         next_beat = time.monotonic() + BEAT_SECONDS
         while not self._closing:
             timeout = max(0.0, next_beat - time.monotonic())
-            for source, _ in self._poller.poll(timeout * 1000):
+            for source, _ in self._poller.poll(int(timeout * 1000)):
                 self._handle(source)
             self._run_commands()
             now = time.monotonic()
@@ -150,16 +150,17 @@ class Links:
     def _handle(self, source: Any) -> None:
         if source == self._wake:
             os.eventfd_read(self._wake)
-        elif source is self._inbox:
-            self._drain(source, self._receive_at_inbox)
+        elif self._inbox is not None and source is self._inbox:
+            self._drain(self._inbox, self._receive_at_inbox)
         elif source in self._by_socket:
             remote, is_monitor = self._by_socket[source]
+            assert remote.socket is not None
             # What arrived before the connection broke is read first.
             self._drain(remote.socket, lambda frames: self._receive(remote, frames))
             if is_monitor and self._remotes.get(remote.id) is remote:
                 self._down(remote, "its connection broke: the process ended or cannot be reached")
 
-    def _drain(self, socket: zmq.Socket, receive: Callable[[list[Buffer]], None]) -> None:
+    def _drain(self, socket: zmq.Socket[bytes], receive: Callable[[list[Buffer]], None]) -> None:
         while not socket.closed:
             try:
                 frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
@@ -247,7 +248,7 @@ class Links:
         try:
             socket.connect(peer.address)
         except zmq.ZMQError as e:
-            self._down(remote, f"its address {peer.address!r} cannot be connected to: {zmq.strerror(e.errno)}")
+            self._down(remote, f"its address {peer.address!r} cannot be connected to: {e.strerror}")
             return
         socket.send_multipart(encode(self._me))
 
@@ -276,7 +277,7 @@ class Links:
 
     def _down(self, remote: Remote, reason: str) -> None:
         del self._remotes[remote.id]
-        if remote.socket is not None:
+        if remote.socket is not None and remote.monitor is not None:
             for source in (remote.socket, remote.monitor):
                 del self._by_socket[source]
                 self._poller.unregister(source)
@@ -293,7 +294,7 @@ class Links:
             else:
                 self._send(remote.id, beat)
 
-    def _bind(self, listen: str) -> zmq.Socket:
+    def _bind(self, listen: str) -> zmq.Socket[bytes]:
         socket = self._new_socket(zmq.ROUTER)
         # Without the first a message to a peer that is gone is dropped in silence; the second lets a peer connect anew.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -303,11 +304,11 @@ class Links:
         except zmq.ZMQError as e:
             self._context.destroy(linger=0)
             os.close(self._wake)
-            raise CannotStart(f"cannot listen on {listen} ({zmq.strerror(e.errno)}): free it, or give another --listen") from e
+            raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
         self._poller.register(socket, zmq.POLLIN)
         return socket
 
-    def _new_socket(self, kind: int) -> zmq.Socket:
+    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         # ZeroMQ's high-water mark is no flow control (a ROUTER drops, a DEALER blocks): grants bound what is sent.

@@ -46,6 +46,7 @@ class Membership:
 
     def set_state(self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0) -> None:
         """Tells the controller at once."""
+        assert self._member is not None
         self._member.state, self._member.detail, self._member.max_model_len = state, detail, max_model_len
         self._changed.set()
 

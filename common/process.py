@@ -25,7 +25,7 @@ class CannotStart(Exception):
 def run(role: str, description: str, main: Callable[[Any, threading.Event], None]) -> None:
     """Runs `main(settings, stop)` as the process of this role and exits. `stop` is set by SIGTERM and SIGINT."""
     parser = argparse.ArgumentParser(f"python -m services.{role}", description=description, allow_abbrev=False)
-    settings = load(SERVICES[role], parser, None, KNOWN_NAMES)
+    settings: Any = load(SERVICES[role], parser, None, KNOWN_NAMES)
     set_up_logging(role, settings.log_format, settings.log_level)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

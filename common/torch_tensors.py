@@ -17,7 +17,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def to_wire(tensor: torch.Tensor) -> Tensor:
     """A view of the tensor where it is contiguous and on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
-    return Tensor(NAMES[tensor.dtype], tuple(tensor.shape), memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return Tensor(NAMES[tensor.dtype], tuple(tensor.shape), tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:

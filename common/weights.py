@@ -39,6 +39,8 @@ class Weights:
         self._progress = progress
         self._unread = {name: info.num_bytes for name, (_, info) in self._tensors.items() if name.startswith(prefixes)}
         self._total = max(sum(self._unread.values()), 1)
+        self.num_bytes_read = 0
+        """As stored; a rank reads its slices only."""
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The whole tensor, whose shape in the file must be `shape`."""
@@ -58,6 +60,7 @@ class Weights:
         except (SafetensorError, OSError) as e:
             raise BadCheckpoint(f"{info.file}: {stored_name} cannot be read: {e}") from e
         # A copy always: what safetensors returns is a view of the mapped file, which may be replaced while it is served.
+        self.num_bytes_read += stored.nbytes
         loaded = stored.to(device=device, dtype=dtype, copy=True)
         self._unread.pop(name, None)
         self._progress(1 - sum(self._unread.values()) / self._total)

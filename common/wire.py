@@ -22,7 +22,7 @@ MAX_CONTAINER_LENGTH = 4096
 MAX_ERROR_CHARS = 200
 
 # numpy has no bfloat16: its elements are viewed as the uint16 they are stored in.
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
@@ -50,8 +50,8 @@ class Tensor:
         """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to the constructor."""
         array = np.asarray(array, order="C")  # ascontiguousarray would make 1-d of 0-d
         assert array.dtype.name in NUMPY_DTYPES and array.dtype.isnative, f"no wire form for {array.dtype.str}"
-        # Not array.data.cast("B"): memoryview refuses to cast a shape that contains zero.
-        return cls(array.dtype.name, array.shape, memoryview(array.reshape(-1).view(np.uint8)))
+        # Not array.data.cast("B"): a memoryview refuses to cast a shape that contains zero.
+        return cls(array.dtype.name, array.shape, array.reshape(-1).view(np.uint8).data)
 
     @classmethod
     def of_bytes(cls, data: Buffer) -> "Tensor":

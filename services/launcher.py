@@ -5,35 +5,32 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import BadCheckpoint, open_checkpoint
+from common.address import host_port
+from common.checkpoint import BadCheckpoint
 from common.config import BadSetting, flag
 from common.logs import get_logger, set_up_logging, wants_console
 from common.membership import READY, Membership
 from common.process import EXIT_FAILED, EXIT_USAGE
 from common.settings import SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
-from services.client import read_image
+from services.sample import show_sample
+from services.serve_checks import check
 
 MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS = 0.5, 8.0
-STOP_SECONDS = 6.0
-"""From SIGTERM to SIGKILL; the gateway's grace for what is in flight is shorter."""
-SAMPLE_PROMPT = "Return the plain text representation of this document as if you were reading it naturally.\n"
-"""RolmOCR's (https://huggingface.co/reducto/RolmOCR)."""
+GATEWAY_STOP_SECONDS, STOP_SECONDS = 5.0, 2.5
+"""From SIGTERM to SIGKILL; the gateway's own grace for what is in flight is shorter."""
 LAST_LINES = 8
-MAX_PORT = 65535
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""
@@ -135,10 +132,11 @@ class Launcher:
         return None
 
     def _is_due(self, child: Child) -> bool:
-        """A rank waits until all of its group are gone: a new group meets anew."""
-        return time.monotonic() >= child.start_at and all(
-            r.process is None or r.num_starts > child.num_starts for r in self._others_of(child)
-        )
+        return time.monotonic() >= child.start_at and not self._is_outlived(child)
+
+    def _is_outlived(self, child: Child) -> bool:
+        """Whether a rank of its group is still there that it met: a new group meets anew, when all of the old one are gone."""
+        return any(r.process is not None and r.num_starts <= child.num_starts for r in self._others_of(child))
 
     def _others_of(self, child: Child) -> list[Child]:
         return [other for other in self._children if child.group and other.group == child.group and other is not child]
@@ -179,8 +177,8 @@ class Launcher:
         self._changed.put(None)
 
     def _wait(self) -> None:
-        """Until a child died, a member changed, a signal came, or a start is due."""
-        due = [child.start_at - time.monotonic() for child in self._children if child.process is None]
+        """Until a child died, a member changed, a signal came, or a start is due that needs no death before it."""
+        due = [child.start_at - time.monotonic() for child in self._children if child.process is None and not self._is_outlived(child)]
         with contextlib.suppress(queue.Empty):
             self._changed.get(timeout=max(0.0, min(due)) if due else None)
 
@@ -204,21 +202,20 @@ class Launcher:
 
     def _announce(self) -> None:
         s = self._settings
+        http, grpc = host_port(s.host, s.http_port), host_port(s.host, s.grpc_port)
         if s.read:
-            show_sample(f"{s.host}:{s.grpc_port}", Path(s.read))
-        print(
-            f"Twinlens serves {s.served_model_name!r}: OpenAI HTTP on http://{s.host}:{s.http_port}/v1, gRPC on {s.host}:{s.grpc_port}. Ctrl-C stops it.",
-            flush=True,
-        )
+            show_sample(grpc, Path(s.read))
+        print(f"Twinlens serves {s.served_model_name!r}: OpenAI HTTP on http://{http}/v1, gRPC on {grpc}. Ctrl-C stops it.", flush=True)
 
     def _stop_all(self) -> None:
-        """The gateway first, so that what is in flight can end; then the others; then whoever is left, by force."""
+        """The gateway first, so that what is in flight can end; then the others; the controller last. Who takes too long is killed."""
         self._stopping = True
-        deadline = time.monotonic() + STOP_SECONDS
-        for group in (["gateway"], [role for role in SERVICES if role not in ("gateway", "controller")], ["controller"]):
-            children = [child for child in self._children if child.role in group]
+        others = [role for role in SERVICES if role not in ("gateway", "controller")]
+        for roles, seconds in ((["gateway"], GATEWAY_STOP_SECONDS), (others, STOP_SECONDS), (["controller"], STOP_SECONDS)):
+            children = [child for child in self._children if child.role in roles]
             for child in children:
                 signal_child(child, signal.SIGTERM)
+            deadline = time.monotonic() + seconds
             for child in children:
                 wait_for(child, deadline)
 
@@ -271,62 +268,6 @@ def child_environment() -> dict[str, str]:
     called in must not provide a package `services`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
     return own | {"PYTHONSAFEPATH": "1"}
-
-
-def show_sample(grpc_target: str, image: Path) -> None:
-    text, timings = read_image(grpc_target, image, SAMPLE_PROMPT)
-    print(f"\n{image} says:\n\n{text}\n", flush=True)
-    for name, seconds in stage_times(timings):
-        print(f"  {name:<22} {seconds * 1000:8.1f} ms", flush=True)
-    print(flush=True)
-
-
-def stage_times(timings: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and seconds of each stage, images one by one."""
-    yield "preprocess", timings["preprocess_seconds"]
-    for i, image in enumerate(timings["images"]):
-        yield f"vision queue, image {i}", image["queue_seconds"]
-        yield f"vision encode, image {i}", image["encode_seconds"]
-    yield "llm queue", timings["queue_seconds"]
-    yield "llm prefill", timings["prefill_seconds"]
-    yield "llm decode", timings["decode_seconds"]
-    yield "first token, in all", timings["time_to_first_token_seconds"]
-    yield "in all", timings["total_seconds"]
-
-
-def check(settings: ServeSettings) -> ServeSettings:
-    """The settings, completed; what cannot work is said before anything is started.
-
-    Raises
-    ------
-    BadSetting, BadCheckpoint
-    """
-    checkpoint = open_checkpoint(settings.model)
-    if settings.tp < 1:
-        raise BadSetting(f"--tp {settings.tp}: at least 1 is needed")
-    for role, count in counts(settings).items():
-        if count < 1:
-            raise BadSetting(f"--{role} {count}: at least 1 is needed")
-    if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
-        raise BadSetting(f"--max-model-len {settings.max_model_len}: the checkpoint's context is {checkpoint.max_model_len}")
-    if settings.http_port == settings.grpc_port:
-        raise BadSetting(f"--http-port and --grpc-port are both {settings.http_port}: give two different ones")
-    for name in ("http_port", "grpc_port"):
-        check_port(settings.host, getattr(settings, name), flag(name))
-    if settings.read and not Path(settings.read).is_file():
-        raise BadSetting(f"--read {settings.read}: no such file")
-    return replace(settings, served_model_name=settings.served_model_name or checkpoint.name)
-
-
-def check_port(host: str, port: int, name: str) -> None:
-    if not 0 < port <= MAX_PORT:
-        raise BadSetting(f"{name} {port}: give a port from 1 to {MAX_PORT}")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as e:
-            raise BadSetting(f"{name} {port}: cannot listen on {host}:{port} ({e.strerror}); free it or give another") from e
 
 
 def serve(settings: ServeSettings) -> int:

@@ -4,24 +4,23 @@ import argparse
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
 
-from common.checkpoint import BadCheckpoint
-from common.config import BadSetting, load
+from common.config import load
 from common.membership import READY, STARTING
 from common.settings import KNOWN_NAMES, SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
 from services import launcher
-from services.launcher import MAX_FAILED_STARTS, Child, Launcher, check
-from tests.system.running import GOLDEN, free_port
+from services.launcher import MAX_FAILED_STARTS, Child, Launcher
+from tests.system.running import GOLDEN
 
 MODEL = GOLDEN / "a_image" / "checkpoint"
 WAITS = "import signal; signal.pause()"
@@ -170,6 +169,21 @@ def test_the_ranks_of_a_group_die_and_meet_anew_together(make: Make) -> None:
     assert len(meeting()) == 1 and meeting() != met
 
 
+def test_a_rank_that_is_due_waits_for_the_death_of_its_mate(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make(tp=2)
+    one._keep_running()
+    waited: list[float | None] = []
+    monkeypatch.setattr(one, "_changed", SimpleNamespace(get=lambda timeout: waited.append(timeout), put=lambda _: None))
+    monkeypatch.setattr(launcher, "signal_child", lambda *_: None)
+    kill(next(child for child in one._children if child.name == "llm-0.1"))
+    one._keep_running()
+    one._wait()
+    kill(child_of(one, "llm"))
+    one._keep_running()
+    one._wait()
+    assert waited == [None, 0.0]
+
+
 def test_everything_is_ready_when_each_child_is_and_not_after_one_died(make: Make) -> None:
     one = make()
     one._keep_running()
@@ -208,6 +222,35 @@ def test_a_child_that_ignores_sigterm_is_killed_in_the_end(make: Make, monkeypat
     assert none_lives(one)
 
 
+def test_a_child_that_ignores_sigterm_takes_no_time_from_the_controller(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launcher, "STOP_SECONDS", 0.3)
+    given: dict[str, float] = {}
+
+    def wait_for(child: Child, deadline: float) -> None:
+        given[child.role] = deadline - time.monotonic()
+        real(child, deadline)
+
+    real = launcher.wait_for
+    monkeypatch.setattr(launcher, "wait_for", wait_for)
+    os.mkfifo(tmp_path / "ready")
+    one = make(vision=stubborn(tmp_path / "ready"))
+    one._keep_running()
+    (tmp_path / "ready").read_bytes()
+    one._stop_all()
+    assert given["controller"] == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("host", "http", "grpc"),
+    [("127.0.0.1", "http://127.0.0.1:80/v1", "127.0.0.1:81"), ("::1", "http://[::1]:80/v1", "[::1]:81")],
+)
+def test_what_is_announced_can_be_dialled(host: str, http: str, grpc: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Launcher(ServeSettings(model=str(MODEL), served_model_name="m", host=host, http_port=80, grpc_port=81), tmp_path)._announce()
+    assert capsys.readouterr().out == f"Twinlens serves 'm': OpenAI HTTP on {http}, gRPC on {grpc}. Ctrl-C stops it.\n"
+
+
 def test_a_second_signal_kills_at_once(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ready")
     one = make(vision=stubborn(tmp_path / "ready"))
@@ -242,44 +285,3 @@ def test_each_child_gets_the_settings_that_its_service_knows(tmp_path: Path) -> 
     assert given["vision-1"].embedding_cache_mib == 0
     assert len({service.listen for service in given.values()}) == len(children)
     assert {service.controller for service in given.values()} == {given["controller-0"].control_listen}
-
-
-def settings(**changed: Any) -> ServeSettings:
-    return ServeSettings(**{"model": str(MODEL), "http_port": free_port(), "grpc_port": free_port()} | changed)
-
-
-def test_the_served_name_is_the_folders_unless_given() -> None:
-    assert check(settings()).served_model_name == "checkpoint"
-    assert check(settings(served_model_name="mine")).served_model_name == "mine"
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"tp": 0}, "--tp 0"),
-        ({"vision": 0}, "--vision 0"),
-        ({"preprocess": -1}, "--preprocess -1"),
-        ({"max_model_len": 10**6}, "--max-model-len 1000000"),
-        ({"http_port": 70_000}, "--http-port 70000"),
-        ({"grpc_port": 0}, "--grpc-port 0"),
-        ({"http_port": 9, "grpc_port": 9}, "both 9"),
-        ({"host": "no.such.host.invalid"}, "no.such.host.invalid"),
-        ({"read": "/no/such.png"}, "--read /no/such.png"),
-    ],
-)
-def test_what_cannot_work_is_refused_by_its_flag(changed: dict[str, Any], words: str) -> None:
-    with pytest.raises(BadSetting, match=words):
-        check(settings(**changed))
-
-
-def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpoint, match=r"config\.json"):
-        check(settings(model=str(tmp_path)))
-
-
-def test_a_port_that_is_taken_is_refused_by_its_flag() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(BadSetting, match="--grpc-port"):
-            check(settings(grpc_port=taken.getsockname()[1]))

@@ -229,6 +229,12 @@ INLINE void weigh(const bf16 *values, const long *places, int count, const float
         }
 }
 
+/* Copies rows of `width` to their slots. */
+void scatter(const bf16 *x, long stride, bf16 *y, const int64_t *slots, long num_rows, long width)
+{
+    for (long i = 0; i < num_rows; i++) memcpy(y + slots[i] * width, x + i * stride, width * sizeof(bf16));
+}
+
 typedef struct {
     const bf16 *keys, *values;
     const int64_t *blocks;

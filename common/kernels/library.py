@@ -20,6 +20,8 @@ SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],
+    "attention": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long, *[c_int] * 5],
+    "scatter": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_long],
     "decode_attention": [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, *[c_int] * 6],
 }
 

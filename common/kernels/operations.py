@@ -10,6 +10,11 @@ from common.kernels.library import bfloat16_kernels
 
 # Below so many entries waking other threads takes longer than the work.
 MIN_ENTRIES_PER_THREAD = 16384
+# Keys are packed for the kernel in panels of so many.
+PANEL = 64
+MAX_HEAD_DIM = 256
+# So many query heads may share a key head.
+MAX_GROUP = 16
 
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
@@ -55,3 +60,90 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
     num_rows, _, dim = heads.shape
     threads = num_threads_for(heads.numel())
     kernels.rotate(heads.data_ptr(), heads.stride(0), cos.data_ptr(), signed_sin.data_ptr(), num_rows, num_heads, dim, threads)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, num_seqs: int = 1, causal: bool = False) -> Tensor:
+    """Of sequences of equal lengths that follow each other: q [num_seqs * Q, num_heads, D], k and v [num_seqs * C, num_kv_heads, D] ->
+    [num_seqs * Q, num_heads * D]. Where `causal`, the last Q of a sequence's C keys are the queries' own."""
+    kernels = kernels_for(q)
+    if kernels is None or q.shape[2] % 16 or q.shape[2] > MAX_HEAD_DIM:
+        return attention_by_torch(q, k, v, num_seqs, causal)
+    (num_rows, num_heads, dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    query_len, context_len = num_rows // num_seqs, num_keys // num_seqs
+    out = q.new_empty(num_rows, num_heads * dim)
+    workspace = q.new_empty(2 * num_seqs * num_kv_heads * -(-context_len // PANEL) * PANEL * dim)
+    kernels.attention(
+        q.data_ptr(),
+        q.stride(0),
+        k.data_ptr(),
+        v.data_ptr(),
+        k.stride(0),
+        out.data_ptr(),
+        workspace.data_ptr(),
+        num_seqs,
+        query_len,
+        context_len,
+        num_heads,
+        num_kv_heads,
+        dim,
+        causal,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, num_seqs: int, causal: bool) -> Tensor:
+    q, k, v = (x.unflatten(0, (num_seqs, -1)).transpose(1, 2) for x in (q, k, v))
+    (_, num_heads, query_len, dim), (_, num_kv_heads, context_len, _) = q.shape, k.shape
+    if num_heads > num_kv_heads:
+        # Key heads become the batch and the query heads that share one its heads, so that keys are viewed, not repeated.
+        groups = num_heads // num_kv_heads
+        q = q.unflatten(1, (num_kv_heads, groups)).flatten(0, 1)
+        k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
+    mask = None
+    if causal and query_len < context_len:
+        mask = torch.ones(query_len, context_len, dtype=torch.bool, device=q.device).tril(context_len - query_len)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
+    return out.reshape(num_seqs, num_heads, query_len, dim).transpose(1, 2).reshape(-1, num_heads * dim)
+
+
+def store_rows(rows: Tensor, paged: Tensor, slots: Tensor) -> None:
+    """Copies rows [n, K, D] to their slots in one layer's keys or values [num_blocks, block_size, K, D]."""
+    kernels = kernels_for(paged)
+    if kernels is None:
+        paged.flatten(0, 1).index_copy_(0, slots, rows)
+    else:
+        kernels.scatter(rows.data_ptr(), rows.stride(0), paged.data_ptr(), slots.data_ptr(), len(rows), rows.shape[1] * rows.shape[2])
+
+
+def can_attend_blocks(q: Tensor, cache: Tensor) -> bool:
+    """Whether `decode_attention` is for these."""
+    (_, num_heads, dim), num_kv_heads = q.shape, cache.shape[-2]
+    return kernels_for(q) is not None and dim % 32 == 0 and dim <= MAX_HEAD_DIM and num_heads <= MAX_GROUP * num_kv_heads
+
+
+def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
+    """Of one query a sequence, q [B, num_heads, D], over the first `contexts` tokens in the blocks of its table, in one layer's cache
+    [2, num_blocks, block_size, K, D] -> [B, num_heads * D]."""
+    kernels = kernels_for(q)
+    assert kernels is not None
+    (num_seqs, num_heads, dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    out = q.new_empty(num_seqs, num_heads * dim)
+    keys = cache.data_ptr()
+    kernels.decode_attention(
+        q.data_ptr(),
+        q.stride(0),
+        keys,
+        keys + cache.stride(0) * cache.itemsize,
+        tables.data_ptr(),
+        tables.stride(0),
+        contexts.data_ptr(),
+        out.data_ptr(),
+        num_seqs,
+        num_heads,
+        num_kv_heads,
+        dim,
+        block_size,
+        torch.get_num_threads(),
+    )
+    return out

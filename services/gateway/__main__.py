@@ -11,6 +11,7 @@ import grpc
 import uvicorn
 from starlette.applications import Starlette
 
+from common.address import bound_socket, host_port
 from common.links import Event, Links, hello
 from common.logs import get_logger
 from common.member import CONNECTABLE
@@ -25,7 +26,7 @@ from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 
 # After SIGTERM: for what is in flight to end by itself, and for its last bytes to leave.
-GRACE_SECONDS, CLOSE_SECONDS = 2.0, 1.0
+GRACE_SECONDS, CLOSE_SECONDS = 2.0, 1
 
 
 def main(settings: GatewaySettings, stop: threading.Event) -> None:
@@ -58,9 +59,8 @@ async def serve(settings: GatewaySettings, stop: threading.Event) -> None:
     core.links = Links(hello(member.id, "gateway"), "", "", hear)
     doors = await open_doors(settings, MeasuredCore(core))
     membership = Membership(settings.controller, member, core.load, hear_members)
-    get_logger().info(
-        "listening", http=f"http://{settings.host}:{settings.http_port}", grpc=f"{settings.host}:{settings.grpc_port}", id=member.id
-    )
+    http, grpc_address = (host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port))
+    get_logger().info("listening", http=f"http://{http}", grpc=grpc_address, id=member.id)
     await asyncio.to_thread(stop.wait)
     await core.stop(GRACE_SECONDS)
     await doors.aclose()
@@ -74,15 +74,16 @@ async def open_doors(settings: GatewaySettings, core: MeasuredCore) -> contextli
     channel = await doors.enter_async_context(grpc.aio.insecure_channel(settings.controller))
     max_body_bytes = settings.max_body_mib << 20
     server = create_server(core, channel, max_body_bytes)
+    address = host_port(settings.host, settings.grpc_port)
     try:
-        port = server.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+        port = server.add_insecure_port(address)
     except RuntimeError as e:
-        raise CannotStart(f"cannot listen on {settings.host}:{settings.grpc_port}: free it, or give another --grpc-port") from e
+        raise CannotStart(f"cannot listen on {address}: free it, or give another --grpc-port") from e
     assert port
     await server.start()
     doors.push_async_callback(server.stop, CLOSE_SECONDS)
     http = Http(create_app(core, max_body_bytes))
-    serving = asyncio.create_task(http.serve([bind(settings.host, settings.http_port)]))
+    serving = asyncio.create_task(http.serve([listen(settings.host, settings.http_port)]))
     doors.push_async_callback(http.stop, serving)
     return doors
 
@@ -102,15 +103,13 @@ class Http(uvicorn.Server):
         await serving
 
 
-def bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def listen(host: str, port: int) -> socket.socket:
     try:
-        listener.bind((host, port))
+        listener = bound_socket(host, port)
+        listener.listen()  # before it is served, so that nobody who knows of the door is refused
+        return listener
     except OSError as e:
-        raise CannotStart(f"cannot listen on {host}:{port} ({e.strerror}): free it, or give another --http-port") from e
-    return listener
+        raise CannotStart(f"cannot listen on {host_port(host, port)} ({e.strerror}): free it, or give another --http-port") from e
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,7 +177,7 @@ class GatewayCore:
             ),
         )
 
-    async def _events(self, record: Record, timeout: float) -> AsyncIterator[Event]:
+    async def _events(self, record: Record, timeout: float) -> AsyncGenerator[Event, None]:
         deadline = record.admitted + timeout
         while True:
             try:

@@ -45,7 +45,13 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
     num_blocks = shard.agree(count_blocks(settings, device, bytes_per_block, max_model_len))
     runner = ModelRunner(checkpoint, dtype, device, num_blocks, settings.block_size, member.loading, shard)
     tokens = num_blocks * settings.block_size
-    log.info("ready", kv_cache_mib=num_blocks * bytes_per_block >> 20, kv_cache_tokens=tokens, max_model_len=max_model_len)
+    log.info(
+        "ready",
+        weight_mib=runner.num_bytes_read >> 20,
+        kv_cache_mib=num_blocks * bytes_per_block >> 20,
+        kv_cache_tokens=tokens,
+        max_model_len=max_model_len,
+    )
     if settings.rank > 0:
         member.ready()
         follow(member, runner.execute)

@@ -1,7 +1,7 @@
 """Attention of a mixed batch over the paged KV cache.
 
 One object is made for each step from its plan and used by every layer. `GatheredAttention` runs on any device: it gathers the
-blocks of a sequence into one tensor and leaves the rest to scaled_dot_product_attention.
+blocks of a sequence into one tensor. Decodes on a CPU read the blocks where they lie, if there is a kernel for it.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.kernels.operations import attention, can_attend_blocks, decode_attention, store_rows
 from services.llm.plan import StepPlan
 
 
@@ -23,12 +24,14 @@ class StepAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """All sequences of one new token: one attention over their blocks, padded to the longest."""
+    """All sequences of one new token."""
 
     rows: Tensor | None
     """int64 [B]: their rows in the batch; None where the batch has no others."""
-    blocks: Tensor
-    """int64 [B * num_blocks]."""
+    tables: Tensor
+    """int64 [B, num_blocks]: their blocks."""
+    contexts: Tensor
+    """int64 [B]."""
     max_context: int
     mask: Tensor | None
     """[B, 1, 1, max_context], added to the scores; None where all contexts are equally long."""
@@ -42,21 +45,18 @@ class Chunk:
     stop: int
     context: int
     blocks: Tensor
-    mask: Tensor | None
-    """[stop - start, context], added to the scores; None where the chunk is the whole context."""
 
 
 class GatheredAttention:
     def __init__(self, plan: StepPlan, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device, self._block_size = dtype, device, block_size
-        self._slots = torch.tensor(plan.slot_mapping, device=device)
+        self._slots = self._tensor(plan.slot_mapping)
         self._decodes = self._plan_decodes(plan)
         self._chunks = list(self._plan_chunks(plan))
 
     def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        flat = cache.flatten(1, 2)
-        flat[0].index_copy_(0, self._slots, k_TKD)
-        flat[1].index_copy_(0, self._slots, v_TKD)
+        store_rows(k_TKD, cache[0], self._slots)
+        store_rows(v_TKD, cache[1], self._slots)
         if not self._chunks and self._decodes:
             return self._decode(q_THD, cache, self._decodes)
         out = torch.empty(len(q_THD), q_THD.shape[1] * q_THD.shape[2], dtype=q_THD.dtype, device=q_THD.device)
@@ -64,28 +64,24 @@ class GatheredAttention:
             out[self._decodes.rows] = self._decode(q_THD[self._decodes.rows], cache, self._decodes)
         for chunk in self._chunks:
             new = slice(chunk.start, chunk.stop)
-            k, v = (k_TKD[new], v_TKD[new]) if chunk.mask is None else self._gather(cache, chunk.blocks, chunk.context)
-            out[new] = self._prefill(q_THD[new], k, v, chunk.mask)
+            is_whole = chunk.context == chunk.stop - chunk.start
+            k, v = (k_TKD[new], v_TKD[new]) if is_whole else self._gather(cache, chunk.blocks, chunk.context)
+            out[new] = attention(q_THD[new], k, v, causal=True)
         return out
 
     def _decode(self, q_BHD: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
         """The query heads that share a key head take the place of query positions, so that keys are never repeated."""
+        if can_attend_blocks(q_BHD, cache):
+            return decode_attention(q_BHD, cache, decodes.tables, decodes.contexts)
         num_kv_heads, head_dim = cache.shape[-2:]
         q = q_BHD.reshape(len(q_BHD), num_kv_heads, -1, head_dim)
         k, v = (
-            paged.index_select(0, decodes.blocks).view(len(q), -1, num_kv_heads, head_dim)[:, : decodes.max_context].transpose(1, 2)
+            paged.index_select(0, decodes.tables.flatten())
+            .view(len(q), -1, num_kv_heads, head_dim)[:, : decodes.max_context]
+            .transpose(1, 2)
             for paged in cache
         )
         return F.scaled_dot_product_attention(q, k, v, decodes.mask).flatten(1)
-
-    def _prefill(self, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, mask: Tensor | None) -> Tensor:
-        """Key heads are the batch and the query heads that share one its heads, so that keys are viewed, not repeated."""
-        length, num_heads, head_dim = q_THD.shape
-        groups = num_heads // k_SKD.shape[1]
-        q = q_THD.view(length, -1, groups, head_dim).permute(1, 2, 0, 3)
-        k, v = (x.transpose(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k_SKD, v_SKD))
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        return out.permute(2, 0, 1, 3).reshape(length, num_heads * head_dim)
 
     def _gather(self, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, K, D] of one sequence."""
@@ -105,17 +101,14 @@ class GatheredAttention:
         if (contexts != contexts[0]).any():
             mask = self._mask(np.arange(contexts.max()) < contexts[:, None])[:, None, None]
         rows = None if is_decode.all() else self._tensor((plan.query_lens.cumsum() - 1)[is_decode])
-        return Decodes(rows, self._tensor(tables.reshape(-1)), int(contexts.max()), mask)
+        return Decodes(rows, self._tensor(tables), self._tensor(contexts), int(contexts.max()), mask)
 
     def _plan_chunks(self, plan: StepPlan) -> Iterator[Chunk]:
         stops = plan.query_lens.cumsum()
         for i in np.flatnonzero(plan.query_lens > 1):
             query, context = int(plan.query_lens[i]), int(plan.context_lens[i])
-            mask = None
-            if context > query:
-                mask = self._mask(np.arange(context) <= np.arange(context - query, context)[:, None])
             blocks = self._tensor(plan.block_tables[i, : -(-context // self._block_size)])
-            yield Chunk(int(stops[i]) - query, int(stops[i]), context, blocks, mask)
+            yield Chunk(int(stops[i]) - query, int(stops[i]), context, blocks)
 
     def _mask(self, visible: np.ndarray) -> Tensor:
         return torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf).to(self._device)

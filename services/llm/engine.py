@@ -63,7 +63,7 @@ class Engine:
         early = self.early.pop(request.key, None)
         if early is None:
             return []
-        return [(image, self.add_embeddings(request.key, image, e, t, early.preprocess_id)) for image, (e, t) in early.images.items()]
+        return [(image, self._take_embeddings(request, image, e, t)) for image, (e, t) in early.images.items()]
 
     def add_embeddings(self, key: Key, image: int, embeddings: torch.Tensor, timings: dict[str, Any], preprocess_id: str) -> str | None:
         """Gives "" where they were taken, what is wrong with them, or None where the prompt is not there yet."""
@@ -72,7 +72,9 @@ class Engine:
         if key not in self.requests:
             self.early.setdefault(key, EarlyEmbeddings(preprocess_id)).images[image] = (embeddings, timings)
             return None
-        request = self.requests[key]
+        return self._take_embeddings(self.requests[key], image, embeddings, timings)
+
+    def _take_embeddings(self, request: Request, image: int, embeddings: torch.Tensor, timings: dict[str, Any]) -> str:
         if reason := self._objection(request, image, embeddings):
             return reason
         request.embeddings.setdefault(image, embeddings)
@@ -98,7 +100,7 @@ class Engine:
         now = time.monotonic()
         for chunk in chunks:
             chunk.request.first_scheduled = chunk.request.first_scheduled or now
-        embeddings = [part for chunk in chunks for part in embeddings_of(chunk)]
+        embeddings: list[Any] = [part for chunk in chunks for part in embeddings_of(chunk)]
         sampling = [chunk for chunk in chunks if chunk.samples]
         masks = self.guides.begin_masks([chunk.request.key for chunk in sampling])
         logits = self.execute(self.scheduler.plan(chunks), embeddings)

@@ -43,6 +43,11 @@ class ModelRunner:
         return self._model.config.vocab_size
 
     @property
+    def num_bytes_read(self) -> int:
+        """Of the checkpoint's weights, by this rank."""
+        return self._model.num_bytes_read
+
+    @property
     def hidden_size(self) -> int:
         """Width of the embeddings that `execute` takes."""
         return self._model.config.hidden_size

@@ -53,8 +53,8 @@ class Worker:
         match message:
             case Prompt():
                 self._member.links.connect(message.detokenizer, "detokenizer")
-                for image, objection in self._engine.add(message):
-                    self._acknowledge(peer_id, message, image, objection)
+                for image, reason in self._engine.add(message):
+                    self._acknowledge(peer_id, message, image, reason)
                 self._log.debug("prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0])
             case Embeddings():
                 key = (message.request_id, message.attempt)
@@ -67,7 +67,7 @@ class Worker:
             case StopFound():
                 self._engine.abort((message.request_id, message.attempt))
 
-    def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str | None) -> None:
+    def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
         name = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
         answer = ImageRejected(**name, reason=objection) if objection else ImageReceived(**name)
         self._member.links.send(preprocess_id, answer)
@@ -81,7 +81,7 @@ class Worker:
 
     def _send(self, output: Output) -> None:
         prompt = output.request.prompt
-        name = {"request_id": prompt.request_id, "attempt": prompt.attempt}
+        name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
         send = lambda message: self._member.links.send(prompt.detokenizer.id, message)  # noqa: E731
         if output.offset == 0:
             request = output.request
@@ -109,7 +109,7 @@ class Worker:
         )
 
 
-def logprobs_of(output: Output) -> dict[str, Tensor]:
+def logprobs_of(output: Output) -> dict[str, Any]:
     """The fields of Tokens for one token; none where the request asked for none."""
     if (found := output.logprobs) is None:
         return {}

@@ -10,7 +10,8 @@ from common.member import Member
 from common.process import run
 from common.settings import PreprocessSettings
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.worker import Handover, Key, Preparation, Worker
+from services.preprocess.under_way import Handover, Key, Preparation
+from services.preprocess.worker import Worker
 
 
 def main(settings: PreprocessSettings, stop: threading.Event) -> None:

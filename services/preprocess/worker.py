@@ -4,7 +4,6 @@ import itertools
 import json
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,47 +29,10 @@ from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Image, Preprocessor
 from services.preprocess.guides import Guides
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
+from services.preprocess.under_way import Dispatched, Handover, Key, Preparation
 
 MAX_DISPATCHES = 3
 """How many replicas may try one image."""
-
-Key = tuple[str, int]
-
-
-@dataclass(slots=True)
-class Preparation:
-    """A request whose prompt is not handed to the language group yet."""
-
-    submit: Submit
-    gateway_id: str
-    received: float = field(default_factory=time.monotonic)
-    token_ids: np.ndarray | None = None
-    grammar: Tensor | None = None
-    images: list[Image] = field(default_factory=list)
-    image_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def deadline(self) -> float:
-        return self.received + self.submit.timeout
-
-
-@dataclass(slots=True)
-class Dispatched:
-    """An image that a vision replica has in hand."""
-
-    image: Image
-    vision_id: str
-    dispatches: int = 1
-
-
-@dataclass(slots=True)
-class Handover:
-    """A request whose prompt the language group has, while embeddings are still to come."""
-
-    gateway_id: str
-    llm: Peer
-    deadline: float
-    images: dict[int, Dispatched] = field(default_factory=dict)
 
 
 class Worker:
@@ -187,7 +149,7 @@ class Worker:
         stopping = resolve_stopping(submit.stopping, expanded.num_tokens, self._preprocessor.max_model_len)
         sampling = resolve_sampling(submit.sampling, self._preprocessor.checkpoint.generation_config)
         llm = self._choose_llm()
-        name = {"request_id": submit.request_id, "attempt": submit.attempt}
+        name: dict[str, Any] = {"request_id": submit.request_id, "attempt": submit.attempt}
         prompt = Prompt(
             **name,
             gateway_id=preparation.gateway_id,

@@ -69,3 +69,18 @@ def test_loading_tells_its_progress() -> None:
     told: list[float] = []
     LanguageModel(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.float32, CPU, progress=told.append)
     assert told == sorted(told) and len(told) > 10 and told[-1] == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
+    """Norms and key heads that ranks share come on top; in a model this small they are more than in a real one."""
+    checkpoint = open_checkpoint(GoldenCase("c_gqa_tp8").checkpoint)
+    whole = LanguageModel(checkpoint, torch.float32, CPU).num_bytes_read
+    assert whole == sum(info.num_bytes for name, info in checkpoint.tensors.items() if "visual" not in name)
+    config = TextConfig.of(checkpoint)
+    kv_heads = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (config.hidden_size + 1) * 2
+    replicated = kv_heads * max(0, world_size // config.num_kv_heads - 1) / world_size
+    norms = (2 * config.num_layers + 1) * config.hidden_size * 2
+    for rank in range(world_size):
+        read = LanguageModel(checkpoint, torch.float32, CPU, Shard(rank, world_size)).num_bytes_read
+        assert read == pytest.approx((whole - norms) / world_size + norms + replicated, rel=0.001)

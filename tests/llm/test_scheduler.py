@@ -180,6 +180,13 @@ def test_the_latest_comer_gives_itself_up_where_it_needs_the_block() -> None:
     assert scheduler.running == [a] and list(scheduler.waiting) == [b]
 
 
+def test_one_that_was_preempted_takes_no_block_from_others() -> None:
+    requests = [create_request(name, token_ids=[i] * n) for i, (name, n) in enumerate({"a": 4, "b": 2, "c": 2}.items(), 1)]
+    scheduler, runner = create_scheduler(*requests, num_blocks=3), FakeRunner()
+    assert [list(spans(scheduler, runner)) for _ in range(2)] == [["a", "b", "c"], ["a", "b"]]
+    assert scheduler.num_preemptions == 1
+
+
 def test_a_preempted_request_computes_its_prompt_and_its_output_again_and_goes_on() -> None:
     a, b = (create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1))
     scheduler = create_scheduler(a, b, num_blocks=6, prefix_caching=False)
@@ -200,7 +207,7 @@ def test_a_preempted_request_resumes_before_later_ones_begin() -> None:
 
 def test_a_request_that_waits_for_an_image_gives_its_blocks_to_one_that_decodes() -> None:
     late, text = stalls("late", 12), create_request("text", token_ids=[9] * 8, max_tokens=12)
-    scheduler, runner = create_scheduler(late, text, num_blocks=5), FakeRunner()
+    scheduler, runner = create_scheduler(late, text, num_blocks=5, prefix_caching=False), FakeRunner()
     steps = run(scheduler, runner)
     assert text.output_token_ids == expected_output(text)
     assert sum(c.request is text and c.begin == 0 for step in steps for c in step) == 1, "it was not preempted"

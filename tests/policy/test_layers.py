@@ -7,7 +7,7 @@ import pytest
 
 from tests.policy.sources import PACKAGES, imports, parse, sources
 
-COMMANDS = ("services.cli", "services.client", "services.launcher")
+COMMANDS = tuple(f"services.{name}" for name in ("cli", "client", "launcher", "sample", "serve_checks"))
 
 
 def allowed(file: Path) -> tuple[str, ...]:

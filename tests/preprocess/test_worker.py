@@ -26,7 +26,8 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.worker import MAX_DISPATCHES, Handover, Key, Preparation, Worker
+from services.preprocess.under_way import Handover, Key, Preparation
+from services.preprocess.worker import MAX_DISPATCHES, Worker
 from tests.fakes import FakeMember, aborts, received
 from tests.preprocess.cases import checkpoint_path, encoded, noise
 

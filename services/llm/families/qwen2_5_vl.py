@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
+from common.kernels.operations import rms_norm, rotate, silu_mul
+from common.linear import Linear
 from common.weights import Weights
 from services.llm.attention import StepAttention
 from services.llm.parallel import Shard
@@ -81,12 +83,11 @@ class TextConfig:
 @dataclass(frozen=True, slots=True)
 class Layer:
     input_norm: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    o_weight: Tensor
+    qkv: Linear
+    o: Linear
     mlp_norm: Tensor
-    gate_up_weight: Tensor
-    down_weight: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class LanguageModel:
@@ -110,7 +111,8 @@ class LanguageModel:
         self._embedding = self._load_vocabulary(weights, "model.language_model.embed_tokens.weight")
         self._layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
         self._norm = self._load_norm(weights, "norm.weight")
-        self._head = self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight")
+        self._head = Linear(self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight"))
+        self.num_bytes_read = weights.num_bytes_read
         half = torch.arange(self.config.head_dim // 2, device=device).float()
         self._frequencies = self.config.rope_theta ** -(2 * half / self.config.head_dim)
         # Which of a position's three components turns each frequency.
@@ -138,27 +140,31 @@ class LanguageModel:
             if layer is self._layers[-1]:
                 # Nothing reads the other rows any more.
                 x, attended = x[sampled_rows], attended[sampled_rows]
-            x = x + self._shard.all_reduce(F.linear(attended, layer.o_weight))
-            gate, up = F.linear(self._normalise(x, layer.mlp_norm), layer.gate_up_weight).chunk(2, -1)
-            x = x + self._shard.all_reduce(F.linear(F.silu(gate) * up, layer.down_weight))
-        return self._shard.all_gather(F.linear(self._normalise(x, self._norm), self._head).float())
+            x = self._add_product(x, layer.o, attended)
+            x = self._add_product(x, layer.down, silu_mul(layer.gate_up(self._normalise(x, layer.mlp_norm))))
+        return self._shard.all_gather(self._head(self._normalise(x, self._norm)).float())
 
     def _attend(self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: StepAttention, cache: Tensor) -> Tensor:
         """[T, hidden] -> [T, local heads * head_dim]."""
         num_q, num_kv = self._q_heads[1] - self._q_heads[0], self.num_local_kv_heads
-        qkv = F.linear(self._normalise(x, layer.input_norm), layer.qkv_weight, layer.qkv_bias)
-        qkv = qkv.view(len(x), num_q + 2 * num_kv, self.config.head_dim)
-        qk = rotate(qkv[:, : num_q + num_kv], cos, signed_sin).to(self.dtype)
-        return attention.run(qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_kv :], cache)
+        qkv = layer.qkv(self._normalise(x, layer.input_norm)).view(len(x), num_q + 2 * num_kv, self.config.head_dim)
+        rotate(qkv, num_q + num_kv, cos, signed_sin)
+        return attention.run(qkv[:, :num_q], qkv[:, num_q : num_q + num_kv], qkv[:, num_q + num_kv :], cache)
+
+    def _add_product(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
+        """x and the sum of the ranks' products."""
+        if self._shard.world_size == 1:
+            return linear(part, residual=x)
+        return x + self._shard.all_reduce(linear(part))
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+        return rms_norm(x, weight, self.config.norm_eps)
 
     def _rotary_tables(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, float32 [T, 1, head_dim]: the first half of the sines is negated for `rotate`."""
+        """Cosines and signed sines, float32 [T, head_dim]: the first half of the sines is negated for `rotate`."""
         angles = positions_3T[self._components].T.float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def _load_layer(self, weights: Weights, index: int) -> Layer:
         name, hidden = f"layers.{index}", self.config.hidden_size
@@ -174,12 +180,14 @@ class LanguageModel:
 
         return Layer(
             input_norm=self._load_norm(weights, f"{name}.input_layernorm.weight"),
-            qkv_weight=torch.cat([part(f"self_attn.{x}_proj.weight", (rows, hidden), 0, bounds) for x, rows, bounds in qkv]),
-            qkv_bias=torch.cat([part(f"self_attn.{x}_proj.bias", (rows,), 0, bounds) for x, rows, bounds in qkv]),
-            o_weight=part("self_attn.o_proj.weight", (hidden, q_rows), 1, q_part),
+            qkv=Linear(
+                torch.cat([part(f"self_attn.{x}_proj.weight", (rows, hidden), 0, bounds) for x, rows, bounds in qkv]),
+                torch.cat([part(f"self_attn.{x}_proj.bias", (rows,), 0, bounds) for x, rows, bounds in qkv]),
+            ),
+            o=Linear(part("self_attn.o_proj.weight", (hidden, q_rows), 1, q_part)),
             mlp_norm=self._load_norm(weights, f"{name}.post_attention_layernorm.weight"),
-            gate_up_weight=torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")]),
-            down_weight=part("mlp.down_proj.weight", (hidden, inner), 1, inner_part),
+            gate_up=Linear(torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")])),
+            down=Linear(part("mlp.down_proj.weight", (hidden, inner), 1, inner_part)),
         )
 
     def _load_vocabulary(self, weights: Weights, name: str) -> Tensor:
@@ -188,10 +196,3 @@ class LanguageModel:
 
     def _load_norm(self, weights: Weights, name: str) -> Tensor:
         return weights.tensor(f"model.language_model.{name}", (self.config.hidden_size,), self.dtype, self.device)
-
-
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding in float32: entry i of a head turns with entry i + head_dim / 2."""
-    x = x.float()
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), signed_sin)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from common.kernels.operations import rms_norm, rotate, silu_mul
+from common.kernels.operations import attention, rms_norm, rotate, silu_mul
 from common.linear import Linear
 from common.weights import Weights
 
@@ -162,8 +162,7 @@ class VisionTower:
         outputs, start = [], 0
         for count, length in windows:
             stop = start + count * length
-            q, k, v = (part.view(count, length, heads, dim).transpose(1, 2) for part in qkv[start:stop].split(heads, 1))
-            outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * length, heads * dim))
+            outputs.append(attention(*qkv[start:stop].split(heads, 1), num_seqs=count))
             start = stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 

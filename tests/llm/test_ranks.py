@@ -1,0 +1,82 @@
+"""Step plans on their way from rank 0 to the others."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from common.links import Event, Received, Up
+from common.messages import HOPS, Step
+from common.wire import decode, encode
+from services.llm.plan import StepPlan
+from services.llm.ranks import follow, lead, to_plan, to_step
+from tests.fakes import FakeLinks
+
+
+class ScriptedMember:
+    """Its events are a list."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.links, self.waiting = FakeLinks(), deque(events)
+
+    def next_event(self) -> Event | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def put_back(self, events: list[Event]) -> None:
+        self.waiting.extend(events)
+
+    def events(self) -> Iterator[Event]:
+        while self.waiting:
+            yield self.waiting.popleft()
+
+
+def plan(num_tokens: int = 3) -> StepPlan:
+    ids = np.arange(num_tokens)
+    return StepPlan(
+        token_ids=ids,
+        positions=np.stack([ids, ids, ids]),
+        slot_mapping=ids + 16,
+        query_lens=np.array([num_tokens]),
+        context_lens=np.array([num_tokens]),
+        block_tables=np.array([[1, 0]]),
+        embedding_rows=np.array([1]),
+        sampled_rows=np.array([num_tokens - 1]),
+    )
+
+
+def assert_equal(a: StepPlan, b: StepPlan) -> None:
+    for name in StepPlan.__dataclass_fields__:
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_a_plan_comes_out_of_the_wire_as_it_went_in() -> None:
+    sent = to_step(plan(), [torch.ones(1, 4, dtype=torch.bfloat16)])
+    came = decode(encode(sent), HOPS["llm", "llm"])
+    assert isinstance(came, Step)
+    assert_equal(to_plan(came), plan())
+    assert came.embeddings[0].dtype == "bfloat16" and came.embeddings[0].shape == (1, 4)
+
+
+def test_rank_0_waits_for_all_ranks_and_then_sends_each_step_to_all() -> None:
+    early = Received("gateway", "gateway", object())
+    member = ScriptedMember([Up("llm.1", "llm"), early, Up("preprocess", "preprocess"), Up("llm.2", "llm")])
+    executed: list[StepPlan] = []
+    execute = lead(member, 2, lambda p, e: executed.append(p) or torch.zeros(1))
+    execute(plan(), [])
+    assert len(executed) == 1
+    assert sorted(peer for peer, message in member.links.sent if isinstance(message, Step)) == ["llm.1", "llm.2"]
+    assert early in member.waiting, "what came too early comes again"
+
+
+def test_the_other_ranks_execute_what_they_are_sent_in_order() -> None:
+    steps = [to_step(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 1)]
+    member = ScriptedMember([Up("llm.0", "llm"), *(Received("llm.0", "llm", step) for step in steps)])
+    executed: list[tuple[int, float]] = []
+
+    def execute(step: StepPlan, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        executed.append((step.num_tokens, embeddings[0].mean().item()))
+        return torch.zeros(0)
+
+    follow(member, execute)
+    assert executed == [(3, 3.0), (1, 1.0)]
