@@ -71,6 +71,9 @@ class Batching:
     tp: int = setting(1, "tensor-parallel ranks of the language group")
 
 
+# Of a dataclass's bases the last one's fields come first, in --help, too.
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControllerSettings(Service):
     control_listen: str = setting("127.0.0.1:50050", "gRPC address that the control plane listens on (HOST:PORT, or unix:PATH)")
@@ -82,17 +85,17 @@ class GatewaySettings(Service, Doors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessSettings(Service, Model, Pixels, Context):
+class PreprocessSettings(Service, Context, Pixels, Model):
     pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSettings(Service, Model, Engine):
+class VisionSettings(Service, Engine, Model):
     embedding_cache_mib: int = setting(256, "image embeddings kept for repeated images, in MiB; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmSettings(Service, Model, Engine, Context, Batching):
+class LlmSettings(Service, Batching, Context, Engine, Model):
     group: str = setting("llm", "name of the tensor-parallel group, the same for all its ranks")
     rank: int = setting(0, "this process's rank in its group")
     rendezvous: str = setting(
@@ -106,7 +109,7 @@ class DetokenizerSettings(Service, Model):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(Doors, Model, Engine, Pixels, Context, Batching):
+class ServeSettings(Batching, Context, Pixels, Engine, Doors, Model):
     """The local launcher's: its own, and those that it hands on."""
 
     served_model_name: str = setting("", "the model's name for clients (default: the folder's)")
