@@ -80,7 +80,7 @@ class Links:
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         self._remotes: dict[str, Remote] = {}
-        self._by_socket: dict[Any, tuple[Remote, bool]] = {}
+        self._by_socket: dict[Any, tuple[Remote, zmq.Socket[bytes], bool]] = {}
         self._offered: list[tuple[Peer, str]] = []
         self._closing = self._closed = False
         self._lock = threading.Lock()
@@ -153,10 +153,9 @@ class Links:
         elif self._inbox is not None and source is self._inbox:
             self._drain(self._inbox, self._receive_at_inbox)
         elif source in self._by_socket:
-            remote, is_monitor = self._by_socket[source]
-            assert remote.socket is not None
+            remote, dealer, is_monitor = self._by_socket[source]
             # What arrived before the connection broke is read first.
-            self._drain(remote.socket, lambda frames: self._receive(remote, frames))
+            self._drain(dealer, lambda frames: self._receive(remote, frames))
             if is_monitor and self._remotes.get(remote.id) is remote:
                 self._down(remote, "its connection broke: the process ended or cannot be reached")
 
@@ -243,7 +242,7 @@ class Links:
         remote = Remote(peer.id, role, peer.address, socket, socket.get_monitor_socket(lost))
         self._remotes[peer.id] = remote
         for source, is_monitor in ((remote.socket, False), (remote.monitor, True)):
-            self._by_socket[source] = (remote, is_monitor)
+            self._by_socket[source] = (remote, socket, is_monitor)
             self._poller.register(source, zmq.POLLIN)
         try:
             socket.connect(peer.address)
