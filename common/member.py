@@ -86,12 +86,13 @@ class Member:
         for event in events:
             self._inbox.put(event)
 
-    def waiting_events(self, wait: bool) -> list[Event] | None:
-        """The events that are there, the first one waited for where `wait`; None when the process is to stop."""
+    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
+        """The events that are there, the first one waited for (at most `timeout` seconds) where `wait`; None when the process
+        is to stop."""
         found: list[Event] = []
         try:
             while True:
-                event = self._inbox.get(block=wait and not found)
+                event = self._inbox.get(block=wait and not found, timeout=timeout)
                 if event is None:
                     return None
                 found.append(event)

@@ -334,7 +334,7 @@ GatewayToDetokenizer = Hello | Beat
 # gateway -> llm
 
 GatewayToLlm = Hello | Beat | Abort
-LlmToGateway = Hello | Goodbye | Beat
+LlmToGateway = Hello | Goodbye | Beat | Failed
 
 # Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells the role.
 HOPS = {

@@ -49,7 +49,7 @@ class FakeMember:
         self._script = iter(batches)
         worker.run()
 
-    def waiting_events(self, wait: bool) -> list[Event] | None:
+    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         batch = next(self._script, None if wait else [])
         return batch() if callable(batch) else batch
 

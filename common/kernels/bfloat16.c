@@ -181,13 +181,16 @@ void rotate(bf16 *x, long stride, const float *cos, const float *signed_sin, lon
 }
 
 /* Scores of up to 64 keys, one vector a key with a query head in each lane; returns the greatest of each head. Eight keys at a time
- * share the loads of the queries and hide the latency of the product; `places` is filled up. */
-INLINE __m512 score(const bf16 *keys, const long *places, int count, const int32_t *q, int dim, float scale, __m512 *scores)
+ * share the loads of the queries and hide the latency of the product; those at the places `ahead` are fetched meanwhile. */
+INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int count, const int32_t *q, int dim, float scale, __m512 *scores)
 {
     __m512 greatest = _mm512_set1_ps(-INFINITY);
     for (int t = 0; t < count; t += 8) {
         __m512 sums[8];
-        for (int j = 0; j < 8; j++) sums[j] = _mm512_setzero_ps();
+        for (int j = 0; j < 8; j++) {
+            sums[j] = _mm512_setzero_ps();
+            for (int d = 0; d < dim; d += 2 * LANES) _mm_prefetch((const char *)(keys + ahead[t + j] + d), _MM_HINT_T0);
+        }
         for (int d = 0; d < dim / 2; d++) {
             __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_HEADS);
 #pragma GCC unroll 8
@@ -202,7 +205,7 @@ INLINE __m512 score(const bf16 *keys, const long *places, int count, const int32
 }
 
 /* Adds the values, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in registers. */
-INLINE void weigh(const bf16 *values, const long *places, int count, const float *weights, const float *shrink, int num_heads, int dim, float *sums)
+INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int count, const float *weights, const float *shrink, int num_heads, int dim, float *sums)
 {
     for (int h = 0; h < num_heads; h += 8)
         for (int d = 0; d < dim; d += 2 * LANES) {
@@ -214,6 +217,7 @@ INLINE void weigh(const bf16 *values, const long *places, int count, const float
                     c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES), _mm512_set1_ps(shrink[h + i]));
             for (int t = 0; t < count; t++) {
                 const bf16 *value = values + places[t] + d;
+                _mm_prefetch((const char *)(values + ahead[t] + d), _MM_HINT_T0);
                 __m512 low = load(value, 0xffff), high = load(value + LANES, 0xffff);
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
@@ -241,23 +245,32 @@ typedef struct {
     long block_size, stride, length;
 } Context;
 
+/* Where the keys and values from `first` lie; beyond the last it is the last one's place. */
+INLINE void locate(const Context *context, long first, long *places)
+{
+    for (int t = 0; t < KEYS; t++) {
+        long token = first + t < context->length ? first + t : context->length - 1;
+        long block = context->blocks[token / context->block_size];
+        places[t] = (block * context->block_size + token % context->block_size) * context->stride;
+    }
+}
+
 /* One key head of one sequence: the queries of its heads against its whole context, with a running maximum. */
 static void attend(const Context *context, const bf16 *queries, int num_heads, int dim, bf16 *y)
 {
     int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64))) = {0};
     float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64))) = {0};
     float shrink[MAX_HEADS] __attribute__((aligned(64)));
+    long places[2][KEYS];
     __m512 scores[KEYS], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int h = 0; h < num_heads; h++)
         for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
+    locate(context, 0, places[0]);
     for (long first = 0; first < context->length; first += KEYS) {
         int count = context->length - first < KEYS ? (int)(context->length - first) : KEYS;
-        long places[KEYS];
-        for (int t = 0; t < KEYS; t++) {
-            long token = first + (t < count ? t : count - 1), block = token / context->block_size;
-            places[t] = (context->blocks[block] * context->block_size + token % context->block_size) * context->stride;
-        }
-        __m512 best = _mm512_max_ps(greatest, score(context->keys, places, count, q, dim, LOG2_E / sqrtf(dim), scores));
+        long *here = places[first / KEYS % 2], *ahead = places[(first / KEYS + 1) % 2];
+        locate(context, first + KEYS, ahead);
+        __m512 best = _mm512_max_ps(greatest, score(context->keys, here, ahead, count, q, dim, LOG2_E / sqrtf(dim), scores));
         __m512 factor = power_of_two(_mm512_sub_ps(greatest, best));
         greatest = best;
         total = _mm512_mul_ps(total, factor);
@@ -266,7 +279,7 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
             total = _mm512_add_ps(total, scores[t]);
         }
         _mm512_store_ps(shrink, factor);
-        weigh(context->values, places, count, (const float *)scores, shrink, num_heads, dim, sums);
+        weigh(context->values, here, ahead, count, (const float *)scores, shrink, num_heads, dim, sums);
     }
     _mm512_store_ps(shrink, total);
     for (int h = 0; h < num_heads; h++)

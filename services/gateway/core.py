@@ -210,6 +210,8 @@ class GatewayCore:
                 record.early.append(message)
             case Delta():
                 self._extend(record, message)
+            case Failed(image=int()) if record.first_token:
+                pass  # the prefix cache had that image: the answer goes on without it
             case Failed(code=code, message=text, stage=stage, image=image):
                 self._fail(record, from_code(code, text, stage, image))
 

@@ -16,6 +16,11 @@ from services.llm.sampler import Logprobs, Sampler
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
 
 REMEMBERED_ENDS = 20_000
+EARLY_SECONDS = 60.0
+"""For a prompt to come after its embeddings; it is sent before them on another connection."""
+
+NOT_AWAITED = {"queue_seconds": 0.0, "encode_seconds": 0.0, "cached": True}
+"""Of an image whose keys and values were in the prefix cache."""
 
 
 @dataclass(slots=True)
@@ -35,6 +40,7 @@ class EarlyEmbeddings:
     """Embeddings that came before their prompt."""
 
     preprocess_id: str
+    arrived: float = field(default_factory=time.monotonic)
     images: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -81,6 +87,10 @@ class Engine:
         request.image_timings.setdefault(image, timings)
         return ""
 
+    @property
+    def holds_anything(self) -> bool:
+        return bool(self.requests or self.early)
+
     def abort(self, key: Key) -> None:
         """Frees everything that is held for the request, and remembers that it ended: its messages may still come."""
         self._end(key)
@@ -90,6 +100,13 @@ class Engine:
         for key in [k for k, r in self.requests.items() if r.prompt.gateway_id == peer_id]:
             self._end(key)
         for key in [k for k, e in self.early.items() if e.preprocess_id == peer_id]:
+            self._end(key)
+
+    def expire(self, now: float) -> None:
+        """Ends what is past its deadline: the gateway has told the client, and its abort may be lost."""
+        for key in [k for k, r in self.requests.items() if now > r.deadline]:
+            self._end(key)
+        for key in [k for k, e in self.early.items() if now > e.arrived + EARLY_SECONDS]:
             self._end(key)
 
     def step(self) -> list[Output] | None:
@@ -166,8 +183,8 @@ def timings_of(request: Request) -> bytes:
     """UTF-8 JSON of the stages up to the first token: what came with the prompt, each image's, and this group's own."""
     assert request.first_scheduled is not None and request.first_token is not None
     timings = json.loads(request.prompt.timings.bytes())
-    for image, own in request.image_timings.items():
-        timings["images"][image].update(own)
+    for image, own in enumerate(timings["images"]):
+        own.update(request.image_timings.get(image, NOT_AWAITED))
     timings["queue_seconds"] = request.first_scheduled - request.arrived
     timings["prefill_seconds"] = request.first_token - request.first_scheduled
     return json.dumps(timings).encode()

@@ -11,9 +11,32 @@ import numpy as np
 from common.messages import Prompt
 
 HASH_BYTES = 16
+MM_HASH_BYTES = 32
 
 Key = tuple[str, int]
 """(request_id, attempt)."""
+
+
+def objection_to(prompt: Prompt, max_tokens: int) -> str:
+    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a cache of `max_tokens`."""
+    num_tokens, num_images = prompt.token_ids.shape[-1:], prompt.placeholders.shape[:1]
+    wanted = {
+        "token_ids": num_tokens,
+        "positions": (3, *num_tokens),
+        "placeholders": (*num_images, 2),
+        "mm_hashes": (*num_images, MM_HASH_BYTES),
+    }
+    for name, shape in wanted.items():
+        tensor = getattr(prompt, name)
+        if tensor.shape != shape or tensor.dtype != ("uint8" if name == "mm_hashes" else "int64"):
+            return f"{name} is {tensor}, int64 or uint8 {shape} is wanted"
+    end = 0
+    for offset, length in prompt.placeholders.numpy().tolist():
+        if not end <= offset < offset + length <= num_tokens[0]:
+            return f"the placeholder range {offset} + {length} lies outside the prompt or in another"
+        end = offset + length
+    whole = num_tokens[0] + (prompt.stopping.max_tokens or 0)
+    return f"{whole} tokens, prompt and answer together, do not fit into the {max_tokens} of this group" if whole > max_tokens else ""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +71,10 @@ class Request:
     @property
     def key(self) -> Key:
         return self.prompt.request_id, self.prompt.attempt
+
+    @property
+    def deadline(self) -> float:
+        return self.arrived + self.prompt.timeout
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -47,6 +47,11 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
 
+    @property
+    def max_tokens(self) -> int:
+        """Of one request, prompt and answer together."""
+        return self.pool.num_blocks * self.block_size
+
     def add(self, request: Request) -> None:
         assert self._num_blocks(request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)) <= self.pool.num_blocks
         self.waiting.append(request)

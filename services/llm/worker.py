@@ -1,5 +1,6 @@
 """The language group's shell: messages to the engine, its outputs to the detokenizers."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from common.messages import (
 from common.torch_tensors import to_torch
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
+from services.llm.request import objection_to
+
+EXPIRY_SECONDS = 1.0
 
 
 class Worker:
@@ -29,10 +33,15 @@ class Worker:
 
     def run(self) -> None:
         """Steps while there is something to compute; waits for messages where there is not."""
-        idle = True
-        while (events := self._member.waiting_events(wait=idle)) is not None:
+        idle, next_expiry = True, 0.0
+        while (
+            events := self._member.waiting_events(wait=idle, timeout=EXPIRY_SECONDS if self._engine.holds_anything else None)
+        ) is not None:
             for event in events:
                 self._handle(event)
+            if (now := time.monotonic()) >= next_expiry:
+                self._engine.expire(now)
+                next_expiry = now + EXPIRY_SECONDS
             outputs = self._engine.step()
             for output in outputs or []:
                 self._send(output)
@@ -51,6 +60,10 @@ class Worker:
 
     def _take(self, peer_id: str, message: Any) -> None:
         match message:
+            case Prompt() if problem := objection_to(message, self._engine.scheduler.max_tokens):
+                self._log.error("prompt refused", request_id=message.request_id, reason=problem)
+                name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt}
+                self._member.links.send(message.gateway_id, Failed(**name, code="Internal", message=problem, stage="llm"))
             case Prompt():
                 self._member.links.connect(message.detokenizer, "detokenizer")
                 for image, reason in self._engine.add(message):
@@ -68,7 +81,7 @@ class Worker:
                 self._engine.abort((message.request_id, message.attempt))
 
     def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
-        name = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
+        name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
         answer = ImageRejected(**name, reason=objection) if objection else ImageReceived(**name)
         self._member.links.send(preprocess_id, answer)
 

@@ -265,3 +265,11 @@ def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_o
     core.check_model("tiny")
     with pytest.raises(NotFound, match="'tiny'"):
         core.check_model("large")
+
+
+async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing() -> None:
+    """The prefix cache had its keys and values, so the answer began before the image was encoded."""
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), delta(0, [1], "a"), failed(stage="vision", image=0), delta(1, [2], "b", "stop"))
+        assert [type(event) for event in [event async for event in events]] == [Began, Piece, Piece, Ended]

@@ -347,7 +347,7 @@ def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
     engine.add(create_prompt("b", 16, images=IMAGE))
     outputs = outputs_of(engine)
     assert answer(outputs, "b")[0] == undisturbed(num_tokens=16, images=IMAGE)
-    assert json.loads(timings_of(outputs[0].request))["images"] == [{}]
+    assert json.loads(timings_of(outputs[0].request))["images"][0]["cached"]
 
 
 @pytest.mark.parametrize("name", CASES_WITH_IMAGES)
@@ -389,3 +389,23 @@ def test_logprobs_come_with_the_token_where_they_are_asked_for() -> None:
         found = output.logprobs
         assert (found is not None) == (output.request.prompt.request_id == "with")
         assert found is None or found.top_token_ids[0] == output.token_ids[0]
+
+
+def test_a_request_past_its_deadline_is_freed_though_no_abort_came() -> None:
+    engine = create_engine()
+    engine.add(create_prompt("late", images=IMAGE))
+    engine.add_embeddings(("early", 0), 0, images(), {}, "preprocess")
+    arrived = engine.requests["late", 0].arrived
+    engine.expire(arrived + 59)
+    assert engine.requests and engine.early
+    engine.expire(arrived + 61)
+    assert not engine.holds_anything
+    assert_blocks_are_owned(engine.scheduler)
+    assert engine.add_embeddings(("late", 0), 0, images(), {}, "preprocess") == ""
+
+
+def test_an_image_that_was_not_awaited_has_timings_all_the_same() -> None:
+    request = create_request(images=IMAGE, has_embeddings=False)
+    request.first_scheduled = request.first_token = request.arrived
+    (image,) = json.loads(timings_of(request))["images"]
+    assert image["cached"] and image["encode_seconds"] == 0

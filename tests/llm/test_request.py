@@ -1,12 +1,16 @@
 """What can be computed of a request, and the names of its blocks."""
 
+import re
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
 
-from services.llm.request import Request
-from tests.llm.builders import create_request, give_embeddings
+from common.wire import Tensor
+from services.llm.request import Request, objection_to
+from tests.llm.builders import create_prompt, create_request, give_embeddings
 
 TWO_IMAGES = ((3, 4, 0), (9, 5, 1))
 
@@ -123,3 +127,32 @@ def timed_naming(request: Request) -> float:
     began = time.perf_counter()
     request.block_hashes(250, 16)
     return time.perf_counter() - began
+
+
+IMAGES = ((2, 3, 1), (6, 2, 2))
+
+
+def test_a_prompt_whose_tensors_fit_each_other_is_taken() -> None:
+    assert objection_to(create_prompt(num_tokens=10, images=IMAGES), 14) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_ids": Tensor.of(np.zeros((2, 5), np.int64))}, "token_ids"),
+        ({"token_ids": Tensor.of(np.zeros(10, np.float32))}, "token_ids"),
+        ({"positions": Tensor.of(np.zeros((3, 9), np.int64))}, "positions"),
+        ({"placeholders": Tensor.of(np.zeros((2, 3), np.int64))}, "placeholders"),
+        ({"mm_hashes": Tensor.of(np.zeros((1, 32), np.uint8))}, "mm_hashes"),
+        ({"placeholders": Tensor.of(np.array([[2, 3], [4, 2]]))}, "4 \\+ 2 lies"),
+        ({"placeholders": Tensor.of(np.array([[2, 3], [9, 2]]))}, "9 \\+ 2 lies"),
+        ({"placeholders": Tensor.of(np.array([[-1, 3], [6, 2]]))}, "-1 \\+ 3 lies"),
+    ],
+)
+def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(changes: dict[str, Tensor], words: str) -> None:
+    prompt = msgspec.structs.replace(create_prompt(num_tokens=10, images=IMAGES), **changes)
+    assert re.search(words, objection_to(prompt, 1000))
+
+
+def test_one_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    assert re.search("14 tokens.* the 13 ", objection_to(create_prompt(num_tokens=10, max_tokens=4), 13))

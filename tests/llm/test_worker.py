@@ -35,7 +35,7 @@ class FakeMember:
     def __init__(self, batches: tuple[list[Event], ...]) -> None:
         self.links, self.batches, self.num_loops = FakeLinks(), list(batches), 0
 
-    def waiting_events(self, wait: bool) -> list[Event] | None:
+    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         self.num_loops += 1
         assert self.num_loops < 1000, "it steps though there is nothing to compute"
         if self.batches:
@@ -168,3 +168,10 @@ def test_logprobs_travel_with_their_tokens() -> None:
     tokens = answers(work([prompt(sampling={"num_logprobs": 2}), prompt("plain")]))[1]
     assert tokens.logprobs.shape == (1,) and tokens.top_token_ids.shape == tokens.top_logprobs.shape == (1, 2)
     assert answers(work([prompt()]))[1].logprobs is None
+
+
+def test_a_prompt_that_cannot_be_taken_is_refused_to_its_gateway_and_the_next_one_answered() -> None:
+    sent = work([prompt("huge", num_tokens=10_000), prompt("r")])
+    (refusal,) = [message for peer, message in sent if peer == "gateway"]
+    assert isinstance(refusal, Failed) and refusal.request_id == "huge" and "do not fit" in refusal.message
+    assert answers(sent, "r")

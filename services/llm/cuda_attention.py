@@ -1,0 +1,130 @@
+"""Attention on CUDA that reads the paged KV cache where it lies: torch's varlen_attn with block tables.
+
+Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens, and it runs from Ampere on;
+`can_page` says whether all this is so. Untried: no CUDA device was at hand when it was written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from services.llm.plan import StepPlan
+
+PAGE_TOKENS = 256
+MAX_HEAD_DIM = 256
+AMPERE = (8, 0)
+EVERYTHING, CAUSAL = (-1, -1), (-1, 0)
+"""Windows of varlen_attn: (tokens before, tokens after), -1 for all."""
+
+
+def can_page(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> bool:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    fits = head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and block_size % PAGE_TOKENS == 0
+    return fits and torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The decodes of a plan, or its chunks of several tokens."""
+
+    rows: np.ndarray
+    """int64: where their tokens are in the batch."""
+    query_lens: np.ndarray
+    context_lens: np.ndarray
+    block_tables: np.ndarray
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.rows, self.query_lens, self.context_lens, self.block_tables]
+
+
+def parts_of(plan: StepPlan) -> Iterator[Part]:
+    """Decodes apart: only for them the kernel shares a key head's reads among its query heads and splits long contexts."""
+    is_decode = plan.query_lens == 1
+    for chosen in (is_decode, ~is_decode):
+        if chosen.any():
+            rows = np.flatnonzero(np.repeat(chosen, plan.query_lens))
+            yield Part(rows, plan.query_lens[chosen], plan.context_lens[chosen], plan.block_tables[chosen])
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one call of the kernel needs to know beside queries and cache."""
+
+    rows: Tensor | None
+    """int64: rows of the batch; None for all of them."""
+    query_starts: Tensor
+    context_starts: Tensor
+    """int32 [num_seqs + 1] both."""
+    context_lens: Tensor
+    """int32 [num_seqs]."""
+    block_tables: Tensor
+    """int32 [num_seqs, max_num_blocks]."""
+    max_query: int
+    max_context: int
+
+    @classmethod
+    def of(
+        cls, rows: Tensor | None, query_lens: Tensor, context_lens: Tensor, block_tables: Tensor, max_query: int, max_context: int
+    ) -> "Call":
+        starts = [F.pad(lens.cumsum(0), (1, 0)).int() for lens in (query_lens, context_lens)]
+        return cls(rows, starts[0], starts[1], context_lens.int(), block_tables.int(), max_query, max_context)
+
+    def run(self, q_THD: Tensor, cache: Tensor) -> Tensor:
+        is_decode = self.max_query == 1
+        # The kernel joins the parts of a split context right only where query heads share a key head and each has one token.
+        may_split = is_decode and q_THD.shape[1] > cache.shape[-2]
+        # A decode sees all of its context, and only without a mask the kernel takes its query heads together.
+        attended = varlen_attn(
+            q_THD,
+            cache[0],
+            cache[1],
+            self.query_starts,
+            self.context_starts,
+            self.max_query,
+            self.max_context,
+            window_size=EVERYTHING if is_decode else CAUSAL,
+            enable_gqa=True,
+            seqused_k=self.context_lens,
+            block_table=self.block_tables,
+            num_splits=None if may_split else 1,
+        )
+        assert isinstance(attended, Tensor), "nothing beside the result was asked for"
+        return attended
+
+
+class PagedAttention:
+    """A StepAttention. `slots` are int64 [T]; the calls' rows together are the whole batch."""
+
+    def __init__(self, slots: Tensor, calls: list[Call]) -> None:
+        self._slots, self._calls = slots, calls
+
+    @classmethod
+    def of(cls, slots: Tensor, parts: list[Part], uploaded: list[Tensor]) -> "PagedAttention":
+        """`uploaded` are the arrays of all parts in order, on the device."""
+        arrays = iter(uploaded)
+        calls = []
+        for part in parts:
+            rows, query_lens, context_lens, block_tables = (next(arrays) for _ in part.arrays)
+            longest = int(part.query_lens.max()), int(part.context_lens.max())
+            calls.append(Call.of(rows if len(parts) > 1 else None, query_lens, context_lens, block_tables, *longest))
+        return cls(slots, calls)
+
+    def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
+        flat = cache.flatten(1, 2)
+        flat[0].index_copy_(0, self._slots, k_TKD)
+        flat[1].index_copy_(0, self._slots, v_TKD)
+        out = [call.run(q_THD if call.rows is None else q_THD.index_select(0, call.rows), cache) for call in self._calls]
+        if len(out) == 1:
+            return out[0].flatten(1)
+        joined = q_THD.new_empty(q_THD.shape)
+        for call, part in zip(self._calls, out, strict=True):
+            assert call.rows is not None, "one of several calls is not the whole batch"
+            joined.index_copy_(0, call.rows, part)
+        return joined.flatten(1)
