@@ -15,9 +15,10 @@ from torch import Tensor
 
 from common.settings import EMBEDDED_MODEL
 
-COPIED = ("preprocessor_config.json", "generation_config.json", "tokenizer_config.json", "chat_template.json")
 # Of the embedded model, whose tokenizer is taken over: its bytes and special tokens come first.
+COPIED = ("generation_config.json", "tokenizer_config.json", "chat_template.json")
 NUM_KNOWN_TOKENS = 278
+MAX_PIXELS = 12845056
 MAX_FILE_BYTES = 2**30
 
 
@@ -55,6 +56,8 @@ def make(name: str, folder: Path) -> Path:
     for file in COPIED:
         shutil.copy(EMBEDDED_MODEL / file, unfinished)
     write_json(unfinished / "config.json", config_of(shapes))
+    preprocessor = json.loads((EMBEDDED_MODEL / "preprocessor_config.json").read_text())
+    write_json(unfinished / "preprocessor_config.json", preprocessor | {"max_pixels": MAX_PIXELS})
     write_json(unfinished / "tokenizer.json", tokenizer_of(shapes))
     write_weights(unfinished, shapes)
     return unfinished.rename(path)
@@ -71,6 +74,7 @@ def config_of(shapes: Shapes) -> dict[str, Any]:
         "intermediate_size": shapes.intermediate_size,
         "max_position_embeddings": 32768,
         "max_window_layers": shapes.num_layers,
+        "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": shapes.mrope_section},
         "tie_word_embeddings": shapes.tied,
         "torch_dtype": "bfloat16",

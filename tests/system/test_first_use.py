@@ -130,3 +130,13 @@ def test_a_schema_that_cannot_be_followed_is_refused(embedded: Running) -> None:
     status, answer = embedded.chat(ask_about(RECEIPT), response_format=wanted)
     assert status == 400
     assert "nonsense" in answer["error"]["message"]
+
+
+def test_a_second_question_about_the_same_image_computes_only_what_differs(embedded: Running) -> None:
+    """The image comes first in the prompt, so all its tokens are in the prefix that both questions share."""
+    embedded.chat(ask_about(RECEIPT, "What is the total?"), max_tokens=1)
+    usage = embedded.chat(ask_about(RECEIPT, "Who is it from?"), max_tokens=1)[1]["usage"]
+    details = usage["prompt_tokens_details"]
+    assert details["image_tokens"] <= details["cached_tokens"] < usage["prompt_tokens"]
+    _, text_only = embedded.chat([{"role": "user", "content": "quite another prompt"}], max_tokens=1)
+    assert text_only["usage"]["prompt_tokens_details"]["cached_tokens"] < text_only["usage"]["prompt_tokens"]

@@ -1,0 +1,154 @@
+"""How near the engine comes to what this machine can do: decode, prefill and vision beside their own matrix products and attention.
+
+    python -m benchmarks.engine --checkpoint mid --threads 1
+
+Everything is timed in turn, round after round in one process, so that whatever else the machine does falls on all alike. A product is timed
+alone on weights that are larger together than the last-level cache, with every kernel there is for it: torch's own, oneDNN's on packed
+weights, ours. Prints tables of medians, and a last line of JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import checkpoints, passes
+from benchmarks.passes import Case, Pass
+from common.checkpoint import open_checkpoint
+from common.device import choose_dtype
+from common.kernels.library import bfloat16_kernels, cpu_flags
+from common.torch_tensors import DTYPES
+
+CPU = torch.device("cpu")
+BIG = 10**9
+ROUNDS, QUICK_ROUNDS = 7, 3
+SECONDS_A_TURN = 0.05
+INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni")
+
+
+@dataclass
+class Measured:
+    """Seconds of every case, one entry a round."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+
+def measure(cases: dict[str, Case], rounds: int) -> Measured:
+    """Each case in turn; short ones several times a turn. The first round warms up and says how often."""
+    repeats = {name: max(1, round(SECONDS_A_TURN / timed(case.run, 1))) for name, case in cases.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            seconds[name].append(timed(case.run, repeats[name]) / case.calls)
+    return Measured(seconds)
+
+
+def timed(run: Callable[[], object], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats
+
+
+def report_kernels(measured: Measured, timed_passes: list[Pass]) -> None:
+    """The products and attention calls of every pass, each kernel's median."""
+    print(f"\n{'call':44} {'kernel':8} {'ms':>9} {'GB/s':>7} {'GFLOPS':>8}")
+    for part in {part.name: part for each in timed_passes for part in each.parts}.values():
+        for kernel in part.kernels:
+            seconds = measured.median(f"{part.name}/{kernel}")
+            gigabytes, gigaflops = (amount / seconds / BIG for amount in (part.num_bytes, part.num_flops))
+            print(f"{part.name:44} {kernel:8} {seconds * 1e3:9.3f} {gigabytes:7.1f} {gigaflops:8.0f}")
+
+
+def summary(measured: Measured, each: Pass, bandwidth: float) -> dict[str, float]:
+    """What the pass takes, and of that what its calls take alone: the fastest kernels, and those that the engine uses."""
+    whole = measured.median(each.name)
+    best = sum(part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels) for part in each.parts)
+    used = sum(part.count * measured.median(f"{part.name}/{part.used}") for part in each.parts)
+    linears = [part for part in each.parts if part.is_linear]
+    limit = sum(part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels) for part in linears)
+    weights = sum(part.count * part.num_bytes for part in linears)
+    return {
+        "ms": round(whole * 1e3, 2),
+        "products_at_best_share": round(limit / whole, 3),
+        "calls_at_best_share": round(best / whole, 3),
+        "calls_as_used_share": round(used / whole, 3),
+        "read_bandwidth_share": round(weights / bandwidth / whole, 3),
+    }
+
+
+def report(measured: Measured, timed_passes: list[Pass], bandwidth: float) -> dict[str, dict[str, float]]:
+    found = {each.name: summary(measured, each, bandwidth) for each in timed_passes}
+    print(f"\n{'pass':28} {'ms':>9}   share of it that is taken by")
+    print(f"{'':28} {'':>9} {'products':>10} {'and attention':>14} {'as used':>9} {'reading the weights once':>25}")
+    for name, values in found.items():
+        shares = [values[key] for key in ("products_at_best_share", "calls_at_best_share", "calls_as_used_share", "read_bandwidth_share")]
+        print(f"{name:28} {values['ms']:9.2f} {shares[0]:10.1%} {shares[1]:14.1%} {shares[2]:9.1%} {shares[3]:25.1%}")
+    return found
+
+
+def machine() -> dict[str, object]:
+    model = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [flag for flag in INTERESTING_FLAGS if flag in cpu_flags()],
+        "own_kernels": bfloat16_kernels() is not None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="mid", help="mid, 3b (made where they are not there yet), or a model directory")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "twinlens" / "checkpoints", help="where they are made")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--context", type=int, default=330, help="tokens that a decoding sequence has (a 448x448 image and a question)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no large image")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    made = options.checkpoint in checkpoints.SHAPES
+    checkpoint = open_checkpoint(checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint)
+    dtype = choose_dtype(options.dtype, CPU, checkpoint)
+    conditions = machine() | {"checkpoint": checkpoint.name, "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
+    assert dtype in DTYPES.values()
+    print(", ".join(f"{key} {value}" for key, value in conditions.items()))
+
+    timed_passes = passes.of_language(checkpoint, dtype, options.context) + passes.of_vision(checkpoint, dtype, options.quick)
+    num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
+    cases = {"read": passes.reading(num_bytes)} | {case.name: case for each in timed_passes for case in each.cases()}
+    measured = measure(cases, QUICK_ROUNDS if options.quick else ROUNDS)
+
+    bandwidth = num_bytes / measured.median("read")
+    report_kernels(measured, timed_passes)
+    print(f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best {num_bytes / min(measured.seconds['read']) / BIG:.1f})")
+    found = report(measured, timed_passes, bandwidth)
+    overhead = passes.scheduling_overhead(checkpoint, dtype, options.context)
+    print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
+    print(json.dumps(conditions | {"read_gb_per_s": round(bandwidth / BIG, 2), "passes": found, "scheduling_overhead": round(overhead, 4)}))
+
+
+if __name__ == "__main__":
+    main()
