@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoints, passes
-from benchmarks.passes import Case, Pass
+from benchmarks import checkpoints, passes, scheduling
+from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
 from common.checkpoint import open_checkpoint
 from common.device import choose_dtype
 from common.kernels.library import bfloat16_kernels, cpu_flags
-from common.torch_tensors import DTYPES
+from services.llm.families.qwen2_5_vl import TextConfig
+from services.llm.model_runner import ModelRunner
+from services.vision.families.qwen2_5_vl import VisionTower
 
-CPU = torch.device("cpu")
 BIG = 10**9
 ROUNDS, QUICK_ROUNDS = 7, 3
 SECONDS_A_TURN = 0.05
@@ -133,19 +134,24 @@ def main() -> None:
     checkpoint = open_checkpoint(checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint)
     dtype = choose_dtype(options.dtype, CPU, checkpoint)
     conditions = machine() | {"checkpoint": checkpoint.name, "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
-    assert dtype in DTYPES.values()
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
-    timed_passes = passes.of_language(checkpoint, dtype, options.context) + passes.of_vision(checkpoint, dtype, options.quick)
+    num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
+    runner = ModelRunner(checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE)
+    timed_passes = passes.of_language(runner, TextConfig.of(checkpoint), dtype, options.context)
+    pictures = list(PICTURES)[: 1 if options.quick else None]
+    timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {case.name: case for each in timed_passes for case in each.cases()}
     measured = measure(cases, QUICK_ROUNDS if options.quick else ROUNDS)
 
     bandwidth = num_bytes / measured.median("read")
     report_kernels(measured, timed_passes)
-    print(f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best {num_bytes / min(measured.seconds['read']) / BIG:.1f})")
+    print(
+        f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best {num_bytes / min(measured.seconds['read']) / BIG:.1f})"
+    )
     found = report(measured, timed_passes, bandwidth)
-    overhead = passes.scheduling_overhead(checkpoint, dtype, options.context)
+    overhead = scheduling.overhead(runner, checkpoint, num_blocks, BLOCK_SIZE, options.context)
     print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
     print(json.dumps(conditions | {"read_gb_per_s": round(bandwidth / BIG, 2), "passes": found, "scheduling_overhead": round(overhead, 4)}))
 

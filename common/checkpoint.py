@@ -34,6 +34,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     num_bytes: int
     offset: int
+    """Of its first byte in the file."""
     """In bytes, of its first element in the file."""
 
 

@@ -18,41 +18,39 @@ class Linear:
     """x [n, num_inputs] -> x @ weight.T + bias [n, num_outputs]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._bias = bias
+        self._weight, self._bias = weight, bias
         self._num_outputs, self._num_inputs = weight.shape
-        self._weight = weight
-        self._packed: Tensor | None = None
-        self._kernels: ctypes.CDLL | None = None
-        if weight.device.type == "cpu" and can_pack(weight.dtype):
-            self._pack(weight)
+        self.max_kernel_rows = 0
+        self._is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
+        if self._is_packed:
+            self._pack()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """With `residual` added where it is given."""
-        if self._kernels is not None and 0 < len(x) <= self._max_kernel_rows:
-            return self._by_kernel(self._kernels, x, residual)
-        if self._packed is None:
-            product = F.linear(x, self._weight, self._bias)
-        else:
-            product = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if 0 < x.shape[0] <= self.max_kernel_rows:
+            return self._by_kernel(x, residual)
+        product = self.by_onednn(x) if self._is_packed else F.linear(x, self._weight, self._bias)
         return product if residual is None else product.add_(residual)
 
-    def _pack(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._weight = self._packed
-        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0:
-            self._kernels = kernels_for_packed()
-            self._address = torch.ops.mkldnn.data_ptr(self._packed)
-            self._bias_address = None if self._bias is None else self._bias.data_ptr()
-            self._max_kernel_rows = MAX_KERNEL_ROWS_BESIDE_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
+    def by_onednn(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
-    def _by_kernel(self, kernels: ctypes.CDLL, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _pack(self) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        kernels = kernels_for_packed() if self._weight.dtype is torch.bfloat16 and self._num_inputs % 2 == 0 else None
+        if kernels is not None:
+            self._kernel, self.max_kernel_rows = kernels.linear, max_kernel_rows()
+            self._address = torch.ops.mkldnn.data_ptr(self._weight)
+            self._bias_address = None if self._bias is None else self._bias.data_ptr()
+
+    def _by_kernel(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.stride(1) != 1:
             x = x.contiguous()
         if residual is not None:
             residual = residual.contiguous()
-        num_rows = len(x)
+        num_rows = x.shape[0]
         out = x.new_empty(num_rows, self._num_outputs)
-        kernels.linear(
+        self._kernel(
             x.data_ptr(),
             x.stride(0),
             self._address,
@@ -65,6 +63,10 @@ class Linear:
             torch.get_num_threads(),
         )
         return out
+
+
+def max_kernel_rows() -> int:
+    return MAX_KERNEL_ROWS_BESIDE_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -92,6 +92,9 @@ class PreprocessSettings(Service, Context, Pixels, Model):
 @dataclass(frozen=True, kw_only=True)
 class VisionSettings(Service, Engine, Model):
     embedding_cache_mib: int = setting(256, "image embeddings kept for repeated images, in MiB; 0: none")
+    simulate_vision_ms: float | None = setting(
+        None, "no tower: each image takes so many milliseconds and gives noise, for tests and measurements"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,9 @@ class ServeSettings(Batching, Context, Pixels, Engine, Doors, Model):
     preprocess: int = setting(1, "preprocess replicas")
     detokenizer: int = setting(1, "detokenizer replicas")
     embedding_cache_mib: int = setting(256, "image embeddings kept by each vision replica, in MiB; 0: none")
+    simulate_vision_ms: float | None = setting(
+        None, "vision replicas without a tower: each image takes so many milliseconds and gives noise"
+    )
     read: str = setting("", "once ready, read this image and print its text and what each stage took")
     log_format: str = setting("auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json"))
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))

@@ -61,6 +61,10 @@ class Tensor:
     def of_text(cls, text: str) -> "Tensor":
         return cls.of_bytes(text.encode())
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
     def numpy(self) -> np.ndarray:
         """A read-only view; bfloat16 comes as uint16."""
         return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-import torch
+from common.wire import Tensor
 
 
 class EmbeddingCache:
@@ -10,15 +10,15 @@ class EmbeddingCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[str, Tensor] = OrderedDict()
 
-    def get(self, mm_hash: str) -> torch.Tensor | None:
+    def get(self, mm_hash: str) -> Tensor | None:
         if mm_hash not in self._entries:
             return None
         self._entries.move_to_end(mm_hash)
         return self._entries[mm_hash]
 
-    def put(self, mm_hash: str, embeddings: torch.Tensor) -> None:
+    def put(self, mm_hash: str, embeddings: Tensor) -> None:
         if embeddings.nbytes > self.max_bytes or mm_hash in self._entries:
             return
         self._entries[mm_hash] = embeddings

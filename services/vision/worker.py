@@ -5,13 +5,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from common.links import Down, Event, Received
 from common.logs import get_logger
 from common.member import Member
 from common.messages import Abort, Embeddings, Failed, Grant, Offer, Pixels
-from common.torch_tensors import to_torch, to_wire
+from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 
 # One image in the tower and one whose pixels come meanwhile: more would only hold memory.
@@ -21,8 +19,14 @@ Key = tuple[str, int, int]
 """(request_id, attempt, image)."""
 
 
+class DeviceLost(Exception):
+    """The device is lost to this process: it must end, and be started anew."""
+
+
 class Tower(Protocol):
-    def encode(self, patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor: ...
+    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+        """uint8 [num_patches, channels * patch_size ** 2] to [num_image_tokens, hidden_size]."""
+        ...
 
 
 @dataclass(slots=True)
@@ -32,7 +36,7 @@ class Job:
     offer: Offer
     preprocess_id: str
     granted: bool = False
-    patches: torch.Tensor | None = None
+    patches: Tensor | None = None
     offered: float = field(default_factory=time.monotonic)
 
 
@@ -78,7 +82,7 @@ class Worker:
         if pixels.patches.shape[:1] != (job.offer.num_patches,) or pixels.patches.dtype != "uint8":
             self._fail(job, f"{pixels.patches} came for {job.offer.num_patches} patches")
         else:
-            job.patches = to_torch(pixels.patches)
+            job.patches = pixels.patches
 
     def _grant(self) -> None:
         """Keeps the next image's pixels on their way while the tower is at work; an image that is in work twice needs them once."""
@@ -99,8 +103,8 @@ class Worker:
         began = time.monotonic()
         try:
             embeddings = self._tower.encode(job.patches, job.offer.grid_thw)
-        except torch.AcceleratorError:
-            raise  # the device is lost to this process: end, and be started anew
+        except DeviceLost:
+            raise
         except Exception as e:  # noqa: BLE001 - the outermost loop: one image that cannot be encoded ends nothing else
             self._log.exception("image failed", request_id=job.offer.request_id, image=job.offer.image)
             self._fail(job, f"the vision tower failed ({type(e).__name__}): see the vision log")
@@ -111,13 +115,13 @@ class Worker:
             del self._jobs[twin.offer.request_id, twin.offer.attempt, twin.offer.image]
             self._deliver(twin, embeddings, queued=began - twin.offered, encoded=encoded, cached=twin is not job)
 
-    def _deliver(self, job: Job, embeddings: torch.Tensor, queued: float, encoded: float, cached: bool) -> None:
+    def _deliver(self, job: Job, embeddings: Tensor, queued: float, encoded: float, cached: bool) -> None:
         offer = job.offer
         self._member.links.connect(offer.llm, "llm")  # anew, where the connection broke since the offer
         message = Embeddings(
             **name_of(offer),
             mm_hash=offer.mm_hash,
-            embeddings=to_wire(embeddings),
+            embeddings=embeddings,
             preprocess_id=job.preprocess_id,
             queue_seconds=queued,
             encode_seconds=encoded,

@@ -162,3 +162,15 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_ends_serve_with_the_re
     ended = serve("--model", str(model))
     assert ended.returncode == 2
     assert "gate_proj" in ended.stderr
+
+
+def test_simulated_vision_replicas_answer_each_picture_differently() -> None:
+    from tests.preprocess.test_images import encoded, noise
+
+    with Running("--vision", "3", "--simulate-vision-ms", "20", "--model", str(GOLDEN / "a_image" / "checkpoint")) as system:
+        pictures = [encoded(noise(56, 56, seed)) for seed in range(6)]
+        body = {"max_tokens": 8, "ignore_eos": True, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda picture: system.chat(ask_about(picture), **body), pictures))
+        assert [status for status, _ in answers] == [200] * 6
+        assert len({text_of(answer) for _, answer in answers}) >= 5

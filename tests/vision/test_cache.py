@@ -1,13 +1,14 @@
 """The embedding cache is bounded in bytes and forgets what was not used for longest."""
 
-import torch
+import numpy as np
 
+from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 
 
-def rows(count: int) -> torch.Tensor:
+def rows(count: int) -> Tensor:
     """As many times 16 bytes."""
-    return torch.full((count, 4), float(count))
+    return Tensor.of(np.full((count, 4), count, np.float32))
 
 
 def test_what_was_put_comes_back_and_the_rest_is_absent() -> None:

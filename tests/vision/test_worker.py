@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from common.links import Down, Event
 from common.messages import Abort, Embeddings, Failed, Grant, Offer, Peer, Pixels
-from common.torch_tensors import to_torch
 from common.wire import Tensor
 from services.vision.__main__ import load_of
 from services.vision.cache import EmbeddingCache
-from services.vision.worker import MAX_GRANTED, Job, Key, Worker
+from services.vision.worker import MAX_GRANTED, DeviceLost, Job, Key, Worker
 from tests.fakes import FakeMember, received
 
 LLM = Peer("llm-1", "ipc:///llm-1")
@@ -26,13 +24,14 @@ class FakeTower:
 
     def __init__(self) -> None:
         self.encoded: list[int] = []
-        self.error: type[Exception] = torch.OutOfMemoryError
+        self.error: type[Exception] = MemoryError
 
-    def encode(self, patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
-        self.encoded.append(int(patches.sum()))
-        if not patches.any():
+    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+        total = patches.numpy().sum(dtype=np.int64)
+        self.encoded.append(int(total))
+        if not total:
             raise self.error("no memory is left")
-        return patches.float().sum().reshape(1, 1)
+        return Tensor.of(np.array([[total]], np.float32))
 
 
 class Replica:
@@ -51,7 +50,7 @@ class Replica:
     def embeddings(self) -> list[tuple[str, float]]:
         """(request_id, value) of what went to the language group."""
         assert self.member.links.of(Embeddings) == [m for m in self.member.links.to(LLM.id) if isinstance(m, Embeddings)]
-        return [(message.request_id, to_torch(message.embeddings).item()) for message in self.member.links.of(Embeddings)]
+        return [(message.request_id, message.embeddings.numpy().item()) for message in self.member.links.of(Embeddings)]
 
 
 def offer(request_id: str, mm_hash: str, image: int = 0, preprocess: str = "preprocess-1") -> list[Event]:
@@ -138,7 +137,7 @@ def test_pixels_that_are_not_as_offered_fail_their_image_alone(wrong: dict[str, 
     assert not replica.jobs
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, IndexError])
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, IndexError])
 def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception]) -> None:
     replica = Replica()
     replica.tower.error = error
@@ -152,8 +151,8 @@ def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception
 
 def test_a_lost_device_ends_the_process() -> None:
     replica = Replica()
-    replica.tower.error = torch.AcceleratorError
-    with pytest.raises(torch.AcceleratorError):
+    replica.tower.error = DeviceLost
+    with pytest.raises(DeviceLost):
         replica.play(offer("r", "a"), pixels("r", 0))
 
 

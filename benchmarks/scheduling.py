@@ -1,0 +1,61 @@
+"""What a step of the engine takes beside its forward pass: scheduling, planning, sampling."""
+
+import time
+
+import numpy as np
+from torch import Tensor
+
+from common.checkpoint import Checkpoint
+from common.messages import Peer, Prompt, Sampling, Stopping
+from common.wire import Tensor as WireTensor
+from services.llm.block_pool import BlockPool
+from services.llm.engine import Engine
+from services.llm.guides import Guides
+from services.llm.model_runner import ModelRunner
+from services.llm.plan import StepPlan
+from services.llm.sampler import Sampler
+from services.llm.scheduler import Scheduler
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+BATCH, STEPS = 16, 20
+
+
+def overhead(runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block_size: int, context: int) -> float:
+    """The share of a decode step at batch 16 that is not the forward pass, by the CPU time of this thread: waiting is no work."""
+    inside = [0.0]
+
+    def execute(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
+        began = time.thread_time()
+        logits = runner.execute(plan, embeddings)
+        inside[0] += time.thread_time() - began
+        return logits
+
+    eos = checkpoint.eos_token_ids
+    scheduler = Scheduler(BlockPool(num_blocks), block_size, BATCH, BATCH * context)
+    engine = Engine(scheduler, execute, Sampler(), Guides(checkpoint.path, runner.vocab_size, eos), runner.hidden_size, eos)
+    for number in range(BATCH):
+        engine.add(prompt_of(number, context))
+    engine.step()
+    engine.step()
+    inside[0], began = 0.0, time.thread_time()
+    for _ in range(STEPS):
+        engine.step()
+    return 1 - inside[0] / (time.thread_time() - began)
+
+
+def prompt_of(number: int, length: int) -> Prompt:
+    return Prompt(
+        request_id=f"request-{number}",
+        attempt=0,
+        gateway_id="gateway",
+        token_ids=WireTensor.of(np.random.default_rng(number).integers(0, 200, length)),
+        positions=WireTensor.of(np.tile(np.arange(length), (3, 1))),
+        rope_delta=0,
+        placeholders=WireTensor.of(np.zeros((0, 2), np.int64)),
+        mm_hashes=WireTensor.of(np.zeros((0, 32), np.uint8)),
+        sampling=GREEDY,
+        stopping=Stopping(max_tokens=STEPS + 10, ignore_eos=True),
+        detokenizer=Peer("detokenizer", "tcp://127.0.0.1:1"),
+        timeout=600.0,
+        timings=WireTensor.of_text('{"images": []}'),
+    )

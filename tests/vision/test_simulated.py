@@ -1,0 +1,54 @@
+"""Embeddings without a tower: a function of the pixels that a language model tells apart."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from common.checkpoint import open_checkpoint
+from common.wire import Tensor
+from services.vision.simulated import SimulatedTower, spread_of_token_embeddings
+from tests.golden import GoldenCase
+
+GRID = (1, 4, 8)
+
+
+def patches(value: int) -> Tensor:
+    return Tensor.of(np.full((32, 588), value, np.uint8))
+
+
+@pytest.fixture(params=["a_image", "b_two_images_tied"])
+def case(request: pytest.FixtureRequest) -> GoldenCase:
+    return GoldenCase(request.param)
+
+
+def test_equal_pixels_give_equal_embeddings_and_others_different_ones(case: GoldenCase) -> None:
+    tower, other = (SimulatedTower(open_checkpoint(case.checkpoint), 0) for _ in range(2))
+    first = tower.encode(patches(1), GRID).numpy()
+    assert np.array_equal(first, other.encode(patches(1), GRID).numpy())
+    assert not np.allclose(first, tower.encode(patches(2), GRID).numpy())
+    assert not np.allclose(first.reshape(-1)[:8], tower.encode(patches(1), (1, 8, 4)).numpy().reshape(-1)[:8])
+
+
+def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase) -> None:
+    checkpoint = open_checkpoint(case.checkpoint)
+    found = SimulatedTower(checkpoint, 0).encode(patches(3), GRID)
+    assert found.shape == (8, checkpoint.text_config["hidden_size"]) and found.dtype == "float32"
+    assert abs(float(found.numpy().mean())) < 1e-6
+    assert float(found.numpy().std()) == pytest.approx(spread_of_token_embeddings(checkpoint), rel=0.15)
+
+
+def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
+    from safetensors import safe_open
+
+    checkpoint = open_checkpoint(case.checkpoint)
+    info = checkpoint.tensors["model.embed_tokens.weight"]
+    with safe_open(info.file, "pt") as file:
+        expected = file.get_tensor("model.embed_tokens.weight").float().std(correction=0).item()
+    assert spread_of_token_embeddings(checkpoint) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_torch_is_imported_for_it() -> None:
+    code = "import sys, services.vision.__main__, services.vision.simulated; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
