@@ -204,8 +204,17 @@ INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int
     return greatest;
 }
 
-/* Adds the values, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in registers. */
-INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int count, const float *weights, const float *shrink, int num_heads, int dim, float *sums)
+/* Weights of two keys side by side, as the product of pairs wants them. */
+INLINE __m512i pair_weights(__m512 first, __m512 second)
+{
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* Adds the values of pairs of keys, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in
+ * registers; interleaving two values leaves every four of their entries at another place, see `in_order`. */
+INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int num_pairs, const int32_t *weights, const float *shrink,
+                  int num_heads, int dim, float *sums)
 {
     for (int h = 0; h < num_heads; h += 8)
         for (int d = 0; d < dim; d += 2 * LANES) {
@@ -215,15 +224,16 @@ INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int
 #pragma GCC unroll 2
                 for (int j = 0; j < 2; j++)
                     c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES), _mm512_set1_ps(shrink[h + i]));
-            for (int t = 0; t < count; t++) {
-                const bf16 *value = values + places[t] + d;
-                _mm_prefetch((const char *)(values + ahead[t] + d), _MM_HINT_T0);
-                __m512 low = load(value, 0xffff), high = load(value + LANES, 0xffff);
+            for (int t = 0; t < num_pairs; t++) {
+                __m512i first = _mm512_loadu_si512(values + places[2 * t] + d), second = _mm512_loadu_si512(values + places[2 * t + 1] + d);
+                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second), high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+                _mm_prefetch((const char *)(values + ahead[2 * t] + d), _MM_HINT_T0);
+                _mm_prefetch((const char *)(values + ahead[2 * t + 1] + d), _MM_HINT_T0);
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
-                    __m512 weight = _mm512_set1_ps(weights[t * MAX_HEADS + h + i]);
-                    c[i][0] = _mm512_fmadd_ps(low, weight, c[i][0]);
-                    c[i][1] = _mm512_fmadd_ps(high, weight, c[i][1]);
+                    __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[t * MAX_HEADS + h + i]);
+                    c[i][0] = _mm512_dpbf16_ps(c[i][0], low, weight);
+                    c[i][1] = _mm512_dpbf16_ps(c[i][1], high, weight);
                 }
             }
 #pragma GCC unroll 8
@@ -231,6 +241,13 @@ INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int
 #pragma GCC unroll 2
                 for (int j = 0; j < 2; j++) _mm512_store_ps(sums + (h + i) * dim + d + j * LANES, c[i][j]);
         }
+}
+
+/* Undoes the interleaving: which of 32 sums belong to 16 entries that follow each other. */
+INLINE __m512 in_order(const float *sums, int half)
+{
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    return _mm512_permutex2var_ps(_mm512_load_ps(sums), _mm512_add_epi32(order, _mm512_set1_epi32(8 * half)), _mm512_load_ps(sums + LANES));
 }
 
 /* Copies rows of `width` to their slots. */
@@ -242,27 +259,30 @@ void scatter(const bf16 *x, long stride, bf16 *y, const int64_t *slots, long num
 typedef struct {
     const bf16 *keys, *values;
     const int64_t *blocks;
-    long block_size, stride, length;
+    uint32_t block_size;
+    long stride, length;
 } Context;
 
 /* Where the keys and values from `first` lie; beyond the last it is the last one's place. */
 INLINE void locate(const Context *context, long first, long *places)
 {
     for (int t = 0; t < KEYS; t++) {
-        long token = first + t < context->length ? first + t : context->length - 1;
-        long block = context->blocks[token / context->block_size];
-        places[t] = (block * context->block_size + token % context->block_size) * context->stride;
+        uint32_t token = (uint32_t)(first + t < context->length ? first + t : context->length - 1), size = context->block_size;
+        places[t] = (context->blocks[token / size] * size + token % size) * context->stride;
     }
 }
 
 /* One key head of one sequence: the queries of its heads against its whole context, with a running maximum. */
 static void attend(const Context *context, const bf16 *queries, int num_heads, int dim, bf16 *y)
 {
-    int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64))) = {0};
-    float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64))) = {0};
+    int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64)));
+    float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64)));
     float shrink[MAX_HEADS] __attribute__((aligned(64)));
     long places[2][KEYS];
-    __m512 scores[KEYS], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    int32_t weights[KEYS / 2 * MAX_HEADS] __attribute__((aligned(64)));
+    __m512 scores[KEYS + 1], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    memset(q, 0, dim / 2 * MAX_HEADS * sizeof *q);
+    memset(sums, 0, MAX_HEADS * dim * sizeof *sums);
     for (int h = 0; h < num_heads; h++)
         for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
     locate(context, 0, places[0]);
@@ -278,13 +298,16 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
             scores[t] = power_of_two(_mm512_sub_ps(scores[t], best));
             total = _mm512_add_ps(total, scores[t]);
         }
+        scores[count] = _mm512_setzero_ps();
+        int num_pairs = (count + 1) / 2;
+        for (int t = 0; t < num_pairs; t++) _mm512_store_si512(weights + t * MAX_HEADS, pair_weights(scores[2 * t], scores[2 * t + 1]));
         _mm512_store_ps(shrink, factor);
-        weigh(context->values, here, ahead, count, (const float *)scores, shrink, num_heads, dim, sums);
+        weigh(context->values, here, ahead, num_pairs, weights, shrink, num_heads, dim, sums);
     }
     _mm512_store_ps(shrink, total);
     for (int h = 0; h < num_heads; h++)
         for (int d = 0; d < dim; d += LANES)
-            store(y + h * dim + d, 0xffff, _mm512_div_ps(_mm512_load_ps(sums + h * dim + d), _mm512_set1_ps(shrink[h])));
+            store(y + h * dim + d, 0xffff, _mm512_div_ps(in_order(sums + h * dim + d / (2 * LANES) * 2 * LANES, d / LANES % 2), _mm512_set1_ps(shrink[h])));
 }
 
 /* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
@@ -308,13 +331,15 @@ void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16
 /* Keys as weights: panels of 64 keys, [panels][dim / 2][64][2]; what is beyond the last key is zero. */
 static void pack_keys(const bf16 *keys, long stride, long length, int dim, bf16 *packed)
 {
+    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)stride));
     for (long first = 0; first < length; first += PANEL, packed += PANEL * dim)
-        for (int t = 0; t < PANEL; t++)
+        for (int t = 0; t < PANEL; t += LANES) {
+            __mmask16 mask = first + t < length ? mask_of(length - first - t) : 0;
             for (int d = 0; d < dim / 2; d++) {
-                int32_t pair = 0;
-                if (first + t < length) memcpy(&pair, keys + (first + t) * stride + 2 * d, 4);
-                memcpy(packed + d * 2 * PANEL + 2 * t, &pair, 4);
+                __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, rows, keys + (first + t) * stride + 2 * d, 2);
+                _mm512_storeu_si512(packed + d * 2 * PANEL + 2 * t, pairs);
             }
+        }
 }
 
 /* Values as weights, tokens being the inputs: [padded length / 2][dim][2]. */
@@ -388,8 +413,12 @@ static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const b
 static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 *keys, const bf16 *values, long length, int dim, long visible, int step,
                          bf16 *y, long y_stride)
 {
-    Running running = {0};
-    for (int i = 0; i < num_rows; i++) running.greatest[i] = -INFINITY;
+    Running running;
+    memset(running.sums, 0, (long)num_rows * dim * sizeof *running.sums);
+    for (int i = 0; i < num_rows; i++) {
+        running.totals[i] = _mm512_setzero_ps();
+        running.greatest[i] = -INFINITY;
+    }
     long last = visible + (long)(num_rows - 1) * step;
     length = last < length ? last : length;
     for (long first = 0; first < length; first += CHUNK) {

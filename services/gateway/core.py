@@ -18,6 +18,7 @@ from common.messages import Abort, Delta, Failed, Peer, Routed, Submit
 from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
 from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+from services.gateway.pace import Pace
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
@@ -58,6 +59,7 @@ class GatewayCore:
         self._up: dict[str, Up] = {}
         self._members: list[control_pb2.Member] = []
         self._stopping = False
+        self._pace = Pace()
         self._idle = asyncio.Event()
         self._log = get_logger()
         self.links: Any = None
@@ -67,9 +69,8 @@ class GatewayCore:
     @contextlib.asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
         record = self._admit(request)
-        timeout = self._request_timeout if request.timeout is None else request.timeout
         try:
-            async with contextlib.aclosing(self._events(record, timeout)) as events:
+            async with contextlib.aclosing(self._events(record, self._timeout(request))) as events:
                 yield events
         finally:
             if record.request.request_id in self._records:
@@ -126,13 +127,23 @@ class GatewayCore:
             raise Unavailable("the gateway is stopping: try again", stage="gateway", retry_after=1.0)
         if missing := [role for role in CONNECTED_STAGES if not self._connected(role)]:
             raise Unavailable(f"no {' and no '.join(missing)} is connected: try again in a moment", stage="gateway", retry_after=1.0)
-        waiting = sum(r.first_token is None for r in self._records.values())
+        waiting, timeout = self._num_waiting(), self._timeout(request)
+        wait = self._pace.expected_wait(waiting)
         if waiting >= self._max_waiting:
-            raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", stage="gateway", retry_after=1.0)
+            raise Exhausted(f"{waiting} requests are waiting, which is the limit: try again later", "gateway", retry_after=max(1.0, wait))
+        if wait > timeout:
+            reason = f"{waiting} requests are waiting and take about {wait:.0f} s, the deadline is in {timeout:g} s: try again later"
+            raise Exhausted(reason, "gateway", retry_after=max(1.0, wait - timeout))
         record = Record(self._renamed(request), self._choose("preprocess"), self._choose("detokenizer"))
         self._submit(record)
         self._records[record.request.request_id] = record
         return record
+
+    def _num_waiting(self) -> int:
+        return sum(record.first_token is None for record in self._records.values())
+
+    def _timeout(self, request: GenerationRequest) -> float:
+        return self._request_timeout if request.timeout is None else request.timeout
 
     def _renamed(self, request: GenerationRequest) -> GenerationRequest:
         """Clients and proxies send an id again; the stages drop what comes for a request that ended, so here each has its own."""
@@ -170,7 +181,7 @@ class GatewayCore:
                 sampling=request.sampling,
                 stopping=request.stopping,
                 detokenizer=Peer(record.detokenizer, self._up[record.detokenizer].address),
-                timeout=self._request_timeout if request.timeout is None else request.timeout,
+                timeout=self._timeout(request),
                 return_prompt_token_ids=request.return_prompt_token_ids,
                 guide_kind=request.guide_kind,
                 guide=Tensor.of_text(request.guide) if request.guide else None,
@@ -222,6 +233,7 @@ class GatewayCore:
             return
         if record.first_token is None:
             record.first_token = time.monotonic()
+            self._pace.first_token(record.first_token, self._num_waiting())
             record.events.put_nowait(Began(record.prompt_token_ids))
         ids = delta.token_ids.numpy().tolist()
         record.token_ids += ids

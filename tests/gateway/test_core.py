@@ -273,3 +273,16 @@ async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing()
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed(), delta(0, [1], "a"), failed(stage="vision", image=0), delta(1, [2], "b", "stop"))
         assert [type(event) for event in [event async for event in events]] == [Began, Piece, Piece, Ended]
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_when_to_come_back() -> None:
+    gateway = Gateway(max_waiting=100)
+    for n in range(3):
+        gateway.core._pace.first_token(10.0 * n, num_waiting=1)
+    async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
+        with pytest.raises(Exhausted, match="about 20 s") as refused:
+            async with gateway.core.generate(request("c", timeout=15.0)):
+                pass
+        assert refused.value.retry_after == pytest.approx(5.0)
+        async with gateway.core.generate(request("d", timeout=25.0)):
+            pass
