@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import ceil
 
 import numpy as np
@@ -25,7 +25,7 @@ PROMPT_TOKENS = 1000
 PICTURES = {"448x448": (32, 32), "1288x728": (52, 92)}
 # Above so many rows a product is bound by arithmetic, and where its weights lie is of no matter.
 MAX_STREAMING_ROWS = 64
-WEIGHTS_BYTES = 256 * 2**20
+WEIGHTS_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,12 @@ def of_language(runner: ModelRunner, config: TextConfig, dtype: torch.dtype, con
     for batch in BATCHES:
         plan = plan_of([1] * batch, [context] * batch)
         parts = [*decoder_parts(config, config.num_layers, batch, batch, dtype), decode_attention_part(runner, plan, config, dtype)]
-        found.append(Pass(f"decode, batch {batch}", lambda plan=plan: runner.execute(plan, []), parts))
+        found.append(Pass(f"decode, batch {batch}", partial(runner.execute, plan, []), parts))
     plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS])
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     parts = decoder_parts(config, config.num_layers - 1, PROMPT_TOKENS, 1, dtype)
     parts.append(attention_part("attention", config.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True))
-    return [*found, Pass(f"prefill of {PROMPT_TOKENS} tokens", lambda: runner.execute(plan, []), parts)]
+    return [*found, Pass(f"prefill of {PROMPT_TOKENS} tokens", partial(runner.execute, plan, []), parts)]
 
 
 def decoder_parts(config: TextConfig, num_whole_layers: int, num_rows: int, num_sampled: int, dtype: torch.dtype) -> list[Part]:
@@ -134,9 +134,9 @@ def decoder_parts(config: TextConfig, num_whole_layers: int, num_rows: int, num_
     hidden, q_size, inner = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     after_attention = (("o", hidden, q_size), ("gate and up", 2 * inner, hidden), ("down", hidden, inner))
     parts = [linear_part("qkv", config.num_layers, num_rows, q_size + 2 * config.num_kv_heads * config.head_dim, hidden, dtype)]
-    parts += [linear_part(label, num_whole_layers, num_rows, *shape, dtype) for label, *shape in after_attention]
+    parts += [linear_part(label, num_whole_layers, num_rows, n, k, dtype) for label, n, k in after_attention]
     if num_whole_layers < config.num_layers:
-        parts += [linear_part(label, config.num_layers - num_whole_layers, num_sampled, *shape, dtype) for label, *shape in after_attention]
+        parts += [linear_part(label, config.num_layers - num_whole_layers, num_sampled, n, k, dtype) for label, n, k in after_attention]
     return [*parts, linear_part("head", 1, num_sampled, config.vocab_size, hidden, dtype)]
 
 
@@ -145,7 +145,7 @@ def of_vision(tower: VisionTower, dtype: torch.dtype, pictures: list[str]) -> li
     for name in pictures:
         height, width = PICTURES[name]
         patches = torch.randint(0, 256, (height * width, 3 * tower.config.patch_size**2), dtype=torch.uint8)
-        run = lambda patches=patches, grid=(1, height, width): tower.encode(patches, grid)  # noqa: E731
+        run = partial(tower.encode, patches, (1, height, width))
         found.append(Pass(f"vision encode of {name}", run, vision_parts(tower, height, width, dtype)))
     return found
 
@@ -162,7 +162,7 @@ def vision_parts(tower: VisionTower, height: int, width: int, dtype: torch.dtype
         ("merger in", 1, rows // c.merge_unit, merged, merged),
         ("merger out", 1, rows // c.merge_unit, c.out_hidden_size, merged),
     )
-    parts = [linear_part(label, count, *shape, dtype) for label, count, *shape in shapes]
+    parts = [linear_part(label, count, num_rows, n, k, dtype) for label, count, num_rows, n, k in shapes]
     heads = (c.num_heads, c.num_heads, c.head_dim)
     parts.append(attention_part("all patches", num_full, 1, rows, *heads, dtype, causal=False))
     _, windows = window_order(height // c.spatial_merge_size, width // c.spatial_merge_size, c.window_size // c.patch_size // 2)

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -12,6 +13,7 @@ from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
 REPORT_SECONDS = 0.8  # `twinlens status` promises figures at most a second old
+LOOK_SECONDS = 0.1
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.2, 2.0
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
@@ -69,12 +71,16 @@ class Membership:
             retry = min(2 * retry, LAST_RETRY_SECONDS)
 
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
+        """At once when the state changes, soon after the load did, and for the lease."""
+        told = None
         while not self._stopped:
             self._changed.clear()
+            due = time.monotonic() + REPORT_SECONDS
             if self._member:
-                self._member.in_flight, self._member.queued = self._load()
+                self._member.in_flight, self._member.queued = told = self._load()
             yield control_pb2.JoinRequest(member=self._member, watch=self._on_members is not None)
-            self._changed.wait(REPORT_SECONDS)
+            while not self._changed.wait(LOOK_SECONDS) and time.monotonic() < due and (not self._member or self._load() == told):
+                pass
 
     def _hear(self, response: control_pb2.JoinResponse) -> None:
         if self._on_members:

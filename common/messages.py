@@ -126,6 +126,10 @@ class Submit(RequestMessage):
     guide_kind: Annotated[str, msgspec.Meta(pattern="^(json_object|json_schema|regex)?$")] = ""
     guide: Tensor | None = None
     """UTF-8: the JSON schema or the regular expression that the answer must follow."""
+    output_token_ids: Tensor | None = None
+    """int64: of an attempt after the first, the tokens that the client has already; the answer goes on after them."""
+    avoid: Name = ""
+    """The id of the language group that the last attempt was lost with."""
 
 
 GatewayToPreprocess = Hello | Beat | Submit | Abort
@@ -203,6 +207,8 @@ class Prompt(RequestMessage):
     """UTF-8 JSON: stage timings so far."""
     grammar: Tensor | None = None
     """UTF-8: what the answer must follow, for llguidance."""
+    output_token_ids: Tensor | None = None
+    """int64: tokens of earlier attempts, which the answer goes on after."""
 
 
 PreprocessToLlm = Hello | Beat | Prompt | Abort
@@ -279,6 +285,8 @@ class Start(RequestMessage):
     """Of the prompt; the completion's tokens are counted by the detokenizer."""
     timings: Tensor
     """UTF-8 JSON: the stages before the first token."""
+    output_token_ids: Tensor | None = None
+    """int64: tokens of earlier attempts; their text was delivered with them."""
 
 
 class Tokens(RequestMessage):

@@ -101,6 +101,7 @@ class VisionSettings(Service, Engine, Model):
 class LlmSettings(Service, Batching, Context, Engine, Model):
     group: str = setting("llm", "name of the tensor-parallel group, the same for all its ranks")
     rank: int = setting(0, "this process's rank in its group")
+    local_groups: int = setting(1, "language groups on this host, which share its memory")
     rendezvous: str = setting(
         "", "where the ranks of the group meet, for --tp above 1: tcp://HOST:PORT of rank 0, or file:///NEW/FILE on one host"
     )
@@ -123,6 +124,7 @@ class ServeSettings(Batching, Context, Pixels, Engine, Doors, Model):
     simulate_vision_ms: float | None = setting(
         None, "vision replicas without a tower: each image takes so many milliseconds and gives noise"
     )
+    llm: int = setting(1, "language groups, each of --tp ranks")
     read: str = setting("", "once ready, read this image and print its text and what each stage took")
     log_format: str = setting("auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json"))
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))

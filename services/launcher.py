@@ -66,7 +66,7 @@ class Launcher:
     def __init__(self, settings: ServeSettings, run_dir: Path) -> None:
         self._settings, self._run_dir = settings, run_dir
         self._children = [self._child(role, n) for role, count in counts(settings).items() for n in range(count)]
-        self._children += [self._rank("llm-0", rank) for rank in range(settings.tp)]
+        self._children += [self._rank(f"llm-{group}", rank) for group in range(settings.llm) for rank in range(settings.tp)]
         # Not an Event: this is also put to by signal handlers, which must not wait for a lock that their own thread holds.
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
@@ -99,7 +99,9 @@ class Launcher:
         return f"unix:{self._run_dir}/control.sock"
 
     def _rank(self, group: str, rank: int) -> Child:
-        child = self._child("llm", 0, name=group if rank == 0 else f"{group}.{rank}", group=group, rank=rank)
+        child = self._child(
+            "llm", 0, name=group if rank == 0 else f"{group}.{rank}", group=group, rank=rank, local_groups=self._settings.llm
+        )
         child.group = group
         return child
 

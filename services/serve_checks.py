@@ -19,7 +19,7 @@ def check(settings: ServeSettings) -> ServeSettings:
     BadSetting, BadCheckpoint
     """
     checkpoint = open_checkpoint(settings.model)
-    for name in ("tp", "detokenizer", "preprocess", "vision"):
+    for name in ("llm", "tp", "detokenizer", "preprocess", "vision"):
         if (count := getattr(settings, name)) < 1:
             raise BadSetting(f"{flag(name)} {count}: at least 1 is needed")
     if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.logs import get_logger
 
-SOURCE = Path(__file__).with_name("bfloat16.c")
+FOLDER = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-lm")
 COMPILE_SECONDS = 60
 SIGNATURES: dict[str, list[type]] = {
@@ -54,12 +54,14 @@ def cpu_flags() -> frozenset[str]:
 
 def compiled(compiler: str) -> Path:
     """The library for this source and this CPU, from the cache or made now: several processes may do so at once."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((*FLAGS, *sorted(cpu_flags()))).encode()).hexdigest()[:16]
-    path = cache_folder() / f"bfloat16-{key}.so"
+    sources = sorted(FOLDER.glob("*.[ch]"))
+    content = b"".join(file.read_bytes() for file in sources) + " ".join((*FLAGS, *sorted(cpu_flags()))).encode()
+    path = cache_folder() / f"bfloat16-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            subprocess.run([compiler, str(SOURCE), *FLAGS, "-o", str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            units = [str(file) for file in sources if file.suffix == ".c"]
+            subprocess.run([compiler, *units, *FLAGS, "-o", str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
             made.replace(path)
     return path
 

@@ -50,6 +50,8 @@ class Worker:
         match message:
             case Start(stopping=stopping):
                 decoder = IncrementalDecoder(self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens)
+                if message.output_token_ids:
+                    decoder.push(message.output_token_ids.numpy().tolist())  # what it gives was delivered by an earlier attempt
                 self._answers[key] = Answer(message, llm_id, decoder)
                 self._log.debug("answer begins", request_id=message.request_id)
             case Tokens() if key in self._answers:

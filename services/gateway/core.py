@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, from_code
 from common.links import Down, Received, Up
 from common.links import Event as LinkEvent
@@ -24,28 +26,37 @@ STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
 REMEMBERED_IDS = 20_000
 """As many as a language group remembers of requests that ended."""
+MAX_ATTEMPTS = 4
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One way of a request through the stages. `preprocess`, `detokenizer` and `llm` are the ids of those who hold it."""
+
+    number: int
+    preprocess: str
+    detokenizer: str
+    llm: str = ""
+    early: list[Delta] = field(default_factory=list)
+    """Came before Routed, by another connection."""
+    is_answering: bool = False
+
+    def depends_on(self, peer_id: str) -> bool:
+        """Preprocess keeps the images until they are taken, which they all are when the first token is there."""
+        return peer_id in (self.llm, self.detokenizer) or (peer_id == self.preprocess and not self.is_answering)
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """All that the gateway knows of a request under way. `preprocess`, `llm` and `detokenizer` are the ids of those who hold it."""
+    """All that the gateway knows of a request under way: enough to begin it anew anywhere, after the tokens the client has."""
 
     request: GenerationRequest
-    preprocess: str
-    detokenizer: str
-    attempt: int = 0
-    llm: str = ""
+    attempt: Attempt
     prompt_token_ids: list[int] | None = None
-    early: list[Delta] = field(default_factory=list)
-    """Came before Routed, by another connection."""
     token_ids: list[int] = field(default_factory=list)
     events: asyncio.Queue[Event | ServingError] = field(default_factory=asyncio.Queue)
     admitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-
-    def depends_on(self, peer_id: str) -> bool:
-        """Preprocess keeps the images until they are taken, which they all are when the first token is there."""
-        return peer_id in (self.llm, self.detokenizer) or (peer_id == self.preprocess and self.first_token is None)
 
 
 class GatewayCore:
@@ -117,8 +128,8 @@ class GatewayCore:
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._up.pop(peer_id, None)
                 self._log.warning("peer gone", peer=peer_id, reason=reason)
-                for record in [r for r in self._records.values() if r.depends_on(peer_id)]:
-                    self._fail(record, Unavailable(f"{role} was lost while it held the request: {reason}", stage=role))
+                for record in [r for r in self._records.values() if r.attempt.depends_on(peer_id)]:
+                    self._go_on_elsewhere(record, peer_id, Unavailable(f"{role} was lost while it held the request: {reason}", stage=role))
 
     # From here on ours
 
@@ -134,7 +145,7 @@ class GatewayCore:
         if wait > timeout:
             reason = f"{waiting} requests are waiting and take about {wait:.0f} s, the deadline is in {timeout:g} s: try again later"
             raise Exhausted(reason, "gateway", retry_after=max(1.0, wait - timeout))
-        record = Record(self._renamed(request), self._choose("preprocess"), self._choose("detokenizer"))
+        record = Record(self._renamed(request), self._new_attempt(0))
         self._submit(record)
         self._records[record.request.request_id] = record
         return record
@@ -154,37 +165,52 @@ class GatewayCore:
             del self._seen_ids[next(iter(self._seen_ids))]
         return request
 
+    def _go_on_elsewhere(self, record: Record, lost: str, error: Unavailable) -> None:
+        """A new attempt that continues after the tokens the client has, where another member can take the place of the one lost."""
+        if record.attempt.number + 1 == MAX_ATTEMPTS or not all(map(self._connected, CONNECTED_STAGES)):
+            self._fail(record, error)
+            return
+        self._abort(record)
+        record.attempt = self._new_attempt(record.attempt.number + 1)
+        self._log.warning("goes on elsewhere", request_id=record.request.request_id, attempt=record.attempt.number, reason=error.message)
+        self._submit(record, avoid=lost)
+
+    def _new_attempt(self, number: int) -> Attempt:
+        return Attempt(number, self._choose("preprocess"), self._choose("detokenizer"))
+
     def _choose(self, role: str) -> str:
         """Of the connected ones, the one that holds the fewest of our requests; ready ones first."""
         connected = self._connected(role)
         ready = {m.id for m in self._members if m.state == READY}.intersection(connected)
         held = dict.fromkeys(ready or connected, 0)
-        for record in self._records.values():
-            holder = record.preprocess if role == "preprocess" else record.detokenizer
-            if holder in held and (role != "preprocess" or not record.llm):
+        for attempt in (record.attempt for record in self._records.values()):
+            holder = attempt.preprocess if role == "preprocess" else attempt.detokenizer
+            if holder in held and (role != "preprocess" or not attempt.llm):
                 held[holder] += 1
         return min(held, key=held.__getitem__)
 
     def _connected(self, role: str) -> list[str]:
         return [peer_id for peer_id, up in self._up.items() if up.role == role]
 
-    def _submit(self, record: Record) -> None:
-        request = record.request
+    def _submit(self, record: Record, avoid: str = "") -> None:
+        request, attempt = record.request, record.attempt
         self.links.send(
-            record.preprocess,
+            attempt.preprocess,
             Submit(
                 request_id=request.request_id,
-                attempt=record.attempt,
+                attempt=attempt.number,
                 prompt_kind=request.prompt_kind,
                 prompt=prompt_tensor(request),
                 images=tuple(map(Tensor.of_bytes, request.images)),
                 sampling=request.sampling,
                 stopping=request.stopping,
-                detokenizer=Peer(record.detokenizer, self._up[record.detokenizer].address),
-                timeout=self._timeout(request),
+                detokenizer=Peer(attempt.detokenizer, self._up[attempt.detokenizer].address),
+                timeout=max(0.0, record.admitted + self._timeout(request) - time.monotonic()),
                 return_prompt_token_ids=request.return_prompt_token_ids,
                 guide_kind=request.guide_kind,
                 guide=Tensor.of_text(request.guide) if request.guide else None,
+                output_token_ids=Tensor.of(np.array(record.token_ids, np.int64)) if record.token_ids else None,
+                avoid=avoid,
             ),
         )
 
@@ -204,24 +230,24 @@ class GatewayCore:
 
     def _take(self, message: Any) -> None:
         record = self._records.get(message.request_id)
-        if record is None or record.attempt != message.attempt:
+        if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):  # it ended before we knew whom to tell
                 self.links.connect(message.llm, "llm")
                 self.links.send(message.llm.id, Abort(request_id=message.request_id, attempt=message.attempt))
             return
         match message:
             case Routed(llm=llm, prompt_token_ids=ids):
-                record.llm = llm.id
+                record.attempt.llm = llm.id
                 record.prompt_token_ids = None if ids is None else ids.numpy().tolist()
                 self.links.connect(llm, "llm")
-                early, record.early = record.early, []
+                early, record.attempt.early = record.attempt.early, []
                 for delta in early:
                     self._take(delta)
-            case Delta() if not record.llm:
-                record.early.append(message)
+            case Delta() if not record.attempt.llm:
+                record.attempt.early.append(message)
             case Delta():
                 self._extend(record, message)
-            case Failed(image=int()) if record.first_token:
+            case Failed(image=int()) if record.attempt.is_answering:
                 pass  # the prefix cache had that image: the answer goes on without it
             case Failed(code=code, message=text, stage=stage, image=image):
                 self._fail(record, from_code(code, text, stage, image))
@@ -231,6 +257,7 @@ class GatewayCore:
         if delta.offset != len(record.token_ids):
             self._fail(record, Internal(f"tokens from {delta.offset} on came after {len(record.token_ids)}", stage="detokenizer"))
             return
+        record.attempt.is_answering = True
         if record.first_token is None:
             record.first_token = time.monotonic()
             self._pace.first_token(record.first_token, self._num_waiting())
@@ -268,8 +295,9 @@ class GatewayCore:
 
     def _abort(self, record: Record) -> None:
         """Every stage that holds something for the request frees it; the language group tells the detokenizer."""
-        for peer_id in filter(None, (record.preprocess, record.llm)):
-            self.links.send(peer_id, Abort(request_id=record.request.request_id, attempt=record.attempt))
+        attempt = record.attempt
+        for peer_id in filter(None, (attempt.preprocess, attempt.llm)):
+            self.links.send(peer_id, Abort(request_id=record.request.request_id, attempt=attempt.number))
 
 
 def prompt_tensor(request: GenerationRequest) -> Tensor:

@@ -90,7 +90,7 @@ def count_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: i
         where not even one request of full length fits.
     """
     per_request = -(-max_model_len // settings.block_size)
-    memory = settings.kv_memory or available_memory(device, settings.tp)
+    memory = settings.kv_memory or available_memory(device, settings.tp * settings.local_groups)
     blocks = min(memory // bytes_per_block, settings.max_num_seqs * per_request)
     if blocks < per_request:
         raise BadSetting(
@@ -100,11 +100,11 @@ def count_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: i
     return blocks
 
 
-def available_memory(device: torch.device, world_size: int) -> int:
-    """Bytes that this rank's KV cache may take; on the CPU all ranks share one memory."""
+def available_memory(device: torch.device, num_sharing: int) -> int:
+    """Bytes that this rank's KV cache may take; on the CPU all ranks of all groups share one memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_MEMORY_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / world_size)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / num_sharing)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Attention on CUDA that reads the paged KV cache where it lies: torch's varlen_attn with block tables.
 
-Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens, and it runs from Ampere on;
-`can_page` says whether all this is so. Untried: no CUDA device was at hand when it was written.
+Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens, and it runs from Ampere on.
+Untried: no CUDA device was at hand when it was written.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,29 @@ EVERYTHING, CAUSAL = (-1, -1), (-1, 0)
 """Windows of varlen_attn: (tokens before, tokens after), -1 for all."""
 
 
-def can_page(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> bool:
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    fits = head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and block_size % PAGE_TOKENS == 0
-    return fits and torch.cuda.get_device_capability(device) >= AMPERE
+def objection_to_pages(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> str:
+    """Why the kernel cannot read such a cache where it lies; "" where it can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the paged kernel takes float16 and bfloat16, not {dtype}"
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        return f"the paged kernel takes heads of a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    if block_size % PAGE_TOKENS:
+        return f"the paged kernel takes blocks of a multiple of {PAGE_TOKENS} tokens, not {block_size}"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return f"the paged kernel runs from compute capability {AMPERE} on"
+    return attempt(dtype, head_dim, block_size, device)
+
+
+def attempt(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> str:
+    """What the kernel says of one token: torch may be built without it."""
+    one, table = torch.ones(1, dtype=torch.int64, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    q = torch.zeros(1, 2, head_dim, dtype=dtype, device=device)
+    cache = torch.zeros(2, 1, block_size, 1, head_dim, dtype=dtype, device=device)
+    try:
+        Call.of(None, one, one, table, 1, 1).run(q, cache)
+    except RuntimeError as e:
+        return str(e)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
-from services.llm.cuda_attention import PagedAttention, can_page, parts_of
+from common.logs import get_logger
+from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
 from services.llm.cuda_graphs import DecodeGraphs, captured_sizes
 from services.llm.model_runner import ModelRunner
 from services.llm.packing import upload, upload_tensor
@@ -32,10 +33,11 @@ class CudaModelRunner(ModelRunner):
         # One block more than the scheduler knows: the rows that fill up a captured batch write there.
         super().__init__(checkpoint, dtype, device, num_blocks + 1, block_size, progress, shard)
         self._graphs: DecodeGraphs | None = None
-        if can_page(dtype, self._model.config.head_dim, block_size, device):
-            max_context = min(checkpoint.max_model_len, num_blocks * block_size)
-            sizes = captured_sizes(max_num_seqs)
-            self._graphs = DecodeGraphs(self._model, self._kv_cache, num_blocks, max_context, sizes, progress)
+        if objection := objection_to_pages(dtype, self._model.config.head_dim, block_size, device):
+            get_logger().warning("attention gathers its blocks, and decodes are no graphs", reason=objection)
+            return
+        max_context = min(checkpoint.max_model_len, num_blocks * block_size)
+        self._graphs = DecodeGraphs(self._model, self._kv_cache, num_blocks, max_context, captured_sizes(max_num_seqs), progress)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:

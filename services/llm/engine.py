@@ -65,6 +65,8 @@ class Engine:
         self.sampler.add(request.key, prompt.sampling, prompt.stopping, request.token_ids, request.output_token_ids, self.eos_token_ids)
         if prompt.grammar:
             self.guides.add(request.key, prompt.grammar.text())
+            for token_id in request.output_token_ids:
+                self.guides.accept(request.key, token_id)
         self.scheduler.add(request)
         early = self.early.pop(request.key, None)
         if early is None:

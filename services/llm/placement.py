@@ -27,14 +27,14 @@ def default_block_size(dtype: torch.dtype, device: torch.device) -> int:
     return PAGED_BLOCK_SIZE if device.type == "cuda" and dtype is not torch.float32 else BLOCK_SIZE
 
 
-def available_memory(device: torch.device, world_size: int, num_weight_bytes: int) -> int:
-    """Bytes that this rank's KV cache may take, asked before the weights are loaded; on the CPU all ranks share one memory.
+def available_memory(device: torch.device, num_sharing: int, num_weight_bytes: int) -> int:
+    """Bytes that this rank's KV cache may take, before the weights are loaded; on the CPU all ranks of all groups share one memory.
 
     What an accelerator has left then is for activations, graphs, and a vision process beside this one, whichever starts first.
     """
     if device.type == "cuda":
         return max(0, int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_MEMORY_SHARE) - num_weight_bytes)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / world_size)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / num_sharing)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, world_size: int) -> int:

@@ -30,6 +30,8 @@ def objection_to(prompt: Prompt, max_tokens: int) -> str:
         tensor = getattr(prompt, name)
         if tensor.shape != shape or tensor.dtype != ("uint8" if name == "mm_hashes" else "int64"):
             return f"{name} is {tensor}, int64 or uint8 {shape} is wanted"
+    if (resumed := prompt.output_token_ids) and (resumed.dtype != "int64" or len(resumed.shape) != 1):
+        return f"output_token_ids is {resumed}, int64 [n] is wanted"
     end = 0
     for offset, length in prompt.placeholders.numpy().tolist():
         if not end <= offset < offset + length <= num_tokens[0]:
@@ -65,12 +67,19 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt.token_ids.numpy()
+        if self.prompt.output_token_ids:
+            self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
         self.positions = self.prompt.positions.numpy()
         self.placeholders = [(int(offset), int(length)) for offset, length in self.prompt.placeholders.numpy()]
 
     @property
     def key(self) -> Key:
         return self.prompt.request_id, self.prompt.attempt
+
+    @property
+    def num_resumed_tokens(self) -> int:
+        """Output tokens of earlier attempts."""
+        return self.prompt.output_token_ids.shape[0] if self.prompt.output_token_ids else 0
 
     @property
     def deadline(self) -> float:

@@ -96,8 +96,8 @@ class Worker:
         prompt = output.request.prompt
         name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
         send = lambda message: self._member.links.send(prompt.detokenizer.id, message)  # noqa: E731
-        if output.offset == 0:
-            request = output.request
+        request = output.request
+        if output.offset == request.num_resumed_tokens:
             send(
                 Start(
                     **name,
@@ -105,6 +105,7 @@ class Worker:
                     stopping=prompt.stopping,
                     usage=usage_of(request),
                     timings=Tensor.of_bytes(timings_of(request)),
+                    output_token_ids=prompt.output_token_ids,
                 )
             )
         if output.error:

@@ -148,7 +148,7 @@ class Worker:
         expanded = self._preprocessor.expand(preparation.token_ids, images)
         stopping = resolve_stopping(submit.stopping, expanded.num_tokens, self._preprocessor.max_model_len)
         sampling = resolve_sampling(submit.sampling, self._preprocessor.checkpoint.generation_config)
-        llm = self._choose_llm()
+        llm = self._choose_llm(submit.avoid)
         name: dict[str, Any] = {"request_id": submit.request_id, "attempt": submit.attempt}
         prompt = Prompt(
             **name,
@@ -164,6 +164,7 @@ class Worker:
             timeout=max(0.0, preparation.deadline - time.monotonic()),
             timings=timings_of(preparation),
             grammar=preparation.grammar,
+            output_token_ids=submit.output_token_ids,
         )
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
         self._member.links.send(preparation.gateway_id, Routed(**name, llm=llm, prompt_token_ids=ids))
@@ -175,8 +176,8 @@ class Worker:
                     self._dispatch(key, index, image, dispatches=1)
         self._log.debug("handed over", request_id=submit.request_id, num_tokens=expanded.num_tokens, images=len(images))
 
-    def _choose_llm(self) -> Peer:
-        groups = list(self._peers["llm"].values())
+    def _choose_llm(self, avoid: str) -> Peer:
+        groups = [llm for llm in self._peers["llm"].values() if llm.id != avoid]
         if not groups:
             raise Unavailable("no language group is connected: try again in a moment", stage="llm")
         return groups[next(self._turn) % len(groups)]

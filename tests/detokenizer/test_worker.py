@@ -171,3 +171,19 @@ def test_tokens_before_any_start_are_dropped() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(tokens(0, ids_of("a"), "length"), named(Abort))
     assert detokenizer.member.links.sent == []
+
+
+@pytest.mark.parametrize("num_delivered", range(1, 9))
+def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_delivered: int) -> None:
+    """A character may be cut by the change, and a stop string may begin before it."""
+    ids = ids_of("a\u00e9b\u20acSTOP and more")
+    whole = Detokenizer()
+    whole.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids)])
+    first, second = Detokenizer(), Detokenizer()
+    first.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids[:num_delivered])])
+    [begun] = start(attempt=1, stop=("STOP",))
+    begun.message.output_token_ids = Tensor.of(np.array(ids[:num_delivered], np.int64))
+    second.play([begun], *[tokens(n, [token], attempt=1) for n, token in enumerate(ids) if n >= num_delivered])
+    assert first.text() + second.text(attempt=1) == whole.text() == "a\u00e9b\u20ac"
+    assert [d.offset for d in first.deltas + second.deltas] == [d.offset for d in whole.deltas]
+    assert second.deltas[-1].usage == whole.deltas[-1].usage

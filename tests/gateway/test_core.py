@@ -24,7 +24,8 @@ async def test_a_request_goes_to_preprocess_whole() -> None:
     async with gateway.core.generate(request(images=(b"png",), timeout=5, return_prompt_token_ids=True)):
         [(receiver, submit)] = gateway.submitted()
     assert receiver == "preprocess-1"
-    assert (submit.request_id, submit.attempt, submit.timeout, submit.return_prompt_token_ids) == ("r", 0, 5, True)
+    assert (submit.request_id, submit.attempt, submit.return_prompt_token_ids) == ("r", 0, True)
+    assert 4 < submit.timeout <= 5
     assert (submit.prompt.bytes(), [image.bytes() for image in submit.images]) == (b"[]", [b"png"])
     assert submit.detokenizer == Peer("detokenizer-1", "ipc:///detokenizer-1")
 
@@ -34,7 +35,7 @@ async def test_token_ids_travel_as_int64() -> None:
     async with gateway.core.generate(request(prompt_kind="token_ids", prompt=np.array([5, 2**40], "<i8").tobytes())):
         [(_, submit)] = gateway.submitted()
     assert submit.prompt.numpy().tolist() == [5, 2**40]
-    assert submit.timeout == 60, "the gateway's own, where the client brings none"
+    assert 59 < submit.timeout <= 60, "the gateway's own, where the client brings none"
 
 
 async def test_the_events_of_an_answer_come_in_order() -> None:
@@ -132,20 +133,6 @@ async def test_an_id_that_comes_again_after_its_end_is_new_to_the_stages_which_s
             gateway.hear(delta(1, [11], "late"))
             assert gateway.core.load() == (1, 0)
     assert gateway.aborts() == [("preprocess-1", id)]
-
-
-@pytest.mark.parametrize("role", CONNECTED_STAGES)
-async def test_a_lost_stage_fails_exactly_the_requests_that_depend_on_it(role: str) -> None:
-    gateway = Gateway(replicas=2)
-    async with gateway.core.generate(request("r1")) as lost, gateway.core.generate(request("r2")) as kept:
-        gateway.hear(routed("r1", "llm-1"), routed("r2", "llm-2"))
-        gateway.core.hear(Down(f"{role}-1", role, "killed"))
-        gateway.hear(delta(0, [10], "a", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
-        error = await error_of(lost)
-        assert isinstance(error, Unavailable) and error.stage == role and "killed" in error.message
-        assert isinstance((await rest(kept))[-1], Ended)
-    assert gateway.aborts() == [("preprocess-1", "r1"), ("llm-1", "r1")]
-    assert gateway.is_idle
 
 
 async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:

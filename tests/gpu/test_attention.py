@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from services.llm.cuda_attention import PagedAttention, can_page, parts_of
+from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
 from services.llm.packing import upload
 from tests.golden import max_difference
 from tests.gpu import CUDA, needs_cuda
@@ -36,7 +36,7 @@ def pages_of_256(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_mix_equals_attention_written_out(
     query_lens: list[int], context_lens: list[int], num_heads: int, num_kv_heads: int, dtype: torch.dtype
 ) -> None:
-    assert can_page(dtype, HEAD_DIM, BLOCK_SIZE, CUDA)
+    assert objection_to_pages(dtype, HEAD_DIM, BLOCK_SIZE, CUDA) == ""
     plan = plan_of(query_lens, context_lens)
     random = torch.Generator().manual_seed(0)
     qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random).to(CUDA, dtype)

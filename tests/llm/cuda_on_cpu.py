@@ -77,5 +77,5 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PagedAttentionCalls:
     calls = PagedAttentionCalls()
     monkeypatch.setattr("services.llm.cuda_attention.varlen_attn", calls)
     monkeypatch.setattr("services.llm.cuda_graphs.GraphPool", ReplayedPool)
-    monkeypatch.setattr("services.llm.cuda_model_runner.can_page", lambda *_: True)
+    monkeypatch.setattr("services.llm.cuda_model_runner.objection_to_pages", lambda *_: "")
     return calls

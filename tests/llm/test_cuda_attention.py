@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from services.llm.cuda_attention import PagedAttention, can_page, parts_of
+from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
 from services.llm.packing import upload
 from tests.golden import max_difference
 from tests.llm.cuda_on_cpu import CPU, pretend
@@ -53,20 +53,27 @@ def test_contexts_are_split_only_where_the_kernel_can_join_the_parts(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "block_size", "capability", "fits"),
+    ("dtype", "head_dim", "block_size", "capability", "objection"),
     [
-        (torch.bfloat16, 128, 256, (9, 0), True),
-        (torch.float16, 80, 512, (8, 0), True),
-        (torch.float32, 128, 256, (9, 0), False),
-        (torch.bfloat16, 128, 16, (9, 0), False),
-        (torch.bfloat16, 20, 256, (9, 0), False),
-        (torch.bfloat16, 512, 256, (9, 0), False),
-        (torch.bfloat16, 128, 256, (7, 5), False),
+        (torch.bfloat16, 128, 256, (9, 0), ""),
+        (torch.float16, 80, 512, (8, 0), ""),
+        (torch.float32, 128, 256, (9, 0), "not torch.float32"),
+        (torch.bfloat16, 128, 16, (9, 0), "256 tokens, not 16"),
+        (torch.bfloat16, 20, 256, (9, 0), "not 20"),
+        (torch.bfloat16, 512, 256, (9, 0), "not 512"),
+        (torch.bfloat16, 128, 256, (7, 5), "(8, 0)"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_gathered(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, block_size: int, capability: tuple[int, int], fits: bool
+def test_what_the_kernel_does_not_take_is_said(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, block_size: int, capability: tuple[int, int], objection: str
 ) -> None:
+    pretend(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert can_page(dtype, head_dim, block_size, torch.device("cuda")) == fits
-    assert not can_page(dtype, head_dim, block_size, CPU)
+    found = objection_to_pages(dtype, head_dim, block_size, CPU)
+    assert objection in found and bool(found) == bool(objection)
+
+
+def test_a_torch_without_the_kernel_is_asked_for_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the real kernel is missing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "_flash_attention_forward" in objection_to_pages(torch.bfloat16, 128, 256, CPU)

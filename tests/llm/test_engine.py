@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -409,3 +410,23 @@ def test_an_image_that_was_not_awaited_has_timings_all_the_same() -> None:
     request.first_scheduled = request.first_token = request.arrived
     (image,) = json.loads(timings_of(request))["images"]
     assert image["cached"] and image["encode_seconds"] == 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("num_delivered", [1, 3, 7])
+def test_a_resumed_answer_is_the_one_it_would_have_been(sampling: dict[str, Any], num_delivered: int) -> None:
+    whole = answer(outputs_of(engine_with(create_prompt(max_tokens=8, sampling=sampling))))[0]
+    assert len(whole) == 8
+    delivered = Tensor.of(np.array(whole[:num_delivered], np.int64))
+    resumed = msgspec.structs.replace(create_prompt(attempt=1, max_tokens=8, sampling=sampling), output_token_ids=delivered)
+    outputs = outputs_of(engine_with(resumed))
+    assert outputs[0].offset == num_delivered
+    assert [token for output in outputs for token in output.token_ids] == whole[num_delivered:]
+    assert outputs[-1].finish_reason == "length"
+    assert outputs[0].request.num_prompt_tokens == 8, "what was delivered is no prompt"
+
+
+def engine_with(prompt: Any) -> Engine:
+    engine = create_engine()
+    engine.add(prompt)
+    return engine

@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from common.links import Down, Event, Received, Up
 from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Start, StopFound, Tokens
 from common.torch_tensors import to_wire
-from common.wire import encode
+from common.wire import Tensor, encode
 from services.llm.worker import Worker
 from tests.llm.builders import create_prompt
 from tests.llm.test_engine import IMAGE, POISON, assert_nothing_is_held, create_engine, images, undisturbed
@@ -175,3 +176,11 @@ def test_a_prompt_that_cannot_be_taken_is_refused_to_its_gateway_and_the_next_on
     (refusal,) = [message for peer, message in sent if peer == "gateway"]
     assert isinstance(refusal, Failed) and refusal.request_id == "huge" and "do not fit" in refusal.message
     assert answers(sent, "r")
+
+
+def test_a_resumed_answer_starts_anew_at_the_detokenizer_with_what_was_delivered() -> None:
+    whole = undisturbed()
+    resumed = msgspec.structs.replace(create_prompt(), output_token_ids=Tensor.of(np.array(whole[:2], np.int64)))
+    start, *rest = answers(work([Received("preprocess", "preprocess", resumed)]))
+    assert isinstance(start, Start) and start.output_token_ids.numpy().tolist() == whole[:2]
+    assert [(message.offset, message.token_ids.numpy().tolist()) for message in rest] == [(2, whole[2:3]), (3, whole[3:4])]

@@ -162,7 +162,8 @@ class VisionTower:
         outputs, start = [], 0
         for count, length in windows:
             stop = start + count * length
-            outputs.append(attention(*qkv[start:stop].split(heads, 1), num_seqs=count))
+            q, k, v = qkv[start:stop].split(heads, 1)
+            outputs.append(attention(q, k, v, num_seqs=count))
             start = stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 

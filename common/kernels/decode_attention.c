@@ -1,0 +1,149 @@
+/* Attention of one new token a sequence, which reads keys and values in the blocks where they lie. */
+
+#include "bfloat16.h"
+
+enum { MAX_HEADS = 16, KEYS = 64 };
+
+typedef struct {
+    const bf16 *keys, *values;
+    const int64_t *blocks;
+    uint32_t block_size;
+    long stride, length;
+} Context;
+
+/* Scores of up to 64 keys, one vector a key with a query head in each lane; returns the greatest of each head. Eight keys at a time
+ * share the loads of the queries and hide the latency of the product; those at the places `ahead` are fetched meanwhile. */
+INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int count, const int32_t *q, int dim, float scale, __m512 *scores)
+{
+    __m512 greatest = _mm512_set1_ps(-INFINITY);
+    for (int t = 0; t < count; t += 8) {
+        __m512 sums[8];
+        for (int j = 0; j < 8; j++) {
+            sums[j] = _mm512_setzero_ps();
+            for (int d = 0; d < dim; d += 2 * LANES) _mm_prefetch((const char *)(keys + ahead[t + j] + d), _MM_HINT_T0);
+        }
+        for (int d = 0; d < dim / 2; d++) {
+            __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_HEADS);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) sums[j] = _mm512_dpbf16_ps(sums[j], query, pair_of(keys + places[t + j] + 2 * d));
+        }
+        for (int j = 0; j < 8; j++) {
+            scores[t + j] = _mm512_mul_ps(sums[j], _mm512_set1_ps(scale));
+            greatest = _mm512_max_ps(greatest, scores[t + j]);
+        }
+    }
+    return greatest;
+}
+
+/* Weights of two keys side by side, as the product of pairs wants them. */
+INLINE __m512i pair_weights(__m512 first, __m512 second)
+{
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* Adds the values of pairs of keys, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in
+ * registers; interleaving two values leaves every four of their entries at another place, see `in_order`. */
+INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int num_pairs, const int32_t *weights, const float *shrink,
+                  int num_heads, int dim, float *sums)
+{
+    for (int h = 0; h < num_heads; h += 8)
+        for (int d = 0; d < dim; d += 2 * LANES) {
+            __m512 c[8][2];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++)
+                    c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES), _mm512_set1_ps(shrink[h + i]));
+            for (int t = 0; t < num_pairs; t++) {
+                __m512i first = _mm512_loadu_si512(values + places[2 * t] + d), second = _mm512_loadu_si512(values + places[2 * t + 1] + d);
+                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second), high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+                _mm_prefetch((const char *)(values + ahead[2 * t] + d), _MM_HINT_T0);
+                _mm_prefetch((const char *)(values + ahead[2 * t + 1] + d), _MM_HINT_T0);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[t * MAX_HEADS + h + i]);
+                    c[i][0] = _mm512_dpbf16_ps(c[i][0], low, weight);
+                    c[i][1] = _mm512_dpbf16_ps(c[i][1], high, weight);
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) _mm512_store_ps(sums + (h + i) * dim + d + j * LANES, c[i][j]);
+        }
+}
+
+/* Undoes the interleaving: which of 32 sums belong to 16 entries that follow each other. */
+INLINE __m512 in_order(const float *sums, int half)
+{
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    return _mm512_permutex2var_ps(_mm512_load_ps(sums), _mm512_add_epi32(order, _mm512_set1_epi32(8 * half)), _mm512_load_ps(sums + LANES));
+}
+
+/* Where the keys and values from `first` lie; beyond the last it is the last one's place. */
+INLINE void locate(const Context *context, long first, long *places)
+{
+    for (int t = 0; t < KEYS; t++) {
+        uint32_t token = (uint32_t)(first + t < context->length ? first + t : context->length - 1), size = context->block_size;
+        places[t] = (context->blocks[token / size] * size + token % size) * context->stride;
+    }
+}
+
+/* One key head of one sequence: the queries of its heads against its whole context, with a running maximum. */
+static void attend(const Context *context, const bf16 *queries, int num_heads, int dim, bf16 *y)
+{
+    int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64)));
+    float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64)));
+    float shrink[MAX_HEADS] __attribute__((aligned(64)));
+    long places[2][KEYS];
+    int32_t weights[KEYS / 2 * MAX_HEADS] __attribute__((aligned(64)));
+    __m512 scores[KEYS + 1], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    memset(q, 0, dim / 2 * MAX_HEADS * sizeof *q);
+    memset(sums, 0, MAX_HEADS * dim * sizeof *sums);
+    for (int h = 0; h < num_heads; h++)
+        for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
+    locate(context, 0, places[0]);
+    for (long first = 0; first < context->length; first += KEYS) {
+        int count = context->length - first < KEYS ? (int)(context->length - first) : KEYS;
+        long *here = places[first / KEYS % 2], *ahead = places[(first / KEYS + 1) % 2];
+        locate(context, first + KEYS, ahead);
+        __m512 best = _mm512_max_ps(greatest, score(context->keys, here, ahead, count, q, dim, LOG2_E / sqrtf(dim), scores));
+        __m512 factor = power_of_two(_mm512_sub_ps(greatest, best));
+        greatest = best;
+        total = _mm512_mul_ps(total, factor);
+        for (int t = 0; t < count; t++) {
+            scores[t] = power_of_two(_mm512_sub_ps(scores[t], best));
+            total = _mm512_add_ps(total, scores[t]);
+        }
+        scores[count] = _mm512_setzero_ps();
+        int num_pairs = (count + 1) / 2;
+        for (int t = 0; t < num_pairs; t++) _mm512_store_si512(weights + t * MAX_HEADS, pair_weights(scores[2 * t], scores[2 * t + 1]));
+        _mm512_store_ps(shrink, factor);
+        weigh(context->values, here, ahead, num_pairs, weights, shrink, num_heads, dim, sums);
+    }
+    _mm512_store_ps(shrink, total);
+    for (int h = 0; h < num_heads; h++)
+        for (int d = 0; d < dim; d += LANES) {
+            __m512 sum = in_order(sums + h * dim + d / (2 * LANES) * 2 * LANES, d / LANES % 2);
+            store(y + h * dim + d, 0xffff, _mm512_div_ps(sum, _mm512_set1_ps(shrink[h])));
+        }
+}
+
+/* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
+ * [num_blocks, block_size, num_kv_heads, dim]. The rows of q are `q_stride` long, those of y [num_seqs, num_heads, dim] one after
+ * another; dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
+void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, const int64_t *block_tables, long table_stride,
+                      const int64_t *context_lens, bf16 *y, int num_seqs, int num_heads, int num_kv_heads, int dim, int block_size,
+                      int num_threads)
+{
+    int group = num_heads / num_kv_heads;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (int s = 0; s < num_seqs; s++)
+        for (int h = 0; h < num_kv_heads; h++) {
+            Context context = {keys + h * dim, values + h * dim, block_tables + s * table_stride, block_size, (long)num_kv_heads * dim,
+                               context_lens[s]};
+            long at = (long)h * group * dim;
+            attend(&context, q + s * q_stride + at, group, dim, y + (long)s * num_heads * dim + at);
+        }
+}
