@@ -94,7 +94,9 @@ def config_of(shapes: Shapes) -> dict[str, Any]:
 def tokenizer_of(shapes: Shapes) -> dict[str, Any]:
     """The embedded model's, and a word of its own for every other token, so that equal texts are equal tokens."""
     tokenizer = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] |= {f"Ġw{i}": i for i in range(NUM_KNOWN_TOKENS, shapes.vocab_size)}
+    # Special tokens that the vocabulary does not hold would be numbered after its last word.
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokenizer["model"]["vocab"] |= special | {f"Ġw{i}": i for i in range(NUM_KNOWN_TOKENS, shapes.vocab_size)}
     return tokenizer
 
 

@@ -66,8 +66,12 @@ class Doors:
 class Batching:
     max_num_seqs: int = setting(64, "requests that run in one step")
     max_num_batched_tokens: int = setting(1024, "tokens of one step, prompt chunks and decodes together")
-    block_size: int = setting(16, "tokens of one KV cache block")
-    kv_memory: int | None = setting(None, "bytes of KV cache (default on CPU: a fifth of the available memory, as far as it is of use)")
+    block_size: int | None = setting(
+        None, "tokens of one KV cache block (default: 16; on CUDA in half precision 256, of which its paged attention needs a multiple)"
+    )
+    kv_memory: int | None = setting(
+        None, "bytes of KV cache (default: on CPU a fifth of the available memory, on CUDA four fifths less the weights)"
+    )
     tp: int = setting(1, "tensor-parallel ranks of the language group")
 
 

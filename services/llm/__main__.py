@@ -1,6 +1,5 @@
 """The language group: continuous batching over a paged KV cache, one process a tensor-parallel rank."""
 
-import os
 import threading
 
 import torch
@@ -18,13 +17,11 @@ from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.guides import Guides
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import join_group
+from services.llm.placement import available_memory, default_block_size, make_runner, use_own_card, weight_bytes
 from services.llm.ranks import follow, lead
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
 from services.llm.worker import Worker
-
-CPU_MEMORY_SHARE = 0.2
-ACCELERATOR_MEMORY_SHARE = 0.8
 
 
 def main(settings: LlmSettings, stop: threading.Event) -> None:
@@ -32,6 +29,8 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
     config = TextConfig.of(checkpoint)
     check(settings, config)
     device, dtype = prepare(settings, checkpoint)
+    use_own_card(device, settings.rank)
+    block_size = settings.block_size or default_block_size(dtype, device)
     schedulers: list[Scheduler] = []  # none yet: the member tells its load from the first moment on
     load = lambda: (sum(len(s.running) for s in schedulers), sum(len(s.waiting) for s in schedulers))  # noqa: E731
     on_loss = None if settings.tp == 1 else lambda reason: lose_rank(stop, reason)
@@ -41,10 +40,12 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
     max_elements = max(settings.max_num_batched_tokens * config.hidden_size, settings.max_num_seqs * config.vocab_size // settings.tp)
     shard = join_group(settings.rank, settings.tp, settings.rendezvous, device, max_elements)
     max_model_len = settings.max_model_len or checkpoint.max_model_len
-    bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, settings.block_size, settings.tp)
-    num_blocks = shard.agree(count_blocks(settings, device, bytes_per_block, max_model_len))
-    runner = ModelRunner(checkpoint, dtype, device, num_blocks, settings.block_size, member.loading, shard)
-    tokens = num_blocks * settings.block_size
+    bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, block_size, settings.tp)
+    num_sharing, num_weight_bytes = settings.tp * settings.local_groups, weight_bytes(checkpoint, dtype, settings.tp)
+    memory = settings.kv_memory or available_memory(device, num_sharing, num_weight_bytes)
+    num_blocks = shard.agree(count_blocks(memory, bytes_per_block, block_size, settings.max_num_seqs, max_model_len))
+    runner = make_runner(checkpoint, dtype, device, num_blocks, block_size, member.loading, shard, settings.max_num_seqs)
+    tokens = num_blocks * block_size
     log.info(
         "ready",
         weight_mib=runner.num_bytes_read >> 20,
@@ -57,7 +58,7 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
         follow(member, runner.execute)
     else:
         execute = lead(member, settings.tp - 1, runner.execute)
-        scheduler = Scheduler(BlockPool(num_blocks), settings.block_size, settings.max_num_seqs, settings.max_num_batched_tokens)
+        scheduler = Scheduler(BlockPool(num_blocks), block_size, settings.max_num_seqs, settings.max_num_batched_tokens)
         schedulers.append(scheduler)
         member.ready(max_model_len)
         guides = Guides(checkpoint.path / "tokenizer.json", config.vocab_size, checkpoint.eos_token_ids)
@@ -81,30 +82,22 @@ def lose_rank(stop: threading.Event, reason: str) -> None:
         leave(EXIT_FAILED)
 
 
-def count_blocks(settings: LlmSettings, device: torch.device, bytes_per_block: int, max_model_len: int) -> int:
-    """As many as this rank's memory allows and the batch can use, but at least one whole context.
+def count_blocks(memory: int, bytes_per_block: int, block_size: int, max_num_seqs: int, max_model_len: int) -> int:
+    """As many as `memory` allows and the batch can use, but at least one whole context.
 
     Raises
     ------
     BadSetting
         where not even one request of full length fits.
     """
-    per_request = -(-max_model_len // settings.block_size)
-    memory = settings.kv_memory or available_memory(device, settings.tp * settings.local_groups)
-    blocks = min(memory // bytes_per_block, settings.max_num_seqs * per_request)
+    per_request = -(-max_model_len // block_size)
+    blocks = min(memory // bytes_per_block, max_num_seqs * per_request)
     if blocks < per_request:
         raise BadSetting(
-            f"{memory} bytes of KV cache hold {blocks * settings.block_size} tokens, one request may have {max_model_len}: "
+            f"{memory} bytes of KV cache hold {blocks * block_size} tokens, one request may have {max_model_len}: "
             f"give --kv-memory {per_request * bytes_per_block} or more, or a smaller --max-model-len"
         )
     return blocks
-
-
-def available_memory(device: torch.device, num_sharing: int) -> int:
-    """Bytes that this rank's KV cache may take; on the CPU all ranks of all groups share one memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_MEMORY_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / num_sharing)
 
 
 if __name__ == "__main__":

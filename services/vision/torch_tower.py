@@ -9,6 +9,7 @@ from common.member import Member
 from common.settings import VisionSettings
 from common.torch_tensors import to_torch, to_wire
 from common.wire import Tensor
+from services.vision.cuda_graphs import GraphedVisionTower
 from services.vision.families.qwen2_5_vl import VisionTower
 from services.vision.worker import DeviceLost
 
@@ -17,7 +18,8 @@ class TorchTower:
     def __init__(self, settings: VisionSettings, checkpoint: Checkpoint, member: Member) -> None:
         device, dtype = prepare(settings, checkpoint)
         get_logger().info("loading", id=member.id, dtype=str(dtype), device=str(device), threads=torch.get_num_threads())
-        self._tower = VisionTower(checkpoint, dtype, device, member.loading)
+        kind = GraphedVisionTower if device.type == "cuda" else VisionTower
+        self._tower = kind(checkpoint, dtype, device, member.loading)
 
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
         try:
