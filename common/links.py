@@ -126,10 +126,13 @@ class Links:
             os._exit(EXIT_FAILED)
 
     def _run(self) -> None:
-        next_beat = time.monotonic() + BEAT_SECONDS
+        done = time.monotonic()
+        next_beat = done + BEAT_SECONDS
         while not self._closing:
-            timeout = max(0.0, next_beat - time.monotonic())
-            for source, _ in self._poller.poll(int(timeout * 1000)):
+            sources = self._poller.poll(int(max(0.0, next_beat - time.monotonic()) * 1000))
+            if time.monotonic() - done > LEASE_SECONDS:
+                self._begin_anew()
+            for source, _ in sources:
                 self._handle(source)
             self._run_commands()
             now = time.monotonic()
@@ -138,10 +141,17 @@ class Links:
                 self._beat(judge=now - next_beat < BEAT_SECONDS)
                 self._offer(self._offered)
                 next_beat = now + BEAT_SECONDS
+            done = time.monotonic()
         self._context.destroy(linger=CLOSE_LINGER_MS)
         with self._lock:
             self._closed = True
             os.close(self._wake)
+
+    def _begin_anew(self) -> None:
+        """This process was frozen beyond its lease: the others went on without it, and what they sent before is stale."""
+        self._log.warning("was frozen beyond its lease, begins anew")
+        for remote in list(self._remotes.values()):
+            self._down(remote, "this process was frozen beyond its lease")
 
     def _run_commands(self) -> None:
         while self._commands:

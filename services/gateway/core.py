@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,42 +21,14 @@ from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
 from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
 from services.gateway.pace import Pace
+from services.gateway.record import Attempt, Record
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
 REMEMBERED_IDS = 20_000
 """As many as a language group remembers of requests that ended."""
 MAX_ATTEMPTS = 4
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One way of a request through the stages. `preprocess`, `detokenizer` and `llm` are the ids of those who hold it."""
-
-    number: int
-    preprocess: str
-    detokenizer: str
-    llm: str = ""
-    early: list[Delta] = field(default_factory=list)
-    """Came before Routed, by another connection."""
-    is_answering: bool = False
-
-    def depends_on(self, peer_id: str) -> bool:
-        """Preprocess keeps the images until they are taken, which they all are when the first token is there."""
-        return peer_id in (self.llm, self.detokenizer) or (peer_id == self.preprocess and not self.is_answering)
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """All that the gateway knows of a request under way: enough to begin it anew anywhere, after the tokens the client has."""
-
-    request: GenerationRequest
-    attempt: Attempt
-    prompt_token_ids: list[int] | None = None
-    token_ids: list[int] = field(default_factory=list)
-    events: asyncio.Queue[Event | ServingError] = field(default_factory=asyncio.Queue)
-    admitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
+REMEMBERED_PEERS = 32
 
 
 class GatewayCore:
@@ -69,6 +41,7 @@ class GatewayCore:
         self._seen_ids: dict[str, None] = {}
         self._up: dict[str, Up] = {}
         self._members: list[control_pb2.Member] = []
+        self._unheard: dict[str, list[Abort]] = {}
         self._stopping = False
         self._pace = Pace()
         self._idle = asyncio.Event()
@@ -125,6 +98,8 @@ class GatewayCore:
                 self._take(message)
             case Up(peer_id=peer_id):
                 self._up[peer_id] = event
+                for abort in self._unheard.pop(peer_id, []):
+                    self.links.send(peer_id, abort)
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._up.pop(peer_id, None)
                 self._log.warning("peer gone", peer=peer_id, reason=reason)
@@ -296,8 +271,17 @@ class GatewayCore:
     def _abort(self, record: Record) -> None:
         """Every stage that holds something for the request frees it; the language group tells the detokenizer."""
         attempt = record.attempt
+        abort = Abort(request_id=record.request.request_id, attempt=attempt.number)
         for peer_id in filter(None, (attempt.preprocess, attempt.llm)):
-            self.links.send(peer_id, Abort(request_id=record.request.request_id, attempt=attempt.number))
+            if peer_id not in self._up:
+                self._keep(peer_id, abort)
+            self.links.send(peer_id, abort)
+
+    def _keep(self, peer_id: str, abort: Abort) -> None:
+        """A member that was frozen for a moment comes back under its id, and may hold, or still get, what we gave up."""
+        self._unheard.setdefault(peer_id, []).append(abort)
+        if len(self._unheard) > REMEMBERED_PEERS:
+            del self._unheard[next(iter(self._unheard))]
 
 
 def prompt_tensor(request: GenerationRequest) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import Internal, Unavailable
 from common.links import Down, Up
-from common.messages import Failed
+from common.messages import Abort, Failed
 from services.gateway.core import CONNECTED_STAGES, MAX_ATTEMPTS
 from services.gateway.generation import Began, Ended, Piece
 from tests.gateway.builders import Gateway, delta, error_of, request, rest, routed
@@ -73,3 +73,18 @@ async def test_a_request_is_given_up_after_so_many_attempts() -> None:
             gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
         error = await error_of(events)
     assert isinstance(error, Unavailable) and f"killed {MAX_ATTEMPTS - 1}" in error.message
+
+
+async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up() -> None:
+    """Frozen for less than it would notice: its prompts may still lie unread on another connection."""
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
+        gateway.core.hear(Down("llm-1", "llm", "frozen"))
+        gateway.links.take()
+        gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
+        assert gateway.links.take() == [("llm-1", Abort(request_id="r", attempt=0))]
+        gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
+        assert gateway.links.take() == [], "once"
+        gateway.hear(routed("r", "llm-2", attempt=1), delta(1, [11], "b", "stop", attempt=1))
+        assert isinstance((await rest(events))[-1], Ended)

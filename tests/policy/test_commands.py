@@ -14,7 +14,7 @@ from tests.policy.sources import ROOT
 
 SERVE = """
 --block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help --host --http-port --kv-memory --log-format --log-level
---max-body-mib --max-model-len --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess --read
+--llm --max-body-mib --max-model-len --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess --read
 --request-timeout --served-model-name --simulate-vision-ms --threads --tp --vision
 """
 GENERATE = """

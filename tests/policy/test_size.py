@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 
 LONGER_FILES = {
     "common/messages.py": 400,  # every message of every hop in one place
-    "common/links.py": 350,
+    "common/links.py": 355,
 }
 
 
