@@ -36,7 +36,8 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells of its own start and stop
+    for name in ("uvicorn", "grpc", "asyncio"):  # they tell of their own start and stop
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def final_processors(console: bool) -> list[Any]:

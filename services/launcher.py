@@ -31,6 +31,8 @@ FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS = 0.5, 8.0
 GATEWAY_STOP_SECONDS, STOP_SECONDS = 5.0, 2.5
 """From SIGTERM to SIGKILL; the gateway's own grace for what is in flight is shorter."""
 LAST_LINES = 8
+TUNING = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages (docs/decisions.md)."""
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""
@@ -269,7 +271,7 @@ def child_environment() -> dict[str, str]:
     """Settings go by flag, so that a TWINLENS_* of the launcher's own does not reach a child; and the folder that `serve` is
     called in must not provide a package `services`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
-    return own | {"PYTHONSAFEPATH": "1"}
+    return TUNING | own | {"PYTHONSAFEPATH": "1"}
 
 
 def serve(settings: ServeSettings) -> int:

@@ -93,23 +93,20 @@ class Engine:
     def holds_anything(self) -> bool:
         return bool(self.requests or self.early)
 
-    def abort(self, key: Key) -> None:
-        """Frees everything that is held for the request, and remembers that it ended: its messages may still come."""
-        self._end(key)
+    def abort(self, keys: list[Key]) -> list[Request]:
+        """Frees everything that is held for these requests, and remembers that they ended: their messages may still come. Gives
+        those that have begun to answer: their detokenizers hold something, too."""
+        return [request for key in keys if (request := self._end(key)) and request.first_token]
 
-    def abort_all(self, peer_id: str) -> None:
-        """A gateway died, or a preprocess with images under way: what they own ends."""
-        for key in [k for k, r in self.requests.items() if r.prompt.gateway_id == peer_id]:
-            self._end(key)
-        for key in [k for k, e in self.early.items() if e.preprocess_id == peer_id]:
-            self._end(key)
+    def keys_of(self, peer_id: str) -> list[Key]:
+        """What a gateway owns, and the images that a preprocess does."""
+        owned = [k for k, r in self.requests.items() if r.prompt.gateway_id == peer_id]
+        return owned + [k for k, e in self.early.items() if e.preprocess_id == peer_id]
 
-    def expire(self, now: float) -> None:
-        """Ends what is past its deadline: the gateway has told the client, and its abort may be lost."""
-        for key in [k for k, r in self.requests.items() if now > r.deadline]:
-            self._end(key)
-        for key in [k for k, e in self.early.items() if now > e.arrived + EARLY_SECONDS]:
-            self._end(key)
+    def expired_keys(self, now: float) -> list[Key]:
+        """What is past its deadline: the gateway has told the client, and its abort may be lost."""
+        late = [k for k, r in self.requests.items() if now > r.deadline]
+        return late + [k for k, e in self.early.items() if now > e.arrived + EARLY_SECONDS]
 
     def step(self) -> list[Output] | None:
         """One forward pass; None where nothing can be computed until another message comes."""
@@ -164,7 +161,7 @@ class Engine:
             return f"embeddings of shape {tuple(embeddings.shape)}, {wanted} are wanted"
         return "" if bool(torch.isfinite(embeddings).all()) else "embeddings that are no numbers"
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: Key) -> Request | None:
         self.early.pop(key, None)
         if request := self.requests.pop(key, None):
             self.scheduler.finish(request)
@@ -173,6 +170,7 @@ class Engine:
         self._ended[key] = None
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
+        return request
 
 
 def usage_of(request: Request) -> Usage:

@@ -22,7 +22,7 @@ from common.messages import (
 from common.torch_tensors import to_torch
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
-from services.llm.request import objection_to
+from services.llm.request import Key, objection_to
 
 EXPIRY_SECONDS = 1.0
 
@@ -40,7 +40,7 @@ class Worker:
             for event in events:
                 self._handle(event)
             if (now := time.monotonic()) >= next_expiry:
-                self._engine.expire(now)
+                self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
             outputs = self._engine.step()
             for output in outputs or []:
@@ -54,7 +54,7 @@ class Worker:
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 if role in ("gateway", "preprocess"):
-                    self._engine.abort_all(peer_id)
+                    self._abort(self._engine.keys_of(peer_id))
             case Up():
                 pass
 
@@ -76,21 +76,19 @@ class Worker:
                 if objection is not None:
                     self._acknowledge(message.preprocess_id, message, message.image, objection)
             case Abort():
-                self._abort(message)
+                self._abort([(message.request_id, message.attempt)])
             case StopFound():
-                self._engine.abort((message.request_id, message.attempt))
+                self._engine.abort([(message.request_id, message.attempt)])
 
     def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
         name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
         answer = ImageRejected(**name, reason=objection) if objection else ImageReceived(**name)
         self._member.links.send(preprocess_id, answer)
 
-    def _abort(self, message: Abort) -> None:
-        key = (message.request_id, message.attempt)
-        request = self._engine.requests.get(key)
-        self._engine.abort(key)
-        if request and request.first_token:
-            self._member.links.send(request.prompt.detokenizer.id, message)
+    def _abort(self, keys: list[Key]) -> None:
+        for request in self._engine.abort(keys):
+            request_id, attempt = request.key
+            self._member.links.send(request.prompt.detokenizer.id, Abort(request_id=request_id, attempt=attempt))
 
     def _send(self, output: Output) -> None:
         prompt = output.request.prompt

@@ -132,7 +132,7 @@ def test_embeddings_that_come_after_the_end_are_acknowledged_and_dropped() -> No
 def test_an_abort_before_the_prompt_cancels_it() -> None:
     engine = create_engine()
     send_embeddings(engine, images())
-    engine.abort(KEY)
+    engine.abort([KEY])
     assert engine.add(create_prompt(images=IMAGE)) == []
     assert engine.step() is None
     assert_nothing_is_held(engine)
@@ -142,7 +142,7 @@ def test_an_abort_between_prompt_and_embeddings_frees_what_is_held() -> None:
     engine = create_engine()
     engine.add(create_prompt(images=IMAGE))
     engine.step()
-    engine.abort(KEY)
+    engine.abort([KEY])
     assert send_embeddings(engine, images()) == ""
     assert engine.step() is None
     assert_nothing_is_held(engine)
@@ -153,14 +153,14 @@ def test_an_abort_amid_the_answer_frees_what_is_held() -> None:
     engine.add(create_prompt(max_tokens=20))
     for _ in range(3):
         engine.step()
-    engine.abort(KEY)
+    engine.abort([KEY])
     assert engine.step() is None
     assert_nothing_is_held(engine)
 
 
 def test_an_abort_of_one_attempt_leaves_the_next() -> None:
     engine = create_engine()
-    engine.abort(KEY)
+    engine.abort([KEY])
     engine.add(create_prompt(attempt=1))
     assert answer(outputs_of(engine)) == (undisturbed(), "length")
 
@@ -301,7 +301,7 @@ def test_a_gateways_death_ends_its_requests_only() -> None:
     engine.add(create_prompt("a", gateway_id="dead"))
     engine.add(create_prompt("b"))
     engine.step()
-    engine.abort_all("dead")
+    engine.abort(engine.keys_of("dead"))
     assert list(engine.requests) == [("b", 0)]
     outputs_of(engine)
     assert_nothing_is_held(engine)
@@ -310,9 +310,9 @@ def test_a_gateways_death_ends_its_requests_only() -> None:
 def test_a_preprocess_death_frees_embeddings_whose_prompt_it_did_not_send() -> None:
     engine = create_engine()
     send_embeddings(engine, images())
-    engine.abort_all("another")
+    engine.abort(engine.keys_of("another"))
     assert list(engine.early) == [KEY]
-    engine.abort_all("preprocess")
+    engine.abort(engine.keys_of("preprocess"))
     assert_nothing_is_held(engine)
 
 
@@ -397,9 +397,9 @@ def test_a_request_past_its_deadline_is_freed_though_no_abort_came() -> None:
     engine.add(create_prompt("late", images=IMAGE))
     engine.add_embeddings(("early", 0), 0, images(), {}, "preprocess")
     arrived = engine.requests["late", 0].arrived
-    engine.expire(arrived + 59)
+    engine.abort(engine.expired_keys(arrived + 59))
     assert engine.requests and engine.early
-    engine.expire(arrived + 61)
+    engine.abort(engine.expired_keys(arrived + 61))
     assert not engine.holds_anything
     assert_blocks_are_owned(engine.scheduler)
     assert engine.add_embeddings(("late", 0), 0, images(), {}, "preprocess") == ""

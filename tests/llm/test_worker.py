@@ -146,7 +146,7 @@ def test_a_stop_string_ends_the_request_without_another_word() -> None:
 
 def test_a_gateways_death_ends_its_answers_only() -> None:
     sent = work([prompt("a", gateway_id="g1", max_tokens=20), prompt("b")], [Down("g1", "gateway", "killed")])
-    assert [type(m) for m in answers(sent, "a")] == [Start, Tokens]
+    assert [type(m) for m in answers(sent, "a")] == [Start, Tokens, Abort]
     assert answers(sent, "b")[-1].finish_reason == "length"
 
 
@@ -184,3 +184,9 @@ def test_a_resumed_answer_starts_anew_at_the_detokenizer_with_what_was_delivered
     start, *rest = answers(work([Received("preprocess", "preprocess", resumed)]))
     assert isinstance(start, Start) and start.output_token_ids.numpy().tolist() == whole[:2]
     assert [(message.offset, message.token_ids.numpy().tolist()) for message in rest] == [(2, whole[2:3]), (3, whole[3:4])]
+
+
+def test_the_detokenizer_hears_of_the_answers_that_end_with_their_gateway() -> None:
+    """It may be connected to that gateway still: only this side was frozen for a while."""
+    sent = work([prompt("r", max_tokens=10)], [Down("gateway", "gateway", "gone")])
+    assert [message.request_id for peer, message in sent if peer == "detokenizer" and isinstance(message, Abort)] == ["r"]
