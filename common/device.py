@@ -10,6 +10,8 @@ from common.config import BadSetting
 from common.settings import Engine
 from common.torch_tensors import DTYPES
 
+FEW_CORES = 4
+
 
 def choose_device(name: str) -> torch.device:
     """The one line of device choice: cuda, then npu (torch-npu), then cpu.
@@ -39,14 +41,16 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> tor
     return torch.bfloat16 if stored is torch.float16 and device.type == "cpu" else stored
 
 
-def set_threads(threads: int | None) -> int:
-    """Half of the cores by default: vision and language run side by side."""
-    count = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+def set_threads(threads: int | None, num_sharing: int) -> int:
+    """By default half of the cores, because vision and language run side by side; all of them where there are so few that each
+    would be slow alone. `num_sharing` processes of the language model share them."""
+    cores = len(os.sched_getaffinity(0))
+    count = threads or max(1, (cores if cores <= FEW_CORES else cores // 2) // num_sharing)
     torch.set_num_threads(count)
     return count
 
 
-def prepare(settings: Engine, checkpoint: Checkpoint) -> tuple[torch.device, torch.dtype]:
+def prepare(settings: Engine, checkpoint: Checkpoint, num_sharing: int = 1) -> tuple[torch.device, torch.dtype]:
     device = choose_device(settings.device)
-    set_threads(settings.threads)
+    set_threads(settings.threads, num_sharing)
     return device, choose_dtype(settings.dtype, device, checkpoint)

@@ -37,7 +37,7 @@ class Engine:
     dtype: str = setting("auto", "auto: the checkpoint's where the device computes it well", choices=DTYPES)
     device: str = setting("auto", "auto: an accelerator where there is one", choices=DEVICES)
     threads: int | None = setting(
-        None, "CPU threads of each computing process (default: half of the cores, so that vision and language fit)"
+        None, "CPU threads of each computing process (default: half of the cores, all where there are at most 4; shared by the ranks)"
     )
 
 

@@ -28,7 +28,7 @@ def main(settings: LlmSettings, stop: threading.Event) -> None:
     checkpoint = open_checkpoint(settings.model)
     config = TextConfig.of(checkpoint)
     check(settings, config)
-    device, dtype = prepare(settings, checkpoint)
+    device, dtype = prepare(settings, checkpoint, settings.tp * settings.local_groups)
     use_own_card(device, settings.rank)
     block_size = settings.block_size or default_block_size(dtype, device)
     schedulers: list[Scheduler] = []  # none yet: the member tells its load from the first moment on
