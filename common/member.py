@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 from common.links import Down, Event, Links, hello
 from common.logs import get_logger
-from common.membership import READY, STARTING, Membership, new_member_id
+from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
 from common.messages import Peer
 from common.settings import Service
 from proto.twinlens.control.v1 import control_pb2
 
-CONNECTABLE = (READY, control_pb2.MEMBER_STATE_DRAINING)
+CONNECTABLE = (READY, DRAINING)
 PROGRESS_SECONDS = 2.0
 
 
