@@ -145,6 +145,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def canonical_name(name: str) -> str:
+    """A tensor's name in the layout of transformers 5, whichever layout the file follows.
+
+    Published files say `visual.*` and `model.layers.*`; newer ones `model.visual.*` and `model.language_model.layers.*`.
+    """
+    if name.startswith("visual."):
+        return "model." + name
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
 def read_sample(info: TensorInfo) -> bytes:
     """From the tensor's middle: its beginning may be the embeddings of tokens that no training touches."""
     with info.file.open("rb", buffering=0) as f:

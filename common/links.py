@@ -1,11 +1,11 @@
-"""The ZeroMQ side of a process: one I/O thread that owns every socket.
+"""The ZeroMQ side of a process: one I/O thread that waits and receives, and one lock under which whoever has something sends it.
 
 A process has at most one inbox (ROUTER, bound) and a connection (DEALER) to each peer that it gives work to; both directions
 of a hop use the one connection. Both ends say Hello first, which checks protocol version and model fingerprint, then Beat
 every second: whoever is silent for LEASE_SECONDS is dead. The connecting end also sees a death at once, by the broken
 connection; it never reconnects a socket, it makes a new one, so no message survives into another life.
 
-What happens comes out as events (Up, Down, Received) through a callback on the I/O thread; it must only hand them on.
+What happens comes out as events (Up, Down, Draining, Received) through a callback on the I/O thread; it must only hand them on.
 """
 
 import os
@@ -19,10 +19,14 @@ from typing import Any
 import msgspec
 import zmq
 
+from common import messages
 from common.logs import get_logger
 from common.messages import HOPS, PROTOCOL_VERSION, Beat, Goodbye, Hello, Peer
+from common.poller import Poller
 from common.process import EXIT_FAILED, CannotStart
-from common.wire import MAX_TENSOR_BYTES, Buffer, WireError, decode, encode
+from common.progress import Progress
+from common.sockets import address_of, new_socket, receive_frames
+from common.wire import Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
 LEASE_SECONDS = 3.0
@@ -47,13 +51,21 @@ class Down:
 
 
 @dataclass(frozen=True, slots=True)
+class Draining:
+    """The peer takes nothing new and leaves when it holds nothing any more."""
+
+    peer_id: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     peer_id: str
     role: str
     message: Any
 
 
-Event = Up | Down | Received
+Event = Up | Down | Draining | Received
 
 
 @dataclass(slots=True)
@@ -72,21 +84,24 @@ class Remote:
 class Links:
     """All connections of this process. `connect`, `send` and `close` may be called from any thread; after `close` they do nothing."""
 
-    def __init__(self, me: Hello, listen: str, advertise: str, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, me: Hello, listen: str, advertise: str, on_event: Callable[[Event], None], progress: Progress | None = None) -> None:
         self._me, self._on_event = me, on_event
+        self._progress = progress or Progress()
         self._context = zmq.Context()
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._poller = Poller()
+        self._poller.register(self._wake)
         self._remotes: dict[str, Remote] = {}
         self._by_socket: dict[Any, tuple[Remote, zmq.Socket[bytes], bool]] = {}
         self._offered: list[tuple[Peer, str]] = []
-        self._closing = self._closed = False
-        self._lock = threading.Lock()
+        self._news: list[Event] = []
+        self._draining = self._closing = self._closed = False
+        self._lock = threading.RLock()
+        self._done = time.monotonic()
         self._log = get_logger().bind(member=me.id)
         self._inbox = self._bind(listen) if listen else None
-        self.address = self._address(advertise) if self._inbox else ""
+        self.address = address_of(self._inbox, advertise) if self._inbox else ""
         self._thread = threading.Thread(target=self._live, name="links", daemon=True)
         self._thread.start()
 
@@ -105,18 +120,28 @@ class Links:
         frames = encode(message)
         self._do(lambda: self._send(peer_id, frames))
 
+    def tell_draining(self) -> None:
+        """To all that are connected to the inbox, and to those that connect from now on."""
+        self._do(self._tell_draining)
+
     def close(self) -> None:
         """Sends what is waiting, for half a second at most."""
         self._do(self._stop)
         self._thread.join()
 
     def _do(self, command: Callable[[], None]) -> None:
+        """By the calling thread: a switch to the I/O thread and back costs more than all the rest of a message."""
         with self._lock:
-            if not self._closed:
-                self._commands.append(command)
+            if self._closed:
+                return
+            if self._commands or time.monotonic() - self._done > LEASE_SECONDS:
+                self._commands.append(command)  # we were frozen: the I/O thread begins anew first
+            else:
+                command()
+            if self._commands or self._news or self._closing or self._poller.has_missed():
                 os.eventfd_write(self._wake, 1)
 
-    # On the I/O thread
+    # Under the lock, most of it on the I/O thread
 
     def _live(self) -> None:
         try:
@@ -126,26 +151,37 @@ class Links:
             os._exit(EXIT_FAILED)
 
     def _run(self) -> None:
-        done = time.monotonic()
-        next_beat = done + BEAT_SECONDS
+        next_beat, pause = self._done + BEAT_SECONDS, 0.0
         while not self._closing:
-            sources = self._poller.poll(int(max(0.0, next_beat - time.monotonic()) * 1000))
-            if time.monotonic() - done > LEASE_SECONDS:
-                self._begin_anew()
-            for source, _ in sources:
-                self._handle(source)
-            self._run_commands()
-            now = time.monotonic()
-            if now >= next_beat:
-                # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
-                self._beat(judge=now - next_beat < BEAT_SECONDS)
-                self._offer(self._offered)
-                next_beat = now + BEAT_SECONDS
-            done = time.monotonic()
-        self._context.destroy(linger=CLOSE_LINGER_MS)
+            numbers = self._poller.wait(pause)
+            with self._lock:
+                self._take_turn(numbers)
+                now = time.monotonic()
+                if now >= next_beat:
+                    # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
+                    self._beat(judge=now - next_beat < BEAT_SECONDS)
+                    self._offer(self._offered)
+                    next_beat = now + BEAT_SECONDS
+                self._done = time.monotonic()
+                pause = 0.0 if self._poller.has_missed() else max(0.0, next_beat - self._done)
+                news, self._news = self._news, []
+            # Not before: who hears of a message at once wants to send, for which it needs the lock.
+            for event in news:
+                self._on_event(event)
         with self._lock:
             self._closed = True
+            self._poller.close()
             os.close(self._wake)
+            self._context.destroy(linger=CLOSE_LINGER_MS)
+
+    def _take_turn(self, numbers: list[int]) -> None:
+        """What came on these descriptors."""
+        self._progress.watch()
+        if time.monotonic() - self._done > LEASE_SECONDS:
+            self._begin_anew()
+        for source in self._poller.ready(numbers):
+            self._handle(source)
+        self._run_commands()
 
     def _begin_anew(self) -> None:
         """This process was frozen beyond its lease: the others went on without it, and what they sent before is stale."""
@@ -172,7 +208,7 @@ class Links:
     def _drain(self, socket: zmq.Socket[bytes], receive: Callable[[list[Buffer]], None]) -> None:
         while not socket.closed:
             try:
-                frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                frames = receive_frames(socket)
             except zmq.Again:
                 return
             receive([frame.buffer for frame in frames])
@@ -202,9 +238,13 @@ class Links:
             self._down(old, "it connected anew")
         self._remotes[peer_id] = Remote(peer_id, hello.role, up=True)
         self._send_at_inbox(peer_id, encode(self._me))
-        self._on_event(Up(peer_id, hello.role))
+        if self._draining:
+            self._send_at_inbox(peer_id, encode(messages.Draining()))
+        self._news.append(Up(peer_id, hello.role))
 
     def _objection(self, hello: Hello) -> str:
+        if self._progress.is_hung():
+            return hung(self._progress.age())
         if hello.protocol_version != self._me.protocol_version:
             return f"protocol version {hello.protocol_version} against {self._me.protocol_version}: run services of one release"
         if (hello.role, self._me.role) not in HOPS:
@@ -222,14 +262,17 @@ class Links:
             return
         remote.seen = time.monotonic()
         match message:
-            case Beat():
-                pass
+            case Beat(hung_seconds=seconds):
+                if seconds:
+                    self._down(remote, hung(seconds))
             case Goodbye(reason=reason):
                 self._down(remote, reason)
+            case messages.Draining():
+                self._news.append(Draining(remote.id, remote.role))
             case Hello() if remote.socket is not None:
                 self._welcomed(remote, message)
             case _:
-                self._on_event(Received(remote.id, remote.role, message))
+                self._news.append(Received(remote.id, remote.role, message))
 
     def _welcomed(self, remote: Remote, hello: Hello) -> None:
         reason = self._objection(hello)
@@ -238,12 +281,12 @@ class Links:
             self._down(remote, reason or "another process has its address")
         elif not remote.up:
             remote.up = True
-            self._on_event(Up(remote.id, remote.role, remote.address))
+            self._news.append(Up(remote.id, remote.role, remote.address))
 
     def _connect(self, peer: Peer, role: str) -> None:
         if peer.id in self._remotes:
             return
-        socket = self._new_socket(zmq.DEALER)
+        socket = new_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._me.id.encode())
         # A broken connection is a death, and a new one is a new life: see the module's docstring. Not -1, which means never, but
         # with which a break discards what arrived and is not read yet, and makes sending fail.
@@ -253,17 +296,18 @@ class Links:
         self._remotes[peer.id] = remote
         for source, is_monitor in ((remote.socket, False), (remote.monitor, True)):
             self._by_socket[source] = (remote, socket, is_monitor)
-            self._poller.register(source, zmq.POLLIN)
+            self._poller.register(source)
         try:
             socket.connect(peer.address)
         except zmq.ZMQError as e:
             self._down(remote, f"its address {peer.address!r} cannot be connected to: {e.strerror}")
             return
         socket.send_multipart(encode(self._me))
+        self._poller.used(socket)
 
     def _offer(self, offered: list[tuple[Peer, str]]) -> None:
         self._offered = offered
-        for peer, role in offered:
+        for peer, role in () if self._progress.is_hung() else offered:
             self._connect(peer, role)
 
     def _send(self, peer_id: str, frames: list[Buffer]) -> None:
@@ -272,17 +316,24 @@ class Links:
             self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
         elif remote.socket is not None:
             remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            self._poller.used(remote.socket)
         else:
             self._send_at_inbox(peer_id, frames)
 
     def _send_at_inbox(self, peer_id: str, frames: list[Buffer]) -> None:
         assert self._inbox is not None
+        self._poller.used(self._inbox)
         try:
             self._inbox.send_multipart([peer_id.encode(), *frames], zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as e:
             # EHOSTUNREACH: the connection broke and its lease has not ended yet.
             if e.errno != zmq.EHOSTUNREACH:
                 raise
+
+    def _tell_draining(self) -> None:
+        self._draining = True
+        for remote in [remote for remote in self._remotes.values() if remote.socket is None]:
+            self._send_at_inbox(remote.id, encode(messages.Draining()))
 
     def _down(self, remote: Remote, reason: str) -> None:
         del self._remotes[remote.id]
@@ -293,10 +344,10 @@ class Links:
             remote.socket.disable_monitor()
             remote.monitor.close(linger=0)
             remote.socket.close(linger=0)
-        self._on_event(Down(remote.id, remote.role, reason))
+        self._news.append(Down(remote.id, remote.role, reason))
 
     def _beat(self, judge: bool) -> None:
-        now, beat = time.monotonic(), encode(Beat())
+        now, beat = time.monotonic(), encode(Beat(hung_seconds=self._progress.age() if self._progress.is_hung() else 0.0))
         for remote in list(self._remotes.values()):
             if judge and now - remote.seen > LEASE_SECONDS:
                 self._down(remote, f"no sign of life for {LEASE_SECONDS:.0f} s")
@@ -304,47 +355,41 @@ class Links:
                 self._send(remote.id, beat)
 
     def _bind(self, listen: str) -> zmq.Socket[bytes]:
-        socket = self._new_socket(zmq.ROUTER)
+        socket = new_socket(self._context, zmq.ROUTER)
         # Without the first a message to a peer that is gone is dropped in silence; the second lets a peer connect anew.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
+            self._poller.close()
             self._context.destroy(linger=0)
             os.close(self._wake)
             raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
-        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(socket)
         return socket
-
-    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        # ZeroMQ's high-water mark is no flow control (a ROUTER drops, a DEALER blocks): grants bound what is sent.
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_TENSOR_BYTES)
-        return socket
-
-    def _address(self, advertise: str) -> str:
-        assert self._inbox is not None
-        bound = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-        scheme, _, rest = bound.partition("://")
-        if scheme != "tcp" or not advertise:
-            return bound
-        return f"tcp://{advertise}:{rest.rpartition(':')[2]}"
 
     def _stop(self) -> None:
         self._closing = True
 
 
+def hung(seconds: float) -> str:
+    return f"hung: its work loop made no progress for {seconds:.0f} s"
+
+
 def is_hello(frames: list[Buffer]) -> bool:
     """A peer that connects anew under its old id begins with Hello; nothing else is as short and decodes as one."""
+    if len(frames) > 1 or bytes(frames[0][: len(HELLO_START)]) != HELLO_START:
+        return False
     try:
-        return len(frames) == 1 and isinstance(decode(frames, Hello), Hello)
+        return isinstance(decode(frames, Hello), Hello)
     except WireError:
         return False
 
 
 def hello(member_id: str, role: str, fingerprint: str = "") -> Hello:
     return Hello(protocol_version=PROTOCOL_VERSION, id=member_id, role=role, fingerprint=fingerprint)
+
+
+HELLO_START = bytes(encode(hello("", ""))[0][:12])
+"""How its header begins: with the number of its fields, and its type."""

@@ -1,19 +1,39 @@
 """A worker process as a member: its inbox of events, its connections, its place in the control plane."""
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from common.links import Down, Event, Links, hello
+from prometheus_client import CollectorRegistry
+
+from common import links
+from common.address import check_advertised, is_wildcard, own_address
+from common.health import serve_health
+from common.links import Down, Links, hello
 from common.logs import get_logger
-from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
+from common.membership import DRAINING, READY, STANDBY, STARTING, Membership, new_member_id
 from common.messages import Peer
+from common.process import Stop, leave
+from common.progress import LOADING_SECONDS, Progress
 from common.settings import Service
 from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, DRAINING)
 PROGRESS_SECONDS = 2.0
+QUIET_SECONDS = 0.25
+"""For how long a draining member must hold nothing before it leaves: what was sent to it before its peers knew may still arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """This member is to take nothing new: give back what is not begun, finish the rest. Its events end when its load is (0, 0)."""
+
+
+Event = links.Event | Drain
 
 
 class Member:
@@ -23,22 +43,36 @@ class Member:
         self,
         settings: Service,
         role: str,
-        stop: threading.Event,
+        stop: Stop,
         load: Callable[[], tuple[int, int]],
         fingerprint: str = "",
         peers: tuple[str, ...] = (),
         group: str = "",
         rank: int = 0,
         on_group_loss: Callable[[str], None] | None = None,
+        drains: bool = False,
+        standby: bool = False,
+        registry: CollectorRegistry | None = None,
     ) -> None:
         """Connects to every ready member of the roles in `peers` that serves the same model, and from rank 0 to the other ranks
-        of the group. `load` gives (in_flight, queued). `on_group_loss` hears on the I/O thread that another rank is gone."""
+        of the group. `load` gives (in_flight, queued). `on_group_loss` hears on the I/O thread that another rank is gone. One that
+        `drains` hears of it by the event Drain; any other stops. A `standby` takes no work until it is promoted (SIGUSR1).
+        The health port shows the metrics of the `registry`, too."""
         self.id = new_member_id(settings.name or role)
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._fingerprint, self._peers, self._group, self._rank = fingerprint, peers, group, rank
         self._on_group_loss = on_group_loss
+        self._load, self._is_standby = load, standby
+        self._draining = self._works = False
+        self._last_event = time.monotonic()
+        self.expected_delay = 0.0
+        """Seconds until a new unit would be begun, for the controller; the work loop keeps it up to date."""
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        self.links = Links(hello(self.id, role, fingerprint), settings.listen, settings.advertise, self._hear)
+        check_advertised(settings.listen, settings.advertise)
+        advertise = settings.advertise or (own_address(settings.controller, stop) if is_wildcard(settings.listen) else "")
+        self.progress = Progress()
+        self.progress.begin(LOADING_SECONDS)
+        self.links = Links(hello(self.id, role, fingerprint), settings.listen, advertise, self._hear, self.progress)
         self.peer = Peer(self.id, self.links.address)
         entry = control_pb2.Member(
             id=self.id,
@@ -50,61 +84,120 @@ class Member:
             rank=rank,
             detail="loading",
         )
+        serve_health(settings.health_port, entry, load, self.progress.is_hung, registry)
         watches = bool(peers) or (on_group_loss is not None and rank == 0)
-        self.membership = Membership(settings.controller, entry, load, self._on_members if watches else None)
+        self.membership = Membership(
+            settings.controller,
+            entry,
+            load,
+            self._on_members if watches else None,
+            stop.drain,
+            is_hung=self.progress.is_hung,
+            expected_delay=lambda: self.expected_delay,
+        )
+        stop.on_promotion(self._promote)
+        if drains:
+            stop.on_drain(self._drain)
         threading.Thread(target=self._pass_on, args=(stop,), name="stop", daemon=True).start()
 
     def ready(self, max_model_len: int = 0) -> None:
-        self.membership.set_state(READY, max_model_len=max_model_len)
+        self._set_state(STANDBY if self._is_standby else READY, max_model_len=max_model_len)
 
     def waits_for(self, roles: list[str]) -> None:
         """Ready once there is one of each."""
         if roles:
-            self.membership.set_state(STARTING, f"waits for {' and '.join(roles)}")
+            self._set_state(STARTING, f"waits for {' and '.join(roles)}")
         else:
             self.ready()
 
     def loading(self, progress: float) -> None:
         """Shown by `twinlens status` and logged while weights load, but not for every tensor."""
+        self.progress.tick()
         if time.monotonic() < self._next_progress:
             return
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        self.membership.set_state(STARTING, f"loading weights, {progress:.0%}")
+        self._set_state(STARTING, f"loading weights, {progress:.0%}")
         get_logger().info("loading weights", id=self.id, progress=f"{progress:.0%}")
 
     def events(self) -> Iterator[Event]:
-        """Each event as it comes, until the process is to stop."""
+        """Each event as it comes, until the process is to stop, or has drained."""
         while (event := self.next_event()) is not None:
             yield event
 
     def next_event(self) -> Event | None:
-        """The next event, waited for; None when the process is to stop."""
-        return self._inbox.get()
+        """The next event, waited for; None when the process is to stop, or has drained."""
+        found = self.waiting_events(wait=True, most=1)
+        return found[0] if found else None
 
     def put_back(self, events: list[Event]) -> None:
         """Events that were taken before their time come again, after those that came since."""
         for event in events:
             self._inbox.put(event)
 
-    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
+    def tell(self, event: Any) -> None:
+        """What a thread of the service's own has to say to its work loop: it comes among the events."""
+        self._inbox.put(event)
+
+    def waiting_events(self, wait: bool, timeout: float | None = None, most: int = sys.maxsize) -> list[Event] | None:
         """The events that are there, the first one waited for (at most `timeout` seconds) where `wait`; None when the process
-        is to stop."""
+        is to stop, or has drained."""
+        self._works = True
         found: list[Event] = []
         try:
-            while True:
-                event = self._inbox.get(block=wait and not found, timeout=timeout)
+            while len(found) < most:
+                event = self._next(wait and not found, timeout)
                 if event is None:
                     return None
                 found.append(event)
         except queue.Empty:
-            return found
+            pass
+        self.progress.begin()
+        return found
+
+    def _next(self, wait: bool, timeout: float | None) -> Event | None:
+        """From the moment it drains on, waiting ends with None when nothing is held and nothing came for a while."""
+        if wait:
+            self.progress.idle()
+        if not wait or not self._draining:
+            return self._inbox.get(block=wait, timeout=timeout)
+        began = time.monotonic()
+        while True:
+            try:
+                event = self._inbox.get(timeout=QUIET_SECONDS if timeout is None else min(timeout, QUIET_SECONDS))
+                self._last_event = time.monotonic()
+                return event
+            except queue.Empty:
+                now = time.monotonic()
+                if now - self._last_event >= QUIET_SECONDS and self._load() == (0, 0):
+                    return None
+                if timeout is not None and now - began >= timeout:
+                    raise
 
     def close(self) -> None:
         self.membership.leave()
         self.links.close()
 
+    def _set_state(self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0) -> None:
+        if not self._draining:
+            self.membership.set_state(state, detail, max_model_len)
+
+    def _promote(self) -> None:
+        self._is_standby = False
+        if self._works:
+            self._set_state(READY)
+
+    def _drain(self) -> None:
+        if not self._works:
+            leave(0)  # it loads, and holds nothing
+        self._draining, self._last_event = True, time.monotonic()
+        self.membership.set_state(DRAINING)
+        self.links.tell_draining()
+        self._inbox.put(Drain())
+
     def _pass_on(self, stop: threading.Event) -> None:
         stop.wait()
+        if not self._works:
+            leave(0)  # it loads, which takes minutes and cannot be interrupted otherwise
         self._inbox.put(None)
 
     def _hear(self, event: Event) -> None:

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from common.logs import get_logger
+from common.process import EXIT_USAGE, leave
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
 REPORT_SECONDS = 0.8  # `twinlens status` promises figures at most a second old
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.4  # a report costs two processes about a millisecond together, as much as a few images
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.2, 2.0
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
 READY = control_pb2.MEMBER_STATE_READY
 DRAINING = control_pb2.MEMBER_STATE_DRAINING
 DEAD = control_pb2.MEMBER_STATE_DEAD
+STANDBY = control_pb2.MEMBER_STATE_STANDBY
 
 
 def new_member_id(name: str) -> str:
@@ -28,7 +30,8 @@ def new_member_id(name: str) -> str:
 
 
 class Membership:
-    """Keeps this process registered from a thread of its own. The controller may go and come back at any time."""
+    """Keeps this process registered from a thread of its own. The controller may go and come back at any time; a member that it
+    refuses, as it does one that the others could not reach, says why and ends."""
 
     def __init__(
         self,
@@ -36,11 +39,20 @@ class Membership:
         member: control_pb2.Member | None,
         load: Callable[[], tuple[int, int]],
         on_members: Callable[[list[control_pb2.Member]], None] | None = None,
+        on_drain: Callable[[], None] | None = None,
+        managed: Callable[[], control_pb2.Managed] | None = None,
+        on_response: Callable[[control_pb2.JoinResponse], None] | None = None,
+        is_hung: Callable[[], bool] = lambda: False,
+        expected_delay: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change. Without a member it only listens."""
+        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change; `on_drain` is called when
+        the controller asks the member to drain, perhaps several times. Without a member it only listens. A launcher tells what it
+        manages by `managed`, and hears all that the controller says by `on_response`."""
         if member:
             member.pid, member.host = os.getpid(), socket.gethostname()
         self._controller, self._member, self._load, self._on_members = controller, member, load, on_members
+        self._on_drain, self._managed, self._on_response, self._is_hung = on_drain, managed, on_response, is_hung
+        self._expected_delay = expected_delay
         self._changed, self._stopped = threading.Event(), False
         self._log = get_logger()
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
@@ -50,6 +62,10 @@ class Membership:
         """Tells the controller at once."""
         assert self._member is not None
         self._member.state, self._member.detail, self._member.max_model_len = state, detail, max_model_len
+        self._changed.set()
+
+    def report(self) -> None:
+        """What is managed changed: tells the controller at once."""
         self._changed.set()
 
     def leave(self) -> None:
@@ -66,22 +82,34 @@ class Membership:
                         retry = FIRST_RETRY_SECONDS
                         self._hear(response)
                 except grpc.RpcError as e:
-                    self._log.debug("the controller cannot be reached", controller=self._controller, code=str(e.code()))
+                    self._take_error(e)
             self._changed.wait(retry)
             retry = min(2 * retry, LAST_RETRY_SECONDS)
 
+    def _take_error(self, error: grpc.RpcError) -> None:
+        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            self._log.error("the controller refuses this member", reason=error.details())
+            leave(EXIT_USAGE)
+        self._log.debug("the controller cannot be reached", controller=self._controller, code=str(error.code()))
+
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
         """At once when the state changes, soon after the load did, and for the lease."""
-        told = None
+        told, watches = None, self._on_members is not None or self._on_response is not None
         while not self._stopped:
             self._changed.clear()
             due = time.monotonic() + REPORT_SECONDS
             if self._member:
                 self._member.in_flight, self._member.queued = told = self._load()
-            yield control_pb2.JoinRequest(member=self._member, watch=self._on_members is not None)
+                self._member.hung, self._member.expected_delay = self._is_hung(), self._expected_delay()
+            managed = self._managed() if self._managed else None
+            yield control_pb2.JoinRequest(member=self._member, watch=watches, managed=managed)
             while not self._changed.wait(LOOK_SECONDS) and time.monotonic() < due and (not self._member or self._load() == told):
                 pass
 
     def _hear(self, response: control_pb2.JoinResponse) -> None:
         if self._on_members:
             self._on_members([member for member in response.members if member.state != DEAD])
+        if response.drain and self._on_drain:
+            self._on_drain()
+        if self._on_response:
+            self._on_response(response)

@@ -22,6 +22,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_BUCKETS = 32
+
+Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -92,6 +95,13 @@ class Goodbye(Message):
 class Beat(Message):
     """Sent every second on every connection: the sender's lease goes on."""
 
+    hung_seconds: Seconds = 0.0
+    """For how long its work loop made no progress, where that is longer than the unit of work explains."""
+
+
+class Draining(Message):
+    """The sender finishes what it holds and then leaves: give it nothing new while another can take it."""
+
 
 class Abort(RequestMessage):
     """Free everything that is held for the request. It may overtake, or be overtaken by, what it cancels."""
@@ -145,14 +155,18 @@ class Routed(RequestMessage):
     prompt_token_ids: Tensor | None = None
 
 
-PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed
+class Encoded(RequestMessage):
+    """The language group holds the prompt and all its images: preprocess is not needed for this attempt any more."""
+
+
+PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed | Draining | Encoded
 
 
 # preprocess -> vision
 
 
 class Offer(RequestMessage):
-    """One image to be encoded. Only a Grant moves its pixels; an image in the cache needs none."""
+    """One image to be encoded. It is answered at once by Held, Grant or Busy, and only a Grant moves its pixels."""
 
     image: Count
     mm_hash: Name
@@ -161,6 +175,8 @@ class Offer(RequestMessage):
     llm: Peer
     """Where the embeddings go."""
     timeout: Seconds
+    encode_anew: bool = False
+    """The embeddings that the replica may have of it were refused."""
 
 
 class Pixels(RequestMessage):
@@ -169,17 +185,56 @@ class Pixels(RequestMessage):
     """uint8 [num_patches, channels * patch_size * patch_size], merge-block order."""
 
 
-PreprocessToVision = Hello | Beat | Offer | Pixels | Abort
+class Pass(Message):
+    """A Vacancy is not taken: nothing that waits here is for this replica now."""
+
+
+PreprocessToVision = Hello | Beat | Offer | Pixels | Abort | Pass
 
 
 # vision -> preprocess
 
 
 class Grant(RequestMessage):
+    """Send the pixels within two seconds: the room is kept for so long."""
+
+    image: Count
+    wait_seconds: Seconds = 0.0
+    """Until the replica would begin another image."""
+
+
+class Held(RequestMessage):
+    """No pixels are needed: the embeddings are in the replica's cache, and under way, or in work for another request."""
+
     image: Count
 
 
-VisionToPreprocess = Hello | Goodbye | Beat | Grant | Failed
+class Busy(RequestMessage):
+    """The image is not taken, or was given back: nothing of it is held. A Vacancy follows when there is room."""
+
+    image: Count
+    wait_seconds: Seconds = 0.0
+
+
+class Vacancy(Message):
+    """There is room for one image of the receiver, which was told Busy or took the last room: an Offer or a Pass is due."""
+
+    wait_seconds: Seconds = 0.0
+
+
+class VisionLoad(Message):
+    """What a replica can run, how long that takes, and when it would begin an image: when a preprocess connects, and when it changes
+    by what another one gave."""
+
+    buckets: Buckets = ()
+    """The numbers of patches that its tower is made for, in rising order; none where any will do."""
+    sizes: Buckets = ()
+    """Measured so far: images of up to so many patches took so many `seconds` each."""
+    seconds: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_BUCKETS)] = ()
+    wait_seconds: Seconds = 0.0
+
+
+VisionToPreprocess = Hello | Goodbye | Beat | Grant | Failed | Draining | Held | Busy | Vacancy | VisionLoad
 
 
 # preprocess -> llm
@@ -230,7 +285,20 @@ class ImageRejected(RequestMessage):
     reason: Text
 
 
-LlmToPreprocess = Hello | Goodbye | Beat | ImageReceived | ImageRejected
+class Reserved(RequestMessage):
+    """There is room for the embeddings of all of the request's images: they may be encoded."""
+
+
+class LlmLoad(Message):
+    """How busy the group is, for the choice among groups: when a preprocess connects, and when it changes."""
+
+    running: Count
+    waiting: Count
+    free_tokens: Count
+    """In its KV cache."""
+
+
+LlmToPreprocess = Hello | Goodbye | Beat | ImageReceived | ImageRejected | Draining | Reserved | LlmLoad
 
 
 # vision -> llm
@@ -249,7 +317,7 @@ class Embeddings(RequestMessage):
 
 
 VisionToLlm = Hello | Beat | Embeddings
-LlmToVision = Hello | Goodbye | Beat
+LlmToVision = Hello | Goodbye | Beat | Draining
 
 
 # llm rank 0 -> the other ranks of its group
@@ -270,7 +338,7 @@ class Step(Message):
     """The images' embeddings that fall into the step, in row order."""
 
 
-LlmToLlm = Hello | Goodbye | Beat | Step
+LlmToLlm = Hello | Goodbye | Beat | Step | Draining
 
 
 # llm -> detokenizer
@@ -315,7 +383,7 @@ class StopFound(RequestMessage):
     """A stop string ends the answer: free what the request holds."""
 
 
-DetokenizerToLlm = Hello | Goodbye | Beat | StopFound
+DetokenizerToLlm = Hello | Goodbye | Beat | StopFound | Draining
 
 
 # detokenizer -> gateway
@@ -335,14 +403,20 @@ class Delta(RequestMessage):
     timings: Tensor | None = None
 
 
-DetokenizerToGateway = Hello | Goodbye | Beat | Delta | Failed
-GatewayToDetokenizer = Hello | Beat
+DetokenizerToGateway = Hello | Goodbye | Beat | Delta | Failed | Draining
+
+
+class Released(Message):
+    """To a detokenizer that drains: no answer of the sender's is to come to it any more."""
+
+
+GatewayToDetokenizer = Hello | Beat | Released
 
 
 # gateway -> llm
 
 GatewayToLlm = Hello | Beat | Abort
-LlmToGateway = Hello | Goodbye | Beat | Failed
+LlmToGateway = Hello | Goodbye | Beat | Failed | Draining
 
 # Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells the role.
 HOPS = {

@@ -22,14 +22,45 @@ class CannotStart(Exception):
     """The service cannot start or go on; the message is for its operator."""
 
 
-def run(role: str, description: str, main: Callable[[Any, threading.Event], None]) -> None:
-    """Runs `main(settings, stop)` as the process of this role and exits. `stop` is set by SIGTERM and SIGINT."""
+class Stop(threading.Event):
+    """Set when the process is to stop now. A service that can finish what it holds says so by `on_drain`, and ends by itself then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin: Callable[[], None] | None = None
+        self._promote: Callable[[], None] = lambda: None
+        self._lock, self._draining = threading.Lock(), False
+
+    def on_drain(self, begin: Callable[[], None]) -> None:
+        """`begin` is called once, by another thread: the process is to take nothing new, and to leave when it holds nothing."""
+        self._begin = begin
+
+    def drain(self) -> None:
+        """Stops now where the service cannot drain. Calling it again changes nothing."""
+        with self._lock:
+            begins, self._draining = not self._draining, True
+        if self._begin is None:
+            self.set()
+        elif begins:
+            self._begin()
+
+    def on_promotion(self, promote: Callable[[], None]) -> None:
+        """`promote` is called, by another thread, when a standby is to take work."""
+        self._promote = promote
+
+    def promote(self) -> None:
+        """What SIGUSR1 does."""
+        self._promote()
+
+
+def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
+    """Runs `main(settings, stop)` as the process of this role and exits. SIGTERM drains, SIGINT stops; each further signal goes
+    a step further, from draining to stopping, and from stopping to leaving at once."""
     parser = argparse.ArgumentParser(f"python -m services.{role}", description=description, allow_abbrev=False)
     settings: Any = load(SERVICES[role], parser, None, KNOWN_NAMES)
     set_up_logging(role, settings.log_format, settings.log_level)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    threading.Thread(target=obey, args=(read_signals(), stop), name="signals", daemon=True).start()
     if settings.die_with_parent:
         die_with(settings.die_with_parent)
     log = get_logger()
@@ -46,6 +77,32 @@ def run(role: str, description: str, main: Callable[[Any, threading.Event], None
         leave(EXIT_FAILED)
     log.info("stopped")
     leave(0)
+
+
+def read_signals() -> int:
+    """A descriptor that the numbers of the signals are read from. The main thread is not needed for it, which may be in a call of
+    some library for seconds."""
+    incoming, outgoing = os.pipe()
+    os.set_blocking(outgoing, False)
+    signal.set_wakeup_fd(outgoing)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    return incoming
+
+
+def obey(signals: int, stop: Stop) -> None:
+    told_to_drain = False
+    while True:
+        [number] = os.read(signals, 1)
+        if number == signal.SIGUSR1:
+            stop.promote()
+        elif stop.is_set():
+            leave(EXIT_FAILED)
+        elif number == signal.SIGTERM and not told_to_drain:
+            told_to_drain = True
+            stop.drain()
+        else:
+            stop.set()
 
 
 def leave(status: int) -> None:

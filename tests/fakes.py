@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from common.links import Event, Received
 from common.messages import Abort, Peer
+from common.progress import Progress
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class FakeMember:
 
     def __init__(self) -> None:
         self.links = FakeLinks()
+        self.progress = Progress()
         self.missing: list[str] | None = None
         self._script: Iterator[Any] = iter(())
 

@@ -20,6 +20,7 @@ import structlog
 import zmq
 
 from common import links as links_module
+from common import sockets
 from common.links import Down, Event, Links, Received, Up, hello
 from common.messages import PROTOCOL_VERSION, Abort, Goodbye, Grant, Hello, Offer, Peer, Pixels
 from common.process import CannotStart
@@ -306,7 +307,7 @@ def test_one_who_speaks_another_protocol_does_no_harm(vision: End, preprocess: E
 
 
 def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(monkeypatch: pytest.MonkeyPatch, end: Make, preprocess: End) -> None:
-    monkeypatch.setattr(links_module, "MAX_TENSOR_BYTES", 2**20)
+    monkeypatch.setattr(sockets, "MAX_TENSOR_BYTES", 2**20)
     vision = end("v", "vision", TCP)
     with stranger(vision.links.address, b"x") as dealer:
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.process import Stop
+
 ROOT = Path(__file__).parents[2]
 DEADLINE = 30.0
 
@@ -99,3 +101,67 @@ def test_a_wrong_flag_ends_with_status_2() -> None:
         _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 2
     assert "--nothing" in err
+
+
+DRAINS = """stop.on_drain(lambda: print("drains", flush=True)); stop.on_promotion(lambda: print("promoted", flush=True)); print("can drain", flush=True)
+    stop.wait(); print("stops", flush=True); {then}"""
+
+
+def ladder(*numbers: signal.Signals, then: str = "pass") -> tuple[int, list[str]]:
+    """Status and output of a service that gets these signals, each when the last one has shown."""
+    with start(service(DRAINS.format(then=then))) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(2)]
+        for number in numbers:
+            process.send_signal(number)
+            lines.append(process.stdout.readline().strip())
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert lines[:2] == ["up", "can drain"]
+    return process.returncode, [*lines[2:], *out.split()]
+
+
+def test_sigterm_asks_a_service_that_can_drain_to_do_so_and_the_second_signal_stops_it() -> None:
+    assert ladder(signal.SIGTERM, signal.SIGTERM) == (0, ["drains", "stops"])
+    assert ladder(signal.SIGTERM, signal.SIGINT) == (0, ["drains", "stops"])
+
+
+def test_sigint_stops_a_service_that_can_drain() -> None:
+    assert ladder(signal.SIGINT) == (0, ["stops"])
+
+
+def test_a_signal_to_a_service_that_stops_ends_it_at_once() -> None:
+    hangs = "threading.Event().wait()"
+    assert ladder(signal.SIGINT, signal.SIGINT, then=hangs) == (1, ["stops", ""])
+    assert ladder(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, then=hangs) == (1, ["drains", "stops", ""])
+
+
+def test_sigusr1_promotes_and_is_no_step_towards_the_end() -> None:
+    assert ladder(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) == (0, ["promoted", "drains", "stops"])
+
+
+LOCKED_FOR_EVER = """import ctypes; mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    stop.on_drain(lambda: print("drains", flush=True)); print("in a call", flush=True); lock(mutex); lock(mutex)"""
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_in_a_long_call() -> None:
+    with start(service(LOCKED_FOR_EVER)) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline().strip() for _ in range(2)] == ["up", "in a call"]
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "drains\n"
+        process.kill()
+
+
+def test_draining_begins_once_however_often_it_is_asked_for() -> None:
+    begun: list[bool] = []
+    stop = Stop()
+    stop.on_drain(lambda: begun.append(True))
+    stop.drain()
+    stop.drain()
+    assert (begun, stop.is_set()) == ([True], False)
+
+
+def test_who_cannot_drain_stops() -> None:
+    stop = Stop()
+    stop.drain()
+    assert stop.is_set()

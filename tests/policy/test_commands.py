@@ -13,12 +13,15 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help --host --http-port --kv-memory --log-format --log-level
---llm --max-body-mib --max-model-len --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess --read
---request-timeout --served-model-name --simulate-vision-ms --threads --tp --vision
+--autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help --host --http-port --kv-memory --log-format --log-level
+--llm --max-body-mib --max-model-len --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess --quantization --read
+--request-timeout --served-model-name --simulate-vision-ms --threads --tp --vision --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
 --grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout --top-k --top-p
+"""
+PLAN = """
+--card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request --max-model-len --max-tokens --model --vision-seconds
 """
 STATUS = "--grpc --help --json"
 
@@ -34,7 +37,10 @@ def flags_in(text: str) -> set[str]:
     return {flag for line in text.splitlines() for flag in re.findall(r"(?:^  (?:-\w, )?|, )(--[a-z0-9-]+)", line)}
 
 
-@pytest.mark.parametrize(("command", "flags"), [("serve", SERVE), ("generate", GENERATE), ("status", STATUS)])
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("serve", SERVE), ("generate", GENERATE), ("status", STATUS), ("plan", PLAN), ("scale", STATUS), ("drain", STATUS)],
+)
 def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:
     """A new flag needs a line here: is there no default that would do?"""
     shown = run("services.cli", command, "--help")

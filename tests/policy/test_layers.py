@@ -7,7 +7,22 @@ import pytest
 
 from tests.policy.sources import PACKAGES, imports, parse, sources
 
-COMMANDS = tuple(f"services.{name}" for name in ("cli", "client", "launcher", "sample", "serve_checks"))
+COMMANDS = tuple(
+    f"services.{name}"
+    for name in (
+        "autoscale",
+        "child",
+        "cli",
+        "client",
+        "control_client",
+        "fleet",
+        "launcher",
+        "plan",
+        "sample",
+        "serve_checks",
+        "stage_times",
+    )
+)
 
 
 def allowed(file: Path) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ WITHOUT_TORCH = [
     *(f"services.{name}.__main__" for name in ("controller", "gateway", "preprocess", "detokenizer")),
     "services.cli",
     "services.launcher",
+    "services.plan",
     *(f"services.llm.{name}" for name in ("scheduler", "block_pool", "request", "plan")),
 ]
 PROGRAM = """

@@ -8,13 +8,13 @@ import pytest
 
 from tests.policy.sources import ROOT, parse, sources
 
-MAX_LINES = 10_000
+MAX_LINES = 13_000
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 LONGER_FILES = {
-    "common/messages.py": 400,  # every message of every hop in one place
-    "common/links.py": 355,
+    "common/messages.py": 450,  # every message of every hop in one place
+    "common/links.py": 420,  # one thread and all that it owns
 }
 
 

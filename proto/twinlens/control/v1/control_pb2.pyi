@@ -33,6 +33,8 @@ class _MemberStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemberSta
     """Finishes what it holds and takes nothing new."""
     MEMBER_STATE_DEAD: _MemberState.ValueType  # 4
     """Its lease ended or its stream broke."""
+    MEMBER_STATE_STANDBY: _MemberState.ValueType  # 5
+    """Loaded and idle until the launcher calls on it."""
 
 class MemberState(_MemberState, metaclass=_MemberStateEnumTypeWrapper): ...
 
@@ -44,6 +46,8 @@ MEMBER_STATE_DRAINING: MemberState.ValueType  # 3
 """Finishes what it holds and takes nothing new."""
 MEMBER_STATE_DEAD: MemberState.ValueType  # 4
 """Its lease ended or its stream broke."""
+MEMBER_STATE_STANDBY: MemberState.ValueType  # 5
+"""Loaded and idle until the launcher calls on it."""
 Global___MemberState: _TypeAlias = MemberState  # noqa: Y015
 
 @_typing.final
@@ -63,6 +67,8 @@ class Member(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    HUNG_FIELD_NUMBER: _builtins.int
+    EXPECTED_DELAY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique for each start of a process."""
     role: _builtins.str
@@ -85,6 +91,10 @@ class Member(_message.Message):
     detail: _builtins.str
     """What it is busy with while starting, for people."""
     host: _builtins.str
+    hung: _builtins.bool
+    """Its work loop makes no progress. Its peers have left it by then."""
+    expected_delay: _builtins.float
+    """Of vision: seconds until it would begin another image. Of preprocess: what the images that wait there add to that."""
     def __init__(
         self,
         *,
@@ -101,10 +111,12 @@ class Member(_message.Message):
         max_model_len: _builtins.int = ...,
         detail: _builtins.str = ...,
         host: _builtins.str = ...,
+        hung: _builtins.bool = ...,
+        expected_delay: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "expected_delay", b"expected_delay", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "hung", b"hung", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,44 +128,154 @@ class JoinRequest(_message.Message):
 
     MEMBER_FIELD_NUMBER: _builtins.int
     WATCH_FIELD_NUMBER: _builtins.int
+    MANAGED_FIELD_NUMBER: _builtins.int
     watch: _builtins.bool
     """Of interest in the first message only."""
     @_builtins.property
     def member(self) -> Global___Member:
         """Absent for one who only watches, as the launcher does."""
 
+    @_builtins.property
+    def managed(self) -> Global___Managed:
+        """Of a launcher: how many replicas of each role it keeps. In every message."""
+
     def __init__(
         self,
         *,
         member: Global___Member | None = ...,
         watch: _builtins.bool = ...,
+        managed: Global___Managed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["managed", b"managed", "member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["managed", b"managed", "member", b"member", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
 
 @_typing.final
+class Managed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReplicasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AutoscaledEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    AUTOSCALED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replicas(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Replicas by role, language groups for llm. Other roles cannot be scaled."""
+
+    @_builtins.property
+    def autoscaled(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Roles that the launcher scales by itself, with the bounds within which it does."""
+
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        autoscaled: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaled", b"autoscaled", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Managed: _TypeAlias = Managed  # noqa: Y015
+
+@_typing.final
 class JoinResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WantedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     lease_seconds: _builtins.float
+    drain: _builtins.bool
+    """To a member: finish what you hold, and leave."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
+    @_builtins.property
+    def wanted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """To a launcher: replicas that it was asked to keep, by role; repeated until it reports them."""
+
+    @_builtins.property
+    def drained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """To a launcher: ids of the members that Drain was called for. Nobody is to come in their places."""
+
     def __init__(
         self,
         *,
         lease_seconds: _builtins.float = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
+        drain: _builtins.bool = ...,
+        wanted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        drained: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds", "members", b"members"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "drained", b"drained", "lease_seconds", b"lease_seconds", "members", b"members", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,3 +315,90 @@ class ListMembersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListMembersResponse: _TypeAlias = ListMembersResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_ID_FIELD_NUMBER: _builtins.int
+    member_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        member_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member_id", b"member_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """As it was when it had heard of it."""
+
+    def __init__(
+        self,
+        *,
+        member: Global___Member | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """vision, preprocess, llm or detokenizer."""
+    replicas: _builtins.int
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class ScaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    REPLICAS_BEFORE_FIELD_NUMBER: _builtins.int
+    replicas: _builtins.int
+    """Replicas that the launcher keeps now, and how many it kept before."""
+    replicas_before: _builtins.int
+    def __init__(
+        self,
+        *,
+        replicas: _builtins.int = ...,
+        replicas_before: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "replicas_before", b"replicas_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleResponse: _TypeAlias = ScaleResponse  # noqa: Y015

@@ -44,6 +44,16 @@ class ControlServiceStub:
                 request_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersRequest.SerializeToString,
                 response_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/twinlens.control.v1.ControlService/Drain',
+                request_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/twinlens.control.v1.ControlService/Scale',
+                request_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -60,7 +70,21 @@ class ControlServiceServicer:
 
     def ListMembers(self, request, context):
         """Every member, and for a minute the dead ones.
-        The names Drain and Scale are kept for draining one member and for asking the launcher for more or fewer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """One member finishes what it holds and leaves. FAILED_PRECONDITION for the last ready one of its role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """How many replicas of a role the launcher is to keep from now on; more start, those with the least work are drained. Answers as
+        soon as the launcher has taken it up. FAILED_PRECONDITION where no launcher manages the members.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +102,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ListMembers,
                     request_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersRequest.FromString,
                     response_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleRequest.FromString,
+                    response_serializer=proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class ControlService:
             '/twinlens.control.v1.ControlService/ListMembers',
             proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersRequest.SerializeToString,
             proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ListMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinlens.control.v1.ControlService/Drain',
+            proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinlens.control.v1.ControlService/Scale',
+            proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleRequest.SerializeToString,
+            proto_dot_twinlens_dot_control_dot_v1_dot_control__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

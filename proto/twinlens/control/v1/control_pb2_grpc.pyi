@@ -37,8 +37,12 @@ class ControlServiceStub:
     at once and after every change, to those that asked to watch.
     """
     ListMembers: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListMembersRequest, _control_pb2.ListMembersResponse]
-    """Every member, and for a minute the dead ones.
-    The names Drain and Scale are kept for draining one member and for asking the launcher for more or fewer.
+    """Every member, and for a minute the dead ones."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """One member finishes what it holds and leaves. FAILED_PRECONDITION for the last ready one of its role."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]
+    """How many replicas of a role the launcher is to keep from now on; more start, those with the least work are drained. Answers as
+    soon as the launcher has taken it up. FAILED_PRECONDITION where no launcher manages the members.
     """
 
 @_typing.type_check_only
@@ -50,8 +54,12 @@ class ControlServiceAsyncStub(ControlServiceStub):
     at once and after every change, to those that asked to watch.
     """
     ListMembers: _aio.UnaryUnaryMultiCallable[_control_pb2.ListMembersRequest, _control_pb2.ListMembersResponse]  # type: ignore[assignment]
-    """Every member, and for a minute the dead ones.
-    The names Drain and Scale are kept for draining one member and for asking the launcher for more or fewer.
+    """Every member, and for a minute the dead ones."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """One member finishes what it holds and leaves. FAILED_PRECONDITION for the last ready one of its role."""
+    Scale: _aio.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]  # type: ignore[assignment]
+    """How many replicas of a role the launcher is to keep from now on; more start, those with the least work are drained. Answers as
+    soon as the launcher has taken it up. FAILED_PRECONDITION where no launcher manages the members.
     """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -72,8 +80,24 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ListMembersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ListMembersResponse, _abc.Awaitable[_control_pb2.ListMembersResponse]]:
-        """Every member, and for a minute the dead ones.
-        The names Drain and Scale are kept for draining one member and for asking the launcher for more or fewer.
+        """Every member, and for a minute the dead ones."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
+        """One member finishes what it holds and leaves. FAILED_PRECONDITION for the last ready one of its role."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _control_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ScaleResponse, _abc.Awaitable[_control_pb2.ScaleResponse]]:
+        """How many replicas of a role the launcher is to keep from now on; more start, those with the least work are drained. Answers as
+        soon as the launcher has taken it up. FAILED_PRECONDITION where no launcher manages the members.
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

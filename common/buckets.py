@@ -1,0 +1,32 @@
+"""Numbers of patches at which images are encoded: a static-shape tower's own buckets; for any other, powers of two to measure by."""
+
+from common.config import BadSetting
+from common.messages import MAX_BUCKETS
+
+PATCHES_PER_TOKEN = 4
+"""Of every family so far: images have a multiple of so many patches, and so must buckets."""
+
+
+def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds the image, 0 where none does; without buckets the power of two."""
+    if buckets:
+        return next((bucket for bucket in buckets if bucket >= num_patches), 0)
+    return 1 << (num_patches - 1).bit_length()
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """In rising order.
+
+    Raises
+    ------
+    BadSetting
+    """
+    try:
+        buckets = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        buckets = (0,)
+    if len(buckets) > MAX_BUCKETS or any(bucket < 1 or bucket % PATCHES_PER_TOKEN for bucket in buckets):
+        raise BadSetting(
+            f"--vision-buckets {text}: give numbers of patches separated by commas, multiples of {PATCHES_PER_TOKEN}, at most {MAX_BUCKETS}"
+        )
+    return buckets

@@ -1,0 +1,36 @@
+"""The limit of a container's cores, from files as the kernel writes them."""
+
+from pathlib import Path
+
+import pytest
+
+from common.cgroup import core_limit
+from common.device import set_threads
+
+
+@pytest.mark.parametrize(("text", "cores"), [("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)])
+def test_cores_of_version_2(tmp_path: Path, text: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert core_limit(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("400000\n", 4), ("-1\n", None)])
+def test_cores_of_version_1(tmp_path: Path, quota: str, cores: int | None) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert core_limit(tmp_path) == cores
+
+
+def test_a_host_without_control_groups_has_no_limit(tmp_path: Path) -> None:
+    assert core_limit(tmp_path) is None
+
+
+def test_a_service_takes_no_more_threads_than_its_container_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More would be stopped together whenever their share of a period is used up, and wait for each other."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("common.device.core_limit", lambda: 3)
+    assert set_threads(None, 1) == 3
+    monkeypatch.setattr("common.device.core_limit", lambda: None)
+    assert set_threads(None, 1) == 32

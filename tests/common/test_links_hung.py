@@ -1,0 +1,74 @@
+"""A peer whose work loop hangs while its connections live."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from common.links import Down, Links, Up, hello
+from common.messages import Peer
+from common.progress import Progress
+from tests.common.test_links import TCP, End, Make, end  # noqa: F401  the fixture
+
+
+class Hangable(Progress):
+    """Hung while told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hangs = threading.Event()
+
+    def is_hung(self) -> bool:
+        return self.hangs.is_set()
+
+    def age(self) -> float:
+        return 7.0
+
+
+class HangableEnd(End):
+    def __init__(self, member_id: str, role: str, listen: str = "") -> None:
+        super().__init__(hello(member_id, role))
+        self.links.close()
+        self.progress = Hangable()
+        self.links = Links(hello(member_id, role), listen, "", self.events.put, self.progress)
+        self.peer = Peer(member_id, self.links.address)
+
+
+@pytest.fixture
+def hangable() -> Iterator[Make]:
+    made: list[HangableEnd] = []
+
+    def make(member_id: str, role: str, listen: str = "") -> End:
+        made.append(HangableEnd(member_id, role, listen))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.links.close()
+
+
+def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(end: Make, hangable: Make) -> None:  # noqa: F811
+    vision, preprocess = hangable("v", "vision", TCP), end("p", "preprocess")
+    preprocess.meet(vision)
+    assert isinstance(vision, HangableEnd)
+    vision.progress.hangs.set()
+    assert preprocess.expect(Down).reason == "hung: its work loop made no progress for 7 s"
+    vision.expect(Down)  # it drops what it holds, once it reads its events again
+    preprocess.connect(vision)
+    assert "hung" in preprocess.expect(Down).reason, "refused as long as it hangs"
+    vision.progress.hangs.clear()
+    preprocess.meet(vision)
+
+
+def test_who_hangs_does_not_connect_anew(end: Make, hangable: Make) -> None:  # noqa: F811
+    vision, preprocess = end("v", "vision", TCP), hangable("p", "preprocess")
+    assert isinstance(preprocess, HangableEnd)
+    preprocess.links.keep_connected([(vision.peer, "vision")])
+    preprocess.expect(Up)
+    vision.expect(Up)
+    preprocess.progress.hangs.set()
+    assert "hung" in vision.expect(Down).reason
+    preprocess.expect(Down)
+    assert vision.hears_nothing(seconds=2.5)
+    preprocess.progress.hangs.clear()
+    vision.expect(Up)
