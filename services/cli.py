@@ -1,12 +1,13 @@
-"""The command `twinlens`: serve, generate, status."""
+"""The command `twinlens`: serve, generate, status, scale, drain."""
 
 import argparse
 import os
 import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
-from common.settings import KNOWN_NAMES, ServeSettings
-from services.client import add_generate_arguments, add_status_arguments, generate, status
+from common.settings import KNOWN_NAMES, PlanSettings, ServeSettings
+from services.client import add_generate_arguments, generate
+from services.control_client import add_drain_arguments, add_scale_arguments, add_status_arguments, drain, scale, status
 
 EXIT_INTERRUPTED = 130
 
@@ -20,6 +21,9 @@ def main() -> None:
     add_arguments(ServeSettings, add("serve", "start every service on this machine and keep them running"))
     add_generate_arguments(add("generate", "ask a running system over gRPC; the answer streams to stdout"))
     add_status_arguments(add("status", "who is a member of a running system, and how busy"))
+    add_scale_arguments(add("scale", "change how many replicas of a role run"))
+    add_drain_arguments(add("drain", "take one member out, once it has finished what it holds"))
+    add_arguments(PlanSettings, add("plan", "what a model takes of memory, and how many vision replicas keep a language group busy"))
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
@@ -37,8 +41,16 @@ def run(arguments: argparse.Namespace) -> int:
             from services.launcher import serve
 
             return serve(from_namespace(ServeSettings, arguments))
+        case "plan":
+            from services.plan import plan
+
+            return plan(from_namespace(PlanSettings, arguments))
         case "generate":
             return generate(arguments)
+        case "scale":
+            return scale(arguments)
+        case "drain":
+            return drain(arguments)
         case _:
             return status(arguments)
 

@@ -1,4 +1,4 @@
-"""`twinlens generate` and `twinlens status`: a running system asked over gRPC."""
+"""`twinlens generate`: a running system asked over gRPC; and what every command that asks one needs."""
 
 import argparse
 import json
@@ -14,18 +14,15 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-STATUS_TIMEOUT = 10.0
 
 # An HTTP proxy of the environment is not meant for this address.
 CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
 
 FINISH_REASONS = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
-COLUMNS = ("role", "id", "state", "pid", "in_flight", "queued", "detail")
 
 
 class ClientError(Exception):
@@ -46,10 +43,6 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
-
-
-def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +72,6 @@ def address(text: str) -> str:
 def generate(arguments: argparse.Namespace) -> int:
     """Streams the answer to stdout; with --json prints it whole. The exit status is returned."""
     return guarded(print_answer if arguments.json else stream_answer, arguments)
-
-
-def status(arguments: argparse.Namespace) -> int:
-    return guarded(print_members, arguments)
 
 
 def guarded(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
@@ -170,24 +159,6 @@ def explained(error: grpc.RpcError, target: str) -> str:
     if code == grpc.StatusCode.UNAVAILABLE and details.startswith("failed to connect"):
         return f"nothing answers at {target}: start it with `twinlens serve`, or give its address with --grpc HOST:PORT"
     return f"{target} says {code.name}: {details}"
-
-
-def print_members(arguments: argparse.Namespace) -> None:
-    with connected(arguments.grpc) as channel:
-        stub = control_pb2_grpc.ControlServiceStub(channel)
-        found = stub.ListMembers(control_pb2.ListMembersRequest(), timeout=STATUS_TIMEOUT)
-    members = [as_dict(member) | {"state": state_name(member)} for member in found.members]
-    print(json.dumps({"members": members}, ensure_ascii=False) if arguments.json else table(members))
-
-
-def state_name(member: control_pb2.Member) -> str:
-    return control_pb2.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower()
-
-
-def table(members: list[dict[str, Any]]) -> str:
-    rows = [[name.replace("_", " ") for name in COLUMNS], *([str(member[name]) for name in COLUMNS] for member in members)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def as_dict(message: Message) -> dict[str, Any]:

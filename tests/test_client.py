@@ -1,4 +1,4 @@
-"""`twinlens generate` and `twinlens status` against real gRPC servers."""
+"""`twinlens generate` against real gRPC servers."""
 
 import argparse
 import asyncio
@@ -11,8 +11,7 @@ import grpc
 import pytest
 
 from common.errors import Unavailable
-from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
-from services import client
+from services import client, control_client
 from services.gateway.generation import Began, Piece
 from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_door
 
@@ -29,12 +28,6 @@ async def generate(core: FakeCore, *arguments: str) -> int:
     async with grpc_door(core) as target:
         parsed = generate_parser().parse_args([*arguments, "--grpc", target])
         return await asyncio.to_thread(client.generate, parsed)
-
-
-async def status(target: str, *arguments: str) -> int:
-    parser = argparse.ArgumentParser("twinlens status")
-    client.add_status_arguments(parser)
-    return await asyncio.to_thread(client.status, parser.parse_args([*arguments, "--grpc", target]))
 
 
 async def test_the_answer_streams_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,24 +113,13 @@ async def test_a_timeout_is_a_failure(capsys: pytest.CaptureFixture[str]) -> Non
     assert "DEADLINE_EXCEEDED" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "status"])
-async def test_where_nothing_listens_the_client_says_what_to_do(capsys: pytest.CaptureFixture[str], command: str) -> None:
+async def test_where_nothing_listens_the_client_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = "127.0.0.1:1"
-    if command == "status":
-        code = await status(nowhere)
-    else:
-        code = await asyncio.to_thread(client.generate, generate_parser().parse_args(["hi", "--grpc", nowhere]))
-    assert code == 1
+    assert await asyncio.to_thread(client.generate, generate_parser().parse_args(["hi", "--grpc", nowhere])) == 1
     assert capsys.readouterr().err.startswith(f"twinlens: nothing answers at {nowhere}: start it with `twinlens serve`")
 
 
-async def test_a_gateway_without_its_controller_is_not_told_as_absent(capsys: pytest.CaptureFixture[str]) -> None:
-    async with grpc_door(FakeCore()) as target:
-        assert await status(target) == 1
-        assert capsys.readouterr().err.startswith(f"twinlens: {target} says UNAVAILABLE: the controller does not answer")
-
-
-@pytest.mark.parametrize("interrupted", [client.generate, client.status])
+@pytest.mark.parametrize("interrupted", [client.generate, control_client.status])
 def test_ctrl_c_has_its_own_exit_status(monkeypatch: pytest.MonkeyPatch, interrupted: Command) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -163,37 +145,3 @@ async def test_read_image_gives_text_and_timings(tmp_path: Path) -> None:
     async with grpc_door(core) as target:
         assert await asyncio.to_thread(client.read_image, target, image, "OCR:") == ("Hello", TIMINGS)
     assert core.requests[0].sampling.temperature == 0
-
-
-class Controller(control_pb2_grpc.ControlServiceServicer):
-    async def ListMembers(self, request: Any, context: Any) -> control_pb2.ListMembersResponse:
-        ready, starting = control_pb2.MEMBER_STATE_READY, control_pb2.MEMBER_STATE_STARTING
-        return control_pb2.ListMembersResponse(
-            members=[
-                control_pb2.Member(role="llm", id="llm-1", pid=12, state=ready, in_flight=2, queued=3, group="g", max_model_len=4096),
-                control_pb2.Member(role="vision", id="vision-1", pid=13, state=starting, detail="loading weights"),
-            ]
-        )
-
-    def Join(self, request_iterator: Any, context: Any) -> Any:
-        raise AssertionError("not asked")
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-async def test_status_tells_every_member(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
-    controller = grpc.aio.server()
-    control_pb2_grpc.add_ControlServiceServicer_to_server(Controller(), controller)
-    port = controller.add_insecure_port("127.0.0.1:0")
-    await controller.start()
-    assert await status(f"127.0.0.1:{port}", *(["--json"] if as_json else [])) == 0
-    await controller.stop(None)
-    out = capsys.readouterr().out
-    if as_json:
-        llm, vision = json.loads(out)["members"]
-        assert (llm["role"], llm["id"], llm["pid"], llm["state"], llm["in_flight"], llm["queued"]) == ("llm", "llm-1", 12, "ready", 2, 3)
-        assert (llm["group"], llm["rank"], llm["max_model_len"], llm["address"], llm["host"]) == ("g", 0, 4096, "", "")
-        assert (vision["state"], vision["detail"]) == ("starting", "loading weights")
-    else:
-        header, *rows = (line.split() for line in out.splitlines())
-        assert header == ["role", "id", "state", "pid", "in", "flight", "queued", "detail"]
-        assert rows == [["llm", "llm-1", "ready", "12", "2", "3"], ["vision", "vision-1", "starting", "13", "0", "0", "loading", "weights"]]

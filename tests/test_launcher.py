@@ -15,19 +15,21 @@ import pytest
 import structlog
 
 from common.config import load
-from common.membership import READY, STARTING
+from common.membership import DEAD, READY, STARTING
 from common.settings import KNOWN_NAMES, SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
-from services import launcher
-from services.launcher import MAX_FAILED_STARTS, Child, Launcher
+from services import autoscale, launcher
+from services import child as child_module
+from services.child import MAX_FAILED_STARTS, Child
+from services.launcher import Launcher
 from tests.system.running import GOLDEN
 
 MODEL = GOLDEN / "a_image" / "checkpoint"
-WAITS = "import signal; signal.pause()"
+WAITS = ["sleep", "infinity"]
 
 
 class NoControlPlane:
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def leave(self) -> None:
@@ -43,16 +45,19 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     made: list[Launcher] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def make(tp: int = 1, **lines: str) -> Launcher:
-        command_of = lambda child, _: [sys.executable, "-I", "-S", "-c", lines.get(child.role, WAITS)]  # noqa: E731
-        monkeypatch.setattr(launcher, "command_of", command_of)
+    def make(lines: dict[str, str] | None = None, **settings: Any) -> Launcher:
+        def command_of(child: Child, _: Path) -> list[str]:
+            line = (lines or {}).get(child.role)
+            return [sys.executable, "-I", "-S", "-c", line] if line else WAITS
+
+        monkeypatch.setattr(child_module, "command_of", command_of)
         monkeypatch.setattr(launcher, "Membership", NoControlPlane)
-        made.append(Launcher(ServeSettings(model=str(MODEL), served_model_name="tiny", tp=tp), tmp_path))
+        made.append(Launcher(ServeSettings(model=str(MODEL), served_model_name="tiny", **settings), tmp_path))
         return made[-1]
 
     yield make
     for one in made:
-        for child in one._children:
+        for child in one._fleet.children:
             if child.process is not None:
                 child.process.kill()
                 child.process.wait()
@@ -61,18 +66,21 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
 
 
 def child_of(launcher: Launcher, role: str) -> Child:
-    return next(child for child in launcher._children if child.role == role)
+    return next(child for child in launcher._fleet.children if child.role == role)
 
 
 def pids(launcher: Launcher) -> dict[str, int]:
-    return {child.name: child.process.pid for child in launcher._children if child.process is not None}
+    return {child.name: child.process.pid for child in launcher._fleet.children if child.process is not None}
 
 
-def report(launcher: Launcher, *roles: str, state: "control_pb2.MemberState.ValueType" = READY) -> None:
-    """What the control plane says of the children of these roles."""
-    launcher._on_members(
-        [control_pb2.Member(pid=pid, state=state) for name, pid in pids(launcher).items() if name.rsplit("-", 1)[0] in roles]
-    )
+def report(launcher: Launcher, *roles: str, state: "control_pb2.MemberState.ValueType" = READY, **fields: Any) -> None:
+    """What the control plane says of the children of these roles, or of these names."""
+    told = [(name, pid) for name, pid in pids(launcher).items() if name in roles or name.rsplit("-", 1)[0] in roles]
+    launcher._hear(control_pb2.JoinResponse(members=[member_of(name, pid, state, **fields) for name, pid in told]))
+
+
+def member_of(name: str, pid: int, state: "control_pb2.MemberState.ValueType" = READY, **fields: Any) -> control_pb2.Member:
+    return control_pb2.Member(id=f"{name}-{pid}", role=name.rsplit("-", 1)[0], pid=pid, state=state, **fields)
 
 
 def kill(child: Child) -> None:
@@ -82,16 +90,16 @@ def kill(child: Child) -> None:
 
 
 def none_lives(launcher: Launcher) -> bool:
-    return all(child.process is None or child.process.poll() is not None for child in launcher._children)
+    return all(child.process is None or child.process.poll() is not None for child in launcher._fleet.children)
 
 
 def test_five_failed_starts_in_a_row_end_serve_with_the_last_words(
     make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launcher, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(launcher, "LAST_BACKOFF_SECONDS", 0.03)
+    monkeypatch.setattr(child_module, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(child_module, "LAST_BACKOFF_SECONDS", 0.03)
     started = tmp_path / "started"
-    one = make(vision=f"import sys; open({str(started)!r}, 'a').write('x'); sys.exit('the weights are torn')")
+    one = make({"vision": f"import sys; open({str(started)!r}, 'a').write('x'); sys.exit('the weights are torn')"})
     with structlog.testing.capture_logs() as logs:
         assert one.run() == 1
     assert len(started.read_text()) == MAX_FAILED_STARTS
@@ -103,7 +111,7 @@ def test_five_failed_starts_in_a_row_end_serve_with_the_last_words(
 
 def test_a_service_that_was_told_what_cannot_be_ends_serve_at_once(make: Make, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     started = tmp_path / "started"
-    one = make(llm=f"import sys; open({str(started)!r}, 'a').write('x'); print('no such dtype', file=sys.stderr); sys.exit(2)")
+    one = make({"llm": f"import sys; open({str(started)!r}, 'a').write('x'); print('no such dtype', file=sys.stderr); sys.exit(2)"})
     assert one.run() == 2
     assert started.read_text() == "x"
     assert capfd.readouterr().err.endswith("twinlens serve: llm-0 failed to start. Its last words:\nno such dtype\n")
@@ -117,8 +125,6 @@ def test_a_child_that_was_ready_and_dies_is_started_anew_at_once_and_alone(make:
     assert len(before) == 6
     report(one, "vision")
     kill(child_of(one, "vision"))
-    one._keep_running()
-    assert "vision-0" not in pids(one)
     one._keep_running()
     after = pids(one)
     assert after.pop("vision-0") != before.pop("vision-0")
@@ -140,7 +146,7 @@ def test_a_child_that_dies_soon_again_waits_for_its_next_start(make: Make) -> No
 
 
 def test_deaths_of_a_child_that_gets_ready_in_between_never_end_serve(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "FIRST_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(child_module, "FIRST_BACKOFF_SECONDS", 0.0)
     one, child = (one := make()), child_of(one, "vision")
     for death in range(2 * MAX_FAILED_STARTS):
         one._keep_running()
@@ -151,13 +157,13 @@ def test_deaths_of_a_child_that_gets_ready_in_between_never_end_serve(make: Make
 
 
 def test_the_ranks_of_a_group_die_and_meet_anew_together(make: Make) -> None:
-    real = launcher.command_of
+    real = child_module.command_of
     one = make(tp=2)
-    meeting = lambda: {real(child, Path("/run"))[-1] for child in one._children if child.role == "llm"}  # noqa: E731
+    meeting = lambda: {real(child, Path("/run"))[-1] for child in one._fleet.children if child.role == "llm"}  # noqa: E731
     one._keep_running()
     before, met = pids(one), meeting()
     assert {"llm-0", "llm-0.1"} < before.keys() and len(met) == 1
-    kill(next(child for child in one._children if child.name == "llm-0.1"))
+    kill(next(child for child in one._fleet.children if child.name == "llm-0.1"))
     one._keep_running()
     process = child_of(one, "llm").process
     assert process is not None and process.wait() == -signal.SIGKILL
@@ -173,15 +179,17 @@ def test_a_rank_that_is_due_waits_for_the_death_of_its_mate(make: Make, monkeypa
     one = make(tp=2)
     one._keep_running()
     waited: list[float | None] = []
-    monkeypatch.setattr(one, "_changed", SimpleNamespace(get=lambda timeout: waited.append(timeout), put=lambda _: None))
+    news = SimpleNamespace(get=lambda timeout: waited.append(timeout) or (lambda: None), put=lambda _: None)
+    monkeypatch.setattr(one, "_news", news)
     monkeypatch.setattr(launcher, "signal_child", lambda *_: None)
-    kill(next(child for child in one._children if child.name == "llm-0.1"))
+    kill(next(child for child in one._fleet.children if child.name == "llm-0.1"))
     one._keep_running()
     one._wait()
+    assert waited == [None]
+    assert "llm-0.1" not in pids(one)
     kill(child_of(one, "llm"))
     one._keep_running()
-    one._wait()
-    assert waited == [None, 0.0]
+    assert {"llm-0", "llm-0.1"} < pids(one).keys()
 
 
 def test_everything_is_ready_when_each_child_is_and_not_after_one_died(make: Make) -> None:
@@ -197,34 +205,65 @@ def test_everything_is_ready_when_each_child_is_and_not_after_one_died(make: Mak
     assert not one._all_ready()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_serve_and_every_child(make: Make, number: signal.Signals) -> None:
-    one = make(controller=f"import os, signal; os.kill(os.getppid(), {int(number)}); signal.pause()")
+def stubborn(ready: Path, number: str = "SIGINT") -> str:
+    """Ignores the signal; opens the pipe once it does."""
+    return f"import signal; signal.signal(signal.{number}, signal.SIG_IGN); open({str(ready)!r}, 'w').close(); signal.pause()"
+
+
+def signals_launcher(number: signal.Signals) -> str:
+    return f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getppid(), {int(number)}); signal.pause()"
+
+
+def test_sigint_ends_serve_and_every_child(make: Make) -> None:
+    one = make({"controller": signals_launcher(signal.SIGINT)})
     assert one.run() == 0
-    assert [child.process.returncode for child in one._children if child.process] == [-signal.SIGTERM] * 6
+    assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGINT] * 6
 
 
-def stubborn(ready: Path) -> str:
-    """Ignores SIGTERM; opens the pipe once it does."""
-    return f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(ready)!r}, 'w').close(); signal.pause()"
+def test_sigterm_drains_the_gateway_and_then_ends_the_rest(make: Make) -> None:
+    one = make({"controller": signals_launcher(signal.SIGTERM)})
+    with structlog.testing.capture_logs() as logs:
+        assert one.run() == 0
+    assert [(entry["event"], entry["name"]) for entry in logs] == [("draining", "gateway-0"), ("service ended", "gateway-0")]
+    assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGINT] * 5
 
 
-def test_a_child_that_ignores_sigterm_is_killed_in_the_end(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_while_the_gateway_drains_who_dies_is_started_anew(make: Make, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ready")
+    one = make({"gateway": stubborn(tmp_path / "ready", "SIGTERM")})
+    one._keep_running()
+    (tmp_path / "ready").read_bytes()
+    one._obey(signal.SIGTERM)
+    one._keep_running()
+    before = pids(one)
+    kill(child_of(one, "vision"))
+    one._keep_running()
+    assert pids(one)["gateway-0"] == before["gateway-0"] and pids(one)["vision-0"] != before["vision-0"]
+    assert not one._has_drained()
+
+
+def test_a_signal_while_it_drains_stops_now(make: Make) -> None:
+    one = make()
+    one._obey(signal.SIGTERM)
+    assert not one._stopping
+    one._obey(signal.SIGTERM)
+    assert one._stopping
+
+
+def test_a_child_that_ignores_sigint_is_killed_in_the_end(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launcher, "STOP_SECONDS", 0.3)
     os.mkfifo(tmp_path / "ready")
-    one = make(vision=stubborn(tmp_path / "ready"))
+    one = make({"vision": stubborn(tmp_path / "ready")})
     one._keep_running()
     (tmp_path / "ready").read_bytes()
     one._stop_all()
-    ended = {child.role: child.process.returncode for child in one._children if child.process}
+    ended = {child.role: child.process.returncode for child in one._fleet.children if child.process}
     assert ended["vision"] == -signal.SIGKILL
-    assert {ended[role] for role in ("gateway", "preprocess", "llm", "detokenizer")} == {-signal.SIGTERM}
+    assert {ended[role] for role in ("gateway", "preprocess", "llm", "detokenizer")} == {-signal.SIGINT}
     assert none_lives(one)
 
 
-def test_a_child_that_ignores_sigterm_takes_no_time_from_the_controller(
-    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_child_that_ignores_sigint_takes_no_time_from_the_controller(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launcher, "STOP_SECONDS", 0.3)
     given: dict[str, float] = {}
 
@@ -235,7 +274,7 @@ def test_a_child_that_ignores_sigterm_takes_no_time_from_the_controller(
     real = launcher.wait_for
     monkeypatch.setattr(launcher, "wait_for", wait_for)
     os.mkfifo(tmp_path / "ready")
-    one = make(vision=stubborn(tmp_path / "ready"))
+    one = make({"vision": stubborn(tmp_path / "ready")})
     one._keep_running()
     (tmp_path / "ready").read_bytes()
     one._stop_all()
@@ -253,12 +292,12 @@ def test_what_is_announced_can_be_dialled(host: str, http: str, grpc: str, tmp_p
 
 def test_a_second_signal_kills_at_once(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ready")
-    one = make(vision=stubborn(tmp_path / "ready"))
+    one = make({"vision": stubborn(tmp_path / "ready")})
     one._keep_running()
     (tmp_path / "ready").read_bytes()
-    one._on_signal()
+    one._stopping = True
     assert not none_lives(one)
-    one._on_signal()
+    one._on_signal(signal.SIGINT, None)
     process = child_of(one, "vision").process
     assert process is not None and process.wait() == -signal.SIGKILL
 
@@ -266,7 +305,7 @@ def test_a_second_signal_kills_at_once(make: Make, tmp_path: Path) -> None:
 def test_children_get_none_of_the_launchers_variables(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TWINLENS_DTYPE", "float16")
     monkeypatch.setenv("ANOTHERS", "kept")
-    one = make(llm=f"import json, os; json.dump(dict(os.environ), open({str(tmp_path / 'seen')!r}, 'w'))")
+    one = make({"llm": f"import json, os; json.dump(dict(os.environ), open({str(tmp_path / 'seen')!r}, 'w'))"})
     one._keep_running()
     process = child_of(one, "llm").process
     assert process is not None and process.wait() == 0
@@ -277,7 +316,7 @@ def test_children_get_none_of_the_launchers_variables(make: Make, monkeypatch: p
 
 def test_each_child_gets_the_settings_that_its_service_knows(tmp_path: Path) -> None:
     settings = ServeSettings(model=str(MODEL), vision=2, http_port=8123, max_model_len=99, dtype="float32", embedding_cache_mib=0)
-    children = Launcher(settings, tmp_path)._children
+    children = Launcher(settings, tmp_path)._fleet.children
     assert sorted(child.name for child in children if child.role in ("vision", "llm")) == ["llm-0", "vision-0", "vision-1"]
     given = {child.name: load(SERVICES[child.role], argparse.ArgumentParser(), child.arguments, KNOWN_NAMES) for child in children}
     assert given["gateway-0"].http_port == 8123
@@ -285,3 +324,99 @@ def test_each_child_gets_the_settings_that_its_service_knows(tmp_path: Path) -> 
     assert given["vision-1"].embedding_cache_mib == 0
     assert len({service.listen for service in given.values()}) == len(children)
     assert {service.controller for service in given.values()} == {given["controller-0"].control_listen}
+
+
+def test_what_is_wanted_is_told_and_scaled_to(make: Make) -> None:
+    one = make(preprocess=2)
+    one._keep_running()
+    report(one, *SERVICES)
+    one._hear(control_pb2.JoinResponse(wanted={"vision": 3, "preprocess": 1}))
+    one._keep_running()
+    one._tell_managed()
+    assert one._managed.replicas == {"vision": 3, "preprocess": 1, "llm": 1, "detokenizer": 1}
+    assert {"vision-0", "vision-1", "vision-2"} < pids(one).keys()
+    assert one._fleet.active("preprocess")[0].first.name == "preprocess-0"
+    retired = next(replica for replica in one._fleet.replicas if replica.retired)
+    assert retired.first.name == "preprocess-1" and retired.first.process is not None
+    assert retired.first.process.wait() == -signal.SIGTERM
+    one._keep_running()
+    assert "preprocess-1" not in pids(one)
+
+
+def test_a_member_that_an_operator_drains_is_not_replaced(make: Make) -> None:
+    one = make(vision=2)
+    one._keep_running()
+    report(one, *SERVICES)
+    drained = child_of(one, "vision").member
+    assert drained is not None
+    for _ in range(2):  # the controller says it again and again
+        one._hear(control_pb2.JoinResponse(drained=[drained.id, "someone-else"]))
+        one._keep_running()
+    kill(child_of(one, "vision"))
+    one._keep_running()
+    assert [name for name in pids(one) if name.startswith("vision")] == ["vision-1"]
+    assert one._fleet.wanted["vision"] == 1
+
+
+def test_a_hung_child_is_killed_and_started_anew_with_the_ranks_of_its_group(make: Make) -> None:
+    one = make(tp=2)
+    one._keep_running()
+    report(one, *SERVICES)
+    before = pids(one)
+    report(one, "llm-0.1", hung=True)
+    process = next(child for child in one._fleet.children if child.name == "llm-0.1").process
+    assert process is not None and process.wait() == -signal.SIGKILL
+    one._keep_running()
+    leader = child_of(one, "llm").process
+    assert leader is not None and leader.wait() == -signal.SIGKILL
+    one._keep_running()
+    assert {name for name, pid in pids(one).items() if pid != before[name]} == {"llm-0", "llm-0.1"}
+
+
+def test_a_frozen_child_is_killed_when_it_does_not_come_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, now = make(), SimpleNamespace(seconds=1000.0)
+    one._keep_running()
+    monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    report(one, "vision")
+    child = child_of(one, "vision")
+    assert child.process is not None
+    for state in (DEAD, READY, DEAD):  # it thawed once
+        report(one, "vision", state=state)
+        now.seconds += launcher.FROZEN_SECONDS
+        assert child.process.poll() is None
+    report(one, "vision", state=DEAD)
+    assert child.process.poll() is None
+    now.seconds += 0.1
+    report(one, "vision", state=DEAD)
+    assert child.process.wait() == -signal.SIGKILL
+
+
+def test_a_replica_that_was_added_and_cannot_start_is_given_up(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    one = make()
+    one._keep_running()
+    report(one, *SERVICES)
+    one._announced = True
+    one._fleet.wanted["vision"] = 2
+    one._keep_running()
+    added = next(child for child in one._fleet.children if child.name == "vision-1")
+    for _ in range(MAX_FAILED_STARTS):
+        added.start_at = 0.0
+        one._keep_running()
+        kill(added)
+        assert one._keep_running() is None
+    assert "vision-1" not in pids(one) and one._fleet.wanted["vision"] == 1
+
+
+def test_by_the_expected_delay_replicas_are_added(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscale, "UP_SECONDS", 0.0)
+    one = make(autoscale="vision=1:3")
+    one._keep_running()
+    report(one, *SERVICES)
+    one._announced = True
+    report(one, "vision", expected_delay=5.0)
+    one._tell_managed()
+    assert (one._managed.replicas["vision"], one._managed.autoscaled["vision"]) == (2, "1:3")
+
+
+def test_the_bounds_of_autoscaling_bound_the_first_replicas_too(make: Make) -> None:
+    assert len(make(autoscale="vision=2:4")._fleet.active("vision")) == 2

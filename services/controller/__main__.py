@@ -9,14 +9,17 @@ import threading
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.health import serve_health
 from common.logs import get_logger
 from common.membership import READY, new_member_id
 from common.process import CannotStart, run
+from common.progress import Progress
 from common.settings import ControllerSettings
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.service import ControlServicer
 
 STOP_SECONDS = 1.0
+PULSE_SECONDS = 1.0
 
 
 def main(settings: ControllerSettings, stop: threading.Event) -> None:
@@ -38,13 +41,26 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
         raise CannotStart(f"cannot listen on {settings.control_listen}: is the port taken?") from e
     await server.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    progress = Progress()
+    health_port = serve_health(settings.health_port, member, lambda: (0, 0), progress.is_hung, watch=progress.watch)
     get_logger().info("listening", grpc=settings.control_listen, id=member.id)
-    expiry = asyncio.create_task(servicer.expire_leases())
+    tasks = [asyncio.create_task(servicer.expire_leases()), asyncio.create_task(pulse(progress))]
     await asyncio.to_thread(stop.wait)
-    expiry.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await expiry
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    if health_port:
+        health_port.close()
     await server.stop(STOP_SECONDS)
+
+
+async def pulse(progress: Progress) -> None:
+    """This loop's signs of life."""
+    progress.begin()
+    while True:
+        progress.tick()
+        await asyncio.sleep(PULSE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ class MembershipTable:
     def lives(self, member_id: str) -> bool:
         return member_id in self._members and self._members[member_id].state != DEAD
 
+    def get(self, member_id: str) -> control_pb2.Member | None:
+        return self._members.get(member_id)
+
     def members(self) -> list[control_pb2.Member]:
         return sorted(self._members.values(), key=lambda m: (m.role, m.id))
 
@@ -50,4 +53,5 @@ def identity(member: control_pb2.Member) -> bytes:
     known = control_pb2.Member()
     known.CopyFrom(member)
     known.in_flight = known.queued = 0
+    known.expected_delay = 0.0
     return known.SerializeToString(deterministic=True)

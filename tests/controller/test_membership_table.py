@@ -22,9 +22,9 @@ def states(table: MembershipTable) -> dict[str, int]:
 def test_a_new_member_is_news_and_its_load_is_not() -> None:
     table = MembershipTable()
     assert table.report(member(), 0)
-    assert not table.report(member(in_flight=3, queued=7), 1)
+    assert not table.report(member(in_flight=3, queued=7, expected_delay=0.5), 1)
     (found,) = table.members()
-    assert (found.in_flight, found.queued) == (3, 7)
+    assert (found.in_flight, found.queued, found.expected_delay) == (3, 7, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_a_new_member_is_news_and_its_load_is_not() -> None:
         {"max_model_len": 8},
         {"rank": 1},
         {"group": "llm-1"},
+        {"hung": True},
     ],
     ids=lambda change: next(iter(change)),
 )

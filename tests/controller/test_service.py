@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller import membership_table, service
 from services.controller.__main__ import serve
 from services.controller.service import ControlServicer
+from tests.system.running import fetch, free_port
 
 READY = control_pb2.MEMBER_STATE_READY
 STARTING = control_pb2.MEMBER_STATE_STARTING
@@ -246,12 +248,16 @@ async def test_a_port_that_is_taken_is_told_as_such() -> None:
 
 async def test_the_whole_controller_is_healthy_and_stops_when_told(tmp_path: Path) -> None:
     stop, address = threading.Event(), f"unix:{tmp_path}/control"
-    running = asyncio.create_task(serve(ControllerSettings(control_listen=address), stop))
+    port = free_port()
+    running = asyncio.create_task(serve(ControllerSettings(control_listen=address, health_port=port), stop))
     async with grpc.aio.insecure_channel(address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         answer = await check(health_pb2.HealthCheckRequest(), timeout=DEADLINE, wait_for_ready=True)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         (myself,) = await listed(control_pb2_grpc.ControlServiceStub(channel))
         assert (myself.role, myself.state) == ("controller", READY) and myself.pid
+        for path in ("healthz", "readyz"):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}")
+            assert await asyncio.to_thread(fetch, request) == (200, "ok\n")
     stop.set()
     await asyncio.wait_for(running, DEADLINE)
