@@ -201,6 +201,8 @@ class Grant(RequestMessage):
     image: Count
     wait_seconds: Seconds = 0.0
     """Until the replica would begin another image."""
+    has_room: bool = True
+    """For another image of the receiver. Else a Vacancy follows when there is room."""
 
 
 class Held(RequestMessage):

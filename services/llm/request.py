@@ -17,8 +17,9 @@ Key = tuple[str, int]
 """(request_id, attempt)."""
 
 
-def objection_to(prompt: Prompt, max_tokens: int) -> str:
-    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a cache of `max_tokens`."""
+def objection_to(prompt: Prompt, max_tokens: int, max_image_tokens: int) -> str:
+    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a cache of `max_tokens`, or its
+    embeddings into the room for `max_image_tokens`."""
     num_tokens, num_images = prompt.token_ids.shape[-1:], prompt.placeholders.shape[:1]
     wanted = {
         "token_ids": num_tokens,
@@ -37,6 +38,8 @@ def objection_to(prompt: Prompt, max_tokens: int) -> str:
         if not end <= offset < offset + length <= num_tokens[0]:
             return f"the placeholder range {offset} + {length} lies outside the prompt or in another"
         end = offset + length
+    if (image_tokens := int(prompt.placeholders.numpy()[:, 1].sum())) > max_image_tokens:
+        return f"its images become {image_tokens} tokens, this group has room for the embeddings of {max_image_tokens}: send fewer or smaller ones"
     whole = num_tokens[0] + (prompt.stopping.max_tokens or 0)
     return f"{whole} tokens, prompt and answer together, do not fit into the {max_tokens} of this group" if whole > max_tokens else ""
 

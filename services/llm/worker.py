@@ -1,13 +1,14 @@
 """The language group's shell: messages to the engine, its outputs to the detokenizers."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from common.links import Down, Event, Received, Up
+from common.links import Down, Draining, Received, Up
 from common.logs import get_logger
-from common.member import Member
+from common.member import Event, Member
 from common.messages import (
     Abort,
     Embeddings,
@@ -15,6 +16,7 @@ from common.messages import (
     ImageReceived,
     ImageRejected,
     Prompt,
+    Reserved,
     Start,
     StopFound,
     Tokens,
@@ -22,14 +24,17 @@ from common.messages import (
 from common.torch_tensors import to_torch
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
+from services.llm.load_report import LoadReport
 from services.llm.request import Key, objection_to
 
 EXPIRY_SECONDS = 1.0
 
 
 class Worker:
-    def __init__(self, member: Member, engine: Engine) -> None:
-        self._member, self._engine, self._log = member, engine, get_logger()
+    def __init__(self, member: Member, engine: Engine, drain: Callable[[], None] = lambda: None) -> None:
+        """`drain` is called when another rank of the group is to leave: none can without the others."""
+        self._member, self._engine, self._drain, self._log = member, engine, drain, get_logger()
+        self._report = LoadReport(member.links, engine.scheduler)
 
     def run(self) -> None:
         """Steps while there is something to compute; waits for messages where there is not."""
@@ -42,10 +47,12 @@ class Worker:
             if (now := time.monotonic()) >= next_expiry:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
+            self._tell_reserved()
             outputs = self._engine.step()
             for output in outputs or []:
                 self._send(output)
             idle = outputs is None
+            self._report.tell(at_once=idle)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -53,20 +60,33 @@ class Worker:
                 self._take(peer_id, message)
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
+                self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
-            case Up():
-                pass
+                elif role == "detokenizer":
+                    self._lose_detokenizer(peer_id, reason)
+            case Draining(role="llm"):
+                self._drain()
+            case Up(peer_id=peer_id, role="preprocess"):
+                self._report.add(peer_id)
+
+    def _lose_detokenizer(self, peer_id: str, reason: str) -> None:
+        """The gateway may not see what we see of it: its own connection to it may stand."""
+        for prompt in [r.prompt for r in self._engine.requests.values() if r.prompt.detokenizer.id == peer_id]:
+            name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
+            text = f"the language group lost the detokenizer: {reason}"
+            self._member.links.send(prompt.gateway_id, Failed(**name, code="Unavailable", message=text, stage="detokenizer"))
+            self._engine.abort([(prompt.request_id, prompt.attempt)])
 
     def _take(self, peer_id: str, message: Any) -> None:
         match message:
-            case Prompt() if problem := objection_to(message, self._engine.scheduler.max_tokens):
+            case Prompt() if problem := objection_to(message, self._engine.scheduler.max_tokens, self._engine.budget.num_tokens):
                 self._log.error("prompt refused", request_id=message.request_id, reason=problem)
                 name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt}
                 self._member.links.send(message.gateway_id, Failed(**name, code="Internal", message=problem, stage="llm"))
             case Prompt():
                 self._member.links.connect(message.detokenizer, "detokenizer")
-                for image, reason in self._engine.add(message):
+                for image, reason in self._engine.add(message, peer_id):
                     self._acknowledge(peer_id, message, image, reason)
                 self._log.debug("prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0])
             case Embeddings():
@@ -79,6 +99,10 @@ class Worker:
                 self._abort([(message.request_id, message.attempt)])
             case StopFound():
                 self._engine.abort([(message.request_id, message.attempt)])
+
+    def _tell_reserved(self) -> None:
+        for (request_id, attempt), preprocess_id in self._engine.budget.take_reserved():
+            self._member.links.send(preprocess_id, Reserved(request_id=request_id, attempt=attempt))
 
     def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
         name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt, "image": image}

@@ -47,7 +47,8 @@ def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -
     with warnings.catch_warnings(action="ignore"):
         image = open_checked(data, max_pixels)
         try:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except READER_ERRORS as e:
             raise UnreadableImage(f"the image is a broken or cut off {image.format}; send the whole file") from e
 

@@ -1,6 +1,5 @@
 """What preprocess holds of a request under way."""
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +9,9 @@ from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Image
 
 Key = tuple[str, int]
+"""(request_id, attempt)."""
+ImageKey = tuple[str, int, int]
+"""(request_id, attempt, image)."""
 
 
 @dataclass(slots=True)
@@ -18,7 +20,7 @@ class Preparation:
 
     submit: Submit
     gateway_id: str
-    received: float = field(default_factory=time.monotonic)
+    received: float
     token_ids: np.ndarray | None = None
     grammar: Tensor | None = None
     images: list[Image] = field(default_factory=list)
@@ -28,14 +30,30 @@ class Preparation:
     def deadline(self) -> float:
         return self.received + self.submit.timeout
 
+    @property
+    def needs_image(self) -> bool:
+        return len(self.images) < len(self.submit.images)
 
-@dataclass(slots=True)
+    @property
+    def is_prepared(self) -> bool:
+        return self.token_ids is not None and not self.needs_image
+
+
+@dataclass(slots=True, eq=False)
 class Dispatched:
-    """An image that a vision replica has in hand."""
+    """An image of a request that was handed over. Without a `vision_id` it waits for a replica."""
 
+    key: ImageKey
     image: Image
-    vision_id: str
-    dispatches: int = 1
+    vision_id: str = ""
+    has_pixels: bool = False
+    """The replica was sent them, or said that it needs none: what becomes of the image there is its doing."""
+    dispatches: int = 0
+    """Replicas that failed with it in hand, and the one that has it in hand."""
+    failed_at: set[str] = field(default_factory=set)
+    encode_anew: bool = False
+    expected_seconds: float = 0.0
+    """In the tower, while it waits."""
 
 
 @dataclass(slots=True)
@@ -46,3 +64,5 @@ class Handover:
     llm: Peer
     deadline: float
     images: dict[int, Dispatched] = field(default_factory=dict)
+    is_reserved: bool = False
+    """The group has room for the embeddings of all of its images."""

@@ -1,117 +1,153 @@
-"""The preprocess service's shell: prepares requests one step at a time, and owns each image until its embeddings have arrived."""
+"""The preprocess service's shell: prepares requests one step at a time, and serves in between what images under way need."""
 
-import itertools
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from common.errors import Internal, InvalidRequest, ServingError, Unavailable
-from common.links import Down, Event, Received, Up
+from common.links import Down, Draining, Received, Up
 from common.logs import get_logger
-from common.member import Member
-from common.messages import (
-    Abort,
-    Failed,
-    Grant,
-    ImageReceived,
-    ImageRejected,
-    Offer,
-    Peer,
-    Pixels,
-    Prompt,
-    Routed,
-    Submit,
-)
+from common.member import Event, Member
+from common.messages import Abort, Failed, LlmLoad, Peer, Prompt, Routed, Submit, VisionLoad
+from common.progress import UnitTimes
 from common.wire import Tensor
+from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image, Preprocessor
 from services.preprocess.guides import Guides
+from services.preprocess.llm_groups import LlmGroups
+from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.under_way import Dispatched, Handover, Key, Preparation
+from services.preprocess.vision_pool import VisionPool
 
-MAX_DISPATCHES = 3
-"""How many replicas may try one image."""
+CHECK_SECONDS = 0.5
+MAX_HELD_BYTES = 512 * 2**20
+"""Of decoded images that wait to be encoded: beyond it no further image is decoded."""
 
 
 class Worker:
     def __init__(
-        self, member: Member, preprocessor: Preprocessor, preparations: OrderedDict[Key, Preparation], handovers: dict[Key, Handover]
+        self,
+        member: Member,
+        preprocessor: Preprocessor,
+        preparations: OrderedDict[Key, Preparation],
+        handovers: dict[Key, Handover],
+        pool: VisionPool,
+        metrics: PreprocessMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`preparations` (queued) and `handovers` (in flight) are shared with the member's load report."""
-        self._member, self._preprocessor = member, preprocessor
-        self._preparations, self._handovers = preparations, handovers
-        self._peers: dict[str, dict[str, Peer]] = {"vision": {}, "llm": {}}
+        self._member, self._preprocessor, self._metrics, self._clock = member, preprocessor, metrics, clock
+        self._preparations, self._pool = preparations, pool
+        self._dispatcher = Dispatcher(member.links, pool, handovers, self._fail, metrics, clock)
+        self._groups = LlmGroups(clock)
         self._guides = Guides(preprocessor.checkpoint.path / "tokenizer.json")
-        self._turn = itertools.count()
+        self._times = UnitTimes(least_seconds=2.5)  # a small file may be a large picture
+        self._next_check = 0.0
+        self._missing: list[str] | None = None
         self._log = get_logger()
 
     def run(self) -> None:
         """One step of the oldest request, then whatever came meanwhile: a grant does not wait for a request of many images."""
-        while (events := self._member.waiting_events(wait=not self._preparations)) is not None:
+        while (events := self._member.waiting_events(wait=self._next() is None, timeout=self._timeout())) is not None:
             for event in events:
                 self._handle(event)
-            if self._preparations:
-                key, preparation = next(iter(self._preparations.items()))
-                self._advance(key, preparation)
+            self._check()
+            self._dispatcher.offer_waiting()
+            self._member.expected_delay = self._pool.queue_seconds
+            if found := self._next():
+                self._advance(*found)
+
+    def _timeout(self) -> float | None:
+        return CHECK_SECONDS if self._preparations or self._dispatcher.handovers else None
+
+    def _next(self) -> tuple[Key, Preparation] | None:
+        """The oldest preparation that can go on."""
+        return next(((key, preparation) for key, preparation in self._preparations.items() if self._can_advance(preparation)), None)
+
+    def _can_advance(self, preparation: Preparation) -> bool:
+        if preparation.is_prepared:
+            return self._groups.has_other(preparation.submit.avoid) or self._groups.missing_too_long()
+        return not preparation.needs_image or self._dispatcher.num_bytes < MAX_HELD_BYTES
 
     def _handle(self, event: Event) -> None:
         match event:
             case Received(peer_id=peer_id, message=message):
                 self._take(peer_id, message)
-            case Up(peer_id=peer_id, role=role, address=address) if role in self._peers:
-                self._peers[role][peer_id] = Peer(peer_id, address)
-                self._tell_state()
+            case Up(peer_id=peer_id, role="llm", address=address):
+                self._groups.add(Peer(peer_id, address))
+            case Draining(peer_id=peer_id, role=role):
+                (self._pool if role == "vision" else self._groups).drain(peer_id)
             case Down(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._lose(peer_id, role, reason)
+        if not isinstance(event, Received) or isinstance(event.message, VisionLoad):
+            self._tell_state()
 
     def _take(self, peer_id: str, message: Any) -> None:
-        key = (message.request_id, message.attempt)
         match message:
             case Submit():
-                self._preparations[key] = Preparation(message, peer_id)
+                self._preparations[message.request_id, message.attempt] = Preparation(message, peer_id, self._clock())
             case Abort():
-                self._drop(key)
-            case Grant(image=image):
-                self._send_pixels(key, peer_id, image)
-            case ImageReceived(image=image):
-                self._let_go(key, image)
-            case ImageRejected(image=image, reason=reason) | Failed(image=int(image), message=reason):
-                self._dispatch_again(key, image, reason)
+                self._drop((message.request_id, message.attempt))
+            case LlmLoad():
+                self._groups.take_load(peer_id, message)
+            case _:
+                self._dispatcher.take(peer_id, message)
 
     def _lose(self, peer_id: str, role: str, reason: str) -> None:
-        self._peers.get(role, {}).pop(peer_id, None)
-        self._tell_state()
         match role:
             case "vision":
-                lost = [(key, i) for key, h in self._handovers.items() for i, d in h.images.items() if d.vision_id == peer_id]
-                for key, image in lost:
-                    self._dispatch_again(key, image, f"the vision replica was lost: {reason}")
+                self._dispatcher.lose_replica(peer_id, reason)
             case "gateway":
-                for key in [k for k, p in self._preparations.items() if p.gateway_id == peer_id]:
-                    self._drop(key)
-                for key in [k for k, h in self._handovers.items() if h.gateway_id == peer_id]:
-                    self._drop(key)
-            case "llm":  # its gateway sees the death, too, and decides what becomes of the request
-                for key in [k for k, h in self._handovers.items() if h.llm.id == peer_id]:
-                    self._drop(key)
+                self._drop_where(lambda owned: owned.gateway_id == peer_id)
+            case "llm":
+                self._groups.lose(peer_id)
+                self._lose_handovers(peer_id, reason)
+
+    def _lose_handovers(self, llm_id: str, reason: str) -> None:
+        """Their gateways may not see what we see of the language group: their connections to it may stand."""
+        for key, handover in [(k, h) for k, h in self._dispatcher.handovers.items() if h.llm.id == llm_id]:
+            self._drop(key)
+            self._fail(key, handover.gateway_id, Unavailable(f"preprocess lost the language group: {reason}", stage="llm"))
+
+    def _drop_where(self, wanted: Callable[[Preparation | Handover], bool]) -> None:
+        owned: list[tuple[Key, Preparation | Handover]] = [*self._preparations.items(), *self._dispatcher.handovers.items()]
+        for key in [key for key, one in owned if wanted(one)]:
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        self._preparations.pop(key, None)
+        self._dispatcher.drop(key)
 
     def _tell_state(self) -> None:
         """Ready means that a request with images can be handed on."""
-        missing = [role for role, peers in self._peers.items() if not peers]
-        self._member.waits_for(missing)
+        missing = [role for role, count in (("vision", self._pool.num_replicas), ("llm", len(self._groups))) if not count]
+        if missing != self._missing:
+            self._missing = missing
+            self._member.waits_for(missing)
+
+    def _check(self) -> None:
+        """What is past its time, now and then."""
+        if (now := self._clock()) < self._next_check:
+            return
+        self._next_check = now + CHECK_SECONDS
+        self._dispatcher.give_up()
+        # The gateway has told their clients by now.
+        for key in [key for key, preparation in self._preparations.items() if now > preparation.deadline]:
+            del self._preparations[key]
 
     # Preparing
 
     def _advance(self, key: Key, preparation: Preparation) -> None:
         """Tokenizes, or prepares the next image, or hands the request over."""
-        if time.monotonic() > preparation.deadline:
-            del self._preparations[key]  # the gateway has told its client by now
-            return
         try:
-            self._take_step(key, preparation)
+            with self._member.progress.unit(self._times, 1):
+                self._take_step(key, preparation)
         except ServingError as e:
             self._preparations.pop(key, None)
             self._fail(key, preparation.gateway_id, e)
@@ -127,7 +163,7 @@ class Worker:
             if submit.guide_kind:
                 guide = submit.guide.text() if submit.guide else ""
                 preparation.grammar = Tensor.of_text(self._guides.grammar(submit.guide_kind, guide))
-        elif len(preparation.images) < len(submit.images):
+        elif preparation.needs_image:
             self._prepare_image(preparation)
         else:
             del self._preparations[key]
@@ -136,19 +172,21 @@ class Worker:
     def _prepare_image(self, preparation: Preparation) -> None:
         began, index = time.monotonic(), len(preparation.images)
         try:
-            preparation.images.append(self._preprocessor.image_plan(preparation.submit.images[index].data))
+            preparation.images.append(self._preprocessor.image_plan(preparation.submit.images[index].data, self._pool.buckets))
         except InvalidRequest as e:
             raise type(e)(f"image {index}: {e.message}", image=index) from e
         preparation.image_seconds.append(time.monotonic() - began)
+        self._metrics.image_seconds.observe(preparation.image_seconds[-1])
 
     def _hand_over(self, key: Key, preparation: Preparation) -> None:
-        """The prompt to a language group, and each image to a replica."""
+        """The prompt to a language group; its images follow when it has room for their embeddings."""
         submit, images = preparation.submit, preparation.images
         assert preparation.token_ids is not None
         expanded = self._preprocessor.expand(preparation.token_ids, images)
         stopping = resolve_stopping(submit.stopping, expanded.num_tokens, self._preprocessor.max_model_len)
-        sampling = resolve_sampling(submit.sampling, self._preprocessor.checkpoint.generation_config)
-        llm = self._choose_llm(submit.avoid)
+        llm = self._groups.choose(expanded, [image.mm_hash for image in images], submit.avoid)
+        if llm is None:
+            raise Unavailable("no language group is connected: try again in a moment", stage="llm")
         name: dict[str, Any] = {"request_id": submit.request_id, "attempt": submit.attempt}
         prompt = Prompt(
             **name,
@@ -158,11 +196,11 @@ class Worker:
             rope_delta=expanded.rope_delta,
             placeholders=Tensor.of(expanded.placeholders),
             mm_hashes=Tensor.of(hashes_of(images)),
-            sampling=sampling,
+            sampling=resolve_sampling(submit.sampling, self._preprocessor.checkpoint.generation_config),
             stopping=stopping,
             detokenizer=submit.detokenizer,
-            timeout=max(0.0, preparation.deadline - time.monotonic()),
-            timings=timings_of(preparation),
+            timeout=max(0.0, preparation.deadline - self._clock()),
+            timings=timings_of(preparation, self._clock()),
             grammar=preparation.grammar,
             output_token_ids=submit.output_token_ids,
         )
@@ -170,77 +208,9 @@ class Worker:
         self._member.links.send(preparation.gateway_id, Routed(**name, llm=llm, prompt_token_ids=ids))
         self._member.links.send(llm.id, prompt)
         if images:
-            self._handovers[key] = Handover(preparation.gateway_id, llm, preparation.deadline)
-            for index, image in enumerate(images):
-                if key in self._handovers:  # until one finds no replica
-                    self._dispatch(key, index, image, dispatches=1)
+            dispatched = {i: Dispatched((*key, i), image) for i, image in enumerate(images)}
+            self._dispatcher.begin(key, Handover(preparation.gateway_id, llm, preparation.deadline, dispatched))
         self._log.debug("handed over", request_id=submit.request_id, num_tokens=expanded.num_tokens, images=len(images))
-
-    def _choose_llm(self, avoid: str) -> Peer:
-        groups = [llm for llm in self._peers["llm"].values() if llm.id != avoid]
-        if not groups:
-            raise Unavailable("no language group is connected: try again in a moment", stage="llm")
-        return groups[next(self._turn) % len(groups)]
-
-    # Images under way
-
-    def _dispatch(self, key: Key, index: int, image: Image, dispatches: int, avoid: str = "") -> None:
-        """Offers an image to the replica that has the fewest of ours in hand."""
-        handover = self._handovers[key]
-        held = {vision_id: 0 for vision_id in self._peers["vision"] if vision_id != avoid}
-        for dispatched in (d for h in self._handovers.values() for d in h.images.values()):
-            if dispatched.vision_id in held:
-                held[dispatched.vision_id] += 1
-        if not held:
-            self._fail_handover(
-                key, Unavailable(f"image {index}: no vision replica is there to encode it: try again in a moment", "vision", index)
-            )
-            return
-        vision_id = min(held, key=held.__getitem__)
-        handover.images[index] = Dispatched(image, vision_id, dispatches)
-        offer = Offer(
-            request_id=key[0],
-            attempt=key[1],
-            image=index,
-            mm_hash=image.mm_hash,
-            grid_thw=image.grid_thw,
-            num_patches=image.num_patches,
-            llm=handover.llm,
-            timeout=max(0.0, handover.deadline - time.monotonic()),
-        )
-        self._member.links.send(vision_id, offer)
-
-    def _dispatch_again(self, key: Key, index: int, reason: str) -> None:
-        """One image alone goes to another replica."""
-        handover = self._handovers.get(key)
-        dispatched = handover.images.pop(index, None) if handover else None
-        if dispatched is None:
-            return
-        self._log.warning("image failed", request_id=key[0], image=index, vision=dispatched.vision_id, reason=reason)
-        if dispatched.dispatches == MAX_DISPATCHES:
-            self._fail_handover(key, Internal(f"image {index} was given up after {MAX_DISPATCHES} attempts: {reason}", "vision", index))
-        else:
-            avoid = dispatched.vision_id if len(self._peers["vision"]) > 1 else ""
-            self._dispatch(key, index, dispatched.image, dispatched.dispatches + 1, avoid)
-
-    def _send_pixels(self, key: Key, vision_id: str, index: int) -> None:
-        handover = self._handovers.get(key)
-        if handover is None:
-            self._member.links.send(vision_id, Abort(request_id=key[0], attempt=key[1]))
-            return
-        dispatched = handover.images.get(index)
-        if dispatched is None or dispatched.vision_id != vision_id:
-            return  # a late one; no Abort, which would take the request's other images from the replica
-        patches = Tensor.of(dispatched.image.patches())
-        self._member.links.send(vision_id, Pixels(request_id=key[0], attempt=key[1], image=index, patches=patches))
-
-    def _let_go(self, key: Key, index: int) -> None:
-        if handover := self._handovers.get(key):
-            handover.images.pop(index, None)
-            if not handover.images:
-                del self._handovers[key]
-
-    # Endings
 
     def _fail(self, key: Key, gateway_id: str, error: ServingError) -> None:
         message = Failed(
@@ -253,18 +223,6 @@ class Worker:
         )
         self._member.links.send(gateway_id, message)
 
-    def _fail_handover(self, key: Key, error: ServingError) -> None:
-        gateway_id = self._handovers[key].gateway_id
-        self._drop(key)
-        self._fail(key, gateway_id, error)
-
-    def _drop(self, key: Key) -> None:
-        """Frees what is held for the request, here and at the replicas that have its images."""
-        self._preparations.pop(key, None)
-        if handover := self._handovers.pop(key, None):
-            for vision_id in {d.vision_id for d in handover.images.values()}:
-                self._member.links.send(vision_id, Abort(request_id=key[0], attempt=key[1]))
-
 
 def prompt_of(submit: Submit) -> Any:
     return submit.prompt.numpy() if submit.prompt_kind == "token_ids" else json.loads(submit.prompt.bytes())
@@ -275,9 +233,9 @@ def hashes_of(images: list[Image]) -> np.ndarray:
     return np.array([list(bytes.fromhex(image.mm_hash)) for image in images], np.uint8).reshape(-1, 32)
 
 
-def timings_of(preparation: Preparation) -> Tensor:
+def timings_of(preparation: Preparation, now: float) -> Tensor:
     timings = {
-        "preprocess_seconds": time.monotonic() - preparation.received,
+        "preprocess_seconds": now - preparation.received,
         "images": [{"preprocess_seconds": seconds} for seconds in preparation.image_seconds],
     }
     return Tensor.of_text(json.dumps(timings))

@@ -6,7 +6,7 @@ from common.wire import Tensor
 
 
 class EmbeddingCache:
-    """mm_hash -> [num_image_tokens, hidden_size]; the least recently used go first."""
+    """Image content, named by mm_hash and dtype -> [num_image_tokens, hidden_size]; the least recently used go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
@@ -26,3 +26,8 @@ class EmbeddingCache:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self.num_bytes -= oldest.nbytes
+
+    def drop(self, mm_hash: str) -> None:
+        """What it has is no good."""
+        if entry := self._entries.pop(mm_hash, None):
+            self.num_bytes -= entry.nbytes

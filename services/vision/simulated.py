@@ -6,33 +6,54 @@ import time
 
 import numpy as np
 
+from common.buckets import bucket_of
 from common.checkpoint import Checkpoint
 from common.wire import Tensor
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 SAMPLED_ROWS = 2048
+NOISE_LENGTH = 2**18
 
 
 class SimulatedTower:
-    """Each image takes `seconds`. Its embeddings are noise drawn from its pixels: equal for equal pixels, else different; of zero
-    mean, and as widely spread as the language model's own token embeddings, so that the model answers each image differently."""
+    """Each image takes `seconds`; with buckets, the largest takes so long and the others their part of it. Its embeddings are noise
+    drawn from its pixels: equal for equal pixels, else different; of zero mean, and as widely spread as the language model's own
+    token embeddings, so that the model answers each image differently."""
 
-    def __init__(self, checkpoint: Checkpoint, seconds: float) -> None:
-        self._seconds = seconds
+    dtype = "float32"
+
+    def __init__(self, checkpoint: Checkpoint, seconds: float, buckets: tuple[int, ...] = ()) -> None:
+        self._seconds, self._buckets = seconds, buckets
         self._hidden_size: int = checkpoint.text_config["hidden_size"]
         self._merge_unit = checkpoint.vision_config.get("spatial_merge_size", 2) ** 2
-        self._spread = spread_of_token_embeddings(checkpoint)
+        self._spread = np.float32(spread_of_token_embeddings(checkpoint))
+        self._noise = np.random.default_rng(0).standard_normal(NOISE_LENGTH, np.float32) * self._spread / np.float32(math.sqrt(2))
 
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
         """float32 [num_patches / merge_size ** 2, hidden_size]."""
         began = time.monotonic()
-        seed = hashlib.blake2b(bytes(patches.data) + repr(grid_thw).encode(), digest_size=16).digest()
-        noise = np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
+        digest = hashlib.sha256(patches.data)  # the quickest there is, on processors that have it
+        digest.update(repr(grid_thw).encode())
         shape = (math.prod(grid_thw) // self._merge_unit, self._hidden_size)
-        embeddings = noise.standard_normal(shape, np.float32) * np.float32(self._spread)
+        embeddings = self._noise_of(digest.digest(), math.prod(shape))
         embeddings -= embeddings.mean()
-        time.sleep(max(0.0, began + self._seconds - time.monotonic()))
-        return Tensor.of(embeddings)
+        time.sleep(max(0.0, began + self.seconds_of(math.prod(grid_thw)) - time.monotonic()))
+        return Tensor.of(embeddings.reshape(shape))
+
+    def _noise_of(self, digest: bytes, count: int) -> np.ndarray:
+        """The sum of two parts of what was drawn once, which the digest chooses: drawing takes several times as long."""
+        if count > NOISE_LENGTH // 2:
+            drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+            return drawn.standard_normal(count, np.float32) * self._spread
+        first, second = (int.from_bytes(digest[n : n + 8], "little") % (NOISE_LENGTH - count) for n in (0, 8))
+        return self._noise[first : first + count] + self._noise[second : second + count]
+
+    def seconds_of(self, num_patches: int) -> float:
+        if not self._buckets:
+            return self._seconds
+        if (bucket := bucket_of(num_patches, self._buckets)) == 0:
+            raise ValueError(f"{num_patches} patches fit into none of the buckets {self._buckets}")
+        return self._seconds * bucket / self._buckets[-1]
 
 
 def spread_of_token_embeddings(checkpoint: Checkpoint) -> float:

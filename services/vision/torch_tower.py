@@ -1,5 +1,7 @@
 """The real tower: wire tensors to torch and back around a family's vision tower."""
 
+from collections.abc import Callable
+
 import torch
 
 from common.checkpoint import Checkpoint
@@ -7,22 +9,31 @@ from common.device import prepare
 from common.logs import get_logger
 from common.member import Member
 from common.settings import VisionSettings
-from common.torch_tensors import to_torch, to_wire
+from common.torch_tensors import NAMES, to_torch, to_wire
 from common.wire import Tensor
 from services.vision.cuda_graphs import GraphedVisionTower
 from services.vision.families.qwen2_5_vl import VisionTower
-from services.vision.worker import DeviceLost
+from services.vision.static_tower import StaticVisionTower
+from services.vision.tower_thread import DeviceLost
 
 
 class TorchTower:
-    def __init__(self, settings: VisionSettings, checkpoint: Checkpoint, member: Member) -> None:
+    def __init__(self, settings: VisionSettings, checkpoint: Checkpoint, member: Member, buckets: tuple[int, ...]) -> None:
         device, dtype = prepare(settings, checkpoint)
         get_logger().info("loading", id=member.id, dtype=str(dtype), device=str(device), threads=torch.get_num_threads())
-        kind = GraphedVisionTower if device.type == "cuda" else VisionTower
-        self._tower = kind(checkpoint, dtype, device, member.loading)
+        self._tower = make_tower(checkpoint, dtype, device, member.loading, buckets)
+        self.dtype = NAMES[dtype]
 
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
         try:
             return to_wire(self._tower.encode(to_torch(patches), grid_thw))
         except torch.AcceleratorError as e:
             raise DeviceLost from e
+
+
+def make_tower(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Callable[[float], None], buckets: tuple[int, ...]
+) -> VisionTower:
+    if buckets:
+        return StaticVisionTower(checkpoint, dtype, device, buckets, progress)
+    return (GraphedVisionTower if device.type == "cuda" else VisionTower)(checkpoint, dtype, device, progress)

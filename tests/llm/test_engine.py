@@ -202,6 +202,17 @@ def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(tensor: to
     assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [0, 5, 9])
+def test_one_bad_element_is_found(bad: float, dtype: torch.dtype, place: int) -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    tensor = torch.ones(5, 2, dtype=dtype)
+    tensor.view(-1)[place] = bad
+    assert "no numbers" in send_embeddings(engine, tensor)
+
+
 def test_bad_embeddings_before_their_prompt_are_refused_when_it_comes() -> None:
     engine = create_engine()
     send_embeddings(engine, torch.full((5, 2), torch.nan))

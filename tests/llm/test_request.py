@@ -133,7 +133,7 @@ IMAGES = ((2, 3, 1), (6, 2, 2))
 
 
 def test_a_prompt_whose_tensors_fit_each_other_is_taken() -> None:
-    assert objection_to(create_prompt(num_tokens=10, images=IMAGES), 14) == ""
+    assert objection_to(create_prompt(num_tokens=10, images=IMAGES), 14, 100) == ""
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_a_prompt_whose_tensors_fit_each_other_is_taken() -> None:
 )
 def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(changes: dict[str, Tensor], words: str) -> None:
     prompt = msgspec.structs.replace(create_prompt(num_tokens=10, images=IMAGES), **changes)
-    assert re.search(words, objection_to(prompt, 1000))
+    assert re.search(words, objection_to(prompt, 1000, 1000))
 
 
 def test_one_that_can_never_fit_is_refused_with_the_numbers() -> None:
-    assert re.search("14 tokens.* the 13 ", objection_to(create_prompt(num_tokens=10, max_tokens=4), 13))
+    assert re.search("14 tokens.* the 13 ", objection_to(create_prompt(num_tokens=10, max_tokens=4), 13, 100))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.links import Down, Event, Received, Up
-from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Start, StopFound, Tokens
+from common.links import Down, Draining, Event, Received, Up
+from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Reserved, Start, StopFound, Tokens
+from common.progress import Progress
 from common.torch_tensors import to_wire
 from common.wire import Tensor, encode
 from services.llm.worker import Worker
@@ -34,7 +35,7 @@ class FakeMember:
     """One batch of events a loop; the process is to stop when there are none left and the loop would wait."""
 
     def __init__(self, batches: tuple[list[Event], ...]) -> None:
-        self.links, self.batches, self.num_loops = FakeLinks(), list(batches), 0
+        self.links, self.batches, self.num_loops, self.progress = FakeLinks(), list(batches), 0, Progress()
 
     def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         self.num_loops += 1
@@ -109,8 +110,9 @@ def test_an_image_is_not_acknowledged_before_its_prompt_is_there() -> None:
 def test_bad_embeddings_are_refused_and_the_next_ones_taken() -> None:
     bad = embeddings(tensor=torch.full((5, 2), math.nan))
     sent = work([prompt(images=IMAGE)], [bad], [embeddings()])
-    assert [type(m) for peer, m in sent if peer == "preprocess"] == [ImageRejected, ImageReceived]
-    assert "no numbers" in sent[0][1].reason
+    reserved, rejected, taken = [message for peer, message in sent if peer == "preprocess"]
+    assert isinstance(reserved, Reserved) and isinstance(rejected, ImageRejected) and isinstance(taken, ImageReceived)
+    assert "no numbers" in rejected.reason
     assert answers(sent)[-1].finish_reason == "length"
 
 
@@ -190,3 +192,22 @@ def test_the_detokenizer_hears_of_the_answers_that_end_with_their_gateway() -> N
     """It may be connected to that gateway still: only this side was frozen for a while."""
     sent = work([prompt("r", max_tokens=10)], [Down("gateway", "gateway", "gone")])
     assert [message.request_id for peer, message in sent if peer == "detokenizer" and isinstance(message, Abort)] == ["r"]
+
+
+def test_a_lost_detokenizer_is_told_to_the_gateways_whose_answers_it_would_have_got() -> None:
+    """Their own connections to it may stand, and then nobody else would tell them."""
+    events: list[Event] = [prompt("r", max_tokens=10, gateway_id="g1"), prompt("waits", images=IMAGE, gateway_id="g2")]
+    sent = work(events, [Down("detokenizer", "detokenizer", "killed")])
+    told = [(peer, message) for peer, message in sent if isinstance(message, Failed)]
+    assert [(peer, m.request_id, m.code, m.stage) for peer, m in told] == [
+        ("g1", "r", "Unavailable", "detokenizer"),
+        ("g2", "waits", "Unavailable", "detokenizer"),
+    ]
+    assert [type(m) for m in answers(sent)] == [Start, Tokens], "and nothing follows"
+
+
+def test_a_rank_that_is_to_leave_drains_the_group() -> None:
+    drained: list[str] = []
+    member: Any = FakeMember(([Draining("llm.1", "llm")], [Draining("detokenizer", "detokenizer")]))
+    Worker(member, create_engine(), lambda: drained.append("drained")).run()
+    assert drained == ["drained"]

@@ -28,13 +28,12 @@ def pids(system: Running) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("role", ["detokenizer", "llm"])
-def test_a_killed_stage_ends_its_requests_at_once_and_comes_back(system: Running, role: str) -> None:
+def test_a_killed_stage_alone_is_restarted(system: Running, role: str) -> None:
     before = pids(system)
-    events = system.stream(ask_about(RECEIPT), max_tokens=3500, ignore_eos=True)
+    events = system.stream(ask_about(RECEIPT), max_tokens=400, ignore_eos=True)
     next(events)
     os.kill(before[role], signal.SIGKILL)
-    last = list(events)[-1]
-    assert role in last["error"]["message"]
+    assert not any("error" in event for event in events)
     until(lambda: system.get("/readyz")[0] == 200 and role in pids(system), f"{role} is back")
     after = pids(system)
     assert after.pop(role) != before.pop(role)

@@ -47,3 +47,11 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     cache = EmbeddingCache(0)
     cache.put("a", rows(1))
     assert cache.get("a") is None and cache.num_bytes == 0
+
+
+def test_what_is_dropped_is_absent_and_takes_no_room() -> None:
+    cache = EmbeddingCache(100)
+    cache.put("a", rows(2))
+    cache.drop("a")
+    cache.drop("b")
+    assert cache.get("a") is None and cache.num_bytes == 0

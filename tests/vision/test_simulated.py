@@ -39,6 +39,15 @@ def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase
     assert float(found.numpy().std()) == pytest.approx(spread_of_token_embeddings(checkpoint), rel=0.15)
 
 
+def test_no_two_of_many_are_alike_and_a_large_image_is_noise_too(case: GoldenCase) -> None:
+    checkpoint = open_checkpoint(case.checkpoint)
+    tower = SimulatedTower(checkpoint, 0)
+    found = {tower.encode(Tensor.of(np.full((32, 588), n, np.uint8) + np.uint8(m)), GRID).bytes() for n in range(16) for m in (0, 100)}
+    assert len(found) == 32
+    large = Tensor.of(np.zeros((8192, 588), np.uint8))
+    assert tower.encode(large, (1, 64, 128)).numpy().std() == pytest.approx(spread_of_token_embeddings(checkpoint), rel=0.05)
+
+
 def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
     from safetensors import safe_open
 
@@ -52,3 +61,11 @@ def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
 def test_no_torch_is_imported_for_it() -> None:
     code = "import sys, services.vision.__main__, services.vision.simulated; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_with_buckets_an_image_takes_its_buckets_part_of_the_time(case: GoldenCase) -> None:
+    tower = SimulatedTower(open_checkpoint(case.checkpoint), 0.4, (64, 256))
+    assert [tower.seconds_of(n) for n in (4, 64, 68, 256)] == [0.1, 0.1, 0.4, 0.4]
+    with pytest.raises(ValueError, match="260 patches"):
+        tower.seconds_of(260)
+    assert SimulatedTower(open_checkpoint(case.checkpoint), 0.4).seconds_of(5000) == 0.4

@@ -1,18 +1,24 @@
 """The vision worker's bargain with preprocess and the language group, with a tower that only adds."""
 
-import itertools
+import queue
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import pytest
 
-from common.links import Down, Event
-from common.messages import Abort, Embeddings, Failed, Grant, Offer, Peer, Pixels
+from common.links import Down, Event, Up
+from common.member import Drain
+from common.messages import Abort, Busy, Embeddings, Failed, Grant, Held, Offer, Pass, Peer, Pixels, Vacancy, VisionLoad
+from common.progress import Progress
 from common.wire import Tensor
 from services.vision.__main__ import load_of
 from services.vision.cache import EmbeddingCache
-from services.vision.worker import MAX_GRANTED, DeviceLost, Job, Key, Worker
+from services.vision.encode_times import EncodeTimes
+from services.vision.metrics import VisionMetrics
+from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
+from services.vision.tower_thread import DeviceLost, Encoded, Key, TowerThread, encode
+from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
 
 LLM = Peer("llm-1", "ipc:///llm-1")
@@ -21,6 +27,8 @@ NUM_PATCHES = 4
 
 class FakeTower:
     """An image's embedding is the sum of its patches; where that is 0, it has no memory for it."""
+
+    dtype = "float32"
 
     def __init__(self) -> None:
         self.encoded: list[int] = []
@@ -34,15 +42,53 @@ class FakeTower:
         return Tensor.of(np.array([[total]], np.float32))
 
 
+class FakeThread:
+    """Keeps what is in the tower until it is told to be through with it."""
+
+    def __init__(self, tower: FakeTower) -> None:
+        self.tower = tower
+        self.work: list[tuple[Key, Tensor, tuple[int, int, int]]] = []
+
+    def begin(self, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> None:
+        assert not self.work, "one image at a time"
+        self.work.append((key, patches, grid_thw))
+
+    def result(self) -> Encoded:
+        return encode(self.tower, *self.work.pop())
+
+
 class Replica:
     """A worker and what is around it."""
 
-    def __init__(self, cache_bytes: int = 1000) -> None:
+    def __init__(self, cache_bytes: int = 1000, buckets: tuple[int, ...] = (), dtype: str = "float32", is_new: bool = False) -> None:
+        """Unless it is new it has encoded an image before."""
         self.member, self.tower, self.jobs = FakeMember(), FakeTower(), OrderedDict[Key, Job]()
-        self.worker = Worker(self.member, self.tower, EmbeddingCache(cache_bytes), self.jobs)
+        self.thread, self.now = FakeThread(self.tower), 100.0
+        self.cache = EmbeddingCache(cache_bytes)
+        self.metrics, self.times = VisionMetrics(self.cache), EncodeTimes(buckets)
+        thread: Any = self.thread
+        self.worker = Worker(self.member, thread, self.cache, self.jobs, dtype, self.times, self.metrics, lambda: self.now)
+        if not is_new:
+            self.worker._room.size = MAX_GRANTED
 
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)
+
+    def finish(self) -> None:
+        """The tower is through with what it has."""
+        event: Any = self.thread.result()
+        self.play([event])
+
+    def encode_all(self) -> None:
+        while self.thread.work:
+            self.finish()
+
+    def take(self, kind: type[Any]) -> list[Any]:
+        """What was sent of the kind since this was last asked."""
+        links = self.member.links
+        found = [(receiver, message) for receiver, message in links.sent if isinstance(message, kind)]
+        links.sent = [(receiver, message) for receiver, message in links.sent if not isinstance(message, kind)]
+        return found
 
     def grants(self) -> list[tuple[str, int]]:
         return [(grant.request_id, grant.image) for grant in self.member.links.of(Grant)]
@@ -52,11 +98,13 @@ class Replica:
         assert self.member.links.of(Embeddings) == [m for m in self.member.links.to(LLM.id) if isinstance(m, Embeddings)]
         return [(message.request_id, message.embeddings.numpy().item()) for message in self.member.links.of(Embeddings)]
 
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-def offer(request_id: str, mm_hash: str, image: int = 0, preprocess: str = "preprocess-1") -> list[Event]:
-    message = Offer(
-        request_id=request_id, attempt=0, image=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), num_patches=NUM_PATCHES, llm=LLM, timeout=60
-    )
+
+def offer(request_id: str, mm_hash: str, image: int = 0, preprocess: str = "preprocess-1", **fields: Any) -> list[Event]:
+    given = {"num_patches": NUM_PATCHES, "llm": LLM, "timeout": 60} | fields
+    message = Offer(request_id=request_id, attempt=0, image=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), **given)
     return received(preprocess, "preprocess", message)
 
 
@@ -69,10 +117,15 @@ def abort(request_id: str) -> list[Event]:
     return received("preprocess-1", "preprocess", Abort(request_id=request_id, attempt=0))
 
 
+def passes(preprocess: str) -> list[Event]:
+    return received(preprocess, "preprocess", Pass())
+
+
 def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> None:
     replica = Replica()
     replica.play(offer("r", "a", image=3), pixels("r", 5, image=3))
     assert replica.grants() == [("r", 3)]
+    replica.encode_all()
     [message] = replica.member.links.of(Embeddings)
     assert replica.embeddings() == [("r", 20.0)]
     assert (message.attempt, message.image, message.mm_hash, message.preprocess_id) == (0, 3, "a", "preprocess-1")
@@ -81,24 +134,116 @@ def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> 
     assert not replica.jobs
 
 
-def test_no_more_images_are_granted_than_the_bound_whoever_offers_them() -> None:
+# Offers
+
+
+def test_no_more_images_are_granted_than_the_bound_whoever_offers_them_and_the_others_are_told_so() -> None:
     replica = Replica()
-    waiting = list(itertools.chain.from_iterable(offer(f"r{n}", f"hash {n}", preprocess=f"preprocess-{n}") for n in range(MAX_GRANTED + 3)))
-    replica.play(waiting)
+    replica.play(*(offer(f"r{n}", f"hash {n}", preprocess=f"preprocess-{n}") for n in range(MAX_GRANTED + 2)))
     assert replica.grants() == [(f"r{n}", 0) for n in range(MAX_GRANTED)]
-    assert [receiver for receiver, _ in replica.member.links.sent] == [f"preprocess-{n}" for n in range(MAX_GRANTED)]
-    assert load_of(replica.jobs) == (MAX_GRANTED, 3)
-    replica.play(pixels("r0", 1))
-    assert replica.grants()[MAX_GRANTED:] == [(f"r{MAX_GRANTED}", 0)]
+    assert [grant.has_room for grant in replica.member.links.of(Grant)] == [True] * (MAX_GRANTED - 1) + [False]
+    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [("preprocess-2", "r2"), ("preprocess-3", "r3")]
+    assert load_of(replica.jobs) == (MAX_GRANTED, 0), "nothing is held of what was refused"
 
 
-def test_an_image_in_the_cache_needs_no_pixels() -> None:
+def test_a_new_replica_takes_one_image_alone_until_it_has_measured_how_long_they_take() -> None:
+    replica = Replica(is_new=True)
+    replica.play(offer("r0", "a") + offer("r1", "b"), pixels("r0", 1))
+    assert replica.grants() == [("r0", 0)] and len(replica.take(Busy)) == 1
+    replica.finish()
+    replica.play(offer("r1", "b") + offer("r2", "c") + offer("r3", "d"))
+    assert replica.grants() == [("r0", 0), ("r1", 0), ("r2", 0)]
+
+
+def test_who_found_no_room_is_told_of_the_next_in_order_and_it_is_kept_for_them() -> None:
     replica = Replica()
-    replica.play(offer("r0", "a"), pixels("r0", 5), offer("r1", "a"))
-    assert replica.grants() == [("r0", 0)]
+    replica.play(
+        offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), offer("c", "c", preprocess="preprocess-3")
+    )
+    replica.play(pixels("a0", 1))
+    assert not replica.take(Vacancy)
+    replica.finish()
+    [(receiver, _)] = replica.take(Vacancy)
+    assert receiver == "preprocess-1", "it took the last room, and so is before those who came after that"
+    replica.play(offer("d", "d", preprocess="preprocess-3"))
+    assert [m.request_id for _, m in replica.take(Busy)] == ["b", "c", "d"]
+    replica.play(passes("preprocess-1"))
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
+    replica.play(offer("b", "b", preprocess="preprocess-2"))
+    assert replica.grants()[-1] == ("b", 0)
+
+
+def test_room_that_its_keeper_does_not_take_in_time_goes_to_the_next_one() -> None:
+    replica = Replica()
+    replica.play(offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), pixels("a0", 1), pixels("a1", 1))
+    replica.finish()
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+    replica.now += ANSWER_SECONDS + 0.1
+    replica.play([])
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
+
+
+def test_the_room_that_was_kept_for_a_lost_preprocess_goes_to_the_next_one() -> None:
+    replica = Replica()
+    replica.play(offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), pixels("a0", 1))
+    replica.finish()
+    replica.play([Down("preprocess-1", "preprocess", "gone")])
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1", "preprocess-2"]
+
+
+def test_offers_are_answered_while_the_tower_works_and_the_next_pixels_come_meanwhile() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1), offer("r1", "b"), pixels("r1", 2), offer("r2", "c"))
+    assert replica.grants() == [("r0", 0), ("r1", 0)] and len(replica.take(Busy)) == 1
+    assert replica.tower.encoded == []
+    replica.finish()
+    assert len(replica.thread.work) == 1, "the next is in the tower at once"
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+
+
+def test_a_grant_lapses_where_no_pixels_follow_and_the_room_is_anothers() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a") + offer("r1", "b"), offer("r2", "c", preprocess="preprocess-2"), pixels("r1", 1))
+    replica.take(Busy)
+    replica.now += ANSWER_SECONDS + 0.1
+    replica.play([])
+    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [("preprocess-1", "r0")]
+    assert {receiver for receiver, _ in replica.take(Vacancy)} <= {"preprocess-1", "preprocess-2"}
+    replica.play(pixels("r0", 1))
+    replica.encode_all()
+    assert [request_id for request_id, _ in replica.embeddings()] == ["r1"], "late pixels are dropped"
+
+
+def test_an_image_in_the_cache_needs_no_pixels_and_no_room() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 5))
+    replica.finish()
+    replica.play(offer("x0", "x") + offer("x1", "y"), offer("r1", "a"))
     assert replica.embeddings() == [("r0", 20.0), ("r1", 20.0)]
     assert [message.cached for message in replica.member.links.of(Embeddings)] == [False, True]
-    assert not replica.jobs
+    assert [(receiver, m.request_id) for receiver, m in replica.take(Held)] == [("preprocess-1", "r1")]
+    assert replica.count("twinlens_vision_images_total", outcome="cached") == 1
+
+
+def test_embeddings_that_were_refused_are_encoded_anew() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 5))
+    replica.finish()
+    replica.play(offer("r0", "a", encode_anew=True), pixels("r0", 5))
+    replica.finish()
+    assert replica.tower.encoded == [20, 20] and not replica.take(Held)
+
+
+def test_embeddings_of_another_dtype_are_not_found() -> None:
+    first, second = Replica(), Replica(dtype="bfloat16")
+    first.play(offer("r0", "a"), pixels("r0", 5))
+    first.finish()
+    second.worker._cache = first.cache
+    second.play(offer("r1", "a"))
+    assert second.grants() == [("r1", 0)]
+
+
+# Equal images
 
 
 @pytest.mark.parametrize("cache_bytes", [1000, 0])
@@ -106,6 +251,8 @@ def test_an_image_that_is_in_work_twice_is_sent_and_encoded_once(cache_bytes: in
     replica = Replica(cache_bytes)
     replica.play(offer("r0", "a") + offer("r1", "a") + offer("r2", "b"), pixels("r0", 5))
     assert replica.grants() == [("r0", 0), ("r2", 0)]
+    assert [m.request_id for _, m in replica.take(Held)] == ["r1"]
+    replica.finish()
     assert replica.tower.encoded == [20]
     assert replica.embeddings() == [("r0", 20.0), ("r1", 20.0)]
     assert [message.cached for message in replica.member.links.of(Embeddings)] == [False, True]
@@ -115,21 +262,49 @@ def test_an_image_that_is_in_work_twice_is_sent_and_encoded_once(cache_bytes: in
 def test_the_second_of_two_equal_images_is_granted_where_the_first_is_aborted() -> None:
     replica = Replica()
     replica.play(offer("r0", "a") + offer("r1", "a"), abort("r0"), pixels("r1", 5))
+    replica.encode_all()
     assert replica.grants() == [("r0", 0), ("r1", 0)]
     assert replica.embeddings() == [("r1", 20.0)]
+
+
+def test_the_second_of_two_equal_images_gets_what_is_in_the_tower_for_an_aborted_first() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "a"))
+    assert load_of(replica.jobs) == (0, 1) and [m.request_id for _, m in replica.take(Held)] == ["r1"]
+    replica.finish()
+    assert replica.embeddings() == [("r1", 20.0)] and replica.grants() == [("r0", 0)]
 
 
 def test_the_second_of_two_equal_images_is_granted_where_the_first_fails() -> None:
     replica = Replica()
     replica.play(offer("r0", "a") + offer("r1", "a"), pixels("r0", 0))
+    replica.finish()
     assert replica.grants() == [("r0", 0), ("r1", 0)]
     assert list(replica.jobs) == [("r1", 0, 0)]
+
+
+def test_the_second_of_two_equal_images_is_granted_where_the_first_was_aborted_and_fails_in_the_tower() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 0), abort("r0"), offer("r1", "a"))
+    replica.finish()
+    assert replica.grants() == [("r0", 0), ("r1", 0)] and not replica.take(Failed)
+
+
+def test_no_more_equal_images_wait_than_the_bound() -> None:
+    replica = Replica()
+    replica.play([event for n in range(MAX_JOINED + 5) for event in offer(f"r{n}", "a")])
+    assert len(replica.jobs) == MAX_JOINED + 1, "the last place in the room is granted to one of them"
+    assert len(replica.take(Busy)) == 4
+
+
+# Failures and ends
 
 
 @pytest.mark.parametrize("wrong", [{"shape": (NUM_PATCHES - 1, 1)}, {"shape": ()}, {"dtype": np.float32}])
 def test_pixels_that_are_not_as_offered_fail_their_image_alone(wrong: dict[str, Any]) -> None:
     replica = Replica()
     replica.play(offer("r0", "a", image=2) + offer("r1", "b"), pixels("r0", 5, image=2, **wrong), pixels("r1", 1))
+    replica.encode_all()
     [failed] = replica.member.links.of(Failed)
     assert (failed.request_id, failed.image, failed.stage, failed.code) == ("r0", 2, "vision", "Internal")
     assert f"for {NUM_PATCHES} patches" in failed.message
@@ -142,6 +317,7 @@ def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception
     replica = Replica()
     replica.tower.error = error
     replica.play(offer("r0", "a", image=1) + offer("r1", "b"), pixels("r0", 0, image=1), pixels("r1", 1))
+    replica.encode_all()
     [failed] = replica.member.links.of(Failed)
     assert (failed.request_id, failed.image, failed.stage) == ("r0", 1, "vision")
     assert error.__name__ in failed.message
@@ -152,18 +328,27 @@ def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception
 def test_a_lost_device_ends_the_process() -> None:
     replica = Replica()
     replica.tower.error = DeviceLost
+    replica.play(offer("r", "a"), pixels("r", 0))
     with pytest.raises(DeviceLost):
-        replica.play(offer("r", "a"), pixels("r", 0))
+        replica.finish()
 
 
-def test_an_abort_drops_all_images_of_its_request_granted_or_not() -> None:
+def test_an_abort_drops_all_images_of_its_request_and_their_room_is_free() -> None:
     replica = Replica()
-    images = [offer("r0", f"hash {n}", image=n) for n in range(MAX_GRANTED + 1)]
-    replica.play([*itertools.chain(*images), *offer("r1", "other")])
-    assert load_of(replica.jobs) == (MAX_GRANTED, 2)
-    replica.play(abort("r0"), pixels("r0", 5), pixels("r1", 1))
+    replica.play(offer("r0", "a", image=0) + offer("r0", "b", image=1), offer("r1", "c"))
+    replica.play(abort("r0"), pixels("r0", 5), offer("r1", "c"), pixels("r1", 1))
+    replica.encode_all()
     assert replica.embeddings() == [("r1", 4.0)], "late pixels of an aborted image are dropped"
     assert not replica.jobs
+
+
+def test_an_aborted_image_in_the_tower_takes_its_room_until_the_tower_is_through() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "b"), offer("r2", "c"))
+    assert replica.grants() == [("r0", 0), ("r1", 0)] and [m.request_id for _, m in replica.take(Busy)] == ["r2"]
+    replica.finish()
+    assert replica.embeddings() == []
+    assert len(replica.take(Vacancy)) == 1
 
 
 def test_an_abort_of_another_attempt_drops_nothing() -> None:
@@ -174,16 +359,97 @@ def test_an_abort_of_another_attempt_drops_nothing() -> None:
 
 def test_the_images_of_a_lost_preprocess_are_dropped_and_no_others() -> None:
     replica = Replica()
-    lost = [offer(f"r{n}", f"hash {n}", preprocess="preprocess-2") for n in range(MAX_GRANTED)]
-    replica.play([*itertools.chain(*lost), *offer("r9", "b")], [Down("preprocess-2", "preprocess", "gone")], pixels("r9", 1))
-    assert replica.grants()[-1] == ("r9", 0)
+    replica.play(
+        offer("r0", "a", preprocess="preprocess-2"), offer("r9", "b"), [Down("preprocess-2", "preprocess", "gone")], pixels("r9", 1)
+    )
+    replica.encode_all()
     assert replica.embeddings() == [("r9", 4.0)]
     assert not replica.jobs
 
 
 def test_a_connection_to_the_language_group_that_broke_since_the_offer_is_made_anew() -> None:
     replica = Replica()
-    replica.play(offer("r", "a"))
+    replica.play(offer("r", "a"), pixels("r", 5))
     replica.member.links.connected.clear()
-    replica.play(pixels("r", 5))
+    replica.finish()
     assert replica.member.links.connected == [(LLM, "llm")]
+
+
+def test_a_draining_replica_finishes_what_it_granted_and_takes_and_promises_nothing_more() -> None:
+    replica = Replica()
+    drain: Any = Drain()
+    replica.play(offer("r0", "a") + offer("r1", "b"), offer("r2", "c"), [drain], offer("r3", "d"), pixels("r0", 1), pixels("r1", 2))
+    replica.encode_all()
+    assert [request_id for request_id, _ in replica.embeddings()] == ["r0", "r1"]
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"] and not replica.take(Vacancy)
+    assert load_of(replica.jobs) == (0, 0)
+
+
+def test_a_draining_replica_refuses_an_image_for_which_it_has_room() -> None:
+    replica = Replica()
+    drain: Any = Drain()
+    replica.play([drain], offer("r0", "a"))
+    assert replica.grants() == [] and len(replica.take(Busy)) == 1
+
+
+# What it tells of itself
+
+
+def test_a_preprocess_that_connects_is_told_what_the_replica_runs_and_how_fast() -> None:
+    replica = Replica(buckets=(64, 256))
+    replica.times.measured(100, 0.5)
+    replica.play([Up("preprocess-1", "preprocess")])
+    assert replica.take(VisionLoad) == [("preprocess-1", VisionLoad(buckets=(64, 256), sizes=(256,), seconds=(0.5,)))]
+
+
+def test_the_others_hear_when_one_preprocess_makes_it_busy_and_all_when_it_has_measured() -> None:
+    replica = Replica()
+    replica.play([Up("preprocess-1", "preprocess"), Up("preprocess-2", "preprocess")])
+    replica.take(VisionLoad)
+    replica.play(offer("r0", "a"), offer("r1", "b"))
+    assert [receiver for receiver, _ in replica.take(VisionLoad)] == ["preprocess-2"]
+    replica.play(pixels("r0", 1))
+    replica.finish()
+    told = replica.take(VisionLoad)
+    assert sorted(receiver for receiver, _ in told) == ["preprocess-1", "preprocess-2"] and told[0][1].sizes == (4,)
+
+
+def test_the_wait_for_a_new_image_is_what_is_granted_less_what_the_tower_has_done_of_it() -> None:
+    replica = Replica()
+    replica.times.measured(NUM_PATCHES, 2.0)
+    replica.play(offer("r0", "a") + offer("r1", "b"), pixels("r0", 1))
+    assert [m.wait_seconds for _, m in replica.take(Grant)] == [2.0, 4.0]
+    assert replica.member.expected_delay == 4.0
+    replica.now += 1.5
+    replica.play(offer("r2", "c"))
+    assert [m.wait_seconds for _, m in replica.take(Busy)] == [2.5]
+
+
+def test_padding_is_counted_where_there_are_buckets() -> None:
+    replica = Replica(buckets=(64, 256))
+    replica.play(offer("r0", "a"), pixels("r0", 1))
+    replica.finish()
+    assert replica.count("twinlens_vision_patches_total") == NUM_PATCHES
+    assert replica.count("twinlens_vision_padding_patches_total") == 64 - NUM_PATCHES
+    assert replica.count("twinlens_vision_images_total", outcome="encoded") == 1
+
+
+# The thread
+
+
+def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
+    reports: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
+    began: list[float] = []
+
+    class Watched(Progress):
+        def begin(self, expected_seconds: float = 0.0) -> None:
+            began.append(expected_seconds)
+            super().begin(expected_seconds)
+
+    thread = TowerThread(FakeTower(), reports.put, Watched())
+    for n in (3, 0):
+        thread.begin((f"r{n}", 0, 0), Tensor.of(np.full((NUM_PATCHES, 1), n, np.uint8)), (1, 2, 2))
+    first, second = reports.get(timeout=10), reports.get(timeout=10)
+    assert first.key == ("r3", 0, 0) and first.embeddings is not None and first.embeddings.numpy().item() == 12
+    assert second.embeddings is None and isinstance(second.error, MemoryError)
+    assert began[0] > 0 and len(began) >= 3, "each image is a unit with its expected time"

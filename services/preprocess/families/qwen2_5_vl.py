@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.checkpoint import Checkpoint, read_json
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, TooLarge
 from services.preprocess import chat_template, images
 
 MAX_ASPECT_RATIO = 200
@@ -114,9 +114,15 @@ class Preprocessor:
     """Images and prompts of one checkpoint. Nothing in it changes after it was made."""
 
     def __init__(
-        self, checkpoint: Checkpoint, min_pixels: int | None = None, max_pixels: int | None = None, max_model_len: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_model_len: int | None = None,
+        resizes_oversized: bool = True,
     ) -> None:
-        self.checkpoint = checkpoint
+        """`resizes_oversized`: an image that is too large for every vision replica is made smaller, else it is refused."""
+        self.checkpoint, self.resizes_oversized = checkpoint, resizes_oversized
         self.patch_size, self.merge_size, self.settings = image_settings(checkpoint)
         self.min_pixels, self.max_pixels = pixel_limits(checkpoint.preprocessor_config, min_pixels, max_pixels, self.factor)
         self.max_model_len = checkpoint.max_model_len if max_model_len is None else max_model_len
@@ -133,8 +139,9 @@ class Preprocessor:
         """Sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def image_plan(self, data: bytes | bytearray | memoryview) -> Image:
-        """Decode, resize and hash one encoded image; its patches are made when they are asked for.
+    def image_plan(self, data: bytes | bytearray | memoryview, buckets: tuple[int, ...] = ()) -> Image:
+        """Decode, resize and hash one encoded image, which is to fit into one of the buckets (numbers of patches), if there are any;
+        its patches are made when they are asked for.
 
         Raises
         ------
@@ -142,8 +149,25 @@ class Preprocessor:
             or its children UnreadableImage and TooLarge. Which image it was the caller knows.
         """
         rgb = images.decode(data)
-        height, width = smart_resize(rgb.shape[0], rgb.shape[1], self.factor, self.min_pixels, self.max_pixels)
+        height, width = self.fitting_size(rgb.shape[0], rgb.shape[1], max(buckets, default=0))
         return Image(images.resize(rgb, height, width), self.mm_hash(rgb, height, width), self.patch_size, self.merge_size)
+
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+        """The size to resize to; within `max_patches`, if that is not 0."""
+        rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        if not max_patches or self.num_patches(rows, columns) <= max_patches:
+            return rows, columns
+        largest = max_patches * self.patch_size**2
+        if self.resizes_oversized and largest >= self.min_pixels:
+            rows, columns = smart_resize(height, width, self.factor, self.min_pixels, largest)
+        if self.num_patches(rows, columns) > max_patches:
+            raise TooLarge(
+                f"it has {self.num_patches(rows, columns)} patches, the vision replicas take at most {max_patches}: send it smaller"
+            )
+        return rows, columns
+
+    def num_patches(self, height: int, width: int) -> int:
+        return height * width // self.patch_size**2
 
     def mm_hash(self, rgb: np.ndarray, height: int, width: int) -> str:
         """Names the embeddings of the pixels [*, *, 3], resized to height x width, under this model."""

@@ -149,13 +149,13 @@ class VisionTower:
         return self._patch_embed(normalised.to(self.dtype))
 
     def _run_block(self, block: Block, x: Tensor, plan: GridPlan) -> Tensor:
-        windows = ((1, len(x)),) if block.full_attention else plan.windows
-        attended = self._attend(block.qkv(rms_norm(x, block.norm1, NORM_EPS)), plan, windows)
+        attended = self._attend(block.qkv(rms_norm(x, block.norm1, NORM_EPS)), plan, block.full_attention)
         x = block.proj(attended, residual=x)
         return block.down(silu_mul(block.gate_up(rms_norm(x, block.norm2, NORM_EPS))), residual=x)
 
-    def _attend(self, qkv: Tensor, plan: GridPlan, windows: tuple[tuple[int, int], ...]) -> Tensor:
+    def _attend(self, qkv: Tensor, plan: GridPlan, full_attention: bool) -> Tensor:
         """[num_patches, 3 * hidden] -> [num_patches, hidden]."""
+        windows = ((1, len(qkv)),) if full_attention else plan.windows
         heads, dim = self.config.num_heads, self.config.head_dim
         qkv = qkv.view(len(qkv), 3 * heads, dim)
         rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)

@@ -1,0 +1,49 @@
+"""Room for image embeddings in the memory of rank 0. Imports no torch."""
+
+import os
+from collections import OrderedDict
+
+from services.llm.request import Key
+
+MEMORY_SHARE = 0.125
+"""Of what the host has available."""
+
+
+class EmbeddingBudget:
+    """Given for all images of a request at once, in the order of arrival, until the request ends. So a request whose images are
+    under way never waits for another one's: what it needs is its own already, and no later one overtakes the first that waits."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = self.num_free = num_tokens
+        self._waiting: OrderedDict[Key, tuple[int, str]] = OrderedDict()
+        self._held: dict[Key, int] = {}
+
+    def add(self, key: Key, num_tokens: int, owner: str) -> None:
+        """A request with so many image tokens; its `owner` is told when there is room."""
+        assert num_tokens <= self.num_tokens
+        self._waiting[key] = (num_tokens, owner)
+
+    def remove(self, key: Key) -> None:
+        """The request ended, wherever it stands."""
+        self._waiting.pop(key, None)
+        self.num_free += self._held.pop(key, 0)
+
+    def take_reserved(self) -> list[tuple[Key, str]]:
+        """Those for which there is room since the last call, with their owners."""
+        reserved = []
+        while self._waiting:
+            key, (num_tokens, owner) = next(iter(self._waiting.items()))
+            if num_tokens > self.num_free:
+                break
+            del self._waiting[key]
+            self.num_free -= num_tokens
+            self._held[key] = num_tokens
+            reserved.append((key, owner))
+        return reserved
+
+
+def embedding_tokens(kv_tokens: int, max_model_len: int, bytes_per_token: int) -> int:
+    """As many image tokens as the KV cache holds, for those who run, and as many again for those who wait; an eighth of the host's
+    available memory at most, but whatever one request may have."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(max_model_len, min(2 * kv_tokens, int(available * MEMORY_SHARE) // bytes_per_token))

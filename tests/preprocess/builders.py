@@ -1,0 +1,167 @@
+"""Messages to preprocess, a worker with what is around it, and what it sent."""
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+from common.checkpoint import open_checkpoint
+from common.links import Event, Up
+from common.messages import (
+    Abort,
+    Busy,
+    Encoded,
+    Failed,
+    Grant,
+    Held,
+    ImageReceived,
+    ImageRejected,
+    Offer,
+    Peer,
+    Prompt,
+    Reserved,
+    Sampling,
+    Stopping,
+    Submit,
+    Vacancy,
+    VisionLoad,
+)
+from common.wire import Tensor
+from services.preprocess.families.qwen2_5_vl import Preprocessor
+from services.preprocess.metrics import PreprocessMetrics
+from services.preprocess.under_way import Handover, Key, Preparation
+from services.preprocess.vision_pool import VisionPool
+from services.preprocess.worker import Worker
+from tests.fakes import FakeMember, received
+from tests.preprocess.cases import checkpoint_path, encoded, noise
+
+PREPROCESSOR = Preprocessor(open_checkpoint(str(checkpoint_path("a_image"))))
+LLM = Peer("llm-1", "ipc:///llm-1")
+IMAGES = [encoded(noise(56, 56, seed)) for seed in range(8)]
+
+Sent = list[tuple[str, Any]]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+class Preprocess:
+    """A worker, connected to these replicas, which take 100 ms an image, and a language group."""
+
+    def __init__(
+        self, *vision_ids: str, llm: bool = True, buckets: tuple[int, ...] = (), preprocessor: Preprocessor = PREPROCESSOR
+    ) -> None:
+        self.member, self.clock = FakeMember(), Clock()
+        self.encoded: list[str] = []
+        self.preparations, self.handovers = OrderedDict[Key, Preparation](), dict[Key, Handover]()
+        pool = VisionPool(self.clock)
+        self.metrics = PreprocessMetrics(pool)
+        self.worker = Worker(self.member, preprocessor, self.preparations, self.handovers, pool, self.metrics, self.clock)
+        self.play([event for vision_id in vision_ids for event in joins(vision_id, buckets)] + [Up(LLM.id, "llm", LLM.address)] * llm)
+
+    def play(self, *batches: list[Event]) -> Sent:
+        """Gives what was sent meanwhile; of requests whose images have all arrived only `encoded` tells."""
+        self.member.play(self.worker, *batches)
+        sent = self.member.links.take()
+        self.encoded += [message.request_id for _, message in sent if isinstance(message, Encoded)]
+        return [(receiver, message) for receiver, message in sent if not isinstance(message, Encoded)]
+
+    def dispatch(self, request_id: str, *images: bytes, **fields: Any) -> Sent:
+        """A request whose embeddings the group has room for; gives what was sent from then on."""
+        self.play(submit(request_id, *images, **fields))
+        return self.play(reserved(request_id))
+
+    def wait(self, seconds: float) -> Sent:
+        self.clock.now += seconds
+        return self.play([])
+
+    @property
+    def holds_nothing(self) -> bool:
+        worker: Any = self.worker
+        pool_is_empty = not worker._pool.num_waiting and worker._pool.queue_seconds == 0 and worker._dispatcher.num_bytes == 0
+        return not self.preparations and not self.handovers and pool_is_empty
+
+
+def joins(vision_id: str, buckets: tuple[int, ...] = (), **load: Any) -> list[Event]:
+    told = VisionLoad(buckets=buckets, **({"sizes": buckets or (16,), "seconds": (0.1,) * max(1, len(buckets))} | load))
+    return [Up(vision_id, "vision", f"ipc:///{vision_id}"), *received(vision_id, "vision", told)]
+
+
+def submit(
+    request_id: str, *images: bytes, gateway: str = "gateway-1", prompt: bytes = b"", timeout: float = 60, **fields: Any
+) -> list[Event]:
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": "Read it."}]
+    message = Submit(
+        request_id=request_id,
+        attempt=0,
+        prompt_kind="messages",
+        prompt=Tensor.of_bytes(prompt or json.dumps([{"role": "user", "content": content}]).encode()),
+        images=tuple(map(Tensor.of_bytes, images)),
+        sampling=fields.get("sampling", Sampling()),
+        stopping=fields.get("stopping", Stopping()),
+        detokenizer=Peer("detokenizer-1", "ipc:///detokenizer-1"),
+        timeout=timeout,
+        return_prompt_token_ids=fields.get("return_prompt_token_ids", False),
+        avoid=fields.get("avoid", ""),
+    )
+    return received(gateway, "gateway", message)
+
+
+def reserved(request_id: str = "r") -> list[Event]:
+    return received(LLM.id, "llm", Reserved(request_id=request_id, attempt=0))
+
+
+def abort(request_id: str) -> list[Event]:
+    return received("gateway-1", "gateway", Abort(request_id=request_id, attempt=0))
+
+
+def grant(vision_id: str, image: int, request_id: str = "r", wait: float = 0.1, has_room: bool = True) -> list[Event]:
+    return received(vision_id, "vision", Grant(request_id=request_id, attempt=0, image=image, wait_seconds=wait, has_room=has_room))
+
+
+def held(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
+    return received(vision_id, "vision", Held(request_id=request_id, attempt=0, image=image))
+
+
+def busy(vision_id: str, image: int, request_id: str = "r", wait: float = 0.1) -> list[Event]:
+    return received(vision_id, "vision", Busy(request_id=request_id, attempt=0, image=image, wait_seconds=wait))
+
+
+def vacancy(vision_id: str, wait: float = 0.0) -> list[Event]:
+    return received(vision_id, "vision", Vacancy(wait_seconds=wait))
+
+
+def failed(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
+    message = Failed(request_id=request_id, attempt=0, code="Internal", message="the tower failed", stage="vision", image=image)
+    return received(vision_id, "vision", message)
+
+
+def arrived(image: int, request_id: str = "r") -> list[Event]:
+    return received(LLM.id, "llm", ImageReceived(request_id=request_id, attempt=0, image=image))
+
+
+def rejected(image: int, request_id: str = "r") -> list[Event]:
+    return received(LLM.id, "llm", ImageRejected(request_id=request_id, attempt=0, image=image, reason="embeddings that are no numbers"))
+
+
+def offers(sent: Sent) -> list[tuple[str, int]]:
+    """(replica, image) of each Offer."""
+    return [(receiver, message.image) for receiver, message in sent if isinstance(message, Offer)]
+
+
+def offered_to(sent: Sent) -> dict[int, str]:
+    """Image -> replica."""
+    return {image: vision_id for vision_id, image in offers(sent)}
+
+
+def failures(sent: Sent) -> list[tuple[str, str, str, int | None]]:
+    return [(receiver, m.request_id, m.code, m.image) for receiver, m in sent if isinstance(m, Failed)]
+
+
+def prompts(sent: Sent) -> list[str]:
+    return [message.request_id for _, message in sent if isinstance(message, Prompt)]

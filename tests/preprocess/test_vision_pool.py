@@ -1,0 +1,232 @@
+"""Which replica gets which image: by where it fits, by when it is expected to be done, by where it was before."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from common.messages import VisionLoad
+from services.preprocess.families.qwen2_5_vl import Image
+from services.preprocess.under_way import Dispatched
+from services.preprocess.vision_pool import MAX_UNANSWERED, MISSING_SECONDS, VisionPool
+from tests.preprocess.builders import Clock
+
+
+class Pool(VisionPool):
+    """With replicas that take so many seconds for 64 patches, and images named by numbers."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.clock = Clock()
+        super().__init__(self.clock)
+        for vision_id, each in seconds.items():
+            self.join(vision_id, each)
+
+    def join(self, vision_id: str, seconds: float = 0.1, buckets: tuple[int, ...] = (), wait: float = 0.0) -> None:
+        measured = tuple(seconds * bucket / 64 for bucket in buckets or (64,))
+        self.take_load(vision_id, VisionLoad(buckets=buckets, sizes=buckets or (64,), seconds=measured, wait_seconds=wait))
+
+    def put(self, *contents: int, num_patches: int = 64) -> list[Dispatched]:
+        made = [dispatched(content, num_patches) for content in contents]
+        for one in made:
+            self.add(one)
+        return made
+
+    def offers(self) -> list[tuple[str, int]]:
+        """(replica, content)."""
+        return [(one.vision_id, one.key[2]) for one in self.assign()]
+
+
+def dispatched(content: int, num_patches: int = 64) -> Dispatched:
+    rgb = np.zeros((14 * 2, 14 * num_patches // 2, 3), np.uint8)
+    return Dispatched(("r", 0, content), Image(rgb, f"{content:064x}", 14, 2))
+
+
+def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
+    """Plays replicas that take the time they tell, each with so many images granted at once; how many images each got."""
+    done: Counter[str] = Counter()
+    ends: list[tuple[float, str]] = []
+    free = dict.fromkeys(pool._replicas, pool.clock.now)
+    while sum(done.values()) < until:
+        for one in pool.assign():
+            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[one.vision_id].expected(one.image.num_patches)
+            ends.append((free[one.vision_id], one.vision_id))
+            granted = sum(vision_id == one.vision_id for _, vision_id in ends)
+            pool.answered(one.vision_id, granted < slots, free[one.vision_id] - pool.clock.now)
+        ends.sort()
+        now, vision_id = ends.pop(0)
+        pool.clock.now = max(pool.clock.now, now)
+        done[vision_id] += 1
+        pool.tell(vision_id, True, max(0.0, free[vision_id] - pool.clock.now))
+    return done
+
+
+def test_images_wait_here_and_a_replica_gets_no_more_than_it_has_answered_for() -> None:
+    pool = Pool(a=0.1)
+    pool.put(*range(10))
+    assert pool.offers() == [("a", 0), ("a", 1)] and MAX_UNANSWERED == 2
+    assert pool.offers() == []
+    pool.answered("a", True, 0.1)
+    assert pool.offers() == [("a", 2)]
+    pool.answered("a", False, 0.2)
+    pool.answered("a")
+    assert pool.offers() == [], "there is no room until it says so"
+    pool.tell("a", True, 0.1)
+    assert pool.offers() == [("a", 3), ("a", 4)]
+    assert pool.num_waiting == 5
+
+
+def test_images_that_come_together_are_spread_over_all_replicas() -> None:
+    pool = Pool(**{f"v{n}": 0.1 for n in range(8)})
+    pool.put(*range(8))
+    assert sorted(vision_id for vision_id, _ in pool.offers()) == [f"v{n}" for n in range(8)]
+
+
+def test_a_faster_replica_gets_as_many_more() -> None:
+    pool = Pool(fast=0.1, slow=0.4)
+    pool.put(*range(100))
+    done = serve(pool, 100)
+    assert 74 <= done["fast"] <= 86 and done["fast"] + done["slow"] == 100
+
+
+def test_an_image_waits_for_a_fast_replica_rather_than_going_to_a_far_slower_one() -> None:
+    pool = Pool(fast=0.1, slow=10.0)
+    pool.tell("fast", False, 0.2)
+    pool.put(0)
+    assert pool.offers() == []
+    pool.tell("fast", True, 0.1)
+    assert pool.offers() == [("fast", 0)]
+
+
+def test_a_slow_replica_takes_an_image_when_the_fast_one_has_too_many_before_it() -> None:
+    pool = Pool(fast=1.0, slow=6.0)
+    pool.tell("fast", False, 2.0)
+    pool.put(*range(10))
+    offers = pool.offers()
+    assert offers[0][1] > 0, "the first wait for the fast one"
+    assert {vision_id for vision_id, _ in offers} == {"slow"}
+
+
+def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_one_is_idle() -> None:
+    pool = Pool()
+    pool.join("busy", wait=3.0)
+    pool.join("idle")
+    pool.put(*range(4))
+    assert {vision_id for vision_id, _ in pool.offers()} == {"idle"}
+
+
+def test_a_full_replica_whose_estimate_ran_out_does_not_look_better_than_one_with_room() -> None:
+    pool = Pool(full=0.1, open=0.1)
+    pool.tell("full", False, 0.0)
+    pool.tell("open", True, 0.09)
+    pool.put(0)
+    assert pool.offers() == [("open", 0)]
+
+
+def test_two_preprocesses_send_equal_images_to_one_replica_and_different_ones_to_many() -> None:
+    names = {f"v{n}": 0.1 for n in range(8)}
+    first, second = Pool(**names), Pool(**names)
+    chosen = {}
+    for content in range(64):
+        for pool in (first, second):
+            pool.put(content)
+            [(vision_id, _)] = pool.offers()
+            pool.answered(vision_id, True, 0.0)
+            assert chosen.setdefault(content, vision_id) == vision_id
+    assert max(Counter(chosen.values()).values()) <= 20 and len(set(chosen.values())) == 8
+
+
+def test_an_image_goes_where_it_was_before_even_if_there_is_no_room_until_that_proves_wrong() -> None:
+    pool = Pool(a=0.1, b=0.1)
+    [one] = pool.put(0)
+    pool.remember(one.image.mm_hash, "a")
+    pool.tell("a", False, 5.0)
+    assert pool.offers() == [("a", 0)]
+    pool.answered("a", False, 5.0)
+    pool.forget(one.image.mm_hash)
+    pool.add(one, first=True)
+    assert pool.offers() == [("b", 0)]
+
+
+def test_an_image_avoids_where_it_failed_unless_no_other_is_there() -> None:
+    pool = Pool(a=0.1, b=5.0)
+    [one] = pool.put(0)
+    one.failed_at = {"a"}
+    assert pool.offers() == [("b", 0)]
+    pool.lose("b")
+    pool.add(one, first=True)
+    assert pool.offers() == [("a", 0)]
+
+
+def test_a_replica_that_fails_quickly_does_not_draw_all_images_and_is_trusted_again_when_it_succeeds() -> None:
+    pool = Pool(broken=0.001, sound=0.1)
+    pool.put(0)
+    assert pool.offers() == [("broken", 0)]
+    pool.answered("broken", True, 0.0)
+    pool.ended("broken", failed=True)
+    pool.put(1, 2)
+    assert pool.offers() == [("sound", 1), ("sound", 2)]
+    pool.ended("broken", failed=False)
+    pool.put(3)
+    assert pool.offers() == [("broken", 3)]
+
+
+@pytest.mark.parametrize(("num_patches", "chosen"), [(40, "small"), (64, "small"), (68, "large"), (1024, "large")])
+def test_an_image_goes_to_the_replica_whose_bucket_costs_least(num_patches: int, chosen: str) -> None:
+    pool = Pool()
+    pool.join("large", 0.1, (1024,))
+    pool.join("small", 0.1, (64,))
+    pool.put(0, num_patches=num_patches)
+    assert pool.offers() == [(chosen, 0)]
+    assert pool.buckets == (64, 1024)
+
+
+def test_where_one_replica_takes_any_image_there_are_no_buckets() -> None:
+    pool = Pool(any=0.1)
+    pool.join("static", buckets=(64,))
+    assert pool.buckets == ()
+
+
+def test_an_image_that_fits_nowhere_keeps_no_other_waiting() -> None:
+    pool = Pool()
+    pool.join("static", buckets=(64,))
+    pool.put(0, num_patches=128)
+    pool.put(1)
+    assert pool.offers() == [("static", 1)]
+
+
+def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_only_those() -> None:
+    pool = Pool()
+    pool.join("small", buckets=(64,))
+    pool.join("large", buckets=(1024,))
+    small, large = pool.put(0)[0], pool.put(1, num_patches=1024)[0]
+    pool.lose("large")
+    pool.clock.now += MISSING_SECONDS - 1
+    assert pool.given_up() == []
+    pool.clock.now += 2
+    assert pool.given_up() == [large] and small in pool._waiting.values()
+    pool.join("large again", buckets=(1024,))
+    assert pool.given_up() == []
+
+
+def test_the_wait_that_the_queue_means_counts_its_work_and_its_replicas() -> None:
+    pool = Pool(a=0.5, b=0.5)
+    pool.tell("a", False, 1.0)
+    pool.tell("b", False, 1.0)
+    waiting = pool.put(*range(8))
+    assert pool.queue_seconds == pytest.approx(2.0)
+    pool.join("c", 0.5)
+    pool.tell("c", False)
+    assert pool.queue_seconds == pytest.approx(8 * 0.5 / 3)
+    for one in waiting:
+        pool.remove(one)
+    assert pool.queue_seconds == 0
+
+
+def test_choosing_among_many_replicas_is_cheap() -> None:
+    """A bound far above what it takes, by the processor's time of this process alone."""
+    pool = Pool(**{f"v{n}": 0.1 for n in range(32)})
+    pool.put(*range(2000))
+    began = time.process_time()
+    serve(pool, 2000)
+    assert (time.process_time() - began) / 2000 < 0.002

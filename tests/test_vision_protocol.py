@@ -1,0 +1,203 @@
+"""Preprocess and vision replicas bargain over a network that delivers when it likes: every image ends, whoever dies meanwhile."""
+
+import random
+from collections import OrderedDict, deque
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import ServingError
+from common.links import Down, Received, Up
+from common.messages import Embeddings, ImageReceived, ImageRejected, Peer
+from services.preprocess.dispatcher import Dispatcher
+from services.preprocess.families.qwen2_5_vl import Image
+from services.preprocess.metrics import PreprocessMetrics
+from services.preprocess.under_way import Dispatched, Handover
+from services.preprocess.under_way import Key as RequestKey
+from services.preprocess.vision_pool import VisionPool
+from services.vision.cache import EmbeddingCache
+from services.vision.encode_times import EncodeTimes
+from services.vision.metrics import VisionMetrics
+from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
+from services.vision.tower_thread import Key
+from services.vision.worker import Job, Worker
+from tests.fakes import FakeMember
+from tests.vision.test_worker import FakeThread, FakeTower
+
+LLM = Peer("llm", "ipc:///llm")
+STEPS = 1500
+
+
+class Wire:
+    """What one member has for others: in order to each, and in no order between them."""
+
+    def __init__(self, me: str, net: "Net") -> None:
+        self.me, self.net = me, net
+
+    def connect(self, peer: Peer, role: str) -> None: ...
+
+    def send(self, peer_id: str, message: Any) -> None:
+        self.net.queues.setdefault((self.me, peer_id), deque()).append(message)
+
+
+class Replica:
+    def __init__(self, name: str, net: "Net") -> None:
+        self.name, self.member, self.thread, self.jobs = name, FakeMember(), FakeThread(FakeTower()), OrderedDict[Key, Job]()
+        links: Any = Wire(name, net)
+        self.member.links = links
+        cache, thread = EmbeddingCache(100), self.thread
+        anything: Any = thread
+        self.worker = Worker(self.member, anything, cache, self.jobs, "float32", EncodeTimes(), VisionMetrics(cache), lambda: net.now)
+
+    def play(self, *events: Any) -> None:
+        self.member.play(self.worker, list(events))
+        assert self.worker._num_granted() <= MAX_GRANTED
+
+
+class Preprocess:
+    def __init__(self, name: str, net: "Net") -> None:
+        self.name, self.net, self.ended = name, net, dict[RequestKey, str]()
+        self.handovers: dict[RequestKey, Handover] = {}
+        pool = VisionPool(lambda: net.now)
+        self.dispatcher = Dispatcher(Wire(name, net), pool, self.handovers, self.fail, PreprocessMetrics(pool), lambda: net.now)
+
+    def fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:
+        self.ended[key] = error.message
+
+    def submit(self, number: int, contents: list[int]) -> None:
+        key = (f"{self.name}-r{number}", 0)
+        images = {i: Dispatched((*key, i), picture(content)) for i, content in enumerate(contents)}
+        self.dispatcher.begin(key, Handover("gateway", LLM, self.net.now + 1e6, images))
+        self.dispatcher._let_begin(key)
+        self.dispatcher.offer_waiting()
+
+    def hear(self, peer_id: str, message: Any) -> None:
+        self.dispatcher.take(peer_id, message)
+        self.dispatcher.offer_waiting()
+
+
+class Net:
+    def __init__(self, seed: int, num_preprocess: int, num_replicas: int) -> None:
+        self.random, self.now = random.Random(seed), 1000.0
+        self.queues: dict[tuple[str, str], deque[Any]] = {}
+        self.producers = {name: Preprocess(name, self) for name in (f"p{n}" for n in range(num_preprocess))}
+        self.replicas: dict[str, Replica] = {}
+        self.num_joined = self.num_submitted = 0
+        for _ in range(num_replicas):
+            self.join()
+
+    def join(self) -> None:
+        self.num_joined += 1
+        replica = self.replicas[f"v{self.num_joined}"] = Replica(f"v{self.num_joined}", self)
+        replica.play(*(Up(name, "preprocess") for name in self.producers))
+
+    def kill(self) -> None:
+        name = self.random.choice(sorted(self.replicas))
+        del self.replicas[name]
+        for pair in [pair for pair in self.queues if name in pair]:
+            del self.queues[pair]
+        for producer in self.producers.values():
+            producer.dispatcher.lose_replica(name, "killed")
+            producer.dispatcher.offer_waiting()
+
+    def submit(self) -> None:
+        self.num_submitted += 1
+        producer = self.random.choice(sorted(self.producers))
+        self.producers[producer].submit(self.num_submitted, [self.random.randrange(12) for _ in range(self.random.randint(1, 4))])
+
+    def abort(self) -> None:
+        for producer in self.producers.values():
+            if producer.handovers:
+                producer.dispatcher.drop(self.random.choice(sorted(producer.handovers)))
+                return
+
+    def lose_preprocess(self) -> None:
+        """A replica's lease on it ended, and it connects anew: what is on the way in both directions is gone."""
+        replica, producer = self.random.choice(list(self.replicas.values())), self.random.choice(list(self.producers.values()))
+        self.queues.pop((replica.name, producer.name), None)
+        self.queues.pop((producer.name, replica.name), None)
+        producer.dispatcher.lose_replica(replica.name, "its lease ended")
+        replica.play(Down(producer.name, "preprocess", "its lease ended"))
+        replica.play(Up(producer.name, "preprocess"))
+        producer.dispatcher.offer_waiting()
+
+    def deliver(self) -> bool:
+        waiting = sorted(pair for pair, queue in self.queues.items() if queue)
+        if waiting:
+            sender, receiver = self.random.choice(waiting)
+            self.hand(sender, receiver, self.queues[sender, receiver].popleft())
+        return bool(waiting)
+
+    def hand(self, sender: str, receiver: str, message: Any) -> None:
+        if receiver in self.replicas:
+            self.replicas[receiver].play(Received(sender, "preprocess", message))
+        elif receiver in self.producers:
+            self.producers[receiver].hear(sender, message)
+        elif isinstance(message, Embeddings):
+            name = {"request_id": message.request_id, "attempt": message.attempt, "image": message.image}
+            answer = ImageReceived(**name) if self.random.random() < 0.97 else ImageRejected(**name, reason="no numbers")
+            self.queues.setdefault(("llm", message.preprocess_id), deque()).append(answer)
+
+    def finish(self) -> bool:
+        working = [replica for replica in self.replicas.values() if replica.thread.work]
+        if working:
+            replica = self.random.choice(working)
+            replica.play(replica.thread.result())
+        return bool(working)
+
+    def settle(self) -> None:
+        """Nothing new comes; the rest goes its way, and what nobody wants any more lapses."""
+        for _ in range(20_000):
+            if not self.deliver() and not self.finish():
+                if not any(p.handovers for p in self.producers.values()) and not any(r.jobs for r in self.replicas.values()):
+                    return
+                self.now += ANSWER_SECONDS + 0.1
+                for replica in self.replicas.values():
+                    replica.play()
+                for producer in self.producers.values():
+                    producer.dispatcher.offer_waiting()
+        raise AssertionError("it never ends")
+
+
+def picture(content: int) -> Image:
+    return Image(np.full((28, 28, 3), content + 1, np.uint8), f"{content:064x}", 14, 2)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
+    net = Net(seed, num_preprocess=1 + seed % 3, num_replicas=2 + seed % 4)
+    actions = {net.deliver: 60, net.finish: 12, net.submit: 6, net.abort: 1, net.lose_preprocess: 0.3}
+    for _ in range(STEPS):
+        action: Any = net.random.choices(list(actions), list(actions.values()))[0]
+        action()
+        net.now += net.random.choice([0.0, 0.01, 0.3])
+        if net.random.random() < 0.004:
+            net.join()
+            net.kill()
+    net.settle()
+    assert net.num_submitted > 50
+    for producer in net.producers.values():
+        assert not producer.handovers and not producer.dispatcher.pool.num_waiting and producer.dispatcher.num_bytes == 0
+        assert all("attempts" in error for error in producer.ended.values()), "only images that failed three times fail"
+    for replica in net.replicas.values():
+        assert not replica.jobs and replica.worker._num_granted() == 0
+
+
+def test_with_several_producers_and_no_faults_no_replica_is_idle_while_images_wait() -> None:
+    """Each step is a round in which everything under way arrives, and each tower ends one image."""
+    net = Net(1, num_preprocess=3, num_replicas=4)
+    for _ in range(60):
+        net.submit()
+    idle_rounds = rounds = 0
+    while any(producer.handovers for producer in net.producers.values()):
+        while net.deliver():
+            pass
+        waiting = sum(producer.dispatcher.pool.num_waiting for producer in net.producers.values())
+        idle = sum(not replica.thread.work for replica in net.replicas.values())
+        rounds, idle_rounds = rounds + 1, idle_rounds + bool(waiting and idle)
+        for replica in list(net.replicas.values()):
+            if replica.thread.work:
+                replica.play(replica.thread.result())
+        net.now += 0.1
+    assert idle_rounds <= rounds * 0.05
