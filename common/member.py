@@ -155,7 +155,7 @@ class Member:
         return found
 
     def _next(self, wait: bool, timeout: float | None) -> Event | None:
-        """From the moment it drains on, waiting ends with None when nothing is held and nothing came for a while."""
+        """From the moment it drains on, waiting ends with None when nothing is held and no work came for a while."""
         if wait:
             self.progress.idle()
         if not wait or not self._draining:
@@ -164,14 +164,18 @@ class Member:
         while True:
             try:
                 event = self._inbox.get(timeout=QUIET_SECONDS if timeout is None else min(timeout, QUIET_SECONDS))
-                self._last_event = time.monotonic()
-                return event
+                # Those that it gives work to tell it of their load as long as they live.
+                if not isinstance(event, links.Received) or event.role not in self._peers:
+                    self._last_event = time.monotonic()
+                return None if self._has_drained() else event
             except queue.Empty:
-                now = time.monotonic()
-                if now - self._last_event >= QUIET_SECONDS and self._load() == (0, 0):
+                if self._has_drained():
                     return None
-                if timeout is not None and now - began >= timeout:
+                if timeout is not None and time.monotonic() - began >= timeout:
                     raise
+
+    def _has_drained(self) -> bool:
+        return time.monotonic() - self._last_event >= QUIET_SECONDS and self._load() == (0, 0)
 
     def close(self) -> None:
         self.membership.leave()

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from common.links import Down, Event, Received
+from common.links import Down, Received, Up
 from common.logs import get_logger
-from common.member import Member
-from common.messages import Abort, Delta, Failed, Start, StopFound, Tokens, Usage
+from common.member import Drain, Event, Member
+from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Tokens, Usage
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, Vocabulary, logprob_entry
 
@@ -28,8 +28,12 @@ class Answer:
 
 
 class Worker:
-    def __init__(self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer]) -> None:
-        self._member, self._vocabulary, self._answers = member, vocabulary, answers
+    def __init__(self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer], awaited: set[str]) -> None:
+        """Shared with the member's load report are `answers` and, while it drains, `awaited`: the gateways that may still have
+        answers coming here."""
+        self._member, self._vocabulary, self._answers, self._awaited = member, vocabulary, answers, awaited
+        self._gateways: set[str] = set()
+        self._draining = False
         self._log = get_logger()
 
     def run(self) -> None:
@@ -38,12 +42,30 @@ class Worker:
 
     def _handle(self, event: Event) -> None:
         match event:
+            case Up(peer_id=peer_id, role="gateway"):
+                self._gateways.add(peer_id)
+                self._awaited |= {peer_id} if self._draining else set()
+            case Drain():
+                self._draining = True
+                self._awaited |= self._gateways
+            case Received(peer_id=peer_id, message=Released()):
+                self._awaited.discard(peer_id)
             case Received(peer_id=llm_id, message=message):
                 self._take(llm_id, message)
-            case Down(peer_id=peer_id, reason=reason):
+            case Down(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
-                for key in [k for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)]:
-                    del self._answers[key]
+                self._lose(peer_id, role, reason)
+
+    def _lose(self, peer_id: str, role: str, reason: str) -> None:
+        """A gateway may not see what we see of a language group: its connection to it may stand."""
+        self._gateways.discard(peer_id)
+        self._awaited.discard(peer_id)
+        for key, answer in [(k, a) for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)]:
+            del self._answers[key]
+            if role == "llm":
+                text = f"the detokenizer lost the language group: {reason}"
+                failed = Failed(request_id=key[0], attempt=key[1], code="Unavailable", message=text, stage="llm")
+                self._member.links.send(answer.start.gateway_id, failed)
 
     def _take(self, llm_id: str, message: Any) -> None:
         key = (message.request_id, message.attempt)

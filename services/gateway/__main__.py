@@ -1,115 +1,106 @@
 """The front door: OpenAI HTTP and gRPC Generate; admission, deadlines; owns every request until its end."""
 
 import asyncio
-import contextlib
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import grpc
-import uvicorn
-from starlette.applications import Starlette
-
-from common.address import bound_socket, host_port
+from common.address import host_port
+from common.health import serve_health
 from common.links import Event, Links, hello
 from common.logs import get_logger
 from common.member import CONNECTABLE
-from common.membership import READY, STARTING, Membership, new_member_id
+from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
 from common.messages import Peer
-from common.process import CannotStart, run
+from common.process import Stop, run
+from common.progress import Progress
 from common.settings import GatewaySettings
 from proto.twinlens.control.v1 import control_pb2
-from services.gateway.core import CONNECTED_STAGES, GatewayCore
-from services.gateway.grpc_api import create_server
+from services.gateway.core import GatewayCore
+from services.gateway.doors import Doors, open_doors
 from services.gateway.metrics import MeasuredCore
-from services.gateway.openai_http import create_app
+from services.gateway.peers import CONNECTED_STAGES
 
-# After SIGTERM: for what is in flight to end by itself, and for its last bytes to leave.
-GRACE_SECONDS, CLOSE_SECONDS = 2.0, 1
+GRACE_SECONDS = 2.0
+"""For what is under way to end by itself when the gateway is to stop now."""
+STAMP_SECONDS = 0.5
 
 
-def main(settings: GatewaySettings, stop: threading.Event) -> None:
+def main(settings: GatewaySettings, stop: Stop) -> None:
     asyncio.run(serve(settings, stop))
 
 
-async def serve(settings: GatewaySettings, stop: threading.Event) -> None:
-    loop = asyncio.get_running_loop()
-    core = GatewayCore(settings.served_model_name, settings.max_waiting, settings.request_timeout)
-    member = control_pb2.Member(id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING)
+async def serve(settings: GatewaySettings, stop: Stop) -> None:
+    await Gateway(settings).serve(settings, stop)
 
-    def hear(event: Event) -> None:
-        loop.call_soon_threadsafe(take, core.hear, event)
 
-    def take(hearer: Callable[[Any], None], news: Any) -> None:
-        """What changes who is there may change whether an answer can be given, which is what ready means here."""
-        hearer(news)
-        missing = core.not_ready()
-        state = STARTING if missing else READY
-        if (state, missing) != (member.state, member.detail):
-            membership.set_state(state, missing)
+class Gateway:
+    """The core with its connections and its place in the control plane."""
 
-    def hear_members(members: list[control_pb2.Member]) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.core = GatewayCore(settings.served_model_name, settings.max_waiting, settings.request_timeout)
+        self.member = control_pb2.Member(id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING)
+        self.progress, self.draining = Progress(), asyncio.Event()
+        self.core.links = Links(hello(self.member.id, "gateway"), "", "", self.hear, self.progress)
+
+    async def serve(self, settings: GatewaySettings, stop: Stop) -> None:
+        core, measured = self.core, MeasuredCore(self.core, self.core.metrics)
+        serve_health(settings.health_port, self.member, core.load, self.progress.is_hung, measured.metrics.registry)
+        stamping = asyncio.create_task(self.stamp())
+        async with open_doors(settings, measured) as doors:
+            self.membership = Membership(
+                settings.controller, self.member, core.load, self.hear_members, stop.drain, is_hung=self.progress.is_hung
+            )
+            http, grpc_address = (host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port))
+            get_logger().info("listening", http=f"http://{http}", grpc=grpc_address, id=self.member.id)
+            stop.on_drain(self.begin_drain)
+            stopping, drained = asyncio.create_task(asyncio.to_thread(stop.wait)), asyncio.create_task(self.drain(doors, settings))
+            await asyncio.wait({stopping, drained}, return_when=asyncio.FIRST_COMPLETED)
+            if not drained.done():
+                drained.cancel()
+                await core.stop(GRACE_SECONDS)
+        stop.set()  # which its thread waits for
+        stamping.cancel()
+        self.membership.leave()
+        core.links.close()
+
+    async def drain(self, doors: Doors, settings: GatewaySettings) -> None:
+        """Once asked to: unready at once, but open until everyone who looks has seen it; then what is under way is finished."""
+        await self.draining.wait()
+        self.core.drain()
+        self.membership.set_state(DRAINING)
+        await asyncio.sleep(settings.drain_delay)
+        await doors.drain(self.core.idle)
+
+    async def stamp(self) -> None:
+        """The loop is never idle for long, so it is hung when it does not come here."""
+        self.progress.begin()
+        while True:
+            await asyncio.sleep(STAMP_SECONDS)
+            self.progress.tick()
+
+    # Called by other threads
+
+    def begin_drain(self) -> None:
+        self.loop.call_soon_threadsafe(self.draining.set)
+
+    def hear(self, event: Event) -> None:
+        self.loop.call_soon_threadsafe(self.take, self.core.hear, event)
+
+    def hear_members(self, members: list[control_pb2.Member]) -> None:
         offered = [
             (Peer(m.id, m.address), m.role) for m in members if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
         ]
-        core.links.keep_connected(offered)
-        loop.call_soon_threadsafe(take, core.hear_members, members)
+        self.core.links.keep_connected(offered)
+        self.loop.call_soon_threadsafe(self.take, self.core.hear_members, members)
 
-    core.links = Links(hello(member.id, "gateway"), "", "", hear)
-    doors = await open_doors(settings, MeasuredCore(core))
-    membership = Membership(settings.controller, member, core.load, hear_members)
-    http, grpc_address = (host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port))
-    get_logger().info("listening", http=f"http://{http}", grpc=grpc_address, id=member.id)
-    await asyncio.to_thread(stop.wait)
-    await core.stop(GRACE_SECONDS)
-    await doors.aclose()
-    membership.leave()
-    core.links.close()
-
-
-async def open_doors(settings: GatewaySettings, core: MeasuredCore) -> contextlib.AsyncExitStack:
-    """Listens on both ports until the stack is closed."""
-    doors = contextlib.AsyncExitStack()
-    channel = await doors.enter_async_context(grpc.aio.insecure_channel(settings.controller))
-    max_body_bytes = settings.max_body_mib << 20
-    server = create_server(core, channel, max_body_bytes)
-    address = host_port(settings.host, settings.grpc_port)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as e:
-        raise CannotStart(f"cannot listen on {address}: free it, or give another --grpc-port") from e
-    assert port
-    await server.start()
-    doors.push_async_callback(server.stop, CLOSE_SECONDS)
-    http = Http(create_app(core, max_body_bytes))
-    serving = asyncio.create_task(http.serve([listen(settings.host, settings.http_port)]))
-    doors.push_async_callback(http.stop, serving)
-    return doors
-
-
-class Http(uvicorn.Server):
-    """uvicorn inside our loop: the process's signals are not its business."""
-
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=CLOSE_SECONDS))
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def stop(self, serving: asyncio.Task[None]) -> None:
-        self.should_exit = True
-        await serving
-
-
-def listen(host: str, port: int) -> socket.socket:
-    try:
-        listener = bound_socket(host, port)
-        listener.listen()  # before it is served, so that nobody who knows of the door is refused
-        return listener
-    except OSError as e:
-        raise CannotStart(f"cannot listen on {host_port(host, port)} ({e.strerror}): free it, or give another --http-port") from e
+    def take(self, hearer: Callable[[Any], None], news: Any) -> None:
+        """What changes who is there may change whether an answer can be given, which is what ready means here."""
+        hearer(news)
+        missing = self.core.not_ready()
+        state = DRAINING if self.core.is_draining else STARTING if missing else READY
+        if (state, missing) != (self.member.state, self.member.detail):
+            self.membership.set_state(state, missing)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Core(Protocol):
 
     model_name: str
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether clients had better connect to another gateway for their next request."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Admits the request and gives its events: Began, Pieces, Ended. Leaving the context before Ended aborts it everywhere."""
         ...

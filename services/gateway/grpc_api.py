@@ -15,13 +15,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from common.errors import InvalidRequest, ServingError, Unavailable
+from common.errors import Exhausted, InvalidRequest, ServingError, Unavailable
 from common.messages import Usage
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
 from services.gateway.metrics import serving_errors_only
 from services.gateway.schema import MAX_TIMEOUT, check_images, make_sampling, make_stopping, messages_prompt, new_request_id
+from services.gateway.slow_readers import READ_SECONDS
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
@@ -29,6 +30,9 @@ FINISH_REASONS = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_
 READINESS_NAMES = ("", "readiness", INFERENCE_SERVICE, CONTROL_SERVICE)
 WATCH_SECONDS = 0.5
 CONTROLLER_PATIENCE = 5.0
+CHANGE_PATIENCE = 10.0
+"""The controller itself waits for the member or the launcher."""
+SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 # The pings of a client that waits long for a unary answer are not abuse. A port that is taken is an error, not shared.
 SERVER_OPTIONS = (
@@ -83,7 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             generation = await self.accept(request, context)
             async with self.core.generate(generation) as events:
                 async for event in events:
-                    await context.write(stream_message(event, generation.request_id))
+                    await write_in_time(context, stream_message(event, generation.request_id))
 
     async def accept(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> GenerationRequest:
         metadata = dict(context.invocation_metadata() or ())
@@ -92,6 +96,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         return read_generation(request, request_id, context.time_remaining(), self.core.max_model_len())
+
+
+async def write_in_time(context: grpc.aio.ServicerContext, message: Message) -> None:
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            await context.write(message)
+    except TimeoutError:
+        raise Exhausted(f"the client read nothing for {READ_SECONDS:g} s", stage="gateway") from None
 
 
 def read_generation(request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None) -> GenerationRequest:
@@ -191,17 +203,26 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
     async def ListMembers(
         self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ListMembersResponse:
-        timeout = min(context.time_remaining() or CONTROLLER_PATIENCE, CONTROLLER_PATIENCE)
-        async with errors_told(context):
-            try:
-                return await self.controller.ListMembers(request, timeout=timeout)
-            except grpc.aio.AioRpcError as error:
-                raise Unavailable(f"the controller does not answer: {error.details()}", stage="controller") from error
+        return await self._pass_on(self.controller.ListMembers, request, CONTROLLER_PATIENCE, context)
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainResponse:
+        return await self._pass_on(self.controller.Drain, request, CHANGE_PATIENCE, context)
+
+    async def Scale(self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext) -> control_pb2.ScaleResponse:
+        return await self._pass_on(self.controller.Scale, request, CHANGE_PATIENCE, context)
+
+    async def _pass_on(self, call: Any, request: Any, patience: float, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await call(request, timeout=min(context.time_remaining() or patience, patience))
+        except grpc.aio.AioRpcError as error:
+            if error.code() in SILENT:
+                await abort(context, Unavailable(f"the controller does not answer: {error.details()}", stage="controller"))
+            await context.abort(error.code(), error.details() or "")
 
     async def Join(  # type: ignore[override]
         self, request_iterator: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the gateway only lists members; join at the controller")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not here")
 
 
 class ReadinessServicer(health_pb2_grpc.HealthServicer):

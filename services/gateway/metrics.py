@@ -22,7 +22,12 @@ class Metrics:
         disable_created_metrics()
         self.registry = registry = registry or CollectorRegistry()
         self.requests = Counter("twinlens_requests", "Admitted requests, by how they ended.", ["outcome"], registry=registry)
-        self.rejections = Counter("twinlens_rejections", "Requests that were not admitted, by error.", ["reason"], registry=registry)
+        self.rejections = Counter("twinlens_rejections", "Requests that were not admitted, by cause.", ["reason"], registry=registry)
+        self.waiting = Gauge("twinlens_requests_waiting", "Requests admitted and without their first token.", registry=registry)
+        self.attempts = Counter("twinlens_attempts", "Ways through the stages that requests began.", registry=registry)
+        self.failovers = Counter(
+            "twinlens_failovers", "Attempts that were lost and begun anew, by the stage that was gone.", ["stage"], registry=registry
+        )
         self.in_flight = Gauge("twinlens_requests_in_flight", "Requests admitted and not ended.", registry=registry)
         self.first_token = Histogram(
             "twinlens_time_to_first_token_seconds", "From the door to the first token.", buckets=FIRST_TOKEN_BUCKETS, registry=registry
@@ -81,6 +86,10 @@ class MeasuredCore:
         self.model_name = core.model_name
         self.check_model, self.max_model_len, self.not_ready = core.check_model, core.max_model_len, core.not_ready
 
+    @property
+    def is_draining(self) -> bool:
+        return self.core.is_draining
+
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
         began = time.monotonic()
@@ -89,7 +98,7 @@ class MeasuredCore:
                 with serving_errors_only():
                     events = await stack.enter_async_context(self.core.generate(request))
             except ServingError as error:
-                self.metrics.rejections.labels(error.code).inc()
+                self.metrics.rejections.labels(error.cause or error.code).inc()
                 raise
             with self.counted(Observed(events, self.metrics, began)) as observed:
                 yield observed

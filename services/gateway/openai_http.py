@@ -41,7 +41,7 @@ def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlett
             Route("/metrics", info.metrics),
             Route("/version", info.version),
         ],
-        middleware=[Middleware(RequestBoundary)],
+        middleware=[Middleware(RequestBoundary, core=core)],
         exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False
@@ -71,8 +71,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 class RequestBoundary:
     """Around every request: it gets an id, which every answer carries, and what nobody expected becomes an answer, too."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, core: MeasuredCore) -> None:
+        self.app, self.core = app, core
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,7 +84,10 @@ class RequestBoundary:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self.core.is_draining:
+                    headers["connection"] = "close"
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):

@@ -1,18 +1,18 @@
 """What a rank takes of its device: which card, how much memory for the KV cache, blocks of which size, and the runner for it."""
 
+import contextlib
 import os
 from collections.abc import Callable
-from math import prod
+from pathlib import Path
 
 import torch
 
 from common.checkpoint import Checkpoint
-from common.weights import canonical_name
+from common.sizing import Sizes, cache_bytes
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 
 CPU_MEMORY_SHARE = 0.2
-ACCELERATOR_MEMORY_SHARE = 0.8
 BLOCK_SIZE, PAGED_BLOCK_SIZE = 16, 256
 """The second is what the paged attention of CUDA asks for."""
 
@@ -33,14 +33,23 @@ def available_memory(device: torch.device, num_sharing: int, num_weight_bytes: i
     What an accelerator has left then is for activations, graphs, and a vision process beside this one, whichever starts first.
     """
     if device.type == "cuda":
-        return max(0, int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_MEMORY_SHARE) - num_weight_bytes)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE / num_sharing)
+        return cache_bytes(torch.cuda.mem_get_info(device)[0], num_weight_bytes)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min([free, *container_memory()]) * CPU_MEMORY_SHARE / num_sharing)
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What the limits of this container leave of memory, in bytes; none where it has no limit. cgroup v2, then v1."""
+    left = []
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            left.append(max(0, int((root / limit).read_text()) - int((root / used).read_text())))
+    return left
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, world_size: int) -> int:
     """Of this rank's share of the language model, once it is loaded."""
-    shapes = [info.shape for name, info in checkpoint.tensors.items() if not canonical_name(name).startswith("model.visual.")]
-    return sum(map(prod, shapes)) * dtype.itemsize // world_size
+    return Sizes(checkpoint, dtype.itemsize).rank_bytes(world_size)
 
 
 def make_runner(
@@ -52,9 +61,10 @@ def make_runner(
     progress: Callable[[float], None],
     shard: Shard,
     max_num_seqs: int,
+    quantization: str = "none",
 ) -> ModelRunner:
     if device.type != "cuda":
-        return ModelRunner(checkpoint, dtype, device, num_blocks, block_size, progress, shard)
+        return ModelRunner(checkpoint, dtype, device, num_blocks, block_size, progress, shard, quantization)
     # Only here: what it imports of torch takes a second, which no other device is to wait for.
     from services.llm.cuda_model_runner import CudaModelRunner
 

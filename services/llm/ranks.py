@@ -8,11 +8,15 @@ from torch import Tensor
 from common.links import Received, Up
 from common.member import Member
 from common.messages import Step
+from common.progress import UnitTimes
 from common.torch_tensors import to_torch, to_wire
 from common.wire import Tensor as WireTensor
 from services.llm.plan import StepPlan
 
 Execute = Callable[[StepPlan, list[Tensor]], Tensor]
+
+CONTEXT_TOKENS = 8192
+"""Attention to so many tokens takes about as long as all else that is computed for one token."""
 
 
 def lead(member: Member, num_followers: int, execute: Execute) -> Execute:
@@ -28,22 +32,32 @@ def lead(member: Member, num_followers: int, execute: Execute) -> Execute:
         else:
             early.append(event)
     member.put_back(early)
+    times = UnitTimes()
 
     def execute_on_all(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
         step = to_step(plan, embeddings)
         for follower in followers:
             member.links.send(follower, step)
-        return execute(plan, embeddings)
+        with member.progress.unit(times, size_of(plan)):
+            return execute(plan, embeddings)
 
     return execute_on_all
 
 
 def follow(member: Member, execute: Execute) -> None:
     """Executes what rank 0 sends until the process is to stop."""
+    times = UnitTimes()
     for event in member.events():
         match event:
             case Received(message=Step() as step):
-                execute(to_plan(step), [to_torch(part) for part in step.embeddings])
+                plan = to_plan(step)
+                with member.progress.unit(times, size_of(plan)):
+                    execute(plan, [to_torch(part) for part in step.embeddings])
+
+
+def size_of(plan: StepPlan) -> int:
+    """Of a step as a unit of work, in tokens."""
+    return plan.num_tokens + int(plan.query_lens @ plan.context_lens) // CONTEXT_TOKENS
 
 
 def to_step(plan: StepPlan, embeddings: Iterable[Tensor]) -> Step:

@@ -1,8 +1,11 @@
 """A member drains: it says so to everyone, its work loop hears of it, and its events end when it holds nothing."""
 
+import itertools
 import queue
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +115,23 @@ def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision
     assert client.next() == links.Draining(vision.member.id, "vision")
     assert isinstance(client.next(), Received)  # it goes on talking
     client.links.close()
+
+
+@pytest.mark.parametrize(("role", "num_heard"), [("llm", 2), ("preprocess", 9)])
+def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it gives work to tell it of their load all the time, and it would never be quiet."""
+    one = Vision(drains=True, peers=("llm",))
+    works(one)
+    one.stop.drain()
+    assert one.member.next_event() == Drain()
+    ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 5)
+    monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    for _ in range(9):
+        one.member._inbox.put(Received("one", role, OFFER))
+    one.member._last_event = next(ticks)
+    heard = list(iter(one.member.next_event, None))
+    assert len(heard) == num_heard
+    one.member.close()
 
 
 def test_while_it_drains_no_other_state_is_told(vision: Vision) -> None:

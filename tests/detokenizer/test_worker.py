@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.links import Down, Event
-from common.messages import Abort, Delta, Failed, Start, StopFound, Stopping, Tokens, Usage
+from common.links import Down, Event, Up
+from common.member import Drain
+from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Stopping, Tokens, Usage
 from common.wire import Tensor
 from services.detokenizer.incremental import Vocabulary
 from services.detokenizer.worker import Answer, Key, Worker
@@ -21,8 +22,8 @@ BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
 
 class Detokenizer:
     def __init__(self) -> None:
-        self.member, self.answers = FakeMember(), dict[Key, Answer]()
-        self.worker = Worker(self.member, VOCABULARY, self.answers)
+        self.member, self.answers, self.awaited = FakeMember(), dict[Key, Answer](), set[str]()
+        self.worker = Worker(self.member, VOCABULARY, self.answers, self.awaited)
 
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)
@@ -187,3 +188,22 @@ def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_deli
     assert first.text() + second.text(attempt=1) == whole.text() == "a\u00e9b\u20ac"
     assert [d.offset for d in first.deltas + second.deltas] == [d.offset for d in whole.deltas]
     assert second.deltas[-1].usage == whole.deltas[-1].usage
+
+
+def test_a_lost_language_group_is_told_to_the_gateways_of_its_answers() -> None:
+    """Their own connections to it may stand, and then nobody else would tell them."""
+    detokenizer = Detokenizer()
+    detokenizer.play(start(), start("other", gateway="gateway-2", llm="llm-2"), [Down("llm-1", "llm", "gone")])
+    (failed,) = detokenizer.member.links.to("gateway-1")
+    assert isinstance(failed, Failed) and (failed.code, failed.stage, failed.image) == ("Unavailable", "llm", None)
+    assert detokenizer.member.links.to("gateway-2") == []
+
+
+def test_a_draining_detokenizer_awaits_the_gateways_that_have_not_released_it() -> None:
+    detokenizer = Detokenizer()
+    detokenizer.play([Up("gateway-1", "gateway"), Up("gateway-2", "gateway"), Up("gateway-3", "gateway"), Up("llm-1", "llm")])
+    assert detokenizer.awaited == set(), "it is no work while nobody asks it to leave"
+    detokenizer.play([Drain()], received("gateway-1", "gateway", Released()), [Down("gateway-2", "gateway", "gone")])
+    assert detokenizer.awaited == {"gateway-3"}
+    detokenizer.play([Up("gateway-4", "gateway")])
+    assert detokenizer.awaited == {"gateway-3", "gateway-4"}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from common.errors import ServingError
-from common.links import Received, Up
+from common.links import Down, Received, Up
 from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
 from common.wire import Tensor
-from services.gateway.core import CONNECTED_STAGES, GatewayCore
+from services.gateway.core import GatewayCore
 from services.gateway.generation import Event, GenerationRequest
+from services.gateway.peers import CONNECTED_STAGES
 from tests.fakes import FakeLinks, aborts
 
 USAGE = Usage(prompt_tokens=9, completion_tokens=3)
@@ -21,22 +22,36 @@ USAGE = Usage(prompt_tokens=9, completion_tokens=3)
 class Gateway:
     """A core and the links that it sends by."""
 
-    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60) -> None:
-        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout), FakeLinks()
+    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60, **patience: float) -> None:
+        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout, **patience), FakeLinks()
         self.core.links = self.links
         for role in CONNECTED_STAGES:
             for n in range(1, replicas + 1):
-                self.core.hear(Up(f"{role}-{n}", role, f"ipc:///{role}-{n}"))
+                self.regain(role, n)
 
     def submitted(self) -> list[tuple[str, Submit]]:
         return [(receiver, message) for receiver, message in self.links.sent if isinstance(message, Submit)]
 
+    def id_of(self, client_id: str) -> str:
+        """The name that the stages know the request by."""
+        return [submit.request_id for _, submit in self.submitted() if submit.request_id.startswith(f"{client_id}~")][-1]
+
     def hear(self, *messages: Any) -> None:
+        """Messages about requests by their clients' ids, or by those that the stages know."""
         for message in messages:
+            if "~" not in message.request_id:
+                message.request_id = self.id_of(message.request_id)
             self.core.hear(Received("peer", "role", message))
 
+    def lose(self, role: str, number: int = 1, reason: str = "killed") -> None:
+        self.core.hear(Down(f"{role}-{number}", role, reason))
+
+    def regain(self, role: str, number: int = 1) -> None:
+        self.core.hear(Up(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
+
     def aborts(self) -> list[tuple[str, str]]:
-        return aborts(self.links.sent)
+        """(receiver, the client's id)."""
+        return [(receiver, id.partition("~")[0]) for receiver, id in aborts(self.links.sent)]
 
     @property
     def is_idle(self) -> bool:
@@ -64,8 +79,8 @@ def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", r
     )
 
 
-def failed(code: str = "Internal", stage: str = "llm", image: int | None = None) -> Failed:
-    return Failed(request_id="r", attempt=0, code=code, message="why", stage=stage, image=image)
+def failed(code: str = "Internal", stage: str = "llm", image: int | None = None, attempt: int = 0) -> Failed:
+    return Failed(request_id="r", attempt=attempt, code=code, message="why", stage=stage, image=image)
 
 
 async def rest(events: AsyncIterator[Event]) -> list[Event]:

@@ -2,15 +2,15 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-import uvicorn
 
 from common.errors import NotFound
 from common.messages import Usage
+from services.gateway.doors import Http
 from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
@@ -48,12 +48,12 @@ HELLO: tuple[Event | Exception | Forever, ...] = (
 
 
 class FakeCore:
-    def __init__(self, *script: Event | Exception | Forever, refusal: Exception | None = None) -> None:
+    def __init__(self, *script: Event | Exception | Forever | asyncio.Event, refusal: Exception | None = None) -> None:
         self.model_name = "org/tiny"
         self.script, self.refusal = script or HELLO, refusal
         self.requests: list[GenerationRequest] = []
         self.waiting, self.aborted = asyncio.Event(), asyncio.Event()
-        self.reason = ""
+        self.reason, self.is_draining = "", False
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
@@ -68,10 +68,14 @@ class FakeCore:
                 if isinstance(step, Forever):
                     self.waiting.set()
                     await asyncio.Event().wait()
+                elif isinstance(step, asyncio.Event):
+                    self.waiting.set()
+                    await step.wait()
                 elif isinstance(step, Exception):
                     raise step
                 else:
                     ended = isinstance(step, Ended)
+                    await asyncio.sleep(0)
                     yield step
 
         try:
@@ -91,14 +95,6 @@ class FakeCore:
         return self.reason
 
 
-class QuietServer(uvicorn.Server):
-    """uvicorn that leaves the test process's signals alone."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def http_door(core: FakeCore) -> AsyncIterator[int]:
     """A real server on a free port, which is given; it listens before it is served, so nobody need wait for it."""
@@ -106,13 +102,14 @@ async def http_door(core: FakeCore) -> AsyncIterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         app = create_app(MeasuredCore(core), max_body_bytes=10**6)
-        server = QuietServer(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+        server = Http(app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
-            await serving
+            await asyncio.wait({serving}, timeout=1)
+            serving.cancel()
 
 
 @asynccontextmanager

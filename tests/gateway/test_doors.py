@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.address import host_port
 from common.process import CannotStart
 from common.settings import GatewaySettings
-from services.gateway.__main__ import open_doors
+from services.gateway.doors import open_doors
 from services.gateway.metrics import MeasuredCore
 from tests.gateway.fake_core import FakeCore
 from tests.loopback import LOOPBACKS, free_port
@@ -19,7 +19,7 @@ from tests.loopback import LOOPBACKS, free_port
 @pytest.mark.parametrize("host", LOOPBACKS)
 async def test_both_doors_answer_at_their_addresses(host: str) -> None:
     settings = GatewaySettings(controller="127.0.0.1:1", host=host, http_port=free_port(host), grpc_port=free_port(host))
-    async with await open_doors(settings, MeasuredCore(FakeCore())):
+    async with open_doors(settings, MeasuredCore(FakeCore())):
         url = f"http://{host_port(host, settings.http_port)}/livez"
         with await asyncio.to_thread(urllib.request.urlopen, url, None, 10) as response:
             assert response.status == 200
@@ -32,7 +32,8 @@ async def test_both_doors_answer_at_their_addresses(host: str) -> None:
 @pytest.mark.parametrize("host", LOOPBACKS)
 async def test_a_taken_grpc_port_is_named_with_its_host(host: str) -> None:
     settings = GatewaySettings(controller="127.0.0.1:1", host=host, http_port=free_port(host), grpc_port=free_port(host))
-    async with await open_doors(settings, MeasuredCore(FakeCore())):
+    async with open_doors(settings, MeasuredCore(FakeCore())):
         with pytest.raises(CannotStart) as refused:
-            await open_doors(settings, MeasuredCore(FakeCore()))
+            async with open_doors(settings, MeasuredCore(FakeCore())):
+                pass
     assert str(refused.value).startswith(f"cannot listen on {host_port(host, settings.grpc_port)}")

@@ -1,26 +1,22 @@
-"""A member that is lost with requests in hand: they go on elsewhere, after the tokens their clients have."""
+"""A member that is lost with requests in hand: they go on elsewhere, after the tokens their clients have, or wait for who can."""
+
+from collections.abc import AsyncIterator
 
 import pytest
 
-from common.errors import Internal, Unavailable
-from common.links import Down, Up
-from common.messages import Abort, Failed
-from services.gateway.core import CONNECTED_STAGES, MAX_ATTEMPTS
-from services.gateway.generation import Began, Ended, Piece
-from tests.gateway.builders import Gateway, delta, error_of, request, rest, routed
+from common.errors import DeadlineExceeded, Internal, Unavailable
+from common.messages import Abort, Encoded, Failed
+from services.gateway.core import MAX_FRUITLESS, MAX_LOSSES
+from services.gateway.generation import Began, Ended, Event, Piece
+from services.gateway.peers import CONNECTED_STAGES
+from tests.gateway.builders import Gateway, delta, error_of, failed, request, rest, routed
 
 
-@pytest.mark.parametrize("role", CONNECTED_STAGES)
-async def test_a_stage_lost_without_another_fails_its_requests_at_once(role: str) -> None:
-    gateway = Gateway()
-    async with gateway.core.generate(request()) as lost:
-        gateway.hear(routed())
-        gateway.core.hear(Down(f"{role}-1", role, "killed"))
-        gateway.hear(delta(0, [10], "a", "stop"))
-        error = await error_of(lost)
-    assert isinstance(error, Unavailable) and error.stage == role and "killed" in error.message
-    assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
-    assert gateway.is_idle
+async def text_of(events: AsyncIterator[Event]) -> str:
+    """Of an answer that ends well."""
+    found = await rest(events)
+    assert isinstance(found[0], Began) and isinstance(found[-1], Ended)
+    return "".join(event.text for event in found if isinstance(event, Piece))
 
 
 @pytest.mark.parametrize("role", CONNECTED_STAGES)
@@ -28,13 +24,14 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request("r1")) as lost, gateway.core.generate(request("r2")) as kept:
         gateway.hear(routed("r1", "llm-1"), routed("r2", "llm-2"))
-        gateway.core.hear(Down(f"{role}-1", role, "killed"))
-        [(_, anew)] = [(to, submit) for to, submit in gateway.submitted() if submit.attempt == 1]
-        assert anew.request_id == "r1" and f"{role}-1" in (anew.avoid, anew.detokenizer.id, "preprocess-1")
+        gateway.lose(role)
+        [(preprocess, anew)] = [(to, submit) for to, submit in gateway.submitted() if submit.attempt == 1]
+        assert anew.request_id == gateway.id_of("r1")
+        assert preprocess != f"{role}-1" and anew.detokenizer.id != f"{role}-1"
+        assert anew.avoid == ("llm-1" if role == "llm" else "")
         gateway.hear(delta(0, [10], "old", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
         gateway.hear(routed("r1", "llm-2", attempt=1), delta(0, [20], "new", "stop", "r1", attempt=1))
-        assert isinstance((await rest(kept))[-1], Ended)
-        assert [event.text for event in await rest(lost) if isinstance(event, Piece)] == ["new"]
+        assert (await text_of(kept), await text_of(lost)) == ("a", "new")
     assert gateway.aborts() == [("preprocess-1", "r1"), ("llm-1", "r1")]
     assert gateway.is_idle
 
@@ -43,14 +40,168 @@ async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed("r", "llm-1"), delta(0, [10, 11], "ab"))
-        gateway.core.hear(Down("llm-1", "llm", "killed"))
+        gateway.lose("llm")
         anew = gateway.submitted()[-1][1]
         assert (anew.attempt, anew.avoid) == (1, "llm-1")
         assert anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [10, 11]
         gateway.hear(delta(2, [99], "of the dead one"), routed("r", "llm-2", attempt=1), delta(2, [12], "c", "stop", attempt=1))
-        found = await rest(events)
-    assert [type(event) for event in found] == [Began, Piece, Piece, Ended]
-    assert "".join(event.text for event in found if isinstance(event, Piece)) == "abc"
+        assert await text_of(events) == "abc"
+
+
+@pytest.mark.parametrize("role", CONNECTED_STAGES)
+async def test_without_another_member_the_request_waits_for_the_restarted_one(role: str) -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed())
+        gateway.lose(role)
+        gateway.hear(delta(0, [66], "of the dead one", "stop"))
+        gateway.regain("vision")
+        assert len(gateway.submitted()) == 1 and gateway.core.load() == (0, 1)
+        gateway.regain(role, 7)
+        (_, first), (preprocess, anew) = gateway.submitted()
+        assert (first.attempt, anew.attempt) == (0, 1)
+        assert role not in ("preprocess", "detokenizer") or f"{role}-7" in (preprocess, anew.detokenizer.id)
+        gateway.hear(routed("r", "llm-7", attempt=1), delta(0, [10], "a", "stop", attempt=1))
+        assert await text_of(events) == "a"
+    assert gateway.is_idle
+
+
+async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whole() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
+        gateway.lose("llm", 1)
+        gateway.hear(routed("r", "llm-2", attempt=1), delta(1, [11], "b", attempt=1))
+        gateway.lose("llm", 2)
+        assert [submit.attempt for _, submit in gateway.submitted()] == [0, 1]
+        gateway.regain("llm", 3)
+        gateway.hear(routed("r", "llm-3", attempt=2))
+        gateway.lose("llm", 3)  # before its first token
+        gateway.regain("llm", 4)
+        anew = gateway.submitted()[-1][1]
+        assert anew.attempt == 3 and anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [10, 11]
+        gateway.hear(routed("r", "llm-4", attempt=3), delta(2, [12], "c", "stop", attempt=3))
+        assert await text_of(events) == "abc"
+
+
+async def test_a_group_that_is_named_when_it_is_gone_already_is_a_loss() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()):
+        gateway.lose("llm", 1)
+        gateway.hear(routed("r", "llm-1"))
+        assert len(gateway.submitted()) == 1
+        gateway.lose("llm", 1)  # which is how a connection ends that could not be made
+        assert gateway.submitted()[-1][1].attempt == 1
+
+
+async def test_a_request_that_waits_is_given_up_when_its_patience_ends() -> None:
+    gateway = Gateway(patience=0.01)
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed())
+        gateway.lose("llm")
+        error = await error_of(events)
+    assert isinstance(error, Unavailable) and (error.stage, error.retry_after) == ("llm", 1.0)
+    assert "killed" in error.message and "within 0.01 s" in error.message
+    gateway.regain("llm", 2)
+    assert len(gateway.submitted()) == 1 and gateway.is_idle
+
+
+async def test_a_request_that_waits_is_given_up_at_its_deadline() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(timeout=0.01)) as events:
+        gateway.lose("llm")
+        gateway.lose("preprocess")
+        error = await error_of(events)
+    assert isinstance(error, DeadlineExceeded) and error.stage == "gateway"
+    assert gateway.is_idle
+
+
+async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request()):
+        gateway.lose("preprocess")
+    gateway.regain("preprocess", 2)
+    assert len(gateway.submitted()) == 1 and gateway.is_idle
+
+
+async def test_a_request_that_comes_while_a_stage_is_restarted_waits_for_it() -> None:
+    gateway = Gateway()
+    gateway.lose("llm")
+    async with gateway.core.generate(request()) as events:
+        assert gateway.submitted() == []
+        gateway.regain("llm", 2)
+        gateway.hear(routed("r", "llm-2"), delta(0, [10], "a", "stop"))
+        assert await text_of(events) == "a"
+    assert gateway.is_idle
+
+
+async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = Gateway()
+    monkeypatch.setattr("services.gateway.admission.OUTAGE_SECONDS", -1.0)
+    gateway.lose("llm")
+    with pytest.raises(Unavailable, match="no llm is connected") as refused:
+        async with gateway.core.generate(request()):
+            pass
+    assert refused.value.retry_after and gateway.is_idle
+
+
+async def test_a_request_is_given_up_after_so_many_losses_without_a_token() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()) as events:
+        for attempt in range(MAX_FRUITLESS):
+            gateway.hear(routed("r", "llm-1", attempt=attempt))
+            gateway.lose("llm", reason=f"killed {attempt}")
+            gateway.regain("llm")
+        error = await error_of(events)
+    assert isinstance(error, Unavailable) and f"killed {MAX_FRUITLESS - 1}" in error.message
+    assert gateway.is_idle
+
+
+async def test_tokens_between_the_losses_show_that_the_request_is_not_to_blame_but_not_for_ever() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()) as events:
+        for attempt in range(MAX_LOSSES):
+            assert gateway.submitted()[-1][1].attempt == attempt
+            gateway.hear(routed("r", "llm-1", attempt=attempt), delta(attempt, [attempt], "a", attempt=attempt))
+            gateway.lose("llm")
+            gateway.regain("llm")
+        assert isinstance(await error_of(events), Unavailable)
+    assert gateway.is_idle
+
+
+async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
+    """Preprocess may not know the restarted group yet, and a group may have lost a detokenizer that the gateway has not."""
+    gateway = Gateway(replicas=2, retry_seconds=0.0)
+    async with gateway.core.generate(request()) as events:
+        for attempt in range(MAX_LOSSES + 1):
+            assert gateway.submitted()[-1][1].attempt == attempt
+            gateway.hear(failed("Unavailable", "llm", attempt=attempt))
+            gateway.regain("vision")  # whoever comes is a reason to try at once
+        number = MAX_LOSSES + 1
+        gateway.hear(routed("r", "llm-1", attempt=number), delta(0, [10], "a", attempt=number))
+        gateway.hear(failed("Unavailable", "llm", attempt=number))
+        gateway.regain("vision")
+        anew = gateway.submitted()[-1][1]
+        assert (anew.attempt, anew.avoid) == (number + 1, "llm-1")
+        gateway.hear(routed("r", "llm-2", attempt=number + 1), delta(1, [11], "b", "stop", attempt=number + 1))
+        assert await text_of(events) == "ab"
+    assert gateway.is_idle
+
+
+async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> None:
+    gateway = Gateway(retry_seconds=0.0, patience=0.01)
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(failed("Unavailable", "llm"))
+        error = await error_of(events)
+    assert isinstance(error, Unavailable) and "why" in error.message and "within 0.01 s" in error.message
+
+
+async def test_an_image_that_nobody_could_encode_ends_the_request() -> None:
+    gateway = Gateway(replicas=2)
+    async with gateway.core.generate(request()) as events:
+        gateway.hear(routed(), failed("Unavailable", "vision", 1))
+        error = await error_of(events)
+    assert isinstance(error, Unavailable) and (error.stage, error.image) == ("vision", 1)
 
 
 async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> None:
@@ -58,21 +209,19 @@ async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> Non
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
-        gateway.core.hear(Down("llm-1", "llm", "killed"))
+        gateway.lose("llm")
         gateway.hear(Failed(request_id="r", attempt=1, code="Internal", message="why", stage="vision", image=2))
         error = await error_of(events)
     assert isinstance(error, Internal) and error.image == 2
 
 
-async def test_a_request_is_given_up_after_so_many_attempts() -> None:
-    gateway = Gateway(replicas=2)
-    async with gateway.core.generate(request()) as events:
-        for attempt in range(MAX_ATTEMPTS):
-            gateway.hear(routed("r", "llm-1", attempt=attempt))
-            gateway.core.hear(Down("llm-1", "llm", f"killed {attempt}"))
-            gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
-        error = await error_of(events)
-    assert isinstance(error, Unavailable) and f"killed {MAX_ATTEMPTS - 1}" in error.message
+async def test_preprocess_is_not_missed_once_the_language_group_has_everything() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(images=(b"png",))) as events:
+        gateway.hear(routed(), Encoded(request_id="r", attempt=0))
+        gateway.lose("preprocess")
+        gateway.hear(delta(0, [10], "a", "stop"))
+        assert await text_of(events) == "a"
 
 
 async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up() -> None:
@@ -80,11 +229,12 @@ async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up()
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
-        gateway.core.hear(Down("llm-1", "llm", "frozen"))
+        id = gateway.id_of("r")
+        gateway.lose("llm", reason="frozen")
         gateway.links.take()
-        gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
-        assert gateway.links.take() == [("llm-1", Abort(request_id="r", attempt=0))]
-        gateway.core.hear(Up("llm-1", "llm", "ipc:///llm-1"))
+        gateway.regain("llm")
+        assert gateway.links.take() == [("llm-1", Abort(request_id=id, attempt=0))]
+        gateway.regain("llm")
         assert gateway.links.take() == [], "once"
-        gateway.hear(routed("r", "llm-2", attempt=1), delta(1, [11], "b", "stop", attempt=1))
-        assert isinstance((await rest(events))[-1], Ended)
+        gateway.hear(routed(id, "llm-2", attempt=1), delta(1, [11], "b", "stop", id, attempt=1))
+        assert await text_of(events) == "ab"

@@ -8,6 +8,7 @@ import torch
 
 from common.links import Event, Received, Up
 from common.messages import HOPS, Step
+from common.progress import Progress
 from common.wire import decode, encode
 from services.llm.plan import StepPlan
 from services.llm.ranks import follow, lead, to_plan, to_step
@@ -18,7 +19,7 @@ class ScriptedMember:
     """Its events are a list."""
 
     def __init__(self, events: list[Event]) -> None:
-        self.links, self.waiting = FakeLinks(), deque(events)
+        self.links, self.waiting, self.progress = FakeLinks(), deque(events), Progress()
 
     def next_event(self) -> Event | None:
         return self.waiting.popleft() if self.waiting else None

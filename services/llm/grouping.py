@@ -1,0 +1,83 @@
+"""Which rank of which group this process is, and the other ranks where it starts them itself."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+from common.config import BadSetting, flag
+from common.logs import get_logger
+from common.membership import new_member_id
+from common.process import EXIT_FAILED, EXIT_USAGE, leave
+from common.settings import LlmSettings
+
+
+def place(settings: LlmSettings) -> LlmSettings:
+    """Group, rank and rendezvous by the ordinal, where there is one: it counts ranks where they meet from several processes that
+    something else starts, groups where this process starts its own.
+
+    Raises
+    ------
+    BadSetting
+    """
+    if not settings.ordinal:
+        return settings
+    if not (found := re.search(r"\d+$", settings.ordinal)):
+        raise BadSetting(f"--ordinal {settings.ordinal!r}: give a number, or a name that ends in one")
+    group, rank = divmod(int(found[0]), settings.tp if settings.rendezvous else 1)
+    leader = int(found[0]) - rank
+    rendezvous = settings.rendezvous.replace("{leader}", str(leader))
+    return replace(settings, group=f"{settings.group}-{group}", rank=rank, rendezvous=rendezvous)
+
+
+def num_ranks_here(settings: LlmSettings) -> int:
+    """Of one group. Ranks that meet over TCP are taken to have hosts of their own."""
+    return 1 if settings.rendezvous.startswith("tcp://") else settings.tp
+
+
+@contextlib.contextmanager
+def other_ranks(settings: LlmSettings) -> Iterator[LlmSettings]:
+    """Starts ranks 1 and up beside this one where no rendezvous says that someone else does, and ends them with the block. A rank
+    that dies ends this process, too."""
+    if settings.tp == 1 or settings.rendezvous:
+        yield settings
+        return
+    with tempfile.TemporaryDirectory(prefix="twinlens-llm-") as folder:
+        # Several such processes may be told the same name, and none is to take another's ranks for its own.
+        group = settings.group if settings.ordinal else new_member_id(settings.group)
+        settings = replace(settings, rendezvous=f"file://{folder}/meet", group=group)
+        ended = threading.Event()
+        ranks = [subprocess.Popen(command_of(settings, rank)) for rank in range(1, settings.tp)]
+        for process in ranks:
+            threading.Thread(target=watch, args=(process, ended), daemon=True).start()
+        try:
+            yield settings
+        finally:
+            ended.set()
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+
+def command_of(settings: LlmSettings, rank: int) -> list[str]:
+    own = replace(settings, rank=rank, ordinal="", listen=listen_beside(settings.listen, rank), die_with_parent=os.getpid(), health_port=0)
+    values = {f.name: getattr(own, f.name) for f in fields(own)}
+    return [sys.executable, "-m", "services.llm", *(f"{flag(name)}={value}" for name, value in values.items() if value is not None)]
+
+
+def listen_beside(listen: str, rank: int) -> str:
+    """An inbox of the rank's own on the same interface."""
+    return f"{listen.rpartition(':')[0]}:*" if listen.startswith("tcp://") else f"{listen}.{rank}"
+
+
+def watch(process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    """The work loop may wait for the rank that is gone, and would for ever."""
+    status = process.wait()
+    if not ended.is_set():
+        get_logger().error("a rank of the group ended, so the group ends", status=status)
+        leave(EXIT_USAGE if status == EXIT_USAGE else EXIT_FAILED)

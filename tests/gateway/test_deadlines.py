@@ -1,0 +1,84 @@
+"""A deadline that passes names where the request was, whoever reads; and what is counted on the way."""
+
+from typing import Any
+
+import pytest
+
+from common.errors import DeadlineExceeded, Exhausted, ServingError, Unavailable
+from common.messages import Encoded
+from services.gateway.metrics import MeasuredCore
+from tests.gateway.builders import Gateway, delta, error_of, request, rest, routed
+
+ENCODED = Encoded(request_id="r", attempt=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "heard", "stage"),
+    [
+        ((), [], "preprocess"),
+        ((), [routed()], "llm"),
+        ((b"png",), [routed()], "vision"),
+        ((b"png",), [routed(), ENCODED], "llm"),
+        ((b"png",), [routed(), delta(0, [10], "a")], "llm"),
+    ],
+)
+async def test_a_deadline_that_passes_names_the_stage(images: tuple[bytes, ...], heard: list[Any], stage: str) -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(images=images, timeout=0.01)) as events:
+        for message in heard:
+            message.request_id = "r"
+        gateway.hear(*heard)
+        error = await error_of(events)
+    assert isinstance(error, DeadlineExceeded) and error.stage == stage and f"the {stage}" in error.message
+    assert gateway.is_idle
+
+
+async def test_a_deadline_holds_for_a_client_that_does_not_come_for_its_answer() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(timeout=0.01)) as events:
+        gateway.hear(routed(), delta(0, [10], "a"))
+        await gateway.core.idle.wait()
+        assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
+        gateway.hear(delta(1, [11], "too late", "stop"))
+        assert isinstance(await error_of(events), DeadlineExceeded)
+
+
+def metric(gateway: Gateway, name: str, **labels: str) -> float:
+    return gateway.core.metrics.registry.get_sample_value(f"twinlens_{name}", labels) or 0.0
+
+
+async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
+    with pytest.raises(ServingError) as refused:
+        async with MeasuredCore(gateway.core, gateway.core.metrics).generate(request("new", **fields)):
+            pass
+    return refused.value
+
+
+async def test_refusals_are_counted_by_cause() -> None:
+    gateway = Gateway(max_waiting=1)
+    gateway.core._admission.pace.first_token(0.0, num_waiting=1)
+    gateway.core._admission.pace.first_token(10.0, num_waiting=1)
+    async with gateway.core.generate(request()):
+        assert isinstance(await refusal(gateway), Exhausted)
+        gateway.core._admission._max_waiting = 2
+        assert isinstance(await refusal(gateway, timeout=5.0), Exhausted)
+        await gateway.core.stop(grace=0)
+        assert isinstance(await refusal(gateway), Unavailable)
+    assert isinstance(await refusal(Gateway(replicas=0)), Unavailable)
+    for reason in ("too_many_waiting", "deadline_unreachable", "stopping"):
+        assert metric(gateway, "rejections_total", reason=reason) == 1, reason
+
+
+async def test_attempts_failovers_and_those_who_wait_are_counted() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
+        assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (2, (0, 2))
+        gateway.hear(routed("a"), delta(0, [10], "a", request_id="a"))
+        assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (1, (1, 1))
+        gateway.lose("llm")
+        assert (metric(gateway, "requests_waiting"), metric(gateway, "attempts_total")) == (1, 2), "it has its first token"
+        gateway.regain("llm", 2)
+        assert (metric(gateway, "attempts_total"), metric(gateway, "failovers_total", stage="llm")) == (3, 1)
+        gateway.hear(routed("a", "llm-2", attempt=1), delta(1, [11], "b", "stop", "a", attempt=1))
+        await rest(a)
+    assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (0, (0, 0))
