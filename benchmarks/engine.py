@@ -24,6 +24,7 @@ from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
 from common.checkpoint import open_checkpoint
 from common.device import choose_dtype
 from common.kernels.library import bfloat16_kernels, cpu_flags
+from common.quantization import check_quantization
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.vision.families.qwen2_5_vl import VisionTower
@@ -121,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "twinlens" / "checkpoints", help="where they are made")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
     parser.add_argument("--context", type=int, default=330, help="tokens that a decoding sequence has (a 448x448 image and a question)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no large image")
     return parser.parse_args()
@@ -133,12 +135,17 @@ def main() -> None:
     made = options.checkpoint in checkpoints.SHAPES
     checkpoint = open_checkpoint(checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint)
     dtype = choose_dtype(options.dtype, CPU, checkpoint)
-    conditions = machine() | {"checkpoint": checkpoint.name, "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
+    check_quantization(options.quantization, CPU, dtype)
+    conditions = (
+        machine()
+        | {"quantization": options.quantization}
+        | {"checkpoint": checkpoint.name, "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
+    )
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
     num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
-    runner = ModelRunner(checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE)
-    timed_passes = passes.of_language(runner, TextConfig.of(checkpoint), dtype, options.context)
+    runner = ModelRunner(checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization)
+    timed_passes = passes.of_language(runner, TextConfig.of(checkpoint), dtype, options.context, options.quantization)
     pictures = list(PICTURES)[: 1 if options.quick else None]
     timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)

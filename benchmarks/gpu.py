@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import checkpoints
-from common.checkpoint import Checkpoint, open_checkpoint
-from common.weights import canonical_name
+from common.checkpoint import Checkpoint, canonical_name, open_checkpoint
 from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.families.qwen2_5_vl import TextConfig

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels.operations import attention, attention_by_torch, kernels_for
-from common.linear import Linear
+from common.linear import Linear, can_pack
+from common.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
@@ -71,33 +72,50 @@ def reading(num_bytes: int) -> Case:
 def weights_of(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Linear]]:
     """So many of one shape that a kernel that goes through them reads memory, plain and laid out."""
     count = ceil(WEIGHTS_BYTES / (num_outputs * num_inputs * dtype.itemsize))
-    plain = [torch.randn(num_outputs, num_inputs).mul_(num_inputs**-0.5).to(dtype) for _ in range(count)]
+    random = torch.Generator().manual_seed(num_outputs)
+    plain = [torch.randn(num_outputs, num_inputs, generator=random).mul_(num_inputs**-0.5).to(dtype) for _ in range(count)]
     return plain, [Linear(weight) for weight in plain]
 
 
-def linear_part(label: str, count: int, num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Part:
+@cache
+def int8_weights_of(num_outputs: int, num_inputs: int) -> list[Int8Linear]:
+    plain, _ = weights_of(num_outputs, num_inputs, torch.bfloat16)
+    return [Int8Linear(weight) for weight in plain]
+
+
+def linear_part(
+    label: str, count: int, num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, quantization: str = "none"
+) -> Part:
     plain, laid_out = weights_of(num_outputs, num_inputs, dtype)
     if num_rows > MAX_STREAMING_ROWS:
         plain, laid_out = plain[:1], laid_out[:1]
     x = torch.randn(num_rows, num_inputs).to(dtype)
-    kernels: dict[str, Callable[[], object]] = {
-        "torch": lambda: [F.linear(x, weight) for weight in plain],
-        "oneDNN": lambda: [linear.by_onednn(x) for linear in laid_out],
-    }
-    used = "oneDNN"
+    kernels: dict[str, Callable[[], object]] = {}
+    if can_pack(dtype):
+        used = "oneDNN"
+        kernels |= {"torch": lambda: [F.linear(x, weight) for weight in plain], used: lambda: [linear.by_onednn(x) for linear in laid_out]}
+    else:
+        # torch emulates the dtype so slowly that it tells nothing about the machine: oneDNN's float32 does.
+        used, wide_x, wide = "float32", x.float(), weights_of(num_outputs, num_inputs, torch.float32)[1][: len(plain)]
+        kernels[used] = lambda: [linear.by_onednn(wide_x) for linear in wide]
     if num_rows <= laid_out[0].max_kernel_rows:
         used = "ours"
         kernels[used] = lambda: [linear(x) for linear in laid_out]
-    size = num_outputs * num_inputs
+    calls, size, itemsize = len(plain), num_outputs * num_inputs, dtype.itemsize
+    if quantization == "int8":
+        used, itemsize, quantized = "int8", 1, int8_weights_of(num_outputs, num_inputs)[: len(plain)]
+        kernels = {used: lambda: [linear(x) for linear in quantized]}
     name = f"{label} {num_rows} x {num_inputs} -> {num_outputs}"
-    return Part(name, count, kernels, used, len(plain), size * dtype.itemsize, 2 * num_rows * size, is_linear=True)
+    return Part(name, count, kernels, used, calls, size * itemsize, 2 * num_rows * size, is_linear=True)
 
 
 def attention_part(
     label: str, count: int, num_seqs: int, length: int, num_heads: int, num_kv_heads: int, dim: int, dtype: torch.dtype, causal: bool
 ) -> Part:
     q, k, v = torch.randn(num_seqs * length, num_heads + 2 * num_kv_heads, dim).to(dtype).split((num_heads, num_kv_heads, num_kv_heads), 1)
-    kernels: dict[str, Callable[[], object]] = {"torch": lambda: attention_by_torch(q, k, v, num_seqs, causal)}
+    torch_dtype = dtype if can_pack(dtype) else torch.float32
+    given = [tensor.to(torch_dtype) for tensor in (q, k, v)]
+    kernels: dict[str, Callable[[], object]] = {"torch": lambda: attention_by_torch(*given, num_seqs, causal)}
     if kernels_for(q) is not None:
         kernels["ours"] = lambda: attention(q, k, v, num_seqs, causal)
     num_flops = 4 * num_seqs * num_heads * length**2 * dim // (2 if causal else 1)
@@ -116,27 +134,34 @@ def decode_attention_part(runner: ModelRunner, plan: StepPlan, config: TextConfi
     return Part(name, config.num_layers, kernels, "used", config.num_layers, num_entries * dtype.itemsize, num_flops, is_linear=False)
 
 
-def of_language(runner: ModelRunner, config: TextConfig, dtype: torch.dtype, context: int) -> list[Pass]:
+def of_language(runner: ModelRunner, config: TextConfig, dtype: torch.dtype, context: int, quantization: str) -> list[Pass]:
     found = []
     for batch in BATCHES:
         plan = plan_of([1] * batch, [context] * batch)
-        parts = [*decoder_parts(config, config.num_layers, batch, batch, dtype), decode_attention_part(runner, plan, config, dtype)]
+        parts = [
+            *decoder_parts(config, config.num_layers, batch, batch, dtype, quantization),
+            decode_attention_part(runner, plan, config, dtype),
+        ]
         found.append(Pass(f"decode, batch {batch}", partial(runner.execute, plan, []), parts))
     plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS])
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    parts = decoder_parts(config, config.num_layers - 1, PROMPT_TOKENS, 1, dtype)
+    parts = decoder_parts(config, config.num_layers - 1, PROMPT_TOKENS, 1, dtype, quantization)
     parts.append(attention_part("attention", config.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True))
     return [*found, Pass(f"prefill of {PROMPT_TOKENS} tokens", partial(runner.execute, plan, []), parts)]
 
 
-def decoder_parts(config: TextConfig, num_whole_layers: int, num_rows: int, num_sampled: int, dtype: torch.dtype) -> list[Part]:
+def decoder_parts(
+    config: TextConfig, num_whole_layers: int, num_rows: int, num_sampled: int, dtype: torch.dtype, quantization: str
+) -> list[Part]:
     """In the last layer nothing but its attention needs the rows whose logits nobody wants."""
     hidden, q_size, inner = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     after_attention = (("o", hidden, q_size), ("gate and up", 2 * inner, hidden), ("down", hidden, inner))
-    parts = [linear_part("qkv", config.num_layers, num_rows, q_size + 2 * config.num_kv_heads * config.head_dim, hidden, dtype)]
-    parts += [linear_part(label, num_whole_layers, num_rows, n, k, dtype) for label, n, k in after_attention]
+    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
+    parts = [linear_part("qkv", config.num_layers, num_rows, qkv_size, hidden, dtype, quantization)]
+    parts += [linear_part(label, num_whole_layers, num_rows, n, k, dtype, quantization) for label, n, k in after_attention]
     if num_whole_layers < config.num_layers:
-        parts += [linear_part(label, config.num_layers - num_whole_layers, num_sampled, n, k, dtype) for label, n, k in after_attention]
+        last = config.num_layers - num_whole_layers
+        parts += [linear_part(label, last, num_sampled, n, k, dtype, quantization) for label, n, k in after_attention]
     return [*parts, linear_part("head", 1, num_sampled, config.vocab_size, hidden, dtype)]
 
 

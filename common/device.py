@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 
+from common.cgroup import core_limit
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
+from common.kernels.library import bfloat16_kernels
 from common.settings import Engine
 from common.torch_tensors import DTYPES
 
@@ -32,10 +35,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The checkpoint's where the device computes it well: a CPU without bfloat16 instructions emulates it slowly."""
+    """The checkpoint's where the device computes it well: torch emulates bfloat16 slowly on a CPU without its instructions."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() and bfloat16_kernels() is None:
         return torch.float32
     stored = DTYPES.get(checkpoint.dtype, torch.bfloat16)
     return torch.bfloat16 if stored is torch.float16 and device.type == "cpu" else stored
@@ -44,7 +47,7 @@ def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> tor
 def set_threads(threads: int | None, num_sharing: int) -> int:
     """By default half of the cores, because vision and language run side by side; all of them where there are so few that each
     would be slow alone. `num_sharing` processes of the language model share them."""
-    cores = len(os.sched_getaffinity(0))
+    cores = min(len(os.sched_getaffinity(0)), core_limit() or sys.maxsize)
     count = threads or max(1, (cores if cores <= FEW_CORES else cores // 2) // num_sharing)
     torch.set_num_threads(count)
     return count

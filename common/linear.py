@@ -1,6 +1,7 @@
 """The matrix product with weights that are laid out once, when they are loaded."""
 
 import ctypes
+import sys
 from functools import cache
 
 import torch
@@ -12,6 +13,8 @@ from common.kernels.library import bfloat16_kernels, cpu_flags
 # Up to so many rows our kernel is faster than oneDNN's on the same packed weights; one that has tiles overtakes earlier.
 MAX_KERNEL_ROWS = 64
 MAX_KERNEL_ROWS_BESIDE_AMX = 16
+# Outputs of which the kernels that pack the weights themselves make one panel.
+PANEL = 16
 
 
 class Linear:
@@ -20,28 +23,38 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
         self._num_outputs, self._num_inputs = weight.shape
-        self.max_kernel_rows = 0
-        self._is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
-        if self._is_packed:
-            self._pack()
+        self.max_kernel_rows = -1
+        self.is_packed_by_onednn = weight.device.type == "cpu" and can_pack(weight.dtype)
+        if self.is_packed_by_onednn:
+            self._pack_by_onednn()
+        elif kernels := packing_kernels(weight):
+            self._pack_by_kernel(kernels)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """With `residual` added where it is given."""
-        if 0 < x.shape[0] <= self.max_kernel_rows:
+        if x.shape[0] <= self.max_kernel_rows:
             return self._by_kernel(x, residual)
-        product = self.by_onednn(x) if self._is_packed else F.linear(x, self._weight, self._bias)
+        product = self.by_onednn(x) if self.is_packed_by_onednn else F.linear(x, self._weight, self._bias)
         return product if residual is None else product.add_(residual)
 
     def by_onednn(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
-    def _pack(self) -> None:
+    def _pack_by_onednn(self) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
         kernels = kernels_for_packed() if self._weight.dtype is torch.bfloat16 and self._num_inputs % 2 == 0 else None
         if kernels is not None:
-            self._kernel, self.max_kernel_rows = kernels.linear, max_kernel_rows()
-            self._address = torch.ops.mkldnn.data_ptr(self._weight)
-            self._bias_address = None if self._bias is None else self._bias.data_ptr()
+            self._use(kernels, max_kernel_rows(), torch.ops.mkldnn.data_ptr(self._weight))
+
+    def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
+        packed = self._weight.new_empty(-(-self._num_outputs // PANEL) * PANEL, -(-self._num_inputs // 2) * 2)
+        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), self._num_outputs, self._num_inputs)
+        self._weight = packed
+        self._use(kernels, sys.maxsize, packed.data_ptr())
+
+    def _use(self, kernels: ctypes.CDLL, max_rows: int, address: int) -> None:
+        self._kernel, self.max_kernel_rows, self._address = kernels.linear, max_rows, address
+        self._bias_address = None if self._bias is None else self._bias.data_ptr()
 
     def _by_kernel(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.stride(1) != 1:
@@ -66,6 +79,7 @@ class Linear:
 
 
 def max_kernel_rows() -> int:
+    """Of weights that oneDNN packed."""
     return MAX_KERNEL_ROWS_BESIDE_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
 
 
@@ -73,6 +87,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packing_kernels(weight: Tensor) -> ctypes.CDLL | None:
+    """Those that compute any number of rows, where oneDNN has no bfloat16."""
+    kernels = bfloat16_kernels() if weight.device.type == "cpu" and weight.dtype is torch.bfloat16 else None
+    return kernels if hasattr(kernels, "pack_weights") else None
 
 
 @cache

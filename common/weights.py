@@ -6,22 +6,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
+from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo, canonical_name
 
 Index = tuple[slice, ...]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name in the layout of transformers 5, whichever layout the file follows.
-
-    Published files say `visual.*` and `model.layers.*`; newer ones `model.visual.*` and `model.language_model.layers.*`.
-    """
-    if name.startswith("visual."):
-        return "model." + name
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
-        return "model.language_model." + name.removeprefix("model.")
-    return name
 
 
 class Weights:

@@ -1,4 +1,7 @@
-"""Compiles and loads the kernels; where that fails there are none, and torch does their work."""
+"""Compiles and loads the kernels; where that fails there are none, and torch does their work.
+
+`python -m common.kernels.library` compiles them ahead, beside their sources, for every CPU that can run them: for machines without a compiler.
+"""
 
 import ctypes
 import hashlib
@@ -7,13 +10,15 @@ import shutil
 import subprocess
 import tempfile
 from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from common.logs import get_logger
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-lm")
+FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-lm")
+NATIVE = ("-march=native",)
 COMPILE_SECONDS = 60
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int],
@@ -26,21 +31,67 @@ SIGNATURES: dict[str, list[type]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """One instruction set's kernels."""
+
+    folder: Path
+    needed_flags: frozenset[str]
+    portable: tuple[str, ...]
+    """The compiler's flags for whatever CPU has these."""
+    signatures: dict[str, list[type]]
+
+
+AVX512 = Sources(
+    FOLDER,
+    frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}),
+    ("-march=x86-64-v4", "-mavx512bf16"),
+    SIGNATURES,
+)
+# oneDNN packs no bfloat16 for these CPUs, so the kernels do it themselves.
+AVX2 = Sources(
+    FOLDER / "avx2",
+    frozenset({"avx2", "fma", "bmi1", "bmi2"}),
+    ("-march=x86-64-v3",),
+    SIGNATURES
+    | {
+        "pack_weights": [c_void_p, c_void_p, c_long, c_long],
+        "pack_int8": [c_void_p, c_void_p, c_long, c_long],
+        "linear_int8": [c_void_p, c_long, *[c_void_p] * 5, *[c_int] * 4],
+    },
+)
+
+
 @cache
 def bfloat16_kernels() -> ctypes.CDLL | None:
-    """None where the CPU has no bfloat16 dot product, or no compiler is at hand."""
-    compiler = shutil.which("gcc")
-    if "avx512_bf16" not in cpu_flags() or compiler is None:
-        return None
+    """None where there are none for this CPU, or no compiler is at hand and none was before."""
+    sources = sources_for(cpu_flags())
+    return None if sources is None else load(sources)
+
+
+@cache
+def int8_kernels() -> ctypes.CDLL | None:
+    """Those of the weights of eight bits, which are the same for every CPU with AVX2."""
+    return load(AVX2) if AVX2.needed_flags <= cpu_flags() else None
+
+
+def load(sources: Sources) -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(compiled(compiler)))
+        library = ctypes.CDLL(str(library_of(sources)))
     except (OSError, subprocess.SubprocessError) as e:
-        get_logger().warning("the kernels cannot be compiled, torch does their work", reason=str(e))
+        get_logger().warning("the kernels cannot be loaded, torch does their work", reason=str(e))
         return None
-    for name, arguments in SIGNATURES.items():
+    for name, arguments in sources.signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def sources_for(flags: frozenset[str]) -> Sources | None:
+    """AVX-512 without bfloat16 has none of ours: oneDNN does well there."""
+    if AVX512.needed_flags <= flags:
+        return AVX512
+    return AVX2 if AVX2.needed_flags <= flags and "avx512f" not in flags else None
 
 
 @cache
@@ -52,18 +103,29 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def compiled(compiler: str) -> Path:
-    """The library for this source and this CPU, from the cache or made now: several processes may do so at once."""
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    content = b"".join(file.read_bytes() for file in sources) + " ".join((*FLAGS, *sorted(cpu_flags()))).encode()
-    path = cache_folder() / f"bfloat16-{hashlib.sha256(content).hexdigest()[:16]}.so"
+def library_of(sources: Sources) -> Path:
+    """For this CPU, from the cache or made now (several processes may do so at once); without a compiler the one made ahead."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        return library_file(sources.folder, sources, sources.portable)
+    path = library_file(cache_folder(), sources, (*NATIVE, *sorted(cpu_flags())))
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            units = [str(file) for file in sources if file.suffix == ".c"]
-            subprocess.run([compiler, *units, *FLAGS, "-o", str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
-            made.replace(path)
+        compile_library(compiler, sources, NATIVE, path)
     return path
+
+
+def library_file(folder: Path, sources: Sources, variant: tuple[str, ...]) -> Path:
+    """Where the library of these sources lies: another source or variant has another name."""
+    content = b"".join(file.read_bytes() for file in sorted(sources.folder.glob("*.[ch]"))) + " ".join((*FLAGS, *variant)).encode()
+    return folder / f"bfloat16-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def compile_library(compiler: str, sources: Sources, target: tuple[str, ...], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        units = [str(file) for file in sorted(sources.folder.glob("*.c"))]
+        subprocess.run([compiler, *units, *target, *FLAGS, "-o", str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        made.replace(path)
 
 
 def cache_folder() -> Path:
@@ -71,3 +133,8 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinlens"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+if __name__ == "__main__":
+    for each in (AVX512, AVX2):
+        compile_library("gcc", each, each.portable, library_file(each.folder, each, each.portable))

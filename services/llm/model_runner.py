@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from common.sizing import Sizes
 from services.llm.attention import GatheredAttention
-from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
+from services.llm.families.qwen2_5_vl import LanguageModel
 from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
 
@@ -25,8 +26,9 @@ class ModelRunner:
         block_size: int,
         progress: Callable[[float], None] = lambda fraction: None,
         shard: Shard = Shard(),
+        quantization: str = "none",
     ) -> None:
-        self._model = LanguageModel(checkpoint, dtype, device, shard, progress)
+        self._model = LanguageModel(checkpoint, dtype, device, shard, progress, quantization)
         config, self._block_size = self._model.config, block_size
         shape = (config.num_layers, 2, num_blocks, block_size, self._model.num_local_kv_heads, config.head_dim)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
@@ -34,9 +36,7 @@ class ModelRunner:
     @staticmethod
     def kv_bytes_per_block(checkpoint: Checkpoint, dtype: torch.dtype, block_size: int, world_size: int = 1) -> int:
         """Bytes of one rank's KV cache for each block."""
-        config = TextConfig.of(checkpoint)
-        num_kv_heads = max(config.num_kv_heads // world_size, 1)
-        return config.num_layers * 2 * block_size * num_kv_heads * config.head_dim * dtype.itemsize
+        return block_size * Sizes(checkpoint, dtype.itemsize).kv_bytes_per_token(world_size)
 
     @property
     def vocab_size(self) -> int:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
-from common.weights import Weights, canonical_name
+from common.checkpoint import BadCheckpoint, Checkpoint, canonical_name, open_checkpoint
+from common.weights import Weights
 
 CPU = torch.device("cpu")
 NORM = "model.language_model.norm.weight"

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from common.kernels.library import int8_kernels
+from common.linear import Linear
+from common.quantization import quantize
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
@@ -83,8 +86,8 @@ def padded(tables: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(table, (0, longest - len(table))) for table in tables])
 
 
-def runner_of(case: GoldenCase, dtype: torch.dtype = torch.float32, shard: Shard = Shard()) -> ModelRunner:
-    return ModelRunner(open_checkpoint(case.checkpoint), dtype, CPU, NUM_BLOCKS, BLOCK_SIZE, shard=shard)
+def runner_of(case: GoldenCase, dtype: torch.dtype = torch.float32, shard: Shard = Shard(), quantization: str = "none") -> ModelRunner:
+    return ModelRunner(open_checkpoint(case.checkpoint), dtype, CPU, NUM_BLOCKS, BLOCK_SIZE, shard=shard, quantization=quantization)
 
 
 def forced_logits(runner: ModelRunner, case: GoldenCase, chunk: int) -> np.ndarray:
@@ -168,6 +171,19 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase) ->
     clear = best[:, -1] - best[:, -2] > 0.5
     assert clear.any()
     assert (logits.argmax(1) == expected.argmax(1))[clear].all()
+
+
+@pytest.mark.skipif(int8_kernels() is None, reason="no AVX2, or no compiler")
+def test_int8_computes_with_the_weights_that_its_bytes_mean(case: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dequantised(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        quantized, scales = quantize(weight.bfloat16())
+        return Linear(quantized.float() * scales[:, None], bias)
+
+    found, exact = (forced_logits(runner_of(case, torch.bfloat16, quantization=q), case, 16) for q in ("int8", "none"))
+    monkeypatch.setattr("services.llm.families.qwen2_5_vl.Int8Linear", dequantised)
+    meant = forced_logits(runner_of(case, torch.float32, quantization="int8"), case, 16)
+    assert max_difference(found, meant) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
+    assert max_difference(found, exact) > 0
 
 
 class ThreadGroup:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common.messages import Sampling, Stopping
-from services.llm.sampler import FIRST_NUCLEUS_WIDTH, NOISE_RANGE, SampledTokens, Sampler, gumbel_noise, mix, mix_tensor, signed, threshold
+from services.llm.noise import gumbel_noise, mix, mix_tensor, signed
+from services.llm.sampler import FIRST_NUCLEUS_WIDTH, NOISE_RANGE, SampledTokens, Sampler, threshold
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.llm.test_model_runner import Sequence, blocks_of, runner_of, step
 
@@ -44,6 +45,12 @@ def outputs(sampler: Sampler, logits: list[float], count: int, first: int = 0) -
 
 def test_greedy_takes_the_best() -> None:
     assert sample([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]], sampling(), sampling(temperature=1e-6)).token_ids == [1, 0]
+
+
+def test_of_equal_logits_greedy_takes_the_first() -> None:
+    tied = torch.zeros(2, 32_000)
+    tied[0, [5, 700, 31_999]] = 1
+    assert sample(tied, sampling(), sampling()).token_ids == [5, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,11 @@ from torch import Tensor
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.kernels.operations import rms_norm, rotate, silu_mul
 from common.linear import Linear
+from common.quantization import Int8Linear
+from common.sizing import TP_SIZES, is_divisible
 from common.weights import Weights
 from services.llm.attention import StepAttention
 from services.llm.parallel import Shard
-
-TP_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,7 @@ class TextConfig:
         )
 
     def is_divisible(self, world_size: int) -> bool:
-        """Key heads are replicated where there are fewer than ranks."""
-        whole = (self.num_heads, self.intermediate_size, self.vocab_size)
-        kv_fit = self.num_kv_heads % world_size == 0 or world_size % self.num_kv_heads == 0
-        return kv_fit and not any(count % world_size for count in whole)
+        return is_divisible((self.num_heads, self.intermediate_size, self.vocab_size), self.num_kv_heads, world_size)
 
     def check_divisible(self, world_size: int) -> None:
         if not self.is_divisible(world_size):
@@ -80,14 +77,18 @@ class TextConfig:
             )
 
 
+class Product(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     input_norm: Tensor
-    qkv: Linear
-    o: Linear
+    qkv: Product
+    o: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
 
 
 class LanguageModel:
@@ -100,10 +101,12 @@ class LanguageModel:
         device: torch.device,
         shard: Shard = Shard(),
         progress: Callable[[float], None] = lambda fraction: None,
+        quantization: str = "none",
     ) -> None:
         self.config = TextConfig.of(checkpoint)
         self.config.check_divisible(shard.world_size)
         self.dtype, self.device, self._shard = dtype, device, shard
+        self._product: Callable[..., Product] = Int8Linear if quantization == "int8" else Linear
         self._q_heads = shard.split(self.config.num_heads)
         self._kv_heads = shard.split_kv_heads(self.config.num_kv_heads)
         weights = Weights(checkpoint, ("model.language_model.", "lm_head."), progress)
@@ -151,7 +154,7 @@ class LanguageModel:
         rotate(qkv, num_q + num_kv, cos, signed_sin)
         return attention.run(qkv[:, :num_q], qkv[:, num_q : num_q + num_kv], qkv[:, num_q + num_kv :], cache)
 
-    def _add_product(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
+    def _add_product(self, x: Tensor, linear: Product, part: Tensor) -> Tensor:
         """x and the sum of the ranks' products."""
         if self._shard.world_size == 1:
             return linear(part, residual=x)
@@ -180,14 +183,14 @@ class LanguageModel:
 
         return Layer(
             input_norm=self._load_norm(weights, f"{name}.input_layernorm.weight"),
-            qkv=Linear(
+            qkv=self._product(
                 torch.cat([part(f"self_attn.{x}_proj.weight", (rows, hidden), 0, bounds) for x, rows, bounds in qkv]),
                 torch.cat([part(f"self_attn.{x}_proj.bias", (rows,), 0, bounds) for x, rows, bounds in qkv]),
             ),
-            o=Linear(part("self_attn.o_proj.weight", (hidden, q_rows), 1, q_part)),
+            o=self._product(part("self_attn.o_proj.weight", (hidden, q_rows), 1, q_part)),
             mlp_norm=self._load_norm(weights, f"{name}.post_attention_layernorm.weight"),
-            gate_up=Linear(torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")])),
-            down=Linear(part("mlp.down_proj.weight", (hidden, inner), 1, inner_part)),
+            gate_up=self._product(torch.cat([part(f"mlp.{x}_proj.weight", (inner, hidden), 0, inner_part) for x in ("gate", "up")])),
+            down=self._product(part("mlp.down_proj.weight", (hidden, inner), 1, inner_part)),
         )
 
     def _load_vocabulary(self, weights: Weights, name: str) -> Tensor:

@@ -1,0 +1,182 @@
+/* Attention: keys and values are laid out as weights, a chunk of them at a time, and tiles of queries multiply them. */
+
+#include <immintrin.h>
+
+#include "bfloat16.h"
+
+enum { CHUNK = 96, BLOCK_ROWS = 60 };
+
+/* Eight rows of eight pairs become eight columns. */
+INLINE void transpose(__m256i r[8])
+{
+    __m256i pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            quads[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+            quads[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x31);
+    }
+}
+
+static const bf16 NONE[MAX_DIM];
+
+INLINE int padded(long count) { return (int)((count < CHUNK ? count : CHUNK) + PANEL - 1) / PANEL * PANEL; }
+
+/* Keys as weights, panels of 16 of them, and values with tokens as inputs, panels of 16 entries; beyond the last token they are zero. */
+static void pack(const bf16 *keys, const bf16 *values, const long *places, int count, int dim, bf16 *packed_keys, bf16 *packed_values)
+{
+    int size = padded(count);
+    for (int t = 0; t < size; t += LANES)
+        for (int d = 0; d < dim; d += PANEL) {
+            __m256i r[LANES];
+            for (int i = 0; i < LANES; i++) r[i] = _mm256_loadu_si256((const __m256i *)((t + i < count ? keys + places[t + i] : NONE) + d));
+            transpose(r);
+            bf16 *place = packed_keys + t / PANEL * PANEL * dim + d * PANEL + t % PANEL * 2;
+            for (int i = 0; i < LANES; i++) _mm256_storeu_si256((__m256i *)(place + i * 2 * PANEL), r[i]);
+        }
+    for (int t = 0; t < size; t += 2) {
+        const bf16 *even = t < count ? values + places[t] : NONE, *odd = t + 1 < count ? values + places[t + 1] : NONE;
+        for (int d = 0; d < dim; d += PANEL) {
+            __m256i a = _mm256_loadu_si256((const __m256i *)(even + d)), b = _mm256_loadu_si256((const __m256i *)(odd + d));
+            __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+            bf16 *place = packed_values + d * size + t * PANEL;
+            _mm256_storeu_si256((__m256i *)place, _mm256_permute2x128_si256(low, high, 0x20));
+            _mm256_storeu_si256((__m256i *)(place + PANEL), _mm256_permute2x128_si256(low, high, 0x31));
+        }
+    }
+}
+
+typedef struct {
+    float sums[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float q[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float totals[BLOCK_ROWS], greatest[BLOCK_ROWS];
+} Running;
+
+/* The queries scaled, so that powers of two are taken of their scores. */
+static void begin(Running *running, const bf16 *q, long q_stride, int num_rows, int dim)
+{
+    float scale = LOG2_E / sqrtf(dim);
+    for (int i = 0; i < num_rows; i++) {
+        running->totals[i] = 0;
+        running->greatest[i] = -INFINITY;
+        for (int d = 0; d < dim; d++) {
+            running->q[i * dim + d] = widen(q[i * q_stride + d]) * scale;
+            running->sums[i * dim + d] = 0;
+        }
+    }
+}
+
+static void end(const Running *running, int num_rows, int dim, bf16 *y, long y_stride)
+{
+    for (int i = 0; i < num_rows; i++)
+        for (int d = 0; d < dim; d++) y[i * y_stride + d] = narrow(running->sums[i * dim + d] / running->totals[i]);
+}
+
+/* Makes weights of one row's scores, of which `visible` count, and shrinks what the row has so far to the new maximum. */
+static void soften(float *scores, int count, int visible, int dim, Running *running, int row)
+{
+    float best = running->greatest[row], total = 0;
+#pragma omp simd reduction(max : best)
+    for (int j = 0; j < visible; j++) best = scores[j] > best ? scores[j] : best;
+#pragma omp simd reduction(+ : total)
+    for (int j = 0; j < visible; j++) {
+        scores[j] = power_of_two(scores[j] - best);
+        total += scores[j];
+    }
+    for (int j = visible; j < count; j++) scores[j] = 0;
+    float shrink = power_of_two(running->greatest[row] - best);
+    running->greatest[row] = best;
+    running->totals[row] = running->totals[row] * shrink + total;
+    for (int d = 0; d < dim; d++) running->sums[row * dim + d] *= shrink;
+}
+
+/* A block of rows against the first `count` keys of a packed chunk of `size`; row r sees `visible` + r * `step` of them. */
+static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 *values, int size, int count, int dim, long visible, int step)
+{
+    int used = padded(count), num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int t = 0, row = 0; t < num_tiles; t++) {
+        float scores[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
+        int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
+        for (int j = 0; j < used; j += PANEL)
+            any_tile(rows, 0, running->q + row * dim, dim, keys + j * dim, dim / 2, scores + j, CHUNK, 1);
+        for (int i = 0; i < rows; i++) {
+            long seen = visible + (long)(row + i) * step;
+            soften(scores + i * CHUNK, used, seen < 0 ? 0 : seen > count ? count : (int)seen, dim, running, row + i);
+        }
+        for (int d = 0; d < dim; d += PANEL)
+            any_tile(rows, 0, scores, CHUNK, values + d * size, used / 2, running->sums + row * dim + d, dim, 0);
+        row += rows;
+    }
+}
+
+/* Attention of `num_seqs` sequences, whose rows follow each other: `query_len` rows of q and y each and `context_len` of keys and values, or,
+ * where `causal`, the last `query_len` of these being the queries' own. q, keys and values are [.., heads, dim] with strides between rows,
+ * y [num_seqs * query_len, num_heads, dim] is contiguous; dim is a multiple of 16 up to 256. The workspace holds keys and values of all
+ * heads with lengths rounded up to 64. */
+void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride, bf16 *y, bf16 *workspace, long num_seqs,
+               long query_len, long context_len, int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
+{
+    long size = (context_len + 63) / 64 * 64 * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+#pragma omp for collapse(3) schedule(static)
+        for (long s = 0; s < num_seqs; s++)
+            for (long h = 0; h < num_kv_heads; h++)
+                for (long first = 0; first < context_len; first += CHUNK) {
+                    bf16 *packed = workspace + (s * num_kv_heads + h) * 2 * size + first * dim;
+                    long places[CHUNK], at = (s * context_len + first) * kv_stride + h * dim;
+                    for (int t = 0; t < CHUNK; t++) places[t] = t * kv_stride;
+                    pack(keys + at, values + at, places, context_len - first < CHUNK ? context_len - first : CHUNK, dim, packed, packed + size);
+                }
+#pragma omp for collapse(3) schedule(dynamic)
+        for (long s = 0; s < num_seqs; s++)
+            for (long h = 0; h < num_heads; h++)
+                for (long b = 0; b < num_blocks; b++) {
+                    Running running;
+                    const bf16 *packed = workspace + (s * num_kv_heads + h * num_kv_heads / num_heads) * 2 * size;
+                    long row = b * BLOCK_ROWS, at = s * query_len + row, rows = query_len - row < BLOCK_ROWS ? query_len - row : BLOCK_ROWS;
+                    long visible = causal ? context_len - query_len + row + 1 : context_len, length = visible + (rows - 1) * causal;
+                    begin(&running, q + at * q_stride + h * dim, q_stride, rows, dim);
+                    for (long first = 0; first < length; first += CHUNK)
+                        attend(&running, rows, packed + first * dim, packed + size + first * dim, padded(context_len - first),
+                               length - first < CHUNK ? length - first : CHUNK, dim, visible - first, causal);
+                    end(&running, rows, dim, y + (at * num_heads + h) * dim, (long)num_heads * dim);
+                }
+    }
+}
+
+/* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
+ * [num_blocks, block_size, num_kv_heads, dim]. The rows of q are `q_stride` long, those of y [num_seqs, num_heads, dim] one after
+ * another; dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
+void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, const int64_t *block_tables, long table_stride,
+                      const int64_t *context_lens, bf16 *y, int num_seqs, int num_heads, int num_kv_heads, int dim, int block_size,
+                      int num_threads)
+{
+    int group = num_heads / num_kv_heads;
+    long stride = (long)num_kv_heads * dim;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (int s = 0; s < num_seqs; s++)
+        for (int h = 0; h < num_kv_heads; h++) {
+            Running running;
+            bf16 packed[2 * CHUNK * MAX_DIM] __attribute__((aligned(64)));
+            begin(&running, q + s * q_stride + (long)h * group * dim, dim, group, dim);
+            for (long first = 0; first < context_lens[s]; first += CHUNK) {
+                long places[CHUNK], left = context_lens[s] - first;
+                int count = left < CHUNK ? (int)left : CHUNK;
+                for (int t = 0; t < count; t++) {
+                    uint32_t token = (uint32_t)(first + t);
+                    places[t] = (block_tables[s * table_stride + token / block_size] * block_size + token % block_size) * stride;
+                }
+                pack(keys + h * dim, values + h * dim, places, count, dim, packed, packed + CHUNK * dim);
+                attend(&running, group, packed, packed + CHUNK * dim, padded(count), count, dim, count, 0);
+            }
+            end(&running, group, dim, y + (s * (long)num_heads + h * group) * dim, dim);
+        }
+}

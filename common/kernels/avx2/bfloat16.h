@@ -1,0 +1,115 @@
+/* bfloat16 by the arithmetic of float32, for CPUs that have AVX2 and no instructions for bfloat16: what the kernels share.
+ *
+ * A bfloat16 is the upper half of a float32. Sums are float32 and rounded once. A matrix of weights lies in panels of 16 outputs, in each
+ * of them its inputs in pairs: [outputs / 16][inputs / 2][16][2], so that a shift or a mask makes eight float32 of eight pairs. One of int8
+ * lies as [outputs / 16][inputs][16], and each output has a scale.
+ */
+
+#pragma once
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2_E 1.44269504f
+
+enum { LANES = 8, PANEL = 16, TILE_ROWS = 5, AHEAD_BYTES = 2048, MAX_DIM = 256 };
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float widen(bf16 x) { return float_of((uint32_t)x << 16); }
+
+/* To the nearest, ties to even; what is no number stays none. */
+INLINE bf16 narrow(float x)
+{
+    uint32_t bits = bits_of(x);
+    return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* 2^x: a polynomial for the fraction, nearly as exact as float32 itself; adding 1.5 * 2^23 leaves the integer in the lowest bits. */
+INLINE float power_of_two(float x)
+{
+    x = x < -126 ? -126 : x;
+    x = x > 128 ? 128 : x;
+    float shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
+    float p = 1.540353e-4f;
+    p = p * r + 1.3333558e-3f;
+    p = p * r + 9.6181291e-3f;
+    p = p * r + 5.5504109e-2f;
+    p = p * r + 2.4022651e-1f;
+    p = p * r + 6.9314718e-1f;
+    return float_of(bits_of(p * r + 1) + (bits_of(shifted) << 23));
+}
+
+/* Eight outputs' weights of one input, in bytes: `w` is at a pair of inputs, of which `odd` chooses one. */
+INLINE vec weights_of(const char *w, const int odd, const int is_int8)
+{
+    if (is_int8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + odd * PANEL))));
+    words pairs = *(const words *)w;
+    if (odd) return (vec)(pairs & 0xffff0000u);
+    return (vec)(pairs << 16);
+}
+
+INLINE void accumulate(const int rows, const int vectors, vec c[TILE_ROWS][4], const vec *b, const float *x, long x_stride)
+{
+#pragma GCC unroll 5
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) c[i][j] += x[i * x_stride] * b[j];
+}
+
+/* Adds `count` input pairs to the sums of a tile of rows by panels of outputs; a pair of a panel is 64 bytes, or 32 of int8. A row's sum does
+ * not depend on the size of the tile. */
+INLINE void tile(const int rows, const int panels, const int is_int8, const float *x, long x_stride, const void *weights, long panel_bytes,
+                 long count, float *sums, long sums_stride, int first)
+{
+    const int vectors = 2 * panels, vector_bytes = is_int8 ? 8 : 32;
+    const char *w = weights;
+    vec c[TILE_ROWS][4], b[4];
+#pragma GCC unroll 5
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) c[i][j] = first ? (vec){} : *(const vec *)(sums + i * sums_stride + j * LANES);
+    for (long k = 0; k < count; k++, w += is_int8 ? 32 : 64, x += 2) {
+        for (int p = 0; p < panels; p++) __builtin_prefetch(w + p * panel_bytes + AHEAD_BYTES);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) b[j] = weights_of(w + j / 2 * panel_bytes + j % 2 * vector_bytes, 0, is_int8);
+        accumulate(rows, vectors, c, b, x, x_stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) b[j] = weights_of(w + j / 2 * panel_bytes + j % 2 * vector_bytes, 1, is_int8);
+        accumulate(rows, vectors, c, b, x + 1, x_stride);
+    }
+#pragma GCC unroll 5
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) *(vec *)(sums + i * sums_stride + j * LANES) = c[i][j];
+}
+
+/* The same for any number of rows up to five, one panel. */
+INLINE void any_tile(int rows, const int is_int8, const float *x, long x_stride, const void *w, long count, float *sums, long sums_stride, int first)
+{
+    switch (rows) {
+    case 1: tile(1, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
+    case 2: tile(2, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
+    case 3: tile(3, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
+    case 4: tile(4, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
+    default: tile(5, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first);
+    }
+}

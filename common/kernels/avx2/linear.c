@@ -1,0 +1,129 @@
+/* Products of any number of rows. A row's result does not depend on the rows beside it. */
+
+#include "bfloat16.h"
+
+enum { DEPTH = 512, FEW_ROWS_DEPTH = 8192, BLOCK_ROWS = 100, MAX_SUMS = 128 * BLOCK_ROWS, TASKS_PER_THREAD = 4, MANY_ROWS = 30 };
+
+typedef struct {
+    const bf16 *x;
+    const char *weights;
+    const float *scales;
+    const bf16 *bias, *residual;
+    bf16 *y;
+    long x_stride, panel_bytes, num_rows, num_outputs, num_inputs;
+} Product;
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+/* weights [num_outputs, num_inputs] -> panels, filled up with zeros. */
+void pack_weights(const bf16 *weights, bf16 *packed, long num_outputs, long num_inputs)
+{
+    for (long first = 0; first < num_outputs; first += PANEL)
+        for (long k = 0; k < num_inputs; k += 2)
+            for (long n = first; n < first + PANEL; n++) {
+                *packed++ = n < num_outputs ? weights[n * num_inputs + k] : 0;
+                *packed++ = n < num_outputs && k + 1 < num_inputs ? weights[n * num_inputs + k + 1] : 0;
+            }
+}
+
+/* The same of int8. */
+void pack_int8(const int8_t *weights, int8_t *packed, long num_outputs, long num_inputs)
+{
+    for (long first = 0; first < num_outputs; first += PANEL)
+        for (long k = 0; k < (num_inputs + 1) / 2 * 2; k++)
+            for (long n = first; n < first + PANEL; n++) *packed++ = n < num_outputs && k < num_inputs ? weights[n * num_inputs + k] : 0;
+}
+
+/* A stretch of a panel of int8 as one of bfloat16, which holds eight bits exactly. */
+static void widen_panel(const char *w, long num_pairs, bf16 *wide)
+{
+    for (long k = 0; k < num_pairs; k++, w += 2 * PANEL, wide += 2 * PANEL)
+        for (int j = 0; j < PANEL; j += LANES)
+            *(words *)(wide + 2 * j) = (words)weights_of(w + j, 0, 1) >> 16 | ((words)weights_of(w + j, 1, 1) & 0xffff0000u);
+}
+
+INLINE void all_rows(int num_rows, const int is_int8, const float *x, long x_stride, const void *w, long num_pairs, float *sums, long width,
+                     int first)
+{
+    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int t = 0, row = 0; t < num_tiles; t++) {
+        int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
+        any_tile(rows, is_int8, x + row * x_stride, x_stride, w, num_pairs, sums + row * width, width, first);
+        row += rows;
+    }
+}
+
+/* Sums [num_rows][16 * num_panels]: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
+INLINE void multiply(const Product *given, const int is_int8, long first_row, int num_rows, const char *w, int num_panels, float *sums)
+{
+    float left[BLOCK_ROWS * (DEPTH + PANEL)] __attribute__((aligned(64)));
+    bf16 wide[DEPTH * PANEL] __attribute__((aligned(64)));
+    int width = num_panels * PANEL;
+    long depth = num_rows <= TILE_ROWS ? FEW_ROWS_DEPTH : DEPTH, panel_bytes = given->panel_bytes;
+    for (long k = 0; k < given->num_inputs; k += depth) {
+        long count = least(depth, given->num_inputs - k), num_pairs = (count + 1) / 2, stride = 2 * num_pairs + PANEL;
+        for (int i = 0; i < num_rows; i++) {
+            const bf16 *row = given->x + (first_row + i) * given->x_stride + k;
+            for (long j = 0; j < count; j++) left[i * stride + j] = widen(row[j]);
+            left[i * stride + count] = 0;
+        }
+        int p = 0;
+        const char *panel = w + k * PANEL * (is_int8 ? 1 : 2);
+        for (; num_rows <= 2 && p + 2 <= num_panels; p += 2, panel += 2 * panel_bytes)
+            if (num_rows == 1)
+                tile(1, 2, is_int8, left, stride, panel, panel_bytes, num_pairs, sums + p * PANEL, width, k == 0);
+            else
+                tile(2, 2, is_int8, left, stride, panel, panel_bytes, num_pairs, sums + p * PANEL, width, k == 0);
+        for (; p < num_panels; p++, panel += panel_bytes)
+            if (is_int8 && num_rows > MANY_ROWS) {
+                widen_panel(panel, num_pairs, wide);
+                all_rows(num_rows, 0, left, stride, wide, num_pairs, sums + p * PANEL, width, k == 0);
+            } else
+                all_rows(num_rows, is_int8, left, stride, panel, num_pairs, sums + p * PANEL, width, k == 0);
+    }
+}
+
+static void finish(const float *sums, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *y, long count)
+{
+    for (long n = 0; n < count; n++)
+        y[n] = narrow(sums[n] * (scales ? scales[n] : 1) + (bias ? widen(bias[n]) : 0) + (residual ? widen(residual[n]) : 0));
+}
+
+INLINE void compute(const Product *given, const int is_int8, int num_threads)
+{
+    long num_rows = given->num_rows, num_panels = (given->num_outputs + PANEL - 1) / PANEL;
+    long num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, block_rows = num_blocks ? (num_rows + num_blocks - 1) / num_blocks : 1;
+    long share = (num_panels / (TASKS_PER_THREAD * num_threads) + 1) / 2 * 2;
+    long group = least(MAX_SUMS / (PANEL * block_rows), share > 2 ? share : 2);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (long p = 0; p < num_panels; p += group)
+        for (long row = 0; row < num_rows; row += block_rows) {
+            float sums[MAX_SUMS] __attribute__((aligned(64)));
+            long panels = least(group, num_panels - p), rows = least(block_rows, num_rows - row), n = p * PANEL;
+            long width = least(panels * PANEL, given->num_outputs - n);
+            multiply(given, is_int8, row, rows, given->weights + p * given->panel_bytes, panels, sums);
+            for (long i = 0; i < rows; i++) {
+                long at = (row + i) * given->num_outputs + n;
+                finish(sums + i * panels * PANEL, is_int8 ? given->scales + n : 0, given->bias ? given->bias + n : 0,
+                       given->residual ? given->residual + at : 0, given->y + at, width);
+            }
+        }
+}
+
+/* y [num_rows, num_outputs] = x [num_rows, num_inputs] times the packed weights, + bias and + residual where they are given. */
+void linear(const bf16 *x, long x_stride, const bf16 *weights, const bf16 *bias, const bf16 *residual, bf16 *y,
+            int num_rows, int num_outputs, int num_inputs, int num_threads)
+{
+    long panel_bytes = (num_inputs + 1L) / 2 * 4 * PANEL;
+    Product given = {x, (const char *)weights, 0, bias, residual, y, x_stride, panel_bytes, num_rows, num_outputs, num_inputs};
+    compute(&given, 0, num_threads);
+}
+
+/* The same with weights of int8 and a scale for each output. */
+void linear_int8(const bf16 *x, long x_stride, const int8_t *weights, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *y,
+                 int num_rows, int num_outputs, int num_inputs, int num_threads)
+{
+    long panel_bytes = (num_inputs + 1L) / 2 * 2 * PANEL;
+    Product given = {x, (const char *)weights, scales, bias, residual, y, x_stride, panel_bytes, num_rows, num_outputs, num_inputs};
+    compute(&given, 1, num_threads);
+}
