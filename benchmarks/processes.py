@@ -1,0 +1,41 @@
+"""What processes use, as /proc tells: CPU time and memory."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Seconds of CPU since their start, by process; and of all cores together, since the machine's."""
+
+    by_pid: dict[int, float]
+    busy: float
+    idle: float
+
+
+def cpu_of(pids: list[int]) -> Cpu:
+    fields = [int(ticks) / TICKS_A_SECOND for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    idle = fields[3] + fields[4]
+    # Guests' time is counted within the user's.
+    return Cpu({pid: seconds_of(pid) for pid in pids}, sum(fields[:8]) - idle, idle)
+
+
+def seconds_of(pid: int) -> float:
+    """User and system time together; 0 where the process is gone."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND
+    return 0.0
+
+
+def resident_bytes(pids: list[int]) -> int:
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+    return total

@@ -1,0 +1,90 @@
+"""What a running system holds when nobody asks it anything: before and after, to find what leaks."""
+
+import os
+import re
+import urllib.request
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from proto.twinlens.control.v1 import control_pb2
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+MORE_DESCRIPTORS = 8
+MORE_THREADS = 3
+MORE_BYTES = 256 * 2**20
+"""What a process may have more of than the largest of its role had before: caches of kernels fill, and freed
+memory is kept for reuse: over ten thousand requests less than 30 kB of each."""
+
+
+@dataclass(frozen=True)
+class Process:
+    role: str
+    descriptors: int
+    threads: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class AtRest:
+    processes: dict[int, Process]
+    """By pid: the launcher and the members."""
+    held: int
+    """Requests and images that any member has in hand or queued."""
+    requests_in_flight: int
+    """As the gateway's metrics tell."""
+
+
+def look(launcher: int, members: list[control_pb2.Member], metrics: str) -> AtRest:
+    found = {m.pid: m.role for m in members} | {launcher: "launcher"}
+    processes = {pid: process for pid, role in found.items() if (process := process_of(pid, role))}
+    in_flight = round(sum(metric(metrics, "twinlens_requests_in_flight").values()))
+    return AtRest(processes, sum(m.in_flight + m.queued for m in members), in_flight)
+
+
+def process_of(pid: int, role: str, proc: Path = Path("/proc")) -> Process | None:
+    with suppress(OSError):
+        threads = re.search(r"^Threads:\s*(\d+)", (proc / str(pid) / "status").read_text(), re.M)
+        resident = int((proc / str(pid) / "statm").read_text().split()[1]) * PAGE_BYTES
+        assert threads
+        return Process(role, len(os.listdir(proc / str(pid) / "fd")), int(threads[1]), resident)
+    return None
+
+
+def leaks(before: AtRest, after: AtRest, children: set[int]) -> list[str]:
+    """What is held afterwards that should not be. `children` are the launcher's processes as the kernel knows them."""
+    found = [f"{after.held} requests or images are held"] * bool(after.held)
+    found += [f"the gateway has {after.requests_in_flight} requests in flight"] * bool(after.requests_in_flight)
+    members = {pid for pid, process in after.processes.items() if process.role != "launcher"}
+    found += [f"process {pid} is no member" for pid in sorted(children - members)]
+    counts = {role: (len(old), len(by_role(after).get(role, ()))) for role, old in by_role(before).items()}
+    found += [f"{now} processes of {role}, {then} before" for role, (then, now) in counts.items() if now != then]
+    return found + [excess for process in after.processes.values() for excess in excesses(process, by_role(before)[process.role])]
+
+
+def by_role(state: AtRest) -> dict[str, list[Process]]:
+    found: defaultdict[str, list[Process]] = defaultdict(list)
+    for process in state.processes.values():
+        found[process.role].append(process)
+    return found
+
+
+def excesses(process: Process, before: list[Process]) -> list[str]:
+    limits = {"descriptors": MORE_DESCRIPTORS, "threads": MORE_THREADS, "resident": MORE_BYTES}
+    found = []
+    for name, more in limits.items():
+        now, then = getattr(process, name), max(getattr(old, name) for old in before)
+        if now > then + more:
+            found.append(f"{process.role}: {name} {now}, at most {then} before")
+    return found
+
+
+def metric(metrics: str, name: str) -> dict[str, float]:
+    """The values of one metric, by its labels as they are written."""
+    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([0-9.e+-]+)$", metrics, re.M)}
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return response.read().decode()

@@ -1,0 +1,34 @@
+"""A language group that lost blocks is told of."""
+
+import random
+
+import grpc
+import pytest
+
+from proto.twinlens.inference.v1 import inference_pb2
+from tests.soak.whole_context import MAX_TOKENS, request, told
+
+
+def test_a_whole_answer_is_no_complaint() -> None:
+    assert told(inference_pb2.GenerateResponse(token_ids=[1] * MAX_TOKENS)) == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        inference_pb2.GenerateResponse(token_ids=[1] * (MAX_TOKENS - 1)),
+        inference_pb2.GenerateResponse(),
+        ConnectionError("gone"),
+        grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata(), details="too late"),
+    ],
+    ids=["short", "empty", "broken", "late"],
+)
+def test_anything_else_is(answer: object) -> None:
+    assert told(answer) != ""
+
+
+def test_no_two_prompts_share_a_block() -> None:
+    draw = random.Random(1)
+    first, second = request(draw, 4088), request(draw, 4088)
+    assert len(first.token_ids.ids) == 4088
+    assert first.token_ids.ids[:16] != second.token_ids.ids[:16]

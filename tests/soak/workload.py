@@ -1,0 +1,131 @@
+"""What the soak asks: seeded questions, and calls that ask them through both doors in every manner a client has."""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+SIZES = ((56, 56), (84, 56), (112, 112), (100, 180), (224, 224), (300, 260))
+SIZE_WEIGHTS = (6, 4, 4, 3, 2, 1)
+NUM_IMAGES = (0, 1, 2, 3, 4)
+NUM_IMAGES_WEIGHTS = (30, 40, 14, 8, 8)
+LOSSLESS = ("PNG", "WEBP")
+MANNERS = {"patient": 76, "slow": 6, "hangs_up": 8, "hurried": 5, "mistaken": 5}
+MISTAKES = ("no_image", "cut_off", "max_tokens", "model", "temperature", "empty")
+SENTENCE = "read the receipt and tell me what it says about a total of items sold on this page in one short line please now"
+STOP_STRINGS = ("e", "t", "0", "an", ". ", "\n", "e ", "s", "th", "No")
+PATIENCE_SECONDS = 60.0
+SAMPLED_TOP_K = 8
+"""Few enough that every candidate is among the log-probabilities that a client can ask for."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    seed: int
+    width: int
+    height: int
+    is_lossy: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that decides an answer."""
+
+    text: str
+    pictures: tuple[Picture, ...]
+    max_tokens: int
+    ignore_eos: bool
+    stop: tuple[str, ...]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One time that a question is asked, and how."""
+
+    number: int
+    question: Question
+    door: str
+    is_streamed: bool
+    manner: str
+    deadline: float
+    file_format: str
+    """Of the lossless pictures: another file of the same pixels must give the same answer."""
+    hang_up_pieces: int = 0
+    """Hangs up after so many pieces; 0: after `hang_up_seconds`."""
+    hang_up_seconds: float = 0.0
+    mistake: str = ""
+
+
+def make_calls(seed: int, number: int, num_questions: int) -> list[Call]:
+    """The same ones for the same numbers. Later questions are first asked later, so that there is always something new."""
+    draw = random.Random(seed)
+    questions = [make_question(draw) for _ in range(num_questions)]
+    return [make_call(draw, n, choose(draw, questions, (n + 1) / number)) for n in range(number)]
+
+
+def choose(draw: random.Random, questions: list[Question], progress: float) -> Question:
+    """Of those that were asked by now: a recent one, or any."""
+    known = max(1, round(progress * len(questions)))
+    return questions[draw.randrange(max(0, known - 40) if draw.random() < 0.7 else 0, known)]
+
+
+def make_question(draw: random.Random) -> Question:
+    sizes = draw.choices(SIZES, SIZE_WEIGHTS, k=draw.choices(NUM_IMAGES, NUM_IMAGES_WEIGHTS)[0])
+    pictures = tuple(Picture(draw.randrange(2**32), *size, is_lossy=draw.random() < 0.3) for size in sizes)
+    is_sampled = draw.random() < 0.4
+    return Question(
+        text=" ".join(draw.choices(SENTENCE.split(), k=draw.choice((2, 5, 10, 40)))),
+        pictures=pictures,
+        max_tokens=draw.choice((1, 4, 8, 16, 24, 48)),
+        ignore_eos=draw.random() < 0.7,
+        stop=tuple(draw.sample(STOP_STRINGS, draw.randint(1, 3))) if draw.random() < 0.15 else (),
+        temperature=draw.choice((0.6, 1.0, 1.5)) if is_sampled else 0.0,
+        seed=draw.randrange(2**62) if is_sampled else 0,
+    )
+
+
+def make_call(draw: random.Random, number: int, question: Question) -> Call:
+    manner = draw.choices(list(MANNERS), list(MANNERS.values()))[0]
+    is_streamed = manner == "slow" or draw.random() < 0.6
+    by_pieces = is_streamed and draw.random() < 0.5
+    return Call(
+        number=number,
+        question=question,
+        door=draw.choice(("http", "grpc")),
+        is_streamed=is_streamed,
+        manner=manner,
+        deadline=draw.uniform(0.02, 1.0) if manner == "hurried" else PATIENCE_SECONDS,
+        file_format=draw.choice(LOSSLESS),
+        hang_up_pieces=draw.randint(1, 12) if by_pieces else 0,
+        hang_up_seconds=draw.uniform(0.001, 0.8),
+        mistake=draw.choice(MISTAKES) if manner == "mistaken" else "",
+    )
+
+
+@lru_cache(maxsize=1000)
+def picture_file(picture: Picture, file_format: str) -> bytes:
+    """Blocks of random colours: unlike any other seed's, and quickly packed."""
+    cells = np.random.default_rng(picture.seed).integers(0, 256, (picture.height // 4, picture.width // 4, 3), np.uint8)
+    image = Image.fromarray(cells.repeat(4, axis=0).repeat(4, axis=1))
+    target = BytesIO()
+    if picture.is_lossy:
+        image.save(target, "JPEG", quality=85)
+    else:
+        image.save(target, file_format, **({"lossless": True} if file_format == "WEBP" else {"compress_level": 1}))
+    return target.getvalue()
+
+
+def files_of(call: Call) -> list[bytes]:
+    files = [picture_file(picture, call.file_format) for picture in call.question.pictures]
+    match call.mistake:
+        case "no_image":
+            return [*files, b"this is no image"]
+        case "cut_off":
+            whole = picture_file(Picture(call.number, 112, 112, is_lossy=False), "PNG")
+            return [*files, whole[: len(whole) // 2]]
+    return files
