@@ -19,8 +19,14 @@ from proto.twinlens.control.v1 import control_pb2
 MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS = 0.5, 8.0
 LAST_LINES = 8
-TUNING = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages (docs/decisions.md)."""
+TUNING = {
+    "OMP_WAIT_POLICY": "passive",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages; torch does not keep kernels
+for every length of prompt that ever came (docs/decisions.md)."""
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""
