@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: run test install check proto
+.PHONY: run test install check proto images image-cuda lock soak
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -19,5 +19,17 @@ check: install
 test: check
 	$(VENV)/bin/python -m pytest
 
+soak: install
+	$(VENV)/bin/python -m tests.soak
+
 proto: install
 	scripts/proto
+
+images:
+	scripts/images slim cpu
+
+image-cuda:
+	scripts/images cuda
+
+lock:
+	scripts/lock

@@ -20,9 +20,7 @@ class ServingError(ValueError):
     http_status = 500
     grpc_code = "INTERNAL"
 
-    def __init__(
-        self, message: str, stage: str = "", image: int | None = None, retry_after: float | None = None, cause: str = ""
-    ) -> None:
+    def __init__(self, message: str, stage: str = "", image: int | None = None, retry_after: float | None = None, cause: str = "") -> None:
         """`cause` tells refusals of one code apart in metrics."""
         super().__init__(message)
         self.message, self.stage, self.image, self.retry_after, self.cause = message, stage, image, retry_after, cause

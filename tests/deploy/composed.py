@@ -1,0 +1,142 @@
+"""The system as `docker compose` runs it, with a client's and an operator's view of it."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import urllib.error
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from tests.deploy.load import picture
+from tests.policy.sources import ROOT
+from tests.system.running import Running, ask_about, free_port, own_environment, until
+
+PROJECT = "twinlens-test"
+START_SECONDS, SCALE_SECONDS = 180, 120
+
+
+def docker(*arguments: str) -> str:
+    """Its output. Raises AssertionError with its words where it fails."""
+    done = subprocess.run(["docker", *arguments], cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+    return done.stdout
+
+
+class Composed(Running):
+    """A project of its own beside whatever else the engine runs."""
+
+    def __init__(self) -> None:
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self.environment = own_environment() | {
+            "COMPOSE_PROJECT_NAME": PROJECT,
+            "TWINLENS_HTTP_PORT": str(self.http_port),
+            "TWINLENS_GRPC_PORT": str(self.grpc_port),
+            "TWINLENS_LOG_LEVEL": "debug",
+        }
+
+    def __enter__(self) -> "Composed":
+        self.compose("up", "--detach", "--no-build")
+        self.until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.compose("down", "--volumes", "--timeout", "20")
+
+    def compose(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["docker", "compose", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=START_SECONDS
+        )
+        assert done.returncode == 0, f"docker compose {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+        return done.stdout
+
+    def scale(self, **replicas: int) -> None:
+        """Those that are not named go back to one. Returns when as many are ready, and no more are there."""
+        counts = [part for role, count in replicas.items() for part in ("--scale", f"{role}={count}")]
+        self.compose("up", "--detach", "--no-build", "--no-recreate", *counts)
+        for role, count in replicas.items():
+            until(lambda: self.states(role) == ["ready"] * count, f"{count} of {role} are ready", SCALE_SECONDS)  # noqa: B023
+
+    def containers(self, service: str = "") -> list[str]:
+        return self.compose("ps", "--all", "--quiet", *([service] if service else [])).split()
+
+    def until_ready(self) -> None:
+        until(lambda: self.answers("/readyz") == 200, "the gateway is ready", START_SECONDS)
+
+    def answers(self, path: str) -> int:
+        """The status; 0 where nobody listens."""
+        try:
+            return self.get(path)[0]
+        except (OSError, urllib.error.URLError):
+            return 0
+
+    def states(self, role: str) -> list[str]:
+        return [member["state"] for member in self.members(role)]
+
+
+def inspect(container: str, what: str) -> Any:
+    return json.loads(docker("inspect", "--format", f"{{{{json {what}}}}}", container))
+
+
+def crash(container: str) -> None:
+    """Its process is killed, which to the engine is no stop. Returns when the engine has started it again."""
+    pid, restarts = inspect(container, ".State.Pid"), inspect(container, ".RestartCount")
+    assert pid > 0
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: inspect(container, ".RestartCount") > restarts, f"{container} is started again")
+
+
+class Load:
+    """Clients that ask about pictures never seen before, one after the other, until told to stop."""
+
+    def __init__(self, system: Composed) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._system, self._stop, self._lock = system, threading.Event(), threading.Lock()
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            outcome = self._ask()
+            with self._lock:
+                self.outcomes[outcome] += 1
+
+    def _ask(self) -> str:
+        try:
+            status, answer = self._system.chat(ask_about(picture()), max_tokens=4, ignore_eos=True)
+        except (OSError, urllib.error.URLError, json.JSONDecodeError) as e:
+            return f"{type(e).__name__}: {e}"
+        if status != 200:
+            return f"{status}: {answer}"
+        return "answered" if answer["usage"]["completion_tokens"] == 4 else f"short: {answer}"
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def more(self, count: int = 20) -> None:
+        """Returns when so many more were answered."""
+        wanted = self.outcomes["answered"] + count
+        until(lambda: self.outcomes["answered"] >= wanted or self.failures(), f"{count} more answers", 120)
+
+    def failures(self) -> dict[str, int]:
+        return {outcome: count for outcome, count in self.outcomes.items() if outcome != "answered"}
+
+
+@contextmanager
+def under_load(system: Composed, clients: int = 6) -> Iterator[Load]:
+    """None of the requests may fail."""
+    load = Load(system)
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(load.run) for _ in range(clients)]
+        try:
+            load.more()
+            yield load
+            load.more()
+        finally:
+            load.stop()
+    for client in running:
+        client.result()
+    print(f"{load.outcomes['answered']} answered, failed: {load.failures()}")
+    assert load.failures() == {}
