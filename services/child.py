@@ -126,6 +126,11 @@ def relay(child: Child, process: subprocess.Popen[bytes]) -> None:
             sys.stderr.buffer.flush()
 
 
+def stop_child(child: Child) -> None:
+    """At once. One that has not joined may still be importing, where SIGINT would end in a traceback; it holds nothing that it could drain."""
+    signal_child(child, signal.SIGINT if child.member else signal.SIGTERM)
+
+
 def signal_child(child: Child, number: signal.Signals) -> None:
     if child.process is not None and child.process.poll() is None:
         with contextlib.suppress(ProcessLookupError):

@@ -23,7 +23,7 @@ from common.process import EXIT_FAILED, EXIT_USAGE
 from common.settings import SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
 from services.autoscale import Autoscaler, parse_bounds
-from services.child import Child, bury, signal_child, start, wait_for
+from services.child import Child, bury, signal_child, start, stop_child, wait_for
 from services.fleet import Fleet
 from services.sample import show_sample
 from services.serve_checks import check
@@ -240,7 +240,7 @@ class Launcher:
         for roles, seconds in ((["gateway"], GATEWAY_STOP_SECONDS), (others, STOP_SECONDS), (["controller"], STOP_SECONDS)):
             children = [child for child in self._fleet.children if child.role in roles]
             for child in children:
-                signal_child(child, signal.SIGINT)
+                stop_child(child)
             deadline = time.monotonic() + seconds
             for child in children:
                 wait_for(child, deadline)
