@@ -215,8 +215,17 @@ def signals_launcher(number: signal.Signals) -> str:
 
 
 def test_sigint_ends_serve_and_every_child(make: Make) -> None:
+    """Here none has joined: each could still be importing, where SIGINT would end in a traceback."""
     one = make({"controller": signals_launcher(signal.SIGINT)})
     assert one.run() == 0
+    assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGTERM] * 6
+
+
+def test_members_are_stopped_without_a_drain(make: Make) -> None:
+    one = make()
+    one._keep_running()
+    report(one, *SERVICES)
+    one._stop_all()
     assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGINT] * 6
 
 
@@ -225,7 +234,7 @@ def test_sigterm_drains_the_gateway_and_then_ends_the_rest(make: Make) -> None:
     with structlog.testing.capture_logs() as logs:
         assert one.run() == 0
     assert [(entry["event"], entry["name"]) for entry in logs] == [("draining", "gateway-0"), ("service ended", "gateway-0")]
-    assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGINT] * 5
+    assert [child.process.returncode for child in one._fleet.children if child.process] == [-signal.SIGTERM] * 5
 
 
 def test_while_the_gateway_drains_who_dies_is_started_anew(make: Make, tmp_path: Path) -> None:
@@ -256,6 +265,7 @@ def test_a_child_that_ignores_sigint_is_killed_in_the_end(make: Make, monkeypatc
     one = make({"vision": stubborn(tmp_path / "ready")})
     one._keep_running()
     (tmp_path / "ready").read_bytes()
+    report(one, *SERVICES)
     one._stop_all()
     ended = {child.role: child.process.returncode for child in one._fleet.children if child.process}
     assert ended["vision"] == -signal.SIGKILL
@@ -277,6 +287,7 @@ def test_a_child_that_ignores_sigint_takes_no_time_from_the_controller(make: Mak
     one = make({"vision": stubborn(tmp_path / "ready")})
     one._keep_running()
     (tmp_path / "ready").read_bytes()
+    report(one, *SERVICES)
     one._stop_all()
     assert given["controller"] == pytest.approx(0.3, abs=0.1)
 
