@@ -14,6 +14,15 @@ def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
     return 1 << (num_patches - 1).bit_length()
 
 
+def expected_seconds(measured: dict[int, float], buckets: tuple[int, ...], num_patches: int) -> float:
+    """Of an image, by seconds measured by bucket: those of its own, else of the nearest one by its patches; 0 where nothing was measured yet."""
+    bucket = bucket_of(num_patches, buckets)
+    if not measured or bucket in measured:
+        return measured.get(bucket, 0.0)
+    nearest = min(measured, key=lambda other: abs(other - bucket))
+    return measured[nearest] * bucket / nearest
+
+
 def parse_buckets(text: str) -> tuple[int, ...]:
     """In rising order.
 

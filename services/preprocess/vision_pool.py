@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from common.buckets import bucket_of
+from common.buckets import bucket_of, expected_seconds
 from common.messages import VisionLoad
 from services.preprocess.under_way import Dispatched, ImageKey
 
@@ -50,11 +50,7 @@ class Replica:
 
     def expected(self, num_patches: int) -> float:
         """Seconds in the tower; 0 where it measured nothing yet."""
-        bucket = bucket_of(num_patches, self.buckets)
-        if not self.seconds or bucket in self.seconds:
-            return self.seconds.get(bucket, 0.0)
-        nearest = min(self.seconds, key=lambda measured: abs(measured - bucket))
-        return self.seconds[nearest] * bucket / nearest
+        return expected_seconds(self.seconds, self.buckets, num_patches)
 
     def fits(self, num_patches: int) -> bool:
         return bucket_of(num_patches, self.buckets) > 0

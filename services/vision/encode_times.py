@@ -1,6 +1,6 @@
 """How long the tower takes, as measured: what preprocess chooses replicas by."""
 
-from common.buckets import bucket_of
+from common.buckets import bucket_of, expected_seconds
 from common.messages import MAX_BUCKETS
 
 NEWEST_SHARE = 0.3
@@ -22,12 +22,7 @@ class EncodeTimes:
             self.seconds[bucket] = before + NEWEST_SHARE * (seconds - before)
 
     def expected(self, num_patches: int) -> float:
-        """Measured in the image's bucket, else by the patches of the nearest measured one; 0 where nothing was measured yet."""
-        bucket = bucket_of(num_patches, self.buckets)
-        if not self.seconds or bucket in self.seconds:
-            return self.seconds.get(bucket, 0.0)
-        nearest = min(self.seconds, key=lambda measured: abs(measured - bucket))
-        return self.seconds[nearest] * bucket / nearest
+        return expected_seconds(self.seconds, self.buckets, num_patches)
 
     def changed_notably(self) -> bool:
         """Since this was last asked with the answer yes."""
