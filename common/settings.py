@@ -178,5 +178,7 @@ SERVICES = {
     "llm": LlmSettings,
     "detokenizer": DetokenizerSettings,
 }
+SCALABLE_ROLES = ("vision", "preprocess", "llm", "detokenizer")
+MAX_REPLICAS = 256
 CLIENT_NAMES = {"grpc"}
 KNOWN_NAMES = set().union(CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings, PlanSettings]))

@@ -4,11 +4,11 @@ import argparse
 import json
 from typing import Any
 
+from common.settings import MAX_REPLICAS, SCALABLE_ROLES
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.client import add_common_arguments, as_dict, connected, guarded, whole_number
 
 TIMEOUT = 15.0
-MAX_REPLICAS = 256
 COLUMNS = ("role", "id", "state", "pid", "in_flight", "queued", "detail")
 
 SCALE_HELP = """Change how many replicas of a role `twinlens serve` keeps. New ones start, and take work as soon as they are ready; of too many,
@@ -23,7 +23,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = SCALE_HELP
-    parser.add_argument("role", choices=("vision", "preprocess", "llm", "detokenizer"), help="llm counts language groups")
+    parser.add_argument("role", choices=SCALABLE_ROLES, help="llm counts language groups")
     parser.add_argument("replicas", type=whole_number(1, MAX_REPLICAS), help="how many there are to be")
     add_common_arguments(parser)
 

@@ -20,7 +20,7 @@ from common.config import BadSetting, flag
 from common.logs import get_logger, set_up_logging, wants_console
 from common.membership import DEAD, READY, STANDBY, Membership
 from common.process import EXIT_FAILED, EXIT_USAGE
-from common.settings import SERVICES, ServeSettings
+from common.settings import SCALABLE_ROLES, SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
 from services.autoscale import Autoscaler, parse_bounds
 from services.child import Child, bury, signal_child, start, stop_child, wait_for
@@ -34,7 +34,6 @@ DRAIN_MARGIN_SECONDS = 10.0
 """Beyond the request timeout, by which the last request has ended."""
 FROZEN_SECONDS = 10.0
 """After its lease ended a process that still exists may come back for so long."""
-SCALABLE = ("vision", "preprocess", "llm", "detokenizer")
 
 
 class Launcher:
@@ -173,7 +172,7 @@ class Launcher:
         self._take_members({member.pid: member for member in response.members})
         self._take_out({*response.drained})
         for role, wanted in response.wanted.items():
-            if role in SCALABLE and wanted != self._fleet.wanted[role]:
+            if role in SCALABLE_ROLES and wanted != self._fleet.wanted[role]:
                 self._log.info("scaling", role=role, replicas=wanted, before=self._fleet.wanted[role])
                 self._fleet.wanted[role] = wanted
         if self._autoscaler and self._announced:
@@ -221,7 +220,7 @@ class Launcher:
 
     def _state(self) -> control_pb2.Managed:
         autoscaled = {"vision": str(self._autoscaler.bounds)} if self._autoscaler else {}
-        return control_pb2.Managed(replicas={role: self._fleet.wanted[role] for role in SCALABLE}, autoscaled=autoscaled)
+        return control_pb2.Managed(replicas={role: self._fleet.wanted[role] for role in SCALABLE_ROLES}, autoscaled=autoscaled)
 
     def _all_ready(self) -> bool:
         return all(child.is_in(READY, STANDBY) for child in self._fleet.children)

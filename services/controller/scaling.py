@@ -3,10 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
+from common.settings import MAX_REPLICAS, SCALABLE_ROLES
 from proto.twinlens.control.v1 import control_pb2
-
-SCALABLE = ("vision", "preprocess", "llm", "detokenizer")
-MAX_REPLICAS = 256
 
 
 class Superseded(Exception):
@@ -61,8 +59,10 @@ def done() -> asyncio.Future[None]:
 
 def bad_wish(role: str, replicas: int) -> str:
     """Why no launcher could do it; empty where one could."""
-    if role not in SCALABLE:
-        return f"role {role!r} cannot be scaled here: give one of {', '.join(SCALABLE)} (one gateway and one controller run at a time)"
+    if role not in SCALABLE_ROLES:
+        return (
+            f"role {role!r} cannot be scaled here: give one of {', '.join(SCALABLE_ROLES)} (one gateway and one controller run at a time)"
+        )
     if not 1 <= replicas <= MAX_REPLICAS:
         return f"{role} {replicas}: give 1 to {MAX_REPLICAS} replicas; to have none, stop the system"
     return ""

@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 from common.messages import LlmLoad, Peer
 from services.preprocess.families.qwen2_5_vl import Expanded
+from services.preprocess.under_way import MISSING_SECONDS
 
 PREFIX_TOKENS = 64
 """Prompts are compared in steps of so many tokens."""
@@ -17,9 +18,6 @@ REMEMBERED_PREFIXES = 8192
 """Steps of a group's latest prompts: its cache forgets, too."""
 CLEARLY_BUSIER = 4
 """A group with the prefix is left for another that has so many requests less, or half as many."""
-
-MISSING_SECONDS = 60.0
-"""For a group to come back after the last one was lost: as long as a restart may take."""
 
 
 @dataclass(slots=True, eq=False)

@@ -8,6 +8,9 @@ from common.messages import Peer, Submit
 from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Image
 
+MISSING_SECONDS = 60.0
+"""For a replica or a language group to come back after the last one was lost: as long as a restart may take."""
+
 Key = tuple[str, int]
 """(request_id, attempt)."""
 ImageKey = tuple[str, int, int]

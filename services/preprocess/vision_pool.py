@@ -13,7 +13,7 @@ from itertools import islice
 
 from common.buckets import bucket_of, expected_seconds
 from common.messages import VisionLoad
-from services.preprocess.under_way import Dispatched, ImageKey
+from services.preprocess.under_way import MISSING_SECONDS, Dispatched, ImageKey
 
 MAX_UNANSWERED = 2
 """Offers under way to one replica: one that is frozen keeps no more than these until its lease ends."""
@@ -27,8 +27,6 @@ UNMEASURED_SECONDS_A_PATCH = 1e-4
 FAILED_SECONDS = 1.0
 """A replica that fails with its images is taken for so much slower for each: one that is quick to fail would draw all images."""
 MAX_FAILED = 10
-MISSING_SECONDS = 60.0
-"""For a replica to come back after the last one that could take an image was lost: as long as a restart may take."""
 REMEMBERED_IMAGES = 20_000
 
 

@@ -8,7 +8,7 @@ from common.links import Down, Draining, Event
 from common.messages import Abort, Grant, Pass, Pixels
 from services.preprocess.dispatcher import MAX_DISPATCHES
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.vision_pool import MISSING_SECONDS
+from services.preprocess.under_way import MISSING_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
     IMAGES,

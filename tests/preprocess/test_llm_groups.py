@@ -5,7 +5,8 @@ import pytest
 
 from common.messages import LlmLoad, Peer
 from services.preprocess.families.qwen2_5_vl import Expanded
-from services.preprocess.llm_groups import CLEARLY_BUSIER, MISSING_SECONDS, PREFIX_TOKENS, LlmGroups
+from services.preprocess.llm_groups import CLEARLY_BUSIER, PREFIX_TOKENS, LlmGroups
+from services.preprocess.under_way import MISSING_SECONDS
 
 LONG = 4 * PREFIX_TOKENS
 

@@ -8,8 +8,8 @@ import pytest
 
 from common.messages import VisionLoad
 from services.preprocess.families.qwen2_5_vl import Image
-from services.preprocess.under_way import Dispatched
-from services.preprocess.vision_pool import MAX_UNANSWERED, MISSING_SECONDS, VisionPool
+from services.preprocess.under_way import MISSING_SECONDS, Dispatched
+from services.preprocess.vision_pool import MAX_UNANSWERED, VisionPool
 from tests.preprocess.builders import Clock
 
 

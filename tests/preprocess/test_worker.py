@@ -7,7 +7,7 @@ import pytest
 
 from common.links import Down, Draining, Up
 from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
-from services.preprocess.llm_groups import MISSING_SECONDS
+from services.preprocess.under_way import MISSING_SECONDS
 from services.preprocess.worker import MAX_HELD_BYTES
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
