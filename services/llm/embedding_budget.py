@@ -1,12 +1,12 @@
 """Room for image embeddings in the memory of rank 0. Imports no torch."""
 
-import os
 from collections import OrderedDict
 
+from common.cgroup import available_memory
 from services.llm.request import Key
 
 MEMORY_SHARE = 0.125
-"""Of what the host has available."""
+"""Of what the host, or the container, has available."""
 
 
 class EmbeddingBudget:
@@ -45,5 +45,4 @@ class EmbeddingBudget:
 def embedding_tokens(kv_tokens: int, max_model_len: int, bytes_per_token: int) -> int:
     """As many image tokens as the KV cache holds, for those who run, and as many again for those who wait; an eighth of the host's
     available memory at most, but whatever one request may have."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(max_model_len, min(2 * kv_tokens, int(available * MEMORY_SHARE) // bytes_per_token))
+    return max(max_model_len, min(2 * kv_tokens, int(available_memory() * MEMORY_SHARE) // bytes_per_token))

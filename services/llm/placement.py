@@ -1,12 +1,10 @@
 """What a rank takes of its device: which card, how much memory for the KV cache, blocks of which size, and the runner for it."""
 
-import contextlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from common import cgroup
 from common.checkpoint import Checkpoint
 from common.sizing import Sizes, cache_bytes
 from services.llm.model_runner import ModelRunner
@@ -34,17 +32,7 @@ def available_memory(device: torch.device, num_sharing: int, num_weight_bytes: i
     """
     if device.type == "cuda":
         return cache_bytes(torch.cuda.mem_get_info(device)[0], num_weight_bytes)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min([free, *container_memory()]) * CPU_MEMORY_SHARE / num_sharing)
-
-
-def container_memory(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What the limits of this container leave of memory, in bytes; none where it has no limit. cgroup v2, then v1."""
-    left = []
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            left.append(max(0, int((root / limit).read_text()) - int((root / used).read_text())))
-    return left
+    return int(cgroup.available_memory() * CPU_MEMORY_SHARE / num_sharing)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, world_size: int) -> int:

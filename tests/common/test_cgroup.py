@@ -1,10 +1,10 @@
-"""The limit of a container's cores, from files as the kernel writes them."""
+"""The limits of a container's cores and memory, from files as the kernel writes them."""
 
 from pathlib import Path
 
 import pytest
 
-from common.cgroup import core_limit
+from common.cgroup import container_memory, core_limit
 from common.device import set_threads
 
 
@@ -34,3 +34,19 @@ def test_a_service_takes_no_more_threads_than_its_container_may_run(monkeypatch:
     assert set_threads(None, 1) == 3
     monkeypatch.setattr("common.device.core_limit", lambda: None)
     assert set_threads(None, 1) == 32
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, []),
+        ({"memory.max": "max\n", "memory.current": "5\n"}, []),
+        ({"memory.max": "100\n", "memory.current": "30\n"}, [70]),
+        ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "130"}, [0]),
+    ],
+)
+def test_a_containers_limit_counts(files: dict[str, str], expected: list[int], tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert container_memory(tmp_path) == expected

@@ -1,5 +1,6 @@
 """Room for embeddings: given to whole requests in their order, so that none waits for another that waits for it."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,3 +102,8 @@ def test_the_budget_is_bounded_by_memory_but_holds_any_one_request() -> None:
     assert embedding_tokens(1000, 500, 4) == 2000
     assert embedding_tokens(10**15, 500, 4) < 10**13
     assert embedding_tokens(10**15, 500, 10**15) == 500
+
+
+def test_no_more_room_than_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.cgroup.container_memory", lambda root: [8000])
+    assert embedding_tokens(10**15, 500, 1) == 1000

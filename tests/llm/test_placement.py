@@ -1,7 +1,5 @@
 """The KV cache leaves room on a card for the weights and for others; blocks are of a size that the device's attention takes."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from common.torch_tensors import DTYPES
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
-from services.llm.placement import available_memory, container_memory, default_block_size, make_runner, use_own_card, weight_bytes
+from services.llm.placement import available_memory, default_block_size, make_runner, use_own_card, weight_bytes
 from tests.golden import CASES, GoldenCase
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,24 +26,8 @@ def test_ranks_share_the_memory_of_a_host() -> None:
     assert available_memory(CPU, 8, 0) < available_memory(CPU, 2, 0) / 2
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, []),
-        ({"memory.max": "max\n", "memory.current": "5\n"}, []),
-        ({"memory.max": "100\n", "memory.current": "30\n"}, [70]),
-        ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "130"}, [0]),
-    ],
-)
-def test_a_containers_limit_counts(files: dict[str, str], expected: list[int], tmp_path: Path) -> None:
-    (tmp_path / "memory").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert container_memory(tmp_path) == expected
-
-
 def test_the_cache_takes_its_share_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.llm.placement.container_memory", lambda: [1000])
+    monkeypatch.setattr("common.cgroup.container_memory", lambda root: [1000])
     assert available_memory(CPU, 2, 0) == 100
 
 
