@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import zmq
 
-from common.links import Links, Received, Up, hello
+from common.events import Received, Up
+from common.hello import hello
+from common.links import Links
 from common.messages import Embeddings, Peer, VisionToLlm
 from common.wire import Tensor, decode, encode
 

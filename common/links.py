@@ -1,18 +1,25 @@
-"""The ZeroMQ side of a process: one I/O thread that waits and receives, and one lock under which whoever has something sends it.
+"""The ZeroMQ side of a process: its work loop waits and receives where it can, an I/O thread where it cannot, and whoever has
+something to send does so itself.
 
 A process has at most one inbox (ROUTER, bound) and a connection (DEALER) to each peer that it gives work to; both directions
 of a hop use the one connection. Both ends say Hello first, which checks protocol version and model fingerprint, then Beat
 every second: whoever is silent for LEASE_SECONDS is dead. The connecting end also sees a death at once, by the broken
 connection; it never reconnects a socket, it makes a new one, so no message survives into another life.
 
-What happens comes out as events (Up, Down, Draining, Received) through a callback on the I/O thread; it must only hand them on.
+A loop that waits by `wait` receives what comes without a switch between threads, which would cost more than all the rest of a
+message. The I/O thread beats every second; from a second in which nobody waited, as a unit of work takes long or nobody ever does,
+it waits and receives itself until somebody waits again.
+
+What happens comes out as events (Up, Down, Draining, Received), in order, through a callback on either thread; it must only hand
+them on.
 """
 
 import os
+import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,52 +27,20 @@ import msgspec
 import zmq
 
 from common import messages
+from common.events import Down, Draining, Event, Received, Up
+from common.hello import is_hello
 from common.logs import get_logger
-from common.messages import HOPS, PROTOCOL_VERSION, Beat, Goodbye, Hello, Peer
+from common.messages import HOPS, Beat, Goodbye, Hello, Peer
 from common.poller import Poller
 from common.process import EXIT_FAILED, CannotStart
 from common.progress import Progress
-from common.sockets import address_of, new_socket, receive_frames
+from common.sockets import address_of, has_message, new_socket, receive_frames, send_frames
 from common.wire import Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
 LEASE_SECONDS = 3.0
 CLOSE_LINGER_MS = 500
 NEVER_MS = 24 * 3600 * 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """`address` is empty where the peer connected to us."""
-
-    peer_id: str
-    role: str
-    address: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    peer_id: str
-    role: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Draining:
-    """The peer takes nothing new and leaves when it holds nothing any more."""
-
-    peer_id: str
-    role: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    peer_id: str
-    role: str
-    message: Any
-
-
-Event = Up | Down | Draining | Received
 
 
 @dataclass(slots=True)
@@ -88,16 +63,22 @@ class Links:
         self._me, self._on_event = me, on_event
         self._progress = progress or Progress()
         self._context = zmq.Context()
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._poller = Poller()
-        self._poller.register(self._wake)
+        self._again, self._call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+        """Whoever waits is to look again; whoever calls `wait` is to return."""
+        self._poller.register(self._again)
+        self._waiter = select.epoll()
+        for number in (self._poller.fileno(), self._call):
+            self._waiter.register(number, select.EPOLLIN)
+        self._waits = self._waited = False
+        self._waiting_thread = 0
         self._remotes: dict[str, Remote] = {}
         self._by_socket: dict[Any, tuple[Remote, zmq.Socket[bytes], bool]] = {}
         self._offered: list[tuple[Peer, str]] = []
         self._news: list[Event] = []
-        self._draining = self._closing = self._closed = False
-        self._lock = threading.RLock()
+        self._draining = self._closed = False
+        self._lock, self._turn = threading.RLock(), threading.Lock()
+        self._ending = threading.Event()
         self._done = time.monotonic()
         self._log = get_logger().bind(member=me.id)
         self._inbox = self._bind(listen) if listen else None
@@ -124,24 +105,59 @@ class Links:
         """To all that are connected to the inbox, and to those that connect from now on."""
         self._do(self._tell_draining)
 
+    def wake(self) -> None:
+        """Whoever waits in `wait`, or begins to, returns at once."""
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._call, 1)
+
     def close(self) -> None:
-        """Sends what is waiting, for half a second at most."""
-        self._do(self._stop)
+        """Sends what is waiting, for half a second at most. Not while another thread waits."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        os.eventfd_write(self._again, 1)
         self._thread.join()
+        with self._turn, self._lock:
+            self._closed = True
+            self._waiter.close()
+            self._poller.close()
+            os.close(self._again)
+            os.close(self._call)
+            self._context.destroy(linger=CLOSE_LINGER_MS)
 
     def _do(self, command: Callable[[], None]) -> None:
-        """By the calling thread: a switch to the I/O thread and back costs more than all the rest of a message."""
+        """By the calling thread: a switch to another and back costs more than all the rest of a message."""
         with self._lock:
             if self._closed:
                 return
-            if self._commands or time.monotonic() - self._done > LEASE_SECONDS:
-                self._commands.append(command)  # we were frozen: the I/O thread begins anew first
-            else:
-                command()
-            if self._commands or self._news or self._closing or self._poller.has_missed():
-                os.eventfd_write(self._wake, 1)
+            self._begin_anew_if_frozen()
+            command()
+            # Who waits itself asks before it does.
+            if self._news or (self._waiting_thread != threading.get_ident() and self._poller.has_missed()):
+                os.eventfd_write(self._again, 1)
 
-    # Under the lock, most of it on the I/O thread
+    # Called by one loop
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Takes what came or comes; at most for so long, and not beyond a `wake`."""
+        if seconds != 0.0:
+            self._waiting_thread = threading.get_ident()
+            with self._lock:
+                if self._poller.has_missed():
+                    seconds = 0.0
+        self._waits = True
+        sources = [number for number, _ in self._waiter.poll(seconds)]
+        self._waits, self._waited = False, True
+        if self._call in sources:
+            os.eventfd_read(self._call)
+        self._take_turn(self._poller.wait(0.0))
+
+    def fileno(self) -> int:
+        """Can be read when `wait` would not wait."""
+        return self._waiter.fileno()
+
+    # The I/O thread's
 
     def _live(self) -> None:
         try:
@@ -151,67 +167,74 @@ class Links:
             os._exit(EXIT_FAILED)
 
     def _run(self) -> None:
-        next_beat, pause = self._done + BEAT_SECONDS, 0.0
-        while not self._closing:
-            numbers = self._poller.wait(pause)
-            with self._lock:
-                self._take_turn(numbers)
-                now = time.monotonic()
-                if now >= next_beat:
-                    # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
+        next_beat = self._done + BEAT_SECONDS
+        while not self._ending.is_set():
+            pause = max(0.0, next_beat - time.monotonic())
+            if self._waits or self._waited:
+                self._waited = False
+                self._ending.wait(pause)
+                pause = 0.0
+            if self._take_turn(self._poller.wait(pause)):
+                self.wake()
+            if (now := time.monotonic()) >= next_beat:
+                # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
+                with self._lock:
+                    self._progress.watch()
                     self._beat(judge=now - next_beat < BEAT_SECONDS)
                     self._offer(self._offered)
-                    next_beat = now + BEAT_SECONDS
+                next_beat = now + BEAT_SECONDS
+
+    # By whoever takes a turn
+
+    def _take_turn(self, numbers: list[int]) -> bool:
+        """Receives what came on these descriptors, and hands on what happened; whether anything did."""
+        with self._turn:
+            with self._lock:
+                self._begin_anew_if_frozen()
+                for source in self._poller.ready(numbers):
+                    self._handle(source)
                 self._done = time.monotonic()
-                pause = 0.0 if self._poller.has_missed() else max(0.0, next_beat - self._done)
+                if self._waiting_thread != threading.get_ident() and self._poller.has_missed():
+                    os.eventfd_write(self._again, 1)
                 news, self._news = self._news, []
-            # Not before: who hears of a message at once wants to send, for which it needs the lock.
+            # Not under the lock: who hears of a message at once wants to send.
             for event in news:
                 self._on_event(event)
-        with self._lock:
-            self._closed = True
-            self._poller.close()
-            os.close(self._wake)
-            self._context.destroy(linger=CLOSE_LINGER_MS)
+        return bool(news)
 
-    def _take_turn(self, numbers: list[int]) -> None:
-        """What came on these descriptors."""
-        self._progress.watch()
-        if time.monotonic() - self._done > LEASE_SECONDS:
-            self._begin_anew()
-        for source in self._poller.ready(numbers):
-            self._handle(source)
-        self._run_commands()
+    # Under the lock
 
-    def _begin_anew(self) -> None:
-        """This process was frozen beyond its lease: the others went on without it, and what they sent before is stale."""
+    def _begin_anew_if_frozen(self) -> None:
+        """Where this process was frozen beyond its lease the others went on without it, and what they sent before is stale."""
+        if time.monotonic() - self._done <= LEASE_SECONDS:
+            return
+        self._done = time.monotonic()
         self._log.warning("was frozen beyond its lease, begins anew")
         for remote in list(self._remotes.values()):
             self._down(remote, "this process was frozen beyond its lease")
 
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
-
     def _handle(self, source: Any) -> None:
-        if source == self._wake:
-            os.eventfd_read(self._wake)
+        if source == self._again:
+            with suppress(BlockingIOError):  # another thread was told, too
+                os.eventfd_read(self._again)
         elif self._inbox is not None and source is self._inbox:
             self._drain(self._inbox, self._receive_at_inbox)
         elif source in self._by_socket:
             remote, dealer, is_monitor = self._by_socket[source]
+            if is_monitor and not has_message(source):
+                return
             # What arrived before the connection broke is read first.
             self._drain(dealer, lambda frames: self._receive(remote, frames))
             if is_monitor and self._remotes.get(remote.id) is remote:
                 self._down(remote, "its connection broke: the process ended or cannot be reached")
 
     def _drain(self, socket: zmq.Socket[bytes], receive: Callable[[list[Buffer]], None]) -> None:
-        while not socket.closed:
-            try:
-                frames = receive_frames(socket)
-            except zmq.Again:
-                return
-            receive([frame.buffer for frame in frames])
+        with suppress(zmq.Again):
+            more = True
+            while more:
+                receive([frame.buffer for frame in receive_frames(socket)])
+                # Asking takes half the time of an exception.
+                more = not socket.closed and has_message(socket)
 
     def _receive_at_inbox(self, frames: list[Buffer]) -> None:
         peer_id, frames = bytes(frames[0]).decode(errors="replace"), frames[1:]
@@ -302,7 +325,7 @@ class Links:
         except zmq.ZMQError as e:
             self._down(remote, f"its address {peer.address!r} cannot be connected to: {e.strerror}")
             return
-        socket.send_multipart(encode(self._me))
+        send_frames(socket, encode(self._me))
         self._poller.used(socket)
 
     def _offer(self, offered: list[tuple[Peer, str]]) -> None:
@@ -315,7 +338,7 @@ class Links:
         if remote is None:
             self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
         elif remote.socket is not None:
-            remote.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            send_frames(remote.socket, frames)
             self._poller.used(remote.socket)
         else:
             self._send_at_inbox(peer_id, frames)
@@ -324,7 +347,7 @@ class Links:
         assert self._inbox is not None
         self._poller.used(self._inbox)
         try:
-            self._inbox.send_multipart([peer_id.encode(), *frames], zmq.DONTWAIT, copy=False)
+            send_frames(self._inbox, [peer_id.encode(), *frames])
         except zmq.ZMQError as e:
             # EHOSTUNREACH: the connection broke and its lease has not ended yet.
             if e.errno != zmq.EHOSTUNREACH:
@@ -362,34 +385,15 @@ class Links:
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
+            self._waiter.close()
             self._poller.close()
             self._context.destroy(linger=0)
-            os.close(self._wake)
+            os.close(self._again)
+            os.close(self._call)
             raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
         self._poller.register(socket)
         return socket
 
-    def _stop(self) -> None:
-        self._closing = True
-
 
 def hung(seconds: float) -> str:
     return f"hung: its work loop made no progress for {seconds:.0f} s"
-
-
-def is_hello(frames: list[Buffer]) -> bool:
-    """A peer that connects anew under its old id begins with Hello; nothing else is as short and decodes as one."""
-    if len(frames) > 1 or bytes(frames[0][: len(HELLO_START)]) != HELLO_START:
-        return False
-    try:
-        return isinstance(decode(frames, Hello), Hello)
-    except WireError:
-        return False
-
-
-def hello(member_id: str, role: str, fingerprint: str = "") -> Hello:
-    return Hello(protocol_version=PROTOCOL_VERSION, id=member_id, role=role, fingerprint=fingerprint)
-
-
-HELLO_START = bytes(encode(hello("", ""))[0][:12])
-"""How its header begins: with the number of its fields, and its type."""

@@ -1,19 +1,21 @@
 """A worker process as a member: its inbox of events, its connections, its place in the control plane."""
 
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from common import links
+from common import events
 from common.address import check_advertised, is_wildcard, own_address
+from common.events import Down, Received
 from common.health import serve_health
-from common.links import Down, Links, hello
+from common.hello import hello
+from common.links import Links
 from common.logs import get_logger
 from common.membership import DRAINING, READY, STANDBY, STARTING, Membership, new_member_id
 from common.messages import Peer
@@ -33,7 +35,7 @@ class Drain:
     """This member is to take nothing new: give back what is not begun, finish the rest. Its events end when its load is (0, 0)."""
 
 
-Event = links.Event | Drain
+Event = events.Event | Drain
 
 
 class Member:
@@ -59,7 +61,7 @@ class Member:
         `drains` hears of it by the event Drain; any other stops. A `standby` takes no work until it is promoted (SIGUSR1).
         The health port shows the metrics of the `registry`, too."""
         self.id = new_member_id(settings.name or role)
-        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._inbox: deque[Event | None] = deque()
         self._fingerprint, self._peers, self._group, self._rank = fingerprint, peers, group, rank
         self._on_group_loss = on_group_loss
         self._load, self._is_standby = load, standby
@@ -131,48 +133,48 @@ class Member:
 
     def put_back(self, events: list[Event]) -> None:
         """Events that were taken before their time come again, after those that came since."""
-        for event in events:
-            self._inbox.put(event)
+        self._inbox.extend(events)
 
     def tell(self, event: Any) -> None:
         """What a thread of the service's own has to say to its work loop: it comes among the events."""
-        self._inbox.put(event)
+        self._inbox.append(event)
+        self.links.wake()
 
     def waiting_events(self, wait: bool, timeout: float | None = None, most: int = sys.maxsize) -> list[Event] | None:
         """The events that are there, the first one waited for (at most `timeout` seconds) where `wait`; None when the process
         is to stop, or has drained."""
         self._works = True
-        found: list[Event] = []
-        try:
-            while len(found) < most:
-                event = self._next(wait and not found, timeout)
-                if event is None:
-                    return None
-                found.append(event)
-        except queue.Empty:
-            pass
+        if wait:
+            self.progress.idle()
+            self._wait(timeout)
+        elif not self._inbox:
+            self.links.wait(0.0)
+        found = self._take(most)
+        if found is None or (wait and self._draining and self._has_drained()):
+            return None
         self.progress.begin()
         return found
 
-    def _next(self, wait: bool, timeout: float | None) -> Event | None:
-        """From the moment it drains on, waiting ends with None when nothing is held and no work came for a while."""
-        if wait:
-            self.progress.idle()
-        if not wait or not self._draining:
-            return self._inbox.get(block=wait, timeout=timeout)
-        began = time.monotonic()
-        while True:
-            try:
-                event = self._inbox.get(timeout=QUIET_SECONDS if timeout is None else min(timeout, QUIET_SECONDS))
-                # Those that it gives work to tell it of their load as long as they live.
-                if not isinstance(event, links.Received) or event.role not in self._peers:
-                    self._last_event = time.monotonic()
-                return None if self._has_drained() else event
-            except queue.Empty:
-                if self._has_drained():
-                    return None
-                if timeout is not None and time.monotonic() - began >= timeout:
-                    raise
+    def _wait(self, timeout: float | None) -> None:
+        """Until there is an event, or for so many seconds, or until this member has drained."""
+        ends = time.monotonic() + timeout if timeout is not None else None
+        while not self._inbox and not (self._draining and self._has_drained()):
+            left = ends - time.monotonic() if ends is not None else None
+            if left is not None and left <= 0:
+                return
+            self.links.wait(left if not self._draining else QUIET_SECONDS if left is None else min(left, QUIET_SECONDS))
+
+    def _take(self, most: int) -> list[Event] | None:
+        found: list[Event] = []
+        while self._inbox and len(found) < most:
+            event = self._inbox.popleft()
+            if event is None:
+                return None
+            # Those that it gives work to tell it of their load as long as they live.
+            if not isinstance(event, Received) or event.role not in self._peers:
+                self._last_event = time.monotonic()
+            found.append(event)
+        return found
 
     def _has_drained(self) -> bool:
         return time.monotonic() - self._last_event >= QUIET_SECONDS and self._load() == (0, 0)
@@ -196,18 +198,18 @@ class Member:
         self._draining, self._last_event = True, time.monotonic()
         self.membership.set_state(DRAINING)
         self.links.tell_draining()
-        self._inbox.put(Drain())
+        self.tell(Drain())
 
     def _pass_on(self, stop: threading.Event) -> None:
         stop.wait()
         if not self._works:
             leave(0)  # it loads, which takes minutes and cannot be interrupted otherwise
-        self._inbox.put(None)
+        self.tell(None)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Down) and event.role == "llm" and self._on_group_loss:
             self._on_group_loss(event.reason)
-        self._inbox.put(event)
+        self._inbox.append(event)
 
     def _on_members(self, members: list[control_pb2.Member]) -> None:
         self.links.keep_connected([(Peer(m.id, m.address), m.role) for m in members if self._wants(m)])

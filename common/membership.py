@@ -4,7 +4,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -13,8 +12,8 @@ from common.logs import get_logger
 from common.process import EXIT_USAGE, leave
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
-REPORT_SECONDS = 0.8  # `twinlens status` promises figures at most a second old
-LOOK_SECONDS = 0.4  # a report costs two processes about a millisecond together, as much as a few images
+REPORT_SECONDS = 0.8
+"""`twinlens status` promises figures at most a second old; a report costs two processes about a millisecond together."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.2, 2.0
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
@@ -93,18 +92,16 @@ class Membership:
         self._log.debug("the controller cannot be reached", controller=self._controller, code=str(error.code()))
 
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
-        """At once when the state changes, soon after the load did, and for the lease."""
-        told, watches = None, self._on_members is not None or self._on_response is not None
+        """Now and then, and at once when the state changes."""
+        watches = self._on_members is not None or self._on_response is not None
         while not self._stopped:
             self._changed.clear()
-            due = time.monotonic() + REPORT_SECONDS
             if self._member:
-                self._member.in_flight, self._member.queued = told = self._load()
+                self._member.in_flight, self._member.queued = self._load()
                 self._member.hung, self._member.expected_delay = self._is_hung(), self._expected_delay()
             managed = self._managed() if self._managed else None
             yield control_pb2.JoinRequest(member=self._member, watch=watches, managed=managed)
-            while not self._changed.wait(LOOK_SECONDS) and time.monotonic() < due and (not self._member or self._load() == told):
-                pass
+            self._changed.wait(REPORT_SECONDS)
 
     def _hear(self, response: control_pb2.JoinResponse) -> None:
         if self._on_members:

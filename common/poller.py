@@ -5,8 +5,7 @@ from typing import Any
 
 import zmq
 
-# Plain numbers: arithmetic of enumerations takes longer than the question itself.
-EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+from common.sockets import has_message
 
 Socket = zmq.Socket[bytes]
 Source = Any
@@ -14,7 +13,8 @@ Source = Any
 
 
 class Poller:
-    """Of sockets and plain file descriptors. Whoever is told of a socket must read it until it has nothing more."""
+    """Of sockets and plain file descriptors. Whoever is told of a socket must read it until it has nothing more, or ask it: that takes
+    the news from the descriptor, which would else be readable for ever."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -48,13 +48,15 @@ class Poller:
         return [number for number, _ in self._epoll.poll(seconds)]
 
     def ready(self, numbers: list[int]) -> list[Source]:
-        """The sources that can be read: of these descriptors, and where something was missed."""
-        # Asking takes the news from the descriptor, which would else be readable for ever.
+        """The sources of these descriptors, which may have something, and those where something was missed."""
         told = [source for number in numbers if (source := self._sources.get(number)) is not None]
-        found = [source for source in told if isinstance(source, int) or has_message(source)]
-        missed = [source for source in self._used if source not in found and not isinstance(source, int) and has_message(source)]
+        missed = [source for source in self._used if source not in told and not isinstance(source, int) and has_message(source)]
         self._used.clear()
-        return found + missed
+        return told + missed
+
+    def fileno(self) -> int:
+        """Can be read when `wait` would not wait."""
+        return self._epoll.fileno()
 
     def close(self) -> None:
         self._epoll.close()
@@ -62,7 +64,3 @@ class Poller:
 
 def number_of(source: Source) -> int:
     return source if isinstance(source, int) else int(source.getsockopt(zmq.FD))
-
-
-def has_message(socket: Socket) -> bool:
-    return bool(int(socket.getsockopt(EVENTS)) & POLLIN)

@@ -4,13 +4,15 @@
 
 The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]; its bytes are the frame, neither
 copied nor escaped. Decoding trusts nothing: every limit is explicit, every tensor's size is checked against its dtype and
-shape, every frame is used exactly once, and whatever does not fit its type is a WireError.
+shape, every frame is used exactly once, and whatever does not fit its type is a WireError. No container is made that is longer than the
+header that it stands in.
 """
 
+import functools
 import math
+import threading
 from typing import Any
 
-import msgpack
 import msgspec
 import numpy as np
 
@@ -18,7 +20,6 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_FRAMES = 1 + 128
 MAX_TENSOR_BYTES = 512 * 2**20
 MAX_DIMENSIONS = 8
-MAX_CONTAINER_LENGTH = 4096
 MAX_ERROR_CHARS = 200
 
 # numpy has no bfloat16: its elements are viewed as the uint16 they are stored in.
@@ -93,7 +94,7 @@ def encode(message: msgspec.Struct) -> list[Buffer]:
         frames.append(value.data)
         return [len(frames) - 1, value.dtype, value.shape]
 
-    frames[0] = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,), enc_hook=hook))
+    frames[0] = msgspec.msgpack.encode(message, enc_hook=hook)
     assert len(frames[0]) <= MAX_HEADER_BYTES, f"a header of {len(frames[0])} bytes: what grows belongs into a tensor"
     assert len(frames) <= MAX_FRAMES, f"{len(frames)} frames"
     return frames
@@ -111,42 +112,42 @@ def decode(frames: list[Buffer], union: Any) -> Any:
         raise WireError(f"{len(frames)} frames")
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(frames[0])} bytes, at most {MAX_HEADER_BYTES} are allowed")
-    unused = set(range(1, len(frames)))
-
-    def hook(expected: type, value: Any) -> Any:
-        assert expected is Tensor
-        tensor, index = read_tensor(value, frames)
-        if index not in unused:
-            raise WireError(f"frame {index} is used twice")
-        unused.remove(index)
-        return tensor
-
+    reading.frames, reading.unused = frames, set(range(1, len(frames)))
     try:
-        message = msgspec.convert(unpack(frames[0]), union, dec_hook=hook)
-    except (msgspec.ValidationError, RecursionError) as e:
+        message = decoder_of(union).decode(frames[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         # The message may quote what came, and goes into logs and Goodbyes.
         raise WireError(str(e)[:MAX_ERROR_CHARS]) from e
-    if unused:
-        raise WireError(f"{len(unused)} frames belong to nothing")
+    finally:
+        reading.frames = []
+    if reading.unused:
+        raise WireError(f"{len(reading.unused)} frames belong to nothing")
     return message
 
 
-def unpack(header: Buffer) -> Any:
-    try:
-        return msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            use_list=True,
-            max_str_len=MAX_HEADER_BYTES,
-            max_bin_len=0,
-            max_ext_len=0,
-            max_array_len=MAX_CONTAINER_LENGTH,
-            max_map_len=MAX_CONTAINER_LENGTH,
-        )
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as e:
-        # The msgpack exceptions are ValueErrors but for OutOfData; a text that is no UTF-8 is one, too.
-        raise WireError(f"the header is no msgpack: {type(e).__name__}") from e
+class Reading(threading.local):
+    """The frames that this thread is making a message of. A decoder takes no more than one argument, and to make one takes longer than
+    all the rest."""
+
+    frames: list[Buffer]
+    unused: set[int]
+
+
+reading = Reading()
+
+
+@functools.cache
+def decoder_of(union: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(union, dec_hook=take_tensor)
+
+
+def take_tensor(expected: type, value: Any) -> Tensor:
+    assert expected is Tensor
+    tensor, index = read_tensor(value, reading.frames)
+    if index not in reading.unused:
+        raise WireError(f"frame {index} is used twice")
+    reading.unused.remove(index)
+    return tensor
 
 
 def read_tensor(value: Any, frames: list[Buffer]) -> tuple[Tensor, int]:

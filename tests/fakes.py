@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from common.links import Event, Received
+from common.events import Event, Received
 from common.messages import Abort, Peer
 from common.progress import Progress
 

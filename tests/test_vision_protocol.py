@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import ServingError
-from common.links import Down, Received, Up
+from common.events import Down, Received, Up
 from common.messages import Embeddings, ImageReceived, ImageRejected, Peer
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.links import Down, Received, Up
+from common.events import Down, Received, Up
 from common.logs import get_logger
 from common.member import Drain, Event, Member
 from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Tokens, Usage

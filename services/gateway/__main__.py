@@ -1,12 +1,15 @@
 """The front door: OpenAI HTTP and gRPC Generate; admission, deadlines; owns every request until its end."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from common.address import host_port
+from common.events import Event
 from common.health import serve_health
-from common.links import Event, Links, hello
+from common.hello import hello
+from common.links import Links
 from common.logs import get_logger
 from common.member import CONNECTABLE
 from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
@@ -41,7 +44,9 @@ class Gateway:
         self.core = GatewayCore(settings.served_model_name, settings.max_waiting, settings.request_timeout)
         self.member = control_pb2.Member(id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING)
         self.progress, self.draining = Progress(), asyncio.Event()
-        self.core.links = Links(hello(self.member.id, "gateway"), "", "", self.hear, self.progress)
+        self.news: deque[Event] = deque()
+        self.core.links = self.links = Links(hello(self.member.id, "gateway"), "", "", self.news.append, self.progress)
+        self.loop.add_reader(self.links.fileno(), self.receive)
 
     async def serve(self, settings: GatewaySettings, stop: Stop) -> None:
         core, measured = self.core, MeasuredCore(self.core, self.core.metrics)
@@ -62,7 +67,8 @@ class Gateway:
         stop.set()  # which its thread waits for
         stamping.cancel()
         self.membership.leave()
-        core.links.close()
+        self.loop.remove_reader(self.links.fileno())
+        self.links.close()
 
     async def drain(self, doors: Doors, settings: GatewaySettings) -> None:
         """Once asked to: unready at once, but open until everyone who looks has seen it; then what is under way is finished."""
@@ -78,20 +84,23 @@ class Gateway:
         while True:
             await asyncio.sleep(STAMP_SECONDS)
             self.progress.tick()
+            self.receive()  # so that the I/O thread leaves it to us
+
+    def receive(self) -> None:
+        self.links.wait(0.0)
+        while self.news:
+            self.loop.call_soon(self.take, self.core.hear, self.news.popleft())
 
     # Called by other threads
 
     def begin_drain(self) -> None:
         self.loop.call_soon_threadsafe(self.draining.set)
 
-    def hear(self, event: Event) -> None:
-        self.loop.call_soon_threadsafe(self.take, self.core.hear, event)
-
     def hear_members(self, members: list[control_pb2.Member]) -> None:
         offered = [
             (Peer(m.id, m.address), m.role) for m in members if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
         ]
-        self.core.links.keep_connected(offered)
+        self.links.keep_connected(offered)
         self.loop.call_soon_threadsafe(self.take, self.core.hear_members, members)
 
     def take(self, hearer: Callable[[Any], None], news: Any) -> None:

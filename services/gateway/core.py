@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, ServingError, Unavailable, from_code
-from common.links import Down, Draining, Received, Up
-from common.links import Event as LinkEvent
+from common.events import Down, Draining, Received, Up
+from common.events import Event as LinkEvent
 from common.logs import get_logger
 from common.messages import Abort, Delta, Encoded, Failed, Routed
 from services.gateway.admission import Admission

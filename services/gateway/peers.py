@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from common.links import Down, Up
+from common.events import Down, Up
 from common.membership import DEAD, READY
 from common.messages import Abort, Peer, Released
 from proto.twinlens.control.v1 import control_pb2

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from common.links import Received, Up
+from common.events import Received, Up
 from common.member import Member
 from common.messages import Step
 from common.progress import UnitTimes
@@ -35,9 +35,10 @@ def lead(member: Member, num_followers: int, execute: Execute) -> Execute:
     times = UnitTimes()
 
     def execute_on_all(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
-        step = to_step(plan, embeddings)
-        for follower in followers:
-            member.links.send(follower, step)
+        if followers:
+            step = to_step(plan, embeddings)
+            for follower in followers:
+                member.links.send(follower, step)
         with member.progress.unit(times, size_of(plan)):
             return execute(plan, embeddings)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.links import Down, Draining, Received, Up
+from common.events import Down, Draining, Received, Up
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (

@@ -69,3 +69,13 @@ class Handover:
     images: dict[int, Dispatched] = field(default_factory=dict)
     is_reserved: bool = False
     """The group has room for the embeddings of all of its images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A prompt without images: nothing comes back that would confirm its arrival."""
+
+    when: float
+    key: Key
+    gateway_id: str
+    llm_id: str

@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from common.errors import Internal, InvalidRequest, ServingError, Unavailable
-from common.links import Down, Draining, Received, Up
+from common.events import Down, Draining, Received, Up
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import Abort, Failed, LlmLoad, Peer, Prompt, Routed, Submit, VisionLoad
@@ -21,10 +21,12 @@ from services.preprocess.guides import Guides
 from services.preprocess.llm_groups import LlmGroups
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
-from services.preprocess.under_way import Dispatched, Handover, Key, Preparation
+from services.preprocess.under_way import Dispatched, Handover, Key, Preparation, Sent
 from services.preprocess.vision_pool import VisionPool
 
 CHECK_SECONDS = 0.5
+UNCONFIRMED_SECONDS = 5.0
+"""A prompt that was sent so shortly before its connection is found broken may not have arrived: the lease, and some."""
 MAX_HELD_BYTES = 512 * 2**20
 """Of decoded images that wait to be encoded: beyond it no further image is decoded."""
 
@@ -47,6 +49,7 @@ class Worker:
         self._groups = LlmGroups(clock)
         self._guides = Guides(preprocessor.checkpoint.path / "tokenizer.json")
         self._times = UnitTimes(least_seconds=2.5)  # a small file may be a large picture
+        self._unconfirmed: deque[Sent] = deque()
         self._next_check = 0.0
         self._missing: list[str] | None = None
         self._log = get_logger()
@@ -113,7 +116,13 @@ class Worker:
         """Their gateways may not see what we see of the language group: their connections to it may stand."""
         for key, handover in [(k, h) for k, h in self._dispatcher.handovers.items() if h.llm.id == llm_id]:
             self._drop(key)
-            self._fail(key, handover.gateway_id, Unavailable(f"preprocess lost the language group: {reason}", stage="llm"))
+            self._tell_lost(key, handover.gateway_id, reason)
+        for sent in [sent for sent in self._unconfirmed if sent.llm_id == llm_id]:
+            self._unconfirmed.remove(sent)
+            self._tell_lost(sent.key, sent.gateway_id, reason)
+
+    def _tell_lost(self, key: Key, gateway_id: str, reason: str) -> None:
+        self._fail(key, gateway_id, Unavailable(f"preprocess lost the language group: {reason}", stage="llm"))
 
     def _drop_where(self, wanted: Callable[[Preparation | Handover], bool]) -> None:
         owned: list[tuple[Key, Preparation | Handover]] = [*self._preparations.items(), *self._dispatcher.handovers.items()]
@@ -137,6 +146,8 @@ class Worker:
             return
         self._next_check = now + CHECK_SECONDS
         self._dispatcher.give_up()
+        while self._unconfirmed and now > self._unconfirmed[0].when + UNCONFIRMED_SECONDS:
+            self._unconfirmed.popleft()
         # The gateway has told their clients by now.
         for key in [key for key, preparation in self._preparations.items() if now > preparation.deadline]:
             del self._preparations[key]
@@ -210,6 +221,8 @@ class Worker:
         if images:
             dispatched = {i: Dispatched((*key, i), image) for i, image in enumerate(images)}
             self._dispatcher.begin(key, Handover(preparation.gateway_id, llm, preparation.deadline, dispatched))
+        else:
+            self._unconfirmed.append(Sent(self._clock(), key, preparation.gateway_id, llm.id))
         self._log.debug("handed over", request_id=submit.request_id, num_tokens=expanded.num_tokens, images=len(images))
 
     def _fail(self, key: Key, gateway_id: str, error: ServingError) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.buckets import bucket_of
-from common.links import Down, Received, Up
+from common.events import Down, Received, Up
 from common.logs import get_logger
 from common.member import Drain, Event, Member
 from common.messages import Abort, Busy, Embeddings, Failed, Grant, Held, Offer, Pass, Pixels, Vacancy, VisionLoad

@@ -21,7 +21,9 @@ import zmq
 
 from common import links as links_module
 from common import sockets
-from common.links import Down, Event, Links, Received, Up, hello
+from common.events import Down, Event, Received, Up
+from common.hello import hello
+from common.links import Links
 from common.messages import PROTOCOL_VERSION, Abort, Goodbye, Grant, Hello, Offer, Peer, Pixels
 from common.process import CannotStart
 from common.wire import MAX_HEADER_BYTES, Tensor, decode, encode
@@ -105,12 +107,13 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> float:
 CHILD = """
 import queue, sys
 from common import links
+from common.hello import hello
 from common.messages import Peer
 
 links.BEAT_SECONDS = 0.1
 role, listen, target = sys.argv[1:]
 events = queue.SimpleQueue()
-mine = links.Links(links.hello("child", role), listen, "", events.put)
+mine = links.Links(hello("child", role), listen, "", events.put)
 print(mine.address, flush=True)
 if target:
     mine.keep_connected([(Peer("v", target), "vision")])

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.links import Down, Links, Up, hello
+from common.events import Down, Up
+from common.hello import hello
+from common.links import Links
 from common.messages import Peer
 from common.progress import Progress
 from tests.common.test_links import TCP, End, Make, end  # noqa: F401  the fixture

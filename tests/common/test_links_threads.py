@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from common import links as links_module
-from common.links import Links, Received, Up, hello
+from common.events import Received, Up
+from common.hello import hello
+from common.links import Links
 from common.messages import Abort, Grant, Peer
 
 NUM_THREADS, NUM_MESSAGES = 4, 400

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from common import links, member
-from common.links import Links, Received, Up, hello
+from common import member
+from common.events import Draining, Received, Up
+from common.hello import hello
+from common.links import Links
 from common.member import Drain, Member
 from common.membership import DRAINING, READY, STANDBY, STARTING
 from common.messages import Grant, Offer, Peer
@@ -83,9 +85,9 @@ def test_who_is_connected_hears_that_it_drains_and_who_connects_later_too(vision
     early = Client("preprocess-1", vision)
     vision.member.ready()
     vision.stop.drain()
-    assert early.next() == links.Draining(vision.member.id, "vision")
+    assert early.next() == Draining(vision.member.id, "vision")
     late = Client("preprocess-2", vision)
-    assert late.next() == links.Draining(vision.member.id, "vision")
+    assert late.next() == Draining(vision.member.id, "vision")
     assert vision.states == [READY, DRAINING]
     for client in (early, late):
         client.links.close()
@@ -112,7 +114,7 @@ def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision
     event = vision.member.next_event()
     assert isinstance(event, Received) and event.message == OFFER
     vision.member.links.send("preprocess-1", Grant(request_id="r", attempt=0, image=0))
-    assert client.next() == links.Draining(vision.member.id, "vision")
+    assert client.next() == Draining(vision.member.id, "vision")
     assert isinstance(client.next(), Received)  # it goes on talking
     client.links.close()
 
@@ -124,10 +126,10 @@ def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatc
     works(one)
     one.stop.drain()
     assert one.member.next_event() == Drain()
-    ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 5)
+    ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 2.5)
     monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     for _ in range(9):
-        one.member._inbox.put(Received("one", role, OFFER))
+        one.member.tell(Received("one", role, OFFER))
     one.member._last_event = next(ticks)
     heard = list(iter(one.member.next_event, None))
     assert len(heard) == num_heard

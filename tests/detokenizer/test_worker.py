@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.links import Down, Event, Up
+from common.events import Down, Event, Up
 from common.member import Drain
 from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Stopping, Tokens, Usage
 from common.wire import Tensor

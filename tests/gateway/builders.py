@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import ServingError
-from common.links import Down, Received, Up
+from common.events import Down, Received, Up
 from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
 from common.wire import Tensor
 from services.gateway.core import GatewayCore

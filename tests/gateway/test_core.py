@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, Unavailable, UnreadableImage
-from common.links import Down
+from common.events import Down
 from common.membership import DEAD, READY
 from common.messages import Abort, Peer
 from common.wire import Tensor

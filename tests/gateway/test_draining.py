@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from common.errors import Unavailable
-from common.links import Draining
+from common.events import Draining
 from common.messages import Released
 from common.settings import GatewaySettings
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from common.links import Event, Received, Up
+from common.events import Event, Received, Up
 from common.messages import HOPS, Step
 from common.progress import Progress
 from common.wire import decode, encode

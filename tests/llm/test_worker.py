@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.links import Down, Draining, Event, Received, Up
+from common.events import Down, Draining, Event, Received, Up
 from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Reserved, Start, StopFound, Tokens
 from common.progress import Progress
 from common.torch_tensors import to_wire

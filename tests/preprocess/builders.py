@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 from common.checkpoint import open_checkpoint
-from common.links import Event, Up
+from common.events import Event, Up
 from common.messages import (
     Abort,
     Busy,

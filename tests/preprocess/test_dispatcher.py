@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from common.links import Down, Draining, Event
+from common.events import Down, Draining, Event
 from common.messages import Abort, Grant, Pass, Pixels
 from services.preprocess.dispatcher import MAX_DISPATCHES
 from services.preprocess.families.qwen2_5_vl import Preprocessor

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from common.links import Down, Draining, Up
+from common.events import Down, Draining, Up
 from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
 from services.preprocess.under_way import MISSING_SECONDS
-from services.preprocess.worker import MAX_HELD_BYTES
+from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
     IMAGES,
@@ -113,6 +113,17 @@ def test_a_lost_language_group_frees_what_was_on_its_way_there_and_the_gateway_i
     assert aborts(sent) == [("vision-1", "r")]
     assert failures(sent) == [("gateway-1", "r", "Unavailable", None)]
     assert preprocess.holds_nothing
+
+
+def test_a_prompt_that_may_not_have_arrived_before_its_connection_broke_is_told_to_its_gateway_once() -> None:
+    preprocess = Preprocess("vision-1")
+    preprocess.play(submit("long ago"))
+    preprocess.wait(UNCONFIRMED_SECONDS + 1)
+    preprocess.play(submit("just now"))
+    preprocess.play([Up("llm-2", "llm", "ipc:///llm-2"), Down("llm-2", "llm", "another's")])
+    sent = preprocess.play([Down(LLM.id, "llm", "gone")])
+    assert failures(sent) == [("gateway-1", "just now", "Unavailable", None)] and sent[0][1].stage == "llm"
+    assert preprocess.play([Up(LLM.id, "llm", LLM.address), Down(LLM.id, "llm", "gone")]) == []
 
 
 def test_without_a_language_group_from_the_beginning_a_request_fails_at_once() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.links import Down, Event, Up
+from common.events import Down, Event, Up
 from common.member import Drain
 from common.messages import Abort, Busy, Embeddings, Failed, Grant, Held, Offer, Pass, Peer, Pixels, Vacancy, VisionLoad
 from common.progress import Progress
