@@ -130,7 +130,7 @@ def check_seconds(rounds: int = 50) -> dict[str, float]:
     checks: dict[str, Callable[[], object]] = {
         "encode": lambda: encode(message(np.empty(2 * ROWS * COLUMNS, np.uint8))),
         "decode": lambda: decode(frames, VisionToLlm),
-        "finite": lambda: bool(torch.isfinite(embeddings).all()),
+        "finite": lambda: [bool(bound.isfinite()) for bound in torch.aminmax(embeddings)],
     }
     return {name: statistics.median(timed(check) for _ in range(rounds)) for name, check in checks.items()}
 
