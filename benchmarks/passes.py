@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import cycle, islice
 from math import ceil
 
 import numpy as np
@@ -97,7 +98,8 @@ def linear_part(
     else:
         # torch emulates the dtype so slowly that it tells nothing about the machine: oneDNN's float32 does.
         used, wide_x, wide = "float32", x.float(), weights_of(num_outputs, num_inputs, torch.float32)[1][: len(plain)]
-        kernels[used] = lambda: [linear.by_onednn(wide_x) for linear in wide]
+        # There are fewer of them in as many bytes.
+        kernels[used] = lambda: [linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))]
     if num_rows <= laid_out[0].max_kernel_rows:
         used = "ours"
         kernels[used] = lambda: [linear(x) for linear in laid_out]

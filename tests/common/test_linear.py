@@ -34,10 +34,11 @@ def test_it_equals_the_plain_product(num_outputs: int, num_inputs: int, dtype: t
 
 
 @needs_kernels
-def test_a_row_does_not_depend_on_those_beside_it() -> None:
-    linear, x = Linear(random(200, 896, dtype=torch.bfloat16)), random(max_kernel_rows(), 896, dtype=torch.bfloat16)
+@pytest.mark.parametrize("num_inputs", [896, 2500])
+def test_a_row_does_not_depend_on_those_beside_it(num_inputs: int) -> None:
+    linear, x = Linear(random(200, num_inputs, dtype=torch.bfloat16)), random(max_kernel_rows(), num_inputs, dtype=torch.bfloat16)
     together = linear(x)
-    for num_rows in (1, 2, 5, 16):
+    for num_rows in (1, 2, 5, 6, 7, 16):
         assert linear(x[:num_rows]).equal(together[:num_rows])
 
 

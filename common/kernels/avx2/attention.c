@@ -4,7 +4,7 @@
 
 #include "bfloat16.h"
 
-enum { CHUNK = 96, BLOCK_ROWS = 60 };
+enum { CHUNK = 256, BLOCK_ROWS = 60 };
 
 /* Eight rows of eight pairs become eight columns. */
 INLINE void transpose(__m256i r[8])
@@ -105,13 +105,13 @@ static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 
         float scores[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
         int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
         for (int j = 0; j < used; j += PANEL)
-            any_tile(rows, 0, running->q + row * dim, dim, keys + j * dim, dim / 2, scores + j, CHUNK, 1);
+            all_rows(tiles, rows, running->q + row * dim, dim, keys + j * dim, AHEAD_BYTES, dim / 2, scores + j, CHUNK, 1);
         for (int i = 0; i < rows; i++) {
             long seen = visible + (long)(row + i) * step;
             soften(scores + i * CHUNK, used, seen < 0 ? 0 : seen > count ? count : (int)seen, dim, running, row + i);
         }
         for (int d = 0; d < dim; d += PANEL)
-            any_tile(rows, 0, scores, CHUNK, values + d * size, used / 2, running->sums + row * dim + d, dim, 0);
+            all_rows(tiles, rows, scores, CHUNK, values + d * size, AHEAD_BYTES, used / 2, running->sums + row * dim + d, dim, 0);
         row += rows;
     }
 }
@@ -173,6 +173,11 @@ void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16
                 for (int t = 0; t < count; t++) {
                     uint32_t token = (uint32_t)(first + t);
                     places[t] = (block_tables[s * table_stride + token / block_size] * block_size + token % block_size) * stride;
+                    /* Half of each token's lines belong to other heads: no prefetcher of the processor sees a stream in that. */
+                    for (int d = 0; d < dim; d += 32) {
+                        __builtin_prefetch(keys + places[t] + h * dim + d, 0, 2);
+                        __builtin_prefetch(values + places[t] + h * dim + d, 0, 2);
+                    }
                 }
                 pack(keys + h * dim, values + h * dim, places, count, dim, packed, packed + CHUNK * dim);
                 attend(&running, group, packed, packed + CHUNK * dim, padded(count), count, dim, count, 0);

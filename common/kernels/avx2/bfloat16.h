@@ -18,7 +18,7 @@ typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 
-enum { LANES = 8, PANEL = 16, TILE_ROWS = 5, AHEAD_BYTES = 2048, MAX_DIM = 256 };
+enum { LANES = 8, PANEL = 16, TILE_ROWS = 6, AHEAD_BYTES = 2048, MAX_DIM = 256 };
 
 INLINE uint32_t bits_of(float x)
 {
@@ -67,49 +67,79 @@ INLINE vec weights_of(const char *w, const int odd, const int is_int8)
     return (vec)(pairs << 16);
 }
 
-INLINE void accumulate(const int rows, const int vectors, vec c[TILE_ROWS][4], const vec *b, const float *x, long x_stride)
+/* Twelve sums leave four registers. The compiler's own choice of instructions overwrites factors, which costs moves and spills there. */
+INLINE vec add_product(vec c, vec a, vec b)
 {
-#pragma GCC unroll 5
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) c[i][j] += x[i * x_stride] * b[j];
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    return c;
 }
 
-/* Adds `count` input pairs to the sums of a tile of rows by panels of outputs; a pair of a panel is 64 bytes, or 32 of int8. A row's sum does
- * not depend on the size of the tile. */
-INLINE void tile(const int rows, const int panels, const int is_int8, const float *x, long x_stride, const void *weights, long panel_bytes,
-                 long count, float *sums, long sums_stride, int first)
+INLINE void accumulate(const int rows, const int vectors, vec c[TILE_ROWS][4], const vec *b, const float *x, long x_stride)
+{
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+        vec a = _mm256_broadcast_ss(x + i * x_stride);
+        /* Keeps the loads of other rows from being moved here, for which no registers are left. */
+        __asm__ volatile("" : "+x"(a));
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) c[i][j] = add_product(c[i][j], a, b[j]);
+    }
+}
+
+/* Adds `count` input pairs to the sums of a tile of rows by panels of outputs; a pair of a panel is 64 bytes, or 32 of int8. What lies
+ * `ahead` bytes further on is fetched meanwhile. A row's sum does not depend on the size of the tile. */
+INLINE void tile(const int rows, const int panels, const int is_int8, const float *x, long x_stride, const char *w, long panel_bytes,
+                 long ahead, long count, float *sums, long sums_stride, int first)
 {
     const int vectors = 2 * panels, vector_bytes = is_int8 ? 8 : 32;
-    const char *w = weights;
     vec c[TILE_ROWS][4], b[4];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) c[i][j] = first ? (vec){} : *(const vec *)(sums + i * sums_stride + j * LANES);
     for (long k = 0; k < count; k++, w += is_int8 ? 32 : 64, x += 2) {
-        for (int p = 0; p < panels; p++) __builtin_prefetch(w + p * panel_bytes + AHEAD_BYTES);
+        for (int p = 0; p < panels; p++) __builtin_prefetch(w + p * panel_bytes + ahead);
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) b[j] = weights_of(w + j / 2 * panel_bytes + j % 2 * vector_bytes, 0, is_int8);
         accumulate(rows, vectors, c, b, x, x_stride);
+        /* The weights are loaded again, not kept in registers. */
+        __asm__("" : "+r"(w));
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) b[j] = weights_of(w + j / 2 * panel_bytes + j % 2 * vector_bytes, 1, is_int8);
         accumulate(rows, vectors, c, b, x + 1, x_stride);
     }
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) *(vec *)(sums + i * sums_stride + j * LANES) = c[i][j];
 }
 
-/* The same for any number of rows up to five, one panel. */
-INLINE void any_tile(int rows, const int is_int8, const float *x, long x_stride, const void *w, long count, float *sums, long sums_stride, int first)
+/* Each tile is a function of its own: made into one they spill. */
+typedef void Tile(const float *x, long x_stride, const char *w, long panel_bytes, long ahead, long count, float *sums, long sums_stride, int first);
+#define TILE(rows, panels, is_int8, name)                                                                                                   \
+    __attribute__((noinline, unused)) static void name(const float *x, long x_stride, const char *w, long panel_bytes, long ahead, long count, \
+                                                       float *sums, long sums_stride, int first)                                            \
+    {                                                                                                                                       \
+        tile(rows, panels, is_int8, x, x_stride, w, panel_bytes, ahead, count, sums, sums_stride, first);                                   \
+    }
+#define TILES(is_int8, name)                                                                                                                \
+    TILE(1, 1, is_int8, name##_1)                                                                                                           \
+    TILE(2, 1, is_int8, name##_2)                                                                                                           \
+    TILE(3, 1, is_int8, name##_3)                                                                                                           \
+    TILE(4, 1, is_int8, name##_4)                                                                                                           \
+    TILE(5, 1, is_int8, name##_5)                                                                                                           \
+    TILE(6, 1, is_int8, name##_6)                                                                                                           \
+    static Tile *const name[] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
+TILES(0, tiles)
+
+/* Any number of rows by one panel, in tiles of nearly equal size. */
+INLINE void all_rows(Tile *const *tiles_of_rows, int num_rows, const float *x, long x_stride, const void *w, long ahead, long count, float *sums,
+                     long sums_stride, int first)
 {
-    switch (rows) {
-    case 1: tile(1, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
-    case 2: tile(2, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
-    case 3: tile(3, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
-    case 4: tile(4, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first); break;
-    default: tile(5, 1, is_int8, x, x_stride, w, 0, count, sums, sums_stride, first);
+    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int t = 0, row = 0; t < num_tiles; t++) {
+        int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
+        tiles_of_rows[rows - 1](x + row * x_stride, x_stride, w, 0, ahead, count, sums + row * sums_stride, sums_stride, first);
+        row += rows;
     }
 }

@@ -2,7 +2,14 @@
 
 #include "bfloat16.h"
 
-enum { DEPTH = 512, FEW_ROWS_DEPTH = 8192, BLOCK_ROWS = 100, MAX_SUMS = 128 * BLOCK_ROWS, TASKS_PER_THREAD = 4, MANY_ROWS = 30 };
+enum { DEPTH = 1024, FEW_ROWS_DEPTH = 8192, BLOCK_ROWS = 48, MAX_SUMS = 512 * BLOCK_ROWS, TASKS_PER_THREAD = 4 };
+_Static_assert(TILE_ROWS * (FEW_ROWS_DEPTH + PANEL) <= BLOCK_ROWS * (DEPTH + PANEL), "a few rows fit into the place of a block");
+
+TILES(1, int8_tiles)
+TILE(1, 2, 0, one_row)
+TILE(2, 2, 0, two_rows)
+TILE(1, 2, 1, one_int8_row)
+TILE(2, 2, 1, two_int8_rows)
 
 typedef struct {
     const bf16 *x;
@@ -34,32 +41,22 @@ void pack_int8(const int8_t *weights, int8_t *packed, long num_outputs, long num
             for (long n = first; n < first + PANEL; n++) *packed++ = n < num_outputs && k < num_inputs ? weights[n * num_inputs + k] : 0;
 }
 
-/* A stretch of a panel of int8 as one of bfloat16, which holds eight bits exactly. */
-static void widen_panel(const char *w, long num_pairs, bf16 *wide)
+/* How many inputs are multiplied at a time: an even number, and nearly the same each time. */
+static long depth_of(int num_rows, long num_inputs)
 {
-    for (long k = 0; k < num_pairs; k++, w += 2 * PANEL, wide += 2 * PANEL)
-        for (int j = 0; j < PANEL; j += LANES)
-            *(words *)(wide + 2 * j) = (words)weights_of(w + j, 0, 1) >> 16 | ((words)weights_of(w + j, 1, 1) & 0xffff0000u);
+    long most = num_rows <= TILE_ROWS ? FEW_ROWS_DEPTH : DEPTH, num_stretches = (num_inputs + most - 1) / most;
+    return ((num_inputs + num_stretches - 1) / num_stretches + 1) / 2 * 2;
 }
 
-INLINE void all_rows(int num_rows, const int is_int8, const float *x, long x_stride, const void *w, long num_pairs, float *sums, long width,
-                     int first)
-{
-    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int t = 0, row = 0; t < num_tiles; t++) {
-        int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
-        any_tile(rows, is_int8, x + row * x_stride, x_stride, w, num_pairs, sums + row * width, width, first);
-        row += rows;
-    }
-}
-
-/* Sums [num_rows][16 * num_panels]: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
+/* Sums [num_rows][16 * num_panels]: a stretch of weights small enough for the first-level cache is used by all rows while the next panel's is
+ * fetched. Few rows go on along a panel instead. */
 INLINE void multiply(const Product *given, const int is_int8, long first_row, int num_rows, const char *w, int num_panels, float *sums)
 {
     float left[BLOCK_ROWS * (DEPTH + PANEL)] __attribute__((aligned(64)));
-    bf16 wide[DEPTH * PANEL] __attribute__((aligned(64)));
-    int width = num_panels * PANEL;
-    long depth = num_rows <= TILE_ROWS ? FEW_ROWS_DEPTH : DEPTH, panel_bytes = given->panel_bytes;
+    int width = num_panels * PANEL, is_few = num_rows <= TILE_ROWS;
+    Tile *const *tiles_of_rows = is_int8 ? int8_tiles : tiles;
+    Tile *two_panels = num_rows == 1 ? (is_int8 ? one_int8_row : one_row) : (is_int8 ? two_int8_rows : two_rows);
+    long depth = depth_of(num_rows, given->num_inputs), panel_bytes = given->panel_bytes, ahead = is_few ? AHEAD_BYTES : panel_bytes;
     for (long k = 0; k < given->num_inputs; k += depth) {
         long count = least(depth, given->num_inputs - k), num_pairs = (count + 1) / 2, stride = 2 * num_pairs + PANEL;
         for (int i = 0; i < num_rows; i++) {
@@ -70,16 +67,9 @@ INLINE void multiply(const Product *given, const int is_int8, long first_row, in
         int p = 0;
         const char *panel = w + k * PANEL * (is_int8 ? 1 : 2);
         for (; num_rows <= 2 && p + 2 <= num_panels; p += 2, panel += 2 * panel_bytes)
-            if (num_rows == 1)
-                tile(1, 2, is_int8, left, stride, panel, panel_bytes, num_pairs, sums + p * PANEL, width, k == 0);
-            else
-                tile(2, 2, is_int8, left, stride, panel, panel_bytes, num_pairs, sums + p * PANEL, width, k == 0);
+            two_panels(left, stride, panel, panel_bytes, ahead, num_pairs, sums + p * PANEL, width, k == 0);
         for (; p < num_panels; p++, panel += panel_bytes)
-            if (is_int8 && num_rows > MANY_ROWS) {
-                widen_panel(panel, num_pairs, wide);
-                all_rows(num_rows, 0, left, stride, wide, num_pairs, sums + p * PANEL, width, k == 0);
-            } else
-                all_rows(num_rows, is_int8, left, stride, panel, num_pairs, sums + p * PANEL, width, k == 0);
+            all_rows(tiles_of_rows, num_rows, left, stride, panel, ahead, num_pairs, sums + p * PANEL, width, k == 0);
     }
 }
 
