@@ -27,6 +27,8 @@ TUNING = {
 }
 """Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages; torch does not keep kernels
 for every length of prompt that ever came (docs/decisions.md)."""
+LLM_TUNING = {"GOMP_SPINCOUNT": "1000"}
+"""A decode step is over a hundred short products: its threads look for the next one for some microseconds before they sleep."""
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""
@@ -75,7 +77,7 @@ def start(child: Child, run_dir: Path, on_death: Callable[[], None]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         process_group=0,
-        env=child_environment(),
+        env=child_environment(child.role),
     )
     child.was_ready, child.started = False, time.monotonic()
     child.last_lines.clear()
@@ -109,11 +111,11 @@ def command_of(child: Child, run_dir: Path) -> list[str]:
     return [sys.executable, "-m", f"services.{child.role}", *child.arguments, *meet, *standby]
 
 
-def child_environment() -> dict[str, str]:
+def child_environment(role: str) -> dict[str, str]:
     """Settings go by flag, so that a TWINLENS_* of the launcher's own does not reach a child; and the folder that `serve` is
     called in must not provide a package `services`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
-    return TUNING | own | {"PYTHONSAFEPATH": "1"}
+    return TUNING | (LLM_TUNING if role == "llm" else {}) | own | {"PYTHONSAFEPATH": "1"}
 
 
 def relay(child: Child, process: subprocess.Popen[bytes]) -> None:

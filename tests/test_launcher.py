@@ -325,6 +325,18 @@ def test_children_get_none_of_the_launchers_variables(make: Make, monkeypatch: p
     assert not [name for name in seen if name.startswith("TWINLENS_")]
 
 
+def test_threads_of_the_language_group_alone_look_before_they_sleep_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    llm, vision = child_module.child_environment("llm"), child_module.child_environment("vision")
+    assert (llm["GOMP_SPINCOUNT"], llm["OMP_WAIT_POLICY"], vision["OMP_WAIT_POLICY"]) == ("1000", "passive", "passive")
+    assert "GOMP_SPINCOUNT" not in vision
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    assert child_module.child_environment("llm")["GOMP_SPINCOUNT"] == "0"
+
+
 def test_each_child_gets_the_settings_that_its_service_knows(tmp_path: Path) -> None:
     settings = ServeSettings(model=str(MODEL), vision=2, http_port=8123, max_model_len=99, dtype="float32", embedding_cache_mib=0)
     children = Launcher(settings, tmp_path)._fleet.children
