@@ -174,8 +174,7 @@ class Links:
                 self._waited = False
                 self._ending.wait(pause)
                 pause = 0.0
-            if self._take_turn(self._poller.wait(pause)):
-                self.wake()
+            told = self._take_turn(self._poller.wait(pause))
             if (now := time.monotonic()) >= next_beat:
                 # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
                 with self._lock:
@@ -183,6 +182,9 @@ class Links:
                     self._beat(judge=now - next_beat < BEAT_SECONDS)
                     self._offer(self._offered)
                 next_beat = now + BEAT_SECONDS
+                told |= self._take_turn([])
+            if told:
+                self.wake()
 
     # By whoever takes a turn
 

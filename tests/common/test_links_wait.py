@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import links as links_module
-from common.events import Received
+from common.events import Down, Received
 from common.hello import hello
 from common.links import Links
 from common.messages import Abort, Peer
@@ -109,6 +109,26 @@ def test_a_loop_of_its_own_is_told_by_the_descriptor(vision: Vision) -> None:
     while not any(isinstance(event, Received) for event in vision.events):
         assert heard.poll(1e3 * DEADLINE)
         vision.links.wait(0.0)
+
+
+def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(links_module, "LEASE_SECONDS", 0.5)
+    vision = Vision(tmp_path)
+    beat = vision.links._beat
+    vision.client._beat = lambda judge: None  # type: ignore[method-assign]
+
+    def beat_and_beat_no_more(judge: bool) -> None:
+        beat(judge)
+        if vision.links._news:
+            monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
+
+    vision.links._beat = beat_and_beat_no_more  # type: ignore[method-assign]
+    ends = time.monotonic() + DEADLINE
+    while not any(isinstance(event, Down) for event in vision.events):
+        assert time.monotonic() < ends
+        vision.links.wait(DEADLINE)
+    vision.close()
 
 
 def test_closing_twice_and_waking_after_it_changes_nothing(vision: Vision) -> None:
