@@ -156,13 +156,17 @@ class Member:
         return found
 
     def _wait(self, timeout: float | None) -> None:
-        """Until there is an event, or for so many seconds, or until this member has drained."""
-        ends = time.monotonic() + timeout if timeout is not None else None
-        while not self._inbox and not (self._draining and self._has_drained()):
-            left = ends - time.monotonic() if ends is not None else None
-            if left is not None and left <= 0:
+        """Until there is an event, or for so many seconds, or until this member has drained: not before it waited for a while for
+        what came since it looked last."""
+        began = time.monotonic()
+        while not self._inbox:
+            waited = time.monotonic() - began
+            if timeout is not None and waited >= timeout:
                 return
-            self.links.wait(left if not self._draining else QUIET_SECONDS if left is None else min(left, QUIET_SECONDS))
+            if self._draining and waited >= QUIET_SECONDS and self._has_drained():
+                return
+            left = [] if timeout is None else [timeout - waited]
+            self.links.wait(min([*left, QUIET_SECONDS] if self._draining else left, default=None))
 
     def _take(self, most: int) -> list[Event] | None:
         found: list[Event] = []

@@ -126,7 +126,7 @@ def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatc
     works(one)
     one.stop.drain()
     assert one.member.next_event() == Drain()
-    ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 2.5)
+    ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 5)
     monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     for _ in range(9):
         one.member.tell(Received("one", role, OFFER))
@@ -134,6 +134,19 @@ def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatc
     heard = list(iter(one.member.next_event, None))
     assert len(heard) == num_heard
     one.member.close()
+
+
+def test_before_it_leaves_it_hears_what_came_while_it_worked(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+    works(vision)
+    client = Client("p", vision)
+    assert isinstance(vision.member.next_event(), Up)
+    vision.stop.drain()
+    assert vision.member.next_event() == Drain()
+    monkeypatch.setattr(member, "QUIET_SECONDS", DEADLINE)
+    vision.member._last_event = time.monotonic() - 2 * DEADLINE  # the work took long
+    client.links.send(vision.member.id, OFFER)
+    assert vision.member.next_event() == Received("p", "preprocess", OFFER)
+    client.links.close()
 
 
 def test_while_it_drains_no_other_state_is_told(vision: Vision) -> None:
