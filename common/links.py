@@ -120,11 +120,7 @@ class Links:
         self._thread.join()
         with self._turn, self._lock:
             self._closed = True
-            self._waiter.close()
-            self._poller.close()
-            os.close(self._again)
-            os.close(self._call)
-            self._context.destroy(linger=CLOSE_LINGER_MS)
+            self._free(CLOSE_LINGER_MS)
 
     def _do(self, command: Callable[[], None]) -> None:
         """By the calling thread: a switch to another and back costs more than all the rest of a message."""
@@ -387,14 +383,18 @@ class Links:
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
-            self._waiter.close()
-            self._poller.close()
-            self._context.destroy(linger=0)
-            os.close(self._again)
-            os.close(self._call)
+            self._free(linger=0)
             raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
         self._poller.register(socket)
         return socket
+
+    def _free(self, linger: int) -> None:
+        """What is not sent after `linger` milliseconds is dropped."""
+        self._waiter.close()
+        self._poller.close()
+        os.close(self._again)
+        os.close(self._call)
+        self._context.destroy(linger=linger)
 
 
 def hung(seconds: float) -> str:

@@ -57,7 +57,7 @@ class Member:
         registry: CollectorRegistry | None = None,
     ) -> None:
         """Connects to every ready member of the roles in `peers` that serves the same model, and from rank 0 to the other ranks
-        of the group. `load` gives (in_flight, queued). `on_group_loss` hears on the I/O thread that another rank is gone. One that
+        of the group. `load` gives (in_flight, queued). `on_group_loss` hears, on either thread, that another rank is gone. One that
         `drains` hears of it by the event Drain; any other stops. A `standby` takes no work until it is promoted (SIGUSR1).
         The health port shows the metrics of the `registry`, too."""
         self.id = new_member_id(settings.name or role)
@@ -165,8 +165,10 @@ class Member:
                 return
             if self._draining and waited >= QUIET_SECONDS and self._has_drained():
                 return
-            left = [] if timeout is None else [timeout - waited]
-            self.links.wait(min([*left, QUIET_SECONDS] if self._draining else left, default=None))
+            bounds = [timeout - waited] if timeout is not None else []
+            if self._draining:
+                bounds.append(QUIET_SECONDS)
+            self.links.wait(min(bounds, default=None))
 
     def _take(self, most: int) -> list[Event] | None:
         found: list[Event] = []

@@ -105,7 +105,7 @@ def check(settings: LlmSettings, config: TextConfig) -> None:
 
 
 def lose_rank(stop: Stop, reason: str) -> None:
-    """Called on the I/O thread: the work loop may wait in a collective for the one that is gone, and would for ever."""
+    """Called on the I/O thread, too: the work loop may wait in a collective for the one that is gone, and would for ever."""
     if not stop.is_set():
         get_logger().error("a rank of the group is gone, so the group ends", reason=reason)
         leave(EXIT_FAILED)
