@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels.library import bfloat16_kernels, cpu_flags
+from common.kernels.operations import PackedWeights
 
 # Up to so many rows our kernel is faster than oneDNN's on the same packed weights; one that has tiles overtakes earlier.
 MAX_KERNEL_ROWS = 64
@@ -22,7 +23,8 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
-        self._num_outputs, self._num_inputs = weight.shape
+        self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.packed: PackedWeights | None = None
         self.max_kernel_rows = -1
         self.is_packed_by_onednn = weight.device.type == "cpu" and can_pack(weight.dtype)
         if self.is_packed_by_onednn:
@@ -32,8 +34,8 @@ class Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """With `residual` added where it is given."""
-        if x.shape[0] <= self.max_kernel_rows:
-            return self._by_kernel(x, residual)
+        if self.packed and len(x) <= self.max_kernel_rows:
+            return self.packed.multiply(x, residual)
         product = self.by_onednn(x) if self.is_packed_by_onednn else F.linear(x, self._weight, self._bias)
         return product if residual is None else product.add_(residual)
 
@@ -42,40 +44,24 @@ class Linear:
 
     def _pack_by_onednn(self) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
-        kernels = kernels_for_packed() if self._weight.dtype is torch.bfloat16 and self._num_inputs % 2 == 0 else None
+        kernels = kernels_for_packed() if self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0 else None
         if kernels is not None:
             self._use(kernels, max_kernel_rows(), torch.ops.mkldnn.data_ptr(self._weight))
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
-        packed = self._weight.new_empty(-(-self._num_outputs // PANEL) * PANEL, -(-self._num_inputs // 2) * 2)
-        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), self._num_outputs, self._num_inputs)
+        packed = self._weight.new_empty(packed_shape(self._shape))
+        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self._shape)
         self._weight = packed
         self._use(kernels, sys.maxsize, packed.data_ptr())
 
     def _use(self, kernels: ctypes.CDLL, max_rows: int, address: int) -> None:
-        self._kernel, self.max_kernel_rows, self._address = kernels.linear, max_rows, address
-        self._bias_address = None if self._bias is None else self._bias.data_ptr()
+        self.packed, self.max_kernel_rows = PackedWeights(kernels, address, self._shape, self._bias), max_rows
 
-    def _by_kernel(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if residual is not None:
-            residual = residual.contiguous()
-        num_rows = x.shape[0]
-        out = x.new_empty(num_rows, self._num_outputs)
-        self._kernel(
-            x.data_ptr(),
-            x.stride(0),
-            self._address,
-            self._bias_address,
-            None if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            num_rows,
-            self._num_outputs,
-            self._num_inputs,
-            torch.get_num_threads(),
-        )
-        return out
+
+def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Of weights that a kernel packs: whole panels and pairs of inputs."""
+    num_outputs, num_inputs = shape
+    return -(-num_outputs // PANEL) * PANEL, -(-num_inputs // 2) * 2
 
 
 def max_kernel_rows() -> int:
@@ -103,9 +89,9 @@ def kernels_for_packed() -> ctypes.CDLL | None:
         return None
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(136, 72, generator=random).bfloat16()
-    x, found = torch.randn(3, 72, generator=random).bfloat16(), torch.empty(3, 136, dtype=torch.bfloat16)
+    x = torch.randn(3, 72, generator=random).bfloat16()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     if torch.ops.mkldnn._nbytes(packed) != 192 * 96 * 2:
         return None
-    kernels.linear(x.data_ptr(), 72, torch.ops.mkldnn.data_ptr(packed), None, None, found.data_ptr(), 3, 136, 72, 1)
+    found = PackedWeights(kernels, torch.ops.mkldnn.data_ptr(packed), (136, 72)).multiply(x, None)
     return kernels if torch.allclose(found.float(), F.linear(x.float(), weight.float()), rtol=0.02, atol=0.02) else None

@@ -1,11 +1,14 @@
 """Products with weights of eight bits: half the bytes of bfloat16, of which a decode step reads all."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from common.config import BadSetting
 from common.kernels.library import int8_kernels
-from common.linear import PANEL
+from common.kernels.operations import PackedWeights
+from common.linear import packed_shape
 
 GREATEST = 127
 
@@ -16,31 +19,15 @@ class Int8Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         kernels = int8_kernels()
         assert kernels is not None and weight.dtype is torch.bfloat16, "check_quantization comes first"
-        self._kernel, self._bias = kernels.linear_int8, bias
-        self._num_outputs, self._num_inputs = weight.shape
-        quantized, self._scales = quantize(weight)
-        self._weight = quantized.new_empty(-(-self._num_outputs // PANEL) * PANEL, -(-self._num_inputs // 2) * 2)
-        kernels.pack_int8(quantized.data_ptr(), self._weight.data_ptr(), self._num_outputs, self._num_inputs)
+        shape = (weight.shape[0], weight.shape[1])
+        quantized, scales = quantize(weight)
+        self._weight = quantized.new_empty(packed_shape(shape))
+        kernels.pack_int8(quantized.data_ptr(), self._weight.data_ptr(), *shape)
+        self.packed, self.max_kernel_rows = PackedWeights(kernels, self._weight.data_ptr(), shape, bias, scales), sys.maxsize
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [n, num_inputs] -> [n, num_outputs], with `residual` added where it is given."""
-        x = x if x.stride(1) == 1 else x.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        out = x.new_empty(len(x), self._num_outputs)
-        self._kernel(
-            x.data_ptr(),
-            x.stride(0),
-            self._weight.data_ptr(),
-            self._scales.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            len(x),
-            self._num_outputs,
-            self._num_inputs,
-            torch.get_num_threads(),
-        )
-        return out
+        return self.packed.multiply(x, residual)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,19 +21,20 @@ FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math
 NATIVE = ("-march=native",)
 COMPILE_SECONDS = 60
 SIGNATURES: dict[str, list[type]] = {
-    "linear": [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int],
+    "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],
     "attention": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long, *[c_int] * 5],
     "scatter": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_long],
-    "decode_attention": [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, *[c_int] * 6],
+    "decode_attention": [c_void_p, c_void_p, c_long, c_void_p, c_long, c_int],
+    "decode": [*[c_void_p] * 5, c_int],
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """One instruction set's kernels."""
+    """One instruction set's kernels: what all have in common, and its own folder."""
 
     folder: Path
     needed_flags: frozenset[str]
@@ -41,9 +42,12 @@ class Sources:
     """The compiler's flags for whatever CPU has these."""
     signatures: dict[str, list[type]]
 
+    def files(self, pattern: str) -> list[Path]:
+        return [file for folder in (FOLDER, self.folder) for file in sorted(folder.glob(pattern))]
+
 
 AVX512 = Sources(
-    FOLDER,
+    FOLDER / "avx512",
     frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}),
     ("-march=x86-64-v4", "-mavx512bf16"),
     SIGNATURES,
@@ -57,7 +61,6 @@ AVX2 = Sources(
     | {
         "pack_weights": [c_void_p, c_void_p, c_long, c_long],
         "pack_int8": [c_void_p, c_void_p, c_long, c_long],
-        "linear_int8": [c_void_p, c_long, *[c_void_p] * 5, *[c_int] * 4],
     },
 )
 
@@ -72,7 +75,10 @@ def bfloat16_kernels() -> ctypes.CDLL | None:
 @cache
 def int8_kernels() -> ctypes.CDLL | None:
     """Those of the weights of eight bits, which are the same for every CPU with AVX2."""
-    return load(AVX2) if AVX2.needed_flags <= cpu_flags() else None
+    flags = cpu_flags()
+    if sources_for(flags) is AVX2:
+        return bfloat16_kernels()
+    return load(AVX2) if AVX2.needed_flags <= flags else None
 
 
 def load(sources: Sources) -> ctypes.CDLL | None:
@@ -116,15 +122,15 @@ def library_of(sources: Sources) -> Path:
 
 def library_file(folder: Path, sources: Sources, variant: tuple[str, ...]) -> Path:
     """Where the library of these sources lies: another source or variant has another name."""
-    content = b"".join(file.read_bytes() for file in sorted(sources.folder.glob("*.[ch]"))) + " ".join((*FLAGS, *variant)).encode()
+    content = b"".join(file.read_bytes() for file in sources.files("*.[ch]")) + " ".join((*FLAGS, *variant)).encode()
     return folder / f"bfloat16-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
 def compile_library(compiler: str, sources: Sources, target: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        units = [str(file) for file in sorted(sources.folder.glob("*.c"))]
-        subprocess.run([compiler, *units, *target, *FLAGS, "-o", str(made)], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        command = [compiler, *map(str, sources.files("*.c")), f"-I{FOLDER}", *target, *FLAGS, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
         made.replace(path)
 
 

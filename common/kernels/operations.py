@@ -1,12 +1,14 @@
 """The small operations between products, by a kernel of our own where there is one for the tensor, by torch elsewhere."""
 
 import ctypes
+from ctypes import byref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels.library import bfloat16_kernels
+from common.kernels.structures import Paged, Weights
 
 # Below so many entries waking other threads takes longer than the work.
 MIN_ENTRIES_PER_THREAD = 16384
@@ -19,6 +21,34 @@ MAX_GROUP = 16
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     return bfloat16_kernels() if x.dtype is torch.bfloat16 and x.device.type == "cpu" else None
+
+
+class PackedWeights:
+    """A product's weights [num_outputs, num_inputs], laid out as the kernels read them; whoever makes it keeps what lies at `address`."""
+
+    def __init__(
+        self, kernels: ctypes.CDLL, address: int, shape: tuple[int, int], bias: Tensor | None = None, scales: Tensor | None = None
+    ) -> None:
+        """`bias` is bfloat16; `scales`, float32, belong to weights of int8."""
+        self.kernels, self._kept = kernels, (bias, scales)
+        bias_address, scales_address = (None if tensor is None else tensor.data_ptr() for tensor in (bias, scales))
+        self.structure = Weights(address, scales_address, bias_address, *shape)
+
+    def multiply(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """bfloat16 [n, num_inputs] -> [n, num_outputs], with `residual` added where it is given."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        out = x.new_empty(len(x), self.structure.num_outputs)
+        self.kernels.linear(
+            byref(self.structure),
+            x.data_ptr(),
+            x.stride(0),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            torch.get_num_threads(),
+        )
+        return out
 
 
 def num_threads_for(num_entries: int) -> int:
@@ -116,10 +146,10 @@ def store_rows(rows: Tensor, paged: Tensor, slots: Tensor) -> None:
         kernels.scatter(rows.data_ptr(), rows.stride(0), paged.data_ptr(), slots.data_ptr(), len(rows), rows.shape[1] * rows.shape[2])
 
 
-def can_attend_blocks(q: Tensor, cache: Tensor) -> bool:
-    """Whether `decode_attention` is for these."""
-    (_, num_heads, dim), num_kv_heads = q.shape, cache.shape[-2]
-    return kernels_for(q) is not None and dim % 32 == 0 and dim <= MAX_HEAD_DIM and num_heads <= MAX_GROUP * num_kv_heads
+def can_attend_blocks(num_heads: int, cache: Tensor) -> bool:
+    """Whether `decode_attention` is for so many query heads and such a cache."""
+    num_kv_heads, dim = cache.shape[-2:]
+    return kernels_for(cache) is not None and dim % 32 == 0 and dim <= MAX_HEAD_DIM and num_heads <= MAX_GROUP * num_kv_heads
 
 
 def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
@@ -129,21 +159,16 @@ def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor)
     assert kernels is not None
     (num_seqs, num_heads, dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     out = q.new_empty(num_seqs, num_heads * dim)
-    keys = cache.data_ptr()
-    kernels.decode_attention(
-        q.data_ptr(),
-        q.stride(0),
-        keys,
-        keys + cache.stride(0) * cache.itemsize,
-        tables.data_ptr(),
-        tables.stride(0),
-        contexts.data_ptr(),
-        out.data_ptr(),
-        num_seqs,
-        num_heads,
-        num_kv_heads,
-        dim,
-        block_size,
-        torch.get_num_threads(),
+    paged = Paged(
+        keys=cache.data_ptr(),
+        values=cache[1].data_ptr(),
+        tables=tables.data_ptr(),
+        contexts=contexts.data_ptr(),
+        table_stride=tables.stride(0),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        dim=dim,
+        block_size=block_size,
     )
+    kernels.decode_attention(byref(paged), q.data_ptr(), q.stride(0), out.data_ptr(), num_seqs, torch.get_num_threads())
     return out

@@ -71,7 +71,7 @@ class GatheredAttention:
 
     def _decode(self, q_BHD: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
         """The query heads that share a key head take the place of query positions, so that keys are never repeated."""
-        if can_attend_blocks(q_BHD, cache):
+        if can_attend_blocks(q_BHD.shape[1], cache):
             return decode_attention(q_BHD, cache, decodes.tables, decodes.contexts)
         num_kv_heads, head_dim = cache.shape[-2:]
         q = q_BHD.reshape(len(q_BHD), num_kv_heads, -1, head_dim)

@@ -10,6 +10,7 @@ from common.checkpoint import Checkpoint
 from common.sizing import Sizes
 from services.llm.attention import GatheredAttention
 from services.llm.families.qwen2_5_vl import LanguageModel
+from services.llm.fused_decode import FusedDecode
 from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
 
@@ -32,6 +33,7 @@ class ModelRunner:
         config, self._block_size = self._model.config, block_size
         shape = (config.num_layers, 2, num_blocks, block_size, self._model.num_local_kv_heads, config.head_dim)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
+        self._fused_decode = FusedDecode.of(self._model, self._kv_cache)
 
     @staticmethod
     def kv_bytes_per_block(checkpoint: Checkpoint, dtype: torch.dtype, block_size: int, world_size: int = 1) -> int:
@@ -65,8 +67,11 @@ class ModelRunner:
         if embeddings:
             x[self._tensor(plan.embedding_rows)] = torch.cat([e.to(x.device, x.dtype) for e in embeddings])
         self._clear_fresh_blocks(plan)
+        positions = self._tensor(plan.positions)
+        if self._fused_decode is not None and self._fused_decode.takes(plan):
+            return self._fused_decode.run(plan, x, positions)
         attention = GatheredAttention(plan, self._block_size, model.dtype, model.device)
-        return model.forward(x, self._tensor(plan.positions), attention, self._kv_cache, self._tensor(plan.sampled_rows))
+        return model.forward(x, positions, attention, self._kv_cache, self._tensor(plan.sampled_rows))
 
     def _clear_fresh_blocks(self, plan: StepPlan) -> None:
         """A block that a sequence begins and does not fill still holds its former owner's keys and values.

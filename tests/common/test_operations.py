@@ -94,7 +94,7 @@ def test_decodes_read_blocks_where_they_lie(num_heads: int, num_kv_heads: int, h
     tables = torch.arange(4 * 22).view(4, 22).mul(7).remainder(NUM_BLOCKS - 1)
     cache[:, NUM_BLOCKS - 1] = torch.nan  # nobody's
     q = random(4, num_heads + 2, head_dim, dtype=torch.bfloat16)[:, 1:-1]
-    assert can_attend_blocks(q, cache)
+    assert can_attend_blocks(num_heads, cache)
     found = decode_attention(q, cache, tables, contexts)
     for row, table, context in zip(range(4), tables, contexts.tolist(), strict=True):
         k, v = (paged[table].flatten(0, 1)[:context] for paged in cache)

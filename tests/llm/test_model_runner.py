@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from common.kernels.library import int8_kernels
+from common.kernels.library import bfloat16_kernels, int8_kernels
 from common.linear import Linear
 from common.quantization import quantize
+from services.llm.fused_decode import FusedDecode
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.llm.plan import StepPlan
@@ -184,6 +185,57 @@ def test_int8_computes_with_the_weights_that_its_bytes_mean(case: GoldenCase, mo
     meant = forced_logits(runner_of(case, torch.float32, quantization="int8"), case, 16)
     assert max_difference(found, meant) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
     assert max_difference(found, exact) > 0
+
+
+@pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("name", ["a_image", "c_gqa_tp8"])
+def test_decodes_in_one_call_give_what_single_operations_give(name: str, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = GoldenCase(name)
+    fused = runner_of(case, torch.bfloat16, quantization=quantization)
+    if fused._fused_decode is None:
+        pytest.skip("the products of int8 are another library's here")
+    runs = count_calls(monkeypatch, fused._fused_decode)
+    monkeypatch.setattr(FusedDecode, "of", lambda *given: None)
+    single = runner_of(case, torch.bfloat16, quantization=quantization)
+    before = torch.get_num_threads()
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        try:
+            found, expected = (decoded_beside_each_other(runner, case) for runner in (fused, single))
+        finally:
+            torch.set_num_threads(before)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
+    assert runs == 2 * [1, 2, 3, 3, 3, 2, 1]
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, fused_decode: FusedDecode) -> list[int]:
+    """Becomes the number of rows of every call."""
+    runs: list[int] = []
+    run = fused_decode.run
+
+    def counted(plan: StepPlan, x: torch.Tensor, positions_3T: torch.Tensor) -> torch.Tensor:
+        runs.append(len(x))
+        return run(plan, x, positions_3T)
+
+    monkeypatch.setattr(fused_decode, "run", counted)
+    return runs
+
+
+def decoded_beside_each_other(runner: ModelRunner, case: GoldenCase) -> list[np.ndarray]:
+    """The logits of each step of three sequences that begin and end one after another, each with five tokens after its prompt."""
+    waiting, running, found = [Sequence(case, blocks) for blocks in blocks_of(3)], [], []
+    length = len(case.expected["input_ids"])
+    while waiting or running:
+        if waiting:
+            running.append(waiting.pop())
+            found.append(step(runner, [(running[-1], running[-1].num_left)]))
+            running[-1].append(case.expected["greedy_ids"][0])
+        found.append(step(runner, [(sequence, 1) for sequence in running]))
+        for sequence, row in zip(running, found[-1], strict=True):
+            sequence.append(int(row.argmax()))
+        running = [sequence for sequence in running if len(sequence.token_ids) <= length + 5]
+    return found
 
 
 class ThreadGroup:

@@ -152,36 +152,29 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
     }
 }
 
-/* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
- * [num_blocks, block_size, num_kv_heads, dim]. The rows of q are `q_stride` long, those of y [num_seqs, num_heads, dim] one after
- * another; dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
-void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, const int64_t *block_tables, long table_stride,
-                      const int64_t *context_lens, bf16 *y, int num_seqs, int num_heads, int num_kv_heads, int dim, int block_size,
-                      int num_threads)
+/* Keys and values are read in the blocks where they lie. dim is a multiple of 32. */
+void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y)
 {
-    int group = num_heads / num_kv_heads;
-    long stride = (long)num_kv_heads * dim;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (int s = 0; s < num_seqs; s++)
-        for (int h = 0; h < num_kv_heads; h++) {
-            Running running;
-            bf16 packed[2 * CHUNK * MAX_DIM] __attribute__((aligned(64)));
-            begin(&running, q + s * q_stride + (long)h * group * dim, dim, group, dim);
-            for (long first = 0; first < context_lens[s]; first += CHUNK) {
-                long places[CHUNK], left = context_lens[s] - first;
-                int count = left < CHUNK ? (int)left : CHUNK;
-                for (int t = 0; t < count; t++) {
-                    uint32_t token = (uint32_t)(first + t);
-                    places[t] = (block_tables[s * table_stride + token / block_size] * block_size + token % block_size) * stride;
-                    /* Half of each token's lines belong to other heads: no prefetcher of the processor sees a stream in that. */
-                    for (int d = 0; d < dim; d += 32) {
-                        __builtin_prefetch(keys + places[t] + h * dim + d, 0, 2);
-                        __builtin_prefetch(values + places[t] + h * dim + d, 0, 2);
-                    }
-                }
-                pack(keys + h * dim, values + h * dim, places, count, dim, packed, packed + CHUNK * dim);
-                attend(&running, group, packed, packed + CHUNK * dim, padded(count), count, dim, count, 0);
+    Running running;
+    bf16 packed[2 * CHUNK * MAX_DIM] __attribute__((aligned(64)));
+    int dim = paged->dim, group = paged->num_heads / paged->num_kv_heads, block_size = paged->block_size;
+    long stride = (long)paged->num_kv_heads * dim, at = (long)kv_head * group * dim;
+    const bf16 *keys = paged->keys + kv_head * dim, *values = paged->values + kv_head * dim;
+    begin(&running, q + at, dim, group, dim);
+    for (long first = 0; first < paged->contexts[seq]; first += CHUNK) {
+        long places[CHUNK], left = paged->contexts[seq] - first;
+        int count = left < CHUNK ? (int)left : CHUNK;
+        for (int t = 0; t < count; t++) {
+            uint32_t token = (uint32_t)(first + t);
+            places[t] = (paged->tables[seq * paged->table_stride + token / block_size] * block_size + token % block_size) * stride;
+            /* Half of each token's lines belong to other heads: no prefetcher of the processor sees a stream in that. */
+            for (int d = 0; d < dim; d += 32) {
+                __builtin_prefetch(keys + places[t] + d, 0, 2);
+                __builtin_prefetch(values + places[t] + d, 0, 2);
             }
-            end(&running, group, dim, y + (s * (long)num_heads + h * group) * dim, dim);
         }
+        pack(keys, values, places, count, dim, packed, packed + CHUNK * dim);
+        attend(&running, group, packed, packed + CHUNK * dim, padded(count), count, dim, count, 0);
+    }
+    end(&running, group, dim, y + at, dim);
 }

@@ -11,15 +11,6 @@ TILE(2, 2, 0, two_rows)
 TILE(1, 2, 1, one_int8_row)
 TILE(2, 2, 1, two_int8_rows)
 
-typedef struct {
-    const bf16 *x;
-    const char *weights;
-    const float *scales;
-    const bf16 *bias, *residual;
-    bf16 *y;
-    long x_stride, panel_bytes, num_rows, num_outputs, num_inputs;
-} Product;
-
 static long least(long a, long b) { return a < b ? a : b; }
 
 /* weights [num_outputs, num_inputs] -> panels, filled up with zeros. */
@@ -41,6 +32,8 @@ void pack_int8(const int8_t *weights, int8_t *packed, long num_outputs, long num
             for (long n = first; n < first + PANEL; n++) *packed++ = n < num_outputs && k < num_inputs ? weights[n * num_inputs + k] : 0;
 }
 
+static long bytes_of_panel(long num_inputs, int is_int8) { return (num_inputs + 1) / 2 * (is_int8 ? 2 : 4) * PANEL; }
+
 /* How many inputs are multiplied at a time: an even number, and nearly the same each time. */
 static long depth_of(int num_rows, long num_inputs)
 {
@@ -50,17 +43,17 @@ static long depth_of(int num_rows, long num_inputs)
 
 /* Sums [num_rows][16 * num_panels]: a stretch of weights small enough for the first-level cache is used by all rows while the next panel's is
  * fetched. Few rows go on along a panel instead. */
-INLINE void multiply(const Product *given, const int is_int8, long first_row, int num_rows, const char *w, int num_panels, float *sums)
+INLINE void multiply(const int is_int8, const bf16 *x, long x_stride, long num_inputs, int num_rows, const char *w, int num_panels, float *sums)
 {
     float left[BLOCK_ROWS * (DEPTH + PANEL)] __attribute__((aligned(64)));
     int width = num_panels * PANEL, is_few = num_rows <= TILE_ROWS;
     Tile *const *tiles_of_rows = is_int8 ? int8_tiles : tiles;
     Tile *two_panels = num_rows == 1 ? (is_int8 ? one_int8_row : one_row) : (is_int8 ? two_int8_rows : two_rows);
-    long depth = depth_of(num_rows, given->num_inputs), panel_bytes = given->panel_bytes, ahead = is_few ? AHEAD_BYTES : panel_bytes;
-    for (long k = 0; k < given->num_inputs; k += depth) {
-        long count = least(depth, given->num_inputs - k), num_pairs = (count + 1) / 2, stride = 2 * num_pairs + PANEL;
+    long depth = depth_of(num_rows, num_inputs), panel_bytes = bytes_of_panel(num_inputs, is_int8), ahead = is_few ? AHEAD_BYTES : panel_bytes;
+    for (long k = 0; k < num_inputs; k += depth) {
+        long count = least(depth, num_inputs - k), num_pairs = (count + 1) / 2, stride = 2 * num_pairs + PANEL;
         for (int i = 0; i < num_rows; i++) {
-            const bf16 *row = given->x + (first_row + i) * given->x_stride + k;
+            const bf16 *row = x + i * x_stride + k;
             for (long j = 0; j < count; j++) left[i * stride + j] = widen(row[j]);
             left[i * stride + count] = 0;
         }
@@ -73,47 +66,52 @@ INLINE void multiply(const Product *given, const int is_int8, long first_row, in
     }
 }
 
+/* Outputs are computed in groups of panels, rows in blocks of nearly equal size; a task is one of both. */
+typedef struct {
+    long group, block_rows, num_blocks, num_groups;
+} Division;
+
+static Division divide(const Weights *weights, long num_rows, int num_threads)
+{
+    long num_panels = (weights->num_outputs + PANEL - 1) / PANEL, num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long block_rows = num_blocks ? (num_rows + num_blocks - 1) / num_blocks : 1;
+    long share = (num_panels / (TASKS_PER_THREAD * num_threads) + 1) / 2 * 2;
+    long group = least(MAX_SUMS / (PANEL * block_rows), share > 2 ? share : 2);
+    return (Division){group, block_rows, num_blocks, (num_panels + group - 1) / group};
+}
+
+long num_linear_tasks(const Weights *weights, long num_rows, int num_threads)
+{
+    Division division = divide(weights, num_rows, num_threads);
+    return division.num_groups * division.num_blocks;
+}
+
 static void finish(const float *sums, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *y, long count)
 {
     for (long n = 0; n < count; n++)
         y[n] = narrow(sums[n] * (scales ? scales[n] : 1) + (bias ? widen(bias[n]) : 0) + (residual ? widen(residual[n]) : 0));
 }
 
-INLINE void compute(const Product *given, const int is_int8, int num_threads)
+INLINE void compute(const int is_int8, const Weights *weights, const Rows *rows, const Division *division, long task)
 {
-    long num_rows = given->num_rows, num_panels = (given->num_outputs + PANEL - 1) / PANEL;
-    long num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, block_rows = num_blocks ? (num_rows + num_blocks - 1) / num_blocks : 1;
-    long share = (num_panels / (TASKS_PER_THREAD * num_threads) + 1) / 2 * 2;
-    long group = least(MAX_SUMS / (PANEL * block_rows), share > 2 ? share : 2);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (long p = 0; p < num_panels; p += group)
-        for (long row = 0; row < num_rows; row += block_rows) {
-            float sums[MAX_SUMS] __attribute__((aligned(64)));
-            long panels = least(group, num_panels - p), rows = least(block_rows, num_rows - row), n = p * PANEL;
-            long width = least(panels * PANEL, given->num_outputs - n);
-            multiply(given, is_int8, row, rows, given->weights + p * given->panel_bytes, panels, sums);
-            for (long i = 0; i < rows; i++) {
-                long at = (row + i) * given->num_outputs + n;
-                finish(sums + i * panels * PANEL, is_int8 ? given->scales + n : 0, given->bias ? given->bias + n : 0,
-                       given->residual ? given->residual + at : 0, given->y + at, width);
-            }
-        }
+    float sums[MAX_SUMS] __attribute__((aligned(64)));
+    long num_outputs = weights->num_outputs, num_inputs = weights->num_inputs, row = task % division->num_blocks * division->block_rows;
+    long first = task / division->num_blocks * division->group * PANEL, width = least(division->group * PANEL, num_outputs - first);
+    long num_panels = (width + PANEL - 1) / PANEL, num_rows = least(division->block_rows, rows->num_rows - row);
+    const char *packed = (const char *)weights->packed + first / PANEL * bytes_of_panel(num_inputs, is_int8);
+    multiply(is_int8, rows->x + row * rows->x_stride, rows->x_stride, num_inputs, num_rows, packed, num_panels, sums);
+    for (long i = 0; i < num_rows; i++) {
+        long at = (row + i) * num_outputs + first;
+        finish(sums + i * num_panels * PANEL, is_int8 ? weights->scales + first : 0, weights->bias ? weights->bias + first : 0,
+               rows->residual ? rows->residual + at : 0, rows->y + at, width);
+    }
 }
 
-/* y [num_rows, num_outputs] = x [num_rows, num_inputs] times the packed weights, + bias and + residual where they are given. */
-void linear(const bf16 *x, long x_stride, const bf16 *weights, const bf16 *bias, const bf16 *residual, bf16 *y,
-            int num_rows, int num_outputs, int num_inputs, int num_threads)
+void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task)
 {
-    long panel_bytes = (num_inputs + 1L) / 2 * 4 * PANEL;
-    Product given = {x, (const char *)weights, 0, bias, residual, y, x_stride, panel_bytes, num_rows, num_outputs, num_inputs};
-    compute(&given, 0, num_threads);
-}
-
-/* The same with weights of int8 and a scale for each output. */
-void linear_int8(const bf16 *x, long x_stride, const int8_t *weights, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *y,
-                 int num_rows, int num_outputs, int num_inputs, int num_threads)
-{
-    long panel_bytes = (num_inputs + 1L) / 2 * 2 * PANEL;
-    Product given = {x, (const char *)weights, scales, bias, residual, y, x_stride, panel_bytes, num_rows, num_outputs, num_inputs};
-    compute(&given, 1, num_threads);
+    Division division = divide(weights, rows->num_rows, num_threads);
+    if (weights->scales)
+        compute(1, weights, rows, &division, task);
+    else
+        compute(0, weights, rows, &division, task);
 }

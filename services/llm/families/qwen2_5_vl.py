@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from common.kernels.operations import rms_norm, rotate, silu_mul
+from common.kernels.operations import PackedWeights, rms_norm, rotate, silu_mul
 from common.linear import Linear
 from common.quantization import Int8Linear
 from common.sizing import TP_SIZES, is_divisible
@@ -78,6 +78,12 @@ class TextConfig:
 
 
 class Product(Protocol):
+    @property
+    def packed(self) -> PackedWeights | None: ...
+
+    @property
+    def max_kernel_rows(self) -> int: ...
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
@@ -112,14 +118,18 @@ class LanguageModel:
         weights = Weights(checkpoint, ("model.language_model.", "lm_head."), progress)
         self._vocabulary = shard.split(self.config.vocab_size)
         self._embedding = self._load_vocabulary(weights, "model.language_model.embed_tokens.weight")
-        self._layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
-        self._norm = self._load_norm(weights, "norm.weight")
-        self._head = Linear(self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight"))
+        self.layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
+        self.norm = self._load_norm(weights, "norm.weight")
+        self.head = Linear(self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight"))
         self.num_bytes_read = weights.num_bytes_read
         half = torch.arange(self.config.head_dim // 2, device=device).float()
         self._frequencies = self.config.rope_theta ** -(2 * half / self.config.head_dim)
         # Which of a position's three components turns each frequency.
         self._components = torch.arange(3).repeat_interleave(torch.tensor(self.config.mrope_section)).to(device)
+
+    @property
+    def world_size(self) -> int:
+        return self._shard.world_size
 
     @property
     def num_local_kv_heads(self) -> int:
@@ -137,15 +147,15 @@ class LanguageModel:
 
     def forward(self, x: Tensor, positions_3T: Tensor, attention: StepAttention, kv_cache: Tensor, sampled_rows: Tensor) -> Tensor:
         """[T, hidden] -> float32 logits [num_sampled, vocab_size]; `kv_cache` is [num_layers, 2, num_blocks, block_size, K, D]."""
-        cos, signed_sin = self._rotary_tables(positions_3T)
-        for layer, cache in zip(self._layers, kv_cache, strict=True):
+        cos, signed_sin = self.rotary_tables(positions_3T)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
             attended = self._attend(layer, x, cos, signed_sin, attention, cache)
-            if layer is self._layers[-1]:
+            if layer is self.layers[-1]:
                 # Nothing reads the other rows any more.
                 x, attended = x[sampled_rows], attended[sampled_rows]
             x = self._add_product(x, layer.o, attended)
             x = self._add_product(x, layer.down, silu_mul(layer.gate_up(self._normalise(x, layer.mlp_norm))))
-        return self._shard.all_gather(self._head(self._normalise(x, self._norm)).float())
+        return self._shard.all_gather(self.head(self._normalise(x, self.norm)).float())
 
     def _attend(self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: StepAttention, cache: Tensor) -> Tensor:
         """[T, hidden] -> [T, local heads * head_dim]."""
@@ -163,7 +173,7 @@ class LanguageModel:
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.norm_eps)
 
-    def _rotary_tables(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, float32 [T, head_dim]: the first half of the sines is negated for `rotate`."""
         angles = positions_3T[self._components].T.float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()

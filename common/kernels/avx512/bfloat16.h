@@ -8,14 +8,14 @@
 
 #include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "kernels.h"
 
 #ifndef __AVX512BF16__
 #error "no bfloat16 dot product"
 #endif
 
-typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 

@@ -130,20 +130,12 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
         }
 }
 
-/* Attention of `num_seqs` sequences of one new token each over their blocks of keys and values
- * [num_blocks, block_size, num_kv_heads, dim]. The rows of q are `q_stride` long, those of y [num_seqs, num_heads, dim] one after
- * another; dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
-void decode_attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, const int64_t *block_tables, long table_stride,
-                      const int64_t *context_lens, bf16 *y, int num_seqs, int num_heads, int num_kv_heads, int dim, int block_size,
-                      int num_threads)
+/* dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
+void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y)
 {
-    int group = num_heads / num_kv_heads;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (int s = 0; s < num_seqs; s++)
-        for (int h = 0; h < num_kv_heads; h++) {
-            Context context = {keys + h * dim, values + h * dim, block_tables + s * table_stride, block_size, (long)num_kv_heads * dim,
-                               context_lens[s]};
-            long at = (long)h * group * dim;
-            attend(&context, q + s * q_stride + at, group, dim, y + (long)s * num_heads * dim + at);
-        }
+    int group = paged->num_heads / paged->num_kv_heads, dim = paged->dim;
+    Context context = {paged->keys + kv_head * dim, paged->values + kv_head * dim, paged->tables + seq * paged->table_stride,
+                       paged->block_size, (long)paged->num_kv_heads * dim, paged->contexts[seq]};
+    long at = (long)kv_head * group * dim;
+    attend(&context, q + at, group, dim, y + at);
 }

@@ -1,0 +1,52 @@
+/* Products of few rows, bound by the reading of the weights. A row's result does not depend on the rows beside it. */
+
+#include "bfloat16.h"
+
+enum { MAX_ROWS = 64, TASKS_PER_THREAD = 4 };
+
+/* Sums [num_rows][64] of one panel: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
+static void panel(const bf16 *x, long x_stride, const bf16 *w, long num_pairs, int num_rows, float *sums)
+{
+    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (long k = 0; k < num_pairs; k += TILE_PAIRS) {
+        long count = num_pairs - k < TILE_PAIRS ? num_pairs - k : TILE_PAIRS;
+        for (int t = 0, row = 0; t < num_tiles; t++) {
+            int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t), from = 4 * t / num_tiles, to = 4 * (t + 1) / num_tiles;
+            any_tile(rows, 4, x + row * x_stride + 2 * k, x_stride, w + k * 2 * PANEL, 2 * PANEL, count, sums + row * PANEL, PANEL, k == 0, from, to);
+            row += rows;
+        }
+    }
+}
+
+/* Panels that follow each other, so that what is fetched ahead is mostly the task's own. */
+static long panels_per_task(const Weights *weights, int num_threads)
+{
+    long share = (weights->num_outputs + PANEL - 1) / PANEL / (TASKS_PER_THREAD * num_threads);
+    return share > 1 ? share : 1;
+}
+
+long num_linear_tasks(const Weights *weights, long num_rows, int num_threads)
+{
+    long size = panels_per_task(weights, num_threads) * PANEL;
+    return (weights->num_outputs + size - 1) / size;
+}
+
+/* The weights are filled up with zeros to whole panels and to a multiple of 32 inputs. num_rows is at most 64, num_inputs even. */
+void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task)
+{
+    long panel_size = (weights->num_inputs + 31) / 32 * 32 * PANEL, num_outputs = weights->num_outputs;
+    long count = panels_per_task(weights, num_threads);
+    for (long p = task * count; p < (task + 1) * count && p * PANEL < num_outputs; p++) {
+        float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));
+        panel(rows->x, rows->x_stride, (const bf16 *)weights->packed + p * panel_size, weights->num_inputs / 2, (int)rows->num_rows, sums);
+        for (long n = p * PANEL; n < num_outputs && n < (p + 1) * PANEL; n += LANES) {
+            __mmask16 mask = mask_of(num_outputs - n);
+            __m512 offset = weights->bias ? load(weights->bias + n, mask) : _mm512_setzero_ps();
+            for (long i = 0; i < rows->num_rows; i++) {
+                long at = i * num_outputs + n;
+                __m512 value = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL + n % PANEL), offset);
+                store(rows->y + at, mask, rows->residual ? _mm512_add_ps(value, load(rows->residual + at, mask)) : value);
+            }
+        }
+    }
+}

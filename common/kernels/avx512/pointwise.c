@@ -1,0 +1,43 @@
+/* The small operations between products. */
+
+#include "bfloat16.h"
+
+void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width)
+{
+    __m512 squares = _mm512_setzero_ps();
+    for (long j = 0; j < width; j += LANES) {
+        __m512 value = load(x + j, mask_of(width - j));
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    __m512 scale = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+    for (long j = 0; j < width; j += LANES) {
+        __mmask16 mask = mask_of(width - j);
+        store(y + j, mask, _mm512_mul_ps(_mm512_mul_ps(load(x + j, mask), scale), load(weight + j, mask)));
+    }
+}
+
+void silu_mul_row(const bf16 *x, bf16 *y, long width)
+{
+    const __m512 one = _mm512_set1_ps(1);
+    for (long j = 0; j < width; j += LANES) {
+        __mmask16 mask = mask_of(width - j);
+        __m512 gate = load(x + j, mask), up = load(x + width + j, mask);
+        __m512 divisor = _mm512_add_ps(one, power_of_two(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2_E))));
+        store(y + j, mask, _mm512_mul_ps(_mm512_div_ps(gate, divisor), up));
+    }
+}
+
+void rotate_row(bf16 *x, const float *cos, const float *signed_sin, int num_heads, int dim)
+{
+    int half = dim / 2;
+    for (int h = 0; h < num_heads; h++)
+        for (int j = 0; j < half; j += LANES) {
+            bf16 *low = x + h * dim + j, *high = low + half;
+            const float *c = cos + j, *s = signed_sin + j;
+            __mmask16 mask = mask_of(half - j);
+            __m512 a = load(low, mask), b = load(high, mask);
+            __m512 turned_b = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(mask, s + half));
+            store(low, mask, _mm512_fmadd_ps(a, _mm512_maskz_loadu_ps(mask, c), _mm512_mul_ps(b, _mm512_maskz_loadu_ps(mask, s))));
+            store(high, mask, _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, c + half), turned_b));
+        }
+}

@@ -1,0 +1,116 @@
+/* A step in which every sequence has one new token, through all layers by one crew of threads. Called one by one, the operations are over
+ * two hundred, most of them so short that waking a thread for them takes longer than they do. */
+
+#include "crew.h"
+#include "kernels.h"
+
+#include <string.h>
+
+typedef struct {
+    const bf16 *input_norm, *mlp_norm;
+    Weights qkv, o, gate_up, down;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const bf16 *norm;
+    Weights head;
+    long num_layers, width;
+    int num_heads, num_kv_heads, dim;
+    float eps;
+} Decoder;
+
+typedef struct {
+    const float *cos, *signed_sin; /* [num_seqs, dim] */
+    const int64_t *slots;          /* [num_seqs]: where the new tokens' keys and values go */
+    const int64_t *tables, *contexts;
+    long table_stride, num_seqs;
+    bf16 *cache; /* [num_layers, 2, num_blocks, block_size, num_kv_heads, dim] */
+    long layer_stride, values_at;
+    int block_size;
+} Step;
+
+/* What one operation leaves for the next, a row a sequence. */
+typedef struct {
+    bf16 *normed, *qkv, *attended, *gate_up, *gated;
+} Scratch;
+
+static Scratch scratch_in(bf16 *workspace, const Layer *layer, long width, long num_seqs)
+{
+    Scratch s = {.normed = workspace};
+    s.qkv = s.normed + num_seqs * width;
+    s.attended = s.qkv + num_seqs * layer->qkv.num_outputs;
+    s.gate_up = s.attended + num_seqs * layer->o.num_inputs;
+    s.gated = s.gate_up + num_seqs * layer->gate_up.num_outputs;
+    return s;
+}
+
+static void norm_stage(Worker *me, const Decoder *decoder, const bf16 *weight, const bf16 *x, bf16 *y, long num_seqs)
+{
+    begin_stage(me, num_seqs);
+    for (long s; (s = next_task(me)) >= 0;) rms_norm_row(x + s * decoder->width, weight, y + s * decoder->width, decoder->eps, decoder->width);
+}
+
+static void linear_stage(Worker *me, const Weights *weights, const bf16 *x, const bf16 *residual, bf16 *y, long num_seqs, int num_threads)
+{
+    Rows rows = {x, weights->num_inputs, residual, y, num_seqs};
+    begin_stage(me, num_linear_tasks(weights, num_seqs, num_threads));
+    for (long task; (task = next_task(me)) >= 0;) linear_task(weights, &rows, num_threads, task);
+}
+
+static void store_stage(Worker *me, const Decoder *decoder, const Step *step, bf16 *qkv, bf16 *cache)
+{
+    long q_width = (long)decoder->num_heads * decoder->dim, kv_width = (long)decoder->num_kv_heads * decoder->dim;
+    begin_stage(me, step->num_seqs);
+    for (long s; (s = next_task(me)) >= 0;) {
+        bf16 *row = qkv + s * (q_width + 2 * kv_width), *keys = cache + step->slots[s] * kv_width;
+        rotate_row(row, step->cos + s * decoder->dim, step->signed_sin + s * decoder->dim, decoder->num_heads + decoder->num_kv_heads, decoder->dim);
+        memcpy(keys, row + q_width, kv_width * sizeof(bf16));
+        memcpy(keys + step->values_at, row + q_width + kv_width, kv_width * sizeof(bf16));
+    }
+}
+
+static void attention_stage(Worker *me, const Decoder *decoder, const Step *step, const bf16 *cache, const bf16 *qkv, bf16 *y)
+{
+    Paged paged = {cache, cache + step->values_at, step->tables, step->contexts, step->table_stride,
+                   decoder->num_heads, decoder->num_kv_heads, decoder->dim, step->block_size};
+    long q_width = (long)decoder->num_heads * decoder->dim, stride = q_width + 2L * decoder->num_kv_heads * decoder->dim;
+    begin_stage(me, step->num_seqs * decoder->num_kv_heads);
+    for (long task; (task = next_task(me)) >= 0;) {
+        long s = task / decoder->num_kv_heads;
+        decode_attention_task(&paged, s, (int)(task % decoder->num_kv_heads), qkv + s * stride, y + s * q_width);
+    }
+}
+
+static void gate_stage(Worker *me, const bf16 *gate_up, bf16 *y, long width, long num_seqs)
+{
+    begin_stage(me, num_seqs);
+    for (long s; (s = next_task(me)) >= 0;) silu_mul_row(gate_up + 2 * s * width, y + s * width, width);
+}
+
+/* x [num_seqs, width] becomes the last layer's output, logits are [num_seqs, head.num_outputs]. The workspace has room for what `Scratch` holds. */
+void decode(const Decoder *decoder, const Step *step, bf16 *x, bf16 *workspace, bf16 *logits, int num_threads)
+{
+    Crew crew = {0};
+    long n = step->num_seqs;
+    Scratch made = scratch_in(workspace, decoder->layers, decoder->width, n);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        Worker worker = join(&crew), *me = &worker;
+        for (long i = 0; i < decoder->num_layers; i++) {
+            const Layer *layer = decoder->layers + i;
+            bf16 *cache = step->cache + i * step->layer_stride;
+            norm_stage(me, decoder, layer->input_norm, x, made.normed, n);
+            linear_stage(me, &layer->qkv, made.normed, 0, made.qkv, n, num_threads);
+            store_stage(me, decoder, step, made.qkv, cache);
+            attention_stage(me, decoder, step, cache, made.qkv, made.attended);
+            linear_stage(me, &layer->o, made.attended, x, x, n, num_threads);
+            norm_stage(me, decoder, layer->mlp_norm, x, made.normed, n);
+            linear_stage(me, &layer->gate_up, made.normed, 0, made.gate_up, n, num_threads);
+            gate_stage(me, made.gate_up, made.gated, layer->down.num_inputs, n);
+            linear_stage(me, &layer->down, made.gated, x, x, n, num_threads);
+        }
+        norm_stage(me, decoder, decoder->norm, x, made.normed, n);
+        linear_stage(me, &decoder->head, made.normed, 0, logits, n, num_threads);
+    }
+}

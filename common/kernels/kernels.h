@@ -1,0 +1,49 @@
+/* What each instruction set computes for itself, one task at a time; which thread does which of them is decided in operations.c and
+ * decoder.c. A task's result does not depend on the others. Rows of `x` are `x_stride` entries long, other matrices are contiguous. */
+
+#pragma once
+
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+/* A product's weights [num_outputs, num_inputs], laid out for the kernels: bfloat16, or int8 with a scale for each output. */
+typedef struct {
+    const void *packed;
+    const float *scales;
+    const bf16 *bias;
+    long num_outputs, num_inputs;
+} Weights;
+
+/* x [num_rows, num_inputs]; y and residual [num_rows, num_outputs]. Bias and residual are added where they are given; y may be the residual. */
+typedef struct {
+    const bf16 *x;
+    long x_stride;
+    const bf16 *residual;
+    bf16 *y;
+    long num_rows;
+} Rows;
+
+long num_linear_tasks(const Weights *weights, long num_rows, int num_threads);
+void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task);
+
+/* One layer's keys and values, each [num_blocks, block_size, num_kv_heads, dim], and where in them the sequences' are: sequence s has
+ * `contexts[s]` tokens in the blocks from `tables[s * table_stride]`. */
+typedef struct {
+    const bf16 *keys, *values;
+    const int64_t *tables, *contexts;
+    long table_stride;
+    int num_heads, num_kv_heads, dim, block_size;
+} Paged;
+
+/* The query heads [num_heads, dim] of one new token that share a key head -> the same heads of y. */
+void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y);
+
+/* y = x / rms(x) * weight */
+void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width);
+
+/* y [width] = silu(gate) * up, where x is gate and up side by side. */
+void silu_mul_row(const bf16 *x, bf16 *y, long width);
+
+/* Turns heads in place: entry i with entry i + dim / 2. cos and signed_sin are [dim]. */
+void rotate_row(bf16 *x, const float *cos, const float *signed_sin, int num_heads, int dim);

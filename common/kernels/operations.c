@@ -1,0 +1,47 @@
+/* Single operations over all rows, shared by threads. */
+
+#include "kernels.h"
+
+#include <string.h>
+
+void linear(const Weights *weights, const bf16 *x, long x_stride, const bf16 *residual, bf16 *y, long num_rows, int num_threads)
+{
+    Rows rows = {x, x_stride, residual, y, num_rows};
+    long num_tasks = num_linear_tasks(weights, num_rows, num_threads);
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (long task = 0; task < num_tasks; task++) linear_task(weights, &rows, num_threads, task);
+}
+
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long num_rows, long width, int num_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) rms_norm_row(x + i * width, weight, y + i * width, eps, width);
+}
+
+void silu_mul(const bf16 *x, bf16 *y, long num_rows, long width, int num_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) silu_mul_row(x + 2 * i * width, y + i * width, width);
+}
+
+/* Turns the first `num_heads` heads of each row. cos and signed_sin are [num_rows, dim]. */
+void rotate(bf16 *x, long stride, const float *cos, const float *signed_sin, long num_rows, int num_heads, int dim, int num_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) rotate_row(x + i * stride, cos + i * dim, signed_sin + i * dim, num_heads, dim);
+}
+
+/* Copies rows of `width` to their slots. */
+void scatter(const bf16 *x, long stride, bf16 *y, const int64_t *slots, long num_rows, long width)
+{
+    for (long i = 0; i < num_rows; i++) memcpy(y + slots[i] * width, x + i * stride, width * sizeof(bf16));
+}
+
+/* Of one new token a sequence; y [num_seqs, num_heads, dim]. */
+void decode_attention(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, long num_seqs, int num_threads)
+{
+    long width = (long)paged->num_heads * paged->dim;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+    for (long s = 0; s < num_seqs; s++)
+        for (int h = 0; h < paged->num_kv_heads; h++) decode_attention_task(paged, s, h, q + s * q_stride, y + s * width);
+}

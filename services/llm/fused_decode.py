@@ -1,0 +1,99 @@
+"""A step of decodes alone in one call: a kernel of ours goes through all layers, where there is one for the model.
+
+One by one the operations are over two hundred calls, between which the other threads fall asleep (figures in docs/decisions.md).
+"""
+
+from ctypes import CDLL, addressof, byref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.kernels import structures
+from common.kernels.operations import can_attend_blocks, kernels_for
+from services.llm.families.qwen2_5_vl import LanguageModel, Layer, Product
+from services.llm.plan import StepPlan
+
+MAX_ROWS = 64
+"""More are bound by arithmetic: what one call saves is of no matter to them."""
+
+
+class FusedDecode:
+    """One model over one KV cache [num_layers, 2, num_blocks, block_size, K, D]."""
+
+    def __init__(self, kernels: CDLL, model: LanguageModel, kv_cache: Tensor) -> None:
+        self._kernels, self._model, self._kv_cache = kernels, model, kv_cache
+        self._layers = (structures.Layer * len(model.layers))(*map(structure_of, model.layers))
+        config, layer = model.config, model.layers[0]
+        self._decoder = structures.Decoder(
+            layers=addressof(self._layers),
+            norm=model.norm.data_ptr(),
+            head=weights_of(model.head),
+            num_layers=config.num_layers,
+            width=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            dim=config.head_dim,
+            eps=config.norm_eps,
+        )
+        self._max_rows = min(MAX_ROWS, *(product.max_kernel_rows for product in products_of(model)))
+        widths = [weights_of(product).num_outputs for product in (layer.qkv, layer.gate_up)]
+        widths += [config.hidden_size, weights_of(layer.o).num_inputs, weights_of(layer.down).num_inputs]
+        self._workspace = kv_cache.new_empty(self._max_rows * sum(widths))
+
+    @classmethod
+    def of(cls, model: LanguageModel, kv_cache: Tensor) -> "FusedDecode | None":
+        """None where a part of the model has no kernel, or ranks must exchange what they have in the middle of a layer."""
+        kernels, config = kernels_for(kv_cache), model.config
+        if kernels is None or model.world_size > 1 or not can_attend_blocks(config.num_heads, kv_cache):
+            return None
+        fits = all(product.packed is not None and product.packed.kernels is kernels for product in products_of(model))
+        return cls(kernels, model, kv_cache) if fits else None
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether every sequence has one new token, of which logits are wanted."""
+        return len(plan.query_lens) == len(plan.sampled_rows) == plan.num_tokens <= self._max_rows
+
+    def run(self, plan: StepPlan, x: Tensor, positions_3T: Tensor) -> Tensor:
+        """[T, hidden], which is overwritten -> float32 logits [T, vocab_size]."""
+        cos, signed_sin = self._model.rotary_tables(positions_3T)
+        slots, tables, contexts = (
+            np.ascontiguousarray(array, np.int64) for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
+        )
+        step = structures.Step(
+            cos=cos.data_ptr(),
+            signed_sin=signed_sin.data_ptr(),
+            slots=slots.ctypes.data,
+            tables=tables.ctypes.data,
+            contexts=contexts.ctypes.data,
+            table_stride=tables.shape[1],
+            num_seqs=len(x),
+            cache=self._kv_cache.data_ptr(),
+            layer_stride=self._kv_cache.stride(0),
+            values_at=self._kv_cache.stride(1),
+            block_size=self._kv_cache.shape[3],
+        )
+        logits = x.new_empty(len(x), self._decoder.head.num_outputs)
+        addresses = (x.data_ptr(), self._workspace.data_ptr(), logits.data_ptr())
+        self._kernels.decode(byref(self._decoder), byref(step), *addresses, torch.get_num_threads())
+        return logits.float()
+
+
+def products_of(model: LanguageModel) -> list[Product]:
+    return [model.head, *(product for layer in model.layers for product in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+
+
+def weights_of(product: Product) -> structures.Weights:
+    assert product.packed is not None
+    return product.packed.structure
+
+
+def structure_of(layer: Layer) -> structures.Layer:
+    return structures.Layer(
+        input_norm=layer.input_norm.data_ptr(),
+        mlp_norm=layer.mlp_norm.data_ptr(),
+        qkv=weights_of(layer.qkv),
+        o=weights_of(layer.o),
+        gate_up=weights_of(layer.gate_up),
+        down=weights_of(layer.down),
+    )
