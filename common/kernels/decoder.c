@@ -28,6 +28,7 @@ typedef struct {
     bf16 *cache; /* [num_layers, 2, num_blocks, block_size, num_kv_heads, dim] */
     long layer_stride, values_at;
     int block_size;
+    float *partials; /* [num_heads, dim + 2] for each part of a context */
 } Step;
 
 /* What one operation leaves for the next, a row a sequence. */
@@ -74,12 +75,11 @@ static void attention_stage(Worker *me, const Decoder *decoder, const Step *step
 {
     Paged paged = {cache, cache + step->values_at, step->tables, step->contexts, step->table_stride,
                    decoder->num_heads, decoder->num_kv_heads, decoder->dim, step->block_size};
-    long q_width = (long)decoder->num_heads * decoder->dim, stride = q_width + 2L * decoder->num_kv_heads * decoder->dim;
-    begin_stage(me, step->num_seqs * decoder->num_kv_heads);
-    for (long task; (task = next_task(me)) >= 0;) {
-        long s = task / decoder->num_kv_heads;
-        decode_attention_task(&paged, s, (int)(task % decoder->num_kv_heads), qkv + s * stride, y + s * q_width);
-    }
+    long stride = (decoder->num_heads + 2L * decoder->num_kv_heads) * decoder->dim;
+    begin_stage(me, num_attention_tasks(&paged, step->num_seqs));
+    for (long task; (task = next_task(me)) >= 0;) attention_task(&paged, qkv, stride, y, step->partials, task);
+    begin_stage(me, num_merge_tasks(&paged, step->num_seqs));
+    for (long task; (task = next_task(me)) >= 0;) merge_task(&paged, y, step->partials, task);
 }
 
 static void gate_stage(Worker *me, const bf16 *gate_up, bf16 *y, long width, long num_seqs)

@@ -7,6 +7,8 @@
 
 typedef uint16_t bf16;
 
+enum { MAX_DIM = 256 };
+
 /* A product's weights [num_outputs, num_inputs], laid out for the kernels: bfloat16, or int8 with a scale for each output. */
 typedef struct {
     const void *packed;
@@ -36,8 +38,20 @@ typedef struct {
     int num_heads, num_kv_heads, dim, block_size;
 } Paged;
 
-/* The query heads [num_heads, dim] of one new token that share a key head -> the same heads of y. */
-void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y);
+/* A longer context is divided, whatever the number of threads: its parts are tasks of their own, and merged. */
+enum { PART_TOKENS = 512 };
+
+/* The query heads [group, dim] of one new token of sequence `seq` that share a key head, over `count` tokens of its context from `first` on.
+ * Where `partial` is given it gets what is to be merged, for each head the `dim` weighted sums, the sum of the weights, and the greatest score
+ * as a power of two; else y gets the result. */
+void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial);
+
+long num_attention_tasks(const Paged *paged, long num_seqs);
+void attention_task(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, float *partials, long task);
+
+/* None where no context is divided. */
+long num_merge_tasks(const Paged *paged, long num_seqs);
+void merge_task(const Paged *paged, bf16 *y, const float *partials, long task);
 
 /* y = x / rms(x) * weight */
 void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width);

@@ -37,11 +37,15 @@ void scatter(const bf16 *x, long stride, bf16 *y, const int64_t *slots, long num
     for (long i = 0; i < num_rows; i++) memcpy(y + slots[i] * width, x + i * stride, width * sizeof(bf16));
 }
 
-/* Of one new token a sequence; y [num_seqs, num_heads, dim]. */
-void decode_attention(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, long num_seqs, int num_threads)
+/* Of one new token a sequence; y [num_seqs, num_heads, dim]. `partials` has [num_heads, dim + 2] for each part of a context. */
+void decode_attention(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, float *partials, long num_seqs, int num_threads)
 {
-    long width = (long)paged->num_heads * paged->dim;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (long s = 0; s < num_seqs; s++)
-        for (int h = 0; h < paged->num_kv_heads; h++) decode_attention_task(paged, s, h, q + s * q_stride, y + s * width);
+    long num_tasks = num_attention_tasks(paged, num_seqs), num_merges = num_merge_tasks(paged, num_seqs);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < num_tasks; task++) attention_task(paged, q, q_stride, y, partials, task);
+#pragma omp for schedule(static)
+        for (long task = 0; task < num_merges; task++) merge_task(paged, y, partials, task);
+    }
 }

@@ -3,6 +3,7 @@
 import ctypes
 from ctypes import byref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,8 @@ MIN_ENTRIES_PER_THREAD = 16384
 # Keys are packed for the kernel in panels of so many.
 PANEL = 64
 MAX_HEAD_DIM = 256
+# A decode's context is divided into parts of so many tokens.
+PART_TOKENS = 512
 # So many query heads may share a key head.
 MAX_GROUP = 16
 
@@ -170,5 +173,12 @@ def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor)
         dim=dim,
         block_size=block_size,
     )
-    kernels.decode_attention(byref(paged), q.data_ptr(), q.stride(0), out.data_ptr(), num_seqs, torch.get_num_threads())
+    partials = new_partials(contexts.numpy(), num_heads, dim)
+    addresses = (q.data_ptr(), q.stride(0), out.data_ptr(), partials.data_ptr())
+    kernels.decode_attention(byref(paged), *addresses, num_seqs, torch.get_num_threads())
     return out
+
+
+def new_partials(contexts: np.ndarray, num_heads: int, dim: int) -> Tensor:
+    """Room for what the parts of divided contexts leave to be merged."""
+    return torch.empty(int((-(-contexts // PART_TOKENS)).sum()) * num_heads * (dim + 2))

@@ -39,4 +39,5 @@ class Step(Structure):
         ("cache", c_void_p),
         *((name, c_long) for name in ("layer_stride", "values_at")),
         ("block_size", c_int),
+        ("partials", c_void_p),
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import structures
-from common.kernels.operations import can_attend_blocks, kernels_for
+from common.kernels.operations import can_attend_blocks, kernels_for, new_partials
 from services.llm.families.qwen2_5_vl import LanguageModel, Layer, Product
 from services.llm.plan import StepPlan
 
@@ -60,6 +60,7 @@ class FusedDecode:
         slots, tables, contexts = (
             np.ascontiguousarray(array, np.int64) for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
         )
+        partials = new_partials(contexts, self._model.config.num_heads, self._model.config.head_dim)
         step = structures.Step(
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
@@ -72,6 +73,7 @@ class FusedDecode:
             layer_stride=self._kv_cache.stride(0),
             values_at=self._kv_cache.stride(1),
             block_size=self._kv_cache.shape[3],
+            partials=partials.data_ptr(),
         )
         logits = x.new_empty(len(x), self._decoder.head.num_outputs)
         addresses = (x.data_ptr(), self._workspace.data_ptr(), logits.data_ptr())

@@ -85,13 +85,15 @@ def test_attention(
     assert_near(attention(q, k, v, num_seqs, causal), torch.cat([softmaxed(*sequence, causal) for sequence in sequences]))
 
 
+@pytest.mark.parametrize("lengths", [(1, 64, 65, 87), (513, 3, 512, 1400)], ids=["short", "divided"])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 64), (16, 1, 32), (3, 3, 128), (9, 1, 256)])
-def test_decodes_read_blocks_where_they_lie(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def test_decodes_read_blocks_where_they_lie(num_heads: int, num_kv_heads: int, head_dim: int, lengths: tuple[int, ...]) -> None:
     if library.bfloat16_kernels() is None:
         pytest.skip("no kernels for this CPU, or no compiler")
     cache = random(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim, dtype=torch.bfloat16)
-    contexts = torch.tensor([1, 64, 65, 87])
-    tables = torch.arange(4 * 22).view(4, 22).mul(7).remainder(NUM_BLOCKS - 1)
+    contexts = torch.tensor(lengths)
+    num_blocks = -(-max(lengths) // BLOCK_SIZE)
+    tables = torch.arange(4 * num_blocks).view(4, num_blocks).mul(7).remainder(NUM_BLOCKS - 1)
     cache[:, NUM_BLOCKS - 1] = torch.nan  # nobody's
     q = random(4, num_heads + 2, head_dim, dtype=torch.bfloat16)[:, 1:-1]
     assert can_attend_blocks(num_heads, cache)

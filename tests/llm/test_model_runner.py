@@ -209,6 +209,20 @@ def test_decodes_in_one_call_give_what_single_operations_give(name: str, quantiz
     assert runs == 2 * [1, 2, 3, 3, 3, 2, 1]
 
 
+@pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
+def test_a_context_that_is_divided_gives_the_same_in_one_call() -> None:
+    runner = runner_of(GoldenCase("c_gqa_tp8"), torch.bfloat16)
+    runner._kv_cache.normal_(generator=torch.Generator().manual_seed(0))
+    tables = np.zeros((2, 88), np.int64)
+    tables[0], tables[1, :5] = np.arange(88), np.arange(88, 93)
+    slots, contexts, ones = np.array([87 * BLOCK_SIZE + 3, 92 * BLOCK_SIZE + 7]), np.array([700, 40]), np.ones(2, np.int64)
+    plan = StepPlan(np.array([5, 6]), np.tile(contexts - 1, (3, 1)), slots, ones, contexts, tables, np.zeros(0, np.int64), np.arange(2))
+    fused = runner.execute(plan, [])
+    assert runner._fused_decode is not None
+    runner._fused_decode = None
+    assert fused.equal(runner.execute(plan, []))
+
+
 def count_calls(monkeypatch: pytest.MonkeyPatch, fused_decode: FusedDecode) -> list[int]:
     """Becomes the number of rows of every call."""
     runs: list[int] = []

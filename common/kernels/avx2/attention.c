@@ -152,19 +152,28 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
     }
 }
 
+static void end_part(const Running *running, int num_rows, int dim, float *partial)
+{
+    for (int i = 0; i < num_rows; i++, partial += dim + 2) {
+        memcpy(partial, running->sums + i * dim, dim * sizeof *partial);
+        partial[dim] = running->totals[i];
+        partial[dim + 1] = running->greatest[i];
+    }
+}
+
 /* Keys and values are read in the blocks where they lie. dim is a multiple of 32. */
-void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y)
+void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial)
 {
     Running running;
     bf16 packed[2 * CHUNK * MAX_DIM] __attribute__((aligned(64)));
     int dim = paged->dim, group = paged->num_heads / paged->num_kv_heads, block_size = paged->block_size;
-    long stride = (long)paged->num_kv_heads * dim, at = (long)kv_head * group * dim;
+    long stride = (long)paged->num_kv_heads * dim, last = first + count;
     const bf16 *keys = paged->keys + kv_head * dim, *values = paged->values + kv_head * dim;
-    begin(&running, q + at, dim, group, dim);
-    for (long first = 0; first < paged->contexts[seq]; first += CHUNK) {
-        long places[CHUNK], left = paged->contexts[seq] - first;
-        int count = left < CHUNK ? (int)left : CHUNK;
-        for (int t = 0; t < count; t++) {
+    begin(&running, q, dim, group, dim);
+    for (; first < last; first += CHUNK) {
+        long places[CHUNK];
+        int size = last - first < CHUNK ? (int)(last - first) : CHUNK;
+        for (int t = 0; t < size; t++) {
             uint32_t token = (uint32_t)(first + t);
             places[t] = (paged->tables[seq * paged->table_stride + token / block_size] * block_size + token % block_size) * stride;
             /* Half of each token's lines belong to other heads: no prefetcher of the processor sees a stream in that. */
@@ -173,8 +182,11 @@ void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16
                 __builtin_prefetch(values + places[t] + d, 0, 2);
             }
         }
-        pack(keys, values, places, count, dim, packed, packed + CHUNK * dim);
-        attend(&running, group, packed, packed + CHUNK * dim, padded(count), count, dim, count, 0);
+        pack(keys, values, places, size, dim, packed, packed + CHUNK * dim);
+        attend(&running, group, packed, packed + CHUNK * dim, padded(size), size, dim, size, 0);
     }
-    end(&running, group, dim, y + at, dim);
+    if (partial)
+        end_part(&running, group, dim, partial);
+    else
+        end(&running, group, dim, y, dim);
 }

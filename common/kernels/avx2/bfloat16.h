@@ -18,7 +18,7 @@ typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 
-enum { LANES = 8, PANEL = 16, TILE_ROWS = 6, AHEAD_BYTES = 2048, MAX_DIM = 256 };
+enum { LANES = 8, PANEL = 16, TILE_ROWS = 6, AHEAD_BYTES = 2048 };
 
 INLINE uint32_t bits_of(float x)
 {

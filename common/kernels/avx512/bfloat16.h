@@ -19,7 +19,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 
-enum { LANES = 16, PANEL = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2, MAX_DIM = 256 };
+enum { LANES = 16, PANEL = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2 };
 
 INLINE __mmask16 mask_of(long left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
 

@@ -90,8 +90,8 @@ INLINE void locate(const Context *context, long first, long *places)
     }
 }
 
-/* One key head of one sequence: the queries of its heads against its whole context, with a running maximum. */
-static void attend(const Context *context, const bf16 *queries, int num_heads, int dim, bf16 *y)
+/* One key head of one sequence: the queries of its heads against the context from `first` to `last`, with a running maximum. */
+static void attend(const Context *context, long first, long last, const bf16 *queries, int num_heads, int dim, bf16 *y, float *partial)
 {
     int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64)));
     float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64)));
@@ -103,9 +103,9 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
     memset(sums, 0, MAX_HEADS * dim * sizeof *sums);
     for (int h = 0; h < num_heads; h++)
         for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
-    locate(context, 0, places[0]);
-    for (long first = 0; first < context->length; first += KEYS) {
-        int count = context->length - first < KEYS ? (int)(context->length - first) : KEYS;
+    locate(context, first, places[first / KEYS % 2]);
+    for (; first < last; first += KEYS) {
+        int count = last - first < KEYS ? (int)(last - first) : KEYS;
         long *here = places[first / KEYS % 2], *ahead = places[(first / KEYS + 1) % 2];
         locate(context, first + KEYS, ahead);
         __m512 best = _mm512_max_ps(greatest, score(context->keys, here, ahead, count, q, dim, LOG2_E / sqrtf(dim), scores));
@@ -122,20 +122,28 @@ static void attend(const Context *context, const bf16 *queries, int num_heads, i
         _mm512_store_ps(shrink, factor);
         weigh(context->values, here, ahead, num_pairs, weights, shrink, num_heads, dim, sums);
     }
-    _mm512_store_ps(shrink, total);
+    float totals[MAX_HEADS], bests[MAX_HEADS];
+    _mm512_storeu_ps(totals, total);
+    _mm512_storeu_ps(bests, greatest);
     for (int h = 0; h < num_heads; h++)
         for (int d = 0; d < dim; d += LANES) {
             __m512 sum = in_order(sums + h * dim + d / (2 * LANES) * 2 * LANES, d / LANES % 2);
-            store(y + h * dim + d, 0xffff, _mm512_div_ps(sum, _mm512_set1_ps(shrink[h])));
+            if (partial)
+                _mm512_storeu_ps(partial + h * (dim + 2) + d, sum);
+            else
+                store(y + h * dim + d, 0xffff, _mm512_div_ps(sum, _mm512_set1_ps(totals[h])));
         }
+    for (int h = 0; partial && h < num_heads; h++) {
+        partial[h * (dim + 2) + dim] = totals[h];
+        partial[h * (dim + 2) + dim + 1] = bests[h];
+    }
 }
 
-/* dim is a multiple of 32 up to 256, and up to 16 query heads share a key head. */
-void decode_attention_task(const Paged *paged, long seq, int kv_head, const bf16 *q, bf16 *y)
+/* dim is a multiple of 32, and up to 16 query heads share a key head. */
+void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial)
 {
-    int group = paged->num_heads / paged->num_kv_heads, dim = paged->dim;
+    int dim = paged->dim;
     Context context = {paged->keys + kv_head * dim, paged->values + kv_head * dim, paged->tables + seq * paged->table_stride,
                        paged->block_size, (long)paged->num_kv_heads * dim, paged->contexts[seq]};
-    long at = (long)kv_head * group * dim;
-    attend(&context, q + at, group, dim, y + at);
+    attend(&context, first, first + count, q, paged->num_heads / paged->num_kv_heads, dim, y, partial);
 }

@@ -1,0 +1,60 @@
+/* Attention of one new token a sequence: which task is which part of whose context, and how the parts become one. */
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+static long num_parts(const Paged *paged, long seq) { return (paged->contexts[seq] + PART_TOKENS - 1) / PART_TOKENS; }
+
+long num_attention_tasks(const Paged *paged, long num_seqs)
+{
+    long count = 0;
+    for (long s = 0; s < num_seqs; s++) count += num_parts(paged, s);
+    return count * paged->num_kv_heads;
+}
+
+void attention_task(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, float *partials, long task)
+{
+    int kv_head = (int)(task % paged->num_kv_heads), group = paged->num_heads / paged->num_kv_heads, dim = paged->dim;
+    long place = task / paged->num_kv_heads, seq = 0, part = place, head = (long)kv_head * group;
+    for (; part >= num_parts(paged, seq); seq++) part -= num_parts(paged, seq);
+    long first = part * PART_TOKENS, left = paged->contexts[seq] - first;
+    float *partial = num_parts(paged, seq) > 1 ? partials + (place * paged->num_heads + head) * (dim + 2) : 0;
+    attend_part(paged, seq, kv_head, first, left < PART_TOKENS ? left : PART_TOKENS, q + seq * q_stride + head * dim,
+                y + (seq * paged->num_heads + head) * dim, partial);
+}
+
+long num_merge_tasks(const Paged *paged, long num_seqs)
+{
+    for (long s = 0; s < num_seqs; s++)
+        if (num_parts(paged, s) > 1) return num_seqs * paged->num_heads;
+    return 0;
+}
+
+/* To the nearest, ties to even; what is no number stays none. */
+static bf16 narrow(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void merge_task(const Paged *paged, bf16 *y, const float *partials, long task)
+{
+    long seq = task / paged->num_heads, head = task % paged->num_heads, count = num_parts(paged, seq), before = 0;
+    int dim = paged->dim;
+    if (count < 2) return;
+    for (long s = 0; s < seq; s++) before += num_parts(paged, s);
+    const float *first = partials + (before * paged->num_heads + head) * (dim + 2);
+    long stride = (long)paged->num_heads * (dim + 2);
+    float greatest = first[dim + 1], total = 0, sums[MAX_DIM] = {0};
+    for (long p = 1; p < count; p++) greatest = fmaxf(greatest, first[p * stride + dim + 1]);
+    for (long p = 0; p < count; p++) {
+        const float *part = first + p * stride;
+        float share = exp2f(part[dim + 1] - greatest);
+        total += share * part[dim];
+        for (int d = 0; d < dim; d++) sums[d] += share * part[d];
+    }
+    for (int d = 0; d < dim; d++) y[task * dim + d] = narrow(sums[d] / total);
+}
