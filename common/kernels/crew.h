@@ -40,7 +40,7 @@ static inline long next_task(Worker *me)
         me->is_working = 0;
     }
     if (me->number >= me->end) return -1;
-    for (int looks = 0; atomic_load_explicit(&me->crew->done, memory_order_acquire) < me->first; looks++) {
+    for (unsigned looks = 0; atomic_load_explicit(&me->crew->done, memory_order_acquire) < me->first; looks++) {
         __builtin_ia32_pause();
         /* Another process may need the core, or this thread's own crew. */
         if (looks % LOOKS_BEFORE_YIELD == LOOKS_BEFORE_YIELD - 1) sched_yield();
