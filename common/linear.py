@@ -46,16 +46,16 @@ class Linear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
         kernels = kernels_for_packed() if self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0 else None
         if kernels is not None:
-            self._use(kernels, max_kernel_rows(), torch.ops.mkldnn.data_ptr(self._weight))
+            self._use(kernels, max_kernel_rows())
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
         packed = self._weight.new_empty(packed_shape(self._shape))
         kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self._shape)
         self._weight = packed
-        self._use(kernels, sys.maxsize, packed.data_ptr())
+        self._use(kernels, sys.maxsize)
 
-    def _use(self, kernels: ctypes.CDLL, max_rows: int, address: int) -> None:
-        self.packed, self.max_kernel_rows = PackedWeights(kernels, address, self._shape, self._bias), max_rows
+    def _use(self, kernels: ctypes.CDLL, max_rows: int) -> None:
+        self.packed, self.max_kernel_rows = PackedWeights(kernels, self._weight, self._shape, self._bias), max_rows
 
 
 def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -93,5 +93,5 @@ def kernels_for_packed() -> ctypes.CDLL | None:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     if torch.ops.mkldnn._nbytes(packed) != 192 * 96 * 2:
         return None
-    found = PackedWeights(kernels, torch.ops.mkldnn.data_ptr(packed), (136, 72)).multiply(x, None)
+    found = PackedWeights(kernels, packed, (136, 72)).multiply(x, None)
     return kernels if torch.allclose(found.float(), F.linear(x.float(), weight.float()), rtol=0.02, atol=0.02) else None

@@ -21,9 +21,9 @@ class Int8Linear:
         assert kernels is not None and weight.dtype is torch.bfloat16, "check_quantization comes first"
         shape = (weight.shape[0], weight.shape[1])
         quantized, scales = quantize(weight)
-        self._weight = quantized.new_empty(packed_shape(shape))
-        kernels.pack_int8(quantized.data_ptr(), self._weight.data_ptr(), *shape)
-        self.packed, self.max_kernel_rows = PackedWeights(kernels, self._weight.data_ptr(), shape, bias, scales), sys.maxsize
+        packed = quantized.new_empty(packed_shape(shape))
+        kernels.pack_int8(quantized.data_ptr(), packed.data_ptr(), *shape)
+        self.packed, self.max_kernel_rows = PackedWeights(kernels, packed, shape, bias, scales), sys.maxsize
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [n, num_inputs] -> [n, num_outputs], with `residual` added where it is given."""

@@ -27,6 +27,9 @@ typedef struct {
 } Rows;
 
 long num_linear_tasks(const Weights *weights, long num_rows, int num_threads);
+/* The pairs of inputs of one output of bfloat16 weights; they lie `stride` entries apart. */
+const bf16 *packed_row(const Weights *weights, long output, long *stride);
+
 void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task);
 
 /* One layer's keys and values, each [num_blocks, block_size, num_kv_heads, dim], and where in them the sequences' are: sequence s has

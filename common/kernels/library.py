@@ -22,6 +22,7 @@ NATIVE = ("-march=native",)
 COMPILE_SECONDS = 60
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
+    "take_rows": [*[c_void_p] * 3, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],

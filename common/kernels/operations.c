@@ -12,6 +12,18 @@ void linear(const Weights *weights, const bf16 *x, long x_stride, const bf16 *re
     for (long task = 0; task < num_tasks; task++) linear_task(weights, &rows, num_threads, task);
 }
 
+/* y [num_rows, num_inputs] = the weights of these outputs, which are bfloat16: an embedding and a head may be the same matrix. */
+void take_rows(const Weights *weights, const int64_t *outputs, bf16 *y, long num_rows, int num_threads)
+{
+    long width = weights->num_inputs;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) {
+        long stride;
+        const bf16 *pairs = packed_row(weights, outputs[i], &stride);
+        for (long k = 0; k < width; k++) y[i * width + k] = pairs[k / 2 * stride + k % 2];
+    }
+}
+
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long num_rows, long width, int num_threads)
 {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)

@@ -27,13 +27,14 @@ def kernels_for(x: Tensor) -> ctypes.CDLL | None:
 
 
 class PackedWeights:
-    """A product's weights [num_outputs, num_inputs], laid out as the kernels read them; whoever makes it keeps what lies at `address`."""
+    """A product's weights [num_outputs, num_inputs], laid out as the kernels read them, by one of them or by oneDNN."""
 
     def __init__(
-        self, kernels: ctypes.CDLL, address: int, shape: tuple[int, int], bias: Tensor | None = None, scales: Tensor | None = None
+        self, kernels: ctypes.CDLL, packed: Tensor, shape: tuple[int, int], bias: Tensor | None = None, scales: Tensor | None = None
     ) -> None:
         """`bias` is bfloat16; `scales`, float32, belong to weights of int8."""
-        self.kernels, self._kept = kernels, (bias, scales)
+        self.kernels, self._kept = kernels, (packed, bias, scales)
+        address = torch.ops.mkldnn.data_ptr(packed) if packed.is_mkldnn else packed.data_ptr()
         bias_address, scales_address = (None if tensor is None else tensor.data_ptr() for tensor in (bias, scales))
         self.structure = Weights(address, scales_address, bias_address, *shape)
 
@@ -52,6 +53,14 @@ class PackedWeights:
             torch.get_num_threads(),
         )
         return out
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The weights of some outputs, int64 [n] -> bfloat16 [n, num_inputs]; not for weights of int8."""
+        outputs, width = outputs.contiguous(), self.structure.num_inputs
+        taken = torch.empty(len(outputs), width, dtype=torch.bfloat16)
+        addresses = (byref(self.structure), outputs.data_ptr(), taken.data_ptr())
+        self.kernels.take_rows(*addresses, len(outputs), num_threads_for(taken.numel()))
+        return taken
 
 
 def num_threads_for(num_entries: int) -> int:

@@ -49,6 +49,14 @@ def test_rows_may_lie_apart() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 32), (130, 100), (33, 66)])
+def test_rows_of_packed_weights_are_those_given(num_outputs: int, num_inputs: int) -> None:
+    weight = random(num_outputs, num_inputs, dtype=torch.bfloat16)
+    packed, outputs = Linear(weight).packed, torch.tensor([[num_outputs - 1, 0], [17, 16], [5, 5]]).T[0]
+    assert packed is not None and packed.rows(outputs).equal(weight[outputs])
+
+
+@needs_kernels
 def test_threads_do_not_change_the_result() -> None:
     linear, x = Linear(random(500, 128, dtype=torch.bfloat16)), random(9, 128, dtype=torch.bfloat16)
     before, alone = torch.get_num_threads(), linear(x)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.kernels.library import bfloat16_kernels
+from common.weights import Weights
 from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
 from services.llm.parallel import Shard
 from tests.golden import GoldenCase
@@ -84,3 +87,19 @@ def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
     for rank in range(world_size):
         read = LanguageModel(checkpoint, torch.float32, CPU, Shard(rank, world_size)).num_bytes_read
         assert read == pytest.approx((whole - norms) / world_size + norms + replicated, rel=0.001)
+
+
+@pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
+def test_a_vocabulary_that_embedding_and_head_share_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[torch.Tensor]] = []
+    load = LanguageModel._load_vocabulary
+
+    def remembered(model: LanguageModel, weights: Weights, name: str) -> torch.Tensor:
+        tensor = load(model, weights, name)
+        loaded.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(LanguageModel, "_load_vocabulary", remembered)
+    model = LanguageModel(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU)
+    assert model.head.packed is not None
+    assert [tensor() for tensor in loaded] == [None]

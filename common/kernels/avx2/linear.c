@@ -34,6 +34,12 @@ void pack_int8(const int8_t *weights, int8_t *packed, long num_outputs, long num
 
 static long bytes_of_panel(long num_inputs, int is_int8) { return (num_inputs + 1) / 2 * (is_int8 ? 2 : 4) * PANEL; }
 
+const bf16 *packed_row(const Weights *weights, long output, long *stride)
+{
+    *stride = 2 * PANEL;
+    return (const bf16 *)weights->packed + output / PANEL * bytes_of_panel(weights->num_inputs, 0) / 2 + output % PANEL * 2;
+}
+
 /* How many inputs are multiplied at a time: an even number, and nearly the same each time. */
 static long depth_of(int num_rows, long num_inputs)
 {

@@ -18,6 +18,14 @@ static void panel(const bf16 *x, long x_stride, const bf16 *w, long num_pairs, i
     }
 }
 
+static long size_of_panel(long num_inputs) { return (num_inputs + 31) / 32 * 32 * PANEL; }
+
+const bf16 *packed_row(const Weights *weights, long output, long *stride)
+{
+    *stride = 2 * PANEL;
+    return (const bf16 *)weights->packed + output / PANEL * size_of_panel(weights->num_inputs) + output % PANEL * 2;
+}
+
 /* Panels that follow each other, so that what is fetched ahead is mostly the task's own. */
 static long panels_per_task(const Weights *weights, int num_threads)
 {
@@ -34,7 +42,7 @@ long num_linear_tasks(const Weights *weights, long num_rows, int num_threads)
 /* The weights are filled up with zeros to whole panels and to a multiple of 32 inputs. num_rows is at most 64, num_inputs even. */
 void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task)
 {
-    long panel_size = (weights->num_inputs + 31) / 32 * 32 * PANEL, num_outputs = weights->num_outputs;
+    long panel_size = size_of_panel(weights->num_inputs), num_outputs = weights->num_outputs;
     long count = panels_per_task(weights, num_threads);
     for (long p = task * count; p < (task + 1) * count && p * PANEL < num_outputs; p++) {
         float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));

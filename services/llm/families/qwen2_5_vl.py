@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -117,10 +118,13 @@ class LanguageModel:
         self._kv_heads = shard.split_kv_heads(self.config.num_kv_heads)
         weights = Weights(checkpoint, ("model.language_model.", "lm_head."), progress)
         self._vocabulary = shard.split(self.config.vocab_size)
-        self._embedding = self._load_vocabulary(weights, "model.language_model.embed_tokens.weight")
+        embedding = self._load_vocabulary(weights, "model.language_model.embed_tokens.weight")
         self.layers = [self._load_layer(weights, i) for i in range(self.config.num_layers)]
         self.norm = self._load_norm(weights, "norm.weight")
-        self.head = Linear(self._embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight"))
+        self.head = Linear(embedding if self.config.tied else self._load_vocabulary(weights, "lm_head.weight"))
+        # Where the kernels have laid out the head's weights, these are the embedding, too: a vocabulary is large.
+        tied = self.head.packed if self.config.tied else None
+        self._rows_of_vocabulary = tied.rows if tied else partial(F.embedding, weight=embedding)
         self.num_bytes_read = weights.num_bytes_read
         half = torch.arange(self.config.head_dim // 2, device=device).float()
         self._frequencies = self.config.rope_theta ** -(2 * half / self.config.head_dim)
@@ -139,7 +143,7 @@ class LanguageModel:
         """[T, hidden]. An id outside the vocabulary is that of a placeholder, whose row is replaced later."""
         first, last = self._vocabulary
         local_ids_T = token_ids_T - first
-        x = F.embedding(local_ids_T.clamp(0, last - first - 1), self._embedding)
+        x = self._rows_of_vocabulary(local_ids_T.clamp(0, last - first - 1))
         if self._shard.world_size == 1:
             return x
         x[(local_ids_T < 0) | (local_ids_T >= last - first)] = 0
