@@ -16,7 +16,7 @@ typedef struct {
     const bf16 *norm;
     Weights head;
     long num_layers, width;
-    int num_heads, num_kv_heads, dim;
+    int num_heads, num_kv_heads, dim, is_share;
     float eps;
 } Decoder;
 
@@ -88,29 +88,47 @@ static void gate_stage(Worker *me, const bf16 *gate_up, bf16 *y, long width, lon
     for (long s; (s = next_task(me)) >= 0;) silu_mul_row(gate_up + 2 * s * width, y + s * width, width);
 }
 
-/* x [num_seqs, width] becomes the last layer's output, logits are [num_seqs, head.num_outputs]. The workspace has room for what `Scratch` holds. */
-void decode(const Decoder *decoder, const Step *step, bf16 *x, bf16 *workspace, bf16 *logits, int num_threads)
+/* What a part of a layer adds to x goes to y; both may be the same, which is then the residual, too. */
+static void attention_part(Worker *me, const Decoder *decoder, const Step *step, long i, const bf16 *x, const bf16 *residual, bf16 *y,
+                           const Scratch *made, int num_threads)
+{
+    const Layer *layer = decoder->layers + i;
+    bf16 *cache = step->cache + i * step->layer_stride;
+    norm_stage(me, decoder, layer->input_norm, x, made->normed, step->num_seqs);
+    linear_stage(me, &layer->qkv, made->normed, 0, made->qkv, step->num_seqs, num_threads);
+    store_stage(me, decoder, step, made->qkv, cache);
+    attention_stage(me, decoder, step, cache, made->qkv, made->attended);
+    linear_stage(me, &layer->o, made->attended, residual, y, step->num_seqs, num_threads);
+}
+
+static void mlp_part(Worker *me, const Decoder *decoder, const Step *step, long i, const bf16 *x, const bf16 *residual, bf16 *y,
+                     const Scratch *made, int num_threads)
+{
+    const Layer *layer = decoder->layers + i;
+    norm_stage(me, decoder, layer->mlp_norm, x, made->normed, step->num_seqs);
+    linear_stage(me, &layer->gate_up, made->normed, 0, made->gate_up, step->num_seqs, num_threads);
+    gate_stage(me, made->gate_up, made->gated, layer->down.num_inputs, step->num_seqs);
+    linear_stage(me, &layer->down, made->gated, residual, y, step->num_seqs, num_threads);
+}
+
+/* Parts `first` up to `last` of a step: attention and MLP of each layer in turn, then the head. One rank alone takes them all at once: x
+ * [num_seqs, width] becomes the last layer's output, y [num_seqs, head.num_outputs] the logits. Of several ranks each takes part by part, and y
+ * gets its share of what is to be added to x. The workspace has room for what `Scratch` holds. */
+void decode(const Decoder *decoder, const Step *step, bf16 *x, bf16 *workspace, bf16 *y, long first, long last, int num_threads)
 {
     Crew crew = {0};
-    long n = step->num_seqs;
-    Scratch made = scratch_in(workspace, decoder->layers, decoder->width, n);
+    Scratch made = scratch_in(workspace, decoder->layers, decoder->width, step->num_seqs);
+    bf16 *residual = decoder->is_share ? 0 : x, *sum = decoder->is_share ? y : x;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         Worker worker = join(&crew), *me = &worker;
-        for (long i = 0; i < decoder->num_layers; i++) {
-            const Layer *layer = decoder->layers + i;
-            bf16 *cache = step->cache + i * step->layer_stride;
-            norm_stage(me, decoder, layer->input_norm, x, made.normed, n);
-            linear_stage(me, &layer->qkv, made.normed, 0, made.qkv, n, num_threads);
-            store_stage(me, decoder, step, made.qkv, cache);
-            attention_stage(me, decoder, step, cache, made.qkv, made.attended);
-            linear_stage(me, &layer->o, made.attended, x, x, n, num_threads);
-            norm_stage(me, decoder, layer->mlp_norm, x, made.normed, n);
-            linear_stage(me, &layer->gate_up, made.normed, 0, made.gate_up, n, num_threads);
-            gate_stage(me, made.gate_up, made.gated, layer->down.num_inputs, n);
-            linear_stage(me, &layer->down, made.gated, x, x, n, num_threads);
-        }
-        norm_stage(me, decoder, decoder->norm, x, made.normed, n);
-        linear_stage(me, &decoder->head, made.normed, 0, logits, n, num_threads);
+        for (long part = first; part < last; part++)
+            if (part == 2 * decoder->num_layers) {
+                norm_stage(me, decoder, decoder->norm, x, made.normed, step->num_seqs);
+                linear_stage(me, &decoder->head, made.normed, 0, y, step->num_seqs, num_threads);
+            } else if (part % 2 == 0)
+                attention_part(me, decoder, step, part / 2, x, residual, sum, &made, num_threads);
+            else
+                mlp_part(me, decoder, step, part / 2, x, residual, sum, &made, num_threads);
     }
 }

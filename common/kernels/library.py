@@ -29,7 +29,7 @@ SIGNATURES: dict[str, list[type]] = {
     "attention": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long, *[c_int] * 5],
     "scatter": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_long],
     "decode_attention": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
-    "decode": [*[c_void_p] * 5, c_int],
+    "decode": [*[c_void_p] * 5, c_long, c_long, c_int],
 }
 
 

@@ -27,7 +27,7 @@ class Decoder(Structure):
         *((name, c_void_p) for name in ("layers", "norm")),
         ("head", Weights),
         *((name, c_long) for name in ("num_layers", "width")),
-        *((name, c_int) for name in ("num_heads", "num_kv_heads", "dim")),
+        *((name, c_int) for name in ("num_heads", "num_kv_heads", "dim", "is_share")),
         ("eps", c_float),
     ]
 

@@ -1,6 +1,7 @@
 """A step of decodes alone in one call: a kernel of ours goes through all layers, where there is one for the model.
 
-One by one the operations are over two hundred calls, between which the other threads fall asleep (figures in docs/decisions.md).
+One by one the operations are over two hundred calls, between which the other threads fall asleep (figures in docs/decisions.md). Ranks
+sum their shares twice a layer: they make two calls for each.
 """
 
 from ctypes import CDLL, addressof, byref
@@ -31,9 +32,10 @@ class FusedDecode:
             head=weights_of(model.head),
             num_layers=config.num_layers,
             width=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=model.num_local_heads,
+            num_kv_heads=model.num_local_kv_heads,
             dim=config.head_dim,
+            is_share=model.shard.world_size > 1,
             eps=config.norm_eps,
         )
         self._max_rows = min(MAX_ROWS, *(product.max_kernel_rows for product in products_of(model)))
@@ -43,9 +45,9 @@ class FusedDecode:
 
     @classmethod
     def of(cls, model: LanguageModel, kv_cache: Tensor) -> "FusedDecode | None":
-        """None where a part of the model has no kernel, or ranks must exchange what they have in the middle of a layer."""
-        kernels, config = kernels_for(kv_cache), model.config
-        if kernels is None or model.world_size > 1 or not can_attend_blocks(config.num_heads, kv_cache):
+        """None where a part of the model has no kernel."""
+        kernels = kernels_for(kv_cache)
+        if kernels is None or not can_attend_blocks(model.num_local_heads, kv_cache):
             return None
         fits = all(product.packed is not None and product.packed.kernels is kernels for product in products_of(model))
         return cls(kernels, model, kv_cache) if fits else None
@@ -60,7 +62,7 @@ class FusedDecode:
         slots, tables, contexts = (
             np.ascontiguousarray(array, np.int64) for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
         )
-        partials = new_partials(contexts, self._model.config.num_heads, self._model.config.head_dim)
+        partials = new_partials(contexts, self._model.num_local_heads, self._model.config.head_dim)
         step = structures.Step(
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
@@ -76,9 +78,21 @@ class FusedDecode:
             partials=partials.data_ptr(),
         )
         logits = x.new_empty(len(x), self._decoder.head.num_outputs)
-        addresses = (x.data_ptr(), self._workspace.data_ptr(), logits.data_ptr())
-        self._kernels.decode(byref(self._decoder), byref(step), *addresses, torch.get_num_threads())
-        return logits.float()
+        num_parts = 2 * len(self._layers)
+        if self._model.shard.world_size == 1:
+            self._compute(step, x, logits, 0, num_parts + 1)
+            return logits.float()
+        share = torch.empty_like(x)
+        for part in range(num_parts):
+            self._compute(step, x, share, part, part + 1)
+            x += self._model.shard.all_reduce(share)
+        self._compute(step, x, logits, num_parts, num_parts + 1)
+        return self._model.shard.all_gather(logits.float())
+
+    def _compute(self, step: structures.Step, x: Tensor, y: Tensor, first: int, last: int) -> None:
+        """Parts `first` up to `last`: attention and MLP of each layer in turn, then the head."""
+        addresses = (x.data_ptr(), self._workspace.data_ptr(), y.data_ptr())
+        self._kernels.decode(byref(self._decoder), byref(step), *addresses, first, last, torch.get_num_threads())
 
 
 def products_of(model: LanguageModel) -> list[Product]:

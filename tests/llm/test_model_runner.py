@@ -275,23 +275,45 @@ class ThreadGroup:
 
         return Shard(rank, len(self.parts), all_reduce, all_gather)
 
+    def run(self, run: Callable[[Shard], np.ndarray]) -> list[np.ndarray]:
+        """What each rank's call gives."""
+        found: list[np.ndarray] = [np.empty(0)] * len(self.parts)
+
+        def run_rank(rank: int) -> None:
+            found[rank] = run(self.shard(rank))
+
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_shares_of_all_ranks_make_the_whole_model(world_size: int) -> None:
     case = GoldenCase("c_gqa_tp8")
-    group = ThreadGroup(world_size)
-    logits: list[np.ndarray] = [np.empty(0)] * world_size
+    for logits in ThreadGroup(world_size).run(lambda shard: forced_logits(runner_of(case, shard=shard), case, 33)):
+        assert max_difference(logits, case.tensors["greedy_logits"]) < 1e-3
 
-    def run(rank: int) -> None:
-        logits[rank] = forced_logits(runner_of(case, shard=group.shard(rank)), case, 33)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for rank in range(world_size):
-        assert max_difference(logits[rank], case.tensors["greedy_logits"]) < 1e-3
+@pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_ranks_decode_in_calls_of_half_a_layer(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = GoldenCase("c_gqa_tp8")
+
+    is_fused: list[bool] = []
+
+    def logits_of(shard: Shard) -> np.ndarray:
+        runner = runner_of(case, torch.bfloat16, shard)
+        is_fused.append(runner._fused_decode is not None)
+        return forced_logits(runner, case, 33)
+
+    fused = ThreadGroup(world_size).run(logits_of)
+    monkeypatch.setattr(FusedDecode, "of", lambda *given: None)
+    single = ThreadGroup(world_size).run(logits_of)
+    assert len({logits.tobytes() for logits in fused + single}) == 1
+    assert is_fused == world_size * [True] + world_size * [False]
 
 
 def test_kv_bytes_are_those_of_the_cache(case: GoldenCase) -> None:

@@ -112,7 +112,7 @@ class LanguageModel:
     ) -> None:
         self.config = TextConfig.of(checkpoint)
         self.config.check_divisible(shard.world_size)
-        self.dtype, self.device, self._shard = dtype, device, shard
+        self.dtype, self.device, self.shard = dtype, device, shard
         self._product: Callable[..., Product] = Int8Linear if quantization == "int8" else Linear
         self._q_heads = shard.split(self.config.num_heads)
         self._kv_heads = shard.split_kv_heads(self.config.num_kv_heads)
@@ -132,8 +132,8 @@ class LanguageModel:
         self._components = torch.arange(3).repeat_interleave(torch.tensor(self.config.mrope_section)).to(device)
 
     @property
-    def world_size(self) -> int:
-        return self._shard.world_size
+    def num_local_heads(self) -> int:
+        return self._q_heads[1] - self._q_heads[0]
 
     @property
     def num_local_kv_heads(self) -> int:
@@ -144,10 +144,10 @@ class LanguageModel:
         first, last = self._vocabulary
         local_ids_T = token_ids_T - first
         x = self._rows_of_vocabulary(local_ids_T.clamp(0, last - first - 1))
-        if self._shard.world_size == 1:
+        if self.shard.world_size == 1:
             return x
         x[(local_ids_T < 0) | (local_ids_T >= last - first)] = 0
-        return self._shard.all_reduce(x)
+        return self.shard.all_reduce(x)
 
     def forward(self, x: Tensor, positions_3T: Tensor, attention: StepAttention, kv_cache: Tensor, sampled_rows: Tensor) -> Tensor:
         """[T, hidden] -> float32 logits [num_sampled, vocab_size]; `kv_cache` is [num_layers, 2, num_blocks, block_size, K, D]."""
@@ -159,20 +159,20 @@ class LanguageModel:
                 x, attended = x[sampled_rows], attended[sampled_rows]
             x = self._add_product(x, layer.o, attended)
             x = self._add_product(x, layer.down, silu_mul(layer.gate_up(self._normalise(x, layer.mlp_norm))))
-        return self._shard.all_gather(self.head(self._normalise(x, self.norm)).float())
+        return self.shard.all_gather(self.head(self._normalise(x, self.norm)).float())
 
     def _attend(self, layer: Layer, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: StepAttention, cache: Tensor) -> Tensor:
         """[T, hidden] -> [T, local heads * head_dim]."""
-        num_q, num_kv = self._q_heads[1] - self._q_heads[0], self.num_local_kv_heads
+        num_q, num_kv = self.num_local_heads, self.num_local_kv_heads
         qkv = layer.qkv(self._normalise(x, layer.input_norm)).view(len(x), num_q + 2 * num_kv, self.config.head_dim)
         rotate(qkv, num_q + num_kv, cos, signed_sin)
         return attention.run(qkv[:, :num_q], qkv[:, num_q : num_q + num_kv], qkv[:, num_q + num_kv :], cache)
 
     def _add_product(self, x: Tensor, linear: Product, part: Tensor) -> Tensor:
         """x and the sum of the ranks' products."""
-        if self._shard.world_size == 1:
+        if self.shard.world_size == 1:
             return linear(part, residual=x)
-        return x + self._shard.all_reduce(linear(part))
+        return x + self.shard.all_reduce(linear(part))
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.norm_eps)
@@ -188,7 +188,7 @@ class LanguageModel:
         q_rows, kv_rows = self.config.num_heads * self.config.head_dim, self.config.num_kv_heads * self.config.head_dim
         inner = self.config.intermediate_size
         q_part, kv_part = ((first * self.config.head_dim, last * self.config.head_dim) for first, last in (self._q_heads, self._kv_heads))
-        inner_part = self._shard.split(inner)
+        inner_part = self.shard.split(inner)
         qkv = (("q", q_rows, q_part), ("k", kv_rows, kv_part), ("v", kv_rows, kv_part))
 
         def part(tensor: str, shape: tuple[int, ...], dim: int, bounds: tuple[int, int]) -> Tensor:
