@@ -125,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", choices=("none", "int8"))
     parser.add_argument("--context", type=int, default=330, help="tokens that a decoding sequence has (a 448x448 image and a question)")
+    parser.add_argument("--decode-only", action="store_true", help="no prefill, no images: minutes even for 3b")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no large image")
     return parser.parse_args()
 
@@ -147,8 +148,11 @@ def main() -> None:
     num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
     runner = ModelRunner(checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization)
     timed_passes = passes.of_language(runner, TextConfig.of(checkpoint), dtype, options.context, options.quantization)
-    pictures = list(PICTURES)[: 1 if options.quick else None]
-    timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
+    if options.decode_only:
+        timed_passes = timed_passes[: len(passes.BATCHES)]
+    else:
+        pictures = list(PICTURES)[: 1 if options.quick else None]
+        timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {case.name: case for each in timed_passes for case in each.cases()}
     clock = time.thread_time if options.threads == 1 else time.perf_counter
