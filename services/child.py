@@ -28,7 +28,7 @@ TUNING = {
 """Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages; torch does not keep kernels
 for every length of prompt that ever came (docs/decisions.md)."""
 LLM_TUNING = {"GOMP_SPINCOUNT": "1000"}
-"""A decode step is over a hundred short products: its threads look for the next one for some microseconds before they sleep."""
+"""A step that is not one call of a kernel is over a hundred short products: its threads look for the next one for a while before they sleep."""
 LONG_LIFE_SECONDS = 30.0
 RELAY_SECONDS = 1.0
 """For the last words of a child that died to come through."""

@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 #include <math.h>
-#include <string.h>
 
 static long num_parts(const Paged *paged, long seq) { return (paged->contexts[seq] + PART_TOKENS - 1) / PART_TOKENS; }
 
@@ -30,14 +29,6 @@ long num_merge_tasks(const Paged *paged, long num_seqs)
     for (long s = 0; s < num_seqs; s++)
         if (num_parts(paged, s) > 1) return num_seqs * paged->num_heads;
     return 0;
-}
-
-/* To the nearest, ties to even; what is no number stays none. */
-static bf16 narrow(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 void merge_task(const Paged *paged, bf16 *y, const float *partials, long task)

@@ -4,10 +4,26 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 typedef uint16_t bf16;
+#define INLINE static inline __attribute__((always_inline))
 
 enum { MAX_DIM = 256 };
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* To the nearest, ties to even; what is no number stays none. */
+INLINE bf16 narrow(float x)
+{
+    uint32_t bits = bits_of(x);
+    return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 /* A product's weights [num_outputs, num_inputs], laid out for the kernels: bfloat16, or int8 with a scale for each output. */
 typedef struct {

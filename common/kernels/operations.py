@@ -16,7 +16,7 @@ MIN_ENTRIES_PER_THREAD = 16384
 # Keys are packed for the kernel in panels of so many.
 PANEL = 64
 MAX_HEAD_DIM = 256
-# A decode's context is divided into parts of so many tokens.
+# A decode's context is divided into parts of so many tokens, as kernels.h has it.
 PART_TOKENS = 512
 # So many query heads may share a key head.
 MAX_GROUP = 16

@@ -15,17 +15,9 @@
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 
 enum { LANES = 8, PANEL = 16, TILE_ROWS = 6, AHEAD_BYTES = 2048 };
-
-INLINE uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
 
 INLINE float float_of(uint32_t bits)
 {
@@ -35,13 +27,6 @@ INLINE float float_of(uint32_t bits)
 }
 
 INLINE float widen(bf16 x) { return float_of((uint32_t)x << 16); }
-
-/* To the nearest, ties to even; what is no number stays none. */
-INLINE bf16 narrow(float x)
-{
-    uint32_t bits = bits_of(x);
-    return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 /* 2^x: a polynomial for the fraction, nearly as exact as float32 itself; adding 1.5 * 2^23 leaves the integer in the lowest bits. */
 INLINE float power_of_two(float x)

@@ -16,7 +16,6 @@
 #error "no bfloat16 dot product"
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define LOG2_E 1.44269504f
 
 enum { LANES = 16, PANEL = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2 };
