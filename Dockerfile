@@ -20,6 +20,7 @@ COPY requirements/build.txt requirements/
 RUN pip install --require-hashes --requirement requirements/build.txt
 COPY pyproject.toml README.md ./
 COPY common common
+COPY compute compute
 COPY proto proto
 COPY services services
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
@@ -28,7 +29,8 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 FROM build AS kernels
 RUN if [ "$(uname -m)" = x86_64 ]; then apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev; fi
 COPY common common
-RUN if [ "$(uname -m)" = x86_64 ]; then PYTHONSAFEPATH= python -m common.kernels.library; fi
+COPY compute compute
+RUN if [ "$(uname -m)" = x86_64 ]; then PYTHONSAFEPATH= python -m compute.kernels.library; fi
 
 FROM build AS build-slim
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
@@ -41,7 +43,7 @@ ARG TORCH=torch==2.13.0+cpu
 RUN (pip install --no-deps "$TORCH" 2>/dev/null || pip install --no-deps "$TORCH" --extra-index-url https://download.pytorch.org/whl/cpu) \
     && cd /opt/twinlens/lib/python3.11/site-packages/torch && rm -rf include share test
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
-COPY --from=kernels /src/common/kernels /opt/twinlens/lib/python3.11/site-packages/common/kernels
+COPY --from=kernels /src/compute/kernels /opt/twinlens/lib/python3.11/site-packages/compute/kernels
 
 FROM build AS build-cuda
 COPY requirements/cuda.txt requirements/

@@ -1,4 +1,5 @@
-"""Makes checkpoints of random bfloat16 weights, complete in Hugging Face layout, so that they can be served like any other."""
+"""Makes checkpoints of random bfloat16 weights, complete in Hugging Face layout, so that they can
+be served like any other."""
 
 import json
 import shutil
@@ -42,14 +43,19 @@ class Shapes:
 SHAPES = {
     "plumbing": Shapes(320, 128, 1, 2, 1, 128, (8, 12, 12), False, 1, 64, 2, 64, (0,)),
     "mid": Shapes(32000, 896, 24, 14, 2, 4864, (8, 12, 12), False, 12, 640, 8, 1712, (2, 5, 8, 11)),
-    "3b": Shapes(151936, 2048, 36, 16, 2, 11008, (16, 24, 24), True, 32, 1280, 16, 3420, (7, 15, 23, 31)),
-    "7b": Shapes(152064, 3584, 28, 28, 4, 18944, (16, 24, 24), False, 32, 1280, 16, 3420, (7, 15, 23, 31)),
+    "3b": Shapes(
+        151936, 2048, 36, 16, 2, 11008, (16, 24, 24), True, 32, 1280, 16, 3420, (7, 15, 23, 31)
+    ),
+    "7b": Shapes(
+        152064, 3584, 28, 28, 4, 18944, (16, 24, 24), False, 32, 1280, 16, 3420, (7, 15, 23, 31)
+    ),
 }
 
 
 def make(name: str, folder: Path) -> Path:
     """The checkpoint of that name in the folder, made if it is not there yet."""
-    path, shapes = folder / name, SHAPES[name]
+    path = folder / name
+    shapes = SHAPES[name]
     if path.exists():
         return path
     unfinished = folder / f"{name}.unfinished"
@@ -93,11 +99,14 @@ def config_of(shapes: Shapes) -> dict[str, Any]:
 
 
 def tokenizer_of(shapes: Shapes) -> dict[str, Any]:
-    """The embedded model's, and a word of its own for every other token, so that equal texts are equal tokens."""
+    """The embedded model's, and a word of its own for every other token, so that equal texts are
+    equal tokens."""
     tokenizer = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())
     # Special tokens that the vocabulary does not hold would be numbered after its last word.
     special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    tokenizer["model"]["vocab"] |= special | {f"Ġw{i}": i for i in range(NUM_KNOWN_TOKENS, shapes.vocab_size)}
+    tokenizer["model"]["vocab"] |= special | {
+        f"Ġw{i}": i for i in range(NUM_KNOWN_TOKENS, shapes.vocab_size)
+    }
     return tokenizer
 
 
@@ -109,7 +118,11 @@ def write_weights(path: Path, shapes: Shapes) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files_of(shapes)):
         file = f"model-{number:05}.safetensors"
-        save_file({name: values(name, shape) for name, shape in names.items()}, path / file, {"format": "pt"})
+        save_file(
+            {name: values(name, shape) for name, shape in names.items()},
+            path / file,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(names, file)
     write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
@@ -126,29 +139,43 @@ def files_of(shapes: Shapes) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def values(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Of a size that keeps activations near one. The head's rows of bytes and special tokens are zero: no greedy answer ends early."""
+    """Of a size that keeps activations near one. The head's rows of bytes and special tokens are
+    zero: no greedy answer ends early."""
     if len(shape) == 1 and name.endswith("weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    tensor = torch.randn(shape, generator=random).mul_(0.02 if len(shape) == 1 else prod(shape[1:]) ** -0.5).bfloat16()
+    tensor = (
+        torch.randn(shape, generator=random)
+        .mul_(0.02 if len(shape) == 1 else prod(shape[1:]) ** -0.5)
+        .bfloat16()
+    )
     if name == "lm_head.weight":
         tensor[:NUM_KNOWN_TOKENS] = 0
     return tensor
 
 
 def language_tensors(shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = shapes.hidden_size, shapes.intermediate_size
+    hidden = shapes.hidden_size
+    inner = shapes.intermediate_size
     head_dim = hidden // shapes.num_heads
     yield "model.embed_tokens.weight", (shapes.vocab_size, hidden)
     for i in range(shapes.num_layers):
         layer = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}.{norm}.weight", (hidden,)
-        for x, heads in (("q", shapes.num_heads), ("k", shapes.num_kv_heads), ("v", shapes.num_kv_heads)):
+        for x, heads in (
+            ("q", shapes.num_heads),
+            ("k", shapes.num_kv_heads),
+            ("v", shapes.num_kv_heads),
+        ):
             yield f"{layer}.self_attn.{x}_proj.weight", (heads * head_dim, hidden)
             yield f"{layer}.self_attn.{x}_proj.bias", (heads * head_dim,)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, shapes.num_heads * head_dim)
-        for x, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+        for x, shape in (
+            ("gate", (inner, hidden)),
+            ("up", (inner, hidden)),
+            ("down", (hidden, inner)),
+        ):
             yield f"{layer}.mlp.{x}_proj.weight", shape
     yield "model.norm.weight", (hidden,)
     if not shapes.tied:
@@ -156,7 +183,9 @@ def language_tensors(shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def vision_tensors(shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, merged = shapes.vision_hidden_size, shapes.vision_intermediate_size, 4 * shapes.vision_hidden_size
+    hidden = shapes.vision_hidden_size
+    inner = shapes.vision_intermediate_size
+    merged = 4 * shapes.vision_hidden_size
     yield "visual.patch_embed.proj.weight", (hidden, 3, 2, 14, 14)
     for i in range(shapes.vision_depth):
         block = f"visual.blocks.{i}"

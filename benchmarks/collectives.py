@@ -1,8 +1,10 @@
-"""An all-reduce between ranks on the CPUs of one host: torch.distributed's gloo against our shared memory, side by side.
+"""An all-reduce between ranks on the CPUs of one host: torch.distributed's gloo against our shared
+memory, side by side.
 
     python -m benchmarks.collectives --tp 2
 
-Prints the median microseconds of each at the sizes of a decode step and of a prefill chunk, and a last line of JSON.
+Prints the median microseconds of each at the sizes of a decode step and of a prefill chunk, and a
+last line of JSON.
 """
 
 import argparse
@@ -23,10 +25,13 @@ SIZES = {
     "16 rows, hidden 3584": (16, 3584),
     "1024 rows, hidden 896": (1024, 896),
 }
-ROUNDS, REPEATS = 5, 40
+ROUNDS = 5
+REPEATS = 40
 
 
-def measure(rank: int, tp: int, rendezvous: str, results: "mp.SimpleQueue[dict[str, dict[str, float]]]") -> None:
+def measure(
+    rank: int, tp: int, rendezvous: str, results: "mp.SimpleQueue[dict[str, dict[str, float]]]"
+) -> None:
     torch.set_num_threads(1)
     shared = parallel.join_group(rank, tp, rendezvous, torch.device("cpu"), 1024 * 896).all_reduce
     found: dict[str, dict[str, float]] = {}
@@ -51,14 +56,19 @@ def timed(call: Callable[[], object]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tp", type=int, default=2)
     tp = parser.parse_args().tp
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, (tp, f"file://{folder}/meet", results), nprocs=tp)
     found = results.get()
-    print(f"{'all-reduce of float32':<24} {'gloo':>10} {'shared':>10}   microseconds, median of {ROUNDS * REPEATS}, {tp} ranks")
+    print(
+        f"{'all-reduce of float32':<24} {'gloo':>10} {'shared':>10}   microseconds, median of "
+        f"{ROUNDS * REPEATS}, {tp} ranks"
+    )
     for name, times in found.items():
         print(f"{name:<24} {times['gloo']:>10.0f} {times['shared memory']:>10.0f}")
     print(json.dumps({"tp": tp, "microseconds": found}))

@@ -1,11 +1,13 @@
-"""How near the engine comes to what this machine can do: decode, prefill and vision beside their own matrix products and attention.
+"""How near the engine comes to what this machine can do: decode, prefill and vision beside their
+own matrix products and attention.
 
     python -m benchmarks.engine --checkpoint mid --threads 1
 
-Everything is timed in turn, round after round in one process, so that whatever else the machine does falls on all alike. With one thread its
-CPU time is counted: what others on the same core take is no part of it. A product is timed alone on weights that are larger together than the
-last-level cache, with every kernel there is for it: torch's own, oneDNN's on packed weights, ours. Prints tables of medians, and a last line of
-JSON.
+Everything is timed in turn, round after round in one process, so that whatever else the machine
+does falls on all alike. With one thread its CPU time is counted: what others on the same core take
+is no part of it. A product is timed alone on weights that are larger together than the last-level
+cache, with every kernel there is for it: torch's own, oneDNN's on packed weights, ours. Prints
+tables of medians, and a last line of JSON.
 """
 
 import argparse
@@ -23,15 +25,16 @@ import torch
 from benchmarks import checkpoints, passes, scheduling
 from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
 from common.checkpoint import open_checkpoint
-from common.device import choose_dtype
-from common.kernels.library import bfloat16_kernels, cpu_flags
-from common.quantization import check_quantization
+from compute.device import choose_dtype
+from compute.kernels.library import bfloat16_kernels, cpu_flags
+from compute.quantization import check_quantization
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.vision.families.qwen2_5_vl import VisionTower
 
 BIG = 10**9
-ROUNDS, QUICK_ROUNDS = 7, 3
+ROUNDS = 7
+QUICK_ROUNDS = 3
 SECONDS_A_TURN = 0.05
 INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni")
 
@@ -47,8 +50,12 @@ class Measured:
 
 
 def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float]) -> Measured:
-    """Each case in turn; short ones several times a turn. The first round warms up and says how often."""
-    repeats = {name: max(1, round(SECONDS_A_TURN / timed(case.run, 1, clock))) for name, case in cases.items()}
+    """Each case in turn; short ones several times a turn. The first round warms up and says how
+    often."""
+    repeats = {
+        name: max(1, round(SECONDS_A_TURN / timed(case.run, 1, clock)))
+        for name, case in cases.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
@@ -69,17 +76,28 @@ def report_kernels(measured: Measured, timed_passes: list[Pass]) -> None:
     for part in {part.name: part for each in timed_passes for part in each.parts}.values():
         for kernel in part.kernels:
             seconds = measured.median(f"{part.name}/{kernel}")
-            gigabytes, gigaflops = (amount / seconds / BIG for amount in (part.num_bytes, part.num_flops))
-            print(f"{part.name:44} {kernel:8} {seconds * 1e3:9.3f} {gigabytes:7.1f} {gigaflops:8.0f}")
+            gigabytes, gigaflops = (
+                amount / seconds / BIG for amount in (part.num_bytes, part.num_flops)
+            )
+            print(
+                f"{part.name:44} {kernel:8} {seconds * 1e3:9.3f} {gigabytes:7.1f} {gigaflops:8.0f}"
+            )
 
 
 def summary(measured: Measured, each: Pass, bandwidth: float) -> dict[str, float]:
-    """What the pass takes, and of that what its calls take alone: the fastest kernels, and those that the engine uses."""
+    """What the pass takes, and of that what its calls take alone: the fastest kernels, and those
+    that the engine uses."""
     whole = measured.median(each.name)
-    best = sum(part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels) for part in each.parts)
+    best = sum(
+        part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels)
+        for part in each.parts
+    )
     used = sum(part.count * measured.median(f"{part.name}/{part.used}") for part in each.parts)
     linears = [part for part in each.parts if part.is_linear]
-    limit = sum(part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels) for part in linears)
+    limit = sum(
+        part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels)
+        for part in linears
+    )
     weights = sum(part.count * part.num_bytes for part in linears)
     return {
         "ms": round(whole * 1e3, 2),
@@ -90,18 +108,37 @@ def summary(measured: Measured, each: Pass, bandwidth: float) -> dict[str, float
     }
 
 
-def report(measured: Measured, timed_passes: list[Pass], bandwidth: float) -> dict[str, dict[str, float]]:
+def report(
+    measured: Measured, timed_passes: list[Pass], bandwidth: float
+) -> dict[str, dict[str, float]]:
     found = {each.name: summary(measured, each, bandwidth) for each in timed_passes}
     print(f"\n{'pass':28} {'ms':>9}   share of it that is taken by")
-    print(f"{'':28} {'':>9} {'products':>10} {'and attention':>14} {'as used':>9} {'reading the weights once':>25}")
+    print(
+        f"{'':28} {'':>9} {'products':>10} {'and attention':>14} {'as used':>9} "
+        f"{'reading the weights once':>25}"
+    )
     for name, values in found.items():
-        shares = [values[key] for key in ("products_at_best_share", "calls_at_best_share", "calls_as_used_share", "read_bandwidth_share")]
-        print(f"{name:28} {values['ms']:9.2f} {shares[0]:10.1%} {shares[1]:14.1%} {shares[2]:9.1%} {shares[3]:25.1%}")
+        shares = [
+            values[key]
+            for key in (
+                "products_at_best_share",
+                "calls_at_best_share",
+                "calls_as_used_share",
+                "read_bandwidth_share",
+            )
+        ]
+        print(
+            f"{name:28} {values['ms']:9.2f} {shares[0]:10.1%} {shares[1]:14.1%} {shares[2]:9.1%} "
+            f"{shares[3]:25.1%}"
+        )
     return found
 
 
 def machine() -> dict[str, object]:
-    model = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
@@ -118,14 +155,32 @@ def cpuinfo() -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="mid", help="mid, 3b (made where they are not there yet), or a model directory")
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "twinlens" / "checkpoints", help="where they are made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="mid",
+        help="mid, 3b (made where they are not there yet), or a model directory",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path.home() / ".cache" / "twinlens" / "checkpoints",
+        help="where they are made",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", choices=("none", "int8"))
-    parser.add_argument("--context", type=int, default=330, help="tokens that a decoding sequence has (a 448x448 image and a question)")
-    parser.add_argument("--decode-only", action="store_true", help="no prefill, no images: minutes even for 3b")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=330,
+        help="tokens that a decoding sequence has (a 448x448 image and a question)",
+    )
+    parser.add_argument(
+        "--decode-only", action="store_true", help="no prefill, no images: minutes even for 3b"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no large image")
     return parser.parse_args()
 
@@ -135,38 +190,62 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     made = options.checkpoint in checkpoints.SHAPES
-    checkpoint = open_checkpoint(checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint)
+    checkpoint = open_checkpoint(
+        checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint
+    )
     dtype = choose_dtype(options.dtype, CPU, checkpoint)
     check_quantization(options.quantization, CPU, dtype)
     conditions = (
         machine()
         | {"quantization": options.quantization}
-        | {"checkpoint": checkpoint.name, "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
+        | {
+            "checkpoint": checkpoint.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": options.threads,
+        }
     )
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
-    num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
-    runner = ModelRunner(checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization)
-    timed_passes = passes.of_language(runner, TextConfig.of(checkpoint), dtype, options.context, options.quantization)
+    num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (
+        options.context // BLOCK_SIZE + 4
+    )
+    runner = ModelRunner(
+        checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization
+    )
+    timed_passes = passes.of_language(
+        runner, TextConfig.of(checkpoint), dtype, options.context, options.quantization
+    )
     if options.decode_only:
         timed_passes = timed_passes[: len(passes.BATCHES)]
     else:
         pictures = list(PICTURES)[: 1 if options.quick else None]
         timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
-    cases = {"read": passes.reading(num_bytes)} | {case.name: case for each in timed_passes for case in each.cases()}
+    cases = {"read": passes.reading(num_bytes)} | {
+        case.name: case for each in timed_passes for case in each.cases()
+    }
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     measured = measure(cases, QUICK_ROUNDS if options.quick else ROUNDS, clock)
 
     bandwidth = num_bytes / measured.median("read")
     report_kernels(measured, timed_passes)
     print(
-        f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best {num_bytes / min(measured.seconds['read']) / BIG:.1f})"
+        f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best "
+        f"{num_bytes / min(measured.seconds['read']) / BIG:.1f})"
     )
     found = report(measured, timed_passes, bandwidth)
     overhead = scheduling.overhead(runner, checkpoint, num_blocks, BLOCK_SIZE, options.context)
     print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
-    print(json.dumps(conditions | {"read_gb_per_s": round(bandwidth / BIG, 2), "passes": found, "scheduling_overhead": round(overhead, 4)}))
+    print(
+        json.dumps(
+            conditions
+            | {
+                "read_gb_per_s": round(bandwidth / BIG, 2),
+                "passes": found,
+                "scheduling_overhead": round(overhead, 4),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How near the engine comes to what a CUDA device can do: decode beside its memory bandwidth, prefill and vision beside its matrix rate.
+"""How near the engine comes to what a CUDA device can do: decode beside its memory bandwidth,
+prefill and vision beside its matrix rate.
 
     python -m benchmarks.gpu --checkpoint 7b
 
-The limits are measured in the same run: the best rate of reading and of copying a large buffer, and of a product of large bfloat16
-matrices. Prints a table of medians, and a last line of JSON.
+The limits are measured in the same run: the best rate of reading and of copying a large buffer, and
+of a product of large bfloat16 matrices. Prints a table of medians, and a last line of JSON.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from common.checkpoint import Checkpoint, canonical_name, open_checkpoint
 from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.families.qwen2_5_vl import TextConfig
-from services.llm.plan import StepPlan
-from services.vision.cuda_graphs import GraphedVisionTower
+from services.llm.step_plan import StepPlan
 from services.vision.families.qwen2_5_vl import VisionConfig
+from services.vision.graphed_tower import GraphedVisionTower
 
 DTYPE = torch.bfloat16
-ROUNDS, WARM_UPS = 20, 3
+ROUNDS = 20
+WARM_UPS = 3
 DECODE_CONTEXT = 512
 DECODE_BATCHES = {1: 0.80, 32: 0.65}
 """Sequences of a step, and the share of the limit that is wanted."""
@@ -72,7 +74,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure_limits(device: torch.device, buffer_bytes: int = BUFFER_BYTES, matrix_size: int = MATRIX_SIZE) -> Limits:
+def measure_limits(
+    device: torch.device, buffer_bytes: int = BUFFER_BYTES, matrix_size: int = MATRIX_SIZE
+) -> Limits:
     buffer = torch.zeros(buffer_bytes // 4, device=device)
     target = torch.empty_like(buffer)
     reading = buffer_bytes / median_seconds(buffer.sum)
@@ -82,7 +86,8 @@ def measure_limits(device: torch.device, buffer_bytes: int = BUFFER_BYTES, matri
 
 
 def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> StepPlan:
-    """Sequences that have `context_len` tokens each after the step, in blocks that follow one another."""
+    """Sequences that have `context_len` tokens each after the step, in blocks that follow one
+    another."""
     lens = np.array(list(query_lens), np.int64)
     num_blocks = -(-context_len // block_size)
     tables = np.arange(len(lens) * num_blocks).reshape(len(lens), num_blocks)
@@ -103,11 +108,14 @@ def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> Ste
 def num_values(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> int:
     """Entries of the matrices whose names begin so."""
     tensors = ((canonical_name(name), info.shape) for name, info in checkpoint.tensors.items())
-    return sum(math.prod(shape) for name, shape in tensors if name.startswith(prefixes) and len(shape) > 1)
+    return sum(
+        math.prod(shape) for name, shape in tensors if name.startswith(prefixes) and len(shape) > 1
+    )
 
 
 def decode_bytes(checkpoint: Checkpoint, batch: int, context_len: int) -> int:
-    """What a decode step must read: every matrix of layers and head once, and the keys and values of each sequence."""
+    """What a decode step must read: every matrix of layers and head once, and the keys and values
+    of each sequence."""
     head = "model.language_model.embed_tokens." if TextConfig.of(checkpoint).tied else "lm_head."
     weights = num_values(checkpoint, ("model.language_model.layers.", head)) * DTYPE.itemsize
     return weights + batch * context_len * CudaModelRunner.kv_bytes_per_block(checkpoint, DTYPE, 1)
@@ -123,17 +131,36 @@ def prefill_operations(checkpoint: Checkpoint, num_tokens: int) -> int:
 def vision_operations(checkpoint: Checkpoint, num_patches: int) -> int:
     """The taps of the patch embedding are summed, so that half of them is computed."""
     config = VisionConfig.of(checkpoint)
-    num_full, window = len(config.fullatt_block_indexes), (config.window_size // config.patch_size) ** 2
-    attention = 4 * num_patches * config.hidden_size * (num_full * num_patches + (config.depth - num_full) * window)
-    blocks, merger, embed = (num_values(checkpoint, (f"model.visual.{part}",)) for part in ("blocks.", "merger.", "patch_embed."))
-    return 2 * num_patches * (blocks + embed // config.temporal_patch_size) + 2 * num_patches // config.merge_unit * merger + attention
+    num_full = len(config.fullatt_block_indexes)
+    window = (config.window_size // config.patch_size) ** 2
+    attention = (
+        4
+        * num_patches
+        * config.hidden_size
+        * (num_full * num_patches + (config.depth - num_full) * window)
+    )
+    blocks, merger, embed = (
+        num_values(checkpoint, (f"model.visual.{part}",))
+        for part in ("blocks.", "merger.", "patch_embed.")
+    )
+    return (
+        2 * num_patches * (blocks + embed // config.temporal_patch_size)
+        + 2 * num_patches // config.merge_unit * merger
+        + attention
+    )
 
 
-def of_language(checkpoint: Checkpoint, device: torch.device, limits: Limits, block_size: int = PAGE_TOKENS) -> list[Row]:
-    """A step with the choice of each sequence's best token, which the host waits for as it does when it serves."""
-    batches, longest = DECODE_BATCHES, max(PREFILLS)
+def of_language(
+    checkpoint: Checkpoint, device: torch.device, limits: Limits, block_size: int = PAGE_TOKENS
+) -> list[Row]:
+    """A step with the choice of each sequence's best token, which the host waits for as it does
+    when it serves."""
+    batches = DECODE_BATCHES
+    longest = max(PREFILLS)
     num_blocks = max(max(batches) * -(-DECODE_CONTEXT // block_size), -(-longest // block_size))
-    runner = CudaModelRunner(checkpoint, DTYPE, device, num_blocks, block_size, max_num_seqs=max(batches))
+    runner = CudaModelRunner(
+        checkpoint, DTYPE, device, num_blocks, block_size, max_num_seqs=max(batches)
+    )
 
     def seconds(plan: StepPlan) -> float:
         return median_seconds(lambda: runner.execute(plan, []).argmax(-1).tolist())
@@ -142,19 +169,41 @@ def of_language(checkpoint: Checkpoint, device: torch.device, limits: Limits, bl
     for batch, wanted in batches.items():
         taken = seconds(plan_of([1] * batch, DECODE_CONTEXT, block_size))
         least = decode_bytes(checkpoint, batch, DECODE_CONTEXT) / limits.bytes_per_second
-        rows.append(Row(f"decode, batch {batch}, {DECODE_CONTEXT} tokens of context", taken, least / taken, "memory", wanted))
+        rows.append(
+            Row(
+                f"decode, batch {batch}, {DECODE_CONTEXT} tokens of context",
+                taken,
+                least / taken,
+                "memory",
+                wanted,
+            )
+        )
     for num_tokens in PREFILLS:
         taken = seconds(plan_of([num_tokens], num_tokens, block_size))
         least = prefill_operations(checkpoint, num_tokens) / limits.operations_per_second
-        rows.append(Row(f"prefill of {num_tokens} tokens", taken, least / taken, "products", WANTED_OF_MATRIX_RATE))
+        rows.append(
+            Row(
+                f"prefill of {num_tokens} tokens",
+                taken,
+                least / taken,
+                "products",
+                WANTED_OF_MATRIX_RATE,
+            )
+        )
     return rows
 
 
 def of_vision(checkpoint: Checkpoint, device: torch.device, limits: Limits) -> list[Row]:
     """From pixels on the host to embeddings on the host. The warm-up captures the grid."""
-    tower, rows = GraphedVisionTower(checkpoint, DTYPE, device), []
+    tower = GraphedVisionTower(checkpoint, DTYPE, device)
+    rows = []
     for name, grid in PICTURES.items():
-        patches = torch.randint(0, 256, (math.prod(grid), 3 * VisionConfig.of(checkpoint).patch_size ** 2), dtype=torch.uint8)
+        patches = torch.randint(
+            0,
+            256,
+            (math.prod(grid), 3 * VisionConfig.of(checkpoint).patch_size ** 2),
+            dtype=torch.uint8,
+        )
         taken = median_seconds(lambda patches=patches, grid=grid: tower.encode(patches, grid).cpu())
         least = vision_operations(checkpoint, len(patches)) / limits.operations_per_second
         rows.append(Row(f"vision, {name}", taken, least / taken, "products", WANTED_OF_MATRIX_RATE))
@@ -163,10 +212,16 @@ def of_vision(checkpoint: Checkpoint, device: torch.device, limits: Limits) -> l
 
 def report(limits: Limits, rows: list[Row], device_name: str, memory_bytes: int) -> None:
     print(f"{device_name}, torch {torch.__version__}, {DTYPE}")
-    print(f"memory {limits.bytes_per_second / 1e9:.0f} GB/s, products {limits.operations_per_second / 1e12:.0f} TFLOPS")
+    print(
+        f"memory {limits.bytes_per_second / 1e9:.0f} GB/s, products "
+        f"{limits.operations_per_second / 1e12:.0f} TFLOPS"
+    )
     print(f"\n{'':44} {'ms':>9} {'of the limit':>13} {'wanted':>8}")
     for row in rows:
-        print(f"{row.case:44} {row.seconds * 1e3:9.2f} {row.share:7.1%} {row.limited_by:>8} {row.wanted:6.0%}")
+        print(
+            f"{row.case:44} {row.seconds * 1e3:9.2f} {row.share:7.1%} {row.limited_by:>8} "
+            f"{row.wanted:6.0%}"
+        )
     print(f"\nmost memory in use: {memory_bytes / 1e9:.1f} GB")
     print(
         json.dumps(
@@ -178,19 +233,34 @@ def report(limits: Limits, rows: list[Row], device_name: str, memory_bytes: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="7b", help="mid, 3b, 7b (made where they are not there yet), or a model directory")
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "twinlens" / "checkpoints", help="where they are made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="7b",
+        help="mid, 3b, 7b (made where they are not there yet), or a model directory",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path.home() / ".cache" / "twinlens" / "checkpoints",
+        help="where they are made",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here: nothing was measured")
     device = torch.device("cuda")
     made = options.checkpoint in checkpoints.SHAPES
-    checkpoint = open_checkpoint(checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint)
+    checkpoint = open_checkpoint(
+        checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint
+    )
     limits = measure_limits(device)
     torch.cuda.empty_cache()
     rows = of_language(checkpoint, device, limits) + of_vision(checkpoint, device, limits)
-    report(limits, rows, torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device))
+    report(
+        limits, rows, torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    )
 
 
 if __name__ == "__main__":

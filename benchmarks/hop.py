@@ -1,10 +1,12 @@
-"""What the hop of an image's embeddings costs beside a bare ZeroMQ send of the same bytes over the same transport.
+"""What the hop of an image's embeddings costs beside a bare ZeroMQ send of the same bytes over the
+same transport.
 
     python -m benchmarks.hop
 
-A sender and a receiver process, as vision and language group are: Links to Links with a typed message, and DEALER to ROUTER with two
-frames. One message is under way at a time, both ways in turn; times are from before the call to `send` until the receiver's work loop has
-it, on the clock that both processes share. What the receiver checks is timed apart.
+A sender and a receiver process, as vision and language group are: Links to Links with a typed
+message, and DEALER to ROUTER with two frames. One message is under way at a time, both ways in
+turn; times are from before the call to `send` until the receiver's work loop has it, on the clock
+that both processes share. What the receiver checks is timed apart.
 """
 
 import argparse
@@ -22,17 +24,19 @@ from typing import Any
 import numpy as np
 import zmq
 
-from common.events import Received, Up
+from common.events import PeerUp, Received
 from common.hello import hello
 from common.links import Links
 from common.messages import Embeddings, Peer, VisionToLlm
 from common.wire import Tensor, decode, encode
 
-ROWS, COLUMNS = 1280, 3584
+ROWS = 1280
+COLUMNS = 3584
 """A large image in a 7B model: 9.2 MB in bfloat16."""
 NUM_BUFFERS = 4
 CLOCK = time.CLOCK_MONOTONIC
-ROUNDS, WARM_UP_ROUNDS = 200, 20
+ROUNDS = 200
+WARM_UP_ROUNDS = 20
 
 
 def message(buffer: np.ndarray) -> Embeddings:
@@ -70,11 +74,17 @@ class Receiver:
 class Sender:
     """Starts the receiver; `hop` gives the seconds that one message took."""
 
-    def __init__(self, way: str, listen: str, send: Callable[[str], Callable[[np.ndarray], object]]) -> None:
+    def __init__(
+        self, way: str, listen: str, send: Callable[[str], Callable[[np.ndarray], object]]
+    ) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--receive", way, "--listen", listen]
         self._receiver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._buffers = [np.random.default_rng(n).integers(0, 256, 2 * ROWS * COLUMNS, np.uint8) for n in range(NUM_BUFFERS)]
-        self._send, self._turn = send(self._line()), 0
+        self._buffers = [
+            np.random.default_rng(n).integers(0, 256, 2 * ROWS * COLUMNS, np.uint8)
+            for n in range(NUM_BUFFERS)
+        ]
+        self._send = send(self._line())
+        self._turn = 0
 
     def hop(self) -> float:
         self._turn += 1
@@ -97,7 +107,7 @@ def send_by_links(address: str) -> Callable[[np.ndarray], object]:
     links = Links(hello("sender", "vision"), "", "", events.put)
     links.connect(Peer("receiver", address), "llm")
     up = events.get(timeout=10)
-    assert isinstance(up, Up), up
+    assert isinstance(up, PeerUp), up
     return lambda buffer: links.send("receiver", message(buffer))
 
 
@@ -109,7 +119,10 @@ def send_plain(address: str) -> Callable[[np.ndarray], object]:
 
 def measure(listen: tuple[str, str], rounds: int) -> dict[str, float]:
     """Median seconds of both ways, each in turn."""
-    ways = {"links": Sender("by_links", listen[0], send_by_links), "plain": Sender("plain", listen[1], send_plain)}
+    ways = {
+        "links": Sender("by_links", listen[0], send_by_links),
+        "plain": Sender("plain", listen[1], send_plain),
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     try:
         for _ in range(rounds + WARM_UP_ROUNDS):
@@ -122,7 +135,8 @@ def measure(listen: tuple[str, str], rounds: int) -> dict[str, float]:
 
 
 def check_seconds(rounds: int = 50) -> dict[str, float]:
-    """Of the receiver's checks: the message against its type, and every element for being a number."""
+    """Of the receiver's checks: the message against its type, and every element for being a
+    number."""
     import torch
 
     frames = encode(message(np.ones(2 * ROWS * COLUMNS, np.uint8)))
@@ -132,7 +146,10 @@ def check_seconds(rounds: int = 50) -> dict[str, float]:
         "decode": lambda: decode(frames, VisionToLlm),
         "finite": lambda: [bool(bound.isfinite()) for bound in torch.aminmax(embeddings)],
     }
-    return {name: statistics.median(timed(check) for _ in range(rounds)) for name, check in checks.items()}
+    return {
+        name: statistics.median(timed(check) for _ in range(rounds))
+        for name, check in checks.items()
+    }
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -144,12 +161,17 @@ def timed(run: Callable[[], object]) -> float:
 def compare(rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"megabytes": round(2 * ROWS * COLUMNS / 1e6, 1)}
     with tempfile.TemporaryDirectory() as folder:
-        transports = {"ipc": (f"ipc://{folder}/links", f"ipc://{folder}/plain"), "tcp": ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*")}
+        transports = {
+            "ipc": (f"ipc://{folder}/links", f"ipc://{folder}/plain"),
+            "tcp": ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
+        }
         for name, listen in transports.items():
             seconds = measure(listen, rounds)
             found[name] = {f"{way}_ms": round(1e3 * taken, 3) for way, taken in seconds.items()}
             found[name]["ratio"] = round(seconds["links"] / seconds["plain"], 2)
-    found["checks_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in check_seconds().items()}
+    found["checks_ms"] = {
+        name: round(1e3 * seconds, 3) for name, seconds in check_seconds().items()
+    }
     return found
 
 
@@ -157,12 +179,22 @@ def show(found: dict[str, Any]) -> None:
     print(f"\nhop of {found['megabytes']} MB of embeddings, median ms")
     print(f"{'transport':10} {'links':>8} {'plain':>8} {'ratio':>7}")
     for name in ("ipc", "tcp"):
-        print(f"{name:10} {found[name]['links_ms']:8.2f} {found[name]['plain_ms']:8.2f} {found[name]['ratio']:7.2f}")
-    print("checks:", ", ".join(f"{name} {milliseconds:.3f}" for name, milliseconds in found["checks_ms"].items()))
+        print(
+            f"{name:10} {found[name]['links_ms']:8.2f} {found[name]['plain_ms']:8.2f} "
+            f"{found[name]['ratio']:7.2f}"
+        )
+    print(
+        "checks:",
+        ", ".join(
+            f"{name} {milliseconds:.3f}" for name, milliseconds in found["checks_ms"].items()
+        ),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--receive", choices=("by_links", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--listen", help=argparse.SUPPRESS)

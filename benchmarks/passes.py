@@ -1,4 +1,5 @@
-"""What benchmarks/engine.py times: the engine's passes, and each pass's matrix products and attention calls alone."""
+"""What benchmarks/engine.py times: the engine's passes, and each pass's matrix products and
+attention calls alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.operations import attention, attention_by_torch, kernels_for
-from common.linear import Linear, can_pack
-from common.quantization import Int8Linear
+from compute.kernels.operations import attention, attention_by_torch, kernels_for
+from compute.linear import Linear, can_pack
+from compute.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 from services.vision.families.qwen2_5_vl import VisionConfig, VisionTower, window_order
 
 CPU = torch.device("cpu")
@@ -39,7 +40,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A kind of call that a pass makes `count` times; each of `kernels` makes it `calls` times when it runs."""
+    """A kind of call that a pass makes `count` times; each of `kernels` makes it `calls` times when
+    it runs."""
 
     name: str
     count: int
@@ -70,11 +72,17 @@ def reading(num_bytes: int) -> Case:
 
 
 @cache
-def weights_of(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Linear]]:
-    """So many of one shape that a kernel that goes through them reads memory, plain and laid out."""
+def weights_of(
+    num_outputs: int, num_inputs: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Linear]]:
+    """So many of one shape that a kernel that goes through them reads memory, plain and laid
+    out."""
     count = ceil(WEIGHTS_BYTES / (num_outputs * num_inputs * dtype.itemsize))
     random = torch.Generator().manual_seed(num_outputs)
-    plain = [torch.randn(num_outputs, num_inputs, generator=random).mul_(num_inputs**-0.5).to(dtype) for _ in range(count)]
+    plain = [
+        torch.randn(num_outputs, num_inputs, generator=random).mul_(num_inputs**-0.5).to(dtype)
+        for _ in range(count)
+    ]
     return plain, [Linear(weight) for weight in plain]
 
 
@@ -85,58 +93,120 @@ def int8_weights_of(num_outputs: int, num_inputs: int) -> list[Int8Linear]:
 
 
 def linear_part(
-    label: str, count: int, num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, quantization: str = "none"
+    label: str,
+    count: int,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    quantization: str = "none",
 ) -> Part:
     plain, laid_out = weights_of(num_outputs, num_inputs, dtype)
     if num_rows > MAX_STREAMING_ROWS:
-        plain, laid_out = plain[:1], laid_out[:1]
+        plain = plain[:1]
+        laid_out = laid_out[:1]
     x = torch.randn(num_rows, num_inputs).to(dtype)
     kernels: dict[str, Callable[[], object]] = {}
     if can_pack(dtype):
         used = "oneDNN"
-        kernels |= {"torch": lambda: [F.linear(x, weight) for weight in plain], used: lambda: [linear.by_onednn(x) for linear in laid_out]}
+        kernels |= {
+            "torch": lambda: [F.linear(x, weight) for weight in plain],
+            used: lambda: [linear.by_onednn(x) for linear in laid_out],
+        }
     else:
-        # torch emulates the dtype so slowly that it tells nothing about the machine: oneDNN's float32 does.
-        used, wide_x, wide = "float32", x.float(), weights_of(num_outputs, num_inputs, torch.float32)[1][: len(plain)]
+        # torch emulates the dtype so slowly that it tells nothing about the machine: oneDNN's
+        # float32 does.
+        used = "float32"
+        wide_x = x.float()
+        wide = weights_of(num_outputs, num_inputs, torch.float32)[1][: len(plain)]
         # There are fewer of them in as many bytes.
-        kernels[used] = lambda: [linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))]
+        kernels[used] = lambda: [
+            linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))
+        ]
     if num_rows <= laid_out[0].max_kernel_rows:
         used = "ours"
         kernels[used] = lambda: [linear(x) for linear in laid_out]
-    calls, size, itemsize = len(plain), num_outputs * num_inputs, dtype.itemsize
+    calls = len(plain)
+    size = num_outputs * num_inputs
+    itemsize = dtype.itemsize
     if quantization == "int8":
-        used, itemsize, quantized = "int8", 1, int8_weights_of(num_outputs, num_inputs)[: len(plain)]
+        used = "int8"
+        itemsize = 1
+        quantized = int8_weights_of(num_outputs, num_inputs)[: len(plain)]
         kernels = {used: lambda: [linear(x) for linear in quantized]}
     name = f"{label} {num_rows} x {num_inputs} -> {num_outputs}"
-    return Part(name, count, kernels, used, calls, size * itemsize, 2 * num_rows * size, is_linear=True)
+    return Part(
+        name, count, kernels, used, calls, size * itemsize, 2 * num_rows * size, is_linear=True
+    )
 
 
 def attention_part(
-    label: str, count: int, num_seqs: int, length: int, num_heads: int, num_kv_heads: int, dim: int, dtype: torch.dtype, causal: bool
+    label: str,
+    count: int,
+    num_seqs: int,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
 ) -> Part:
-    q, k, v = torch.randn(num_seqs * length, num_heads + 2 * num_kv_heads, dim).to(dtype).split((num_heads, num_kv_heads, num_kv_heads), 1)
+    q, k, v = (
+        torch.randn(num_seqs * length, num_heads + 2 * num_kv_heads, dim)
+        .to(dtype)
+        .split((num_heads, num_kv_heads, num_kv_heads), 1)
+    )
     torch_dtype = dtype if can_pack(dtype) else torch.float32
     given = [tensor.to(torch_dtype) for tensor in (q, k, v)]
-    kernels: dict[str, Callable[[], object]] = {"torch": lambda: attention_by_torch(*given, num_seqs, causal)}
+    kernels: dict[str, Callable[[], object]] = {
+        "torch": lambda: attention_by_torch(*given, num_seqs, causal)
+    }
     if kernels_for(q) is not None:
         kernels["ours"] = lambda: attention(q, k, v, num_seqs, causal)
     num_flops = 4 * num_seqs * num_heads * length**2 * dim // (2 if causal else 1)
     name = f"{label} {num_seqs} x {length}, {num_heads} heads of {dim}"
-    return Part(name, count, kernels, list(kernels)[-1], 1, 2 * k.numel() * dtype.itemsize, num_flops, is_linear=False)
+    return Part(
+        name,
+        count,
+        kernels,
+        list(kernels)[-1],
+        1,
+        2 * k.numel() * dtype.itemsize,
+        num_flops,
+        is_linear=False,
+    )
 
 
-def decode_attention_part(runner: ModelRunner, plan: StepPlan, config: TextConfig, dtype: torch.dtype) -> Part:
-    kv_cache, step = runner._kv_cache, GatheredAttention(plan, BLOCK_SIZE, dtype, CPU)
-    qkv = torch.randn(plan.num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim).to(dtype)
+def decode_attention_part(
+    runner: ModelRunner, plan: StepPlan, config: TextConfig, dtype: torch.dtype
+) -> Part:
+    kv_cache = runner._kv_cache
+    step = GatheredAttention(plan, BLOCK_SIZE, dtype, CPU)
+    qkv = torch.randn(
+        plan.num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim
+    ).to(dtype)
     q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
-    kernels: dict[str, Callable[[], object]] = {"used": lambda: [step.run(q, k, v, layer) for layer in kv_cache]}
+    kernels: dict[str, Callable[[], object]] = {
+        "used": lambda: [step.run(q, k, v, layer) for layer in kv_cache]
+    }
     num_entries = 2 * int(plan.context_lens.sum()) * config.num_kv_heads * config.head_dim
     num_flops = num_entries * 2 * config.num_heads // config.num_kv_heads
     name = f"attention {plan.num_tokens} x 1 of {int(plan.context_lens[0])}"
-    return Part(name, config.num_layers, kernels, "used", config.num_layers, num_entries * dtype.itemsize, num_flops, is_linear=False)
+    return Part(
+        name,
+        config.num_layers,
+        kernels,
+        "used",
+        config.num_layers,
+        num_entries * dtype.itemsize,
+        num_flops,
+        is_linear=False,
+    )
 
 
-def of_language(runner: ModelRunner, config: TextConfig, dtype: torch.dtype, context: int, quantization: str) -> list[Pass]:
+def of_language(
+    runner: ModelRunner, config: TextConfig, dtype: torch.dtype, context: int, quantization: str
+) -> list[Pass]:
     found = []
     for batch in BATCHES:
         plan = plan_of([1] * batch, [context] * batch)
@@ -148,22 +218,44 @@ def of_language(runner: ModelRunner, config: TextConfig, dtype: torch.dtype, con
     plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS])
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     parts = decoder_parts(config, config.num_layers - 1, PROMPT_TOKENS, 1, dtype, quantization)
-    parts.append(attention_part("attention", config.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True))
-    return [*found, Pass(f"prefill of {PROMPT_TOKENS} tokens", partial(runner.execute, plan, []), parts)]
+    parts.append(
+        attention_part("attention", config.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True)
+    )
+    return [
+        *found,
+        Pass(f"prefill of {PROMPT_TOKENS} tokens", partial(runner.execute, plan, []), parts),
+    ]
 
 
 def decoder_parts(
-    config: TextConfig, num_whole_layers: int, num_rows: int, num_sampled: int, dtype: torch.dtype, quantization: str
+    config: TextConfig,
+    num_whole_layers: int,
+    num_rows: int,
+    num_sampled: int,
+    dtype: torch.dtype,
+    quantization: str,
 ) -> list[Part]:
     """In the last layer nothing but its attention needs the rows whose logits nobody wants."""
-    hidden, q_size, inner = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
-    after_attention = (("o", hidden, q_size), ("gate and up", 2 * inner, hidden), ("down", hidden, inner))
+    hidden = config.hidden_size
+    q_size = config.num_heads * config.head_dim
+    inner = config.intermediate_size
+    after_attention = (
+        ("o", hidden, q_size),
+        ("gate and up", 2 * inner, hidden),
+        ("down", hidden, inner),
+    )
     qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
     parts = [linear_part("qkv", config.num_layers, num_rows, qkv_size, hidden, dtype, quantization)]
-    parts += [linear_part(label, num_whole_layers, num_rows, n, k, dtype, quantization) for label, n, k in after_attention]
+    parts += [
+        linear_part(label, num_whole_layers, num_rows, n, k, dtype, quantization)
+        for label, n, k in after_attention
+    ]
     if num_whole_layers < config.num_layers:
         last = config.num_layers - num_whole_layers
-        parts += [linear_part(label, last, num_sampled, n, k, dtype, quantization) for label, n, k in after_attention]
+        parts += [
+            linear_part(label, last, num_sampled, n, k, dtype, quantization)
+            for label, n, k in after_attention
+        ]
     return [*parts, linear_part("head", 1, num_sampled, config.vocab_size, hidden, dtype)]
 
 
@@ -171,15 +263,21 @@ def of_vision(tower: VisionTower, dtype: torch.dtype, pictures: list[str]) -> li
     found = []
     for name in pictures:
         height, width = PICTURES[name]
-        patches = torch.randint(0, 256, (height * width, 3 * tower.config.patch_size**2), dtype=torch.uint8)
+        patches = torch.randint(
+            0, 256, (height * width, 3 * tower.config.patch_size**2), dtype=torch.uint8
+        )
         run = partial(tower.encode, patches, (1, height, width))
-        found.append(Pass(f"vision encode of {name}", run, vision_parts(tower, height, width, dtype)))
+        found.append(
+            Pass(f"vision encode of {name}", run, vision_parts(tower, height, width, dtype))
+        )
     return found
 
 
 def vision_parts(tower: VisionTower, height: int, width: int, dtype: torch.dtype) -> list[Part]:
     c: VisionConfig = tower.config
-    rows, merged, num_full = height * width, c.hidden_size * c.merge_unit, len(c.fullatt_block_indexes)
+    rows = height * width
+    merged = c.hidden_size * c.merge_unit
+    num_full = len(c.fullatt_block_indexes)
     shapes = (
         ("patches", 1, rows, c.hidden_size, c.num_channels * c.patch_size**2),
         ("vision qkv", c.depth, rows, 3 * c.hidden_size, c.hidden_size),
@@ -189,12 +287,28 @@ def vision_parts(tower: VisionTower, height: int, width: int, dtype: torch.dtype
         ("merger in", 1, rows // c.merge_unit, merged, merged),
         ("merger out", 1, rows // c.merge_unit, c.out_hidden_size, merged),
     )
-    parts = [linear_part(label, count, num_rows, n, k, dtype) for label, count, num_rows, n, k in shapes]
+    parts = [
+        linear_part(label, count, num_rows, n, k, dtype) for label, count, num_rows, n, k in shapes
+    ]
     heads = (c.num_heads, c.num_heads, c.head_dim)
     parts.append(attention_part("all patches", num_full, 1, rows, *heads, dtype, causal=False))
-    _, windows = window_order(height // c.spatial_merge_size, width // c.spatial_merge_size, c.window_size // c.patch_size // 2)
+    _, windows = window_order(
+        height // c.spatial_merge_size,
+        width // c.spatial_merge_size,
+        c.window_size // c.patch_size // 2,
+    )
     for count, units in windows:
-        parts.append(attention_part("windows", c.depth - num_full, count, units * c.merge_unit, *heads, dtype, causal=False))
+        parts.append(
+            attention_part(
+                "windows",
+                c.depth - num_full,
+                count,
+                units * c.merge_unit,
+                *heads,
+                dtype,
+                causal=False,
+            )
+        )
     return parts
 
 
@@ -204,11 +318,19 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
     tables = np.zeros((len(context_lens), max(num_blocks)), np.int64)
     for row, count, first in zip(tables, num_blocks, np.cumsum([0, *num_blocks]), strict=False):
         row[:count] = np.arange(first, first + count)
-    index = [np.arange(context - query, context) for query, context in zip(query_lens, context_lens, strict=True)]
+    index = [
+        np.arange(context - query, context)
+        for query, context in zip(query_lens, context_lens, strict=True)
+    ]
     return StepPlan(
         token_ids=np.arange(sum(query_lens)) % 200,
         positions=np.tile(np.concatenate(index), (3, 1)),
-        slot_mapping=np.concatenate([row[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for row, i in zip(tables, index, strict=True)]),
+        slot_mapping=np.concatenate(
+            [
+                row[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
+                for row, i in zip(tables, index, strict=True)
+            ]
+        ),
         query_lens=np.array(query_lens),
         context_lens=np.array(context_lens),
         block_tables=tables,

@@ -54,13 +54,16 @@ class Measured:
 
     def images_a_second(self, skip: int) -> float:
         """From the end of the first `skip` answers to that of the last one."""
-        first, last = self.ends[skip - 1], self.ends[-1]
+        first = self.ends[skip - 1]
+        last = self.ends[-1]
         return IMAGES_A_REQUEST * (len(self.ends) - skip) / (last - first)
 
 
 class Load:
     def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=[("grpc.max_send_message_length", -1)])
+        self._channel = grpc.aio.insecure_channel(
+            target, options=[("grpc.max_send_message_length", -1)]
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self.measured = Measured()
 
@@ -81,13 +84,21 @@ class Load:
         self.measured.codes[code] += 1
         return code
 
-    async def run(self, requests: list[inference_pb2.GenerateRequest], clients: int, enough: asyncio.Event | None = None) -> Measured:
-        """Until all requests are answered, or there is enough. A refused one is asked again after a second."""
+    async def run(
+        self,
+        requests: list[inference_pb2.GenerateRequest],
+        clients: int,
+        enough: asyncio.Event | None = None,
+    ) -> Measured:
+        """Until all requests are answered, or there is enough. A refused one is asked again after a
+        second."""
         waiting = iter(requests)
 
         async def client() -> None:
             for request in waiting:
-                while await self.ask(request) == "RESOURCE_EXHAUSTED" and not (enough and enough.is_set()):
+                while await self.ask(request) == "RESOURCE_EXHAUSTED" and not (
+                    enough and enough.is_set()
+                ):
                     await asyncio.sleep(REFUSED_PAUSE_SECONDS)
                 if enough and enough.is_set():
                     return

@@ -1,11 +1,13 @@
-"""The plumbing alone: how near simulated vision replicas of 100 ms come to their ideal rate, and what an image costs in CPU.
+"""The plumbing alone: how near simulated vision replicas of 100 ms come to their ideal rate, and
+what an image costs in CPU.
 
     python -m benchmarks.pipeline
 
-One-token requests of eight pictures of 224x224, no two alike, over gRPC; no picture is kept in a cache. The language model is a
-miniature of one layer, made for this: its arithmetic is no plumbing. For each number of replicas one request at a time tells what is added
-to the ideal latency, then many at once tell the rate. At the end ten times the load that the system can serve, for its memory, and the
-hop of one image's embeddings (`benchmarks/hop.py`). Prints tables, and a last line of JSON.
+One-token requests of eight pictures of 224x224, no two alike, over gRPC; no picture is kept in a
+cache. The language model is a miniature of one layer, made for this: its arithmetic is no plumbing.
+For each number of replicas one request at a time tells what is added to the ideal latency, then
+many at once tell the rate. At the end ten times the load that the system can serve, for its memory,
+and the hop of one image's embeddings (`benchmarks/hop.py`). Prints tables, and a last line of JSON.
 """
 
 import argparse
@@ -28,7 +30,10 @@ REPLICAS = (1, 2, 4, 8, 16, 32)
 ENCODE_SECONDS = 0.1
 LATENCY_REQUESTS = 8
 LEAST_REQUESTS = 16
-OVERLOAD_REPLICAS, OVERLOAD_SECONDS, OVERLOAD_CLIENTS, OVERLOAD_WAITING = 4, 20.0, 256, 32
+OVERLOAD_REPLICAS = 4
+OVERLOAD_SECONDS = 20.0
+OVERLOAD_CLIENTS = 256
+OVERLOAD_WAITING = 32
 OVERLOAD_REQUESTS = 2 * OVERLOAD_CLIENTS
 LOOK_SECONDS = 0.5
 # The same for every number of replicas: what is scaled is vision.
@@ -48,7 +53,12 @@ def roles_of(system: Running) -> dict[int, str]:
 async def measure(model: Path, replicas: int, seconds: float) -> dict[str, Any]:
     ideal = replicas / ENCODE_SECONDS
     clients = max(4, replicas // 2)
-    requests = make_requests(replicas, LATENCY_REQUESTS + max(LEAST_REQUESTS, math.ceil(seconds * ideal / IMAGES_A_REQUEST)) + 2 * clients)
+    requests = make_requests(
+        replicas,
+        LATENCY_REQUESTS
+        + max(LEAST_REQUESTS, math.ceil(seconds * ideal / IMAGES_A_REQUEST))
+        + 2 * clients,
+    )
     with serving(model, replicas) as system:
         roles = roles_of(system)
         target = f"127.0.0.1:{system.grpc_port}"
@@ -58,8 +68,17 @@ async def measure(model: Path, replicas: int, seconds: float) -> dict[str, Any]:
         used = cpu_of([*roles, os.getpid()])
     images = IMAGES_A_REQUEST * len(together.ends)
     rate = together.images_a_second(skip=2 * clients)
-    found = {"replicas": replicas, "images_a_second": round(rate, 1), "ideal": ideal, "share": round(rate / ideal, 3)}
-    return found | {"latency": latency(alone, replicas), "codes": dict(together.codes)} | cpu(before, used, roles, images)
+    found = {
+        "replicas": replicas,
+        "images_a_second": round(rate, 1),
+        "ideal": ideal,
+        "share": round(rate / ideal, 3),
+    }
+    return (
+        found
+        | {"latency": latency(alone, replicas), "codes": dict(together.codes)}
+        | cpu(before, used, roles, images)
+    )
 
 
 async def run_load(target: str, requests: list[Any], clients: int) -> Measured:
@@ -76,30 +95,40 @@ def latency(alone: Measured, replicas: int) -> dict[str, float]:
     columns = {
         "added": [seconds - ideal for seconds in alone.seconds],
         "preprocess": [t.preprocess_seconds for t in alone.timings],
-        "encode": [statistics.mean(i.encode_seconds for i in t.images) - ENCODE_SECONDS for t in alone.timings],
+        "encode": [
+            statistics.mean(i.encode_seconds for i in t.images) - ENCODE_SECONDS
+            for t in alone.timings
+        ],
         "prefill": [t.prefill_seconds for t in alone.timings],
-        # What is no stage's own: the door, and the hops to preprocess, to the language group, to the detokenizer and back.
+        # What is no stage's own: the door, and the hops to preprocess, to the language group, to
+        # the detokenizer and back.
         "other hops": [
             seconds - t.preprocess_seconds - t.queue_seconds - t.prefill_seconds
             for seconds, t in zip(alone.seconds, alone.timings, strict=True)
         ],
     }
     if replicas >= IMAGES_A_REQUEST:  # otherwise an image waits for the one before it
-        columns["to vision"] = [statistics.mean(i.queue_seconds for i in t.images) for t in alone.timings]
+        columns["to vision"] = [
+            statistics.mean(i.queue_seconds for i in t.images) for t in alone.timings
+        ]
     return {name: round(1e3 * statistics.median(values), 2) for name, values in columns.items()}
 
 
 def cpu(before: Cpu, after: Cpu, roles: dict[int, str], images: int) -> dict[str, Any]:
-    """Milliseconds an image by role, of all services, and the share of the cores' time that was used by anyone."""
+    """Milliseconds an image by role, of all services, and the share of the cores' time that was
+    used by anyone."""
     by_role: dict[str, float] = {}
     for pid, seconds in after.by_pid.items():
         role = roles.get(pid, "client")
         by_role[role] = by_role.get(role, 0.0) + seconds - before.by_pid[pid]
     milliseconds = {role: round(1e3 * seconds / images, 3) for role, seconds in by_role.items()}
-    busy, idle = after.busy - before.busy, after.idle - before.idle
+    busy = after.busy - before.busy
+    idle = after.idle - before.idle
     return {
         "cpu_ms": milliseconds,
-        "cpu_ms_services": round(sum(ms for role, ms in milliseconds.items() if role != "client"), 3),
+        "cpu_ms_services": round(
+            sum(ms for role, ms in milliseconds.items() if role != "client"), 3
+        ),
         "busy_share": round(busy / (busy + idle), 3),
         "foreign_share": round((busy - sum(by_role.values())) / (busy + idle), 3),
     }
@@ -110,9 +139,12 @@ async def overload(model: Path) -> dict[str, Any]:
     requests = make_requests(99, OVERLOAD_REQUESTS)
     with serving(model, OVERLOAD_REPLICAS, "--max-waiting", str(OVERLOAD_WAITING)) as system:
         pids = list(roles_of(system))
-        load, enough = Load(f"127.0.0.1:{system.grpc_port}"), asyncio.Event()
+        load = Load(f"127.0.0.1:{system.grpc_port}")
+        enough = asyncio.Event()
         await load.run(requests[:4], clients=1)
-        before, peak, began = resident_bytes(pids), 0, time.monotonic()
+        before = resident_bytes(pids)
+        peak = 0
+        began = time.monotonic()
         asking = asyncio.create_task(load.run(requests[4:], OVERLOAD_CLIENTS, enough))
         while not asking.done() and time.monotonic() < began + OVERLOAD_SECONDS:
             await asyncio.sleep(LOOK_SECONDS)
@@ -122,18 +154,35 @@ async def overload(model: Path) -> dict[str, Any]:
         await load.close()
     served = IMAGES_A_REQUEST * measured.codes["OK"] / (time.monotonic() - began)
     grown = round((peak - before) / 2**20)
-    return {"clients": OVERLOAD_CLIENTS, "codes": dict(measured.codes), "images_a_second": round(served, 1), "grown_mib": grown}
+    return {
+        "clients": OVERLOAD_CLIENTS,
+        "codes": dict(measured.codes),
+        "images_a_second": round(served, 1),
+        "grown_mib": grown,
+    }
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print(f"\n{'replicas':>8} {'images/s':>9} {'of ideal':>9} {'CPU ms/image':>13} {'busy':>6} {'others':>7}   CPU ms/image by role")
+    print(
+        f"\n{'replicas':>8} {'images/s':>9} {'of ideal':>9} {'CPU ms/image':>13} {'busy':>6} "
+        f"{'others':>7}   CPU ms/image by role"
+    )
     for row in found:
-        by_role = ", ".join(f"{role} {ms:.2f}" for role, ms in sorted(row["cpu_ms"].items(), key=lambda item: -item[1]))
+        by_role = ", ".join(
+            f"{role} {ms:.2f}"
+            for role, ms in sorted(row["cpu_ms"].items(), key=lambda item: -item[1])
+        )
         shares = f"{row['busy_share']:6.0%} {row['foreign_share']:7.0%}"
-        print(f"{row['replicas']:8} {row['images_a_second']:9.1f} {row['share']:9.1%} {row['cpu_ms_services']:13.2f} {shares}   {by_role}")
+        print(
+            f"{row['replicas']:8} {row['images_a_second']:9.1f} {row['share']:9.1%} "
+            f"{row['cpu_ms_services']:13.2f} {shares}   {by_role}"
+        )
     print(f"\n{'replicas':>8}   ms added to a request alone, and where")
     for row in found:
-        print(f"{row['replicas']:8}   " + ", ".join(f"{name} {ms:.1f}" for name, ms in row["latency"].items()))
+        print(
+            f"{row['replicas']:8}   "
+            + ", ".join(f"{name} {ms:.1f}" for name, ms in row["latency"].items())
+        )
 
 
 def gain(found: list[dict[str, Any]]) -> float | None:
@@ -155,15 +204,27 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--replicas", type=int, nargs="+", default=REPLICAS)
-    parser.add_argument("--seconds", type=float, default=12.0, help="of load for each number of replicas, at the ideal rate")
     parser.add_argument(
-        "--folder", type=Path, default=Path.home() / ".cache" / "twinlens" / "checkpoints", help="where the miniature is made"
+        "--seconds",
+        type=float,
+        default=12.0,
+        help="of load for each number of replicas, at the ideal rate",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path.home() / ".cache" / "twinlens" / "checkpoints",
+        help="where the miniature is made",
     )
     parser.add_argument("--pool-only", action="store_true", help="no overload and no hop")
     report = asyncio.run(run(parser.parse_args()))
-    print(json.dumps({"command": " ".join(["python -m benchmarks.pipeline", *sys.argv[1:]])} | report))
+    print(
+        json.dumps({"command": " ".join(["python -m benchmarks.pipeline", *sys.argv[1:]])} | report)
+    )
 
 
 if __name__ == "__main__":

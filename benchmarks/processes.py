@@ -11,7 +11,8 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Cpu:
-    """Seconds of CPU since their start, by process; and of all cores together, since the machine's."""
+    """Seconds of CPU since their start, by process; and of all cores together, since the
+    machine's."""
 
     by_pid: dict[int, float]
     busy: float
@@ -19,7 +20,10 @@ class Cpu:
 
 
 def cpu_of(pids: list[int]) -> Cpu:
-    fields = [int(ticks) / TICKS_A_SECOND for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    fields = [
+        int(ticks) / TICKS_A_SECOND
+        for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    ]
     idle = fields[3] + fields[4]
     # Guests' time is counted within the user's.
     return Cpu({pid: seconds_of(pid) for pid in pids}, sum(fields[:8]) - idle, idle)

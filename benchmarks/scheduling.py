@@ -10,18 +10,22 @@ from common.messages import Peer, Prompt, Sampling, Stopping
 from common.wire import Tensor as WireTensor
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
-from services.llm.guides import Guides
+from services.llm.guided_decoding import Guides
 from services.llm.model_runner import ModelRunner
-from services.llm.plan import StepPlan
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
+from services.llm.step_plan import StepPlan
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
-BATCH, STEPS = 16, 20
+BATCH = 16
+STEPS = 20
 
 
-def overhead(runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block_size: int, context: int) -> float:
-    """The share of a decode step at batch 16 that is not the forward pass, by the CPU time of this thread: waiting is no work."""
+def overhead(
+    runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block_size: int, context: int
+) -> float:
+    """The share of a decode step at batch 16 that is not the forward pass, by the CPU time of this
+    thread: waiting is no work."""
     inside = [0.0]
 
     def execute(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
@@ -32,12 +36,20 @@ def overhead(runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block
 
     eos = checkpoint.eos_token_ids
     scheduler = Scheduler(BlockPool(num_blocks), block_size, BATCH, BATCH * context)
-    engine = Engine(scheduler, execute, Sampler(), Guides(checkpoint.path, runner.vocab_size, eos), runner.hidden_size, eos)
+    engine = Engine(
+        scheduler,
+        execute,
+        Sampler(),
+        Guides(checkpoint.path, runner.vocab_size, eos),
+        runner.hidden_size,
+        eos,
+    )
     for number in range(BATCH):
         engine.add(prompt_of(number, context))
     engine.step()
     engine.step()
-    inside[0], began = 0.0, time.thread_time()
+    inside[0] = 0.0
+    began = time.thread_time()
     for _ in range(STEPS):
         engine.step()
     return 1 - inside[0] / (time.thread_time() - began)

@@ -1,4 +1,5 @@
-"""Where a door listens: host and port as one text, the socket that is bound there, and what others call this host."""
+"""Where a door listens: host and port as one text, the socket that is bound there, and what others
+call this host."""
 
 import ipaddress
 import socket
@@ -33,7 +34,8 @@ def is_wildcard(listen: str) -> bool:
 
 
 def is_local_only(address: str) -> bool:
-    """Whether a ZeroMQ address leads elsewhere, or nowhere, from another host: loopback, all interfaces, a Unix socket."""
+    """Whether a ZeroMQ address leads elsewhere, or nowhere, from another host: loopback, all
+    interfaces, a Unix socket."""
     if not address.startswith("tcp://"):
         return bool(address)
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -48,16 +50,22 @@ def check_advertised(listen: str, advertise: str) -> None:
     """Raises BadSetting for a name of this host that does not lead to where it listens."""
     loopback = listen.startswith("tcp://") and is_local_only(listen) and not is_wildcard(listen)
     if advertise and loopback and not is_local_only(f"tcp://{advertise}:1"):
-        raise BadSetting(f"--advertise {advertise}: nobody reaches {listen} by it; give --listen tcp://0.0.0.0:PORT, too")
+        raise BadSetting(
+            f"--advertise {advertise}: nobody reaches {listen} by it; give --listen "
+            "tcp://0.0.0.0:PORT, too"
+        )
 
 
 def own_address(controller: str, stop: threading.Event) -> str:
-    """The address by which this host reaches the controller, waited for while the controller's name is not known; empty after `stop`."""
+    """The address by which this host reaches the controller, waited for while the controller's name
+    is not known; empty after `stop`."""
     while not stop.is_set():
         try:
             return address_towards(controller)
         except OSError as e:
-            get_logger().info("waits for the controller's name", controller=controller, reason=str(e))
+            get_logger().info(
+                "waits for the controller's name", controller=controller, reason=str(e)
+            )
             stop.wait(RETRY_SECONDS)
     return ""
 
@@ -67,7 +75,9 @@ def address_towards(target: str) -> str:
     if target.startswith("unix:"):
         return "127.0.0.1"
     host, _, port = target.rpartition(":")
-    family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+    family, kind, _, _, address = socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_DGRAM
+    )[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing: the kernel only chooses the route
         own: str = probe.getsockname()[0]

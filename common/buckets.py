@@ -1,4 +1,5 @@
-"""Numbers of patches at which images are encoded: a static-shape tower's own buckets; for any other, powers of two to measure by."""
+"""Numbers of patches at which images are encoded: a static-shape tower's own buckets; for any
+other, powers of two to measure by."""
 
 from common.config import BadSetting
 from common.messages import MAX_BUCKETS
@@ -8,14 +9,18 @@ PATCHES_PER_TOKEN = 4
 
 
 def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds the image, 0 where none does; without buckets the power of two."""
+    """The smallest bucket that holds the image, 0 where none does; without buckets the power of
+    two."""
     if buckets:
         return next((bucket for bucket in buckets if bucket >= num_patches), 0)
     return 1 << (num_patches - 1).bit_length()
 
 
-def expected_seconds(measured: dict[int, float], buckets: tuple[int, ...], num_patches: int) -> float:
-    """Of an image, by seconds measured by bucket: those of its own, else of the nearest one by its patches; 0 where nothing was measured yet."""
+def expected_seconds(
+    measured: dict[int, float], buckets: tuple[int, ...], num_patches: int
+) -> float:
+    """Of an image, by seconds measured by bucket: those of its own, else of the nearest one by its
+    patches; 0 where nothing was measured yet."""
     bucket = bucket_of(num_patches, buckets)
     if not measured or bucket in measured:
         return measured.get(bucket, 0.0)
@@ -34,8 +39,11 @@ def parse_buckets(text: str) -> tuple[int, ...]:
         buckets = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         buckets = (0,)
-    if len(buckets) > MAX_BUCKETS or any(bucket < 1 or bucket % PATCHES_PER_TOKEN for bucket in buckets):
+    if len(buckets) > MAX_BUCKETS or any(
+        bucket < 1 or bucket % PATCHES_PER_TOKEN for bucket in buckets
+    ):
         raise BadSetting(
-            f"--vision-buckets {text}: give numbers of patches separated by commas, multiples of {PATCHES_PER_TOKEN}, at most {MAX_BUCKETS}"
+            f"--vision-buckets {text}: give numbers of patches separated by commas, multiples of "
+            f"{PATCHES_PER_TOKEN}, at most {MAX_BUCKETS}"
         )
     return buckets

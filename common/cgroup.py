@@ -1,4 +1,5 @@
-"""What a container may use of its host's cores and memory: the limits of its control group, version 2 or 1."""
+"""What a container may use of its host's cores and memory: the limits of its control group, version
+2 or 1."""
 
 import contextlib
 import os
@@ -10,7 +11,9 @@ ROOT = Path("/sys/fs/cgroup")
 
 def core_limit(root: Path = ROOT) -> int | None:
     """Cores' worth of time, rounded up; None without a limit."""
-    found = words(root / "cpu.max") or words(root / "cpu/cpu.cfs_quota_us") + words(root / "cpu/cpu.cfs_period_us")
+    found = words(root / "cpu.max") or words(root / "cpu/cpu.cfs_quota_us") + words(
+        root / "cpu/cpu.cfs_period_us"
+    )
     if len(found) != 2 or found[0] in ("max", "-1"):
         return None
     return ceil(int(found[0]) / int(found[1]))
@@ -18,13 +21,18 @@ def core_limit(root: Path = ROOT) -> int | None:
 
 def available_memory(root: Path = ROOT) -> int:
     """Bytes: what the host has free, or less where the container's limit leaves less."""
-    return min([os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *container_memory(root)])
+    return min(
+        [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *container_memory(root)]
+    )
 
 
 def container_memory(root: Path = ROOT) -> list[int]:
     """What the limits of this container leave of memory, in bytes; none where it has no limit."""
     left = []
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             left.append(max(0, int((root / limit).read_text()) - int((root / used).read_text())))
     return left

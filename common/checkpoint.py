@@ -1,4 +1,5 @@
-"""A model directory in Hugging Face layout: its configuration, where its tensors lie, and its fingerprint. Imports no torch."""
+"""A model directory in Hugging Face layout: its configuration, where its tensors lie, and its
+fingerprint. Imports no torch."""
 
 import hashlib
 import json
@@ -55,7 +56,8 @@ class Checkpoint:
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
-        """The language model's configuration, whether the file is flat (published) or nested (transformers 5)."""
+        """The language model's configuration, whether the file is flat (published) or nested
+        (transformers 5)."""
         flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
         return flat | self.config.get("text_config", {})
 
@@ -70,7 +72,12 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that the weights are stored in, as torch names it."""
-        return self.config.get("dtype") or self.config.get("torch_dtype") or self.text_config.get("dtype") or "bfloat16"
+        return (
+            self.config.get("dtype")
+            or self.config.get("torch_dtype")
+            or self.text_config.get("dtype")
+            or "bfloat16"
+        )
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
@@ -90,7 +97,9 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of every safetensors file, by its name in the file."""
-        return {name: info for file in self.weight_files for name, info in read_header(file).items()}
+        return {
+            name: info for file in self.weight_files for name, info in read_header(file).items()
+        }
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -98,21 +107,25 @@ class Checkpoint:
         if not index.exists():
             return [self.path / "model.safetensors"]
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
             raise BadCheckpoint(f"{index} has no weight_map of tensor names to files")
         return [self.path / name for name in sorted(set(weight_map.values()))]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the model: two directories of one fingerprint hold the same configuration and the same tensors by name, type
-        and place. The weights are too large to be read by every process: a few bytes of each tensor tell a fine-tuned model
-        from its base."""
+        """Names the model: two directories of one fingerprint hold the same configuration and the
+        same tensors by name, type and place. The weights are too large to be read by every
+        process: a few bytes of each tensor tell a fine-tuned model from its base."""
         digest = hashlib.sha256()
         for name in FINGERPRINTED:
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
         for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode() + read_sample(info))
+            digest.update(
+                f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode() + read_sample(info)
+            )
         return digest.hexdigest()[:16]
 
 
@@ -126,20 +139,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise BadCheckpoint(f"no model directory {path}: give --model a folder with config.json, the tokenizer and *.safetensors")
+        raise BadCheckpoint(
+            f"no model directory {path}: give --model a folder with config.json, the tokenizer and "
+            "*.safetensors"
+        )
     if not (path / "config.json").exists():
-        raise BadCheckpoint(f"{path} has no config.json: it is no model directory in Hugging Face layout")
+        raise BadCheckpoint(
+            f"{path} has no config.json: it is no model directory in Hugging Face layout"
+        )
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
     family = checkpoint.config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(f"{key} ({what})" for key, what in FAMILIES.items())
-        raise BadCheckpoint(f"{path} is of the family {family!r}, which is not supported; supported: {known}")
+        raise BadCheckpoint(
+            f"{path} is of the family {family!r}, which is not supported; supported: {known}"
+        )
     for name in ("tokenizer.json", "preprocessor_config.json"):
         if not (path / name).exists():
-            raise BadCheckpoint(f"{path} is incomplete: {name} is missing; download the whole repository")
+            raise BadCheckpoint(
+                f"{path} is incomplete: {name} is missing; download the whole repository"
+            )
     missing = [file.name for file in checkpoint.weight_files if not file.exists()]
     if missing:
-        raise BadCheckpoint(f"{path} is incomplete: {', '.join(missing[:5])} missing; download the whole repository")
+        raise BadCheckpoint(
+            f"{path} is incomplete: {', '.join(missing[:5])} missing; download the whole repository"
+        )
     if not checkpoint.tensors:
         raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
     return checkpoint
@@ -148,17 +172,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def canonical_name(name: str) -> str:
     """A tensor's name in the layout of transformers 5, whichever layout the file follows.
 
-    Published files say `visual.*` and `model.layers.*`; newer ones `model.visual.*` and `model.language_model.layers.*`.
+    Published files say `visual.*` and `model.layers.*`; newer ones `model.visual.*` and
+    `model.language_model.layers.*`.
     """
     if name.startswith("visual."):
         return "model." + name
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+    if name.startswith("model.") and not name.startswith(
+        ("model.visual.", "model.language_model.")
+    ):
         return "model.language_model." + name.removeprefix("model.")
     return name
 
 
 def read_sample(info: TensorInfo) -> bytes:
-    """From the tensor's middle: its beginning may be the embeddings of tokens that no training touches."""
+    """From the tensor's middle: its beginning may be the embeddings of tokens that no training
+    touches."""
     with info.file.open("rb", buffering=0) as f:
         f.seek(info.offset + info.num_bytes // 2)
         return f.read(min(SAMPLE_BYTES, info.num_bytes - info.num_bytes // 2))
@@ -177,7 +205,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The table of contents of a safetensors file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors)."""
+    """The table of contents of a safetensors file: 8 bytes of length, then JSON
+    (https://huggingface.co/docs/safetensors)."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -196,7 +225,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
     """One tensor of a file of `size` bytes, whose data begins at `start`."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            0 <= begin <= end
+        ):
             pass
         case _:
             raise BadCheckpoint(f"{file} is no safetensors file: its entry of {name} is malformed")

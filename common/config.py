@@ -1,4 +1,5 @@
-"""One frozen dataclass a command: its fields are the flags and the TWINLENS_* environment variables."""
+"""One frozen dataclass a command: its fields are the flags and the TWINLENS_* environment
+variables."""
 
 import argparse
 import dataclasses
@@ -18,15 +19,20 @@ class BadSetting(ValueError):
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), hidden: bool = False) -> Any:
     """A field of a settings dataclass."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "hidden": hidden})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "hidden": hidden}
+    )
 
 
 def names_of(settings: type) -> set[str]:
     return {field.name for field in dataclasses.fields(settings)}
 
 
-def load(settings: type[T], parser: argparse.ArgumentParser, argv: list[str] | None, known: Iterable[str]) -> T:
-    """Flags over environment over defaults. Prints the reason and exits with status 2 where a value cannot be."""
+def load(
+    settings: type[T], parser: argparse.ArgumentParser, argv: list[str] | None, known: Iterable[str]
+) -> T:
+    """Flags over environment over defaults. Prints the reason and exits with status 2 where a value
+    cannot be."""
     add_arguments(settings, parser)
     try:
         set_environment_defaults(parser, os.environ, known)
@@ -42,14 +48,25 @@ def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
 def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        kind, meta = plain_type(hints[field.name]), field.metadata
-        text = argparse.SUPPRESS if meta["hidden"] else f"{meta['help']} [{PREFIX}{field.name.upper()}]"
+        kind = plain_type(hints[field.name])
+        meta = field.metadata
+        text = (
+            argparse.SUPPRESS
+            if meta["hidden"]
+            else f"{meta['help']} [{PREFIX}{field.name.upper()}]"
+        )
         if field.default not in (None, "", False) and not meta["hidden"]:
             text += f" (default {field.default})"
         how: dict[str, Any] = {"type": kind, "choices": meta["choices"] or None}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag(field.name), dest=field.name, default=field.default, help=text.replace("%", "%%"), **how)
+        parser.add_argument(
+            flag(field.name),
+            dest=field.name,
+            default=field.default,
+            help=text.replace("%", "%%"),
+            **how,
+        )
 
 
 def flag(name: str) -> str:
@@ -63,20 +80,33 @@ def plain_type(hint: Any) -> type:
     return hint
 
 
-def set_environment_defaults(parser: argparse.ArgumentParser, environ: Mapping[str, str], known: Iterable[str]) -> None:
-    """Takes the parser's own TWINLENS_* variables; one that only another command knows is left, one that none knows is refused.
+def set_environment_defaults(
+    parser: argparse.ArgumentParser, environ: Mapping[str, str], known: Iterable[str]
+) -> None:
+    """Takes the parser's own TWINLENS_* variables; one that only another command knows is left, one
+    that none knows is refused.
 
     Raises
     ------
     BadSetting
     """
-    given = {key.removeprefix(PREFIX).lower(): value for key, value in environ.items() if key.startswith(PREFIX)}
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    given = {
+        key.removeprefix(PREFIX).lower(): value
+        for key, value in environ.items()
+        if key.startswith(PREFIX)
+    }
+    actions = {
+        action.dest: action
+        for action in parser._actions
+        if action.option_strings and action.dest != "help"
+    }
     for name, value in given.items():
         if name in actions:
             parser.set_defaults(**{name: convert(actions[name], name, value)})
         elif name not in set(known):
-            raise BadSetting(f"no service or command knows {PREFIX}{name.upper()}: see --help for the names")
+            raise BadSetting(
+                f"no service or command knows {PREFIX}{name.upper()}: see --help for the names"
+            )
 
 
 def convert(action: argparse.Action, name: str, value: str) -> Any:
@@ -91,7 +121,9 @@ def convert(action: argparse.Action, name: str, value: str) -> Any:
     try:
         converted = action.type(value) if callable(action.type) else value
     except ValueError as e:
-        raise BadSetting(f"{variable}={value!r} is no {getattr(action.type, '__name__', 'value')}") from e
+        raise BadSetting(
+            f"{variable}={value!r} is no {getattr(action.type, '__name__', 'value')}"
+        ) from e
     if action.choices and converted not in action.choices:
         raise BadSetting(f"{variable}={value!r}: choose from {', '.join(map(str, action.choices))}")
     return converted

@@ -1,7 +1,7 @@
 """The errors that reach a client, as one tree.
 
-ServingError                 what a client may be told; carries a code, the stage and, for an image, its index
-├── InvalidRequest           400 / INVALID_ARGUMENT: the client's mistake, the message says what to do
+ServingError                 what a client may be told: a code, the stage, perhaps an item's index
+├── InvalidRequest           400 / INVALID_ARGUMENT: the client's mistake; says what to do
 │   ├── UnreadableImage      422 / INVALID_ARGUMENT: the bytes of one image cannot be used
 │   └── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count beyond a limit
 ├── NotFound                 404 / NOT_FOUND: no such model
@@ -10,7 +10,8 @@ ServingError                 what a client may be told; carries a code, the stag
 ├── DeadlineExceeded         504 / DEADLINE_EXCEEDED
 └── Internal                 500 / INTERNAL: our own mistake
 
-The names of the classes are what travels in a Failed message, so every process raises and reads the same errors.
+The names of the classes are what travels in a Failed message, so every process raises and reads the
+same errors.
 """
 
 
@@ -20,10 +21,21 @@ class ServingError(ValueError):
     http_status = 500
     grpc_code = "INTERNAL"
 
-    def __init__(self, message: str, stage: str = "", image: int | None = None, retry_after: float | None = None, cause: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        stage: str = "",
+        image: int | None = None,
+        retry_after: float | None = None,
+        cause: str = "",
+    ) -> None:
         """`cause` tells refusals of one code apart in metrics."""
         super().__init__(message)
-        self.message, self.stage, self.image, self.retry_after, self.cause = message, stage, image, retry_after, cause
+        self.message = message
+        self.stage = stage
+        self.image = image
+        self.retry_after = retry_after
+        self.cause = cause
 
     @property
     def code(self) -> str:
@@ -68,10 +80,26 @@ class Internal(ServingError):
 
 
 BY_CODE = {
-    cls.__name__: cls for cls in (InvalidRequest, UnreadableImage, TooLarge, NotFound, Exhausted, Unavailable, DeadlineExceeded, Internal)
+    cls.__name__: cls
+    for cls in (
+        InvalidRequest,
+        UnreadableImage,
+        TooLarge,
+        NotFound,
+        Exhausted,
+        Unavailable,
+        DeadlineExceeded,
+        Internal,
+    )
 }
 
 
-def from_code(code: str, message: str, stage: str = "", image: int | None = None, retry_after: float | None = None) -> ServingError:
+def from_code(
+    code: str,
+    message: str,
+    stage: str = "",
+    image: int | None = None,
+    retry_after: float | None = None,
+) -> ServingError:
     """The error that a Failed message tells of; an unknown code is Internal."""
     return BY_CODE.get(code, Internal)(message, stage, image, retry_after)

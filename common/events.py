@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 
-class Up(msgspec.Struct, frozen=True):
+class PeerUp(msgspec.Struct, frozen=True):
     """`address` is empty where the peer connected to us."""
 
     peer_id: str
@@ -13,13 +13,13 @@ class Up(msgspec.Struct, frozen=True):
     address: str = ""
 
 
-class Down(msgspec.Struct, frozen=True):
+class PeerDown(msgspec.Struct, frozen=True):
     peer_id: str
     role: str
     reason: str
 
 
-class Draining(msgspec.Struct, frozen=True):
+class PeerDraining(msgspec.Struct, frozen=True):
     """The peer takes nothing new and leaves when it holds nothing any more."""
 
     peer_id: str
@@ -32,4 +32,4 @@ class Received(msgspec.Struct, frozen=True):
     message: Any
 
 
-Event = Up | Down | Draining | Received
+Event = PeerUp | PeerDown | PeerDraining | Received

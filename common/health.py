@@ -1,4 +1,5 @@
-"""HTTP for an orchestrator's probes and for Prometheus, on a port of its own: /healthz, /readyz, /metrics."""
+"""HTTP for an orchestrator's probes and for Prometheus, on a port of its own: /healthz, /readyz,
+/metrics."""
 
 import os
 import socket
@@ -9,7 +10,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -32,9 +38,10 @@ class Health:
         hung: Callable[[], bool] = lambda: False,
         registry: CollectorRegistry | None = None,
     ) -> None:
-        """`member` is the entry that its owner keeps up to date, `load` gives (in_flight, queued). A registry that is given holds
-        further metrics, and gets the member's."""
-        self._member, self._hung = member, hung
+        """`member` is the entry that its owner keeps up to date, `load` gives (in_flight, queued).
+        A registry that is given holds further metrics, and gets the member's."""
+        self._member = member
+        self._hung = hung
         self._registry = registry or CollectorRegistry()
         self._registry.register(MemberCollector(member, load, hung))
         ProcessCollector(registry=self._registry)
@@ -67,8 +74,15 @@ def reply(fault: str) -> tuple[HTTPStatus, str, bytes]:
 class MemberCollector(Collector):
     """The member's own figures, read when they are asked for."""
 
-    def __init__(self, member: control_pb2.Member, load: Callable[[], tuple[int, int]], hung: Callable[[], bool]) -> None:
-        self._member, self._load, self._hung = member, load, hung
+    def __init__(
+        self,
+        member: control_pb2.Member,
+        load: Callable[[], tuple[int, int]],
+        hung: Callable[[], bool],
+    ) -> None:
+        self._member = member
+        self._load = load
+        self._hung = hung
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         in_flight, queued = self._load()
@@ -78,7 +92,8 @@ class MemberCollector(Collector):
             "in_flight": ("Units (requests, images) begun.", in_flight),
             "queued": ("Units accepted and not begun.", queued),
             "expected_delay_seconds": (
-                "vision: until another image would be begun; preprocess: what images that wait there add.",
+                "vision: until another image would be begun; preprocess: what images that wait "
+                "there add.",
                 self._member.expected_delay,
             ),
         }
@@ -90,26 +105,34 @@ class MemberCollector(Collector):
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Answers from threads of its own, so that a busy service answers at once; on every interface, as probes come from outside."""
+    """Answers from threads of its own, so that a busy service answers at once; on every interface,
+    as probes come from outside."""
 
     daemon_threads = True
 
     def __init__(self, port: int, health: Health, watch: Callable[[], None] = lambda: None) -> None:
-        self.health, self.service_actions = health, watch  # type: ignore[method-assign]
+        self.health = health
+        self.service_actions = watch  # type: ignore[method-assign]
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         try:
             super().__init__(("", port), Handler)
         except OSError as e:
-            raise CannotStart(f"cannot listen on port {port} ({e.strerror}): free it, or give another --health-port") from e
+            raise CannotStart(
+                f"cannot listen on port {port} ({e.strerror}): free it, or give another "
+                "--health-port"
+            ) from e
         threading.Thread(target=self.serve_forever, name="health", daemon=True).start()
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        TCPServer.server_bind(self)  # HTTPServer's asks the DNS for our name, which may take long where there is none
+        # HTTPServer's asks the DNS for our name, which may take long where there is none.
+        TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a prober that hangs up is its own affair
+        if not isinstance(
+            sys.exception(), ConnectionError
+        ):  # a prober that hangs up is its own affair
             get_logger().exception("a health request failed")
 
     def close(self) -> None:
@@ -126,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", content_type)
         self.send_header("content-length", str(len(body)))
-        self.send_header("x-pid", str(os.getpid()))  # whom a container's health check kills when it hangs
+        # Whom a container's health check kills when it hangs.
+        self.send_header("x-pid", str(os.getpid()))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

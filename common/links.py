@@ -1,17 +1,19 @@
-"""The ZeroMQ side of a process: its work loop waits and receives where it can, an I/O thread where it cannot, and whoever has
-something to send does so itself.
+"""The ZeroMQ side of a process: its work loop waits and receives where it can, an I/O thread where
+it cannot, and whoever has something to send does so itself.
 
-A process has at most one inbox (ROUTER, bound) and a connection (DEALER) to each peer that it gives work to; both directions
-of a hop use the one connection. Both ends say Hello first, which checks protocol version and model fingerprint, then Beat
-every second: whoever is silent for LEASE_SECONDS is dead. The connecting end also sees a death at once, by the broken
-connection; it never reconnects a socket, it makes a new one, so no message survives into another life.
+A process has at most one inbox (ROUTER, bound) and a connection (DEALER) to each peer that it gives
+work to; both directions of a hop use the one connection. Both ends say Hello first, which checks
+protocol version and model fingerprint, then Beat every second: whoever is silent for LEASE_SECONDS
+is dead. The connecting end also sees a death at once, by the broken connection; it never reconnects
+a socket, it makes a new one, so no message survives into another life.
 
-A loop that waits by `wait` receives what comes without a switch between threads, which would cost more than all the rest of a
-message. The I/O thread beats every second; from a second in which nobody waited, as a unit of work takes long or nobody ever does,
-it waits and receives itself until somebody waits again.
+A loop that waits by `wait` receives what comes without a switch between threads, which would cost
+more than all the rest of a message. The I/O thread beats every second; from a second in which
+nobody waited, as a unit of work takes long or nobody ever does, it waits and receives itself until
+somebody waits again.
 
-What happens comes out as events (Up, Down, Draining, Received), in order, through a callback on either thread; it must only hand
-them on.
+What happens comes out as events (PeerUp, PeerDown, PeerDraining, Received), in order, through a
+callback on either thread; it must only hand them on.
 """
 
 import os
@@ -27,7 +29,7 @@ import msgspec
 import zmq
 
 from common import messages
-from common.events import Down, Draining, Event, Received, Up
+from common.events import Event, PeerDown, PeerDraining, PeerUp, Received
 from common.hello import is_hello
 from common.logs import get_logger
 from common.messages import HOPS, Beat, Goodbye, Hello, Peer
@@ -45,7 +47,8 @@ NEVER_MS = 24 * 3600 * 1000
 
 @dataclass(slots=True)
 class Remote:
-    """One peer as the I/O thread knows it. `socket` is the DEALER that was made for it; None where the peer connected to the inbox."""
+    """One peer as the I/O thread knows it. `socket` is the DEALER that was made for it; None where
+    the peer connected to the inbox."""
 
     id: str
     role: str
@@ -57,10 +60,19 @@ class Remote:
 
 
 class Links:
-    """All connections of this process. `connect`, `send` and `close` may be called from any thread; after `close` they do nothing."""
+    """All connections of this process. `connect`, `send` and `close` may be called from any thread;
+    after `close` they do nothing."""
 
-    def __init__(self, me: Hello, listen: str, advertise: str, on_event: Callable[[Event], None], progress: Progress | None = None) -> None:
-        self._me, self._on_event = me, on_event
+    def __init__(
+        self,
+        me: Hello,
+        listen: str,
+        advertise: str,
+        on_event: Callable[[Event], None],
+        progress: Progress | None = None,
+    ) -> None:
+        self._me = me
+        self._on_event = on_event
         self._progress = progress or Progress()
         self._context = zmq.Context()
         self._poller = Poller()
@@ -77,7 +89,8 @@ class Links:
         self._offered: list[tuple[Peer, str]] = []
         self._news: list[Event] = []
         self._draining = self._closed = False
-        self._lock, self._turn = threading.RLock(), threading.Lock()
+        self._lock = threading.RLock()
+        self._turn = threading.Lock()
         self._ending = threading.Event()
         self._done = time.monotonic()
         self._log = get_logger().bind(member=me.id)
@@ -93,15 +106,17 @@ class Links:
         self._do(lambda: self._connect(peer, role))
 
     def keep_connected(self, offered: list[tuple[Peer, str]]) -> None:
-        """Connect to these and, where a connection breaks, try again every second. Others' connections stay as they are."""
+        """Connect to these and, where a connection breaks, try again every second. Others'
+        connections stay as they are."""
         self._do(lambda: self._offer(offered))
 
     def send(self, peer_id: str, message: msgspec.Struct) -> None:
-        """To a connected peer; what is sent to any other is dropped, as it would be by the peer's death a moment later."""
+        """To a connected peer; what is sent to any other is dropped, as it would be by the peer's
+        death a moment later."""
         frames = encode(message)
         self._do(lambda: self._send(peer_id, frames))
 
-    def tell_draining(self) -> None:
+    def announce_draining(self) -> None:
         """To all that are connected to the inbox, and to those that connect from now on."""
         self._do(self._tell_draining)
 
@@ -123,14 +138,17 @@ class Links:
             self._free(CLOSE_LINGER_MS)
 
     def _do(self, command: Callable[[], None]) -> None:
-        """By the calling thread: a switch to another and back costs more than all the rest of a message."""
+        """By the calling thread: a switch to another and back costs more than all the rest of a
+        message."""
         with self._lock:
             if self._closed:
                 return
             self._begin_anew_if_frozen()
             command()
             # Who waits itself asks before it does.
-            if self._news or (self._waiting_thread != threading.get_ident() and self._poller.has_missed()):
+            if self._news or (
+                self._waiting_thread != threading.get_ident() and self._poller.has_missed()
+            ):
                 os.eventfd_write(self._again, 1)
 
     # Called by one loop
@@ -144,7 +162,8 @@ class Links:
                     seconds = 0.0
         self._waits = True
         sources = [number for number, _ in self._waiter.poll(seconds)]
-        self._waits, self._waited = False, True
+        self._waits = False
+        self._waited = True
         if self._call in sources:
             os.eventfd_read(self._call)
         self._take_turn(self._poller.wait(0.0))
@@ -172,7 +191,8 @@ class Links:
                 pause = 0.0
             told = self._take_turn(self._poller.wait(pause))
             if (now := time.monotonic()) >= next_beat:
-                # After a pause of this process (frozen, starved) the others' beats still lie unread: judge at the next one.
+                # After a pause of this process (frozen, starved) the others' beats still lie
+                # unread: judge at the next one.
                 with self._lock:
                     self._progress.watch()
                     self._beat(judge=now - next_beat < BEAT_SECONDS)
@@ -185,7 +205,8 @@ class Links:
     # By whoever takes a turn
 
     def _take_turn(self, numbers: list[int]) -> bool:
-        """Receives what came on these descriptors, and hands on what happened; whether anything did."""
+        """Receives what came on these descriptors, and hands on what happened; whether anything
+        did."""
         with self._turn:
             with self._lock:
                 self._begin_anew_if_frozen()
@@ -194,7 +215,8 @@ class Links:
                 self._done = time.monotonic()
                 if self._waiting_thread != threading.get_ident() and self._poller.has_missed():
                     os.eventfd_write(self._again, 1)
-                news, self._news = self._news, []
+                news = self._news
+                self._news = []
             # Not under the lock: who hears of a message at once wants to send.
             for event in news:
                 self._on_event(event)
@@ -203,7 +225,8 @@ class Links:
     # Under the lock
 
     def _begin_anew_if_frozen(self) -> None:
-        """Where this process was frozen beyond its lease the others went on without it, and what they sent before is stale."""
+        """Where this process was frozen beyond its lease the others went on without it, and what
+        they sent before is stale."""
         if time.monotonic() - self._done <= LEASE_SECONDS:
             return
         self._done = time.monotonic()
@@ -235,7 +258,8 @@ class Links:
                 more = not socket.closed and has_message(socket)
 
     def _receive_at_inbox(self, frames: list[Buffer]) -> None:
-        peer_id, frames = bytes(frames[0]).decode(errors="replace"), frames[1:]
+        peer_id = bytes(frames[0]).decode(errors="replace")
+        frames = frames[1:]
         remote = self._remotes.get(peer_id)
         if remote is None or is_hello(frames):
             self._greet(peer_id, frames)
@@ -243,12 +267,14 @@ class Links:
             self._receive(remote, frames)
 
     def _greet(self, peer_id: str, frames: list[Buffer]) -> None:
-        """A new connection to the inbox. One that does not begin with a fitting Hello is told why and left alone."""
+        """A new connection to the inbox. One that does not begin with a fitting Hello is told why
+        and left alone."""
         try:
             hello = decode(frames, Hello)
             reason = self._objection(hello)
         except WireError as e:
-            hello, reason = None, f"say Hello first, your lease ended or never began ({e})"
+            hello = None
+            reason = f"say Hello first, your lease ended or never began ({e})"
         if hello is not None and not reason and hello.id != peer_id:
             reason = "the id in Hello is not the connection's"
         if hello is None or reason:
@@ -261,24 +287,32 @@ class Links:
         self._send_at_inbox(peer_id, encode(self._me))
         if self._draining:
             self._send_at_inbox(peer_id, encode(messages.Draining()))
-        self._news.append(Up(peer_id, hello.role))
+        self._news.append(PeerUp(peer_id, hello.role))
 
     def _objection(self, hello: Hello) -> str:
         if self._progress.is_hung():
             return hung(self._progress.age())
         if hello.protocol_version != self._me.protocol_version:
-            return f"protocol version {hello.protocol_version} against {self._me.protocol_version}: run services of one release"
+            return (
+                f"protocol version {hello.protocol_version} against "
+                f"{self._me.protocol_version}: run services of one release"
+            )
         if (hello.role, self._me.role) not in HOPS:
             return f"a {hello.role} has nothing to say to a {self._me.role}"
         if hello.fingerprint and self._me.fingerprint and hello.fingerprint != self._me.fingerprint:
-            return f"model fingerprint {hello.fingerprint} against {self._me.fingerprint}: both must serve the same model directory"
+            return (
+                f"model fingerprint {hello.fingerprint} against "
+                f"{self._me.fingerprint}: both must serve the same model directory"
+            )
         return ""
 
     def _receive(self, remote: Remote, frames: list[Buffer]) -> None:
         try:
             message = decode(frames, HOPS[remote.role, self._me.role])
         except WireError as e:
-            self._log.error("dropped a peer that sent what is no message", peer=remote.id, reason=str(e))
+            self._log.error(
+                "dropped a peer that sent what is no message", peer=remote.id, reason=str(e)
+            )
             self._down(remote, f"it sent what is no message: {e}")
             return
         remote.seen = time.monotonic()
@@ -289,7 +323,7 @@ class Links:
             case Goodbye(reason=reason):
                 self._down(remote, reason)
             case messages.Draining():
-                self._news.append(Draining(remote.id, remote.role))
+                self._news.append(PeerDraining(remote.id, remote.role))
             case Hello() if remote.socket is not None:
                 self._welcomed(remote, message)
             case _:
@@ -298,21 +332,31 @@ class Links:
     def _welcomed(self, remote: Remote, hello: Hello) -> None:
         reason = self._objection(hello)
         if reason or hello.id != remote.id:
-            self._log.error("left a peer", peer=remote.id, reason=reason or f"another answers in its place: {hello.id}")
+            self._log.error(
+                "left a peer",
+                peer=remote.id,
+                reason=reason or f"another answers in its place: {hello.id}",
+            )
             self._down(remote, reason or "another process has its address")
         elif not remote.up:
             remote.up = True
-            self._news.append(Up(remote.id, remote.role, remote.address))
+            self._news.append(PeerUp(remote.id, remote.role, remote.address))
 
     def _connect(self, peer: Peer, role: str) -> None:
         if peer.id in self._remotes:
             return
         socket = new_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._me.id.encode())
-        # A broken connection is a death, and a new one is a new life: see the module's docstring. Not -1, which means never, but
-        # with which a break discards what arrived and is not read yet, and makes sending fail.
+        # A broken connection is a death, and a new one is a new life: see the module's docstring.
+        # Not -1, which means never, but with which a break discards what arrived and is not read
+        # yet, and makes sending fail.
         socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
-        lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        lost = (
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        )
         remote = Remote(peer.id, role, peer.address, socket, socket.get_monitor_socket(lost))
         self._remotes[peer.id] = remote
         for source, is_monitor in ((remote.socket, False), (remote.monitor, True)):
@@ -365,10 +409,11 @@ class Links:
             remote.socket.disable_monitor()
             remote.monitor.close(linger=0)
             remote.socket.close(linger=0)
-        self._news.append(Down(remote.id, remote.role, reason))
+        self._news.append(PeerDown(remote.id, remote.role, reason))
 
     def _beat(self, judge: bool) -> None:
-        now, beat = time.monotonic(), encode(Beat(hung_seconds=self._progress.age() if self._progress.is_hung() else 0.0))
+        now = time.monotonic()
+        beat = encode(Beat(hung_seconds=self._progress.age() if self._progress.is_hung() else 0.0))
         for remote in list(self._remotes.values()):
             if judge and now - remote.seen > LEASE_SECONDS:
                 self._down(remote, f"no sign of life for {LEASE_SECONDS:.0f} s")
@@ -377,14 +422,17 @@ class Links:
 
     def _bind(self, listen: str) -> zmq.Socket[bytes]:
         socket = new_socket(self._context, zmq.ROUTER)
-        # Without the first a message to a peer that is gone is dropped in silence; the second lets a peer connect anew.
+        # Without the first a message to a peer that is gone is dropped in silence; the second lets
+        # a peer connect anew.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             socket.bind(listen)
         except zmq.ZMQError as e:
             self._free(linger=0)
-            raise CannotStart(f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen") from e
+            raise CannotStart(
+                f"cannot listen on {listen} ({e.strerror}): free it, or give another --listen"
+            ) from e
         self._poller.register(socket)
         return socket
 

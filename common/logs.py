@@ -1,4 +1,5 @@
-"""Logging by structlog: readable on a terminal, JSON otherwise; the standard library's loggers go the same way."""
+"""Logging by structlog: readable on a terminal, JSON otherwise; the standard library's loggers go
+the same way."""
 
 import logging
 import os
@@ -32,7 +33,11 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final_processors(console)))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared, processors=final_processors(console)
+        )
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
@@ -45,8 +50,15 @@ def final_processors(console: bool) -> list[Any]:
     drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if console:
         colors = sys.stderr.isatty() or "FORCE_COLOR" in os.environ
-        return [drop, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
-    tracebacks = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+        return [
+            drop,
+            structlog.dev.ConsoleRenderer(
+                colors=colors, exception_formatter=structlog.dev.plain_traceback
+            ),
+        ]
+    tracebacks = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
     return [drop, tracebacks, structlog.processors.JSONRenderer()]
 
 

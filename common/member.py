@@ -1,4 +1,5 @@
-"""A worker process as a member: its inbox of events, its connections, its place in the control plane."""
+"""A worker process as a member: its inbox of events, its connections, its place in the control
+plane."""
 
 import sys
 import threading
@@ -12,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from common import events
 from common.address import check_advertised, is_wildcard, own_address
-from common.events import Down, Received
+from common.events import PeerDown, Received
 from common.health import serve_health
 from common.hello import hello
 from common.links import Links
@@ -21,29 +22,32 @@ from common.membership import DRAINING, READY, STANDBY, STARTING, Membership, ne
 from common.messages import Peer
 from common.process import Stop, leave
 from common.progress import LOADING_SECONDS, Progress
-from common.settings import Service
+from common.settings import ServiceSettings
 from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, DRAINING)
 PROGRESS_SECONDS = 2.0
 QUIET_SECONDS = 0.25
-"""For how long a draining member must hold nothing before it leaves: what was sent to it before its peers knew may still arrive."""
+"""For how long a draining member must hold nothing before it leaves: what was sent to it before its
+peers knew may still arrive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """This member is to take nothing new: give back what is not begun, finish the rest. Its events end when its load is (0, 0)."""
+    """This member is to take nothing new: give back what is not begun, finish the rest. Its events
+    end when its load is (0, 0)."""
 
 
 Event = events.Event | Drain
 
 
 class Member:
-    """What the work loop of a service needs to talk: events come in through `events` and `waiting_events`, messages go out by `links.send`."""
+    """What the work loop of a service needs to talk: events come in through `events` and
+    `take_events`, messages go out by `links.send`."""
 
     def __init__(
         self,
-        settings: Service,
+        settings: ServiceSettings,
         role: str,
         stop: Stop,
         load: Callable[[], tuple[int, int]],
@@ -56,25 +60,35 @@ class Member:
         standby: bool = False,
         registry: CollectorRegistry | None = None,
     ) -> None:
-        """Connects to every ready member of the roles in `peers` that serves the same model, and from rank 0 to the other ranks
-        of the group. `load` gives (in_flight, queued). `on_group_loss` hears, on either thread, that another rank is gone. One that
-        `drains` hears of it by the event Drain; any other stops. A `standby` takes no work until it is promoted (SIGUSR1).
-        The health port shows the metrics of the `registry`, too."""
+        """Connects to every ready member of the roles in `peers` that serves the same model, and
+        from rank 0 to the other ranks of the group. `load` gives (in_flight, queued).
+        `on_group_loss` hears, on either thread, that another rank is gone. One that `drains`
+        hears of it by the event Drain; any other stops. A `standby` takes no work until it is
+        promoted (SIGUSR1). The health port shows the metrics of the `registry`, too."""
         self.id = new_member_id(settings.name or role)
         self._inbox: deque[Event | None] = deque()
-        self._fingerprint, self._peers, self._group, self._rank = fingerprint, peers, group, rank
+        self._fingerprint = fingerprint
+        self._peers = peers
+        self._group = group
+        self._rank = rank
         self._on_group_loss = on_group_loss
-        self._load, self._is_standby = load, standby
+        self._load = load
+        self._is_standby = standby
         self._draining = self._works = False
         self._last_event = time.monotonic()
         self.expected_delay = 0.0
-        """Seconds until a new unit would be begun, for the controller; the work loop keeps it up to date."""
+        """Seconds until a new unit would be begun, for the controller; the work loop keeps it up to
+        date."""
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
         check_advertised(settings.listen, settings.advertise)
-        advertise = settings.advertise or (own_address(settings.controller, stop) if is_wildcard(settings.listen) else "")
+        advertise = settings.advertise or (
+            own_address(settings.controller, stop) if is_wildcard(settings.listen) else ""
+        )
         self.progress = Progress()
         self.progress.begin(LOADING_SECONDS)
-        self.links = Links(hello(self.id, role, fingerprint), settings.listen, advertise, self._hear, self.progress)
+        self.links = Links(
+            hello(self.id, role, fingerprint), settings.listen, advertise, self._hear, self.progress
+        )
         self.peer = Peer(self.id, self.links.address)
         entry = control_pb2.Member(
             id=self.id,
@@ -105,7 +119,7 @@ class Member:
     def ready(self, max_model_len: int = 0) -> None:
         self._set_state(STANDBY if self._is_standby else READY, max_model_len=max_model_len)
 
-    def waits_for(self, roles: list[str]) -> None:
+    def set_missing_roles(self, roles: list[str]) -> None:
         """Ready once there is one of each."""
         if roles:
             self._set_state(STARTING, f"waits for {' and '.join(roles)}")
@@ -128,21 +142,24 @@ class Member:
 
     def next_event(self) -> Event | None:
         """The next event, waited for; None when the process is to stop, or has drained."""
-        found = self.waiting_events(wait=True, most=1)
+        found = self.take_events(wait=True, most=1)
         return found[0] if found else None
 
-    def put_back(self, events: list[Event]) -> None:
+    def requeue(self, events: list[Event]) -> None:
         """Events that were taken before their time come again, after those that came since."""
         self._inbox.extend(events)
 
     def tell(self, event: Any) -> None:
-        """What a thread of the service's own has to say to its work loop: it comes among the events."""
+        """What a thread of the service's own has to say to its work loop: it comes among the
+        events."""
         self._inbox.append(event)
         self.links.wake()
 
-    def waiting_events(self, wait: bool, timeout: float | None = None, most: int = sys.maxsize) -> list[Event] | None:
-        """The events that are there, the first one waited for (at most `timeout` seconds) where `wait`; None when the process
-        is to stop, or has drained."""
+    def take_events(
+        self, wait: bool, timeout: float | None = None, most: int = sys.maxsize
+    ) -> list[Event] | None:
+        """The events that are there, the first one waited for (at most `timeout` seconds) where
+        `wait`; None when the process is to stop, or has drained."""
         self._works = True
         if wait:
             self.progress.idle()
@@ -156,8 +173,8 @@ class Member:
         return found
 
     def _wait(self, timeout: float | None) -> None:
-        """Until there is an event, or for so many seconds, or until this member has drained: not before it waited for a while for
-        what came since it looked last."""
+        """Until there is an event, or for so many seconds, or until this member has drained: not
+        before it waited for a while for what came since it looked last."""
         began = time.monotonic()
         while not self._inbox:
             waited = time.monotonic() - began
@@ -189,7 +206,9 @@ class Member:
         self.membership.leave()
         self.links.close()
 
-    def _set_state(self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0) -> None:
+    def _set_state(
+        self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0
+    ) -> None:
         if not self._draining:
             self.membership.set_state(state, detail, max_model_len)
 
@@ -201,9 +220,10 @@ class Member:
     def _drain(self) -> None:
         if not self._works:
             leave(0)  # it loads, and holds nothing
-        self._draining, self._last_event = True, time.monotonic()
+        self._draining = True
+        self._last_event = time.monotonic()
         self.membership.set_state(DRAINING)
-        self.links.tell_draining()
+        self.links.announce_draining()
         self.tell(Drain())
 
     def _pass_on(self, stop: threading.Event) -> None:
@@ -213,16 +233,29 @@ class Member:
         self.tell(None)
 
     def _hear(self, event: Event) -> None:
-        if isinstance(event, Down) and event.role == "llm" and self._on_group_loss:
+        if isinstance(event, PeerDown) and event.role == "llm" and self._on_group_loss:
             self._on_group_loss(event.reason)
         self._inbox.append(event)
 
     def _on_members(self, members: list[control_pb2.Member]) -> None:
-        self.links.keep_connected([(Peer(m.id, m.address), m.role) for m in members if self._wants(m)])
+        self.links.keep_connected(
+            [(Peer(m.id, m.address), m.role) for m in members if self._wants(m)]
+        )
 
     def _wants(self, member: control_pb2.Member) -> bool:
         """Rank 0 speaks for its group, and to its ranks before they are ready."""
-        if self._on_group_loss and member.role == "llm" and member.group == self._group and member.rank > 0:
+        if (
+            self._on_group_loss
+            and member.role == "llm"
+            and member.group == self._group
+            and member.rank > 0
+        ):
             return self._rank == 0
-        fits = not self._fingerprint or not member.fingerprint or member.fingerprint == self._fingerprint
-        return member.role in self._peers and member.state in CONNECTABLE and member.rank == 0 and fits
+        fits = (
+            not self._fingerprint
+            or not member.fingerprint
+            or member.fingerprint == self._fingerprint
+        )
+        return (
+            member.role in self._peers and member.state in CONNECTABLE and member.rank == 0 and fits
+        )

@@ -1,4 +1,5 @@
-"""A process's place in the control plane: it joins the controller, tells its state and load, and hears who else is there."""
+"""A process's place in the control plane: it joins the controller, tells its state and load, and
+hears who else is there."""
 
 import os
 import secrets
@@ -13,8 +14,10 @@ from common.process import EXIT_USAGE, leave
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
 REPORT_SECONDS = 0.8
-"""`twinlens status` promises figures at most a second old; a report costs two processes about a millisecond together."""
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.2, 2.0
+"""`twinlens status` promises figures at most a second old; a report costs two processes about a
+millisecond together."""
+FIRST_RETRY_SECONDS = 0.2
+LAST_RETRY_SECONDS = 2.0
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
 READY = control_pb2.MEMBER_STATE_READY
@@ -29,8 +32,9 @@ def new_member_id(name: str) -> str:
 
 
 class Membership:
-    """Keeps this process registered from a thread of its own. The controller may go and come back at any time; a member that it
-    refuses, as it does one that the others could not reach, says why and ends."""
+    """Keeps this process registered from a thread of its own. The controller may go and come back
+    at any time; a member that it refuses, as it does one that the others could not reach, says
+    why and ends."""
 
     def __init__(
         self,
@@ -44,23 +48,36 @@ class Membership:
         is_hung: Callable[[], bool] = lambda: False,
         expected_delay: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every change; `on_drain` is called when
-        the controller asks the member to drain, perhaps several times. Without a member it only listens. A launcher tells what it
-        manages by `managed`, and hears all that the controller says by `on_response`."""
+        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every
+        change; `on_drain` is called when the controller asks the member to drain, perhaps
+        several times. Without a member it only listens. A launcher tells what it manages by
+        `managed`, and hears all that the controller says by `on_response`."""
         if member:
-            member.pid, member.host = os.getpid(), socket.gethostname()
-        self._controller, self._member, self._load, self._on_members = controller, member, load, on_members
-        self._on_drain, self._managed, self._on_response, self._is_hung = on_drain, managed, on_response, is_hung
+            member.pid = os.getpid()
+            member.host = socket.gethostname()
+        self._controller = controller
+        self._member = member
+        self._load = load
+        self._on_members = on_members
+        self._on_drain = on_drain
+        self._managed = managed
+        self._on_response = on_response
+        self._is_hung = is_hung
         self._expected_delay = expected_delay
-        self._changed, self._stopped = threading.Event(), False
+        self._changed = threading.Event()
+        self._stopped = False
         self._log = get_logger()
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
 
-    def set_state(self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0) -> None:
+    def set_state(
+        self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0
+    ) -> None:
         """Tells the controller at once."""
         assert self._member is not None
-        self._member.state, self._member.detail, self._member.max_model_len = state, detail, max_model_len
+        self._member.state = state
+        self._member.detail = detail
+        self._member.max_model_len = max_model_len
         self._changed.set()
 
     def report(self) -> None:
@@ -75,9 +92,13 @@ class Membership:
     def _run(self) -> None:
         retry = FIRST_RETRY_SECONDS
         while not self._stopped:
-            with grpc.insecure_channel(self._controller, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            with grpc.insecure_channel(
+                self._controller, options=[("grpc.enable_http_proxy", 0)]
+            ) as channel:
                 try:
-                    for response in control_pb2_grpc.ControlServiceStub(channel).Join(self._reports(), wait_for_ready=False):
+                    for response in control_pb2_grpc.ControlServiceStub(channel).Join(
+                        self._reports(), wait_for_ready=False
+                    ):
                         retry = FIRST_RETRY_SECONDS
                         self._hear(response)
                 except grpc.RpcError as e:
@@ -89,7 +110,9 @@ class Membership:
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             self._log.error("the controller refuses this member", reason=error.details())
             leave(EXIT_USAGE)
-        self._log.debug("the controller cannot be reached", controller=self._controller, code=str(error.code()))
+        self._log.debug(
+            "the controller cannot be reached", controller=self._controller, code=str(error.code())
+        )
 
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
         """Now and then, and at once when the state changes."""
@@ -98,7 +121,8 @@ class Membership:
             self._changed.clear()
             if self._member:
                 self._member.in_flight, self._member.queued = self._load()
-                self._member.hung, self._member.expected_delay = self._is_hung(), self._expected_delay()
+                self._member.hung = self._is_hung()
+                self._member.expected_delay = self._expected_delay()
             managed = self._managed() if self._managed else None
             yield control_pb2.JoinRequest(member=self._member, watch=watches, managed=managed)
             self._changed.wait(REPORT_SECONDS)

@@ -1,9 +1,11 @@
 """Every message between processes, one tagged union a hop and direction.
 
-A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`); all other fields make the header. Whatever
-grows with a request is a Tensor, so that a header's size does not depend on it. A new field goes last and has a default.
+A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`); all other fields
+make the header. Whatever grows with a request is a Tensor, so that a header's size does not depend
+on it. A new field goes last and has a default.
 
-Every message about a request carries (request_id, attempt): a receiver drops what belongs to an older attempt.
+Every message about a request carries (request_id, attempt): a receiver drops what belongs to an
+older attempt.
 """
 
 from typing import Annotated
@@ -44,7 +46,8 @@ class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How the next token is drawn. None means the model's own default, which preprocess fills in."""
+    """How the next token is drawn. None means the model's own default, which preprocess fills
+    in."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -64,7 +67,8 @@ class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     min_tokens: Count = 0
     ignore_eos: bool = False
     stop: Annotated[
-        tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)], ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)
+        tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)], ...],
+        msgspec.Meta(max_length=MAX_STOP_STRINGS),
     ] = ()
     stop_token_ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     skip_special_tokens: bool = True
@@ -77,7 +81,8 @@ class Usage(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     cached_tokens: Count = 0
 
 
-# Both ends of a fresh connection say Hello before anything else; what does not fit is refused by Goodbye.
+# Both ends of a fresh connection say Hello before anything else; what does not fit is refused by
+# Goodbye.
 
 
 class Hello(Message):
@@ -96,15 +101,18 @@ class Beat(Message):
     """Sent every second on every connection: the sender's lease goes on."""
 
     hung_seconds: Seconds = 0.0
-    """For how long its work loop made no progress, where that is longer than the unit of work explains."""
+    """For how long its work loop made no progress, where that is longer than the unit of work
+    explains."""
 
 
 class Draining(Message):
-    """The sender finishes what it holds and then leaves: give it nothing new while another can take it."""
+    """The sender finishes what it holds and then leaves: give it nothing new while another can take
+    it."""
 
 
 class Abort(RequestMessage):
-    """Free everything that is held for the request. It may overtake, or be overtaken by, what it cancels."""
+    """Free everything that is held for the request. It may overtake, or be overtaken by, what it
+    cancels."""
 
 
 class Failed(RequestMessage):
@@ -120,13 +128,14 @@ class Failed(RequestMessage):
 
 
 class Submit(RequestMessage):
-    """One request. `prompt_kind` says what `prompt` holds: UTF-8 JSON of chat messages, whose image parts are
-    {"type": "image"} in the order of `images`; or int64 token ids with one placeholder an image."""
+    """One request. `prompt_kind` says what `prompt` holds: UTF-8 JSON of chat messages, whose image
+    parts are {"type": "image"} in the order of `images`; or int64 token ids with one placeholder
+    an image."""
 
     prompt_kind: Annotated[str, msgspec.Meta(pattern="^(messages|token_ids)$")]
     prompt: Tensor
     images: tuple[Tensor, ...]
-    """Encoded image files, uint8 [bytes] each."""
+    """HandedOver image files, uint8 [bytes] each."""
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
@@ -137,7 +146,8 @@ class Submit(RequestMessage):
     guide: Tensor | None = None
     """UTF-8: the JSON schema or the regular expression that the answer must follow."""
     output_token_ids: Tensor | None = None
-    """int64: of an attempt after the first, the tokens that the client has already; the answer goes on after them."""
+    """int64: of an attempt after the first, the tokens that the client has already; the answer goes
+    on after them."""
     avoid: Name = ""
     """The id of the language group that the last attempt was lost with."""
 
@@ -149,24 +159,27 @@ GatewayToPreprocess = Hello | Beat | Submit | Abort
 
 
 class Routed(RequestMessage):
-    """The request was handed to this LLM group: where an abort must go, and whose death ends the attempt."""
+    """The request was handed to this LLM group: where an abort must go, and whose death ends the
+    attempt."""
 
     llm: Peer
     prompt_token_ids: Tensor | None = None
 
 
-class Encoded(RequestMessage):
-    """The language group holds the prompt and all its images: preprocess is not needed for this attempt any more."""
+class HandedOver(RequestMessage):
+    """The language group holds the prompt and all its images: preprocess is not needed for this
+    attempt any more."""
 
 
-PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed | Draining | Encoded
+PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed | Draining | HandedOver
 
 
 # preprocess -> vision
 
 
 class Offer(RequestMessage):
-    """One image to be encoded. It is answered at once by Held, Grant or Busy, and only a Grant moves its pixels."""
+    """One image to be encoded. It is answered at once by CacheHit, Grant or Busy, and only a Grant
+    moves its pixels."""
 
     image: Count
     mm_hash: Name
@@ -175,7 +188,7 @@ class Offer(RequestMessage):
     llm: Peer
     """Where the embeddings go."""
     timeout: Seconds
-    encode_anew: bool = False
+    skip_cache: bool = False
     """The embeddings that the replica may have of it were refused."""
 
 
@@ -185,11 +198,11 @@ class Pixels(RequestMessage):
     """uint8 [num_patches, channels * patch_size * patch_size], merge-block order."""
 
 
-class Pass(Message):
+class Decline(Message):
     """A Vacancy is not taken: nothing that waits here is for this replica now."""
 
 
-PreprocessToVision = Hello | Beat | Offer | Pixels | Abort | Pass
+PreprocessToVision = Hello | Beat | Offer | Pixels | Abort | Decline
 
 
 # vision -> preprocess
@@ -205,38 +218,44 @@ class Grant(RequestMessage):
     """For another image of the receiver. Else a Vacancy follows when there is room."""
 
 
-class Held(RequestMessage):
-    """No pixels are needed: the embeddings are in the replica's cache, and under way, or in work for another request."""
+class CacheHit(RequestMessage):
+    """No pixels are needed: the embeddings are in the replica's cache, and under way, or in work
+    for another request."""
 
     image: Count
 
 
 class Busy(RequestMessage):
-    """The image is not taken, or was given back: nothing of it is held. A Vacancy follows when there is room."""
+    """The image is not taken, or was given back: nothing of it is held. A Vacancy follows when
+    there is room."""
 
     image: Count
     wait_seconds: Seconds = 0.0
 
 
 class Vacancy(Message):
-    """There is room for one image of the receiver, which was told Busy or took the last room: an Offer or a Pass is due."""
+    """There is room for one image of the receiver, which was told Busy or took the last room: an
+    Offer or a Pass is due."""
 
     wait_seconds: Seconds = 0.0
 
 
 class VisionLoad(Message):
-    """What a replica can run, how long that takes, and when it would begin an image: when a preprocess connects, and when it changes
-    by what another one gave."""
+    """What a replica can run, how long that takes, and when it would begin an image: when a
+    preprocess connects, and when it changes by what another one gave."""
 
     buckets: Buckets = ()
-    """The numbers of patches that its tower is made for, in rising order; none where any will do."""
+    """The numbers of patches that its tower is made for, in rising order; none where any will do.
+    """
     sizes: Buckets = ()
     """Measured so far: images of up to so many patches took so many `seconds` each."""
     seconds: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_BUCKETS)] = ()
     wait_seconds: Seconds = 0.0
 
 
-VisionToPreprocess = Hello | Goodbye | Beat | Grant | Failed | Draining | Held | Busy | Vacancy | VisionLoad
+VisionToPreprocess = (
+    Hello | Goodbye | Beat | Grant | Failed | Draining | CacheHit | Busy | Vacancy | VisionLoad
+)
 
 
 # preprocess -> llm
@@ -274,13 +293,13 @@ PreprocessToLlm = Hello | Beat | Prompt | Abort
 # llm -> preprocess
 
 
-class ImageReceived(RequestMessage):
+class ItemReceived(RequestMessage):
     """Rank 0 holds the image's embeddings: preprocess need not keep the image."""
 
     image: Count
 
 
-class ImageRejected(RequestMessage):
+class ItemRejected(RequestMessage):
     """What came for the image cannot be used (shape, NaN)."""
 
     image: Count
@@ -292,7 +311,8 @@ class Reserved(RequestMessage):
 
 
 class LlmLoad(Message):
-    """How busy the group is, for the choice among groups: when a preprocess connects, and when it changes."""
+    """How busy the group is, for the choice among groups: when a preprocess connects, and when it
+    changes."""
 
     running: Count
     waiting: Count
@@ -300,7 +320,9 @@ class LlmLoad(Message):
     """In its KV cache."""
 
 
-LlmToPreprocess = Hello | Goodbye | Beat | ImageReceived | ImageRejected | Draining | Reserved | LlmLoad
+LlmToPreprocess = (
+    Hello | Goodbye | Beat | ItemReceived | ItemRejected | Draining | Reserved | LlmLoad
+)
 
 
 # vision -> llm
@@ -325,8 +347,8 @@ LlmToVision = Hello | Goodbye | Beat | Draining
 # llm rank 0 -> the other ranks of its group
 
 
-class Step(Message):
-    """What every rank computes next: the fields of services.llm.plan.StepPlan, int64 each."""
+class ExecuteStep(Message):
+    """What every rank computes next: the fields of services.llm.step_plan.StepPlan, int64 each."""
 
     token_ids: Tensor
     positions: Tensor
@@ -340,7 +362,7 @@ class Step(Message):
     """The images' embeddings that fall into the step, in row order."""
 
 
-LlmToLlm = Hello | Goodbye | Beat | Step | Draining
+LlmToLlm = Hello | Goodbye | Beat | ExecuteStep | Draining
 
 
 # llm -> detokenizer
@@ -392,7 +414,8 @@ DetokenizerToLlm = Hello | Goodbye | Beat | StopFound | Draining
 
 
 class Delta(RequestMessage):
-    """A piece of the answer. Text may lag behind the ids while a character or a stop string is incomplete."""
+    """A piece of the answer. Text may lag behind the ids while a character or a stop string is
+    incomplete."""
 
     offset: Count
     token_ids: Tensor
@@ -420,7 +443,8 @@ GatewayToDetokenizer = Hello | Beat | Released
 GatewayToLlm = Hello | Beat | Abort
 LlmToGateway = Hello | Goodbye | Beat | Failed | Draining
 
-# Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells the role.
+# Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells
+# the role.
 HOPS = {
     ("gateway", "preprocess"): GatewayToPreprocess,
     ("preprocess", "gateway"): PreprocessToGateway,

@@ -1,4 +1,5 @@
-"""Waits for many ZeroMQ sockets at the cost of those that have something: zmq's own poll asks every socket each time, twice."""
+"""Waits for many ZeroMQ sockets at the cost of those that have something: zmq's own poll asks every
+socket each time, twice."""
 
 import select
 from typing import Any
@@ -13,8 +14,9 @@ Source = Any
 
 
 class Poller:
-    """Of sockets and plain file descriptors. Whoever is told of a socket must read it until it has nothing more, or ask it: that takes
-    the news from the descriptor, which would else be readable for ever."""
+    """Of sockets and plain file descriptors. Whoever is told of a socket must read it until it has
+    nothing more, or ask it: that takes the news from the descriptor, which would else be
+    readable for ever."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -34,13 +36,16 @@ class Poller:
         self._used.discard(source)
 
     def used(self, socket: Socket) -> None:
-        """It was sent on, in which ZeroMQ may have taken the news that something arrived: its descriptor does not tell of it any
-        more. Nor does that of a socket in which the last look found something."""
+        """It was sent on, in which ZeroMQ may have taken the news that something arrived: its
+        descriptor does not tell of it any more. Nor does that of a socket in which the last look
+        found something."""
         self._used.add(socket)
 
     def has_missed(self) -> bool:
         """Whether something can be read that no descriptor tells of: then `wait` must not wait."""
-        self._used = {source for source in self._used if not isinstance(source, int) and has_message(source)}
+        self._used = {
+            source for source in self._used if not isinstance(source, int) and has_message(source)
+        }
         return bool(self._used)
 
     def wait(self, seconds: float) -> list[int]:
@@ -48,9 +53,14 @@ class Poller:
         return [number for number, _ in self._epoll.poll(seconds)]
 
     def ready(self, numbers: list[int]) -> list[Source]:
-        """The sources of these descriptors, which may have something, and those where something was missed."""
+        """The sources of these descriptors, which may have something, and those where something was
+        missed."""
         told = [source for number in numbers if (source := self._sources.get(number)) is not None]
-        missed = [source for source in self._used if source not in told and not isinstance(source, int) and has_message(source)]
+        missed = [
+            source
+            for source in self._used
+            if source not in told and not isinstance(source, int) and has_message(source)
+        ]
         self._used.clear()
         return told + missed
 

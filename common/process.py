@@ -1,4 +1,5 @@
-"""The life that every service shares: settings, logging, signals, the launcher's death, the exit status."""
+"""The life that every service shares: settings, logging, signals, the launcher's death, the exit
+status."""
 
 import argparse
 import ctypes
@@ -14,7 +15,8 @@ from common.config import BadSetting, load
 from common.logs import get_logger, set_up_logging
 from common.settings import KNOWN_NAMES, SERVICES
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED = 1
+EXIT_USAGE = 2
 PR_SET_PDEATHSIG = 1
 
 
@@ -23,22 +25,26 @@ class CannotStart(Exception):
 
 
 class Stop(threading.Event):
-    """Set when the process is to stop now. A service that can finish what it holds says so by `on_drain`, and ends by itself then."""
+    """Set when the process is to stop now. A service that can finish what it holds says so by
+    `on_drain`, and ends by itself then."""
 
     def __init__(self) -> None:
         super().__init__()
         self._begin: Callable[[], None] | None = None
         self._promote: Callable[[], None] = lambda: None
-        self._lock, self._draining = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._draining = False
 
     def on_drain(self, begin: Callable[[], None]) -> None:
-        """`begin` is called once, by another thread: the process is to take nothing new, and to leave when it holds nothing."""
+        """`begin` is called once, by another thread: the process is to take nothing new, and to
+        leave when it holds nothing."""
         self._begin = begin
 
     def drain(self) -> None:
         """Stops now where the service cannot drain. Calling it again changes nothing."""
         with self._lock:
-            begins, self._draining = not self._draining, True
+            begins = not self._draining
+            self._draining = True
         if self._begin is None:
             self.set()
         elif begins:
@@ -54,9 +60,12 @@ class Stop(threading.Event):
 
 
 def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
-    """Runs `main(settings, stop)` as the process of this role and exits. SIGTERM drains, SIGINT stops; each further signal goes
-    a step further, from draining to stopping, and from stopping to leaving at once."""
-    parser = argparse.ArgumentParser(f"python -m services.{role}", description=description, allow_abbrev=False)
+    """Runs `main(settings, stop)` as the process of this role and exits. SIGTERM drains, SIGINT
+    stops; each further signal goes a step further, from draining to stopping, and from stopping
+    to leaving at once."""
+    parser = argparse.ArgumentParser(
+        f"python -m services.{role}", description=description, allow_abbrev=False
+    )
     settings: Any = load(SERVICES[role], parser, None, KNOWN_NAMES)
     set_up_logging(role, settings.log_format, settings.log_level)
     stop = Stop()
@@ -72,7 +81,9 @@ def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
     except CannotStart as e:
         log.error("cannot go on", reason=str(e))
         leave(EXIT_FAILED)
-    except Exception:  # the outermost loop: say what it was, and let the launcher start the service anew
+    except (
+        Exception
+    ):  # the outermost loop: say what it was, and let the launcher start the service anew
         log.exception("failed")
         leave(EXIT_FAILED)
     log.info("stopped")
@@ -80,8 +91,8 @@ def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
 
 
 def read_signals() -> int:
-    """A descriptor that the numbers of the signals are read from. The main thread is not needed for it, which may be in a call of
-    some library for seconds."""
+    """A descriptor that the numbers of the signals are read from. The main thread is not needed for
+    it, which may be in a call of some library for seconds."""
     incoming, outgoing = os.pipe()
     os.set_blocking(outgoing, False)
     signal.set_wakeup_fd(outgoing)

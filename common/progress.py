@@ -1,4 +1,5 @@
-"""Liveness as the work loop tells it: a stamp of its progress, which the I/O thread shows to everyone else."""
+"""Liveness as the work loop tells it: a stamp of its progress, which the I/O thread shows to
+everyone else."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,15 +12,16 @@ PAUSE_SECONDS = 2.0
 LOADING_SECONDS = 75.0
 """Expected between two signs of progress while weights load; four times as long is a hang."""
 UNMEASURED_SECONDS = 15.0
-"""Expected of the first unit of all, which may compile kernels or read weights that are not in memory yet."""
+"""Expected of the first unit of all, which may compile kernels or read weights that are not in
+memory yet."""
 SHARE_KEPT = 0.95
 
 
 class Progress:
     """Stamped by the work loop, watched by the I/O thread, read by any thread.
 
-    A loop that waits for events is idle, and never hung. The age counts watched time only: a process that was stopped for a
-    while as a whole is not hung when it goes on.
+    A loop that waits for events is idle, and never hung. The age counts watched time only: a
+    process that was stopped for a while as a whole is not hung when it goes on.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,7 +35,8 @@ class Progress:
         self._others.append(other)
 
     def begin(self, expected_seconds: float = 0.0) -> None:
-        """A unit of work begins: without a further stamp it is hung after max(3 s, 4 x `expected_seconds`)."""
+        """A unit of work begins: without a further stamp it is hung after max(3 s, 4 x
+        `expected_seconds`)."""
         self._stamped = self._clock()
         self._patience = max(LEAST_PATIENCE_SECONDS, PATIENCE_FACTOR * expected_seconds)
 
@@ -68,21 +71,27 @@ class Progress:
 
     def is_hung(self) -> bool:
         patience = self._patience
-        return (patience is not None and self._own_age() > patience) or any(other.is_hung() for other in self._others)
+        return (patience is not None and self._own_age() > patience) or any(
+            other.is_hung() for other in self._others
+        )
 
     def _own_age(self) -> float:
         return 0.0 if self._patience is None else max(0.0, self._watched - self._stamped)
 
 
 class UnitTimes:
-    """How long units of work take, in buckets of sizes that double. What is told is near the longest of the last ones."""
+    """How long units of work take, in buckets of sizes that double. What is told is near the
+    longest of the last ones."""
 
     def __init__(self, least_seconds: float = 0.0) -> None:
-        """At least `least_seconds` are expected of every unit: for work of which the size says little."""
-        self._least, self._seconds = least_seconds, dict[int, float]()
+        """At least `least_seconds` are expected of every unit: for work of which the size says
+        little."""
+        self._least = least_seconds
+        self._seconds = dict[int, float]()
 
     def expected(self, size: int) -> float:
-        """Measured in the size's bucket; else what the nearest measured one lets expect, and not less than it took."""
+        """Measured in the size's bucket; else what the nearest measured one lets expect, and not
+        less than it took."""
         if not self._seconds:
             return UNMEASURED_SECONDS
         bucket = size.bit_length()

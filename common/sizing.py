@@ -13,7 +13,8 @@ ACCELERATOR_MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint; `kv_bytes_per_token` and `rank_bytes` are those of one tensor-parallel rank."""
+    """Sizes of a checkpoint; `kv_bytes_per_token` and `rank_bytes` are those of one tensor-parallel
+    rank."""
 
     checkpoint: Checkpoint
     item_bytes: int
@@ -21,18 +22,29 @@ class Sizes:
     @property
     def vision_bytes(self) -> int:
         """Of the vision tower's weights, which every replica has whole."""
-        return self.item_bytes * sum(prod(shape) for name, shape in self._shapes() if name.startswith("model.visual."))
+        return self.item_bytes * sum(
+            prod(shape) for name, shape in self._shapes() if name.startswith("model.visual.")
+        )
 
     def rank_bytes(self, world_size: int) -> int:
-        """Of a rank's share of the language model: it has norms whole, and its own part of everything else."""
+        """Of a rank's share of the language model: it has norms whole, and its own part of
+        everything else."""
         return self.item_bytes * sum(
-            prod(shape) // self._parts(name, world_size) for name, shape in self._shapes() if not name.startswith("model.visual.")
+            prod(shape) // self._parts(name, world_size)
+            for name, shape in self._shapes()
+            if not name.startswith("model.visual.")
         )
 
     def kv_bytes_per_token(self, world_size: int) -> int:
         given = self._given
         head_dim = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
-        return 2 * given["num_hidden_layers"] * max(given["num_key_value_heads"] // world_size, 1) * head_dim * self.item_bytes
+        return (
+            2
+            * given["num_hidden_layers"]
+            * max(given["num_key_value_heads"] // world_size, 1)
+            * head_dim
+            * self.item_bytes
+        )
 
     def fits(self, world_size: int) -> bool:
         given = self._given
@@ -42,13 +54,22 @@ class Sizes:
     @property
     def _given(self) -> dict[str, int]:
         given = self.checkpoint.text_config
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
         if missing := [name for name in names if name not in given]:
             raise BadCheckpoint(f"{self.checkpoint.path}: config.json lacks {', '.join(missing)}")
         return given
 
     def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        return [(canonical_name(name), info.shape) for name, info in self.checkpoint.tensors.items()]
+        return [
+            (canonical_name(name), info.shape) for name, info in self.checkpoint.tensors.items()
+        ]
 
     def _parts(self, name: str, world_size: int) -> int:
         if name.endswith("norm.weight"):
@@ -59,7 +80,8 @@ class Sizes:
 
 
 def is_divisible(counts: tuple[int, ...], num_kv_heads: int, world_size: int) -> bool:
-    """Whether ranks can share so many heads, columns and rows. Key heads are replicated where there are fewer than ranks."""
+    """Whether ranks can share so many heads, columns and rows. Key heads are replicated where there
+    are fewer than ranks."""
     kv_fit = num_kv_heads % world_size == 0 or world_size % num_kv_heads == 0
     return kv_fit and not any(count % world_size for count in counts)
 

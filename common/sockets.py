@@ -7,8 +7,10 @@ import zmq
 from common.wire import MAX_TENSOR_BYTES, Buffer
 
 # Plain numbers: arithmetic of enumerations takes longer than the question itself.
-EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-AT_ONCE, NOT_THE_LAST = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+EVENTS = int(zmq.EVENTS)
+POLLIN = int(zmq.POLLIN)
+AT_ONCE = int(zmq.DONTWAIT)
+NOT_THE_LAST = int(zmq.DONTWAIT | zmq.SNDMORE)
 
 COPIED_BYTES = 2**19
 """A frame below that is sent as a copy, which takes less than telling when its memory may go."""
@@ -17,7 +19,8 @@ COPIED_BYTES = 2**19
 def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
-    # ZeroMQ's high-water mark is no flow control (a ROUTER drops, a DEALER blocks): grants bound what is sent.
+    # ZeroMQ's high-water mark is no flow control (a ROUTER drops, a DEALER blocks): grants bound
+    # what is sent.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_TENSOR_BYTES)
@@ -34,7 +37,8 @@ def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> None:
 
 
 def receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """One message; zmq.Again where there is none. What recv_multipart does, which asks the socket after every frame for another."""
+    """One message; zmq.Again where there is none. What recv_multipart does, which asks the socket
+    after every frame for another."""
     frames = [socket.recv(AT_ONCE, copy=False)]
     while frames[-1].more:
         frames.append(socket.recv(AT_ONCE, copy=False))

@@ -2,10 +2,11 @@
 
     frames = [header, tensor 0, tensor 1, ...]
 
-The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]; its bytes are the frame, neither
-copied nor escaped. Decoding trusts nothing: every limit is explicit, every tensor's size is checked against its dtype and
-shape, every frame is used exactly once, and whatever does not fit its type is a WireError. No container is made that is longer than the
-header that it stands in.
+The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]; its
+bytes are the frame, neither copied nor escaped. Decoding trusts nothing: every limit is explicit,
+every tensor's size is checked against its dtype and shape, every frame is used exactly once, and
+whatever does not fit its type is a WireError. No container is made that is longer than the header
+that it stands in.
 """
 
 import functools
@@ -44,13 +45,18 @@ class Tensor:
     __slots__ = ("data", "dtype", "shape")
 
     def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
-        self.dtype, self.shape, self.data = dtype, shape, data
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
-        """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to the constructor."""
+        """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to
+        the constructor."""
         array = np.asarray(array, order="C")  # ascontiguousarray would make 1-d of 0-d
-        assert array.dtype.name in NUMPY_DTYPES and array.dtype.isnative, f"no wire form for {array.dtype.str}"
+        assert array.dtype.name in NUMPY_DTYPES and array.dtype.isnative, (
+            f"no wire form for {array.dtype.str}"
+        )
         # Not array.data.cast("B"): a memoryview refuses to cast a shape that contains zero.
         return cls(array.dtype.name, array.shape, array.reshape(-1).view(np.uint8).data)
 
@@ -78,7 +84,9 @@ class Tensor:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Tensor) and (self.dtype, self.shape) == (other.dtype, other.shape) and bytes(self.data) == bytes(other.data)
+            isinstance(other, Tensor)
+            and (self.dtype, self.shape) == (other.dtype, other.shape)
+            and bytes(self.data) == bytes(other.data)
         )
 
     def __repr__(self) -> str:
@@ -86,7 +94,8 @@ class Tensor:
 
 
 def encode(message: msgspec.Struct) -> list[Buffer]:
-    """The frames of a message. Tensor frames are views: do not change the arrays before they are sent."""
+    """The frames of a message. Tensor frames are views: do not change the arrays before they are
+    sent."""
     frames: list[Buffer] = [b""]
 
     def hook(value: Any) -> Any:
@@ -95,7 +104,9 @@ def encode(message: msgspec.Struct) -> list[Buffer]:
         return [len(frames) - 1, value.dtype, value.shape]
 
     frames[0] = msgspec.msgpack.encode(message, enc_hook=hook)
-    assert len(frames[0]) <= MAX_HEADER_BYTES, f"a header of {len(frames[0])} bytes: what grows belongs into a tensor"
+    assert len(frames[0]) <= MAX_HEADER_BYTES, (
+        f"a header of {len(frames[0])} bytes: what grows belongs into a tensor"
+    )
     assert len(frames) <= MAX_FRAMES, f"{len(frames)} frames"
     return frames
 
@@ -111,8 +122,11 @@ def decode(frames: list[Buffer], union: Any) -> Any:
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"{len(frames)} frames")
     if len(frames[0]) > MAX_HEADER_BYTES:
-        raise WireError(f"a header of {len(frames[0])} bytes, at most {MAX_HEADER_BYTES} are allowed")
-    reading.frames, reading.unused = frames, set(range(1, len(frames)))
+        raise WireError(
+            f"a header of {len(frames[0])} bytes, at most {MAX_HEADER_BYTES} are allowed"
+        )
+    reading.frames = frames
+    reading.unused = set(range(1, len(frames)))
     try:
         message = decoder_of(union).decode(frames[0])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -126,8 +140,8 @@ def decode(frames: list[Buffer], union: Any) -> Any:
 
 
 class Reading(threading.local):
-    """The frames that this thread is making a message of. A decoder takes no more than one argument, and to make one takes longer than
-    all the rest."""
+    """The frames that this thread is making a message of. A decoder takes no more than one
+    argument, and to make one takes longer than all the rest."""
 
     frames: list[Buffer]
     unused: set[int]

@@ -1,4 +1,5 @@
-"""What stands in for a process's connections: links that remember what was sent, and a member whose events are a script."""
+"""What stands in for a process's connections: links that remember what was sent, and a member whose
+events are a script."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -30,12 +31,14 @@ class FakeLinks:
 
     def take(self) -> list[tuple[str, Any]]:
         """What was sent since the last call."""
-        sent, self.sent = self.sent, []
+        sent = self.sent
+        self.sent = []
         return sent
 
 
 class FakeMember:
-    """Gives out one batch of events a round, as a work loop asks for them; what it waits for after the last ends it.
+    """Gives out one batch of events a round, as a work loop asks for them; what it waits for after
+    the last ends it.
 
     A batch may be a function, which is called then: it can look at what was sent so far.
     """
@@ -51,14 +54,14 @@ class FakeMember:
         self._script = iter(batches)
         worker.run()
 
-    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
+    def take_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         batch = next(self._script, None if wait else [])
         return batch() if callable(batch) else batch
 
     def events(self) -> Iterator[Event]:
         return itertools.chain.from_iterable(self._script)
 
-    def waits_for(self, roles: list[str]) -> None:
+    def set_missing_roles(self, roles: list[str]) -> None:
         self.missing = roles
 
 
@@ -68,4 +71,6 @@ def received(peer_id: str, role: str, *messages: Any) -> list[Event]:
 
 def aborts(sent: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
     """(receiver, request_id) of each Abort."""
-    return [(receiver, message.request_id) for receiver, message in sent if isinstance(message, Abort)]
+    return [
+        (receiver, message.request_id) for receiver, message in sent if isinstance(message, Abort)
+    ]

@@ -1,4 +1,5 @@
-"""Preprocess and vision replicas bargain over a network that delivers when it likes: every image ends, whoever dies meanwhile."""
+"""Preprocess and vision replicas bargain over a network that delivers when it likes: every image
+ends, whoever dies meanwhile."""
 
 import random
 from collections import OrderedDict, deque
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 
 from common.errors import ServingError
-from common.events import Down, Received, Up
-from common.messages import Embeddings, ImageReceived, ImageRejected, Peer
+from common.events import PeerDown, PeerUp, Received
+from common.messages import Embeddings, ItemReceived, ItemRejected, Peer
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image
+from services.preprocess.in_flight import Handover, PendingItem
+from services.preprocess.in_flight import Key as RequestKey
 from services.preprocess.metrics import PreprocessMetrics
-from services.preprocess.under_way import Dispatched, Handover
-from services.preprocess.under_way import Key as RequestKey
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
@@ -33,7 +34,8 @@ class Wire:
     """What one member has for others: in order to each, and in no order between them."""
 
     def __init__(self, me: str, net: "Net") -> None:
-        self.me, self.net = me, net
+        self.me = me
+        self.net = net
 
     def connect(self, peer: Peer, role: str) -> None: ...
 
@@ -43,12 +45,25 @@ class Wire:
 
 class Replica:
     def __init__(self, name: str, net: "Net") -> None:
-        self.name, self.member, self.thread, self.jobs = name, FakeMember(), FakeThread(FakeTower()), OrderedDict[Key, Job]()
+        self.name = name
+        self.member = FakeMember()
+        self.thread = FakeThread(FakeTower())
+        self.jobs = OrderedDict[Key, Job]()
         links: Any = Wire(name, net)
         self.member.links = links
-        cache, thread = EmbeddingCache(100), self.thread
+        cache = EmbeddingCache(100)
+        thread = self.thread
         anything: Any = thread
-        self.worker = Worker(self.member, anything, cache, self.jobs, "float32", EncodeTimes(), VisionMetrics(cache), lambda: net.now)
+        self.worker = Worker(
+            self.member,
+            anything,
+            cache,
+            self.jobs,
+            "float32",
+            EncodeTimes(),
+            VisionMetrics(cache),
+            lambda: net.now,
+        )
 
     def play(self, *events: Any) -> None:
         self.member.play(self.worker, list(events))
@@ -57,17 +72,26 @@ class Replica:
 
 class Preprocess:
     def __init__(self, name: str, net: "Net") -> None:
-        self.name, self.net, self.ended = name, net, dict[RequestKey, str]()
+        self.name = name
+        self.net = net
+        self.ended = dict[RequestKey, str]()
         self.handovers: dict[RequestKey, Handover] = {}
         pool = VisionPool(lambda: net.now)
-        self.dispatcher = Dispatcher(Wire(name, net), pool, self.handovers, self.fail, PreprocessMetrics(pool), lambda: net.now)
+        self.dispatcher = Dispatcher(
+            Wire(name, net),
+            pool,
+            self.handovers,
+            self.fail,
+            PreprocessMetrics(pool),
+            lambda: net.now,
+        )
 
     def fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:
         self.ended[key] = error.message
 
     def submit(self, number: int, contents: list[int]) -> None:
         key = (f"{self.name}-r{number}", 0)
-        images = {i: Dispatched((*key, i), picture(content)) for i, content in enumerate(contents)}
+        images = {i: PendingItem((*key, i), picture(content)) for i, content in enumerate(contents)}
         self.dispatcher.begin(key, Handover("gateway", LLM, self.net.now + 1e6, images))
         self.dispatcher._let_begin(key)
         self.dispatcher.offer_waiting()
@@ -79,9 +103,12 @@ class Preprocess:
 
 class Net:
     def __init__(self, seed: int, num_preprocess: int, num_replicas: int) -> None:
-        self.random, self.now = random.Random(seed), 1000.0
+        self.random = random.Random(seed)
+        self.now = 1000.0
         self.queues: dict[tuple[str, str], deque[Any]] = {}
-        self.producers = {name: Preprocess(name, self) for name in (f"p{n}" for n in range(num_preprocess))}
+        self.producers = {
+            name: Preprocess(name, self) for name in (f"p{n}" for n in range(num_preprocess))
+        }
         self.replicas: dict[str, Replica] = {}
         self.num_joined = self.num_submitted = 0
         for _ in range(num_replicas):
@@ -90,7 +117,7 @@ class Net:
     def join(self) -> None:
         self.num_joined += 1
         replica = self.replicas[f"v{self.num_joined}"] = Replica(f"v{self.num_joined}", self)
-        replica.play(*(Up(name, "preprocess") for name in self.producers))
+        replica.play(*(PeerUp(name, "preprocess") for name in self.producers))
 
     def kill(self) -> None:
         name = self.random.choice(sorted(self.replicas))
@@ -104,7 +131,10 @@ class Net:
     def submit(self) -> None:
         self.num_submitted += 1
         producer = self.random.choice(sorted(self.producers))
-        self.producers[producer].submit(self.num_submitted, [self.random.randrange(12) for _ in range(self.random.randint(1, 4))])
+        self.producers[producer].submit(
+            self.num_submitted,
+            [self.random.randrange(12) for _ in range(self.random.randint(1, 4))],
+        )
 
     def abort(self) -> None:
         for producer in self.producers.values():
@@ -113,13 +143,15 @@ class Net:
                 return
 
     def lose_preprocess(self) -> None:
-        """A replica's lease on it ended, and it connects anew: what is on the way in both directions is gone."""
-        replica, producer = self.random.choice(list(self.replicas.values())), self.random.choice(list(self.producers.values()))
+        """A replica's lease on it ended, and it connects anew: what is on the way in both
+        directions is gone."""
+        replica = self.random.choice(list(self.replicas.values()))
+        producer = self.random.choice(list(self.producers.values()))
         self.queues.pop((replica.name, producer.name), None)
         self.queues.pop((producer.name, replica.name), None)
         producer.dispatcher.lose_replica(replica.name, "its lease ended")
-        replica.play(Down(producer.name, "preprocess", "its lease ended"))
-        replica.play(Up(producer.name, "preprocess"))
+        replica.play(PeerDown(producer.name, "preprocess", "its lease ended"))
+        replica.play(PeerUp(producer.name, "preprocess"))
         producer.dispatcher.offer_waiting()
 
     def deliver(self) -> bool:
@@ -135,8 +167,16 @@ class Net:
         elif receiver in self.producers:
             self.producers[receiver].hear(sender, message)
         elif isinstance(message, Embeddings):
-            name = {"request_id": message.request_id, "attempt": message.attempt, "image": message.image}
-            answer = ImageReceived(**name) if self.random.random() < 0.97 else ImageRejected(**name, reason="no numbers")
+            name = {
+                "request_id": message.request_id,
+                "attempt": message.attempt,
+                "image": message.image,
+            }
+            answer = (
+                ItemReceived(**name)
+                if self.random.random() < 0.97
+                else ItemRejected(**name, reason="no numbers")
+            )
             self.queues.setdefault(("llm", message.preprocess_id), deque()).append(answer)
 
     def finish(self) -> bool:
@@ -150,7 +190,9 @@ class Net:
         """Nothing new comes; the rest goes its way, and what nobody wants any more lapses."""
         for _ in range(20_000):
             if not self.deliver() and not self.finish():
-                if not any(p.handovers for p in self.producers.values()) and not any(r.jobs for r in self.replicas.values()):
+                if not any(p.handovers for p in self.producers.values()) and not any(
+                    r.jobs for r in self.replicas.values()
+                ):
                     return
                 self.now += ANSWER_SECONDS + 0.1
                 for replica in self.replicas.values():
@@ -167,7 +209,13 @@ def picture(content: int) -> Image:
 @pytest.mark.parametrize("seed", range(24))
 def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
     net = Net(seed, num_preprocess=1 + seed % 3, num_replicas=2 + seed % 4)
-    actions = {net.deliver: 60, net.finish: 12, net.submit: 6, net.abort: 1, net.lose_preprocess: 0.3}
+    actions = {
+        net.deliver: 60,
+        net.finish: 12,
+        net.submit: 6,
+        net.abort: 1,
+        net.lose_preprocess: 0.3,
+    }
     for _ in range(STEPS):
         action: Any = net.random.choices(list(actions), list(actions.values()))[0]
         action()
@@ -178,8 +226,14 @@ def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
     net.settle()
     assert net.num_submitted > 50
     for producer in net.producers.values():
-        assert not producer.handovers and not producer.dispatcher.pool.num_waiting and producer.dispatcher.num_bytes == 0
-        assert all("attempts" in error for error in producer.ended.values()), "only images that failed three times fail"
+        assert (
+            not producer.handovers
+            and not producer.dispatcher.pool.num_waiting
+            and producer.dispatcher.num_bytes == 0
+        )
+        assert all("attempts" in error for error in producer.ended.values()), (
+            "only images that failed three times fail"
+        )
     for replica in net.replicas.values():
         assert not replica.jobs and replica.worker._num_granted() == 0
 
@@ -195,7 +249,8 @@ def test_with_several_producers_and_no_faults_no_replica_is_idle_while_images_wa
             pass
         waiting = sum(producer.dispatcher.pool.num_waiting for producer in net.producers.values())
         idle = sum(not replica.thread.work for replica in net.replicas.values())
-        rounds, idle_rounds = rounds + 1, idle_rounds + bool(waiting and idle)
+        rounds = rounds + 1
+        idle_rounds = idle_rounds + bool(waiting and idle)
         for replica in list(net.replicas.values()):
             if replica.thread.work:
                 replica.play(replica.thread.result())

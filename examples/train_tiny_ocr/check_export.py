@@ -26,18 +26,24 @@ class Published:
     def __init__(self, model: TinyOCR) -> None:
         with tempfile.TemporaryDirectory() as folder:
             export.write(model, Path(folder), torch.float32)
-            self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+            self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32
+            ).eval()
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
 
     def logits(self, batch: Batch, index: int) -> torch.Tensor:
         """For each token of one answer, padding included"""
         image = batch.images[index]
         cells = image.numel() // CELL**2
-        pixels = self.image_processor(images=[Image.fromarray(image.numpy()).convert("RGB")], return_tensors="pt")
+        pixels = self.image_processor(
+            images=[Image.fromarray(image.numpy()).convert("RGB")], return_tensors="pt"
+        )
         answer = batch.answers[index].clamp(min=0)
         image_tokens = torch.full((cells,), TOKEN["<|image_pad|>"])
         tokens = torch.cat([batch.before, image_tokens, batch.after, answer[:-1]])[None]
-        out = self.model(input_ids=tokens, mm_token_type_ids=(tokens == TOKEN["<|image_pad|>"]).int(), **pixels)
+        out = self.model(
+            input_ids=tokens, mm_token_type_ids=(tokens == TOKEN["<|image_pad|>"]).int(), **pixels
+        )
         return out.logits[0, -len(answer) :]
 
 
@@ -57,7 +63,10 @@ def main() -> None:
         difference = largest_difference(ours, theirs, make_batch(rng, *kind, budget=400, long=True))
         print(f"{name}: largest difference {difference:.1e}")
         if difference > TOLERANCE:
-            raise ValueError(f"the exported model reads {name} otherwise than the training code: model.py or export.py is wrong")
+            raise ValueError(
+                f"the exported model reads {name} otherwise than the training code: model.py or "
+                "export.py is wrong"
+            )
 
 
 if __name__ == "__main__":

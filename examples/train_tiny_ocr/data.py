@@ -1,4 +1,5 @@
-"""Training batches, made in a second process; all images of one batch share one grid and one prompt."""
+"""Training batches, made in a second process; all images of one batch share one grid and one
+prompt."""
 
 import multiprocessing as mp
 import random
@@ -42,12 +43,21 @@ def pick_prompt(rng: random.Random, long: bool) -> str:
 
 def prompt(rng: random.Random, long: bool) -> tuple[list[int], list[int]]:
     """-> the tokens before the image and those after it, up to where the answer starts"""
-    start, end = TOKEN["<|im_start|>"], TOKEN["<|im_end|>"]
-    system, text = pick_system(rng, long), list(pick_prompt(rng, long).encode())
+    start = TOKEN["<|im_start|>"]
+    end = TOKEN["<|im_end|>"]
+    system = pick_system(rng, long)
+    text = list(pick_prompt(rng, long).encode())
     before = [start, *f"system\n{system}".encode(), end, 10] if system else []
     text_first = rng.random() < 0.12
     before += [start, *b"user\n", *(text if text_first else []), TOKEN["<|vision_start|>"]]
-    return before, [TOKEN["<|vision_end|>"], *([] if text_first else text), end, 10, start, *b"assistant\n"]
+    return before, [
+        TOKEN["<|vision_end|>"],
+        *([] if text_first else text),
+        end,
+        10,
+        start,
+        *b"assistant\n",
+    ]
 
 
 def padded(rows: list[np.ndarray], filler: int) -> torch.Tensor:
@@ -74,7 +84,9 @@ def make_batch(rng: random.Random, kind_name: str, look: Look, budget: int, long
     before, after = prompt(rng, long)
     tokens = len(before) + len(after) + KINDS[kind_name].expected
     count = max(3, min(96, int(budget / (rows * columns + tokens / 3))))
-    return collate([sample(rng, kind_name, look, rows, columns) for _ in range(count)], before, after)
+    return collate(
+        [sample(rng, kind_name, look, rows, columns) for _ in range(count)], before, after
+    )
 
 
 def worker(queue: mp.Queue, mix: Mix, budget: int, long_share: float, seed: int) -> None:
@@ -95,7 +107,9 @@ class Stream:
     def __init__(self, mix: Mix, budget: int, long_share: float, seed: int) -> None:
         context = mp.get_context("spawn")
         self.queue = context.Queue(6)
-        self.process = context.Process(target=worker, args=(self.queue, mix, budget, long_share, seed), daemon=True)
+        self.process = context.Process(
+            target=worker, args=(self.queue, mix, budget, long_share, seed), daemon=True
+        )
         self.process.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -108,7 +122,9 @@ class Stream:
                 return self.queue.get(timeout=5)
             except Empty:
                 if not self.process.is_alive():
-                    raise RuntimeError("the process that makes the images has died: see its error above") from None
+                    raise RuntimeError(
+                        "the process that makes the images has died: see its error above"
+                    ) from None
 
     def close(self) -> None:
         self.process.terminate()

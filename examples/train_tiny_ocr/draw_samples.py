@@ -102,7 +102,8 @@ SAMPLES = [SIGN, LETTER, INVOICE]
 def draw(sheet: Sheet) -> Image.Image:
     image = Image.new("RGB", sheet.size, sheet.paper)
     canvas = ImageDraw.Draw(image)
-    width, y = sheet.size[0], 14.0
+    width = sheet.size[0]
+    y = 14.0
     for row in sheet.rows:
         if row.rule:
             middle = y + row.gap // 2 - 2
@@ -111,7 +112,12 @@ def draw(sheet: Sheet) -> Image.Image:
         font = font_at(sheet.fonts[row.bold], row.px)
         x = (width - font.getlength(row.text)) / 2 if row.centered else sheet.margin
         canvas.text((x, y), row.text, font=font, fill=sheet.ink)
-        canvas.text((width - sheet.margin - font.getlength(row.right), y), row.right, font=font, fill=sheet.ink)
+        canvas.text(
+            (width - sheet.margin - font.getlength(row.right), y),
+            row.right,
+            font=font,
+            fill=sheet.ink,
+        )
         y += row.px * sheet.leading
     return image
 

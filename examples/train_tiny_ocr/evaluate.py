@@ -2,8 +2,8 @@
 
     python evaluate.py ../../models/tiny-ocr --n 64 --report cer.md
 
-The images come from the training generator with another seed: fonts and layouts are known to the model, the
-texts are not.
+The images come from the training generator with another seed: fonts and layouts are known to the
+model, the texts are not.
 """
 
 import argparse
@@ -37,8 +37,13 @@ class Score:
         self.seconds += seconds
 
     def row(self, name: str) -> str:
-        rate, share, seconds = self.wrong / self.characters, self.exact / self.images, self.seconds / self.images
-        return f"| {name} | {self.images} | {rate:.4f} | {share:.3f} | {self.characters} | {seconds:.2f} |"
+        rate = self.wrong / self.characters
+        share = self.exact / self.images
+        seconds = self.seconds / self.images
+        return (
+            f"| {name} | {self.images} | {rate:.4f} | {share:.3f} | "
+            f"{self.characters} | {seconds:.2f} |"
+        )
 
 
 def held_out(name: str, count: int, seed: int) -> Iterator[tuple[Image.Image, str]]:
@@ -51,7 +56,9 @@ def held_out(name: str, count: int, seed: int) -> Iterator[tuple[Image.Image, st
 
 
 def arguments() -> argparse.Namespace:
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     a.add_argument("checkpoint", type=Path)
     a.add_argument("--n", type=int, default=64, help="images of each kind")
     a.add_argument("--kinds", default=",".join(HELD_OUT))
@@ -60,12 +67,15 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--system", help="a system prompt instead of the template's own")
     a.add_argument("--fp32", action="store_true", help="bf16 otherwise")
     a.add_argument("--report", type=Path, help="also write the table to this file")
-    a.add_argument("--show", type=int, default=0, help="print this many answers of each kind that differ")
+    a.add_argument(
+        "--show", type=int, default=0, help="print this many answers of each kind that differ"
+    )
     return a.parse_args()
 
 
 def score_kind(reader: Reader, name: str, args: argparse.Namespace) -> Score:
-    score, shown = Score(), 0
+    score = Score()
+    shown = 0
     for image, text in held_out(name, args.n, args.seed):
         start = time.monotonic()
         answer = reader.read(image, args.prompt, args.system)
@@ -80,7 +90,10 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     reader = Reader(args.checkpoint, torch.float32 if args.fp32 else torch.bfloat16)
-    lines = ["| kind | images | CER | exact | characters | seconds an image |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kind | images | CER | exact | characters | seconds an image |",
+        "|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines))
     for name in args.kinds.split(","):
         lines.append(score_kind(reader, name, args).row(name))

@@ -95,8 +95,15 @@ def preprocessor_config() -> Json:
 
 
 def generation_config() -> Json:
-    end, pad = s.TOKEN["<|im_end|>"], s.TOKEN["<|endoftext|>"]
-    return {"bos_token_id": pad, "pad_token_id": pad, "do_sample": False, "eos_token_id": [end, pad], "transformers_version": "4.49.0"}
+    end = s.TOKEN["<|im_end|>"]
+    pad = s.TOKEN["<|endoftext|>"]
+    return {
+        "bos_token_id": pad,
+        "pad_token_id": pad,
+        "do_sample": False,
+        "eos_token_id": [end, pad],
+        "transformers_version": "4.49.0",
+    }
 
 
 def write(model: TinyOCR, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -114,7 +121,9 @@ def write(model: TinyOCR, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
         "chat_template": {"chat_template": CHAT_TEMPLATE},
     }
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        (folder / f"{name}.json").write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def load(checkpoint: Path) -> TinyOCR:

@@ -16,14 +16,20 @@ COMMON_SHARE = 0.92
 
 @cache
 def font_paths() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(Path("/usr/share/fonts").rglob("*.[to]t[fc]"), reverse=True)}
+    return {
+        path.stem: path
+        for path in sorted(Path("/usr/share/fonts").rglob("*.[to]t[fc]"), reverse=True)
+    }
 
 
 @cache
 def installed(common: bool) -> list[str]:
     found = [name for name in (COMMON if common else OTHER) if name in font_paths()]
     if not found:
-        raise ValueError("no font of the recipe is installed: apt-get install the font packages that README.md names")
+        raise ValueError(
+            "no font of the recipe is installed: apt-get install the font packages that README.md "
+            "names"
+        )
     return [*found, PILLOW_DEFAULT] if common else found
 
 

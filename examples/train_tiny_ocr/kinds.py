@@ -1,4 +1,5 @@
-"""The kinds of image: how large, how much text, how it looks; and those that the model is measured on."""
+"""The kinds of image: how large, how much text, how it looks; and those that the model is measured
+on."""
 
 import random
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ HELD_OUT = {
 def pick_grid(rng: random.Random, kind_name: str) -> tuple[int, int]:
     kind = KINDS[kind_name]
     while True:
-        rows, columns = rng.randint(*kind.rows), rng.randint(*kind.columns)
+        rows = rng.randint(*kind.rows)
+        columns = rng.randint(*kind.columns)
         if kind_name == "line" and rows == 2 and rng.random() < 0.4:
             rows = 1
         if MIN_CELLS <= rows * columns <= MAX_CELLS:

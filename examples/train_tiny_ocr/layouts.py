@@ -30,10 +30,13 @@ class Page:
     width: int
     height: int
     segments: list[Segment] = field(default_factory=list)
-    rules: list[tuple[float, float, float, int]] = field(default_factory=list)  # left, y, right, thickness
+    # Left, y, right, thickness.
+    rules: list[tuple[float, float, float, int]] = field(default_factory=list)
     bands: list[tuple[float, float]] = field(default_factory=list)  # top, bottom
 
-    def add(self, line: int, x: float, top: float, text: str, font: FreeTypeFont, **flags: bool) -> None:
+    def add(
+        self, line: int, x: float, top: float, text: str, font: FreeTypeFont, **flags: bool
+    ) -> None:
         if text:
             self.segments.append(Segment(line, x, top, text, font, **flags))
 
@@ -60,14 +63,17 @@ def centered(page: Page, font: FreeTypeFont, text: str) -> float:
     return max(1, (page.width - font.getlength(text)) / 2)
 
 
-def line_text(rng: random.Random, font: FreeTypeFont, width: float, filled: bool, writer: Writer) -> str:
+def line_text(
+    rng: random.Random, font: FreeTypeFont, width: float, filled: bool, writer: Writer
+) -> str:
     wanted = width if filled else width * rng.uniform(0.3, 1.0)
     text = line_that_fits(rng, font, wanted, writer, 99 if filled else rng.choice([1, 2, 3, 4, 9]))
     return text or line_that_fits(rng, font, width, writer) or digits(rng, rng.randint(1, 2))
 
 
 def lay_lines(rng: random.Random, page: Page, plan: Plan) -> None:
-    font, writer = font_at(plan.font, plan.px), pick_writer(rng)
+    font = font_at(plan.font, plan.px)
+    writer = pick_writer(rng)
     free = page.height - plan.px * 1.2
     pitch = plan.px * rng.uniform(1.12, 1.6)
     left = rng.uniform(1, 14) if rng.random() < 0.8 else rng.uniform(1, 0.25 * page.width)
@@ -78,7 +84,9 @@ def lay_lines(rng: random.Random, page: Page, plan: Plan) -> None:
     in_the_middle = rng.random() < 0.15
     for i in range(count):
         text = line_text(rng, font, page.width - left - 2, plan.filled, writer)
-        page.add(i, centered(page, font, text) if in_the_middle else left, top + i * pitch, text, font)
+        page.add(
+            i, centered(page, font, text) if in_the_middle else left, top + i * pitch, text, font
+        )
 
 
 def shortened(text: str, font: FreeTypeFont, limit: float, by_words: bool) -> str:
@@ -87,27 +95,34 @@ def shortened(text: str, font: FreeTypeFont, limit: float, by_words: bool) -> st
     return text.strip()
 
 
-def lay_receipt_line(page: Page, i: int, y: float, line: ReceiptLine, font: FreeTypeFont, left: float, inline: bool) -> None:
+def lay_receipt_line(
+    page: Page, i: int, y: float, line: ReceiptLine, font: FreeTypeFont, left: float, inline: bool
+) -> None:
     right = page.width - left
     limit = right - left - (font.getlength(line.price) + 8 if line.price else 0)
     text = shortened(line.text, font, limit, not line.silent)
     if line.price and inline:
         text = f"{text} {line.price}"
-    page.add(i, centered(page, font, text) if line.centered else left, y, text, font, silent=line.silent)
+    page.add(
+        i, centered(page, font, text) if line.centered else left, y, text, font, silent=line.silent
+    )
     if line.price and not inline:
         page.add(i, right - font.getlength(line.price), y, line.price, font)
 
 
 def lay_receipt(rng: random.Random, page: Page, plan: Plan) -> None:
     font = font_at(plan.font, plan.px)
-    count = max(3, min(rng.randint(plan.fewest, plan.most), int((page.height - 4) // (plan.px * 1.12))))
+    count = max(
+        3, min(rng.randint(plan.fewest, plan.most), int((page.height - 4) // (plan.px * 1.12)))
+    )
     left = rng.uniform(2, 16)
     lines = receipt_lines(rng, count)
     free = page.height - plan.px * 1.25
     pitch = min(plan.px * rng.uniform(1.12, 1.6), free / (count - 1))
     slack = max(0.0, free - (count - 1) * pitch)
     top = rng.uniform(0, slack) if rng.random() < 0.6 else min(6, slack)
-    all_left, inline = rng.random() < 0.2, rng.random() < 0.2
+    all_left = rng.random() < 0.2
+    inline = rng.random() < 0.2
     for i, line in enumerate(lines):
         line.centered = line.centered and not all_left
         lay_receipt_line(page, i, top + i * pitch, line, font, left, inline)
@@ -120,23 +135,35 @@ def lay_heading(rng: random.Random, page: Page, plan: Plan, left: float) -> floa
     """A larger first line, at times light on a dark band -> where the rest begins"""
     px = min(56, round(plan.px * rng.uniform(1.3, 2.8)))
     font = font_at(plan.font, px)
-    text = line_text(rng, font, page.width - left - 4, False, Prose() if rng.random() < 0.5 else token)
+    text = line_text(
+        rng, font, page.width - left - 4, False, Prose() if rng.random() < 0.5 else token
+    )
     top = rng.uniform(2, 10)
     bottom = top + px * rng.uniform(1.25, 1.5)
     banded = rng.random() < 0.3
     if banded:
         page.bands.append((rng.choice([0.0, max(0.0, top - 4)]), bottom))
-    page.add(0, centered(page, font, text) if rng.random() < 0.4 else left, top, text, font, inverse=banded)
+    page.add(
+        0,
+        centered(page, font, text) if rng.random() < 0.4 else left,
+        top,
+        text,
+        font,
+        inverse=banded,
+    )
     return bottom + rng.uniform(0.1, 0.8) * plan.px
 
 
 def lay_document(rng: random.Random, page: Page, plan: Plan) -> None:
     """Paragraphs down the page, often under a heading."""
-    font, writer = font_at(plan.font, plan.px), pick_writer(rng)
-    left, pitch = rng.uniform(2, 24), plan.px * rng.uniform(1.12, 1.5)
+    font = font_at(plan.font, plan.px)
+    writer = pick_writer(rng)
+    left = rng.uniform(2, 24)
+    pitch = plan.px * rng.uniform(1.12, 1.5)
     first = 1 if rng.random() < 0.6 else 0
     y = lay_heading(rng, page, plan, left) if first else rng.uniform(2, 16)
-    width, paragraph_end = page.width - left - rng.uniform(2, 16), rng.choice([0.0, 0.1, 0.25])
+    width = page.width - left - rng.uniform(2, 16)
+    paragraph_end = rng.choice([0.0, 0.1, 0.25])
     for i in range(first, rng.randint(plan.fewest, plan.most)):
         if y + plan.px * 1.2 > page.height:
             return

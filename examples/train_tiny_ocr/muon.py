@@ -32,10 +32,17 @@ class Muon(torch.optim.Optimizer):
             stacks: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    for piece in zip(pieces(parameter), pieces(self.update(parameter, group["momentum"])), strict=True):
+                    for piece in zip(
+                        pieces(parameter),
+                        pieces(self.update(parameter, group["momentum"])),
+                        strict=True,
+                    ):
                         stacks.setdefault(piece[0].shape, []).append(piece)
             for (rows, columns), stack in stacks.items():
-                steps = orthogonalise(torch.stack([update for _, update in stack])) * max(1, rows / columns) ** 0.5
+                steps = (
+                    orthogonalise(torch.stack([update for _, update in stack]))
+                    * max(1, rows / columns) ** 0.5
+                )
                 for (matrix, _), step in zip(stack, steps, strict=True):
                     matrix.sub_(step, alpha=group["lr"])
 
@@ -47,7 +54,8 @@ class Muon(torch.optim.Optimizer):
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """-> parameters for Muon, parameters for AdamW"""
-    matrices, rest = [], []
+    matrices = []
+    rest = []
     for name, parameter in model.named_parameters():
         special = "embed_tokens" in name or "_head" in name
         (rest if parameter.ndim < 2 or special else matrices).append(parameter)

@@ -1,4 +1,5 @@
-"""Reads images with transformers' greedy generate, through the chat template: what the tables are measured with."""
+"""Reads images with transformers' greedy generate, through the chat template: what the tables are
+measured with."""
 
 from pathlib import Path
 
@@ -16,12 +17,24 @@ class Reader:
 
     def tokens(self, prompt: str, system: str | None, image_tokens: int) -> torch.Tensor:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * image_tokens), return_tensors="pt")["input_ids"]
+        messages = [{"role": "system", "content": system}] * (system is not None) + [
+            {"role": "user", "content": content}
+        ]
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return self.tokenizer(
+            text.replace("<|image_pad|>", "<|image_pad|>" * image_tokens), return_tensors="pt"
+        )["input_ids"]
 
     @torch.no_grad()
-    def read(self, image: Image.Image, prompt: str = ROLM_PROMPT, system: str | None = None, longest: int = 2000) -> str:
+    def read(
+        self,
+        image: Image.Image,
+        prompt: str = ROLM_PROMPT,
+        system: str | None = None,
+        longest: int = 2000,
+    ) -> str:
         pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
         tokens = self.tokens(prompt, system, len(pixels["pixel_values"]) // (CELL // PATCH) ** 2)
         image_token = self.model.config.image_token_id
@@ -39,7 +52,8 @@ class Reader:
 def edit_distance(a: str, b: str) -> int:
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        corner, row[0] = row[0], i
+        corner = row[0]
+        row[0] = i
         for j, y in enumerate(b, 1):
             corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
     return row[-1]

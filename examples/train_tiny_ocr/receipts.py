@@ -31,11 +31,16 @@ def shop(rng: random.Random) -> str:
 
 
 def address(rng: random.Random) -> str:
-    return f"{rng.randrange(1, 999)} {word(rng).capitalize()} {rng.choice(['St', 'Ave', 'Rd', 'Street'])}"
+    return (
+        f"{rng.randrange(1, 999)} {word(rng).capitalize()} "
+        f"{rng.choice(['St', 'Ave', 'Rd', 'Street'])}"
+    )
 
 
 def heading(rng: random.Random) -> str:
-    return f"{rng.choice(HEADINGS)} {rng.choice([digits(rng, 3), code(rng), word(rng).capitalize()])}"
+    return (
+        f"{rng.choice(HEADINGS)} {rng.choice([digits(rng, 3), code(rng), word(rng).capitalize()])}"
+    )
 
 
 def moment(rng: random.Random) -> str:
@@ -54,7 +59,8 @@ def item(rng: random.Random) -> str:
         parts.insert(0, rng.choice([f"{count}", f"{count}x", f"{count} x"]))
     if rng.random() < 0.15:
         parts = [word(rng) for _ in range(rng.randint(1, 2))]
-    text, r = " ".join(parts), rng.random()
+    text = " ".join(parts)
+    r = rng.random()
     return text.upper() if r < 0.3 else text.lower() if r < 0.36 else text
 
 
@@ -79,7 +85,8 @@ def item_line(rng: random.Random) -> ReceiptLine:
 
 
 def receipt_lines(rng: random.Random, count: int) -> list[ReceiptLine]:
-    head, tail = head_lines(rng, count - 2), tail_lines(rng)
+    head = head_lines(rng, count - 2)
+    tail = tail_lines(rng)
     if rng.random() < 0.15:  # a row of dashes says nothing
         row = ReceiptLine(rng.choice("--==*_") * rng.randint(10, 60), silent=True)
         head.append(row) if rng.random() < 0.5 else tail.insert(0, row)

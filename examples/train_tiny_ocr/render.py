@@ -58,7 +58,9 @@ def jitter(rng: random.Random) -> tuple[int, int]:
 
 
 def lay_out(rng: random.Random, kind_name: str, look: Look, rows: int, columns: int) -> Page:
-    kind, zoom, (dx, dy) = KINDS[kind_name], zoom_of(rng), jitter(rng)
+    kind = KINDS[kind_name]
+    zoom = zoom_of(rng)
+    (dx, dy) = jitter(rng)
     page = Page(round((columns * CELL + dx) * zoom), round((rows * CELL + dy) * zoom))
     px = max(8, round(font_px(rng, kind_name, look, rows * CELL) * zoom))
     if rng.random() >= look.blank:
@@ -74,7 +76,12 @@ def draw(page: Page, paper: int, ink: int) -> Image.Image:
     for left, y, right, thickness in page.rules:
         canvas.line((left, y, right, y), fill=ink, width=thickness)
     for segment in page.segments:
-        canvas.text((segment.x, segment.top), segment.text, font=segment.font, fill=paper if segment.inverse else ink)
+        canvas.text(
+            (segment.x, segment.top),
+            segment.text,
+            font=segment.font,
+            fill=paper if segment.inverse else ink,
+        )
     return image
 
 
@@ -83,8 +90,12 @@ def wear(rng: random.Random, image: Image.Image) -> Image.Image:
     if rng.random() < 0.07:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
     if rng.random() < 0.08:
-        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 9), (image.height, image.width))
-        image = Image.fromarray((np.asarray(image, np.float32) + noise).clip(0, 255).astype(np.uint8))
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(
+            0, rng.uniform(1, 9), (image.height, image.width)
+        )
+        image = Image.fromarray(
+            (np.asarray(image, np.float32) + noise).clip(0, 255).astype(np.uint8)
+        )
     if rng.random() < 0.06:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=rng.randint(40, 90))
@@ -96,8 +107,10 @@ class Labels:
     """Collects the text of a page and the place of each of its characters."""
 
     def __init__(self, page: Page, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self.scale_x, self.scale_y = columns / page.width, rows / page.height  # pixels to cells
+        self.rows = rows
+        self.columns = columns
+        self.scale_x = columns / page.width
+        self.scale_y = rows / page.height  # pixels to cells
         self.slots = np.zeros((rows * columns, SLOTS), np.uint8)
         self.text = ""
         self.places: list[int | None] = []  # None: a space or a line break
@@ -130,7 +143,8 @@ class Labels:
         self.places.append(None if character == " " else cell * SLOTS + slot)
 
     def next_places(self) -> list[int]:
-        """A space or a line break looks ahead to the next character; the end looks at the last one."""
+        """A space or a line break looks ahead to the next character; the end looks at the last
+        one."""
         following = next((p for p in reversed(self.places) if p is not None), 0)
         ahead = [following]
         for place in reversed(self.places):
@@ -139,7 +153,7 @@ class Labels:
         return ahead[::-1]
 
     def answer(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> the bytes, and a place for each: a character of several bytes has its place several times"""
+        """The bytes, and a place for each: a character of several bytes repeats its place."""
         *places, end = self.next_places()
         lengths = [len(c.encode()) for c in self.text]
         return (

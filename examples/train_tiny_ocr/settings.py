@@ -45,13 +45,14 @@ TEXT_INNER = 512
 TEXT_HEADS = 4
 TEXT_KV_HEADS = 2
 ROPE_THETA = 10000.0
-# A published Qwen2.5-VL gives time/height/width 16/24/24 of 64 frequencies. With few, small positions the
-# width would get only near-zero frequencies; these sections give every axis some that turn within a row of
-# 16 cells, and leave many that hardly turn at all for matching by content.
+# A published Qwen2.5-VL gives time/height/width 16/24/24 of 64 frequencies. With few, small
+# positions the width would get only near-zero frequencies; these sections give every axis some that
+# turn within a row of 16 cells, and leave many that hardly turn at all for matching by content.
 MROPE_SECTION = (3, 4, 25)
 CONTEXT = 4096
 
-MIN_CELLS, MAX_CELLS = 4, 256
+MIN_CELLS = 4
+MAX_CELLS = 256
 IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 LUMA = [0.299, 0.587, 0.114]
@@ -60,12 +61,20 @@ LUMA = [0.299, 0.587, 0.114]
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["£", "€"]
 CHARACTER_CLASS = {c: i + 1 for i, c in enumerate(CHARACTERS)}  # class 0: nothing there
 CLASSES = len(CHARACTERS) + 1
-SLOT_ROWS, SLOT_COLUMNS = 2, 4
+SLOT_ROWS = 2
+SLOT_COLUMNS = 4
 SLOTS = SLOT_ROWS * SLOT_COLUMNS
 
-ROLM_PROMPT = "Return the plain text representation of this document as if you were reading it naturally.\n"
+ROLM_PROMPT = (
+    "Return the plain text representation of this document as if you were reading it naturally.\n"
+)
 DEFAULT_SYSTEM = "You are a helpful assistant."
-SYSTEMS = ["You are an OCR engine.", "Read the document.", "You read text from images.", "Be brief."]
+SYSTEMS = [
+    "You are an OCR engine.",
+    "Read the document.",
+    "You read text from images.",
+    "Be brief.",
+]
 SHORT_PROMPTS = [
     "",
     "OCR:",

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from kernels import Rotation, attend, rotate, rotations
 from layers import MLP, RMSNorm, linear
-from settings import MROPE_SECTION, ROPE_THETA, TEXT_DEPTH, TEXT_HEADS, TEXT_INNER, TEXT_KV_HEADS, TEXT_SIZE, VOCABULARY
+from settings import (
+    MROPE_SECTION,
+    ROPE_THETA,
+    TEXT_DEPTH,
+    TEXT_HEADS,
+    TEXT_INNER,
+    TEXT_KV_HEADS,
+    TEXT_SIZE,
+    VOCABULARY,
+)
 from torch import nn
 
 HEAD_SIZE = TEXT_SIZE // TEXT_HEADS
@@ -23,7 +32,8 @@ class Frame:
 
 @dataclass
 class Guide:
-    """From position `first` on, the token to look at, and a weight that is 0 beyond the end of an answer."""
+    """From position `first` on, the token to look at, and a weight that is 0 beyond the end of an
+    answer."""
 
     first: int
     target: torch.Tensor
@@ -38,7 +48,13 @@ class Guide:
 def positions(before: int, rows: int, columns: int, after: int) -> torch.Tensor:
     """-> [3, tokens]: the image's tokens differ in row and column, the others in time"""
     cells = rows * columns
-    cell = torch.stack([torch.zeros(cells), torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
+    cell = torch.stack(
+        [
+            torch.zeros(cells),
+            torch.arange(rows).repeat_interleave(columns),
+            torch.arange(columns).repeat(rows),
+        ]
+    )
     text_after = torch.arange(after).expand(3, -1) + before + max(rows, columns)
     return torch.cat([torch.arange(before).expand(3, -1), cell + before, text_after], 1).float()
 
@@ -48,7 +64,9 @@ def frame(before: int, rows: int, columns: int, after: int) -> Frame:
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(MROPE_SECTION))
     position = positions(before, rows, columns, after)
     length = position.shape[1]
-    return Frame(*rotations(position[axis].T * frequencies), torch.full((length, length), -1e9).triu(1))
+    return Frame(
+        *rotations(position[axis].T * frequencies), torch.full((length, length), -1e9).triu(1)
+    )
 
 
 class Attention(nn.Module):
@@ -59,25 +77,38 @@ class Attention(nn.Module):
         self.v_proj = linear(TEXT_SIZE, TEXT_KV_HEADS * HEAD_SIZE, True)
         self.o_proj = linear(TEXT_SIZE, TEXT_SIZE, False, zero=True)
 
-    def forward(self, x: torch.Tensor, frame: Frame, guide: Guide | None, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (proj(t).unflatten(-1, (-1, HEAD_SIZE)) for proj, t in ((self.q_proj, x[:, -last:]), (self.k_proj, x), (self.v_proj, x)))
-        q, k = rotate(q, *(t[-last:] for t in frame.q)).transpose(1, 2), rotate(k, *frame.k).transpose(1, 2)
+    def forward(
+        self, x: torch.Tensor, frame: Frame, guide: Guide | None, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v = (
+            proj(t).unflatten(-1, (-1, HEAD_SIZE))
+            for proj, t in ((self.q_proj, x[:, -last:]), (self.k_proj, x), (self.v_proj, x))
+        )
+        q = rotate(q, *(t[-last:] for t in frame.q)).transpose(1, 2)
+        k = rotate(k, *frame.k).transpose(1, 2)
         loss = None
         if guide is not None:  # the first head of each group
-            loss = guide.loss((q[:, ::GROUP, guide.first :] @ k.mT).float() + frame.mask[guide.first :])
+            loss = guide.loss(
+                (q[:, ::GROUP, guide.first :] @ k.mT).float() + frame.mask[guide.first :]
+            )
         grouped = q.reshape(-1, TEXT_KV_HEADS, GROUP * last, HEAD_SIZE)
         out = attend(grouped, k, v.transpose(1, 2), frame.mask[-last:].repeat(GROUP, 1).to(q.dtype))
-        return self.o_proj(out.view(-1, TEXT_HEADS, last, HEAD_SIZE).transpose(1, 2).flatten(2)), loss
+        return self.o_proj(
+            out.view(-1, TEXT_HEADS, last, HEAD_SIZE).transpose(1, 2).flatten(2)
+        ), loss
 
 
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(TEXT_SIZE), RMSNorm(TEXT_SIZE)
+        self.input_layernorm = RMSNorm(TEXT_SIZE)
+        self.post_attention_layernorm = RMSNorm(TEXT_SIZE)
         self.self_attn = Attention()
         self.mlp = MLP(TEXT_SIZE, TEXT_INNER, False)
 
-    def forward(self, x: torch.Tensor, frame: Frame, guide: Guide | None, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, frame: Frame, guide: Guide | None, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`last`: how many of the last positions go on; the final layer needs only the answer"""
         out, loss = self.self_attn(self.input_layernorm(x), frame, guide, last)
         x = x[:, -last:] + out

@@ -4,11 +4,15 @@ from settings import CONTEXT, PLAIN_ADDED, SPECIAL, TOKEN
 
 Json = dict[str, object]
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(img=0, vid=0) -%}"
     "{%- for m in messages -%}"
-    "{%- if loop.first and m.role != 'system' -%}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- if loop.first and m.role != 'system' -%}{{- '<|im_start|>system\\nYou are a helpful "
+    "assistant.<|im_end|>\\n' -}}{%- endif -%}"
     "{{- '<|im_start|>' ~ m.role ~ '\\n' -}}"
     "{%- if m.content is string -%}{{- m.content -}}"
     "{%- else -%}{%- for p in m.content -%}"
@@ -24,7 +28,12 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
 
 
 def byte_characters() -> list[str]:
@@ -40,12 +49,27 @@ def vocabulary() -> dict[str, int]:
 
 
 def added_tokens() -> list[tuple[int, Json]]:
-    return [(TOKEN[t], {"content": t, **PLAIN, "special": t in SPECIAL}) for t in SPECIAL + PLAIN_ADDED]
+    return [
+        (TOKEN[t], {"content": t, **PLAIN, "special": t in SPECIAL}) for t in SPECIAL + PLAIN_ADDED
+    ]
 
 
 def byte_pair_model() -> Json:
-    options = {"continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False}
-    return {"type": "BPE", "dropout": None, "unk_token": None, **options, "ignore_merges": False, "vocab": vocabulary(), "merges": []}
+    options = {
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+    }
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        **options,
+        "ignore_merges": False,
+        "vocab": vocabulary(),
+        "merges": [],
+    }
 
 
 def tokenizer_json() -> Json:

@@ -21,7 +21,15 @@ from kinds import HELD_OUT
 from model import TinyOCR, load_exported, parameter_count
 from muon import Muon, split
 
-LOOK: Mix = {"short": 0.15, "line": 0.2, "lines": 0.15, "receipt": 0.15, "page": 0.1, "title": 0.1, "small": 0.15}
+LOOK: Mix = {
+    "short": 0.15,
+    "line": 0.2,
+    "lines": 0.15,
+    "receipt": 0.15,
+    "page": 0.1,
+    "title": 0.1,
+    "small": 0.15,
+}
 ALL_KINDS: Mix = {
     "short": 0.03,
     "line": 0.1,
@@ -47,22 +55,64 @@ Losses = dict[str, torch.Tensor]
 
 
 def arguments() -> argparse.Namespace:
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     a.add_argument("--out", type=Path, default=Path("run"), help="folder for log.txt and last.pt")
-    a.add_argument("--init", type=Path, help="start from this exported checkpoint, with all kinds from the beginning")
+    a.add_argument(
+        "--init",
+        type=Path,
+        help="start from this exported checkpoint, with all kinds from the beginning",
+    )
     a.add_argument("--resume", action="store_true")
-    a.add_argument("--look_minutes", type=float, default=22, help="vision-only phase: each cell names its characters")
-    a.add_argument("--minutes", type=float, default=93, help="reading phase: the whole model answers")
+    a.add_argument(
+        "--look_minutes",
+        type=float,
+        default=22,
+        help="vision-only phase: each cell names its characters",
+    )
+    a.add_argument(
+        "--minutes", type=float, default=93, help="reading phase: the whole model answers"
+    )
     a.add_argument("--budget", type=int, default=1800, help="size of a batch in image cells")
     a.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate")
     a.add_argument("--adam_lr", type=float, default=3e-3, help="AdamW's learning rate")
-    a.add_argument("--vision_lr", type=float, default=0.5, help="the vision tower's share of --lr while reading")
-    a.add_argument("--freeze", type=float, default=0.05, help="share of the reading phase with a frozen vision tower")
-    a.add_argument("--flat", type=float, default=0.33, help="share of the reading phase before the learning rate falls")
-    a.add_argument("--slot_weight", type=float, default=1.0, help="weight of the per-cell loss while reading")
-    a.add_argument("--guide_weight", type=float, default=0.5, help="weight of the attention guidance while reading")
-    a.add_argument("--noise", type=float, default=0.05, help="share of wrong characters in the answer fed back")
-    a.add_argument("--measure_minutes", type=float, default=4, help="minutes between held-out measurements and checkpoints")
+    a.add_argument(
+        "--vision_lr",
+        type=float,
+        default=0.5,
+        help="the vision tower's share of --lr while reading",
+    )
+    a.add_argument(
+        "--freeze",
+        type=float,
+        default=0.05,
+        help="share of the reading phase with a frozen vision tower",
+    )
+    a.add_argument(
+        "--flat",
+        type=float,
+        default=0.33,
+        help="share of the reading phase before the learning rate falls",
+    )
+    a.add_argument(
+        "--slot_weight", type=float, default=1.0, help="weight of the per-cell loss while reading"
+    )
+    a.add_argument(
+        "--guide_weight",
+        type=float,
+        default=0.5,
+        help="weight of the attention guidance while reading",
+    )
+    a.add_argument(
+        "--noise", type=float, default=0.05, help="share of wrong characters in the answer fed back"
+    )
+    a.add_argument(
+        "--measure_minutes",
+        type=float,
+        default=4,
+        help="minutes between held-out measurements and checkpoints",
+    )
     a.add_argument("--seed", type=int, default=1)
     return a.parse_args()
 
@@ -78,9 +128,13 @@ class Stage:
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
-    look, read = args.look_minutes * 60, args.minutes * 60
+    look = args.look_minutes * 60
+    read = args.minutes * 60
     curriculum = [(0.0, ALL_KINDS)] if args.init else CURRICULUM
-    reading = [Stage(look + share * read, True, mix, 0.35 if mix is ALL_KINDS else 0.1) for share, mix in curriculum]
+    reading = [
+        Stage(look + share * read, True, mix, 0.35 if mix is ALL_KINDS else 0.1)
+        for share, mix in curriculum
+    ]
     return ([Stage(0.0, False, LOOK, 0.05)] if look else []) + reading
 
 
@@ -100,24 +154,38 @@ def read(model: TinyOCR, batch: Batch, noise: float = 0.0) -> Losses:
     slots, characters = model.slot_loss(out.cells, batch.slots)
     loss = F.cross_entropy(out.logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORED)
     right = (out.logits.argmax(-1) == batch.answers)[batch.answers != IGNORED].float().mean()
-    return {"loss": loss, "right": right, "guidance": out.guidance, "slots": slots, "characters": characters}
+    return {
+        "loss": loss,
+        "right": right,
+        "guidance": out.guidance,
+        "slots": slots,
+        "characters": characters,
+    }
 
 
 class Run:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.stages = args, stages(args)
-        self.look_end, self.end = args.look_minutes * 60, (args.look_minutes + args.minutes) * 60
+        self.args = args
+        self.stages = stages(args)
+        self.look_end = args.look_minutes * 60
+        self.end = (args.look_minutes + args.minutes) * 60
         self.model = TinyOCR()
         if args.init:
             load_exported(self.model, args.init)
         matrices, rest = split(self.model)
         seeing = {id(p) for p in self.model.visual.parameters()}
-        groups = [{"params": [p for p in matrices if (id(p) in seeing) is wanted]} for wanted in (True, False)]
+        groups = [
+            {"params": [p for p in matrices if (id(p) in seeing) is wanted]}
+            for wanted in (True, False)
+        ]
         self.muon = Muon(groups, args.lr)
         self.adam = torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         rng = random.Random(12345)
-        self.held_out = {name: make_batch(rng, *kind, budget=900, long=True) for name, kind in HELD_OUT.items()}
-        self.spent, self.step_count = 0.0, 0
+        self.held_out = {
+            name: make_batch(rng, *kind, budget=900, long=True) for name, kind in HELD_OUT.items()
+        }
+        self.spent = 0.0
+        self.step_count = 0
         self.sums: dict[str, list[float]] = defaultdict(list)
         self.log = (args.out / "log.txt").open("a", buffering=1)
 
@@ -136,13 +204,19 @@ class Run:
         state = torch.load(self.args.out / "last.pt")
         for name in ("model", "muon", "adam"):
             getattr(self, name).load_state_dict(state[name])
-        self.spent, self.step_count = state["spent"], state["step_count"]
+        self.spent = state["spent"]
+        self.step_count = state["step_count"]
 
     def progress(self, reading: bool) -> float:
-        return (self.spent - self.look_end) / (self.end - self.look_end) if reading else self.spent / self.look_end
+        return (
+            (self.spent - self.look_end) / (self.end - self.look_end)
+            if reading
+            else self.spent / self.look_end
+        )
 
     def set_rates(self, reading: bool) -> None:
-        args, progress = self.args, self.progress(reading)
+        args = self.args
+        progress = self.progress(reading)
         rate = learning_rate(progress, args.flat, 0.02 if reading else 0.5)
         self.muon.param_groups[0]["lr"] = args.lr * rate * (args.vision_lr if reading else 1)
         self.muon.param_groups[1]["lr"] = args.lr * rate
@@ -152,12 +226,18 @@ class Run:
     def total(self, losses: Losses) -> torch.Tensor:
         if "loss" not in losses:
             return losses["slots"]
-        return losses["loss"] + self.args.slot_weight * losses["slots"] + self.args.guide_weight * losses["guidance"]
+        return (
+            losses["loss"]
+            + self.args.slot_weight * losses["slots"]
+            + self.args.guide_weight * losses["guidance"]
+        )
 
     def step(self, batch: Batch, reading: bool) -> None:
         self.set_rates(reading)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = read(self.model, batch, self.args.noise) if reading else look(self.model, batch)
+            losses = (
+                read(self.model, batch, self.args.noise) if reading else look(self.model, batch)
+            )
         self.total(losses).backward()
         for group in self.adam.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -169,7 +249,9 @@ class Run:
             self.sums[name].append(value.item())
 
     def say_means(self) -> None:
-        means = " ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in self.sums.items())
+        means = " ".join(
+            f"{name} {sum(values) / len(values):.4f}" for name, values in self.sums.items()
+        )
         self.say(f"step {self.step_count} {means}")
         self.sums.clear()
 
@@ -178,11 +260,16 @@ class Run:
         for name, batch in self.held_out.items():
             with torch.autocast("cpu", torch.bfloat16):
                 losses = read(self.model, batch) if reading else look(self.model, batch)
-            self.say(f"held out {name:14}" + " ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+            self.say(
+                f"held out {name:14}"
+                + " ".join(f"{key} {value:.4f}" for key, value in losses.items())
+            )
 
     def run_stage(self, stage: Stage, end: float) -> None:
         self.say(f"{stage}")
-        stream = Stream(stage.mix, self.args.budget, stage.long_share, self.args.seed + self.step_count)
+        stream = Stream(
+            stage.mix, self.args.budget, stage.long_share, self.args.seed + self.step_count
+        )
         began = time.monotonic() - self.spent
         next_say = next_measure = self.spent
         for batch in stream:

@@ -6,7 +6,19 @@ from functools import cache
 import torch
 from kernels import Rotation, attend, rotate, rotations
 from layers import MLP, RMSNorm, linear
-from settings import CELL, FULL_ATTENTION, IMAGE_MEAN, LUMA, PATCH, TEXT_SIZE, VISION_DEPTH, VISION_HEADS, VISION_INNER, VISION_SIZE, WINDOW
+from settings import (
+    CELL,
+    FULL_ATTENTION,
+    IMAGE_MEAN,
+    LUMA,
+    PATCH,
+    TEXT_SIZE,
+    VISION_DEPTH,
+    VISION_HEADS,
+    VISION_INNER,
+    VISION_SIZE,
+    WINDOW,
+)
 from torch import nn
 
 GREY_MEAN = sum(share * mean for share, mean in zip(LUMA, IMAGE_MEAN, strict=True))
@@ -36,7 +48,9 @@ def windows_by_size(rows: int, columns: int) -> dict[int, list[torch.Tensor]]:
 
 def patch_positions(rows: int, columns: int, order: torch.Tensor) -> torch.Tensor:
     """-> row and column of every patch, cell by cell"""
-    grid = torch.stack(torch.meshgrid(torch.arange(2 * rows), torch.arange(2 * columns), indexing="ij"), -1)
+    grid = torch.stack(
+        torch.meshgrid(torch.arange(2 * rows), torch.arange(2 * columns), indexing="ij"), -1
+    )
     cells = grid.view(rows, 2, columns, 2, 2).transpose(1, 2).reshape(rows * columns, PATCHES, 2)
     return cells[order].flatten(0, 1)
 
@@ -49,7 +63,12 @@ def window_plan(rows: int, columns: int, dtype: torch.dtype) -> WindowPlan:
     half = VISION_SIZE // VISION_HEADS // 2
     frequencies = 10000.0 ** (-torch.arange(0, half, 2).float() / half)
     angles = (patch_positions(rows, columns, order)[..., None] * frequencies).flatten(1)
-    return WindowPlan(order, order.argsort(), [(len(ws), PATCHES * size) for size, ws in by_size.items()], *rotations(angles))
+    return WindowPlan(
+        order,
+        order.argsort(),
+        [(len(ws), PATCHES * size) for size, ws in by_size.items()],
+        *rotations(angles),
+    )
 
 
 class VisionAttention(nn.Module):
@@ -62,10 +81,17 @@ class VisionAttention(nn.Module):
     def forward(self, x: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
         batch, length, size = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, VISION_HEADS, -1).unbind(2)
-        q, k = rotate(q, *plan.q), rotate(k, *plan.k)
+        q = rotate(q, *plan.q)
+        k = rotate(k, *plan.k)
         windows = [(1, length)] if self.full else plan.windows
-        pieces = zip(*(t.split([count * patches for count, patches in windows], 1) for t in (q, k, v)), strict=True)
-        out = [self.in_windows(count, *piece) for (count, _), piece in zip(windows, pieces, strict=True)]
+        pieces = zip(
+            *(t.split([count * patches for count, patches in windows], 1) for t in (q, k, v)),
+            strict=True,
+        )
+        out = [
+            self.in_windows(count, *piece)
+            for (count, _), piece in zip(windows, pieces, strict=True)
+        ]
         return self.proj(torch.cat(out, 1).view(batch, length, size))
 
     def in_windows(self, count: int, *qkv: torch.Tensor) -> torch.Tensor:
@@ -76,7 +102,8 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, full: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(VISION_SIZE), RMSNorm(VISION_SIZE)
+        self.norm1 = RMSNorm(VISION_SIZE)
+        self.norm2 = RMSNorm(VISION_SIZE)
         self.attn = VisionAttention(full)
         self.mlp = MLP(VISION_SIZE, VISION_INNER, True)
 
@@ -90,7 +117,9 @@ class Merger(nn.Module):
         super().__init__()
         inner = PATCHES * VISION_SIZE
         self.ln_q = RMSNorm(VISION_SIZE)
-        self.mlp = nn.Sequential(linear(inner, inner, True), nn.GELU(), linear(inner, TEXT_SIZE, True))
+        self.mlp = nn.Sequential(
+            linear(inner, inner, True), nn.GELU(), linear(inner, TEXT_SIZE, True)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.ln_q(x).unflatten(1, (-1, PATCHES)).flatten(2))
@@ -112,10 +141,15 @@ class VisionTower(nn.Module):
     def forward(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """uint8 [batch, height, width] -> one embedding for each cell [batch, cells, TEXT_SIZE]"""
         batch, height, width = images.shape
-        rows, columns = height // CELL, width // CELL
+        rows = height // CELL
+        columns = width // CELL
         plan = window_plan(rows, columns, dtype)
         x = (images.float() / 255 - GREY_MEAN) / GREY_STD
-        x = x.view(batch, rows, 2, PATCH, columns, 2, PATCH).permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * columns, PATCHES, -1)
+        x = (
+            x.view(batch, rows, 2, PATCH, columns, 2, PATCH)
+            .permute(0, 1, 4, 2, 5, 3, 6)
+            .reshape(batch, rows * columns, PATCHES, -1)
+        )
         x = self.patch_embed.proj(x[:, plan.order].flatten(1, 2)).float()
         for block in self.blocks:
             x = block(x, plan)

@@ -47,15 +47,25 @@ def price(rng: random.Random) -> str:
 
 
 def date(rng: random.Random) -> str:
-    y, m, d = rng.randrange(1990, 2035), rng.randrange(1, 13), rng.randrange(1, 29)
-    numbers = [f"{y}-{m:02}-{d:02}", f"{m:02}/{d:02}/{y}", f"{d:02}.{m:02}.{y}", f"{m}/{d}/{y % 100:02}"]
+    y = rng.randrange(1990, 2035)
+    m = rng.randrange(1, 13)
+    d = rng.randrange(1, 29)
+    numbers = [
+        f"{y}-{m:02}-{d:02}",
+        f"{m:02}/{d:02}/{y}",
+        f"{d:02}.{m:02}.{y}",
+        f"{m}/{d}/{y % 100:02}",
+    ]
     return rng.choice([*numbers, f"{rng.choice(MONTHS)} {d}, {y}", f"{d} {rng.choice(MONTHS)} {y}"])
 
 
 def clock(rng: random.Random) -> str:
-    h, m = rng.randrange(24), rng.randrange(60)
+    h = rng.randrange(24)
+    m = rng.randrange(60)
     half = rng.choice(["AM", "PM", "am", "pm"])
-    return rng.choice([f"{h:02}:{m:02}", f"{h % 12 + 1}:{m:02} {half}", f"{h:02}:{m:02}:{rng.randrange(60):02}"])
+    return rng.choice(
+        [f"{h:02}:{m:02}", f"{h % 12 + 1}:{m:02} {half}", f"{h:02}:{m:02}:{rng.randrange(60):02}"]
+    )
 
 
 def code(rng: random.Random) -> str:
@@ -69,7 +79,9 @@ def code(rng: random.Random) -> str:
         return ("" if r >= 0.65 else f"({digits(rng, 3)}) ") + f"{digits(rng, 3)}-{digits(rng, 4)}"
     if r < 0.85:
         return f"{rng.choice(EVERYDAY)}@{rng.choice(EVERYDAY)}.{rng.choice(['com', 'org', 'net'])}"
-    return "".join(rng.choice(UPPER + UPPER.lower() + "0123456789") for _ in range(rng.randrange(3, 9)))
+    return "".join(
+        rng.choice(UPPER + UPPER.lower() + "0123456789") for _ in range(rng.randrange(3, 9))
+    )
 
 
 def marked_word(rng: random.Random) -> str:
@@ -82,7 +94,21 @@ def marked_word(rng: random.Random) -> str:
 
 
 def sign(rng: random.Random) -> str:
-    return rng.choice([f"{rng.randrange(101)}%", "&", "-", "@", "+", "=", f"No. {rng.randrange(99)}", "#1", "...", "|", "/"])
+    return rng.choice(
+        [
+            f"{rng.randrange(101)}%",
+            "&",
+            "-",
+            "@",
+            "+",
+            "=",
+            f"No. {rng.randrange(99)}",
+            "#1",
+            "...",
+            "|",
+            "/",
+        ]
+    )
 
 
 def gibberish(rng: random.Random) -> str:
@@ -102,7 +128,8 @@ TOKENS: dict[Writer, float] = {
 
 
 def token(rng: random.Random) -> str:
-    """Anything that print may hold: a third of it is no word, so spelling alone does not help the reader."""
+    """Anything that print may hold: a third of it is no word, so spelling alone does not help the
+    reader."""
     return rng.choices(list(TOKENS), list(TOKENS.values()))[0](rng)
 
 
@@ -122,11 +149,14 @@ class Prose:
         return text + rng.choice("...?!") if self.opening else text + "," if r > 0.83 else text
 
 
-def line_that_fits(rng: random.Random, font: FreeTypeFont, width: float, writer: Writer = token, most: int = 99) -> str:
+def line_that_fits(
+    rng: random.Random, font: FreeTypeFont, width: float, writer: Writer = token, most: int = 99
+) -> str:
     """Tokens until three in a row would not fit; may be empty when nothing fits."""
     if rng.random() < 0.06 and font.getlength(phrase := rng.choice(PHRASES)) <= width:
         return phrase
-    tokens, used = [], 0.0
+    tokens = []
+    used = 0.0
     while len(tokens) < most:
         for _ in range(3):
             new = writer(rng)

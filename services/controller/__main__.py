@@ -1,4 +1,5 @@
-"""The control plane: membership, health, stats. Soft state: it may go and come back, and members join again."""
+"""The control plane: membership, health, stats. Soft state: it may go and come back, and members
+join again."""
 
 import asyncio
 import contextlib
@@ -27,8 +28,11 @@ def main(settings: ControllerSettings, stop: threading.Event) -> None:
 
 
 async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
-    member = control_pb2.Member(id=new_member_id(settings.name or "controller"), role="controller", state=READY)
-    member.pid, member.host = os.getpid(), socket.gethostname()
+    member = control_pb2.Member(
+        id=new_member_id(settings.name or "controller"), role="controller", state=READY
+    )
+    member.pid = os.getpid()
+    member.host = socket.gethostname()
     servicer = ControlServicer(member)
     # Else a second controller would share the port, and the members, with the first.
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
@@ -42,7 +46,9 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
     await server.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     progress = Progress()
-    health_port = serve_health(settings.health_port, member, lambda: (0, 0), progress.is_hung, watch=progress.watch)
+    health_port = serve_health(
+        settings.health_port, member, lambda: (0, 0), progress.is_hung, watch=progress.watch
+    )
     get_logger().info("listening", grpc=settings.control_listen, id=member.id)
     tasks = [asyncio.create_task(servicer.expire_leases()), asyncio.create_task(pulse(progress))]
     await asyncio.to_thread(stop.wait)

@@ -15,9 +15,11 @@ class MembershipTable:
         self._heard: dict[str, float] = {}
 
     def report(self, member: control_pb2.Member, now: float) -> bool:
-        """Takes a member's report. True where others should hear of it: it is new, or more than its load changed."""
+        """Takes a member's report. True where others should hear of it: it is new, or more than its
+        load changed."""
         old = self._members.get(member.id)
-        self._members[member.id], self._heard[member.id] = member, now
+        self._members[member.id] = member
+        self._heard[member.id] = now
         return old is None or identity(old) != identity(member)
 
     def end(self, member_id: str, now: float) -> bool:
@@ -25,16 +27,25 @@ class MembershipTable:
         member = self._members.get(member_id)
         if member is None or member.state == DEAD:
             return False
-        member.state, member.in_flight, member.queued = DEAD, 0, 0
+        member.state = DEAD
+        member.in_flight = 0
+        member.queued = 0
         self._heard[member_id] = now
         return True
 
     def expire(self, now: float) -> list[str]:
-        """Ends the leases that are due and forgets those long dead; gives the ids whose lease ended."""
-        late = [i for i, heard in self._heard.items() if self.lives(i) and now - heard > LEASE_SECONDS]
+        """Ends the leases that are due and forgets those long dead; gives the ids whose lease
+        ended."""
+        late = [
+            i for i, heard in self._heard.items() if self.lives(i) and now - heard > LEASE_SECONDS
+        ]
         for member_id in late:
             self.end(member_id, now)
-        for member_id in [i for i, heard in self._heard.items() if not self.lives(i) and now - heard > REMEMBER_DEAD_SECONDS]:
+        for member_id in [
+            i
+            for i, heard in self._heard.items()
+            if not self.lives(i) and now - heard > REMEMBER_DEAD_SECONDS
+        ]:
             del self._members[member_id], self._heard[member_id]
         return late
 

@@ -1,4 +1,5 @@
-"""What the launcher keeps running, and what it is asked to keep: wishes stand until it reports them."""
+"""What the launcher keeps running, and what it is asked to keep: wishes stand until it reports
+them."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +20,8 @@ class Launcher:
     """A launcher that joined. `tell` has it hear of `wanted`."""
 
     def __init__(self, managed: control_pb2.Managed, tell: Callable[[], None]) -> None:
-        self.managed, self.tell = managed, tell
+        self.managed = managed
+        self.tell = tell
         self.wanted: dict[str, int] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
 
@@ -45,7 +47,11 @@ class Launcher:
         self._waiting.clear()
 
     def _settle(self) -> None:
-        for role in [role for role, replicas in self.wanted.items() if self.managed.replicas.get(role) == replicas]:
+        for role in [
+            role
+            for role, replicas in self.wanted.items()
+            if self.managed.replicas.get(role) == replicas
+        ]:
             del self.wanted[role]
             if waiting := self._waiting.pop(role, None):
                 waiting.set_result(None)
@@ -61,10 +67,13 @@ def bad_wish(role: str, replicas: int) -> str:
     """Why no launcher could do it; empty where one could."""
     if role not in SCALABLE_ROLES:
         return (
-            f"role {role!r} cannot be scaled here: give one of {', '.join(SCALABLE_ROLES)} (one gateway and one controller run at a time)"
+            f"role {role!r} cannot be scaled here: give one of "
+            f"{', '.join(SCALABLE_ROLES)} (one gateway and one controller run at a time)"
         )
     if not 1 <= replicas <= MAX_REPLICAS:
-        return f"{role} {replicas}: give 1 to {MAX_REPLICAS} replicas; to have none, stop the system"
+        return (
+            f"{role} {replicas}: give 1 to {MAX_REPLICAS} replicas; to have none, stop the system"
+        )
     return ""
 
 
@@ -72,5 +81,6 @@ def no_launcher(role: str, replicas: int) -> str:
     kind = "statefulset" if role == "llm" else "deployment"
     return (
         "no launcher manages these members: where Compose runs them, use "
-        f"`docker compose up -d --no-recreate --scale {role}={replicas}`; on Kubernetes `kubectl scale {kind}/{role} --replicas={replicas}`"
+        f"`docker compose up -d --no-recreate --scale {role}={replicas}`; on Kubernetes `kubectl "
+        f"scale {kind}/{role} --replicas={replicas}`"
     )

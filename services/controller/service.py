@@ -11,7 +11,7 @@ from common.logs import get_logger
 from common.membership import DEAD, DRAINING, READY
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.membership_table import LEASE_SECONDS, MembershipTable
-from services.controller.places import objection_to, place_of
+from services.controller.reachability import objection_to, place_of
 from services.controller.scaling import Gone, Launcher, Superseded, bad_wish, no_launcher
 
 TICK_SECONDS = 1.0
@@ -21,7 +21,8 @@ ANSWER_SECONDS = 5.0
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def __init__(self, myself: control_pb2.Member) -> None:
-        self._table, self._myself = MembershipTable(), myself
+        self._table = MembershipTable()
+        self._myself = myself
         self._watchers: set[asyncio.Event] = set()
         self._streams: dict[str, asyncio.Event] = {}
         self._places: dict[str, str] = {}
@@ -69,16 +70,33 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.ListMembersResponse:
         return control_pb2.ListMembersResponse(members=self._members())
 
-    async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainResponse:
+    async def Drain(
+        self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.DrainResponse:
         if request.member_id == self._myself.id:
             reason = "the controller holds no requests: stop it, and the others go on without it"
             await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
         member = self._leader_of(self._table.get(request.member_id))
         if member is None or member.state == DEAD:
-            await refuse(context, grpc.StatusCode.NOT_FOUND, f"no member {request.member_id!r}: `twinlens status` lists them")
-        if member.state == READY and member.id not in self._draining and not self._others_ready(member):
-            wish = f"`twinlens scale {member.role} 2`" if member.role != "gateway" else "another gateway"
-            reason = f"{member.id} is the last ready {member.role}: requests would wait for the next one; start one first, by {wish}"
+            await refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"no member {request.member_id!r}: `twinlens status` lists them",
+            )
+        if (
+            member.state == READY
+            and member.id not in self._draining
+            and not self._others_ready(member)
+        ):
+            wish = (
+                f"`twinlens scale {member.role} 2`"
+                if member.role != "gateway"
+                else "another gateway"
+            )
+            reason = (
+                f"{member.id} is the last ready {member.role}: requests would "
+                f"wait for the next one; start one first, by {wish}"
+            )
             await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
         self._drained.add(member.id)
         if self._launcher:
@@ -93,14 +111,21 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 await refuse(context, grpc.StatusCode.ABORTED, reason)
         return control_pb2.DrainResponse(member=self._table.get(member.id))
 
-    async def Scale(self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext) -> control_pb2.ScaleResponse:
-        role, replicas, launcher = request.role, request.replicas, self._launcher
+    async def Scale(
+        self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.ScaleResponse:
+        role = request.role
+        replicas = request.replicas
+        launcher = self._launcher
         if reason := bad_wish(role, replicas):
             await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
         if launcher is None:
             await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, no_launcher(role, replicas))
         if bounds := launcher.managed.autoscaled.get(role):
-            reason = f"{role} is scaled by the launcher itself (--autoscale {role}={bounds}): start it without, to scale by hand"
+            reason = (
+                f"{role} is scaled by the launcher itself (--autoscale "
+                f"{role}={bounds}): start it without, to scale by hand"
+            )
             await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
         before = launcher.managed.replicas[role]
         try:
@@ -108,25 +133,38 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         except Superseded as e:
             await refuse(context, grpc.StatusCode.ABORTED, str(e))
         except (Gone, TimeoutError):
-            await refuse(context, grpc.StatusCode.ABORTED, "the launcher does not answer: ask again")
+            await refuse(
+                context, grpc.StatusCode.ABORTED, "the launcher does not answer: ask again"
+            )
         self._log.info("scaled", role=role, replicas=replicas, before=before)
         return control_pb2.ScaleResponse(replicas=replicas, replicas_before=before)
 
     async def expire_leases(self) -> None:
-        """For ever: ends the leases of members that are connected and silent, as a frozen process is. A launcher hears of all
-        every second, load included."""
+        """For ever: ends the leases of members that are connected and silent, as a frozen process
+        is. A launcher hears of all every second, load included."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for member_id in self._table.expire(time.monotonic()):
-                self._log.warning("member dead", id=member_id, reason=f"silent for {LEASE_SECONDS:.0f} s")
+                self._log.warning(
+                    "member dead", id=member_id, reason=f"silent for {LEASE_SECONDS:.0f} s"
+                )
                 self._has_begun_draining(member_id)
                 self._tell()
-            self._places = {member_id: place for member_id, place in self._places.items() if self._table.get(member_id)}
+            self._places = {
+                member_id: place
+                for member_id, place in self._places.items()
+                if self._table.get(member_id)
+            }
             self._drained = {member_id for member_id in self._drained if self._table.get(member_id)}
             if self._launcher:
                 self._launcher.tell()
 
-    async def _take_reports(self, requests: AsyncIterator[control_pb2.JoinRequest], news: asyncio.Event, launcher: Launcher | None) -> None:
+    async def _take_reports(
+        self,
+        requests: AsyncIterator[control_pb2.JoinRequest],
+        news: asyncio.Event,
+        launcher: Launcher | None,
+    ) -> None:
         try:
             async for request in requests:
                 if request.HasField("member") and not self._table.lives(request.member.id):
@@ -139,10 +177,16 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         finally:
             news.set()
 
-    async def _admit(self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext) -> None:
+    async def _admit(
+        self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
+    ) -> None:
         """Refuses a member that the others could not reach where it says it is."""
         place = place_of(context.peer())
-        others = [(m, self._places[m.id]) for m in self._table.members() if m.state != DEAD and m.id != first.member.id]
+        others = [
+            (m, self._places[m.id])
+            for m in self._table.members()
+            if m.state != DEAD and m.id != first.member.id
+        ]
         if first.HasField("member"):
             if reason := objection_to(first.member, place, others):
                 self._log.warning("refused a member", id=first.member.id, reason=reason)
@@ -153,12 +197,20 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         """A language group drains from its rank 0, which holds the requests."""
         if member is None or member.rank == 0:
             return member
-        same = [m for m in self._table.members() if (m.role, m.group, m.rank, m.host) == (member.role, member.group, 0, member.host)]
+        same = [
+            m
+            for m in self._table.members()
+            if (m.role, m.group, m.rank, m.host) == (member.role, member.group, 0, member.host)
+        ]
         return next((m for m in same if m.state != DEAD), member)
 
     def _others_ready(self, member: control_pb2.Member) -> bool:
         return any(
-            m.role == member.role and m.rank == 0 and m.state == READY and m.id != member.id and m.id not in self._draining
+            m.role == member.role
+            and m.rank == 0
+            and m.state == READY
+            and m.id != member.id
+            and m.id not in self._draining
             for m in self._table.members()
         )
 
@@ -191,7 +243,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         for watcher in self._watchers:
             watcher.set()
 
-    def _response(self, watch: bool, member_id: str | None, launcher: Launcher | None) -> control_pb2.JoinResponse:
+    def _response(
+        self, watch: bool, member_id: str | None, launcher: Launcher | None
+    ) -> control_pb2.JoinResponse:
         return control_pb2.JoinResponse(
             lease_seconds=LEASE_SECONDS,
             members=self._members() if watch else [],

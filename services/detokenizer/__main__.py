@@ -13,7 +13,14 @@ def main(settings: DetokenizerSettings, stop: Stop) -> None:
     checkpoint = open_checkpoint(settings.model)
     answers: dict[Key, Answer] = {}
     awaited: set[str] = set()
-    member = Member(settings, "detokenizer", stop, lambda: (len(answers), len(awaited)), checkpoint.fingerprint, drains=True)
+    member = Member(
+        settings,
+        "detokenizer",
+        stop,
+        lambda: (len(answers), len(awaited)),
+        checkpoint.fingerprint,
+        drains=True,
+    )
     vocabulary = Vocabulary(checkpoint.path / "tokenizer.json")
     get_logger().info("ready", id=member.id)
     member.ready()

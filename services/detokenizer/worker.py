@@ -1,4 +1,5 @@
-"""Token ids to text: each answer's deltas to its gateway, its end exactly once, stop strings back to the language group."""
+"""Token ids to text: each answer's deltas to its gateway, its end exactly once, stop strings back
+to the language group."""
 
 import json
 import time
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.events import Down, Received, Up
+from common.events import PeerDown, PeerUp, Received
 from common.logs import get_logger
 from common.member import Drain, Event, Member
 from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Tokens, Usage
@@ -28,10 +29,15 @@ class Answer:
 
 
 class Worker:
-    def __init__(self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer], awaited: set[str]) -> None:
-        """Shared with the member's load report are `answers` and, while it drains, `awaited`: the gateways that may still have
-        answers coming here."""
-        self._member, self._vocabulary, self._answers, self._awaited = member, vocabulary, answers, awaited
+    def __init__(
+        self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer], awaited: set[str]
+    ) -> None:
+        """Shared with the member's load report are `answers` and, while it drains, `awaited`: the
+        gateways that may still have answers coming here."""
+        self._member = member
+        self._vocabulary = vocabulary
+        self._answers = answers
+        self._awaited = awaited
         self._gateways: set[str] = set()
         self._draining = False
         self._log = get_logger()
@@ -42,7 +48,7 @@ class Worker:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Up(peer_id=peer_id, role="gateway"):
+            case PeerUp(peer_id=peer_id, role="gateway"):
                 self._gateways.add(peer_id)
                 self._awaited |= {peer_id} if self._draining else set()
             case Drain():
@@ -52,7 +58,7 @@ class Worker:
                 self._awaited.discard(peer_id)
             case Received(peer_id=llm_id, message=message):
                 self._take(llm_id, message)
-            case Down(peer_id=peer_id, role=role, reason=reason):
+            case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._lose(peer_id, role, reason)
 
@@ -60,20 +66,30 @@ class Worker:
         """A gateway may not see what we see of a language group: its connection to it may stand."""
         self._gateways.discard(peer_id)
         self._awaited.discard(peer_id)
-        for key, answer in [(k, a) for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)]:
+        for key, answer in [
+            (k, a) for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)
+        ]:
             del self._answers[key]
             if role == "llm":
                 text = f"the detokenizer lost the language group: {reason}"
-                failed = Failed(request_id=key[0], attempt=key[1], code="Unavailable", message=text, stage="llm")
+                failed = Failed(
+                    request_id=key[0], attempt=key[1], code="Unavailable", message=text, stage="llm"
+                )
                 self._member.links.send(answer.start.gateway_id, failed)
 
     def _take(self, llm_id: str, message: Any) -> None:
         key = (message.request_id, message.attempt)
         match message:
             case Start(stopping=stopping):
-                decoder = IncrementalDecoder(self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens)
+                decoder = IncrementalDecoder(
+                    self._vocabulary,
+                    stopping.stop,
+                    stopping.skip_special_tokens,
+                    stopping.min_tokens,
+                )
                 if message.output_token_ids:
-                    decoder.push(message.output_token_ids.numpy().tolist())  # what it gives was delivered by an earlier attempt
+                    # What it gives was delivered by an earlier attempt.
+                    decoder.push(message.output_token_ids.numpy().tolist())
                 self._answers[key] = Answer(message, llm_id, decoder)
                 self._log.debug("answer begins", request_id=message.request_id)
             case Tokens() if key in self._answers:
@@ -84,10 +100,13 @@ class Worker:
                 self._answers.pop(key, None)
 
     def _extend(self, key: Key, tokens: Tokens) -> None:
-        answer, ids = self._answers[key], tokens.token_ids.numpy().tolist()
-        text, finish_reason = answer.decoder.push(ids), tokens.finish_reason
+        answer = self._answers[key]
+        ids = tokens.token_ids.numpy().tolist()
+        text = answer.decoder.push(ids)
+        finish_reason = tokens.finish_reason
         if answer.decoder.stopped:
-            ids, finish_reason = ids[: answer.decoder.num_tokens - tokens.offset], "stop"
+            ids = ids[: answer.decoder.num_tokens - tokens.offset]
+            finish_reason = "stop"
         if finish_reason:
             text += answer.decoder.finish()
             del self._answers[key]
@@ -113,8 +132,14 @@ class Worker:
             completion_tokens=completion_tokens,
             cached_tokens=prompt.cached_tokens,
         )
-        timings = json.loads(answer.start.timings.bytes()) | {"decode_seconds": time.monotonic() - answer.began}
-        return {"finish_reason": finish_reason, "usage": usage, "timings": Tensor.of_text(json.dumps(timings))}
+        timings = json.loads(answer.start.timings.bytes()) | {
+            "decode_seconds": time.monotonic() - answer.began
+        }
+        return {
+            "finish_reason": finish_reason,
+            "usage": usage,
+            "timings": Tensor.of_text(json.dumps(timings)),
+        }
 
     def _logprobs(self, tokens: Tokens, count: int) -> Tensor | None:
         if tokens.logprobs is None:
@@ -129,9 +154,13 @@ class Worker:
         )
         return Tensor.of_text(json.dumps([self._entry(*row) for row in rows]))
 
-    def _entry(self, token_id: int, logprob: float, top_ids: list[int], top_logprobs: list[float]) -> dict[str, Any]:
+    def _entry(
+        self, token_id: int, logprob: float, top_ids: list[int], top_logprobs: list[float]
+    ) -> dict[str, Any]:
         """OpenAI's entry and the ids, which gRPC clients get."""
-        entry = logprob_entry(self._vocabulary, token_id, logprob, zip(top_ids, top_logprobs, strict=True)) | {"token_id": token_id}
+        entry = logprob_entry(
+            self._vocabulary, token_id, logprob, zip(top_ids, top_logprobs, strict=True)
+        ) | {"token_id": token_id}
         for candidate, candidate_id in zip(entry["top_logprobs"], top_ids, strict=True):
             candidate["token_id"] = candidate_id
         return entry

@@ -1,4 +1,5 @@
-"""The front door: OpenAI HTTP and gRPC Generate; admission, deadlines; owns every request until its end."""
+"""The front door: OpenAI HTTP and gRPC Generate; admission, deadlines; owns every request until its
+end."""
 
 import asyncio
 from collections import deque
@@ -19,9 +20,9 @@ from common.progress import Progress
 from common.settings import GatewaySettings
 from proto.twinlens.control.v1 import control_pb2
 from services.gateway.core import GatewayCore
-from services.gateway.doors import Doors, open_doors
 from services.gateway.metrics import MeasuredCore
 from services.gateway.peers import CONNECTED_STAGES
+from services.gateway.servers import ApiServers, start_api_servers
 
 GRACE_SECONDS = 2.0
 """For what is under way to end by itself when the gateway is to stop now."""
@@ -41,25 +42,49 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self.loop = asyncio.get_running_loop()
-        self.core = GatewayCore(settings.served_model_name, settings.max_waiting, settings.request_timeout)
-        self.member = control_pb2.Member(id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING)
-        self.progress, self.draining = Progress(), asyncio.Event()
+        self.core = GatewayCore(
+            settings.served_model_name, settings.max_waiting, settings.request_timeout
+        )
+        self.member = control_pb2.Member(
+            id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
+        )
+        self.progress = Progress()
+        self.draining = asyncio.Event()
         self.news: deque[Event] = deque()
-        self.core.links = self.links = Links(hello(self.member.id, "gateway"), "", "", self.news.append, self.progress)
+        self.core.links = self.links = Links(
+            hello(self.member.id, "gateway"), "", "", self.news.append, self.progress
+        )
         self.loop.add_reader(self.links.fileno(), self.receive)
 
     async def serve(self, settings: GatewaySettings, stop: Stop) -> None:
-        core, measured = self.core, MeasuredCore(self.core, self.core.metrics)
-        serve_health(settings.health_port, self.member, core.load, self.progress.is_hung, measured.metrics.registry)
+        core = self.core
+        measured = MeasuredCore(self.core, self.core.metrics)
+        serve_health(
+            settings.health_port,
+            self.member,
+            core.load,
+            self.progress.is_hung,
+            measured.metrics.registry,
+        )
         stamping = asyncio.create_task(self.stamp())
-        async with open_doors(settings, measured) as doors:
+        async with start_api_servers(settings, measured) as doors:
             self.membership = Membership(
-                settings.controller, self.member, core.load, self.hear_members, stop.drain, is_hung=self.progress.is_hung
+                settings.controller,
+                self.member,
+                core.load,
+                self.on_members,
+                stop.drain,
+                is_hung=self.progress.is_hung,
             )
-            http, grpc_address = (host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port))
-            get_logger().info("listening", http=f"http://{http}", grpc=grpc_address, id=self.member.id)
+            http, grpc_address = (
+                host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port)
+            )
+            get_logger().info(
+                "listening", http=f"http://{http}", grpc=grpc_address, id=self.member.id
+            )
             stop.on_drain(self.begin_drain)
-            stopping, drained = asyncio.create_task(asyncio.to_thread(stop.wait)), asyncio.create_task(self.drain(doors, settings))
+            stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
+            drained = asyncio.create_task(self.drain(doors, settings))
             await asyncio.wait({stopping, drained}, return_when=asyncio.FIRST_COMPLETED)
             if not drained.done():
                 drained.cancel()
@@ -70,8 +95,9 @@ class Gateway:
         self.loop.remove_reader(self.links.fileno())
         self.links.close()
 
-    async def drain(self, doors: Doors, settings: GatewaySettings) -> None:
-        """Once asked to: unready at once, but open until everyone who looks has seen it; then what is under way is finished."""
+    async def drain(self, doors: ApiServers, settings: GatewaySettings) -> None:
+        """Once asked to: unready at once, but open until everyone who looks has seen it; then what
+        is under way is finished."""
         await self.draining.wait()
         self.core.drain()
         self.membership.set_state(DRAINING)
@@ -96,17 +122,20 @@ class Gateway:
     def begin_drain(self) -> None:
         self.loop.call_soon_threadsafe(self.draining.set)
 
-    def hear_members(self, members: list[control_pb2.Member]) -> None:
+    def on_members(self, members: list[control_pb2.Member]) -> None:
         offered = [
-            (Peer(m.id, m.address), m.role) for m in members if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
+            (Peer(m.id, m.address), m.role)
+            for m in members
+            if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
         ]
         self.links.keep_connected(offered)
-        self.loop.call_soon_threadsafe(self.take, self.core.hear_members, members)
+        self.loop.call_soon_threadsafe(self.take, self.core.on_members, members)
 
     def take(self, hearer: Callable[[Any], None], news: Any) -> None:
-        """What changes who is there may change whether an answer can be given, which is what ready means here."""
+        """What changes who is there may change whether an answer can be given, which is what ready
+        means here."""
         hearer(news)
-        missing = self.core.not_ready()
+        missing = self.core.unready_reason()
         state = DRAINING if self.core.is_draining else STARTING if missing else READY
         if (state, missing) != (self.member.state, self.member.detail):
             self.membership.set_state(state, missing)

@@ -5,12 +5,14 @@ from services.gateway.pace import Pace
 from services.gateway.peers import Peers
 
 OUTAGE_SECONDS = 30.0
-"""A stage whose last member went so recently is being restarted: a request may as well wait for it here."""
+"""A stage whose last member went so recently is being restarted: a request may as well wait for it
+here."""
 
 
 class Admission:
     def __init__(self, peers: Peers, max_waiting: int) -> None:
-        self._peers, self._max_waiting = peers, max_waiting
+        self._peers = peers
+        self._max_waiting = max_waiting
         self.pace = Pace()
         self.closed = ""
         """Why nothing new is taken, for clients; empty while it is."""
@@ -29,12 +31,23 @@ class Admission:
             raise Unavailable(self.closed, stage="gateway", retry_after=1.0, cause="stopping")
         if missing := self._peers.missing(since=OUTAGE_SECONDS):
             raise Unavailable(
-                f"no {' and no '.join(missing)} is connected: try again in a moment", "gateway", retry_after=1.0, cause="stage_missing"
+                f"no {' and no '.join(missing)} is connected: try again in a moment",
+                "gateway",
+                retry_after=1.0,
+                cause="stage_missing",
             )
         wait = self.pace.expected_wait(waiting)
         if waiting >= self._max_waiting:
             reason = f"{waiting} requests are waiting, which is the limit: try again later"
             raise Exhausted(reason, "gateway", retry_after=max(1.0, wait), cause="too_many_waiting")
         if wait > timeout:
-            reason = f"{waiting} requests are waiting and take about {wait:.0f} s, the deadline is in {timeout:g} s: try again later"
-            raise Exhausted(reason, "gateway", retry_after=max(1.0, wait - timeout), cause="deadline_unreachable")
+            reason = (
+                f"{waiting} requests are waiting and take about {wait:.0f} s, the "
+                f"deadline is in {timeout:g} s: try again later"
+            )
+            raise Exhausted(
+                reason,
+                "gateway",
+                retry_after=max(1.0, wait - timeout),
+                cause="deadline_unreachable",
+            )

@@ -10,8 +10,9 @@ from common.messages import Sampling, Stopping, Usage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One validated request. `prompt` is UTF-8 JSON of chat messages whose image parts are {"type": "image"}, in the order of
-    `images` (encoded files); or little-endian int64 token ids with one placeholder an image."""
+    """One validated request. `prompt` is UTF-8 JSON of chat messages whose image parts are {"type":
+    "image"}, in the order of `images` (encoded files); or little-endian int64 token ids with one
+    placeholder an image."""
 
     request_id: str
     prompt_kind: str
@@ -23,7 +24,8 @@ class GenerationRequest:
     """Seconds until the deadline; None means the gateway's own."""
     return_prompt_token_ids: bool = False
     guide_kind: str = ""
-    """json_object, json_schema or regex, with its text in `guide`; empty where the answer is free."""
+    """json_object, json_schema or regex, with its text in `guide`; empty where the answer is free.
+    """
     guide: str = ""
 
 
@@ -42,8 +44,8 @@ class Piece:
     token_ids: list[int]
     text: str
     logprobs: list[dict[str, Any]]
-    """One OpenAI `logprobs.content` entry a token, each with its `token_id` and the `token_id`s of `top_logprobs` added;
-    empty where none were asked for."""
+    """One OpenAI `logprobs.content` entry a token, each with its `token_id` and the `token_id`s of
+    `top_logprobs` added; empty where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,17 @@ class Ended:
     finish_reason: str
     usage: Usage
     timings: dict[str, Any]
-    """`preprocess_seconds`, `images` (list of `preprocess_seconds`, `queue_seconds`, `encode_seconds`, `cached`),
-    `queue_seconds`, `prefill_seconds`, `decode_seconds`, `time_to_first_token_seconds`, `total_seconds`."""
+    """`preprocess_seconds`, `images` (list of `preprocess_seconds`, `queue_seconds`,
+    `encode_seconds`, `cached`), `queue_seconds`, `prefill_seconds`, `decode_seconds`,
+    `time_to_first_token_seconds`, `total_seconds`."""
 
 
 Event = Began | Piece | Ended
 
 
 class Core(Protocol):
-    """What the doors need. `common.errors.ServingError` is raised on refusal (by `generate`'s entry) and on failure (by iterating)."""
+    """What the doors need. `common.errors.ServingError` is raised on refusal (by `generate`'s
+    entry) and on failure (by iterating)."""
 
     model_name: str
 
@@ -70,8 +74,11 @@ class Core(Protocol):
         """Whether clients had better connect to another gateway for their next request."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """Admits the request and gives its events: Began, Pieces, Ended. Leaving the context before Ended aborts it everywhere."""
+    def generate(
+        self, request: GenerationRequest
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Admits the request and gives its events: Began, Pieces, Ended. Leaving the context before
+        Ended aborts it everywhere."""
         ...
 
     def check_model(self, model: str | None) -> None:
@@ -82,6 +89,6 @@ class Core(Protocol):
         """Of the connected language groups; None while there is none."""
         ...
 
-    def not_ready(self) -> str:
+    def unready_reason(self) -> str:
         """Why no answer can be given now; empty when one can."""
         ...

@@ -1,4 +1,5 @@
-"""The gRPC door: InferenceService over the core, ControlService passed on to the controller, health and reflection."""
+"""The gRPC door: InferenceService over the core, ControlService passed on to the controller, health
+and reflection."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -21,12 +22,22 @@ from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
 from services.gateway.metrics import serving_errors_only
-from services.gateway.schema import MAX_TIMEOUT, check_images, make_sampling, make_stopping, messages_prompt, new_request_id
+from services.gateway.schema import (
+    MAX_TIMEOUT,
+    check_images,
+    make_sampling,
+    make_stopping,
+    messages_prompt,
+    new_request_id,
+)
 from services.gateway.slow_readers import READ_SECONDS
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
-FINISH_REASONS = {"stop": inference_pb2.FINISH_REASON_STOP, "length": inference_pb2.FINISH_REASON_LENGTH}
+FINISH_REASONS = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+}
 READINESS_NAMES = ("", "readiness", INFERENCE_SERVICE, CONTROL_SERVICE)
 WATCH_SECONDS = 0.5
 CONTROLLER_PATIENCE = 5.0
@@ -34,7 +45,8 @@ CHANGE_PATIENCE = 10.0
 """The controller itself waits for the member or the launcher."""
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-# The pings of a client that waits long for a unary answer are not abuse. A port that is taken is an error, not shared.
+# The pings of a client that waits long for a unary answer are not abuse. A port that is taken is an
+# error, not shared.
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_ping_strikes", 0),
@@ -46,13 +58,19 @@ SERVER_OPTIONS = (
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 
 
-def create_server(core: Core, controller: grpc.aio.Channel, max_message_bytes: int = 64 * 2**20) -> grpc.aio.Server:
+def create_server(
+    core: Core, controller: grpc.aio.Channel, max_message_bytes: int = 64 * 2**20
+) -> grpc.aio.Server:
     """The caller adds a port and starts it."""
-    server = grpc.aio.server(options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)))
+    server = grpc.aio.server(
+        options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
+    )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(core), server)
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlForwarder(controller), server)
     health_pb2_grpc.add_HealthServicer_to_server(ReadinessServicer(core), server)
-    reflection.enable_server_reflection((INFERENCE_SERVICE, CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (INFERENCE_SERVICE, CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     return server
 
 
@@ -60,7 +78,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, core: Core) -> None:
         self.core = core
 
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> inference_pb2.GenerateResponse:
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.GenerateResponse:
         response = inference_pb2.GenerateResponse()
         texts: list[str] = []
         async with errors_told(context):
@@ -89,13 +109,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 async for event in events:
                     await write_in_time(context, stream_message(event, generation.request_id))
 
-    async def accept(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> GenerationRequest:
+    async def accept(
+        self, request: GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> GenerationRequest:
         metadata = dict(context.invocation_metadata() or ())
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
-        return read_generation(request, request_id, context.time_remaining(), self.core.max_model_len())
+        return read_generation(
+            request, request_id, context.time_remaining(), self.core.max_model_len()
+        )
 
 
 async def write_in_time(context: grpc.aio.ServicerContext, message: Message) -> None:
@@ -103,10 +127,14 @@ async def write_in_time(context: grpc.aio.ServicerContext, message: Message) -> 
         async with asyncio.timeout(READ_SECONDS):
             await context.write(message)
     except TimeoutError:
-        raise Exhausted(f"the client read nothing for {READ_SECONDS:g} s", stage="gateway") from None
+        raise Exhausted(
+            f"the client read nothing for {READ_SECONDS:g} s", stage="gateway"
+        ) from None
 
 
-def read_generation(request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None) -> GenerationRequest:
+def read_generation(
+    request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None
+) -> GenerationRequest:
     images = tuple(image.data for image in request.images)
     check_images(images)
     prompt_kind, prompt = read_prompt(request)
@@ -116,8 +144,13 @@ def read_generation(request: GenerateRequest, request_id: str, timeout: float | 
         prompt_kind=prompt_kind,
         prompt=prompt,
         images=images,
-        sampling=make_sampling({**given(request.sampling), "num_logprobs": response.get("num_logprobs")}),
-        stopping=make_stopping({**given(request.stopping), "skip_special_tokens": response.get("skip_special_tokens")}, max_model_len),
+        sampling=make_sampling(
+            {**given(request.sampling), "num_logprobs": response.get("num_logprobs")}
+        ),
+        stopping=make_stopping(
+            {**given(request.stopping), "skip_special_tokens": response.get("skip_special_tokens")},
+            max_model_len,
+        ),
         timeout=None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT),
         return_prompt_token_ids=request.response.return_prompt_token_ids,
         **read_guide(request.guide),
@@ -142,26 +175,38 @@ def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
     if not request.images:
         return "messages", messages_prompt([{"role": "user", "content": request.text}])
     texts = [{"type": "text", "text": request.text}] if request.text else []
-    return "messages", messages_prompt([{"role": "user", "content": [{"type": "image"}] * len(request.images) + texts}])
+    return "messages", messages_prompt(
+        [{"role": "user", "content": [{"type": "image"}] * len(request.images) + texts}]
+    )
 
 
 def given(message: Message) -> dict[str, Any]:
     """The fields that were sent."""
-    return {field.name: list(value) if field.is_repeated else as_written(value) for field, value in message.ListFields()}
+    return {
+        field.name: list(value) if field.is_repeated else as_written(value)
+        for field, value in message.ListFields()
+    }
 
 
 def as_written(value: Any) -> Any:
-    """A 32-bit float is the nearest to the number that the client wrote: seven digits give that number back."""
+    """A 32-bit float is the nearest to the number that the client wrote: seven digits give that
+    number back."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def stream_message(event: Began | Piece | Ended, request_id: str) -> inference_pb2.GenerateStreamResponse:
+def stream_message(
+    event: Began | Piece | Ended, request_id: str
+) -> inference_pb2.GenerateStreamResponse:
     match event:
         case Began(prompt_token_ids=ids):
-            return inference_pb2.GenerateStreamResponse(begin=inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ()))
+            return inference_pb2.GenerateStreamResponse(
+                begin=inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ())
+            )
         case Piece():
             logprobs = map(logprob_message, event.logprobs)
-            delta = inference_pb2.Delta(offset=event.offset, token_ids=event.token_ids, text=event.text, logprobs=logprobs)
+            delta = inference_pb2.Delta(
+                offset=event.offset, token_ids=event.token_ids, text=event.text, logprobs=logprobs
+            )
             return inference_pb2.GenerateStreamResponse(delta=delta)
         case Ended():
             return inference_pb2.GenerateStreamResponse(end=inference_pb2.End(**end_fields(event)))
@@ -185,7 +230,9 @@ def usage_message(usage: Usage) -> inference_pb2.Usage:
 
 
 def logprob_message(entry: dict[str, Any]) -> inference_pb2.TokenLogprob:
-    top = [inference_pb2.TopLogprob(**token_fields(candidate)) for candidate in entry["top_logprobs"]]
+    top = [
+        inference_pb2.TopLogprob(**token_fields(candidate)) for candidate in entry["top_logprobs"]
+    ]
     return inference_pb2.TokenLogprob(**token_fields(entry), top=top)
 
 
@@ -203,30 +250,48 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
     async def ListMembers(
         self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ListMembersResponse:
-        return await self._pass_on(self.controller.ListMembers, request, CONTROLLER_PATIENCE, context)
+        return await self._pass_on(
+            self.controller.ListMembers, request, CONTROLLER_PATIENCE, context
+        )
 
-    async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainResponse:
+    async def Drain(
+        self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.DrainResponse:
         return await self._pass_on(self.controller.Drain, request, CHANGE_PATIENCE, context)
 
-    async def Scale(self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext) -> control_pb2.ScaleResponse:
+    async def Scale(
+        self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext
+    ) -> control_pb2.ScaleResponse:
         return await self._pass_on(self.controller.Scale, request, CHANGE_PATIENCE, context)
 
-    async def _pass_on(self, call: Any, request: Any, patience: float, context: grpc.aio.ServicerContext) -> Any:
+    async def _pass_on(
+        self, call: Any, request: Any, patience: float, context: grpc.aio.ServicerContext
+    ) -> Any:
         try:
             return await call(request, timeout=min(context.time_remaining() or patience, patience))
         except grpc.aio.AioRpcError as error:
             if error.code() in SILENT:
-                await abort(context, Unavailable(f"the controller does not answer: {error.details()}", stage="controller"))
+                await abort(
+                    context,
+                    Unavailable(
+                        f"the controller does not answer: {error.details()}", stage="controller"
+                    ),
+                )
             await context.abort(error.code(), error.details() or "")
 
     async def Join(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
+        self,
+        request_iterator: AsyncIterator[control_pb2.JoinRequest],
+        context: grpc.aio.ServicerContext,
     ) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not here")
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not here"
+        )
 
 
 class ReadinessServicer(health_pb2_grpc.HealthServicer):
-    """Whether an answer can be given now, looked at anew each time. "liveness" is SERVING as long as the process answers."""
+    """Whether an answer can be given now, looked at anew each time. "liveness" is SERVING as long
+    as the process answers."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -236,15 +301,23 @@ class ReadinessServicer(health_pb2_grpc.HealthServicer):
             return health_pb2.HealthCheckResponse.SERVING
         if service not in READINESS_NAMES:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        return health_pb2.HealthCheckResponse.NOT_SERVING if self.core.not_ready() else health_pb2.HealthCheckResponse.SERVING
+        return (
+            health_pb2.HealthCheckResponse.NOT_SERVING
+            if self.core.unready_reason()
+            else health_pb2.HealthCheckResponse.SERVING
+        )
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> health_pb2.HealthCheckResponse:
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
         status = self.status(request.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
         told = None
         while True:
             status = self.status(request.service)
@@ -267,12 +340,16 @@ async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
     metadata = {"stage": error.stage} if error.stage else {}
     if error.image is not None:
         metadata["image"] = str(error.image)
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.code, domain="twinlens", metadata=metadata)]
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.code, domain="twinlens", metadata=metadata)
+    ]
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details))
+    status = status_pb2.Status(
+        code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details)
+    )
     await context.abort_with_status(rpc_status.to_status(status))
 
 

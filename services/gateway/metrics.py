@@ -21,33 +21,71 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         disable_created_metrics()
         self.registry = registry = registry or CollectorRegistry()
-        self.requests = Counter("twinlens_requests", "Admitted requests, by how they ended.", ["outcome"], registry=registry)
-        self.rejections = Counter("twinlens_rejections", "Requests that were not admitted, by cause.", ["reason"], registry=registry)
-        self.waiting = Gauge("twinlens_requests_waiting", "Requests admitted and without their first token.", registry=registry)
-        self.attempts = Counter("twinlens_attempts", "Ways through the stages that requests began.", registry=registry)
-        self.failovers = Counter(
-            "twinlens_failovers", "Attempts that were lost and begun anew, by the stage that was gone.", ["stage"], registry=registry
+        self.requests = Counter(
+            "twinlens_requests",
+            "Admitted requests, by how they ended.",
+            ["outcome"],
+            registry=registry,
         )
-        self.in_flight = Gauge("twinlens_requests_in_flight", "Requests admitted and not ended.", registry=registry)
+        self.rejections = Counter(
+            "twinlens_rejections",
+            "Requests that were not admitted, by cause.",
+            ["reason"],
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "twinlens_requests_waiting",
+            "Requests admitted and without their first token.",
+            registry=registry,
+        )
+        self.attempts = Counter(
+            "twinlens_attempts", "Ways through the stages that requests began.", registry=registry
+        )
+        self.failovers = Counter(
+            "twinlens_failovers",
+            "Attempts that were lost and begun anew, by the stage that was gone.",
+            ["stage"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "twinlens_requests_in_flight", "Requests admitted and not ended.", registry=registry
+        )
         self.first_token = Histogram(
-            "twinlens_time_to_first_token_seconds", "From the door to the first token.", buckets=FIRST_TOKEN_BUCKETS, registry=registry
+            "twinlens_time_to_first_token_seconds",
+            "From the door to the first token.",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=registry,
         )
         self.duration = Histogram(
-            "twinlens_request_duration_seconds", "From the door to the end.", buckets=DURATION_BUCKETS, registry=registry
+            "twinlens_request_duration_seconds",
+            "From the door to the end.",
+            buckets=DURATION_BUCKETS,
+            registry=registry,
         )
         self.inter_token = Histogram(
-            "twinlens_inter_token_latency_seconds", "Between pieces, per token.", buckets=LATENCY_BUCKETS, registry=registry
+            "twinlens_inter_token_latency_seconds",
+            "Between pieces, per token.",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
         )
-        self.prompt_tokens = Counter("twinlens_prompt_tokens", "Prompt tokens of answered requests.", registry=registry)
-        self.generation_tokens = Counter("twinlens_generation_tokens", "Tokens generated.", registry=registry)
-        self.image_tokens = Counter("twinlens_image_tokens", "Prompt tokens that stand for images.", registry=registry)
+        self.prompt_tokens = Counter(
+            "twinlens_prompt_tokens", "Prompt tokens of answered requests.", registry=registry
+        )
+        self.generation_tokens = Counter(
+            "twinlens_generation_tokens", "Tokens generated.", registry=registry
+        )
+        self.image_tokens = Counter(
+            "twinlens_image_tokens", "Prompt tokens that stand for images.", registry=registry
+        )
 
 
 class Observed:
     """A request's events, observed as they pass."""
 
     def __init__(self, events: AsyncIterator[Event], metrics: Metrics, began: float) -> None:
-        self.events, self.metrics, self.began = events, metrics, began
+        self.events = events
+        self.metrics = metrics
+        self.began = began
         self.last_token: float | None = None
         self.outcome = "aborted"
 
@@ -82,9 +120,12 @@ class MeasuredCore:
     """A Core whose every request is counted, and whose only errors are ServingErrors."""
 
     def __init__(self, core: Core, metrics: Metrics | None = None) -> None:
-        self.core, self.metrics = core, metrics or Metrics()
+        self.core = core
+        self.metrics = metrics or Metrics()
         self.model_name = core.model_name
-        self.check_model, self.max_model_len, self.not_ready = core.check_model, core.max_model_len, core.not_ready
+        self.check_model = core.check_model
+        self.max_model_len = core.max_model_len
+        self.unready_reason = core.unready_reason
 
     @property
     def is_draining(self) -> bool:
@@ -105,7 +146,8 @@ class MeasuredCore:
 
     @contextmanager
     def counted(self, observed: Observed) -> Iterator[Observed]:
-        """From admission to the end, whichever it is; what the reader of the events raises passes here, too."""
+        """From admission to the end, whichever it is; what the reader of the events raises passes
+        here, too."""
         self.metrics.in_flight.inc()
         try:
             with serving_errors_only():
@@ -121,11 +163,14 @@ class MeasuredCore:
 
 @contextmanager
 def serving_errors_only() -> Iterator[None]:
-    """An unexpected error, which is our own mistake, is logged and becomes Internal: a client is told that there was one."""
+    """An unexpected error, which is our own mistake, is logged and becomes Internal: a client is
+    told that there was one."""
     try:
         yield
     except ServingError:
         raise
     except Exception as error:
         get_logger().exception("unexpected error")
-        raise Internal("an unexpected error in the gateway; its log tells more", stage="gateway") from error
+        raise Internal(
+            "an unexpected error in the gateway; its log tells more", stage="gateway"
+        ) from error

@@ -25,7 +25,11 @@ from services.gateway.generation import Began, Core, Ended, GenerationRequest, P
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.schema import MAX_TIMEOUT, chat_to_generation, new_request_id, parse_chat
 
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
 
 
 def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlette:
@@ -64,15 +68,22 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": error.detail.lower().replace(" ", "_")}
+    body = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": error.detail.lower().replace(" ", "_"),
+    }
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
 class RequestBoundary:
-    """Around every request: it gets an id, which every answer carries, and what nobody expected becomes an answer, too."""
+    """Around every request: it gets an id, which every answer carries, and what nobody expected
+    becomes an answer, too."""
 
     def __init__(self, app: ASGIApp, core: MeasuredCore) -> None:
-        self.app, self.core = app, core
+        self.app = app
+        self.core = core
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,10 +115,16 @@ class Information:
     """What can be asked beside completions."""
 
     def __init__(self, core: MeasuredCore) -> None:
-        self.core, self.created = core, int(time.time())
+        self.core = core
+        self.created = int(time.time())
 
     def describe_model(self) -> dict[str, Any]:
-        described = {"id": self.core.model_name, "object": "model", "created": self.created, "owned_by": "twinlens"}
+        described = {
+            "id": self.core.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "twinlens",
+        }
         return described | {"max_model_len": self.core.max_model_len()}
 
     async def models(self, request: Request) -> Response:
@@ -121,23 +138,28 @@ class Information:
         return JSONResponse({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        if reason := self.core.not_ready():
+        if reason := self.core.unready_reason():
             raise Unavailable(reason, stage="gateway")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self.core.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(
+            generate_latest(self.core.metrics.registry),
+            headers={"content-type": CONTENT_TYPE_LATEST},
+        )
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": version("twinlens")})
 
 
 class ChatCompletions:
-    """POST /v1/chat/completions as an ASGI application: one task enters the core's context, answers, and leaves it, and that task
-    is cancelled when the client hangs up, whatever it waits for."""
+    """POST /v1/chat/completions as an ASGI application: one task enters the core's context,
+    answers, and leaves it, and that task is cancelled when the client hangs up, whatever it
+    waits for."""
 
     def __init__(self, core: Core, max_body_bytes: int) -> None:
-        self.core, self.max_body_bytes = core, max_body_bytes
+        self.core = core
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation, answer, streamed = await self.read(Request(scope, receive))
@@ -163,7 +185,14 @@ class ChatCompletions:
         )
         return generation, answer, bool(chat.stream)
 
-    async def whole(self, generation: GenerationRequest, answer: sse.Answer, scope: Scope, receive: Receive, send: Send) -> None:
+    async def whole(
+        self,
+        generation: GenerationRequest,
+        answer: sse.Answer,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         pieces: list[Piece] = []
         async with self.core.generate(generation) as events:
             async for event in events:
@@ -177,7 +206,8 @@ class ChatCompletions:
         await JSONResponse(body)(scope, receive, send)
 
     async def stream(self, generation: GenerationRequest, answer: sse.Answer, send: Send) -> None:
-        """Nothing is sent before Began, so that whatever fails until then is an HTTP error; later it is an event."""
+        """Nothing is sent before Began, so that whatever fails until then is an HTTP error; later
+        it is an event."""
         started = False
         try:
             async with self.core.generate(generation) as events:
@@ -209,8 +239,10 @@ async def send_body(send: Send, body: bytes) -> None:
 
 
 async def read_body(request: Request, limit: int) -> bytearray:
-    """What is somewhat too long is read to its end and dropped: a client that still sends would not see the answer."""
-    body, size = bytearray(), 0
+    """What is somewhat too long is read to its end and dropped: a client that still sends would not
+    see the answer."""
+    body = bytearray()
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= limit:
@@ -218,7 +250,9 @@ async def read_body(request: Request, limit: int) -> bytearray:
         elif size > 4 * limit:
             break
     if size > limit:
-        raise TooLarge(f"the body is larger than {limit} bytes; send fewer or smaller images", stage="gateway")
+        raise TooLarge(
+            f"the body is larger than {limit} bytes; send fewer or smaller images", stage="gateway"
+        )
     return body
 
 
@@ -230,13 +264,17 @@ def read_timeout(header: str | None) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise InvalidRequest("X-Request-Timeout: must be a number of seconds above 0", stage="gateway")
+        raise InvalidRequest(
+            "X-Request-Timeout: must be a number of seconds above 0", stage="gateway"
+        )
     return seconds
 
 
 async def unless_disconnected(work: Awaitable[None], receive: Receive) -> None:
-    """Ends with the work, or cancels it when the client hangs up first. The request's body must have been read."""
-    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    """Ends with the work, or cancels it when the client hangs up first. The request's body must
+    have been read."""
+    answering = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if answering.done():

@@ -15,8 +15,8 @@ from services.gateway.generation import Ended, Event, GenerationRequest, Piece
 
 @dataclass(slots=True)
 class Attempt:
-    """One way of a request through the stages. `preprocess`, `detokenizer` and `llm` are the ids of those who hold it; none holds it
-    while it waits for one of each."""
+    """One way of a request through the stages. `preprocess`, `detokenizer` and `llm` are the ids of
+    those who hold it; none holds it while it waits for one of each."""
 
     number: int
     preprocess: str = ""
@@ -30,16 +30,20 @@ class Attempt:
 
     @property
     def needs_preprocess(self) -> bool:
-        """It keeps the images until they are taken, which they all are when the first token is there."""
+        """It keeps the images until they are taken, which they all are when the first token is
+        there."""
         return not (self.is_encoded or self.is_answering)
 
     def depends_on(self, peer_id: str) -> bool:
-        return peer_id in (self.llm, self.detokenizer) or (peer_id == self.preprocess and self.needs_preprocess)
+        return peer_id in (self.llm, self.detokenizer) or (
+            peer_id == self.preprocess and self.needs_preprocess
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """All that the gateway knows of a request under way: enough to begin it anew anywhere, after the tokens the client has."""
+    """All that the gateway knows of a request under way: enough to begin it anew anywhere, after
+    the tokens the client has."""
 
     request: GenerationRequest
     id: str
@@ -55,7 +59,7 @@ class Record:
     """The language group that the last attempt was lost with."""
     losses: int = 0
     """Members that were lost with the request in hand."""
-    fruitless: int = 0
+    losses_without_token: int = 0
     """Of them those since the last token."""
     retries: int = 0
     """Since the last token, because one stage could not reach another."""
@@ -88,7 +92,9 @@ class Record:
             return_prompt_token_ids=request.return_prompt_token_ids,
             guide_kind=request.guide_kind,
             guide=Tensor.of_text(request.guide) if request.guide else None,
-            output_token_ids=Tensor.of(np.array(self.token_ids, np.int64)) if self.token_ids else None,
+            output_token_ids=Tensor.of(np.array(self.token_ids, np.int64))
+            if self.token_ids
+            else None,
             avoid=avoid,
         )
 
@@ -102,8 +108,13 @@ class Record:
         """Gives the seconds since the admission."""
         assert delta.timings is not None and self.first_token is not None
         total = time.monotonic() - self.admitted
-        own = {"time_to_first_token_seconds": self.first_token - self.admitted, "total_seconds": total}
-        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, json.loads(delta.timings.bytes()) | own))
+        own = {
+            "time_to_first_token_seconds": self.first_token - self.admitted,
+            "total_seconds": total,
+        }
+        self.events.put_nowait(
+            Ended(delta.finish_reason, delta.usage, json.loads(delta.timings.bytes()) | own)
+        )
         return total
 
     def cancel_timers(self, *names: str) -> None:

@@ -65,13 +65,18 @@ class ResponseFormat(Body):
             case "json_schema":
                 schema = (self.json_schema or {}).get("schema")
                 if not isinstance(schema, dict):
-                    raise InvalidField("response_format.json_schema.schema", "must be a JSON schema (an object)")
+                    raise InvalidField(
+                        "response_format.json_schema.schema", "must be a JSON schema (an object)"
+                    )
                 return "json_schema", json.dumps(schema)
-        raise InvalidField("response_format.type", "this is not supported; use text, json_object or json_schema")
+        raise InvalidField(
+            "response_format.type", "this is not supported; use text, json_object or json_schema"
+        )
 
 
 class ChatRequest(Body):
-    """A chat completion's body. The ranges of sampling and stopping values are those of common.messages."""
+    """A chat completion's body. The ranges of sampling and stopping values are those of
+    common.messages."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
@@ -88,7 +93,12 @@ class ChatRequest(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] | None = None
+    stop: (
+        Annotated[
+            list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
+        ]
+        | None
+    ) = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -104,10 +114,20 @@ class ChatRequest(Body):
     def sampling(self) -> Sampling:
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "needs logprobs: true beside it")
-        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+        names = (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+        )
         top_k = 0 if self.top_k == -1 else self.top_k
         num_logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return make_sampling({**self.model_dump(include=set(names)), "top_k": top_k, "num_logprobs": num_logprobs})
+        return make_sampling(
+            {**self.model_dump(include=set(names)), "top_k": top_k, "num_logprobs": num_logprobs}
+        )
 
     def stopping(self, max_model_len: int | None) -> Stopping:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
@@ -135,10 +155,14 @@ def explained(error: ValidationError) -> InvalidRequest:
     """The first of pydantic's complaints in one sentence; the input itself is not repeated."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not JSON that can be read: {first['ctx']['error']}", stage="gateway")
+        return InvalidRequest(
+            f"the body is not JSON that can be read: {first['ctx']['error']}", stage="gateway"
+        )
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object", stage="gateway")
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
+    path = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]
+    ).lstrip(".")
     return InvalidField(path, lower_first(first["msg"]))
 
 
@@ -146,7 +170,9 @@ def lower_first(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
 
 
-def refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
+def refuse_unsupported(
+    given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> None:
     for name in unsupported.keys() & given.keys():
         neutral = unsupported[name]
         if given[name] is not None and given[name] not in neutral:
@@ -154,10 +180,15 @@ def refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple
             raise InvalidField(where + name, f"this is not supported{allowed}; leave it out")
 
 
-def chat_to_generation(chat: ChatRequest, request_id: str, timeout: float | None, max_model_len: int | None) -> GenerationRequest:
-    sampling, stopping = chat.sampling(), chat.stopping(max_model_len)
+def chat_to_generation(
+    chat: ChatRequest, request_id: str, timeout: float | None, max_model_len: int | None
+) -> GenerationRequest:
+    sampling = chat.sampling()
+    stopping = chat.stopping(max_model_len)
     images: list[bytes] = []
-    messages = [read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)]
+    messages = [
+        read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)
+    ]
     guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
     return GenerationRequest(
         request_id=request_id,
@@ -180,19 +211,26 @@ def messages_prompt(messages: list[dict[str, Any]]) -> bytes:
 def read_message(message: ChatMessage, where: str, images: list[bytes]) -> dict[str, Any]:
     """The message as a chat template takes it; its images are appended to `images`."""
     if message.role not in ROLES:
-        raise InvalidField(f"{where}.role", f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}")
+        raise InvalidField(
+            f"{where}.role", f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}"
+        )
     refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{where}.")
     return {"role": ROLES[message.role], "content": read_content(message, where, images)}
 
 
-def read_content(message: ChatMessage, where: str, images: list[bytes]) -> str | list[dict[str, str]]:
+def read_content(
+    message: ChatMessage, where: str, images: list[bytes]
+) -> str | list[dict[str, str]]:
     match message.content:
         case None:
             return ""
         case str(text):
             return text
         case list(parts):
-            return [read_part(part, message.role, f"{where}.content[{n}]", images) for n, part in enumerate(parts)]
+            return [
+                read_part(part, message.role, f"{where}.content[{n}]", images)
+                for n, part in enumerate(parts)
+            ]
     raise InvalidField(f"{where}.content", "must be a string, a list of parts, or null")
 
 
@@ -202,14 +240,25 @@ def read_part(part: Any, role: str, where: str, images: list[bytes]) -> dict[str
             return {"type": "text", "text": text}
         case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
             if role != "user":
-                raise InvalidField(where, f"an image is not allowed in a message of role {role!r}; send it in a user message")
+                raise InvalidField(
+                    where,
+                    f"an image is not allowed in a message of role {role!r}; send it in a user "
+                    "message",
+                )
             check_image_count(len(images) + 1)
             images.append(read_data_uri(url, f"{where}.image_url", len(images)))
             return {"type": "image"}
         case {"type": "text" | "image_url" as kind}:
-            raise InvalidField(f"{where}.{kind}", "must be a string" if kind == "text" else "must be an object with a url, or a string")
+            raise InvalidField(
+                f"{where}.{kind}",
+                "must be a string"
+                if kind == "text"
+                else "must be an object with a url, or a string",
+            )
         case {"type": str(kind)}:
-            raise InvalidField(f"{where}.type", f"{kind[:40]!r} is not supported; send text and image_url parts")
+            raise InvalidField(
+                f"{where}.type", f"{kind[:40]!r} is not supported; send text and image_url parts"
+            )
     raise InvalidField(where, "must be an object with a type, such as text or image_url")
 
 
@@ -252,32 +301,51 @@ def check_image(image: bytes, index: int) -> None:
 
 
 def image_too_large(index: int) -> TooLarge:
-    return TooLarge(f"image {index} is larger than {MAX_IMAGE_BYTES // 10**6} MB; send a smaller file", stage="gateway", image=index)
+    return TooLarge(
+        f"image {index} is larger than {MAX_IMAGE_BYTES // 10**6} MB; send a smaller file",
+        stage="gateway",
+        image=index,
+    )
 
 
 def make_sampling(values: Mapping[str, Any]) -> Sampling:
-    """Values that are None take the model's default. A missing seed is drawn, so that the answer can be made again; of any seed
-    the low 63 bits count, which is what the wire carries."""
+    """Values that are None take the model's default. A missing seed is drawn, so that the answer
+    can be made again; of any seed the low 63 bits count, which is what the wire carries."""
     seed = values.get("seed")
-    return convert({**values, "seed": (secrets.randbits(63) if seed is None else seed) & MAX_SEED}, Sampling)
+    return convert(
+        {**values, "seed": (secrets.randbits(63) if seed is None else seed) & MAX_SEED}, Sampling
+    )
 
 
-def make_stopping(values: Mapping[str, Any], max_model_len: int | None, limit: str = "max_tokens") -> Stopping:
+def make_stopping(
+    values: Mapping[str, Any], max_model_len: int | None, limit: str = "max_tokens"
+) -> Stopping:
     """`limit` is the name under which the client sent max_tokens."""
     stopping = convert(values, Stopping, {"max_tokens": limit})
     if stopping.max_tokens is not None:
         if max_model_len is not None and stopping.max_tokens > max_model_len:
-            raise InvalidField(limit, f"{stopping.max_tokens} is beyond the context of {max_model_len} tokens; ask for fewer")
+            raise InvalidField(
+                limit,
+                f"{stopping.max_tokens} is beyond the context of {max_model_len} tokens; ask for "
+                "fewer",
+            )
         if stopping.min_tokens > stopping.max_tokens:
-            raise InvalidField("min_tokens", f"{stopping.min_tokens} is more than {limit}, which is {stopping.max_tokens}")
+            raise InvalidField(
+                "min_tokens",
+                f"{stopping.min_tokens} is more than {limit}, which is {stopping.max_tokens}",
+            )
     return stopping
 
 
-def convert(values: Mapping[str, Any], kind: type[StructT], names: Mapping[str, str] = {}) -> StructT:
+def convert(
+    values: Mapping[str, Any], kind: type[StructT], names: Mapping[str, str] = {}
+) -> StructT:
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).rstrip("`").partition(" - at `$.")
         got = f", got {given[path]}" if isinstance(given.get(path), int | float) else ""
-        raise InvalidField(names.get(path, path), lower_first(problem).replace("`", "") + got) from None
+        raise InvalidField(
+            names.get(path, path), lower_first(problem).replace("`", "") + got
+        ) from None

@@ -1,4 +1,5 @@
-"""Clients that do not read what they asked for are cut off, so that nothing is kept for them for ever."""
+"""Clients that do not read what they asked for are cut off, so that nothing is kept for them for
+ever."""
 
 import asyncio
 import socket
@@ -19,9 +20,11 @@ RESET = struct.pack("ii", 1, 0)
 
 
 class ReadersWatched(HttpToolsProtocol):
-    """uvicorn's HTTP, which writes no more while bytes lie unread, and here ends a connection on which they lie too long.
+    """uvicorn's HTTP, which writes no more while bytes lie unread, and here ends a connection on
+    which they lie too long.
 
-    What is kept for a client is what the kernel takes and one write: the transport calls for a pause as soon as anything waits.
+    What is kept for a client is what the kernel takes and one write: the transport calls for a
+    pause as soon as anything waits.
     """
 
     read_seconds = READ_SECONDS
@@ -50,7 +53,9 @@ class ReadersWatched(HttpToolsProtocol):
         unread = self.transport.get_write_buffer_size()
         if unread_before - unread < READ_BYTES:
             get_logger().warning("cut off a client that does not read", unread=unread)
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, RESET
+            )
             self.transport.abort()
         else:
             self._look_again(unread)

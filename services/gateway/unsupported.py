@@ -2,8 +2,9 @@
 
 from typing import Any
 
-# Each of these asks for another answer than the one we would give, so it is refused by name. The values listed (and null) ask for
-# nothing. Whatever is named neither here nor in schema.py changes no answer and is accepted: clients send many such keys.
+# Each of these asks for another answer than the one we would give, so it is refused by name. The
+# values listed (and null) ask for nothing. Whatever is named neither here nor in schema.py changes
+# no answer and is accepted: clients send many such keys.
 IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -47,4 +48,9 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "lora_path": (),
 }
-IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "function_call": (), "audio": (), "prefix": (False,)}
+IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+    "prefix": (False,),
+}

@@ -1,7 +1,8 @@
 """Attention of a mixed batch over the paged KV cache.
 
-One object is made for each step from its plan and used by every layer. `GatheredAttention` runs on any device: it gathers the
-blocks of a sequence into one tensor. Decodes on a CPU read the blocks where they lie, if there is a kernel for it.
+One object is made for each step from its plan and used by every layer. `GatheredAttention` runs on
+any device: it gathers the blocks of a sequence into one tensor. Decodes on a CPU read the blocks
+where they lie, if there is a kernel for it.
 """
 
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.operations import attention, can_attend_blocks, decode_attention, store_rows
-from services.llm.plan import StepPlan
+from compute.kernels.operations import attention, can_attend_blocks, decode_attention, store_rows
+from services.llm.step_plan import StepPlan
 
 
 class StepAttention(Protocol):
     def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        """Write the keys and values of T tokens to a layer's cache [2, num_blocks, block_size, K, D]; returns [T, H * D]."""
+        """Write the keys and values of T tokens to a layer's cache [2, num_blocks, block_size, K,
+        D]; returns [T, H * D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,12 @@ class Chunk:
 
 
 class GatheredAttention:
-    def __init__(self, plan: StepPlan, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device, self._block_size = dtype, device, block_size
+    def __init__(
+        self, plan: StepPlan, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._block_size = block_size
         self._slots = self._tensor(plan.slot_mapping)
         self._decodes = self._plan_decodes(plan)
         self._chunks = list(self._plan_chunks(plan))
@@ -59,18 +65,25 @@ class GatheredAttention:
         store_rows(v_TKD, cache[1], self._slots)
         if not self._chunks and self._decodes:
             return self._decode(q_THD, cache, self._decodes)
-        out = torch.empty(len(q_THD), q_THD.shape[1] * q_THD.shape[2], dtype=q_THD.dtype, device=q_THD.device)
+        out = torch.empty(
+            len(q_THD), q_THD.shape[1] * q_THD.shape[2], dtype=q_THD.dtype, device=q_THD.device
+        )
         if self._decodes:
             out[self._decodes.rows] = self._decode(q_THD[self._decodes.rows], cache, self._decodes)
         for chunk in self._chunks:
             new = slice(chunk.start, chunk.stop)
             is_whole = chunk.context == chunk.stop - chunk.start
-            k, v = (k_TKD[new], v_TKD[new]) if is_whole else self._gather(cache, chunk.blocks, chunk.context)
+            k, v = (
+                (k_TKD[new], v_TKD[new])
+                if is_whole
+                else self._gather(cache, chunk.blocks, chunk.context)
+            )
             out[new] = attention(q_THD[new], k, v, causal=True)
         return out
 
     def _decode(self, q_BHD: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
-        """The query heads that share a key head take the place of query positions, so that keys are never repeated."""
+        """The query heads that share a key head take the place of query positions, so that keys are
+        never repeated."""
         if can_attend_blocks(q_BHD.shape[1], cache):
             return decode_attention(q_BHD, cache, decodes.tables, decodes.contexts)
         num_kv_heads, head_dim = cache.shape[-2:]
@@ -101,17 +114,24 @@ class GatheredAttention:
         if (contexts != contexts[0]).any():
             mask = self._mask(np.arange(contexts.max()) < contexts[:, None])[:, None, None]
         rows = None if is_decode.all() else self._tensor((plan.query_lens.cumsum() - 1)[is_decode])
-        return Decodes(rows, self._tensor(tables), self._tensor(contexts), int(contexts.max()), mask)
+        return Decodes(
+            rows, self._tensor(tables), self._tensor(contexts), int(contexts.max()), mask
+        )
 
     def _plan_chunks(self, plan: StepPlan) -> Iterator[Chunk]:
         stops = plan.query_lens.cumsum()
         for i in np.flatnonzero(plan.query_lens > 1):
-            query, context = int(plan.query_lens[i]), int(plan.context_lens[i])
+            query = int(plan.query_lens[i])
+            context = int(plan.context_lens[i])
             blocks = self._tensor(plan.block_tables[i, : -(-context // self._block_size)])
             yield Chunk(int(stops[i]) - query, int(stops[i]), context, blocks)
 
     def _mask(self, visible: np.ndarray) -> Tensor:
-        return torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf).to(self._device)
+        return (
+            torch.zeros(visible.shape, dtype=self._dtype)
+            .masked_fill_(torch.from_numpy(~visible), -torch.inf)
+            .to(self._device)
+        )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self._device)

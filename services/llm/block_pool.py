@@ -1,4 +1,5 @@
-"""The blocks of the paged KV cache: who holds them, and which computed tokens they can be found by. Imports no torch."""
+"""The blocks of the paged KV cache: who holds them, and which computed tokens they can be found by.
+Imports no torch."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -7,14 +8,14 @@ from collections.abc import Iterable
 class BlockPool:
     """Block numbers 0..num_blocks-1.
 
-        free  --allocate-->  held by one, written by it  --name-->  held by any number, written by none
+        free  --allocate-->  held by one, its writer  --name-->  held by any number, read-only
          ^                       |                                      |
          +-------- free ---------+            free, still named  <------+  free
          +------------------- allocate (forgets the name) <-+  |
                                                                +-- share: held again
 
-    Only a full block whose tokens are computed is named, so that what is found by its name never changes. Unnamed free blocks
-    are handed out first, then named ones, least recently freed first.
+    Only a full block whose tokens are computed is named, so that what is found by its name never
+    changes. Unnamed free blocks are handed out first, then named ones, least recently freed first.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -45,7 +46,8 @@ class BlockPool:
         self._hold(blocks)
 
     def free(self, blocks: Iterable[int]) -> None:
-        """One request less holds these, which are in its order: of a prefix, the end is forgotten first."""
+        """One request less holds these, which are in its order: of a prefix, the end is forgotten
+        first."""
         for block in reversed(list(blocks)):
             assert self._num_holders[block] > 0, f"block {block} was freed twice"
             self._num_holders[block] -= 1
@@ -54,10 +56,12 @@ class BlockPool:
                 self._free.move_to_end(block, last=block in self._names)
 
     def name(self, block: int, name: bytes) -> None:
-        """The block is full and computed. Where another has the name already, this one stays its holder's alone."""
+        """The block is full and computed. Where another has the name already, this one stays its
+        holder's alone."""
         assert self._num_holders[block] == 1 and block not in self._names
         if name not in self._by_name:
-            self._by_name[name], self._names[block] = block, name
+            self._by_name[name] = block
+            self._names[block] = name
 
     def find(self, name: bytes) -> int | None:
         return self._by_name.get(name)

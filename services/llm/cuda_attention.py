@@ -1,7 +1,8 @@
-"""Attention on CUDA that reads the paged KV cache where it lies: torch's varlen_attn with block tables.
+"""Attention on CUDA that reads the paged KV cache where it lies: torch's varlen_attn with block
+tables.
 
-Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens, and it runs from Ampere on.
-Untried: no CUDA device was at hand when it was written.
+Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens,
+and it runs from Ampere on. Untried: no CUDA device was at hand when it was written.
 """
 
 from collections.abc import Iterator
@@ -13,23 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 
 PAGE_TOKENS = 256
 MAX_HEAD_DIM = 256
 AMPERE = (8, 0)
-EVERYTHING, CAUSAL = (-1, -1), (-1, 0)
+EVERYTHING = (-1, -1)
+CAUSAL = (-1, 0)
 """Windows of varlen_attn: (tokens before, tokens after), -1 for all."""
 
 
-def objection_to_pages(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> str:
+def objection_to_pages(
+    dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device
+) -> str:
     """Why the kernel cannot read such a cache where it lies; "" where it can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the paged kernel takes float16 and bfloat16, not {dtype}"
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
-        return f"the paged kernel takes heads of a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+        return (
+            f"the paged kernel takes heads of a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+        )
     if block_size % PAGE_TOKENS:
-        return f"the paged kernel takes blocks of a multiple of {PAGE_TOKENS} tokens, not {block_size}"
+        return (
+            f"the paged kernel takes blocks of a multiple of {PAGE_TOKENS} tokens, not {block_size}"
+        )
     if torch.cuda.get_device_capability(device) < AMPERE:
         return f"the paged kernel runs from compute capability {AMPERE} on"
     return attempt(dtype, head_dim, block_size, device)
@@ -37,7 +45,8 @@ def objection_to_pages(dtype: torch.dtype, head_dim: int, block_size: int, devic
 
 def attempt(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> str:
     """What the kernel says of one token: torch may be built without it."""
-    one, table = torch.ones(1, dtype=torch.int64, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    one = torch.ones(1, dtype=torch.int64, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int64, device=device)
     q = torch.zeros(1, 2, head_dim, dtype=dtype, device=device)
     cache = torch.zeros(2, 1, block_size, 1, head_dim, dtype=dtype, device=device)
     try:
@@ -63,12 +72,15 @@ class Part:
 
 
 def parts_of(plan: StepPlan) -> Iterator[Part]:
-    """Decodes apart: only for them the kernel shares a key head's reads among its query heads and splits long contexts."""
+    """Decodes apart: only for them the kernel shares a key head's reads among its query heads and
+    splits long contexts."""
     is_decode = plan.query_lens == 1
     for chosen in (is_decode, ~is_decode):
         if chosen.any():
             rows = np.flatnonzero(np.repeat(chosen, plan.query_lens))
-            yield Part(rows, plan.query_lens[chosen], plan.context_lens[chosen], plan.block_tables[chosen])
+            yield Part(
+                rows, plan.query_lens[chosen], plan.context_lens[chosen], plan.block_tables[chosen]
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +101,32 @@ class Call:
 
     @classmethod
     def of(
-        cls, rows: Tensor | None, query_lens: Tensor, context_lens: Tensor, block_tables: Tensor, max_query: int, max_context: int
+        cls,
+        rows: Tensor | None,
+        query_lens: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        max_query: int,
+        max_context: int,
     ) -> "Call":
         starts = [F.pad(lens.cumsum(0), (1, 0)).int() for lens in (query_lens, context_lens)]
-        return cls(rows, starts[0], starts[1], context_lens.int(), block_tables.int(), max_query, max_context)
+        return cls(
+            rows,
+            starts[0],
+            starts[1],
+            context_lens.int(),
+            block_tables.int(),
+            max_query,
+            max_context,
+        )
 
     def run(self, q_THD: Tensor, cache: Tensor) -> Tensor:
         is_decode = self.max_query == 1
-        # The kernel joins the parts of a split context right only where query heads share a key head and each has one token.
+        # The kernel joins the parts of a split context right only where query heads share a key
+        # head and each has one token.
         may_split = is_decode and q_THD.shape[1] > cache.shape[-2]
-        # A decode sees all of its context, and only without a mask the kernel takes its query heads together.
+        # A decode sees all of its context, and only without a mask the kernel takes its query heads
+        # together.
         attended = varlen_attn(
             q_THD,
             cache[0],
@@ -121,7 +149,8 @@ class PagedAttention:
     """A StepAttention. `slots` are int64 [T]; the calls' rows together are the whole batch."""
 
     def __init__(self, slots: Tensor, calls: list[Call]) -> None:
-        self._slots, self._calls = slots, calls
+        self._slots = slots
+        self._calls = calls
 
     @classmethod
     def of(cls, slots: Tensor, parts: list[Part], uploaded: list[Tensor]) -> "PagedAttention":
@@ -131,14 +160,25 @@ class PagedAttention:
         for part in parts:
             rows, query_lens, context_lens, block_tables = (next(arrays) for _ in part.arrays)
             longest = int(part.query_lens.max()), int(part.context_lens.max())
-            calls.append(Call.of(rows if len(parts) > 1 else None, query_lens, context_lens, block_tables, *longest))
+            calls.append(
+                Call.of(
+                    rows if len(parts) > 1 else None,
+                    query_lens,
+                    context_lens,
+                    block_tables,
+                    *longest,
+                )
+            )
         return cls(slots, calls)
 
     def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
         flat = cache.flatten(1, 2)
         flat[0].index_copy_(0, self._slots, k_TKD)
         flat[1].index_copy_(0, self._slots, v_TKD)
-        out = [call.run(q_THD if call.rows is None else q_THD.index_select(0, call.rows), cache) for call in self._calls]
+        out = [
+            call.run(q_THD if call.rows is None else q_THD.index_select(0, call.rows), cache)
+            for call in self._calls
+        ]
         if len(out) == 1:
             return out[0].flatten(1)
         joined = q_THD.new_empty(q_THD.shape)

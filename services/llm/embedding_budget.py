@@ -10,8 +10,9 @@ MEMORY_SHARE = 0.125
 
 
 class EmbeddingBudget:
-    """Given for all images of a request at once, in the order of arrival, until the request ends. So a request whose images are
-    under way never waits for another one's: what it needs is its own already, and no later one overtakes the first that waits."""
+    """Given for all images of a request at once, in the order of arrival, until the request ends.
+    So a request whose images are under way never waits for another one's: what it needs is its
+    own already, and no later one overtakes the first that waits."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = self.num_free = num_tokens
@@ -43,6 +44,9 @@ class EmbeddingBudget:
 
 
 def embedding_tokens(kv_tokens: int, max_model_len: int, bytes_per_token: int) -> int:
-    """As many image tokens as the KV cache holds, for those who run, and as many again for those who wait; an eighth of the host's
-    available memory at most, but whatever one request may have."""
-    return max(max_model_len, min(2 * kv_tokens, int(available_memory() * MEMORY_SHARE) // bytes_per_token))
+    """As many image tokens as the KV cache holds, for those who run, and as many again for those
+    who wait; an eighth of the host's available memory at most, but whatever one request may
+    have."""
+    return max(
+        max_model_len, min(2 * kv_tokens, int(available_memory() * MEMORY_SHARE) // bytes_per_token)
+    )

@@ -10,7 +10,7 @@ import torch
 
 from common.messages import Prompt, Usage
 from services.llm.embedding_budget import EmbeddingBudget
-from services.llm.guides import Guides, Mask
+from services.llm.guided_decoding import Guides, Mask
 from services.llm.ranks import Execute
 from services.llm.request import Key, Request
 from services.llm.sampler import Logprobs, Sampler
@@ -58,24 +58,36 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         budget: EmbeddingBudget | None = None,
     ) -> None:
-        """`budget` bounds the embeddings held; by default as many tokens as the KV cache holds, twice."""
-        self.scheduler, self.execute, self.sampler, self.guides = scheduler, execute, sampler, guides
-        self.hidden_size, self.eos_token_ids = hidden_size, eos_token_ids
+        """`budget` bounds the embeddings held; by default as many tokens as the KV cache holds,
+        twice."""
+        self.scheduler = scheduler
+        self.execute = execute
+        self.sampler = sampler
+        self.guides = guides
+        self.hidden_size = hidden_size
+        self.eos_token_ids = eos_token_ids
         self.budget = budget or EmbeddingBudget(2 * scheduler.max_tokens)
         self.requests: dict[Key, Request] = {}
         self.early: dict[Key, EarlyEmbeddings] = {}
         self._ended: OrderedDict[Key, None] = OrderedDict()
 
     def add(self, prompt: Prompt, preprocess_id: str = "") -> list[tuple[int, str]]:
-        """Takes a request; gives (image, objection) of each image whose embeddings came before. For the others `preprocess_id` is told
-        when there is room for all of them: see the budget."""
+        """Takes a request; gives (image, objection) of each image whose embeddings came before. For
+        the others `preprocess_id` is told when there is room for all of them: see the budget."""
         request = Request(prompt)
         if request.key in self._ended:
             return []
         self.requests[request.key] = request
         if request.placeholders:
             self.budget.add(request.key, request.num_image_tokens, preprocess_id)
-        self.sampler.add(request.key, prompt.sampling, prompt.stopping, request.token_ids, request.output_token_ids, self.eos_token_ids)
+        self.sampler.add(
+            request.key,
+            prompt.sampling,
+            prompt.stopping,
+            request.token_ids,
+            request.output_token_ids,
+            self.eos_token_ids,
+        )
         if prompt.grammar:
             self.guides.add(request.key, prompt.grammar.text())
             for token_id in request.output_token_ids:
@@ -84,18 +96,34 @@ class Engine:
         early = self.early.pop(request.key, None)
         if early is None:
             return []
-        return [(image, self._take_embeddings(request, image, e, t)) for image, (e, t) in early.images.items()]
+        return [
+            (image, self._take_embeddings(request, image, e, t))
+            for image, (e, t) in early.images.items()
+        ]
 
-    def add_embeddings(self, key: Key, image: int, embeddings: torch.Tensor, timings: dict[str, Any], preprocess_id: str) -> str | None:
-        """Gives "" where they were taken, what is wrong with them, or None where the prompt is not there yet."""
+    def add_embeddings(
+        self,
+        key: Key,
+        image: int,
+        embeddings: torch.Tensor,
+        timings: dict[str, Any],
+        preprocess_id: str,
+    ) -> str | None:
+        """Gives "" where they were taken, what is wrong with them, or None where the prompt is not
+        there yet."""
         if key in self._ended:
             return ""
         if key not in self.requests:
-            self.early.setdefault(key, EarlyEmbeddings(preprocess_id)).images[image] = (embeddings, timings)
+            self.early.setdefault(key, EarlyEmbeddings(preprocess_id)).images[image] = (
+                embeddings,
+                timings,
+            )
             return None
         return self._take_embeddings(self.requests[key], image, embeddings, timings)
 
-    def _take_embeddings(self, request: Request, image: int, embeddings: torch.Tensor, timings: dict[str, Any]) -> str:
+    def _take_embeddings(
+        self, request: Request, image: int, embeddings: torch.Tensor, timings: dict[str, Any]
+    ) -> str:
         if reason := self._objection(request, image, embeddings):
             return reason
         request.embeddings.setdefault(image, embeddings)
@@ -107,8 +135,9 @@ class Engine:
         return bool(self.requests or self.early)
 
     def abort(self, keys: list[Key]) -> list[Request]:
-        """Frees everything that is held for these requests, and remembers that they ended: their messages may still come. Gives
-        those that have begun to answer: their detokenizers hold something, too."""
+        """Frees everything that is held for these requests, and remembers that they ended: their
+        messages may still come. Gives those that have begun to answer: their detokenizers hold
+        something, too."""
         return [request for key in keys if (request := self._end(key)) and request.first_token]
 
     def keys_of(self, peer_id: str) -> list[Key]:
@@ -134,18 +163,27 @@ class Engine:
         masks = self.guides.begin_masks([chunk.request.key for chunk in sampling])
         logits = self.execute(self.scheduler.plan(chunks), embeddings)
         self.scheduler.computed(chunks)
-        return self._sample(sampling, logits, {row: mask.result() for row, mask in masks.items()}) if sampling else []
+        return (
+            self._sample(sampling, logits, {row: mask.result() for row, mask in masks.items()})
+            if sampling
+            else []
+        )
 
-    def _sample(self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]) -> list[Output]:
+    def _sample(
+        self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]
+    ) -> list[Output]:
         requests = [chunk.request for chunk in chunks]
-        sampled = self.sampler.sample(logits, [r.key for r in requests], [len(r.output_token_ids) for r in requests], masks)
+        sampled = self.sampler.sample(
+            logits, [r.key for r in requests], [len(r.output_token_ids) for r in requests], masks
+        )
         now = time.monotonic()
         outputs = []
         for row, request in enumerate(requests):
             request.first_token = request.first_token or now
             output = Output(request, len(request.output_token_ids), [sampled.token_ids[row]])
             if row in sampled.bad_rows:
-                output.token_ids, output.error = [], "the language model computed no number for this prompt"
+                output.token_ids = []
+                output.error = "the language model computed no number for this prompt"
                 self.scheduler.distrust(request)
             else:
                 request.output_token_ids.append(sampled.token_ids[row])
@@ -158,7 +196,8 @@ class Engine:
         return outputs
 
     def _finish_reason(self, request: Request) -> str:
-        stopping, count = request.prompt.stopping, len(request.output_token_ids)
+        stopping = request.prompt.stopping
+        count = len(request.output_token_ids)
         last = request.output_token_ids[-1]
         if count > stopping.min_tokens and last in stopping.stop_token_ids:
             return "stop"
@@ -172,7 +211,8 @@ class Engine:
         wanted = (request.placeholders[image][1], self.hidden_size)
         if tuple(embeddings.shape) != wanted:
             return f"embeddings of shape {tuple(embeddings.shape)}, {wanted} are wanted"
-        # A NaN or an infinity is the least or the greatest: a hundred times quicker than isfinite of every element.
+        # A NaN or an infinity is the least or the greatest: a hundred times quicker than isfinite
+        # of every element.
         low, high = torch.aminmax(embeddings)
         return "" if bool(low.isfinite() & high.isfinite()) else "embeddings that are no numbers"
 
@@ -191,12 +231,15 @@ class Engine:
 
 def usage_of(request: Request) -> Usage:
     return Usage(
-        prompt_tokens=request.num_prompt_tokens, image_tokens=request.num_image_tokens, cached_tokens=request.num_cached_tokens or 0
+        prompt_tokens=request.num_prompt_tokens,
+        image_tokens=request.num_image_tokens,
+        cached_tokens=request.num_cached_tokens or 0,
     )
 
 
 def timings_of(request: Request) -> bytes:
-    """UTF-8 JSON of the stages up to the first token: what came with the prompt, each image's, and this group's own."""
+    """UTF-8 JSON of the stages up to the first token: what came with the prompt, each image's, and
+    this group's own."""
     assert request.first_scheduled is not None and request.first_token is not None
     timings = json.loads(request.prompt.timings.bytes())
     for image, own in enumerate(timings["images"]):

@@ -1,7 +1,8 @@
-"""A step of decodes alone in one call: a kernel of ours goes through all layers, where there is one for the model.
+"""A step of decodes alone in one call: a kernel of ours goes through all layers, where there is one
+for the model.
 
-One by one the operations are over two hundred calls, between which the other threads fall asleep (figures in docs/decisions.md). Ranks
-sum their shares twice a layer: they make two calls for each.
+One by one the operations are over two hundred calls, between which the other threads fall asleep
+(figures in docs/decisions.md). Ranks sum their shares twice a layer: they make two calls for each.
 """
 
 from ctypes import CDLL, addressof, byref
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.kernels import structures
-from common.kernels.operations import can_attend_blocks, kernels_for, new_partials
+from compute.kernels import structures
+from compute.kernels.operations import can_attend_blocks, kernels_for, new_partials
 from services.llm.families.qwen2_5_vl import LanguageModel, Layer, Product
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 
 MAX_ROWS = 64
 """More are bound by arithmetic: what one call saves is of no matter to them."""
@@ -23,9 +24,12 @@ class FusedDecode:
     """One model over one KV cache [num_layers, 2, num_blocks, block_size, K, D]."""
 
     def __init__(self, kernels: CDLL, model: LanguageModel, kv_cache: Tensor) -> None:
-        self._kernels, self._model, self._kv_cache = kernels, model, kv_cache
+        self._kernels = kernels
+        self._model = model
+        self._kv_cache = kv_cache
         self._layers = (structures.Layer * len(model.layers))(*map(structure_of, model.layers))
-        config, layer = model.config, model.layers[0]
+        config = model.config
+        layer = model.layers[0]
         self._decoder = structures.Decoder(
             layers=addressof(self._layers),
             norm=model.norm.data_ptr(),
@@ -40,7 +44,11 @@ class FusedDecode:
         )
         self._max_rows = min(MAX_ROWS, *(product.max_kernel_rows for product in products_of(model)))
         widths = [weights_of(product).num_outputs for product in (layer.qkv, layer.gate_up)]
-        widths += [config.hidden_size, weights_of(layer.o).num_inputs, weights_of(layer.down).num_inputs]
+        widths += [
+            config.hidden_size,
+            weights_of(layer.o).num_inputs,
+            weights_of(layer.down).num_inputs,
+        ]
         self._workspace = kv_cache.new_empty(self._max_rows * sum(widths))
 
     @classmethod
@@ -49,7 +57,10 @@ class FusedDecode:
         kernels = kernels_for(kv_cache)
         if kernels is None or not can_attend_blocks(model.num_local_heads, kv_cache):
             return None
-        fits = all(product.packed is not None and product.packed.kernels is kernels for product in products_of(model))
+        fits = all(
+            product.packed is not None and product.packed.kernels is kernels
+            for product in products_of(model)
+        )
         return cls(kernels, model, kv_cache) if fits else None
 
     def takes(self, plan: StepPlan) -> bool:
@@ -60,7 +71,8 @@ class FusedDecode:
         """[T, hidden], which is overwritten -> float32 logits [T, vocab_size]."""
         cos, signed_sin = self._model.rotary_tables(positions_3T)
         slots, tables, contexts = (
-            np.ascontiguousarray(array, np.int64) for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
+            np.ascontiguousarray(array, np.int64)
+            for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
         )
         partials = new_partials(contexts, self._model.num_local_heads, self._model.config.head_dim)
         step = structures.Step(
@@ -92,11 +104,20 @@ class FusedDecode:
     def _compute(self, step: structures.Step, x: Tensor, y: Tensor, first: int, last: int) -> None:
         """Parts `first` up to `last`: attention and MLP of each layer in turn, then the head."""
         addresses = (x.data_ptr(), self._workspace.data_ptr(), y.data_ptr())
-        self._kernels.decode(byref(self._decoder), byref(step), *addresses, first, last, torch.get_num_threads())
+        self._kernels.decode(
+            byref(self._decoder), byref(step), *addresses, first, last, torch.get_num_threads()
+        )
 
 
 def products_of(model: LanguageModel) -> list[Product]:
-    return [model.head, *(product for layer in model.layers for product in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+    return [
+        model.head,
+        *(
+            product
+            for layer in model.layers
+            for product in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ),
+    ]
 
 
 def weights_of(product: Product) -> structures.Weights:

@@ -18,8 +18,9 @@ from common.settings import LlmSettings
 
 
 def place(settings: LlmSettings) -> LlmSettings:
-    """Group, rank and rendezvous by the ordinal, where there is one: it counts ranks where they meet from several processes that
-    something else starts, groups where this process starts its own.
+    """Group, rank and rendezvous by the ordinal, where there is one: it counts ranks where they
+    meet from several processes that something else starts, groups where this process starts its
+    own.
 
     Raises
     ------
@@ -28,7 +29,9 @@ def place(settings: LlmSettings) -> LlmSettings:
     if not settings.ordinal:
         return settings
     if not (found := re.search(r"\d+$", settings.ordinal)):
-        raise BadSetting(f"--ordinal {settings.ordinal!r}: give a number, or a name that ends in one")
+        raise BadSetting(
+            f"--ordinal {settings.ordinal!r}: give a number, or a name that ends in one"
+        )
     group, rank = divmod(int(found[0]), settings.tp if settings.rendezvous else 1)
     leader = int(found[0]) - rank
     rendezvous = settings.rendezvous.replace("{leader}", str(leader))
@@ -42,13 +45,14 @@ def num_ranks_here(settings: LlmSettings) -> int:
 
 @contextlib.contextmanager
 def other_ranks(settings: LlmSettings) -> Iterator[LlmSettings]:
-    """Starts ranks 1 and up beside this one where no rendezvous says that someone else does, and ends them with the block. A rank
-    that dies ends this process, too."""
+    """Starts ranks 1 and up beside this one where no rendezvous says that someone else does, and
+    ends them with the block. A rank that dies ends this process, too."""
     if settings.tp == 1 or settings.rendezvous:
         yield settings
         return
     with tempfile.TemporaryDirectory(prefix="twinlens-llm-") as folder:
-        # Several such processes may be told the same name, and none is to take another's ranks for its own.
+        # Several such processes may be told the same name, and none is to take another's ranks for
+        # its own.
         group = settings.group if settings.ordinal else new_member_id(settings.group)
         settings = replace(settings, rendezvous=f"file://{folder}/meet", group=group)
         ended = threading.Event()
@@ -65,9 +69,21 @@ def other_ranks(settings: LlmSettings) -> Iterator[LlmSettings]:
 
 
 def command_of(settings: LlmSettings, rank: int) -> list[str]:
-    own = replace(settings, rank=rank, ordinal="", listen=listen_beside(settings.listen, rank), die_with_parent=os.getpid(), health_port=0)
+    own = replace(
+        settings,
+        rank=rank,
+        ordinal="",
+        listen=listen_beside(settings.listen, rank),
+        die_with_parent=os.getpid(),
+        health_port=0,
+    )
     values = {f.name: getattr(own, f.name) for f in fields(own)}
-    return [sys.executable, "-m", "services.llm", *(f"{flag(name)}={value}" for name, value in values.items() if value is not None)]
+    return [
+        sys.executable,
+        "-m",
+        "services.llm",
+        *(f"{flag(name)}={value}" for name, value in values.items() if value is not None),
+    ]
 
 
 def listen_beside(listen: str, rank: int) -> str:

@@ -11,8 +11,12 @@ REPORT_SECONDS = 0.25
 
 
 class LoadReport:
-    def __init__(self, links: Any, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
-        self._links, self._scheduler, self._clock = links, scheduler, clock
+    def __init__(
+        self, links: Any, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._links = links
+        self._scheduler = scheduler
+        self._clock = clock
         self._peers: set[str] = set()
         self._told: LlmLoad | None = None
         self._next = 0.0
@@ -27,7 +31,8 @@ class LoadReport:
     def tell(self, at_once: bool) -> None:
         """What changed, now and then; `at_once` where nothing will change for a while."""
         if (at_once or self._clock() >= self._next) and (load := self._load()) != self._told:
-            self._told, self._next = load, self._clock() + REPORT_SECONDS
+            self._told = load
+            self._next = self._clock() + REPORT_SECONDS
             for peer_id in self._peers:
                 self._links.send(peer_id, load)
 

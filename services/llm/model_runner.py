@@ -1,4 +1,5 @@
-"""Executes step plans: one forward pass of the language model over a mixed batch, with the paged KV cache."""
+"""Executes step plans: one forward pass of the language model over a mixed batch, with the paged KV
+cache."""
 
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from services.llm.attention import GatheredAttention
 from services.llm.families.qwen2_5_vl import LanguageModel
 from services.llm.fused_decode import FusedDecode
 from services.llm.parallel import Shard
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 
 
 class ModelRunner:
@@ -30,13 +31,23 @@ class ModelRunner:
         quantization: str = "none",
     ) -> None:
         self._model = LanguageModel(checkpoint, dtype, device, shard, progress, quantization)
-        config, self._block_size = self._model.config, block_size
-        shape = (config.num_layers, 2, num_blocks, block_size, self._model.num_local_kv_heads, config.head_dim)
+        config = self._model.config
+        self._block_size = block_size
+        shape = (
+            config.num_layers,
+            2,
+            num_blocks,
+            block_size,
+            self._model.num_local_kv_heads,
+            config.head_dim,
+        )
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
         self._fused_decode = FusedDecode.of(self._model, self._kv_cache)
 
     @staticmethod
-    def kv_bytes_per_block(checkpoint: Checkpoint, dtype: torch.dtype, block_size: int, world_size: int = 1) -> int:
+    def kv_bytes_per_block(
+        checkpoint: Checkpoint, dtype: torch.dtype, block_size: int, world_size: int = 1
+    ) -> int:
         """Bytes of one rank's KV cache for each block."""
         return block_size * Sizes(checkpoint, dtype.itemsize).kv_bytes_per_token(world_size)
 
@@ -58,23 +69,30 @@ class ModelRunner:
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
         """Run one step; returns float32 logits [num_sampled, vocab_size].
 
-        `embeddings` are [n, hidden_size] each, of any dtype and device; together they have a row for each of
-        `plan.embedding_rows`.
+        `embeddings` are [n, hidden_size] each, of any dtype and device; together they have a row
+        for each of `plan.embedding_rows`.
         """
         model = self._model
-        assert sum(map(len, embeddings)) == len(plan.embedding_rows), "as many embeddings as placeholder rows"
+        assert sum(map(len, embeddings)) == len(plan.embedding_rows), (
+            "as many embeddings as placeholder rows"
+        )
         x = model.embed(self._tensor(plan.token_ids))
         if embeddings:
-            x[self._tensor(plan.embedding_rows)] = torch.cat([e.to(x.device, x.dtype) for e in embeddings])
+            x[self._tensor(plan.embedding_rows)] = torch.cat(
+                [e.to(x.device, x.dtype) for e in embeddings]
+            )
         self._clear_fresh_blocks(plan)
         positions = self._tensor(plan.positions)
         if self._fused_decode is not None and self._fused_decode.takes(plan):
             return self._fused_decode.run(plan, x, positions)
         attention = GatheredAttention(plan, self._block_size, model.dtype, model.device)
-        return model.forward(x, positions, attention, self._kv_cache, self._tensor(plan.sampled_rows))
+        return model.forward(
+            x, positions, attention, self._kv_cache, self._tensor(plan.sampled_rows)
+        )
 
     def _clear_fresh_blocks(self, plan: StepPlan) -> None:
-        """A block that a sequence begins and does not fill still holds its former owner's keys and values.
+        """A block that a sequence begins and does not fill still holds its former owner's keys and
+        values.
 
         They are masked, but a NaN among them would reach the newcomer through a product with zero.
         """

@@ -1,11 +1,15 @@
-"""Noise for the sampler that a hash gives: the same for the same key and token id, on any device and in any batch."""
+"""Noise for the sampler that a hash gives: the same for the same key and token id, on any device
+and in any batch."""
 
 import torch
 from torch import Tensor
 
 MASK_64 = 2**64 - 1
-# The increment and the multipliers of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-INCREMENT, MULTIPLIER_1, MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# The increment and the multipliers of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom
+# number generators, 2014).
+INCREMENT = 0x9E3779B97F4A7C15
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MULTIPLIER_2 = 0x94D049BB133111EB
 
 
 def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:

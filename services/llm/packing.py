@@ -9,8 +9,11 @@ from torch import Tensor
 
 
 def pack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """int64, one array after the other, in memory from which the device can read while the host goes on."""
-    packed = torch.empty(sum(array.size for array in arrays), dtype=torch.int64, pin_memory=device.type == "cuda")
+    """int64, one array after the other, in memory from which the device can read while the host
+    goes on."""
+    packed = torch.empty(
+        sum(array.size for array in arrays), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
     np.concatenate([array.ravel() for array in arrays], out=packed.numpy())
     return packed
 
@@ -22,8 +25,11 @@ def unpack(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as int64 tensors on the device. torch keeps the pinned memory until the copy is done."""
-    return unpack(pack(arrays, device).to(device, non_blocking=True), [array.shape for array in arrays])
+    """The arrays as int64 tensors on the device. torch keeps the pinned memory until the copy is
+    done."""
+    return unpack(
+        pack(arrays, device).to(device, non_blocking=True), [array.shape for array in arrays]
+    )
 
 
 def upload_tensor(tensor: Tensor, device: torch.device) -> Tensor:

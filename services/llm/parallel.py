@@ -1,7 +1,8 @@
 """Tensor parallelism: a rank's share, and how the ranks' partial results become one.
 
-The collectives are torch.distributed's (gloo, NCCL, HCCL). Ranks that run on the CPUs of one host use shared memory instead:
-at the size of a decode step a gloo all-reduce is nearly all latency (see docs/decisions.md).
+The collectives are torch.distributed's (gloo, NCCL, HCCL). Ranks that run on the CPUs of one host
+use shared memory instead: at the size of a decode step a gloo all-reduce is nearly all latency (see
+docs/decisions.md).
 """
 
 import datetime
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# A group may be idle for as long as nobody asks; a rank's death is seen by its broken connection, not by a time-out.
+# A group may be idle for as long as nobody asks; a rank's death is seen by its broken connection,
+# not by a time-out.
 PATIENCE = datetime.timedelta(days=365)
 FLAG_BYTES = 64
 """A flag fills a cache line, so that writing one does not slow the reading of another."""
@@ -30,7 +32,8 @@ NAP_SECONDS = 50e-6
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's share of whatever is split, and the ranks' collectives. `all_gather` joins along the last dimension."""
+    """A rank's share of whatever is split, and the ranks' collectives. `all_gather` joins along the
+    last dimension."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,12 +54,17 @@ class Shard:
         return first, first + 1
 
 
-def join_group(rank: int, world_size: int, rendezvous: str, device: torch.device, max_elements: int) -> Shard:
-    """Meets the other ranks at the rendezvous (an init_method of torch.distributed: file://PATH or tcp://HOST:PORT) and waits
-    for all of them. `max_elements` is the most that one collective moves."""
+def join_group(
+    rank: int, world_size: int, rendezvous: str, device: torch.device, max_elements: int
+) -> Shard:
+    """Meets the other ranks at the rendezvous (an init_method of torch.distributed: file://PATH or
+    tcp://HOST:PORT) and waits for all of them. `max_elements` is the most that one collective
+    moves."""
     if world_size == 1:
         return Shard()
-    dist.init_process_group(BACKENDS[device.type], rendezvous, timeout=PATIENCE, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        BACKENDS[device.type], rendezvous, timeout=PATIENCE, rank=rank, world_size=world_size
+    )
     if device.type == "cpu" and (shared := share_memory(rank, world_size, max_elements)):
         return Shard(rank, world_size, shared.all_reduce, shared.all_gather, partial(agree, device))
     return Shard(rank, world_size, all_reduce, all_gather, partial(agree, device))
@@ -82,20 +90,27 @@ def agree(device: torch.device, count: int) -> int:
 class SharedMemory:
     """Collectives of ranks on one host through one mapped file.
 
-    Each rank has a flag and NUM_SLOTS slots. In its n-th collective a rank writes its part into slot n % NUM_SLOTS, then n into its
-    flag, and reads the others' slots once their flags are at n. A slot is written again in collective n + NUM_SLOTS, which no rank
-    reaches before all have begun collective n + 1 and so have read n: two slots are enough. The order of the two writes is
-    the processor's: x86 keeps it; elsewhere torch.distributed is used.
+    Each rank has a flag and NUM_SLOTS slots. In its n-th collective a rank writes its part into
+    slot n % NUM_SLOTS, then n into its flag, and reads the others' slots once their flags are at n.
+    A slot is written again in collective n + NUM_SLOTS, which no rank reaches before all have begun
+    collective n + 1 and so have read n: two slots are enough. The order of the two writes is the
+    processor's: x86 keeps it; elsewhere torch.distributed is used.
     """
 
     def __init__(self, path: Path, rank: int, world_size: int, max_elements: int) -> None:
-        self._rank, self._world_size, self._count = rank, world_size, 0
+        self._rank = rank
+        self._world_size = world_size
+        self._count = 0
         size = world_size * FLAG_BYTES + NUM_SLOTS * world_size * max_elements * 4
         with path.open("r+b") as file:
             os.ftruncate(file.fileno(), size)
             memory = np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
         self._flags = memory[: world_size * FLAG_BYTES].view(np.int64)[:: FLAG_BYTES // 8]
-        self._slots = memory[world_size * FLAG_BYTES :].view(np.float32).reshape(NUM_SLOTS, world_size, max_elements)
+        self._slots = (
+            memory[world_size * FLAG_BYTES :]
+            .view(np.float32)
+            .reshape(NUM_SLOTS, world_size, max_elements)
+        )
         self._tensors = torch.from_numpy(self._slots)
 
     def all_reduce(self, part: Tensor) -> Tensor:
@@ -106,7 +121,8 @@ class SharedMemory:
         return torch.cat(self._exchange(part).to(part.dtype).unbind(0), -1)
 
     def _exchange(self, mine: Tensor) -> Tensor:
-        """float32 [world_size, *shape]: every rank's part. A view that lasts until the next collective but one."""
+        """float32 [world_size, *shape]: every rank's part. A view that lasts until the next
+        collective but one."""
         self._count += 1
         slot = self._tensors[self._count % NUM_SLOTS, :, : mine.numel()]
         slot[self._rank] = mine.reshape(-1)
@@ -126,7 +142,8 @@ class SharedMemory:
 
 
 def share_memory(rank: int, world_size: int, max_elements: int) -> SharedMemory | None:
-    """The mapping that all ranks have; None where one of them is on another host or cannot have it."""
+    """The mapping that all ranks have; None where one of them is on another host or cannot have
+    it."""
     mark = torch.zeros(1, dtype=torch.int64)
     if rank == 0:
         mark[0] = int.from_bytes(os.urandom(7), "big")
@@ -137,7 +154,9 @@ def share_memory(rank: int, world_size: int, max_elements: int) -> SharedMemory 
     dist.barrier()
     found = torch.tensor([path.exists()], dtype=torch.int64)
     dist.all_reduce(found)
-    shared = SharedMemory(path, rank, world_size, max_elements) if found.item() == world_size else None
+    shared = (
+        SharedMemory(path, rank, world_size, max_elements) if found.item() == world_size else None
+    )
     dist.barrier()
     if rank == 0:
         path.unlink(missing_ok=True)

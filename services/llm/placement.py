@@ -1,4 +1,5 @@
-"""What a rank takes of its device: which card, how much memory for the KV cache, blocks of which size, and the runner for it."""
+"""What a rank takes of its device: which card, how much memory for the KV cache, blocks of which
+size, and the runner for it."""
 
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 
 CPU_MEMORY_SHARE = 0.2
-BLOCK_SIZE, PAGED_BLOCK_SIZE = 16, 256
+BLOCK_SIZE = 16
+PAGED_BLOCK_SIZE = 256
 """The second is what the paged attention of CUDA asks for."""
 
 
@@ -26,9 +28,11 @@ def default_block_size(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def available_memory(device: torch.device, num_sharing: int, num_weight_bytes: int) -> int:
-    """Bytes that this rank's KV cache may take, before the weights are loaded; on the CPU all ranks of all groups share one memory.
+    """Bytes that this rank's KV cache may take, before the weights are loaded; on the CPU all ranks
+    of all groups share one memory.
 
-    What an accelerator has left then is for activations, graphs, and a vision process beside this one, whichever starts first.
+    What an accelerator has left then is for activations, graphs, and a vision process beside this
+    one, whichever starts first.
     """
     if device.type == "cuda":
         return cache_bytes(torch.cuda.mem_get_info(device)[0], num_weight_bytes)
@@ -52,8 +56,12 @@ def make_runner(
     quantization: str = "none",
 ) -> ModelRunner:
     if device.type != "cuda":
-        return ModelRunner(checkpoint, dtype, device, num_blocks, block_size, progress, shard, quantization)
+        return ModelRunner(
+            checkpoint, dtype, device, num_blocks, block_size, progress, shard, quantization
+        )
     # Only here: what it imports of torch takes a second, which no other device is to wait for.
     from services.llm.cuda_model_runner import CudaModelRunner
 
-    return CudaModelRunner(checkpoint, dtype, device, num_blocks, block_size, progress, shard, max_num_seqs)
+    return CudaModelRunner(
+        checkpoint, dtype, device, num_blocks, block_size, progress, shard, max_num_seqs
+    )

@@ -5,13 +5,13 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from common.events import Received, Up
+from common.events import PeerUp, Received
 from common.member import Member
-from common.messages import Step
+from common.messages import ExecuteStep
 from common.progress import UnitTimes
-from common.torch_tensors import to_torch, to_wire
 from common.wire import Tensor as WireTensor
-from services.llm.plan import StepPlan
+from compute.torch_tensors import to_torch, to_wire
+from services.llm.step_plan import StepPlan
 
 Execute = Callable[[StepPlan, list[Tensor]], Tensor]
 
@@ -27,11 +27,11 @@ def lead(member: Member, num_followers: int, execute: Execute) -> Execute:
         event = member.next_event()
         if event is None:
             break
-        if isinstance(event, Up) and event.role == "llm":
+        if isinstance(event, PeerUp) and event.role == "llm":
             followers.add(event.peer_id)
         else:
             early.append(event)
-    member.put_back(early)
+    member.requeue(early)
     times = UnitTimes()
 
     def execute_on_all(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ def follow(member: Member, execute: Execute) -> None:
     times = UnitTimes()
     for event in member.events():
         match event:
-            case Received(message=Step() as step):
+            case Received(message=ExecuteStep() as step):
                 plan = to_plan(step)
                 with member.progress.unit(times, size_of(plan)):
                     execute(plan, [to_torch(part) for part in step.embeddings])
@@ -61,10 +61,10 @@ def size_of(plan: StepPlan) -> int:
     return plan.num_tokens + int(plan.query_lens @ plan.context_lens) // CONTEXT_TOKENS
 
 
-def to_step(plan: StepPlan, embeddings: Iterable[Tensor]) -> Step:
+def to_step(plan: StepPlan, embeddings: Iterable[Tensor]) -> ExecuteStep:
     arrays = {field.name: WireTensor.of(getattr(plan, field.name)) for field in fields(StepPlan)}
-    return Step(**arrays, embeddings=tuple(map(to_wire, embeddings)))
+    return ExecuteStep(**arrays, embeddings=tuple(map(to_wire, embeddings)))
 
 
-def to_plan(step: Step) -> StepPlan:
+def to_plan(step: ExecuteStep) -> StepPlan:
     return StepPlan(**{field.name: getattr(step, field.name).numpy() for field in fields(StepPlan)})

@@ -1,4 +1,5 @@
-"""A request as the language group sees it: its tokens, its images' embeddings, how far it is computed. Imports no torch."""
+"""A request as the language group sees it: its tokens, its images' embeddings, how far it is
+computed. Imports no torch."""
 
 import time
 from array import array
@@ -18,9 +19,10 @@ Key = tuple[str, int]
 
 
 def objection_to(prompt: Prompt, max_tokens: int, max_image_tokens: int) -> str:
-    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a cache of `max_tokens`, or its
-    embeddings into the room for `max_image_tokens`."""
-    num_tokens, num_images = prompt.token_ids.shape[-1:], prompt.placeholders.shape[:1]
+    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a
+    cache of `max_tokens`, or its embeddings into the room for `max_image_tokens`."""
+    num_tokens = prompt.token_ids.shape[-1:]
+    num_images = prompt.placeholders.shape[:1]
     wanted = {
         "token_ids": num_tokens,
         "positions": (3, *num_tokens),
@@ -31,26 +33,40 @@ def objection_to(prompt: Prompt, max_tokens: int, max_image_tokens: int) -> str:
         tensor = getattr(prompt, name)
         if tensor.shape != shape or tensor.dtype != ("uint8" if name == "mm_hashes" else "int64"):
             return f"{name} is {tensor}, int64 or uint8 {shape} is wanted"
-    if (resumed := prompt.output_token_ids) and (resumed.dtype != "int64" or len(resumed.shape) != 1):
+    if (resumed := prompt.output_token_ids) and (
+        resumed.dtype != "int64" or len(resumed.shape) != 1
+    ):
         return f"output_token_ids is {resumed}, int64 [n] is wanted"
     end = 0
     for offset, length in prompt.placeholders.numpy().tolist():
         if not end <= offset < offset + length <= num_tokens[0]:
-            return f"the placeholder range {offset} + {length} lies outside the prompt or in another"
+            return (
+                f"the placeholder range {offset} + {length} lies outside the prompt or in another"
+            )
         end = offset + length
     if (image_tokens := int(prompt.placeholders.numpy()[:, 1].sum())) > max_image_tokens:
-        return f"its images become {image_tokens} tokens, this group has room for the embeddings of {max_image_tokens}: send fewer or smaller ones"
+        return (
+            f"its images become {image_tokens} tokens, this group has room for the "
+            f"embeddings of {max_image_tokens}: send fewer or smaller ones"
+        )
     whole = num_tokens[0] + (prompt.stopping.max_tokens or 0)
-    return f"{whole} tokens, prompt and answer together, do not fit into the {max_tokens} of this group" if whole > max_tokens else ""
+    return (
+        f"{whole} tokens, prompt and answer together, do not fit into the {max_tokens} of this "
+        "group"
+        if whole > max_tokens
+        else ""
+    )
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`num_computed_tokens` catches up with `num_tokens`; a preempted request starts again from 0 and keeps its output."""
+    """`num_computed_tokens` catches up with `num_tokens`; a preempted request starts again from 0
+    and keeps its output."""
 
     prompt: Prompt
     salt: bytes = b""
-    """Whatever else the keys and values of equal tokens depend on, such as an adapter, or must not be shared across: a tenant."""
+    """Whatever else the keys and values of equal tokens depend on, such as an adapter, or must not
+    be shared across: a tenant."""
     arrived: float = field(default_factory=time.monotonic)
     token_ids: np.ndarray = field(init=False)
     positions: np.ndarray = field(init=False)
@@ -73,7 +89,9 @@ class Request:
         if self.prompt.output_token_ids:
             self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
         self.positions = self.prompt.positions.numpy()
-        self.placeholders = [(int(offset), int(length)) for offset, length in self.prompt.placeholders.numpy()]
+        self.placeholders = [
+            (int(offset), int(length)) for offset, length in self.prompt.placeholders.numpy()
+        ]
 
     @property
     def key(self) -> Key:
@@ -102,18 +120,27 @@ class Request:
 
     @property
     def num_wanted(self) -> int:
-        """Tokens that can be computed now; none while the next one is an image's that is not there."""
+        """Tokens that can be computed now; none while the next one is an image's that is not
+        there."""
         return self.num_computable(self.num_computed_tokens) - self.num_computed_tokens
 
     def num_computable(self, num_computed: int) -> int:
-        """How far the request can be computed from `num_computed` on: to its end, or to the first image that is missing.
+        """How far the request can be computed from `num_computed` on: to its end, or to the first
+        image that is missing.
 
         An image whose placeholders are all computed (the prefix cache had them) is not missed.
         """
         if len(self.embeddings) == len(self.placeholders):
             return self.num_tokens
-        ranges = ((offset, offset + length) for i, (offset, length) in enumerate(self.placeholders) if i not in self.embeddings)
-        return min((max(begin, num_computed) for begin, end in ranges if end > num_computed), default=self.num_tokens)
+        ranges = (
+            (offset, offset + length)
+            for i, (offset, length) in enumerate(self.placeholders)
+            if i not in self.embeddings
+        )
+        return min(
+            (max(begin, num_computed) for begin, end in ranges if end > num_computed),
+            default=self.num_tokens,
+        )
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Token ids of [begin, end), prompt and output."""
@@ -127,21 +154,28 @@ class Request:
         """int64 [3, end - begin]."""
         n = self.num_prompt_tokens
         generated = np.arange(max(begin, n), max(end, n), dtype=np.int64) + self.prompt.rope_delta
-        return np.concatenate([self.positions[:, begin:end], np.broadcast_to(generated, (3, len(generated)))], axis=1)
+        return np.concatenate(
+            [self.positions[:, begin:end], np.broadcast_to(generated, (3, len(generated)))], axis=1
+        )
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """A name for each of the first blocks, which must be full: equal names mean equal keys and values.
+        """A name for each of the first blocks, which must be full: equal names mean equal keys and
+        values.
 
-            hash[i] = H(hash[i - 1] + token ids + positions + (mm_hash, offset in the image) of each image in block i)
+            hash[i] = H(hash[i - 1] + token ids + positions
+                        + (mm_hash, offset in the item) of each item in block i)
 
-        The salt is the root. An image's tokens are all alike, so its content must be named; the positions hold its grid.
+        The salt is the root. An image's tokens are all alike, so its content must be named; the
+        positions hold its grid.
         """
-        hashes, begin = self._block_hashes, len(self._block_hashes) * block_size
+        hashes = self._block_hashes
+        begin = len(self._block_hashes) * block_size
         if num_blocks > len(hashes):
             end = num_blocks * block_size
             rows = np.concatenate([self.tokens(begin, end)[None], self.positions_of(begin, end)])
             contents = rows.reshape(4, -1, block_size).swapaxes(0, 1).tobytes()
-            size, images = 4 * 8 * block_size, self._images_by_block(len(hashes), num_blocks, block_size)
+            size = 4 * 8 * block_size
+            images = self._images_by_block(len(hashes), num_blocks, block_size)
             parent = hashes[-1] if hashes else blake2b(self.salt, digest_size=HASH_BYTES).digest()
             for block, start in enumerate(range(0, len(contents), size), len(hashes)):
                 data = parent + contents[start : start + size] + images.get(block, b"")
@@ -152,7 +186,15 @@ class Request:
     def _images_by_block(self, begin: int, end: int, block_size: int) -> dict[int, bytes]:
         """What lies of which images in each of the blocks [begin, end) that hold image tokens."""
         found: dict[int, bytes] = {}
-        for (offset, length), mm_hash in zip(self.placeholders, self.prompt.mm_hashes.numpy(), strict=True):
-            for block in range(max(begin, offset // block_size), min(end, -(-(offset + length) // block_size))):
-                found[block] = found.get(block, b"") + mm_hash.tobytes() + (block * block_size - offset).to_bytes(8, "little", signed=True)
+        for (offset, length), mm_hash in zip(
+            self.placeholders, self.prompt.mm_hashes.numpy(), strict=True
+        ):
+            for block in range(
+                max(begin, offset // block_size), min(end, -(-(offset + length) // block_size))
+            ):
+                found[block] = (
+                    found.get(block, b"")
+                    + mm_hash.tobytes()
+                    + (block * block_size - offset).to_bytes(8, "little", signed=True)
+                )
         return found

@@ -1,7 +1,8 @@
 """From logits to tokens.
 
-A draw is counter-based: its noise is a hash of (seed, position of the token in the output, token id). Whatever device or batch
-computes it, and however often a request is resumed, the same logits give the same token.
+A draw is counter-based: its noise is a hash of (seed, position of the token in the output, token
+id). Whatever device or batch computes it, and however often a request is resumed, the same logits
+give the same token.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -49,13 +50,18 @@ class TokenCounts:
 
     def __init__(self, token_ids: Iterable[int]) -> None:
         ids, counts = np.unique(np.fromiter(token_ids, np.int64), return_counts=True)
-        self._size, self._ids, self._counts = len(ids), ids, counts
+        self._size = len(ids)
+        self._ids = ids
+        self._counts = counts
         self._entry = {token_id: entry for entry, token_id in enumerate(ids.tolist())}
 
     def add(self, token_id: int) -> None:
         entry = self._entry.setdefault(token_id, self._size)
         if entry == len(self._ids):
-            self._ids, self._counts = (np.concatenate((a, np.zeros(len(a) + 64, np.int64))) for a in (self._ids, self._counts))
+            self._ids, self._counts = (
+                np.concatenate((a, np.zeros(len(a) + 64, np.int64)))
+                for a in (self._ids, self._counts)
+            )
         if entry == self._size:
             self._ids[entry] = token_id
             self._size += 1
@@ -95,13 +101,18 @@ class Edits:
     places: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, row: int, vocab_size: int, token_ids: np.ndarray, values: np.ndarray | float) -> None:
+    def add(
+        self, row: int, vocab_size: int, token_ids: np.ndarray, values: np.ndarray | float
+    ) -> None:
         known = (token_ids >= 0) & (token_ids < vocab_size)
         self.places.append(row * vocab_size + token_ids[known])
         self.values.append(np.broadcast_to(np.asarray(values, np.float32), token_ids.shape)[known])
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        places, values = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in (self.places, self.values))
+        places, values = (
+            torch.from_numpy(np.concatenate(parts)).to(device)
+            for parts in (self.places, self.values)
+        )
         return places, values
 
 
@@ -120,9 +131,12 @@ class Sampler:
         output_token_ids: list[int],
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        """Begin a request, or go on with one that has `output_token_ids` already. All of `sampling` is resolved."""
+        """Begin a request, or go on with one that has `output_token_ids` already. All of `sampling`
+        is resolved."""
         assert sampling.temperature is not None and sampling.repetition_penalty is not None
-        assert sampling.top_p is not None and sampling.top_k is not None and sampling.min_p is not None
+        assert (
+            sampling.top_p is not None and sampling.top_k is not None and sampling.min_p is not None
+        )
         penalises_repetition = sampling.repetition_penalty != 1
         penalises_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
         ending_ids = stopping.stop_token_ids + (() if stopping.ignore_eos else eos_token_ids)
@@ -131,7 +145,9 @@ class Sampler:
             sampling.temperature < GREEDY_BELOW,
             stopping.min_tokens,
             np.array(ending_ids, np.int64),
-            TokenCounts([*prompt_token_ids.tolist(), *output_token_ids]) if penalises_repetition else None,
+            TokenCounts([*prompt_token_ids.tolist(), *output_token_ids])
+            if penalises_repetition
+            else None,
             TokenCounts(output_token_ids) if penalises_output else None,
         )
 
@@ -140,19 +156,28 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, keys: list[Hashable], positions: list[int], masks: Mapping[int, np.ndarray] = MappingProxyType({})
+        self,
+        logits: Tensor,
+        keys: list[Hashable],
+        positions: list[int],
+        masks: Mapping[int, np.ndarray] = MappingProxyType({}),
     ) -> SampledTokens:
         """Draw one token a row of `logits`, float32 [num_rows, vocab_size].
 
-        `positions` say which token of its request's output each row's will be, counted from 0 and over all attempts. `masks`
-        hold, by row, bool [vocab_size]: the only tokens that may be drawn.
+        `positions` say which token of its request's output each row's will be, counted from 0 and
+        over all attempts. `masks` hold, by row, bool [vocab_size]: the only tokens that may be
+        drawn.
         """
         requests = [self._requests[key] for key in keys]
         scores = masked(self._penalised(logits, requests, positions), masks)
         best, choice = greatest(scores)
         if drawn_rows := [row for row, request in enumerate(requests) if not request.is_greedy]:
             rows = torch.tensor(drawn_rows, device=logits.device)
-            choice[rows] = draw(scores[rows], [requests[row].sampling for row in drawn_rows], [positions[row] for row in drawn_rows])
+            choice[rows] = draw(
+                scores[rows],
+                [requests[row].sampling for row in drawn_rows],
+                [positions[row] for row in drawn_rows],
+            )
         # A NaN is the maximum of its row, and +inf, too; a row of -inf has no other maximum.
         token_ids = torch.where(best.isfinite(), choice, -1).tolist()
         bad_rows = [row for row, token_id in enumerate(token_ids) if token_id < 0]
@@ -164,7 +189,9 @@ class Sampler:
 
     def _penalised(self, logits: Tensor, requests: list[Request], positions: list[int]) -> Tensor:
         """The logits with the penalties applied; the logits themselves where there are none."""
-        banned, factors, terms = Edits(), Edits(), Edits()
+        banned = Edits()
+        factors = Edits()
+        terms = Edits()
         vocab_size = logits.shape[1]
         for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
             sampling = request.sampling
@@ -175,7 +202,12 @@ class Sampler:
                 factors.add(row, vocab_size, request.seen.ids, sampling.repetition_penalty)
             if request.drawn is not None:
                 counts = request.drawn.counts
-                terms.add(row, vocab_size, request.drawn.ids, -sampling.presence_penalty - sampling.frequency_penalty * counts)
+                terms.add(
+                    row,
+                    vocab_size,
+                    request.drawn.ids,
+                    -sampling.presence_penalty - sampling.frequency_penalty * counts,
+                )
         if not (banned.places or factors.places or terms.places):
             return logits
         flat = logits.flatten().clone()
@@ -191,15 +223,27 @@ class Sampler:
             flat[places] = values
         return flat.view_as(logits)
 
-    def _logprobs(self, logits: Tensor, requests: list[Request], token_ids: list[int]) -> dict[int, Logprobs]:
-        wanted = {row: n for row, r in enumerate(requests) if (n := r.sampling.num_logprobs) is not None and token_ids[row] >= 0}
+    def _logprobs(
+        self, logits: Tensor, requests: list[Request], token_ids: list[int]
+    ) -> dict[int, Logprobs]:
+        wanted = {
+            row: n
+            for row, r in enumerate(requests)
+            if (n := r.sampling.num_logprobs) is not None and token_ids[row] >= 0
+        }
         if not wanted:
             return {}
         logprobs = logits[torch.tensor(list(wanted), device=logits.device)].log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor([[token_ids[row]] for row in wanted], device=logits.device))[:, 0].tolist()
+        chosen = logprobs.gather(
+            1, torch.tensor([[token_ids[row]] for row in wanted], device=logits.device)
+        )[:, 0].tolist()
         top = logprobs.topk(min(max(wanted.values()), logits.shape[1]))
-        top_ids, top_values = top.indices.cpu().numpy(), top.values.cpu().numpy()
-        return {row: Logprobs(chosen[i], top_ids[i, :n], top_values[i, :n]) for i, (row, n) in enumerate(wanted.items())}
+        top_ids = top.indices.cpu().numpy()
+        top_values = top.values.cpu().numpy()
+        return {
+            row: Logprobs(chosen[i], top_ids[i, :n], top_values[i, :n])
+            for i, (row, n) in enumerate(wanted.items())
+        }
 
 
 def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,16 +265,22 @@ def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
 
 
 def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
-    """int64 [num_rows]: a token of each row, drawn by its temperature among those that its filters leave.
+    """int64 [num_rows]: a token of each row, drawn by its temperature among those that its filters
+    leave.
 
     The largest sum of score and Gumbel noise is a draw from softmax(scores).
     """
     scaled = scores / column(samplings, "temperature", scores)
     # Noise is dear, and most of a large vocabulary needs none.
     kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
-    row, token = kept // scores.shape[1], kept % scores.shape[1]
+    row = kept // scores.shape[1]
+    token = kept % scores.shape[1]
     keys = torch.tensor(
-        [signed(mix(mix(s.seed) + position)) for s, position in zip(samplings, positions, strict=True)], device=scores.device
+        [
+            signed(mix(mix(s.seed) + position))
+            for s, position in zip(samplings, positions, strict=True)
+        ],
+        device=scores.device,
     )
     noisy = torch.full_like(scaled, -torch.inf).flatten()
     noisy[kept] = scaled.flatten()[kept] + gumbel_noise(keys[row], token)
@@ -239,25 +289,34 @@ def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
 
 def threshold(scaled: Tensor, samplings: list[Sampling]) -> Tensor:
     """[num_rows, 1]: the smallest scaled logit that can be drawn; equal ones stay together."""
-    best, vocab_size = scaled.amax(-1, keepdim=True), scaled.shape[1]
+    best = scaled.amax(-1, keepdim=True)
+    vocab_size = scaled.shape[1]
     lowest = torch.maximum(best - NOISE_RANGE, best + column(samplings, "min_p", scaled).log())
     if all(not s.top_k and s.top_p == 1 for s in samplings):
         return lowest
     top_ks = [min(s.top_k or vocab_size, vocab_size) for s in samplings]
     width = max([FIRST_NUCLEUS_WIDTH, *(k for k in top_ks if k < vocab_size)])
     top_k = torch.tensor(top_ks, device=scaled.device)[:, None]
-    return torch.maximum(lowest, top_threshold(scaled, top_k, column(samplings, "top_p", scaled), min(width, vocab_size)))
+    return torch.maximum(
+        lowest,
+        top_threshold(scaled, top_k, column(samplings, "top_p", scaled), min(width, vocab_size)),
+    )
 
 
 def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """The same for top_k, and for top_p among what top_k leaves; looks at the `width` best tokens where these suffice."""
+    """The same for top_k, and for top_p among what top_k leaves; looks at the `width` best tokens
+    where these suffice."""
     vocab_size = scaled.shape[1]
     ordered = scaled.topk(width).values
     within = torch.arange(width, device=scaled.device) < top_k
-    total = torch.where(top_k < vocab_size, ordered.where(within, -torch.inf).logsumexp(-1, True), scaled.logsumexp(-1, True))
+    total = torch.where(
+        top_k < vocab_size,
+        ordered.where(within, -torch.inf).logsumexp(-1, True),
+        scaled.logsumexp(-1, True),
+    )
     probabilities = (ordered - total).exp()
-    # A token stays where those before it do not reach top_p: the first always does. Rounding must not cut the tail of a row
-    # that has no top_p.
+    # A token stays where those before it do not reach top_p: the first always does. Rounding must
+    # not cut the tail of a row that has no top_p.
     kept = within & ((probabilities.cumsum(-1) - probabilities < top_p) | (top_p == 1))
     unfiltered = (top_k == vocab_size) & (top_p == 1)
     if width < vocab_size and (kept[:, -1:] & (top_k > width) & ~unfiltered).any():
@@ -268,4 +327,6 @@ def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> T
 
 def column(samplings: list[Sampling], name: str, like: Tensor) -> Tensor:
     """[num_rows, 1]: one field of each row's sampling."""
-    return torch.tensor([[getattr(s, name)] for s in samplings], dtype=like.dtype, device=like.device)
+    return torch.tensor(
+        [[getattr(s, name)] for s in samplings], dtype=like.dtype, device=like.device
+    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.llm.block_pool import BlockPool
-from services.llm.plan import StepPlan
 from services.llm.request import Request
+from services.llm.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +25,35 @@ class Chunk:
 
 
 class Scheduler:
-    """There is no prefill phase and no decode phase: each request has computed `num_computed_tokens` of its `num_tokens`, and
-    each step brings some of them nearer. Chunked prefill, decoding, reuse of a cached prefix, waiting for an image and resuming
-    after a preemption are all the same rule.
+    """There is no prefill phase and no decode phase: each request has computed
+    `num_computed_tokens` of its `num_tokens`, and each step brings some of them nearer. Chunked
+    prefill, decoding, reuse of a cached prefix, waiting for an image and resuming after a
+    preemption are all the same rule.
 
         0 ........ shared blocks ........ | ........ own blocks ........ |
         0 .. computed, in the KV cache .. | .. this step .. | .. later .. |
                                  num_computed_tokens                 num_tokens
 
-    A request is admitted when all its known tokens find room, so that only a decode ever asks for another block. Blocks are
-    then taken from a request that waits for an image, or else from the latest comer: the oldest that can compute always goes on.
+    A request is admitted when all its known tokens find room, so that only a decode ever asks for
+    another block. Blocks are then taken from a request that waits for an image, or else from the
+    latest comer: the oldest that can compute always goes on.
     """
 
     def __init__(
-        self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, prefix_caching: bool = True
+        self,
+        pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefix_caching: bool = True,
     ) -> None:
-        """`max_num_seqs` bounds the requests of a step. Those that wait for an image are not in it and keep no other out."""
-        self.pool, self.block_size, self.prefix_caching = pool, block_size, prefix_caching
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        """`max_num_seqs` bounds the requests of a step. Those that wait for an image are not in it
+        and keep no other out."""
+        self.pool = pool
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -53,7 +64,10 @@ class Scheduler:
         return self.pool.num_blocks * self.block_size
 
     def add(self, request: Request) -> None:
-        assert self._num_blocks(request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)) <= self.pool.num_blocks
+        assert (
+            self._num_blocks(request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0))
+            <= self.pool.num_blocks
+        )
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -72,17 +86,22 @@ class Scheduler:
         """The chunks of the next step; empty where nothing can be computed now."""
         self._extend_block_tables()
         wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
-        wanted.sort(key=lambda w: w[1] > 1)  # decodes first: a long prompt waits for them, not they for it
-        chunks, budget = [], self.max_num_batched_tokens
+        # Decodes first: a long prompt waits for them, not they for it.
+        wanted.sort(key=lambda w: w[1] > 1)
+        chunks = []
+        budget = self.max_num_batched_tokens
         for request, count in wanted[: self.max_num_seqs]:
             if count := min(count, budget):
-                chunks.append(Chunk(request, request.num_computed_tokens, request.num_computed_tokens + count))
+                chunks.append(
+                    Chunk(request, request.num_computed_tokens, request.num_computed_tokens + count)
+                )
                 budget -= count
         return chunks + self._admit(budget, self.max_num_seqs - len(chunks), is_idle=not chunks)
 
     def plan(self, chunks: list[Chunk]) -> StepPlan:
         """What the ranks need to compute these chunks."""
-        requests, begins = [c.request for c in chunks], np.array([c.begin for c in chunks], np.int64)
+        requests = [c.request for c in chunks]
+        begins = np.array([c.begin for c in chunks], np.int64)
         context_lens = np.array([c.end for c in chunks], np.int64)
         query_lens = context_lens - begins
         ends = query_lens.cumsum()
@@ -92,8 +111,13 @@ class Scheduler:
         tables = self._block_tables(requests)
         return StepPlan(
             token_ids=np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks]),
-            positions=self._positions(chunks, starts, index + np.array([r.prompt.rope_delta for r in requests], np.int64)[seqs]),
-            slot_mapping=tables[seqs, index // self.block_size] * self.block_size + index % self.block_size,
+            positions=self._positions(
+                chunks,
+                starts,
+                index + np.array([r.prompt.rope_delta for r in requests], np.int64)[seqs],
+            ),
+            slot_mapping=tables[seqs, index // self.block_size] * self.block_size
+            + index % self.block_size,
             query_lens=query_lens,
             context_lens=context_lens,
             block_tables=tables,
@@ -102,9 +126,11 @@ class Scheduler:
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """The step is done: its tokens' keys and values are in the cache, and others may find the blocks that it filled."""
+        """The step is done: its tokens' keys and values are in the cache, and others may find the
+        blocks that it filled."""
         for chunk in chunks:
-            request, filled = chunk.request, range(chunk.begin // self.block_size, chunk.end // self.block_size)
+            request = chunk.request
+            filled = range(chunk.begin // self.block_size, chunk.end // self.block_size)
             request.num_computed_tokens = chunk.end
             if filled and self.prefix_caching:
                 hashes = request.block_hashes(filled.stop, self.block_size)
@@ -114,17 +140,21 @@ class Scheduler:
     # Blocks
 
     def _extend_block_tables(self) -> None:
-        """A block for each request whose last token has none, the oldest first, even if others must go for it."""
+        """A block for each request whose last token has none, the oldest first, even if others must
+        go for it."""
         for request in self.running.copy():
             if request.num_tokens <= len(request.block_table) * self.block_size:
                 continue
             while request.block_table and not self.pool.num_free:
-                self._preempt(next((r for r in reversed(self.running) if r.num_wanted == 0), self.running[-1]))
+                self._preempt(
+                    next((r for r in reversed(self.running) if r.num_wanted == 0), self.running[-1])
+                )
             if request.block_table:  # it was not preempted itself, now or for one before it
                 request.block_table.extend(self.pool.allocate(1))
 
     def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
-        """Chunks of requests that begin or resume, in the order of their arrival; one whose image is missing may be passed."""
+        """Chunks of requests that begin or resume, in the order of their arrival; one whose image
+        is missing may be passed."""
         chunks: list[Chunk] = []
         for request in self.waiting.copy():
             if budget == 0 or len(chunks) == num_seqs:
@@ -152,7 +182,9 @@ class Scheduler:
         self.waiting.remove(request)
         self.running.append(request)
         self.pool.share(cached)
-        request.block_table.extend(cached + self.pool.allocate(self._num_blocks(request.num_tokens) - len(cached)))
+        request.block_table.extend(
+            cached + self.pool.allocate(self._num_blocks(request.num_tokens) - len(cached))
+        )
         request.num_computed_tokens = len(cached) * self.block_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
@@ -169,11 +201,14 @@ class Scheduler:
         del request.block_table[:]
 
     def _cached_blocks(self, request: Request) -> list[int]:
-        """The longest cached prefix. The last token is computed in any case: its logits are wanted."""
+        """The longest cached prefix. The last token is computed in any case: its logits are
+        wanted."""
         if not self.prefix_caching:
             return []
         blocks: list[int] = []
-        for name in request.block_hashes((request.num_tokens - 1) // self.block_size, self.block_size):
+        for name in request.block_hashes(
+            (request.num_tokens - 1) // self.block_size, self.block_size
+        ):
             if (block := self.pool.find(name)) is None:
                 break
             blocks.append(block)
@@ -194,7 +229,9 @@ class Scheduler:
             row[: len(request.block_table)] = request.block_table
         return tables
 
-    def _positions(self, chunks: list[Chunk], starts: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    def _positions(
+        self, chunks: list[Chunk], starts: np.ndarray, generated: np.ndarray
+    ) -> np.ndarray:
         """Those of output tokens follow from their index; the prompt brought its own."""
         positions = np.tile(generated, (3, 1))
         for chunk, start in zip(chunks, starts, strict=True):
@@ -205,13 +242,18 @@ class Scheduler:
     def _embedding_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
         rows = [np.zeros(0, np.int64)]
         for chunk, start in zip(chunks, starts, strict=True):
-            rows += [np.arange(begin, end) + start - chunk.begin for _, begin, end in images_in(chunk)]
+            rows += [
+                np.arange(begin, end) + start - chunk.begin for _, begin, end in images_in(chunk)
+            ]
         return np.concatenate(rows)
 
 
 def images_in(chunk: Chunk) -> list[tuple[int, int, int]]:
     """(image, begin, end) of the placeholders that fall into the chunk."""
-    overlaps = [(i, max(o, chunk.begin), min(o + n, chunk.end)) for i, (o, n) in enumerate(chunk.request.placeholders)]
+    overlaps = [
+        (i, max(o, chunk.begin), min(o + n, chunk.end))
+        for i, (o, n) in enumerate(chunk.request.placeholders)
+    ]
     return [(i, begin, end) for i, begin, end in overlaps if begin < end]
 
 
@@ -219,5 +261,6 @@ def embeddings_of(chunk: Chunk) -> list[object]:
     """The parts of the images' embeddings that fall into the chunk, in row order."""
     request = chunk.request
     return [
-        request.embeddings[i][begin - request.placeholders[i][0] : end - request.placeholders[i][0]] for i, begin, end in images_in(chunk)
+        request.embeddings[i][begin - request.placeholders[i][0] : end - request.placeholders[i][0]]
+        for i, begin, end in images_in(chunk)
     ]

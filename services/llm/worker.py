@@ -6,23 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from common.events import Down, Draining, Received, Up
+from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (
     Abort,
     Embeddings,
     Failed,
-    ImageReceived,
-    ImageRejected,
+    ItemReceived,
+    ItemRejected,
     Prompt,
     Reserved,
     Start,
     StopFound,
     Tokens,
 )
-from common.torch_tensors import to_torch
 from common.wire import Tensor
+from compute.torch_tensors import to_torch
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
 from services.llm.request import Key, objection_to
@@ -31,16 +31,25 @@ EXPIRY_SECONDS = 1.0
 
 
 class Worker:
-    def __init__(self, member: Member, engine: Engine, drain: Callable[[], None] = lambda: None) -> None:
-        """`drain` is called when another rank of the group is to leave: none can without the others."""
-        self._member, self._engine, self._drain, self._log = member, engine, drain, get_logger()
+    def __init__(
+        self, member: Member, engine: Engine, drain: Callable[[], None] = lambda: None
+    ) -> None:
+        """`drain` is called when another rank of the group is to leave: none can without the
+        others."""
+        self._member = member
+        self._engine = engine
+        self._drain = drain
+        self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
 
     def run(self) -> None:
         """Steps while there is something to compute; waits for messages where there is not."""
-        idle, next_expiry = True, 0.0
+        idle = True
+        next_expiry = 0.0
         while (
-            events := self._member.waiting_events(wait=idle, timeout=EXPIRY_SECONDS if self._engine.holds_anything else None)
+            events := self._member.take_events(
+                wait=idle, timeout=EXPIRY_SECONDS if self._engine.holds_anything else None
+            )
         ) is not None:
             for event in events:
                 self._handle(event)
@@ -58,41 +67,62 @@ class Worker:
         match event:
             case Received(peer_id=peer_id, message=message):
                 self._take(peer_id, message)
-            case Down(peer_id=peer_id, role=role, reason=reason):
+            case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
                 elif role == "detokenizer":
                     self._lose_detokenizer(peer_id, reason)
-            case Draining(role="llm"):
+            case PeerDraining(role="llm"):
                 self._drain()
-            case Up(peer_id=peer_id, role="preprocess"):
+            case PeerUp(peer_id=peer_id, role="preprocess"):
                 self._report.add(peer_id)
 
     def _lose_detokenizer(self, peer_id: str, reason: str) -> None:
         """The gateway may not see what we see of it: its own connection to it may stand."""
-        for prompt in [r.prompt for r in self._engine.requests.values() if r.prompt.detokenizer.id == peer_id]:
+        for prompt in [
+            r.prompt for r in self._engine.requests.values() if r.prompt.detokenizer.id == peer_id
+        ]:
             name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
             text = f"the language group lost the detokenizer: {reason}"
-            self._member.links.send(prompt.gateway_id, Failed(**name, code="Unavailable", message=text, stage="detokenizer"))
+            self._member.links.send(
+                prompt.gateway_id,
+                Failed(**name, code="Unavailable", message=text, stage="detokenizer"),
+            )
             self._engine.abort([(prompt.request_id, prompt.attempt)])
 
     def _take(self, peer_id: str, message: Any) -> None:
         match message:
-            case Prompt() if problem := objection_to(message, self._engine.scheduler.max_tokens, self._engine.budget.num_tokens):
+            case Prompt() if problem := objection_to(
+                message, self._engine.scheduler.max_tokens, self._engine.budget.num_tokens
+            ):
                 self._log.error("prompt refused", request_id=message.request_id, reason=problem)
-                name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt}
-                self._member.links.send(message.gateway_id, Failed(**name, code="Internal", message=problem, stage="llm"))
+                name: dict[str, Any] = {
+                    "request_id": message.request_id,
+                    "attempt": message.attempt,
+                }
+                self._member.links.send(
+                    message.gateway_id,
+                    Failed(**name, code="Internal", message=problem, stage="llm"),
+                )
             case Prompt():
                 self._member.links.connect(message.detokenizer, "detokenizer")
                 for image, reason in self._engine.add(message, peer_id):
                     self._acknowledge(peer_id, message, image, reason)
-                self._log.debug("prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0])
+                self._log.debug(
+                    "prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0]
+                )
             case Embeddings():
                 key = (message.request_id, message.attempt)
-                timings = {"queue_seconds": message.queue_seconds, "encode_seconds": message.encode_seconds, "cached": message.cached}
-                objection = self._engine.add_embeddings(key, message.image, to_torch(message.embeddings), timings, message.preprocess_id)
+                timings = {
+                    "queue_seconds": message.queue_seconds,
+                    "encode_seconds": message.encode_seconds,
+                    "cached": message.cached,
+                }
+                objection = self._engine.add_embeddings(
+                    key, message.image, to_torch(message.embeddings), timings, message.preprocess_id
+                )
                 if objection is not None:
                     self._acknowledge(message.preprocess_id, message, message.image, objection)
             case Abort():
@@ -105,14 +135,20 @@ class Worker:
             self._member.links.send(preprocess_id, Reserved(request_id=request_id, attempt=attempt))
 
     def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
-        name: dict[str, Any] = {"request_id": message.request_id, "attempt": message.attempt, "image": image}
-        answer = ImageRejected(**name, reason=objection) if objection else ImageReceived(**name)
+        name: dict[str, Any] = {
+            "request_id": message.request_id,
+            "attempt": message.attempt,
+            "image": image,
+        }
+        answer = ItemRejected(**name, reason=objection) if objection else ItemReceived(**name)
         self._member.links.send(preprocess_id, answer)
 
     def _abort(self, keys: list[Key]) -> None:
         for request in self._engine.abort(keys):
             request_id, attempt = request.key
-            self._member.links.send(request.prompt.detokenizer.id, Abort(request_id=request_id, attempt=attempt))
+            self._member.links.send(
+                request.prompt.detokenizer.id, Abort(request_id=request_id, attempt=attempt)
+            )
 
     def _send(self, output: Output) -> None:
         prompt = output.request.prompt

@@ -1,4 +1,5 @@
-"""Chat template, tokenizer, images to patches, positions; chooses the language group and each image's vision replica."""
+"""Chat template, tokenizer, images to patches, positions; chooses the language group and each
+image's vision replica."""
 
 from collections import OrderedDict
 
@@ -9,8 +10,8 @@ from common.member import Member
 from common.process import Stop, run
 from common.settings import PreprocessSettings
 from services.preprocess.families.qwen2_5_vl import Preprocessor
+from services.preprocess.in_flight import Handover, Key, Preparation
 from services.preprocess.metrics import PreprocessMetrics
-from services.preprocess.under_way import Handover, Key, Preparation
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 
@@ -19,7 +20,9 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
     checkpoint = open_checkpoint(settings.model)
     resizes = settings.oversized_images == "resize"
     try:
-        preprocessor = Preprocessor(checkpoint, settings.min_pixels, settings.max_pixels, settings.max_model_len, resizes)
+        preprocessor = Preprocessor(
+            checkpoint, settings.min_pixels, settings.max_pixels, settings.max_model_len, resizes
+        )
     except ValueError as e:
         raise BadSetting(str(e)) from e
     preparations: OrderedDict[Key, Preparation] = OrderedDict()

@@ -16,16 +16,21 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatTemplate:
-    """A compiled template. It runs in a sandbox: a checkpoint comes from elsewhere and may not run code here."""
+    """A compiled template. It runs in a sandbox: a checkpoint comes from elsewhere and may not run
+    code here."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = to_json
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         try:
             self.template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as e:
-            raise BadCheckpoint(f"the chat template cannot be compiled: line {e.lineno}: {e.message}") from e
+            raise BadCheckpoint(
+                f"the chat template cannot be compiled: line {e.lineno}: {e.message}"
+            ) from e
         self.special_tokens = special_tokens
 
     def render(self, messages: Any) -> str:
@@ -37,28 +42,40 @@ class ChatTemplate:
             where the messages are malformed, or the template refuses them.
         """
         try:
-            return self.template.render(messages=normalise(messages), add_generation_prompt=True, **self.special_tokens)
+            return self.template.render(
+                messages=normalise(messages), add_generation_prompt=True, **self.special_tokens
+            )
         except jinja2.TemplateError as e:
-            raise InvalidRequest(f"the model's chat template refuses the messages: {e.message}") from e
+            raise InvalidRequest(
+                f"the model's chat template refuses the messages: {e.message}"
+            ) from e
 
 
 def load(path: Path) -> ChatTemplate:
-    """The template of a model directory: chat_template.jinja, chat_template.json or tokenizer_config.json, whichever is first."""
+    """The template of a model directory: chat_template.jinja, chat_template.json or
+    tokenizer_config.json, whichever is first."""
     tokenizer_config = optional_json(path / "tokenizer_config.json")
     source = find_source(path, tokenizer_config)
     if source is None:
         raise BadCheckpoint(
-            f"{path} has no chat template: put chat_template.jinja, chat_template.json or tokenizer_config.json with one there"
+            f"{path} has no chat template: put chat_template.jinja, chat_template.json or "
+            "tokenizer_config.json with one there"
         )
     named = {name: tokenizer_config.get(name) for name in SPECIAL_TOKENS}
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token}
+    tokens = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in named.items()
+        if token
+    }
     return ChatTemplate(source, tokens)
 
 
 def find_source(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
     if (file := path / "chat_template.jinja").exists():
         return file.read_text()
-    found = optional_json(path / "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
+    found = optional_json(path / "chat_template.json").get("chat_template") or tokenizer_config.get(
+        "chat_template"
+    )
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
@@ -69,7 +86,8 @@ def optional_json(file: Path) -> dict[str, Any]:
 
 
 def normalise(messages: Any) -> list[dict[str, Any]]:
-    """Only what templates may rely on: a known role, and content that is text or a list of text and image parts."""
+    """Only what templates may rely on: a known role, and content that is text or a list of text and
+    image parts."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message")
     return [normalise_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -87,7 +105,9 @@ def normalise_message(message: Any, where: str) -> dict[str, Any]:
         case str(content):
             pass
         case [*parts]:
-            content = [normalise_part(part, f"{where}.content[{i}]") for i, part in enumerate(parts)]
+            content = [
+                normalise_part(part, f"{where}.content[{i}]") for i, part in enumerate(parts)
+            ]
         case _:
             raise InvalidRequest(f"{where}.content must be text or a list of parts")
     return {"role": ROLES[role], "content": content}

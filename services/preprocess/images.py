@@ -13,7 +13,8 @@ from common.errors import TooLarge, UnreadableImage
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
 
-# Pillow's readers parse hostile bytes in Python and raise whatever the broken part of the file leads to.
+# Pillow's readers parse hostile bytes in Python and raise whatever the broken part of the file
+# leads to.
 READER_ERRORS = (
     OSError,
     ValueError,
@@ -33,35 +34,44 @@ READER_ERRORS = (
 def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The pixels of a PNG, JPEG, WEBP or GIF file (its first frame): uint8 [height, width, 3].
 
-    The size is checked in the header, before any pixel is decoded. As where the reference loads a file, the
-    orientation noted in EXIF is applied, and transparency is dropped and not blended.
+    The size is checked in the header, before any pixel is decoded. As where the reference loads a
+    file, the orientation noted in EXIF is applied, and transparency is dropped and not blended.
 
     Raises
     ------
     UnreadableImage
-        where the bytes are no such image, or a broken one. Pillow's own words, which may hold addresses, are not passed on.
+        if the bytes are not such an image, or a broken one. Pillow's own words, which may hold
+        addresses, are not passed on.
     TooLarge
         beyond `max_pixels`.
     """
-    # Pillow warns of large and of slightly broken files; the limit here is lower, and broken files that decode are welcome.
+    # Pillow warns of large and of slightly broken files; the limit here is lower, and broken files
+    # that decode are welcome.
     with warnings.catch_warnings(action="ignore"):
         image = open_checked(data, max_pixels)
         try:
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except READER_ERRORS as e:
-            raise UnreadableImage(f"the image is a broken or cut off {image.format}; send the whole file") from e
+            raise UnreadableImage(
+                f"the image is a broken or cut off {image.format}; send the whole file"
+            ) from e
 
 
 def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as e:
-        raise TooLarge(f"the image has more than the {max_pixels} pixels allowed; send it smaller") from e
+        raise TooLarge(
+            f"the image has more than the {max_pixels} pixels allowed; send it smaller"
+        ) from e
     except READER_ERRORS as e:
         raise UnreadableImage(f"the bytes are no image of the formats {', '.join(FORMATS)}") from e
     if image.width * image.height > max_pixels:
-        raise TooLarge(f"the image has {image.width}x{image.height} pixels, at most {max_pixels} are allowed; send it smaller")
+        raise TooLarge(
+            f"the image has {image.width}x{image.height} pixels, at most {max_pixels} are allowed; "
+            "send it smaller"
+        )
     return image
 
 

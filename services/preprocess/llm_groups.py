@@ -1,4 +1,5 @@
-"""Which language group gets which request: by load, and by what its prefix cache has. Knows no socket."""
+"""Which language group gets which request: by load, and by what its prefix cache has. Knows no
+socket."""
 
 import itertools
 import time
@@ -8,8 +9,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from common.messages import LlmLoad, Peer
-from services.preprocess.families.qwen2_5_vl import Expanded
-from services.preprocess.under_way import MISSING_SECONDS
+from services.preprocess.families.qwen2_5_vl import ExpandedPrompt
+from services.preprocess.in_flight import MISSING_SECONDS
 
 PREFIX_TOKENS = 64
 """Prompts are compared in steps of so many tokens."""
@@ -60,26 +61,32 @@ class LlmGroups:
             self._lost = self._clock()
 
     def has_other(self, avoid: str) -> bool:
-        return any(llm_id != avoid and not group.is_draining for llm_id, group in self._groups.items())
+        return any(
+            llm_id != avoid and not group.is_draining for llm_id, group in self._groups.items()
+        )
 
     def missing_too_long(self) -> bool:
-        """A group that was lost a moment ago may come back, and one that drains may have a successor: it is waited for."""
+        """A group that was lost a moment ago may come back, and one that drains may have a
+        successor: it is waited for."""
         return self._clock() - self._lost > MISSING_SECONDS
 
     def drain(self, llm_id: str) -> None:
         """It would not come to its end if all that is new went on to it."""
         if group := self._groups.get(llm_id):
-            group.is_draining, self._lost = True, self._clock()
+            group.is_draining = True
+            self._lost = self._clock()
 
     def take_load(self, llm_id: str, load: LlmLoad) -> None:
         if group := self._groups.get(llm_id):
-            group.num_requests, group.free_tokens = load.running + load.waiting, load.free_tokens
+            group.num_requests = load.running + load.waiting
+            group.free_tokens = load.free_tokens
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def choose(self, prompt: Expanded, mm_hashes: list[str], avoid: str = "") -> Peer | None:
-        """The group for a prompt, which counts as sent there; None where there is none. A draining group only where there is no other."""
+    def choose(self, prompt: ExpandedPrompt, mm_hashes: list[str], avoid: str = "") -> Peer | None:
+        """The group for a prompt, which counts as sent there; None where there is none. A draining
+        group only where there is no other."""
         candidates = [group for group in self._groups.values() if group.peer.id != avoid]
         candidates = [group for group in candidates if not group.is_draining] or candidates
         if not candidates:
@@ -95,18 +102,34 @@ class LlmGroups:
         in_turn = candidates[turn:] + candidates[:turn]
         least = min(in_turn, key=lambda group: (group.is_full_for(num_tokens), group.num_requests))
         matching = max(in_turn, key=lambda group: group.match(steps))
-        is_clearly_busier = matching.num_requests > max(least.num_requests + CLEARLY_BUSIER, 2 * least.num_requests)
-        return matching if matching.match(steps) > least.match(steps) and not is_clearly_busier else least
+        is_clearly_busier = matching.num_requests > max(
+            least.num_requests + CLEARLY_BUSIER, 2 * least.num_requests
+        )
+        return (
+            matching
+            if matching.match(steps) > least.match(steps) and not is_clearly_busier
+            else least
+        )
 
 
-def prefix_steps(prompt: Expanded, mm_hashes: list[str]) -> list[bytes]:
-    """A name for each of the prompt's first whole steps: equal names mean equal tokens and images up to there."""
+def prefix_steps(prompt: ExpandedPrompt, mm_hashes: list[str]) -> list[bytes]:
+    """A name for each of the prompt's first whole steps: equal names mean equal tokens and images
+    up to there."""
     names: list[bytes] = []
     parent = b""
-    ids, images = prompt.token_ids, list(zip(prompt.placeholders.tolist(), mm_hashes, strict=True))
-    for start in range(0, min(len(ids), MAX_STEPS * PREFIX_TOKENS) - PREFIX_TOKENS + 1, PREFIX_TOKENS):
+    ids = prompt.token_ids
+    images = list(zip(prompt.placeholders.tolist(), mm_hashes, strict=True))
+    for start in range(
+        0, min(len(ids), MAX_STEPS * PREFIX_TOKENS) - PREFIX_TOKENS + 1, PREFIX_TOKENS
+    ):
         stop = start + PREFIX_TOKENS
-        contents = "".join(mm_hash for (offset, length), mm_hash in images if offset < stop and offset + length > start)
-        parent = blake2b(parent + ids[start:stop].tobytes() + contents.encode(), digest_size=16).digest()
+        contents = "".join(
+            mm_hash
+            for (offset, length), mm_hash in images
+            if offset < stop and offset + length > start
+        )
+        parent = blake2b(
+            parent + ids[start:stop].tobytes() + contents.encode(), digest_size=16
+        ).digest()
         names.append(parent)
     return names

@@ -11,12 +11,25 @@ class PreprocessMetrics:
     def __init__(self, pool: VisionPool) -> None:
         self.registry = registry = CollectorRegistry()
         self.image_seconds = Histogram(
-            "twinlens_preprocess_image_seconds", "Decoding, resizing and hashing, an image.", buckets=SECONDS, registry=registry
+            "twinlens_preprocess_image_seconds",
+            "Decoding, resizing and hashing, an image.",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.failed_dispatches = Counter(
-            "twinlens_preprocess_failed_dispatches", "Images that a vision replica failed with and that went to another.", registry=registry
+            "twinlens_preprocess_failed_dispatches",
+            "Images that a vision replica failed with and that went to another.",
+            registry=registry,
         )
-        waiting = Gauge("twinlens_preprocess_waiting_images", "Images that wait for a vision replica.", registry=registry)
+        waiting = Gauge(
+            "twinlens_preprocess_waiting_images",
+            "Images that wait for a vision replica.",
+            registry=registry,
+        )
         waiting.set_function(lambda: pool.num_waiting)
-        queue = Gauge("twinlens_vision_queue_seconds", "What they add to the time until another image would be begun.", registry=registry)
+        queue = Gauge(
+            "twinlens_vision_queue_seconds",
+            "What they add to the time until another image would be begun.",
+            registry=registry,
+        )
         queue.set_function(lambda: pool.queue_seconds)

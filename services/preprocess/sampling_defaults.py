@@ -1,4 +1,5 @@
-"""What a request leaves open, filled in from the model: sampling values, and how long the answer may be."""
+"""What a request leaves open, filled in from the model: sampling values, and how long the answer
+may be."""
 
 from typing import Any
 
@@ -12,7 +13,9 @@ def resolve_sampling(sampling: Sampling, generation_config: dict[str, Any]) -> S
     """Every None replaced by the checkpoint's own default; what the client gave always wins."""
     config = {key: value for key, value in generation_config.items() if value is not None}
     defaults = {
-        "temperature": 0.0 if config.get("do_sample") is False else float(config.get("temperature", 1.0)),
+        "temperature": 0.0
+        if config.get("do_sample") is False
+        else float(config.get("temperature", 1.0)),
         "top_p": float(config.get("top_p", 1.0)),
         # Some checkpoints write -1 for "all".
         "top_k": max(0, int(config.get("top_k", 0))),
@@ -28,14 +31,16 @@ def resolve_stopping(stopping: Stopping, num_prompt_tokens: int, max_model_len: 
     left = max_model_len - num_prompt_tokens
     if left <= 0:
         raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens, image tokens included, and the model's context is {max_model_len}:"
+            f"the prompt has {num_prompt_tokens} tokens, image tokens included, and the model's "
+            f"context is {max_model_len}:"
             " shorten it, or send fewer or smaller images"
         )
     if stopping.max_tokens is None:
         return msgspec.structs.replace(stopping, max_tokens=left)
     if stopping.max_tokens > left:
         raise InvalidRequest(
-            f"max_tokens is {stopping.max_tokens}, but the prompt has {num_prompt_tokens} tokens and the model's context is {max_model_len}:"
+            f"max_tokens is {stopping.max_tokens}, but the prompt has {num_prompt_tokens} tokens "
+            f"and the model's context is {max_model_len}:"
             f" ask for at most {left}"
         )
     return stopping

@@ -1,7 +1,7 @@
 """Which vision replica gets which image, and when. Knows no socket.
 
-An image waits here, not at a replica, until a replica grants it: so the one that is free first takes the oldest that suits it,
-whether it was there before, came back, or is new.
+An image waits here, not at a replica, until a replica grants it: so the one that is free first
+takes the oldest that suits it, whether it was there before, came back, or is new.
 """
 
 import time
@@ -13,19 +13,24 @@ from itertools import islice
 
 from common.buckets import bucket_of, expected_seconds
 from common.messages import VisionLoad
-from services.preprocess.under_way import MISSING_SECONDS, Dispatched, ImageKey
+from services.preprocess.in_flight import MISSING_SECONDS, ImageKey, PendingItem
 
 MAX_UNANSWERED = 2
-"""Offers under way to one replica: one that is frozen keeps no more than these until its lease ends."""
+"""Offers under way to one replica: one that is frozen keeps no more than these until its lease
+ends."""
 MAX_LOOKED_AT = 32
 """Waiting images for which a replica is chosen at once."""
-NEAR_FACTOR, NEAR_SECONDS = 1.25, 0.005
-"""Replicas that are expected to finish within this of the first are as good; which one it is, the image decides."""
+NEAR_FACTOR = 1.25
+NEAR_SECONDS = 0.005
+"""Replicas that are expected to finish within this of the first are as good; which one it is, the
+image decides."""
 FULL_FACTOR = 1.5
-"""A replica that is full is waited for where it is expected to finish so much sooner than one with room."""
+"""A replica that is full is waited for where it is expected to finish so much sooner than one with
+room."""
 UNMEASURED_SECONDS_A_PATCH = 1e-4
 FAILED_SECONDS = 1.0
-"""A replica that fails with its images is taken for so much slower for each: one that is quick to fail would draw all images."""
+"""A replica that fails with its images is taken for so much slower for each: one that is quick to
+fail would draw all images."""
 MAX_FAILED = 10
 REMEMBERED_IMAGES = 20_000
 
@@ -58,7 +63,7 @@ class VisionPool:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._replicas: dict[str, Replica] = {}
-        self._waiting: OrderedDict[ImageKey, Dispatched] = OrderedDict()
+        self._waiting: OrderedDict[ImageKey, PendingItem] = OrderedDict()
         self._waiting_seconds = 0.0
         self._holders: OrderedDict[str, str] = OrderedDict()
         self._lost: dict[tuple[int, ...], float] = {}
@@ -67,16 +72,21 @@ class VisionPool:
 
     def take_load(self, vision_id: str, load: VisionLoad) -> None:
         replica = self._replicas.setdefault(vision_id, Replica(vision_id))
-        replica.buckets, replica.seconds = load.buckets, dict(zip(load.sizes, load.seconds, strict=False))
+        replica.buckets = load.buckets
+        replica.seconds = dict(zip(load.sizes, load.seconds, strict=False))
         replica.free_at = self._clock() + load.wait_seconds
 
-    def answered(self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None) -> None:
+    def answered(
+        self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
+    ) -> None:
         """An offer was answered. `has_room` False: not for another, before a vacancy."""
         if replica := self._replicas.get(vision_id):
             replica.unanswered = max(0, replica.unanswered - 1)
             self.tell(vision_id, has_room, wait_seconds)
 
-    def tell(self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None) -> None:
+    def tell(
+        self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
+    ) -> None:
         if replica := self._replicas.get(vision_id):
             replica.has_room = replica.has_room if has_room is None else has_room
             if wait_seconds is not None:
@@ -102,7 +112,8 @@ class VisionPool:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """All that some replica has; none where there is a replica that takes any image, or no replica."""
+        """All that some replica has; none where there is a replica that takes any image, or no
+        replica."""
         usable = self._usable()
         if not all(replica.buckets for replica in usable):
             return ()
@@ -113,19 +124,25 @@ class VisionPool:
 
     # Images
 
-    def add(self, dispatched: Dispatched, first: bool = False) -> None:
-        """An image waits for a replica from now on, the `first` one of all where it waited already."""
-        dispatched.vision_id, dispatched.has_pixels = "", False
+    def add(self, dispatched: PendingItem, first: bool = False) -> None:
+        """An image waits for a replica from now on, the `first` one of all where it waited
+        already."""
+        dispatched.vision_id = ""
+        dispatched.has_pixels = False
         dispatched.expected_seconds = self._least_seconds(dispatched.image.num_patches)
         self._waiting[dispatched.key] = dispatched
         self._waiting_seconds += dispatched.expected_seconds
         if first:
             self._waiting.move_to_end(dispatched.key, last=False)
 
-    def remove(self, dispatched: Dispatched) -> None:
+    def remove(self, dispatched: PendingItem) -> None:
         """It is not to be offered any more."""
         if self._waiting.pop(dispatched.key, None):
-            self._waiting_seconds = max(0.0, self._waiting_seconds - dispatched.expected_seconds) if self._waiting else 0.0
+            self._waiting_seconds = (
+                max(0.0, self._waiting_seconds - dispatched.expected_seconds)
+                if self._waiting
+                else 0.0
+            )
 
     @property
     def num_waiting(self) -> int:
@@ -133,7 +150,8 @@ class VisionPool:
 
     @property
     def queue_seconds(self) -> float:
-        """What the images that wait here add to the time until another would begin. May be read by any thread."""
+        """What the images that wait here add to the time until another would begin. May be read by
+        any thread."""
         return self._waiting_seconds / max(1, len(self._replicas))
 
     def remember(self, mm_hash: str, vision_id: str) -> None:
@@ -146,32 +164,39 @@ class VisionPool:
     def forget(self, mm_hash: str) -> None:
         self._holders.pop(mm_hash, None)
 
-    def given_up(self) -> list[Dispatched]:
+    def given_up(self) -> list[PendingItem]:
         """Images that no replica can take, and for which one has been missing for too long."""
-        usable, now = self._usable(), self._clock()
+        usable = self._usable()
+        now = self._clock()
         hopeless = []
         for dispatched in self._waiting.values():
             num_patches = dispatched.image.num_patches
             if not any(replica.fits(num_patches) for replica in usable):
-                lost = [when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)]
+                lost = [
+                    when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)
+                ]
                 if now - max(lost, default=float("-inf")) > MISSING_SECONDS:
                     hopeless.append(dispatched)
         return hopeless
 
-    def assign(self) -> list[Dispatched]:
-        """Chooses replicas for waiting images, and takes those out that are to be offered now, each with its `vision_id`.
+    def assign(self) -> list[PendingItem]:
+        """Chooses replicas for waiting images, and takes those out that are to be offered now, each
+        with its `vision_id`.
 
-        Images are placed one after the other, each where it is expected to finish first. Where that replica is full the image goes
-        on waiting for it, and those behind it count with it.
+        Images are placed one after the other, each where it is expected to finish first. Where that
+        replica is full the image goes on waiting for it, and those behind it count with it.
         """
         usable = self._usable()
         open_ids = {replica.id for replica in usable if can_be_offered(replica)}
         if not self._waiting or not usable:
             return []
-        now, offers = self._clock(), []
+        now = self._clock()
+        offers = []
         free_at = {replica.id: max(now, replica.free_at) for replica in usable}
         for dispatched in list(islice(self._waiting.values(), MAX_LOOKED_AT)):
-            replica = self._holder(dispatched) or (self._first_to_finish(dispatched, usable, free_at, now) if open_ids else None)
+            replica = self._holder(dispatched) or (
+                self._first_to_finish(dispatched, usable, free_at, now) if open_ids else None
+            )
             if replica is None:
                 continue
             if replica.id in open_ids or replica.id == self._holders.get(dispatched.image.mm_hash):
@@ -179,32 +204,55 @@ class VisionPool:
                 offers.append(dispatched)
                 if not can_be_offered(replica):
                     open_ids.discard(replica.id)
-            free_at[replica.id] = max(free_at[replica.id], now) + self._seconds(replica, dispatched.image.num_patches)
+            free_at[replica.id] = max(free_at[replica.id], now) + self._seconds(
+                replica, dispatched.image.num_patches
+            )
         return offers
 
-    def _offer(self, dispatched: Dispatched, replica: Replica, now: float) -> None:
+    def _offer(self, dispatched: PendingItem, replica: Replica, now: float) -> None:
         self.remove(dispatched)
         dispatched.vision_id = replica.id
         replica.unanswered += 1
-        replica.free_at = max(now, replica.free_at) + self._seconds(replica, dispatched.image.num_patches)
+        replica.free_at = max(now, replica.free_at) + self._seconds(
+            replica, dispatched.image.num_patches
+        )
 
-    def _holder(self, dispatched: Dispatched) -> Replica | None:
+    def _holder(self, dispatched: PendingItem) -> Replica | None:
         """The replica that has the embeddings already: it needs no room for them."""
         replica = self._replicas.get(self._holders.get(dispatched.image.mm_hash, ""))
-        if replica is None or replica.is_draining or replica.id in dispatched.failed_at or replica.unanswered >= MAX_UNANSWERED:
+        if (
+            replica is None
+            or replica.is_draining
+            or replica.id in dispatched.failed_at
+            or replica.unanswered >= MAX_UNANSWERED
+        ):
             return None
         return replica
 
-    def _first_to_finish(self, dispatched: Dispatched, usable: list[Replica], free_at: dict[str, float], now: float) -> Replica | None:
+    def _first_to_finish(
+        self, dispatched: PendingItem, usable: list[Replica], free_at: dict[str, float], now: float
+    ) -> Replica | None:
         num_patches = dispatched.image.num_patches
         fitting = [replica for replica in usable if replica.fits(num_patches)]
-        candidates = [replica for replica in fitting if replica.id not in dispatched.failed_at] or fitting
+        candidates = [
+            replica for replica in fitting if replica.id not in dispatched.failed_at
+        ] or fitting
         if not candidates:
             return None
-        costs = {replica.id: self._cost(replica, num_patches, free_at[replica.id], now) for replica in candidates}
+        costs = {
+            replica.id: self._cost(replica, num_patches, free_at[replica.id], now)
+            for replica in candidates
+        }
         limit = NEAR_FACTOR * min(costs.values()) + NEAR_SECONDS
         near = [replica for replica in candidates if costs[replica.id] <= limit]
-        return near[0] if len(near) == 1 else max(near, key=lambda replica: (replica.has_room, rank(dispatched.image.mm_hash, replica.id)))
+        return (
+            near[0]
+            if len(near) == 1
+            else max(
+                near,
+                key=lambda replica: (replica.has_room, rank(dispatched.image.mm_hash, replica.id)),
+            )
+        )
 
     def _cost(self, replica: Replica, num_patches: int, free_at: float, now: float) -> float:
         """Seconds until it is expected to finish."""
@@ -218,8 +266,15 @@ class VisionPool:
 
     def _least_seconds(self, num_patches: int) -> float:
         """In the tower of the fastest replica, as far as measured."""
-        measured: Iterable[float] = (replica.expected(num_patches) for replica in self._replicas.values() if replica.fits(num_patches))
-        return min((seconds for seconds in measured if seconds), default=UNMEASURED_SECONDS_A_PATCH * num_patches)
+        measured: Iterable[float] = (
+            replica.expected(num_patches)
+            for replica in self._replicas.values()
+            if replica.fits(num_patches)
+        )
+        return min(
+            (seconds for seconds in measured if seconds),
+            default=UNMEASURED_SECONDS_A_PATCH * num_patches,
+        )
 
 
 def can_be_offered(replica: Replica) -> bool:
@@ -227,5 +282,6 @@ def can_be_offered(replica: Replica) -> bool:
 
 
 def rank(mm_hash: str, vision_id: str) -> int:
-    """The same for every preprocess, so that equal images meet at one replica, and different ones spread."""
+    """The same for every preprocess, so that equal images meet at one replica, and different ones
+    spread."""
     return zlib.crc32(f"{mm_hash}{vision_id}".encode())

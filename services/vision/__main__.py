@@ -1,4 +1,5 @@
-"""A vision encoder replica: one image at a time through the vision tower, embeddings straight to the language group."""
+"""A vision encoder replica: one image at a time through the vision tower, embeddings straight to
+the language group."""
 
 from collections import OrderedDict
 
@@ -42,12 +43,18 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     member.close()
 
 
-def make_tower(settings: VisionSettings, checkpoint: Checkpoint, member: Member, buckets: tuple[int, ...]) -> Tower:
+def make_tower(
+    settings: VisionSettings, checkpoint: Checkpoint, member: Member, buckets: tuple[int, ...]
+) -> Tower:
     """torch is imported only where it is needed: many simulated replicas fit on a small machine."""
     if settings.simulate_vision_ms is not None:
         from services.vision.simulated import SimulatedTower
 
-        get_logger().warning("simulated: the embeddings are noise", id=member.id, milliseconds=settings.simulate_vision_ms)
+        get_logger().warning(
+            "simulated: the embeddings are noise",
+            id=member.id,
+            milliseconds=settings.simulate_vision_ms,
+        )
         return SimulatedTower(checkpoint, settings.simulate_vision_ms / 1000, buckets)
     from services.vision.torch_tower import TorchTower
 

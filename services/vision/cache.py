@@ -6,10 +6,12 @@ from common.wire import Tensor
 
 
 class EmbeddingCache:
-    """Image content, named by mm_hash and dtype -> [num_image_tokens, hidden_size]; the least recently used go first."""
+    """Image content, named by mm_hash and dtype -> [num_image_tokens, hidden_size]; the least
+    recently used go first."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
         self._entries: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, mm_hash: str) -> Tensor | None:

@@ -26,7 +26,10 @@ class EncodeTimes:
 
     def changed_notably(self) -> bool:
         """Since this was last asked with the answer yes."""
-        changed = any(abs(now - self._told.get(bucket, 0.0)) > NOTABLE_CHANGE * now for bucket, now in self.seconds.items())
+        changed = any(
+            abs(now - self._told.get(bucket, 0.0)) > NOTABLE_CHANGE * now
+            for bucket, now in self.seconds.items()
+        )
         if changed:
             self._told = dict(self.seconds)
         return changed

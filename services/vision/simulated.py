@@ -1,4 +1,5 @@
-"""A vision tower that only takes its time: for measuring and testing everything around it without its cost. Imports no torch."""
+"""A vision tower that only takes its time: for measuring and testing everything around it without
+its cost. Imports no torch."""
 
 import hashlib
 import math
@@ -16,18 +17,26 @@ NOISE_LENGTH = 2**18
 
 
 class SimulatedTower:
-    """Each image takes `seconds`; with buckets, the largest takes so long and the others their part of it. Its embeddings are noise
-    drawn from its pixels: equal for equal pixels, else different; of zero mean, and as widely spread as the language model's own
-    token embeddings, so that the model answers each image differently."""
+    """Each image takes `seconds`; with buckets, the largest takes so long and the others their part
+    of it. Its embeddings are noise drawn from its pixels: equal for equal pixels, else
+    different; of zero mean, and as widely spread as the language model's own token embeddings,
+    so that the model answers each image differently."""
 
     dtype = "float32"
 
-    def __init__(self, checkpoint: Checkpoint, seconds: float, buckets: tuple[int, ...] = ()) -> None:
-        self._seconds, self._buckets = seconds, buckets
+    def __init__(
+        self, checkpoint: Checkpoint, seconds: float, buckets: tuple[int, ...] = ()
+    ) -> None:
+        self._seconds = seconds
+        self._buckets = buckets
         self._hidden_size: int = checkpoint.text_config["hidden_size"]
         self._merge_unit = checkpoint.vision_config.get("spatial_merge_size", 2) ** 2
         self._spread = np.float32(spread_of_token_embeddings(checkpoint))
-        self._noise = np.random.default_rng(0).standard_normal(NOISE_LENGTH, np.float32) * self._spread / np.float32(math.sqrt(2))
+        self._noise = (
+            np.random.default_rng(0).standard_normal(NOISE_LENGTH, np.float32)
+            * self._spread
+            / np.float32(math.sqrt(2))
+        )
 
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
         """float32 [num_patches / merge_size ** 2, hidden_size]."""
@@ -41,11 +50,14 @@ class SimulatedTower:
         return Tensor.of(embeddings.reshape(shape))
 
     def _noise_of(self, digest: bytes, count: int) -> np.ndarray:
-        """The sum of two parts of what was drawn once, which the digest chooses: drawing takes several times as long."""
+        """The sum of two parts of what was drawn once, which the digest chooses: drawing takes
+        several times as long."""
         if count > NOISE_LENGTH // 2:
             drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
             return drawn.standard_normal(count, np.float32) * self._spread
-        first, second = (int.from_bytes(digest[n : n + 8], "little") % (NOISE_LENGTH - count) for n in (0, 8))
+        first, second = (
+            int.from_bytes(digest[n : n + 8], "little") % (NOISE_LENGTH - count) for n in (0, 8)
+        )
         return self._noise[first : first + count] + self._noise[second : second + count]
 
     def seconds_of(self, num_patches: int) -> float:

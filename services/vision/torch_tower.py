@@ -5,22 +5,34 @@ from collections.abc import Callable
 import torch
 
 from common.checkpoint import Checkpoint
-from common.device import prepare
 from common.logs import get_logger
 from common.member import Member
 from common.settings import VisionSettings
-from common.torch_tensors import NAMES, to_torch, to_wire
 from common.wire import Tensor
-from services.vision.cuda_graphs import GraphedVisionTower
+from compute.device import prepare
+from compute.torch_tensors import NAMES, to_torch, to_wire
 from services.vision.families.qwen2_5_vl import VisionTower
+from services.vision.graphed_tower import GraphedVisionTower
 from services.vision.static_tower import StaticVisionTower
 from services.vision.tower_thread import DeviceLost
 
 
 class TorchTower:
-    def __init__(self, settings: VisionSettings, checkpoint: Checkpoint, member: Member, buckets: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        settings: VisionSettings,
+        checkpoint: Checkpoint,
+        member: Member,
+        buckets: tuple[int, ...],
+    ) -> None:
         device, dtype = prepare(settings, checkpoint)
-        get_logger().info("loading", id=member.id, dtype=str(dtype), device=str(device), threads=torch.get_num_threads())
+        get_logger().info(
+            "loading",
+            id=member.id,
+            dtype=str(dtype),
+            device=str(device),
+            threads=torch.get_num_threads(),
+        )
         self._tower = make_tower(checkpoint, dtype, device, member.loading, buckets)
         self.dtype = NAMES[dtype]
 
@@ -32,8 +44,14 @@ class TorchTower:
 
 
 def make_tower(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Callable[[float], None], buckets: tuple[int, ...]
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[float], None],
+    buckets: tuple[int, ...],
 ) -> VisionTower:
     if buckets:
         return StaticVisionTower(checkpoint, dtype, device, buckets, progress)
-    return (GraphedVisionTower if device.type == "cuda" else VisionTower)(checkpoint, dtype, device, progress)
+    return (GraphedVisionTower if device.type == "cuda" else VisionTower)(
+        checkpoint, dtype, device, progress
+    )

@@ -1,4 +1,5 @@
-"""The vision tower in a thread of its own, so that the replica answers offers at once while an image is in the tower."""
+"""The vision tower in a thread of its own, so that the replica answers offers at once while an
+image is in the tower."""
 
 import queue
 import threading
@@ -28,7 +29,7 @@ class Tower(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodeResult:
     """The tower is through with an image."""
 
     key: Key
@@ -41,11 +42,17 @@ class Encoded:
 class TowerThread:
     """Encodes one image at a time, and reports each from its thread."""
 
-    def __init__(self, tower: Tower, report: Callable[[Encoded], None], progress: Progress) -> None:
+    def __init__(
+        self, tower: Tower, report: Callable[[EncodeResult], None], progress: Progress
+    ) -> None:
         """`progress` is stamped by this thread alone."""
-        self._tower, self._report, self._progress = tower, report, progress
+        self._tower = tower
+        self._report = report
+        self._progress = progress
         self._times = UnitTimes()
-        self._work: queue.SimpleQueue[tuple[Key, Tensor, tuple[int, int, int]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Key, Tensor, tuple[int, int, int]]] = (
+            queue.SimpleQueue()
+        )
         threading.Thread(target=self._run, name="tower", daemon=True).start()
 
     def begin(self, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> None:
@@ -60,10 +67,10 @@ class TowerThread:
             self._report(encoded)
 
 
-def encode(tower: Tower, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> Encoded:
+def encode(tower: Tower, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> EncodeResult:
     began = time.monotonic()
     try:
         embeddings = tower.encode(patches, grid_thw)
     except Exception as e:  # noqa: BLE001 - the outermost loop of this thread: one image that cannot be encoded ends nothing else
-        return Encoded(key, began, time.monotonic() - began, error=e)
-    return Encoded(key, began, time.monotonic() - began, embeddings)
+        return EncodeResult(key, began, time.monotonic() - began, error=e)
+    return EncodeResult(key, began, time.monotonic() - began, embeddings)

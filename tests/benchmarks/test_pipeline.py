@@ -22,19 +22,34 @@ def test_no_two_pictures_are_alike() -> None:
 
 
 def answered(encode: float, queue: float, total_queue: float) -> inference_pb2.Timings:
-    images = [inference_pb2.ImageTimings(encode_seconds=encode, queue_seconds=queue)] * IMAGES_A_REQUEST
-    return inference_pb2.Timings(preprocess_seconds=0.02, images=images, queue_seconds=total_queue, prefill_seconds=0.01)
+    images = [
+        inference_pb2.ImageTimings(encode_seconds=encode, queue_seconds=queue)
+    ] * IMAGES_A_REQUEST
+    return inference_pb2.Timings(
+        preprocess_seconds=0.02, images=images, queue_seconds=total_queue, prefill_seconds=0.01
+    )
 
 
 def test_latency_is_what_comes_to_the_ideal() -> None:
     alone = Measured(seconds=[0.16] * 3, timings=[answered(0.101, 0.004, 0.12)] * 3)
     found = latency(alone, replicas=8)
-    assert found == {"added": 60.0, "preprocess": 20.0, "encode": 1.0, "prefill": 10.0, "other hops": 10.0, "to vision": 4.0}
-    assert latency(Measured(seconds=[0.46], timings=[answered(0.1, 0.2, 0.4)]), replicas=2)["added"] == 60.0
+    assert found == {
+        "added": 60.0,
+        "preprocess": 20.0,
+        "encode": 1.0,
+        "prefill": 10.0,
+        "other hops": 10.0,
+        "to vision": 4.0,
+    }
+    assert (
+        latency(Measured(seconds=[0.46], timings=[answered(0.1, 0.2, 0.4)]), replicas=2)["added"]
+        == 60.0
+    )
 
 
 def test_cpu_is_counted_by_role_and_image() -> None:
-    before, after = Cpu({1: 1.0, 2: 1.0, 3: 0.0}, busy=10.0, idle=10.0), Cpu({1: 1.2, 2: 1.1, 3: 0.4}, busy=11.5, idle=10.5)
+    before = Cpu({1: 1.0, 2: 1.0, 3: 0.0}, busy=10.0, idle=10.0)
+    after = Cpu({1: 1.2, 2: 1.1, 3: 0.4}, busy=11.5, idle=10.5)
     found = cpu(before, after, {1: "vision", 2: "vision"}, images=100)
     assert found["cpu_ms"] == {"vision": 3.0, "client": 4.0}
     assert found["cpu_ms_services"] == 3.0

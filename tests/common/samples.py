@@ -1,4 +1,5 @@
-"""Messages made from their types: any of a kind for hypothesis, the least and the largest of a kind, and the tensors in one."""
+"""Messages made from their types: any of a kind for hypothesis, the least and the largest of a
+kind, and the tensors in one."""
 
 import re
 import typing
@@ -20,7 +21,9 @@ def kinds(union: Any) -> tuple[type[msgspec.Struct], ...]:
     return typing.get_args(union)
 
 
-MESSAGES = sorted({kind for union in HOPS.values() for kind in kinds(union)}, key=lambda kind: kind.__name__)
+MESSAGES = sorted(
+    {kind for union in HOPS.values() for kind in kinds(union)}, key=lambda kind: kind.__name__
+)
 
 
 @st.composite
@@ -47,7 +50,9 @@ def anything(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.StrType(min_length=least, max_length=most):
             return st.text(st.characters(codec="utf-8"), min_size=least or 0, max_size=most)
         case inspect.IntType(ge=least, le=most):
-            return st.integers(-(2**63) if least is None else least, 2**63 - 1 if most is None else most)
+            return st.integers(
+                -(2**63) if least is None else least, 2**63 - 1 if most is None else most
+            )
         case inspect.FloatType(ge=least, gt=above, le=most):
             return st.floats(above if least is None else least, most, exclude_min=least is None)
         case inspect.CustomType(cls=cls) if cls is Tensor:
@@ -64,7 +69,8 @@ def any_message(kind: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]
 
 
 def sample(kind: type[msgspec.Struct], tensor: Tensor, largest: bool = False) -> Any:
-    """A message whose every tensor is `tensor`, and whose every other field is small, or as large as its type allows."""
+    """A message whose every tensor is `tensor`, and whose every other field is small, or as large
+    as its type allows."""
     return filled(inspect.type_info(kind), tensor, largest)
 
 
@@ -73,7 +79,9 @@ def filled(kind: inspect.Type, tensor: Tensor, largest: bool) -> Any:
         case inspect.StructType(cls=cls, fields=fields):
             return cls(**{field.name: filled(field.type, tensor, largest) for field in fields})
         case inspect.UnionType(types=types):
-            return filled(next(t for t in types if not isinstance(t, inspect.NoneType)), tensor, largest)
+            return filled(
+                next(t for t in types if not isinstance(t, inspect.NoneType)), tensor, largest
+            )
         case inspect.VarTupleType(item_type=item, max_length=most):
             return (filled(item, tensor, largest),) * ((most or MAX_IMAGES) if largest else 1)
         case inspect.TupleType(item_types=items):
@@ -95,4 +103,8 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, msgspec.Struct):
         value = tuple(getattr(value, name) for name in value.__struct_fields__)
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple) else []
+    return (
+        [tensor for item in value for tensor in tensors_in(item)]
+        if isinstance(value, tuple)
+        else []
+    )

@@ -7,12 +7,25 @@ from typing import Any
 import pytest
 
 from common import address
-from common.address import address_towards, bound_socket, check_advertised, host_port, is_wildcard, own_address
+from common.address import (
+    address_towards,
+    bound_socket,
+    check_advertised,
+    host_port,
+    is_wildcard,
+    own_address,
+)
 from common.config import BadSetting
 
 
 @pytest.mark.parametrize(
-    ("host", "written"), [("127.0.0.1", "127.0.0.1:80"), ("here.example", "here.example:80"), ("::1", "[::1]:80"), ("::", "[::]:80")]
+    ("host", "written"),
+    [
+        ("127.0.0.1", "127.0.0.1:80"),
+        ("here.example", "here.example:80"),
+        ("::1", "[::1]:80"),
+        ("::", "[::]:80"),
+    ],
 )
 def test_an_ipv6_address_is_in_brackets(host: str, written: str) -> None:
     assert host_port(host, 80) == written
@@ -29,7 +42,9 @@ def test_every_interface_is_no_address_for_others(listen: str) -> None:
     assert is_wildcard(listen)
 
 
-@pytest.mark.parametrize("listen", ["tcp://127.0.0.1:*", "tcp://10.0.0.1:5555", "ipc:///tmp/0.0.0.0:1"])
+@pytest.mark.parametrize(
+    "listen", ["tcp://127.0.0.1:*", "tcp://10.0.0.1:5555", "ipc:///tmp/0.0.0.0:1"]
+)
 def test_one_interface_is_an_address(listen: str) -> None:
     assert not is_wildcard(listen)
 
@@ -71,7 +86,9 @@ def test_one_that_is_told_to_stop_waits_no_longer(monkeypatch: pytest.MonkeyPatc
     assert own_address("controller:50050", stop) == ""
 
 
-@pytest.mark.parametrize("listen", ["tcp://127.0.0.1:5555", "tcp://localhost:*", "tcp://[::1]:5555"])
+@pytest.mark.parametrize(
+    "listen", ["tcp://127.0.0.1:5555", "tcp://localhost:*", "tcp://[::1]:5555"]
+)
 def test_a_name_for_others_does_not_lead_to_loopback(listen: str) -> None:
     with pytest.raises(BadSetting, match="give --listen"):
         check_advertised(listen, "gpu-host")

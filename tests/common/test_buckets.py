@@ -6,8 +6,12 @@ from common.buckets import bucket_of, parse_buckets
 from common.config import BadSetting
 
 
-@pytest.mark.parametrize(("num_patches", "bucket"), [(4, 1024), (1024, 1024), (1028, 2048), (5120, 5120), (5124, 0)])
-def test_an_image_goes_into_the_smallest_bucket_that_holds_it(num_patches: int, bucket: int) -> None:
+@pytest.mark.parametrize(
+    ("num_patches", "bucket"), [(4, 1024), (1024, 1024), (1028, 2048), (5120, 5120), (5124, 0)]
+)
+def test_an_image_goes_into_the_smallest_bucket_that_holds_it(
+    num_patches: int, bucket: int
+) -> None:
     assert bucket_of(num_patches, (1024, 2048, 5120)) == bucket
 
 
@@ -16,12 +20,17 @@ def test_without_buckets_times_are_measured_by_powers_of_two(num_patches: int, s
     assert bucket_of(num_patches, ()) == size
 
 
-@pytest.mark.parametrize(("text", "buckets"), [("", ()), ("1024,2048,5120", (1024, 2048, 5120)), (" 64 , 16,64", (16, 64))])
+@pytest.mark.parametrize(
+    ("text", "buckets"),
+    [("", ()), ("1024,2048,5120", (1024, 2048, 5120)), (" 64 , 16,64", (16, 64))],
+)
 def test_buckets_are_given_as_numbers_with_commas(text: str, buckets: tuple[int, ...]) -> None:
     assert parse_buckets(text) == buckets
 
 
-@pytest.mark.parametrize("text", ["many", "64,x", "0", "-64", "62", ",".join(str(4 * n) for n in range(1, 40))])
+@pytest.mark.parametrize(
+    "text", ["many", "64,x", "0", "-64", "62", ",".join(str(4 * n) for n in range(1, 40))]
+)
 def test_what_is_no_bucket_is_refused_by_name(text: str) -> None:
     with pytest.raises(BadSetting, match="--vision-buckets"):
         parse_buckets(text)

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from common.cgroup import container_memory, core_limit
-from common.device import set_threads
+from compute.device import set_threads
 
 
-@pytest.mark.parametrize(("text", "cores"), [("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)])
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)],
+)
 def test_cores_of_version_2(tmp_path: Path, text: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
     assert core_limit(tmp_path) == cores
@@ -26,13 +29,16 @@ def test_a_host_without_control_groups_has_no_limit(tmp_path: Path) -> None:
     assert core_limit(tmp_path) is None
 
 
-def test_a_service_takes_no_more_threads_than_its_container_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More would be stopped together whenever their share of a period is used up, and wait for each other."""
+def test_a_service_takes_no_more_threads_than_its_container_may_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More would be stopped together whenever their share of a period is used up, and wait for each
+    other."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
-    monkeypatch.setattr("common.device.core_limit", lambda: 3)
+    monkeypatch.setattr("compute.device.core_limit", lambda: 3)
     assert set_threads(None, 1) == 3
-    monkeypatch.setattr("common.device.core_limit", lambda: None)
+    monkeypatch.setattr("compute.device.core_limit", lambda: None)
     assert set_threads(None, 1) == 32
 
 
@@ -45,7 +51,9 @@ def test_a_service_takes_no_more_threads_than_its_container_may_run(monkeypatch:
         ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "130"}, [0]),
     ],
 )
-def test_a_containers_limit_counts(files: dict[str, str], expected: list[int], tmp_path: Path) -> None:
+def test_a_containers_limit_counts(
+    files: dict[str, str], expected: list[int], tmp_path: Path
+) -> None:
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)

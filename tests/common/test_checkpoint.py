@@ -16,7 +16,12 @@ from tests.golden import CASES, ROOT
 TEXT = {"hidden_size": 8, "max_position_embeddings": 64, "eos_token_id": 3}
 VISION = {"depth": 2}
 PUBLISHED = {"model_type": "qwen2_5_vl", "torch_dtype": "bfloat16", "vision_config": VISION, **TEXT}
-NESTED = {"model_type": "qwen2_5_vl", "dtype": "float32", "vision_config": VISION, "text_config": TEXT}
+NESTED = {
+    "model_type": "qwen2_5_vl",
+    "dtype": "float32",
+    "vision_config": VISION,
+    "text_config": TEXT,
+}
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.float16)}
 
 
@@ -25,7 +30,13 @@ def model(tmp_path: Path) -> Path:
     """A whole model directory."""
     folder = tmp_path / "model"
     folder.mkdir()
-    write(folder, config=NESTED, tokenizer={}, preprocessor_config={}, generation_config={"eos_token_id": [3, 5]})
+    write(
+        folder,
+        config=NESTED,
+        tokenizer={},
+        preprocessor_config={},
+        generation_config={"eos_token_id": [3, 5]},
+    )
     save_file(TENSORS, folder / "model.safetensors")
     return folder
 
@@ -52,12 +63,20 @@ def safetensors(header: Any, data: bytes = b"") -> bytes:
 # What is whole
 
 
-@pytest.mark.parametrize(("config", "dtype"), [(PUBLISHED, "bfloat16"), (NESTED, "float32")], ids=["published", "nested"])
-def test_both_layouts_of_the_configuration_say_the_same(model: Path, config: dict[str, Any], dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(PUBLISHED, "bfloat16"), (NESTED, "float32")], ids=["published", "nested"]
+)
+def test_both_layouts_of_the_configuration_say_the_same(
+    model: Path, config: dict[str, Any], dtype: str
+) -> None:
     write(model, config=config)
     checkpoint = open_checkpoint(model)
     assert {name: checkpoint.text_config[name] for name in TEXT} == TEXT
-    assert (checkpoint.vision_config, checkpoint.max_model_len, checkpoint.dtype) == (VISION, 64, dtype)
+    assert (checkpoint.vision_config, checkpoint.max_model_len, checkpoint.dtype) == (
+        VISION,
+        64,
+        dtype,
+    )
     assert (checkpoint.name, checkpoint.family) == ("model", "qwen2_5_vl")
 
 
@@ -70,13 +89,20 @@ def test_every_tensor_is_listed_with_its_place(model: Path, cut: Callable[[Path]
         "b": ("F16", (4,), 8),
     }
     for name, info in found.items():
-        assert info.file.read_bytes()[info.offset : info.offset + info.num_bytes] == TENSORS[name].tobytes()
+        assert (
+            info.file.read_bytes()[info.offset : info.offset + info.num_bytes]
+            == TENSORS[name].tobytes()
+        )
 
 
 @pytest.mark.parametrize(
-    ("generation", "ids"), [({"eos_token_id": [3, 5]}, (3, 5)), ({"eos_token_id": 7}, (7,)), ({}, (3,)), (None, (3,))], ids=str
+    ("generation", "ids"),
+    [({"eos_token_id": [3, 5]}, (3, 5)), ({"eos_token_id": 7}, (7,)), ({}, (3,)), (None, (3,))],
+    ids=str,
 )
-def test_end_tokens_come_from_the_generation_config_then_from_the_model(model: Path, generation: Any, ids: tuple[int, ...]) -> None:
+def test_end_tokens_come_from_the_generation_config_then_from_the_model(
+    model: Path, generation: Any, ids: tuple[int, ...]
+) -> None:
     (model / "generation_config.json").unlink()
     if generation is not None:
         write(model, generation_config=generation)
@@ -86,7 +112,9 @@ def test_end_tokens_come_from_the_generation_config_then_from_the_model(model: P
 @pytest.mark.parametrize("name", CASES)
 def test_real_checkpoints_open(name: str) -> None:
     checkpoint = open_checkpoint(ROOT / name / "checkpoint")
-    assert checkpoint.max_model_len > 0 and checkpoint.eos_token_ids and len(checkpoint.tensors) > 20
+    assert (
+        checkpoint.max_model_len > 0 and checkpoint.eos_token_ids and len(checkpoint.tensors) > 20
+    )
 
 
 # What is wrong
@@ -147,7 +175,10 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         (put("model.safetensors", b""), "cut off"),
         (put("model.safetensors", b"\x08\0\0\0\0\0\0\0{}"), "cut off"),
         (put("model.safetensors", b"\xff" * 100), "no safetensors file"),
-        (put("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "no safetensors file"),
+        (
+            put("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            "no safetensors file",
+        ),
         (weights(b"nonsense"), "no safetensors file"),
         (weights(b"\xff\xff"), "no safetensors file"),
         (weights([]), "no safetensors file"),
@@ -163,7 +194,9 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         (weights({"a": ENTRY}, b"a"), "cut off"),
     ],
 )
-def test_what_is_wrong_is_told_by_name(model: Path, spoil: Callable[[Path], None], said: str) -> None:
+def test_what_is_wrong_is_told_by_name(
+    model: Path, spoil: Callable[[Path], None], said: str
+) -> None:
     spoil(model)
     with pytest.raises(BadCheckpoint) as caught:
         open_checkpoint(model)
@@ -197,7 +230,19 @@ def save(**changed: np.ndarray) -> Callable[[Path], None]:
         save(a=TENSORS["a"].astype(np.float64)),
         save(a=TENSORS["a"] + 1),
     ],
-    ids=["config", "tokenizer", "tokenizer config", "preprocessor", "template", "generation", "shards", "name", "shape", "dtype", "values"],
+    ids=[
+        "config",
+        "tokenizer",
+        "tokenizer config",
+        "preprocessor",
+        "template",
+        "generation",
+        "shards",
+        "name",
+        "shape",
+        "dtype",
+        "values",
+    ],
 )
 def test_another_model_has_another_fingerprint(model: Path, change: Callable[[Path], Any]) -> None:
     before = open_checkpoint(model).fingerprint
@@ -211,7 +256,9 @@ def test_files_that_are_no_part_of_the_model_do_not_change_its_fingerprint(model
     assert open_checkpoint(model).fingerprint == before
 
 
-def test_the_name_is_the_folders_however_it_is_called(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_is_the_folders_however_it_is_called(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(model)
     assert open_checkpoint(".").name == "model"
     assert isinstance(open_checkpoint("."), Checkpoint)

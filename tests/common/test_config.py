@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from common.config import BadSetting, add_arguments, from_namespace, load, names_of, set_environment_defaults, setting
+from common.config import (
+    BadSetting,
+    add_arguments,
+    from_namespace,
+    load,
+    names_of,
+    set_environment_defaults,
+    setting,
+)
 from common.settings import KNOWN_NAMES, SERVICES
 
 
@@ -42,7 +50,9 @@ def test_defaults_hold_where_nothing_is_said() -> None:
     assert parsed() == Kitchen()
 
 
-def test_a_variable_beats_the_default_and_a_flag_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_beats_the_default_and_a_flag_beats_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TWINLENS_COOK", "Bob")
     monkeypatch.setenv("TWINLENS_NUM_POTS", "7")
     assert parsed("--num-pots", "9") == Kitchen(cook="Bob", num_pots=9)
@@ -64,7 +74,9 @@ def test_a_variable_beats_the_default_and_a_flag_beats_the_variable(monkeypatch:
         ("SECRET", "5", 5),
     ],
 )
-def test_a_variable_is_read_as_its_flag_would_be(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: Any) -> None:
+def test_a_variable_is_read_as_its_flag_would_be(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: Any
+) -> None:
     monkeypatch.setenv(f"TWINLENS_{name}", text)
     assert parsed() == Kitchen(**{name.lower(): value})
 
@@ -96,16 +108,29 @@ def test_a_variable_that_no_command_knows_is_refused(
     assert f"no service or command knows TWINLENS_{name}:" in refused(capsys)
 
 
-def test_a_variable_of_another_command_and_one_that_is_not_ours_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_of_another_command_and_one_that_is_not_ours_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TWINLENS_GAS_BILL", "not a number")
     monkeypatch.setenv("KITCHEN_COOK", "Bob")
     assert parsed() == Kitchen()
 
 
 @pytest.mark.parametrize(
-    "argv", [["--num-pots", "many"], ["--style", "loud"], ["--nothing"], ["--num", "3"], ["extra"], ["--num-pots"]], ids=" ".join
+    "argv",
+    [
+        ["--num-pots", "many"],
+        ["--style", "loud"],
+        ["--nothing"],
+        ["--num", "3"],
+        ["extra"],
+        ["--num-pots"],
+    ],
+    ids=" ".join,
 )
-def test_a_flag_that_cannot_be_ends_with_status_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_a_flag_that_cannot_be_ends_with_status_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
     assert argv[0] in refused(capsys, *argv)
 
 
@@ -115,7 +140,9 @@ def test_a_bool_is_a_flag_and_its_opposite(monkeypatch: pytest.MonkeyPatch) -> N
     assert not parsed("--no-is-open").is_open
 
 
-def test_help_tells_every_flag_its_variable_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_every_flag_its_variable_and_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as exit:
         parsed("--help")
     said = " ".join(capsys.readouterr().out.split())
@@ -130,7 +157,9 @@ def test_no_variable_of_another_command_is_refused_by_a_service(role: str) -> No
     parser = argparse.ArgumentParser()
     add_arguments(SERVICES[role], parser)
     others = KNOWN_NAMES - names_of(SERVICES[role])
-    set_environment_defaults(parser, {f"TWINLENS_{name.upper()}": "x" for name in others}, KNOWN_NAMES)
+    set_environment_defaults(
+        parser, {f"TWINLENS_{name.upper()}": "x" for name in others}, KNOWN_NAMES
+    )
     assert from_namespace(SERVICES[role], parser.parse_args([])) == SERVICES[role]()
     with pytest.raises(BadSetting, match="TWINLENS_NONSENSE"):
         set_environment_defaults(parser, {"TWINLENS_NONSENSE": "x"}, KNOWN_NAMES)

@@ -23,12 +23,20 @@ class Asked:
     """A health port and what it is told."""
 
     def __init__(self) -> None:
-        self.member = control_pb2.Member(id="vision-1", role="vision", state=STARTING, detail="loading weights, 40%")
-        self.load, self.hung, self.registry = (0, 0), False, CollectorRegistry()
-        self.server = HealthServer(free_port(), Health(self.member, lambda: self.load, lambda: self.hung, self.registry))
+        self.member = control_pb2.Member(
+            id="vision-1", role="vision", state=STARTING, detail="loading weights, 40%"
+        )
+        self.load = (0, 0)
+        self.hung = False
+        self.registry = CollectorRegistry()
+        self.server = HealthServer(
+            free_port(), Health(self.member, lambda: self.load, lambda: self.hung, self.registry)
+        )
 
     def get(self, path: str, host: str = "127.0.0.1", method: str = "GET") -> tuple[int, str]:
-        request = urllib.request.Request(f"http://{host}:{self.server.server_address[1]}{path}", method=method)
+        request = urllib.request.Request(
+            f"http://{host}:{self.server.server_address[1]}{path}", method=method
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 return response.status, response.read().decode()
@@ -50,12 +58,14 @@ def test_a_member_that_loads_is_healthy_and_not_ready_and_says_why(asked: Asked)
 
 
 def test_a_ready_member_is_ready(asked: Asked) -> None:
-    asked.member.state, asked.member.detail = READY, ""
+    asked.member.state = READY
+    asked.member.detail = ""
     assert asked.get("/readyz") == (200, "ok\n")
 
 
 def test_a_draining_member_is_healthy_and_gets_nothing_new(asked: Asked) -> None:
-    asked.member.state, asked.member.detail = DRAINING, ""
+    asked.member.state = DRAINING
+    asked.member.detail = ""
     assert asked.get("/healthz")[0] == 200
     assert asked.get("/readyz") == (503, "draining\n")
 
@@ -64,17 +74,22 @@ def test_a_hung_member_is_told_by_the_liveness_probe(asked: Asked) -> None:
     asked.hung = True
     status, said = asked.get("/healthz")
     assert status == 503 and "hung" in said
-    assert 'twinlens_member_hung{group="",id="vision-1",role="vision"} 1.0' in asked.get("/metrics")[1]
+    assert (
+        'twinlens_member_hung{group="",id="vision-1",role="vision"} 1.0' in asked.get("/metrics")[1]
+    )
 
 
 def test_metrics_tell_the_load_of_the_moment_and_what_the_service_counts(asked: Asked) -> None:
     Counter("twinlens_things", "Things.", registry=asked.registry).inc(3)
-    asked.load, asked.member.expected_delay = (1, 7), 2.5
+    asked.load = (1, 7)
+    asked.member.expected_delay = 2.5
     status, text = asked.get("/metrics")
     assert status == 200
     assert 'twinlens_member_in_flight{group="",id="vision-1",role="vision"} 1.0' in text
     assert 'twinlens_member_queued{group="",id="vision-1",role="vision"} 7.0' in text
-    assert 'twinlens_member_expected_delay_seconds{group="",id="vision-1",role="vision"} 2.5' in text
+    assert (
+        'twinlens_member_expected_delay_seconds{group="",id="vision-1",role="vision"} 2.5' in text
+    )
     assert "twinlens_things_total 3.0" in text and "process_resident_memory_bytes" in text
 
 
@@ -92,7 +107,9 @@ def test_it_answers_on_ipv6_as_well(asked: Asked) -> None:
     assert asked.get("/healthz", host="[::1]")[0] == 200
 
 
-def test_one_who_connects_and_says_nothing_keeps_no_probe_waiting(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_who_connects_and_says_nothing_keeps_no_probe_waiting(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Handler, "timeout", None)
     with socket.create_connection(("127.0.0.1", asked.server.server_address[1])):
         assert asked.get("/healthz")[0] == 200
@@ -112,7 +129,8 @@ PROGRAM = """
 import sys
 from common.health import Health, HealthServer
 from proto.twinlens.control.v1 import control_pb2
-server = HealthServer(int(sys.argv[1]), Health(control_pb2.Member(state=2), lambda: (0, 0), lambda: sys.argv[2] == "hung"))
+health = Health(control_pb2.Member(state=2), lambda: (0, 0), lambda: sys.argv[2] == "hung")
+server = HealthServer(int(sys.argv[1]), health)
 print("listens", flush=True)
 sys.stdin.read()
 """
@@ -123,7 +141,9 @@ def service(request: pytest.FixtureRequest) -> Iterator[tuple[str, int, subproce
     """A process with a health port: how it is, its port, and itself."""
     port = free_port()
     command = [sys.executable, "-c", PROGRAM, str(port), request.param]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "listens\n"
         yield request.param, port, process
         process.kill()
@@ -131,11 +151,15 @@ def service(request: pytest.FixtureRequest) -> Iterator[tuple[str, int, subproce
 
 def probe(port: int) -> tuple[int, str]:
     environment = os.environ | {"TWINLENS_HEALTH_PORT": str(port)}
-    done = subprocess.run([ROOT / "scripts" / "probe"], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [ROOT / "scripts" / "probe"], env=environment, capture_output=True, text=True, timeout=30
+    )
     return done.returncode, done.stdout
 
 
-def test_a_containers_check_kills_the_service_that_hangs_and_no_other(service: tuple[str, int, subprocess.Popen[str]]) -> None:
+def test_a_containers_check_kills_the_service_that_hangs_and_no_other(
+    service: tuple[str, int, subprocess.Popen[str]],
+) -> None:
     how, port, process = service
     assert probe(port) == ((0, "ok\n") if how == "works" else (1, "hangs: killed\n"))
     if how == "hung":

@@ -1,4 +1,5 @@
-"""Two processes over ZeroMQ: they greet, talk, refuse who does not fit, and see each other's death."""
+"""Two processes over ZeroMQ: they greet, talk, refuse who does not fit, and see each other's
+death."""
 
 import os
 import queue
@@ -21,7 +22,7 @@ import zmq
 
 from common import links as links_module
 from common import sockets
-from common.events import Down, Event, Received, Up
+from common.events import Event, PeerDown, PeerUp, Received
 from common.hello import hello
 from common.links import Links
 from common.messages import PROTOCOL_VERSION, Abort, Goodbye, Grant, Hello, Offer, Peer, Pixels
@@ -41,7 +42,8 @@ class End:
     def __init__(self, me: Hello, listen: str = "") -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.links = Links(me, listen, "", self.events.put)
-        self.peer, self.role = Peer(me.id, self.links.address), me.role
+        self.peer = Peer(me.id, self.links.address)
+        self.role = me.role
 
     def expect(self, kind: type[E], timeout: float = DEADLINE) -> E:
         """The next event."""
@@ -61,8 +63,8 @@ class End:
 
     def meet(self, other: "End") -> None:
         self.connect(other)
-        assert self.expect(Up).peer_id == other.peer.id
-        assert other.expect(Up).peer_id == self.peer.id
+        assert self.expect(PeerUp).peer_id == other.peer.id
+        assert other.expect(PeerUp).peer_id == self.peer.id
 
 
 Make = Callable[..., End]
@@ -73,7 +75,12 @@ def end() -> Iterator[Make]:
     made: list[End] = []
 
     def make(member_id: str, role: str, listen: str = "", **differing: Any) -> End:
-        fields = {"protocol_version": PROTOCOL_VERSION, "id": member_id, "role": role, "fingerprint": ""}
+        fields = {
+            "protocol_version": PROTOCOL_VERSION,
+            "id": member_id,
+            "role": role,
+            "fingerprint": "",
+        }
         made.append(End(Hello(**fields | differing), listen))
         return made[-1]
 
@@ -123,7 +130,9 @@ while True:
 
 
 @contextmanager
-def child(role: str, listen: str = "", target: str = "") -> Iterator[tuple[subprocess.Popen[str], Peer]]:
+def child(
+    role: str, listen: str = "", target: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], Peer]]:
     """Another process, which prints its address and then what happens to it."""
     command = [sys.executable, "-c", CHILD, role, listen, target]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -153,28 +162,36 @@ def hears(dealer: "zmq.Socket[bytes]") -> Any:
 
 
 def test_both_ends_hear_that_the_other_is_there(end: Make, listen: str) -> None:
-    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    vision = end("v", "vision", listen)
+    preprocess = end("p", "preprocess")
     preprocess.connect(vision)
-    assert preprocess.expect(Up) == Up("v", "vision", vision.links.address)
-    assert vision.expect(Up) == Up("p", "preprocess")
+    assert preprocess.expect(PeerUp) == PeerUp("v", "vision", vision.links.address)
+    assert vision.expect(PeerUp) == PeerUp("p", "preprocess")
 
 
 def test_messages_and_their_tensors_go_both_ways_in_order(end: Make, listen: str) -> None:
-    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    vision = end("v", "vision", listen)
+    preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     patches = np.arange(3 * 2**20, dtype=np.uint8).reshape(3, -1)
-    sent = [Pixels(request_id="r", attempt=1, image=i, patches=Tensor.of(patches[i])) for i in range(3)]
+    sent = [
+        Pixels(request_id="r", attempt=1, image=i, patches=Tensor.of(patches[i])) for i in range(3)
+    ]
     for message in sent:
         preprocess.links.send("v", message)
-    assert [vision.expect(Received) for _ in sent] == [Received("p", "preprocess", message) for message in sent]
+    assert [vision.expect(Received) for _ in sent] == [
+        Received("p", "preprocess", message) for message in sent
+    ]
     vision.links.send("p", GRANT)
     assert preprocess.expect(Received) == Received("v", "vision", GRANT)
 
 
-def test_what_is_sent_before_the_other_end_answered_waits_for_it(vision: End, preprocess: End) -> None:
+def test_what_is_sent_before_the_other_end_answered_waits_for_it(
+    vision: End, preprocess: End
+) -> None:
     preprocess.connect(vision)
     preprocess.links.send("v", Abort(request_id="r", attempt=1))
-    vision.expect(Up)
+    vision.expect(PeerUp)
     assert vision.expect(Received).message == Abort(request_id="r", attempt=1)
 
 
@@ -194,22 +211,29 @@ def test_a_message_to_an_unknown_peer_is_dropped(vision: End, preprocess: End) -
 
 @pytest.mark.parametrize("size", [1, 256 * 1024])
 def test_closing_sends_what_is_waiting(end: Make, listen: str, size: int) -> None:
-    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+    vision = end("v", "vision", listen)
+    preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     for image in range(8):
-        preprocess.links.send("v", Pixels(request_id="r", attempt=1, image=image, patches=Tensor.of_bytes(bytes(size))))
+        preprocess.links.send(
+            "v",
+            Pixels(request_id="r", attempt=1, image=image, patches=Tensor.of_bytes(bytes(size))),
+        )
     preprocess.links.close()
     assert [vision.expect(Received).message.image for _ in range(8)] == list(range(8))
 
 
-def test_what_the_accepting_end_sent_before_it_closed_arrives_before_its_end(end: Make, listen: str) -> None:
-    vision, preprocess = end("v", "vision", listen), end("p", "preprocess")
+def test_what_the_accepting_end_sent_before_it_closed_arrives_before_its_end(
+    end: Make, listen: str
+) -> None:
+    vision = end("v", "vision", listen)
+    preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     for image in range(200):
         vision.links.send("p", Grant(request_id="r", attempt=1, image=image))
     vision.links.close()
     assert [preprocess.expect(Received).message.image for _ in range(200)] == list(range(200))
-    preprocess.expect(Down)
+    preprocess.expect(PeerDown)
 
 
 def test_after_close_every_call_does_nothing(vision: End, preprocess: End) -> None:
@@ -238,20 +262,36 @@ def test_who_does_not_fit_is_told_why_and_the_log_says_it(
     end: Make, of_vision: dict[str, Any], of_other: dict[str, Any], reason: str
 ) -> None:
     vision = end("v", "vision", TCP, **of_vision)
-    misfit = encode(Hello(**{"protocol_version": PROTOCOL_VERSION, "id": "p", "role": "preprocess", "fingerprint": ""} | of_other))
+    misfit = encode(
+        Hello(
+            **{
+                "protocol_version": PROTOCOL_VERSION,
+                "id": "p",
+                "role": "preprocess",
+                "fingerprint": "",
+            }
+            | of_other
+        )
+    )
     with structlog.testing.capture_logs() as logs, stranger(vision.links.address, b"p") as dealer:
         dealer.send_multipart(misfit)
         goodbye = hears(dealer)
     assert isinstance(goodbye, Goodbye) and reason in goodbye.reason
     (line,) = logs
-    assert (line["event"], line["log_level"], line["peer"], line["reason"]) == ("refused a connection", "warning", "p", goodbye.reason)
+    assert (line["event"], line["log_level"], line["peer"], line["reason"]) == (
+        "refused a connection",
+        "warning",
+        "p",
+        goodbye.reason,
+    )
     assert vision.events.empty()
 
 
 def test_the_refused_end_hears_of_it_as_a_death_with_the_reason(end: Make) -> None:
-    vision, preprocess = end("v", "vision", TCP, fingerprint="aa"), end("p", "preprocess", fingerprint="bb")
+    vision = end("v", "vision", TCP, fingerprint="aa")
+    preprocess = end("p", "preprocess", fingerprint="bb")
     preprocess.connect(vision)
-    assert "both must serve the same model directory" in preprocess.expect(Down).reason
+    assert "both must serve the same model directory" in preprocess.expect(PeerDown).reason
 
 
 def test_the_connecting_end_refuses_one_who_does_not_fit(end: Make) -> None:
@@ -263,11 +303,12 @@ def test_the_connecting_end_refuses_one_who_does_not_fit(end: Make) -> None:
         identity, *greeting = router.recv_multipart()
         assert decode(greeting, Hello).id == "p"
         router.send_multipart([identity, *encode(hello("v", "vision", "aa"))])
-        assert "both must serve the same model directory" in preprocess.expect(Down).reason
+        assert "both must serve the same model directory" in preprocess.expect(PeerDown).reason
 
 
 def test_members_that_know_no_model_fit_any(end: Make) -> None:
-    preprocess, gateway = end("p", "preprocess", TCP, fingerprint="aa"), end("g", "gateway")
+    preprocess = end("p", "preprocess", TCP, fingerprint="aa")
+    gateway = end("g", "gateway")
     gateway.meet(preprocess)
 
 
@@ -290,8 +331,12 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize("identity", [b"evil", b"\xff\xfe", b""], ids=["named", "no text", "unnamed"])
-def test_a_stranger_who_sends_nonsense_does_no_harm(vision: End, preprocess: End, identity: bytes) -> None:
+@pytest.mark.parametrize(
+    "identity", [b"evil", b"\xff\xfe", b""], ids=["named", "no text", "unnamed"]
+)
+def test_a_stranger_who_sends_nonsense_does_no_harm(
+    vision: End, preprocess: End, identity: bytes
+) -> None:
     with stranger(vision.links.address, identity) as dealer:
         for frames in NONSENSE:
             dealer.send_multipart(frames)
@@ -309,7 +354,9 @@ def test_one_who_speaks_another_protocol_does_no_harm(vision: End, preprocess: E
         preprocess.meet(vision)
 
 
-def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(monkeypatch: pytest.MonkeyPatch, end: Make, preprocess: End) -> None:
+def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(
+    monkeypatch: pytest.MonkeyPatch, end: Make, preprocess: End
+) -> None:
     monkeypatch.setattr(sockets, "MAX_TENSOR_BYTES", 2**20)
     vision = end("v", "vision", TCP)
     with stranger(vision.links.address, b"x") as dealer:
@@ -322,14 +369,18 @@ def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(monkeypatch: py
     assert vision.events.empty()
 
 
-@pytest.mark.parametrize("frames", [[b"nonsense"], encode(GRANT), [b""]], ids=["nonsense", "another hop's", "empty"])
-def test_a_peer_that_sends_what_is_no_message_of_the_hop_is_dropped(vision: End, frames: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    "frames", [[b"nonsense"], encode(GRANT), [b""]], ids=["nonsense", "another hop's", "empty"]
+)
+def test_a_peer_that_sends_what_is_no_message_of_the_hop_is_dropped(
+    vision: End, frames: list[bytes]
+) -> None:
     with stranger(vision.links.address, b"p") as dealer:
         dealer.send_multipart(encode(hello("p", "preprocess")))
         assert hears(dealer).id == "v"
-        vision.expect(Up)
+        vision.expect(PeerUp)
         dealer.send_multipart(frames)
-        assert "no message" in vision.expect(Down).reason
+        assert "no message" in vision.expect(PeerDown).reason
 
 
 # Death, and what comes after it
@@ -338,24 +389,27 @@ def test_a_peer_that_sends_what_is_no_message_of_the_hop_is_dropped(vision: End,
 def test_the_death_of_the_accepting_process_is_seen_at_once(preprocess: End, listen: str) -> None:
     with child("vision", listen) as (process, peer):
         preprocess.links.connect(peer, "vision")
-        preprocess.expect(Up)
+        preprocess.expect(PeerUp)
         process.kill()
         # The lease is longer.
-        assert "its connection broke" in preprocess.expect(Down, timeout=2.5).reason
+        assert "its connection broke" in preprocess.expect(PeerDown, timeout=2.5).reason
 
 
-def test_the_death_of_the_connecting_process_is_seen_by_its_lease(short_lease: float, end: Make) -> None:
+def test_the_death_of_the_connecting_process_is_seen_by_its_lease(
+    short_lease: float, end: Make
+) -> None:
     vision = end("v", "vision", TCP)
     with child("preprocess", target=vision.links.address) as (process, _):
-        vision.expect(Up)
+        vision.expect(PeerUp)
         process.kill()
         killed = time.monotonic()
-        assert "no sign of life" in vision.expect(Down).reason
+        assert "no sign of life" in vision.expect(PeerDown).reason
         assert time.monotonic() - killed > short_lease / 2
 
 
 def test_a_peer_that_is_idle_but_alive_keeps_its_lease(short_lease: float, end: Make) -> None:
-    vision, preprocess = end("v", "vision", TCP), end("p", "preprocess")
+    vision = end("v", "vision", TCP)
+    preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     assert preprocess.hears_nothing(3 * short_lease)
     assert vision.events.empty()
@@ -365,91 +419,119 @@ def test_a_frozen_acceptor_is_dead_after_its_lease(short_lease: float, end: Make
     preprocess = end("p", "preprocess")
     with child("vision", TCP) as (process, peer):
         preprocess.links.connect(peer, "vision")
-        preprocess.expect(Up)
+        preprocess.expect(PeerUp)
         process.send_signal(signal.SIGSTOP)
-        assert "no sign of life" in preprocess.expect(Down).reason
+        assert "no sign of life" in preprocess.expect(PeerDown).reason
 
 
-def test_a_thawed_process_learns_that_its_lease_ended_and_comes_back(short_lease: float, end: Make) -> None:
+def test_a_thawed_process_learns_that_its_lease_ended_and_comes_back(
+    short_lease: float, end: Make
+) -> None:
     vision = end("v", "vision", TCP)
     with child("preprocess", target=vision.links.address) as (process, _):
-        vision.expect(Up)
+        vision.expect(PeerUp)
         process.send_signal(signal.SIGSTOP)
-        vision.expect(Down)
+        vision.expect(PeerDown)
         process.send_signal(signal.SIGCONT)
-        vision.expect(Up)
+        vision.expect(PeerUp)
         assert process.stdout is not None
-        assert [process.stdout.readline().strip() for _ in range(3)] == ["Up", "Down", "Up"]
+        assert [process.stdout.readline().strip() for _ in range(3)] == [
+            "PeerUp",
+            "PeerDown",
+            "PeerUp",
+        ]
 
 
-def test_a_process_that_comes_back_under_another_id_is_another_peer(end: Make, preprocess: End, tmp_path: Path) -> None:
+def test_a_process_that_comes_back_under_another_id_is_another_peer(
+    end: Make, preprocess: End, tmp_path: Path
+) -> None:
     address = f"ipc://{tmp_path}/inbox"
     for member_id in ("v-1", "v-2"):
         vision = end(member_id, "vision", address)
         preprocess.meet(vision)
         vision.links.close()
-        assert preprocess.expect(Down).peer_id == member_id
+        assert preprocess.expect(PeerDown).peer_id == member_id
 
 
 def test_another_who_answers_at_an_address_is_left(end: Make, preprocess: End) -> None:
     vision = end("v-2", "vision", TCP)
     preprocess.links.connect(Peer("v-1", vision.links.address), "vision")
-    assert preprocess.expect(Down) == Down("v-1", "vision", "another process has its address")
+    assert preprocess.expect(PeerDown) == PeerDown(
+        "v-1", "vision", "another process has its address"
+    )
 
 
 def test_a_peer_that_connects_anew_ends_its_former_life(end: Make, vision: End) -> None:
     end("p", "preprocess").meet(vision)
     again = end("p", "preprocess")
     again.connect(vision)
-    assert vision.expect(Down) == Down("p", "preprocess", "it connected anew")
-    vision.expect(Up)
+    assert vision.expect(PeerDown) == PeerDown("p", "preprocess", "it connected anew")
+    vision.expect(PeerUp)
     vision.links.send("p", GRANT)
-    again.expect(Up)
+    again.expect(PeerUp)
     assert again.expect(Received).message == GRANT
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///nowhere/inbox", "nonsense", "", "tcp://", "tcp://127.0.0.1:99999"])
-def test_an_address_where_nobody_is_is_a_death_and_no_more(vision: End, preprocess: End, address: str) -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://127.0.0.1:1",
+        "ipc:///nowhere/inbox",
+        "nonsense",
+        "",
+        "tcp://",
+        "tcp://127.0.0.1:99999",
+    ],
+)
+def test_an_address_where_nobody_is_is_a_death_and_no_more(
+    vision: End, preprocess: End, address: str
+) -> None:
     preprocess.links.connect(Peer("x", address), "vision")
-    assert preprocess.expect(Down).peer_id == "x"
+    assert preprocess.expect(PeerDown).peer_id == "x"
     preprocess.meet(vision)
 
 
-def test_a_kept_connection_is_made_again_when_its_peer_returns(monkeypatch: pytest.MonkeyPatch, end: Make, tmp_path: Path) -> None:
+def test_a_kept_connection_is_made_again_when_its_peer_returns(
+    monkeypatch: pytest.MonkeyPatch, end: Make, tmp_path: Path
+) -> None:
     monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.1)
-    preprocess, address = end("p", "preprocess"), f"ipc://{tmp_path}/inbox"
+    preprocess = end("p", "preprocess")
+    address = f"ipc://{tmp_path}/inbox"
     preprocess.links.keep_connected([(Peer("v", address), "vision")])
-    preprocess.expect(Down)
+    preprocess.expect(PeerDown)
     vision = end("v", "vision", address)
-    vision.expect(Up)
-    while isinstance(preprocess.events.get(timeout=DEADLINE), Down):
+    vision.expect(PeerUp)
+    while isinstance(preprocess.events.get(timeout=DEADLINE), PeerDown):
         pass
     preprocess.links.send("v", Abort(request_id="r", attempt=1))
     vision.expect(Received)
 
 
-def test_sending_to_a_peer_whose_death_is_not_read_yet_does_no_harm(end: Make, preprocess: End) -> None:
-    """The connection broke, and before the I/O thread reads of it, it runs the commands that wait."""
+def test_sending_to_a_peer_whose_death_is_not_read_yet_does_no_harm(
+    end: Make, preprocess: End
+) -> None:
+    """The connection broke, and before the I/O thread reads of it, it runs the commands that
+    wait."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     killed = threading.Event()
 
     def hear(event: Event) -> None:
         events.put(event)
-        if isinstance(event, Up):
+        if isinstance(event, PeerUp):
             killed.wait(DEADLINE)
 
     links = Links(hello("p", "preprocess"), "", "", hear)
     try:
         with child("vision", TCP) as (process, peer):
             links.connect(peer, "vision")
-            assert isinstance(events.get(timeout=DEADLINE), Up)
+            assert isinstance(events.get(timeout=DEADLINE), PeerUp)
             (remote,) = links._remotes.values()
             process.kill()
             assert remote.monitor is not None and remote.monitor.poll(DEADLINE * 1000)
             for _ in range(10):
                 links.send("child", Abort(request_id="r", attempt=1))
             killed.set()
-            assert isinstance(events.get(timeout=DEADLINE), Down)
+            assert isinstance(events.get(timeout=DEADLINE), PeerDown)
     finally:
         killed.set()
         links.close()
@@ -465,7 +547,8 @@ def open_files() -> int:
 def test_fifty_connections_leave_no_file_open(end: Make) -> None:
     before = open_files()
     for _ in range(50):
-        vision, preprocess = End(hello("v", "vision"), TCP), End(hello("p", "preprocess"))
+        vision = End(hello("v", "vision"), TCP)
+        preprocess = End(hello("p", "preprocess"))
         preprocess.meet(vision)
         preprocess.links.close()
         vision.links.close()
@@ -476,7 +559,7 @@ def test_connections_that_fail_leave_no_file_open(preprocess: End) -> None:
     before = open_files()
     for _ in range(50):
         preprocess.links.connect(Peer("x", "tcp://127.0.0.1:1"), "vision")
-        preprocess.expect(Down)
+        preprocess.expect(PeerDown)
     # The last ones may be on their way to be closed.
     assert open_files() < before + 25
 
@@ -495,7 +578,14 @@ def test_the_advertised_host_stands_for_the_one_listened_on() -> None:
 
 def test_offers_arrive_whole(vision: End, preprocess: End) -> None:
     offer = Offer(
-        request_id="r", attempt=1, image=0, mm_hash="h", grid_thw=(1, 4, 4), num_patches=16, llm=Peer("l", "tcp://127.0.0.1:1"), timeout=1.5
+        request_id="r",
+        attempt=1,
+        image=0,
+        mm_hash="h",
+        grid_thw=(1, 4, 4),
+        num_patches=16,
+        llm=Peer("l", "tcp://127.0.0.1:1"),
+        timeout=1.5,
     )
     preprocess.meet(vision)
     preprocess.links.send("v", offer)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.events import Down, Up
+from common.events import PeerDown, PeerUp
 from common.hello import hello
 from common.links import Links
 from common.messages import Peer
@@ -49,28 +49,36 @@ def hangable() -> Iterator[Make]:
         each.links.close()
 
 
-def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(end: Make, hangable: Make) -> None:  # noqa: F811
-    vision, preprocess = hangable("v", "vision", TCP), end("p", "preprocess")
+def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(
+    end: Make,  # noqa: F811
+    hangable: Make,
+) -> None:
+    vision = hangable("v", "vision", TCP)
+    preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     assert isinstance(vision, HangableEnd)
     vision.progress.hangs.set()
-    assert preprocess.expect(Down).reason == "hung: its work loop made no progress for 7 s"
-    vision.expect(Down)  # it drops what it holds, once it reads its events again
+    assert preprocess.expect(PeerDown).reason == "hung: its work loop made no progress for 7 s"
+    vision.expect(PeerDown)  # it drops what it holds, once it reads its events again
     preprocess.connect(vision)
-    assert "hung" in preprocess.expect(Down).reason, "refused as long as it hangs"
+    assert "hung" in preprocess.expect(PeerDown).reason, "refused as long as it hangs"
     vision.progress.hangs.clear()
     preprocess.meet(vision)
 
 
-def test_who_hangs_does_not_connect_anew(end: Make, hangable: Make) -> None:  # noqa: F811
-    vision, preprocess = end("v", "vision", TCP), hangable("p", "preprocess")
+def test_a_hung_process_does_not_reconnect(
+    end: Make,  # noqa: F811
+    hangable: Make,
+) -> None:
+    vision = end("v", "vision", TCP)
+    preprocess = hangable("p", "preprocess")
     assert isinstance(preprocess, HangableEnd)
     preprocess.links.keep_connected([(vision.peer, "vision")])
-    preprocess.expect(Up)
-    vision.expect(Up)
+    preprocess.expect(PeerUp)
+    vision.expect(PeerUp)
     preprocess.progress.hangs.set()
-    assert "hung" in vision.expect(Down).reason
-    preprocess.expect(Down)
+    assert "hung" in vision.expect(PeerDown).reason
+    preprocess.expect(PeerDown)
     assert vision.hears_nothing(seconds=2.5)
     preprocess.progress.hangs.clear()
-    vision.expect(Up)
+    vision.expect(PeerUp)

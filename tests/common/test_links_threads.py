@@ -1,4 +1,5 @@
-"""Many threads send at once, in both directions: nothing is lost, and each thread's messages keep their order."""
+"""Many threads send at once, in both directions: nothing is lost, and each thread's messages keep
+their order."""
 
 import queue
 import threading
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 
 from common import links as links_module
-from common.events import Received, Up
+from common.events import PeerUp, Received
 from common.hello import hello
 from common.links import Links
 from common.messages import Abort, Grant, Peer
 
-NUM_THREADS, NUM_MESSAGES = 4, 400
+NUM_THREADS = 4
+NUM_MESSAGES = 400
 DEADLINE = 60.0
 
 Ends = tuple[Links, "queue.SimpleQueue[Any]"]
@@ -23,12 +25,15 @@ Ends = tuple[Links, "queue.SimpleQueue[Any]"]
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Iterator[tuple[Ends, Ends]]:
-    inboxes: tuple[queue.SimpleQueue[Any], queue.SimpleQueue[Any]] = (queue.SimpleQueue(), queue.SimpleQueue())
+    inboxes: tuple[queue.SimpleQueue[Any], queue.SimpleQueue[Any]] = (
+        queue.SimpleQueue(),
+        queue.SimpleQueue(),
+    )
     vision = Links(hello("v", "vision"), f"ipc://{tmp_path}/inbox", "", inboxes[0].put)
     preprocess = Links(hello("p", "preprocess"), "", "", inboxes[1].put)
     preprocess.connect(Peer("v", vision.address), "vision")
     for inbox in inboxes:
-        assert isinstance(inbox.get(timeout=DEADLINE), Up)
+        assert isinstance(inbox.get(timeout=DEADLINE), PeerUp)
     yield (vision, inboxes[0]), (preprocess, inboxes[1])
     preprocess.close()
     vision.close()
@@ -69,7 +74,8 @@ def test_threads_that_send_at_once_lose_nothing(ends: tuple[Ends, Ends]) -> None
 def test_a_message_whose_news_sending_took_does_not_wait_for_the_next_beat(
     ends: tuple[Ends, Ends], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each answer comes while its receiver sends: without another look, one of them would lie there until something else comes."""
+    """Each answer comes while its receiver sends: without another look, one of them would lie there
+    until something else comes."""
     monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
     (vision, at_vision), (preprocess, at_preprocess) = ends
     for n in range(NUM_MESSAGES):

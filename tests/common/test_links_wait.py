@@ -1,4 +1,5 @@
-"""A work loop that waits for its connections itself, and the I/O thread that stands in where it does not."""
+"""A work loop that waits for its connections itself, and the I/O thread that stands in where it
+does not."""
 
 import select
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from common import links as links_module
-from common.events import Down, Received
+from common.events import PeerDown, Received
 from common.hello import hello
 from common.links import Links
 from common.messages import Abort, Peer
@@ -52,7 +53,10 @@ class Vision:
         self.num_sent += 1
 
     def wait_for(self, attempt: int) -> None:
-        while not self.events or getattr(getattr(self.events[-1], "message", None), "attempt", None) != attempt:
+        while (
+            not self.events
+            or getattr(getattr(self.events[-1], "message", None), "attempt", None) != attempt
+        ):
             self.links.wait(DEADLINE)
 
     def close(self) -> None:
@@ -111,7 +115,9 @@ def test_a_loop_of_its_own_is_told_by_the_descriptor(vision: Vision) -> None:
         vision.links.wait(0.0)
 
 
-def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(links_module, "LEASE_SECONDS", 0.5)
     vision = Vision(tmp_path)
@@ -125,7 +131,7 @@ def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(tmp_path: Path, mon
 
     vision.links._beat = beat_and_beat_no_more  # type: ignore[method-assign]
     ends = time.monotonic() + DEADLINE
-    while not any(isinstance(event, Down) for event in vision.events):
+    while not any(isinstance(event, PeerDown) for event in vision.events):
         vision.links.wait(DEADLINE)
     assert time.monotonic() < ends
     vision.close()

@@ -1,4 +1,5 @@
-"""What is logged: one JSON object a line, or readable on a terminal; never the values of local variables."""
+"""What is logged: one JSON object a line, or readable on a terminal; never the values of local
+variables."""
 
 import json
 import subprocess
@@ -36,7 +37,14 @@ except ValueError:
 
 
 def logged(log_format: str) -> str:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, log_format], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, log_format],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
     assert not done.stdout
     return done.stderr
 
@@ -49,7 +57,13 @@ def test_json_has_one_object_a_line_with_the_same_keys_from_us_and_from_librarie
     ready, library, failed, _ = lines()
     common = {"event", "level", "timestamp", "service"}
     assert ready.keys() == common | {"member", "num_patches", "path", "text"}
-    assert (ready["event"], ready["level"], ready["service"], ready["member"], ready["num_patches"]) == (
+    assert (
+        ready["event"],
+        ready["level"],
+        ready["service"],
+        ready["member"],
+        ready["num_patches"],
+    ) == (
         "ready",
         "info",
         "vision",

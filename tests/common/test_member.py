@@ -1,4 +1,5 @@
-"""A member drains: it says so to everyone, its work loop hears of it, and its events end when it holds nothing."""
+"""A member drains: it says so to everyone, its work loop hears of it, and its events end when it
+holds nothing."""
 
 import itertools
 import queue
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from common import member
-from common.events import Draining, Received, Up
+from common.events import PeerDraining, PeerUp, Received
 from common.hello import hello
 from common.links import Links
 from common.member import Drain, Member
@@ -21,7 +22,16 @@ from common.process import Stop
 from common.settings import VisionSettings
 
 DEADLINE = 20.0
-OFFER = Offer(request_id="r", attempt=0, image=0, mm_hash="h", grid_thw=(1, 2, 2), num_patches=4, llm=Peer("llm", "ipc://x"), timeout=9.0)
+OFFER = Offer(
+    request_id="r",
+    attempt=0,
+    image=0,
+    mm_hash="h",
+    grid_thw=(1, 2, 2),
+    num_patches=4,
+    llm=Peer("llm", "ipc://x"),
+    timeout=9.0,
+)
 
 
 class NoControlPlane:
@@ -50,7 +60,8 @@ class Vision:
     """A vision member whose load the test sets."""
 
     def __init__(self, **options: Any) -> None:
-        self.stop, self.load = Stop(), (0, 0)
+        self.stop = Stop()
+        self.load = (0, 0)
         self.member = Member(VisionSettings(), "vision", self.stop, lambda: self.load, **options)
         self.states: list[int] = self.member.membership.states  # type: ignore[attr-defined]
 
@@ -62,7 +73,7 @@ class Client:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.links = Links(hello(member_id, "preprocess"), "", "", self.events.put)
         self.links.connect(vision.member.peer, "vision")
-        assert isinstance(self.next(), Up)
+        assert isinstance(self.next(), PeerUp)
 
     def next(self) -> Any:
         return self.events.get(timeout=DEADLINE)
@@ -77,7 +88,7 @@ def vision() -> Iterator[Vision]:
 
 def works(vision: Vision) -> None:
     """Its work loop has begun."""
-    assert vision.member.waiting_events(wait=False) == []
+    assert vision.member.take_events(wait=False) == []
 
 
 def test_who_is_connected_hears_that_it_drains_and_who_connects_later_too(vision: Vision) -> None:
@@ -85,9 +96,9 @@ def test_who_is_connected_hears_that_it_drains_and_who_connects_later_too(vision
     early = Client("preprocess-1", vision)
     vision.member.ready()
     vision.stop.drain()
-    assert early.next() == Draining(vision.member.id, "vision")
+    assert early.next() == PeerDraining(vision.member.id, "vision")
     late = Client("preprocess-2", vision)
-    assert late.next() == Draining(vision.member.id, "vision")
+    assert late.next() == PeerDraining(vision.member.id, "vision")
     assert vision.states == [READY, DRAINING]
     for client in (early, late):
         client.links.close()
@@ -97,31 +108,35 @@ def test_the_loop_hears_of_it_once_and_ends_when_nothing_is_held(vision: Vision)
     vision.load = (1, 0)
     works(vision)
     vision.stop.drain()
-    assert vision.member.waiting_events(wait=True) == [Drain()]
-    assert vision.member.waiting_events(wait=True, timeout=2 * member.QUIET_SECONDS) == []  # it holds something
+    assert vision.member.take_events(wait=True) == [Drain()]
+    # It holds something.
+    assert vision.member.take_events(wait=True, timeout=2 * member.QUIET_SECONDS) == []
     vision.load = (0, 0)
-    assert vision.member.waiting_events(wait=True) is None
+    assert vision.member.take_events(wait=True) is None
     assert vision.member.next_event() is None
 
 
 def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision) -> None:
     works(vision)
     client = Client("preprocess-1", vision)
-    assert isinstance(vision.member.next_event(), Up)
+    assert isinstance(vision.member.next_event(), PeerUp)
     vision.stop.drain()
     assert vision.member.next_event() == Drain()
     client.links.send(vision.member.id, OFFER)
     event = vision.member.next_event()
     assert isinstance(event, Received) and event.message == OFFER
     vision.member.links.send("preprocess-1", Grant(request_id="r", attempt=0, image=0))
-    assert client.next() == Draining(vision.member.id, "vision")
+    assert client.next() == PeerDraining(vision.member.id, "vision")
     assert isinstance(client.next(), Received)  # it goes on talking
     client.links.close()
 
 
 @pytest.mark.parametrize(("role", "num_heard"), [("llm", 2), ("preprocess", 9)])
-def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that it gives work to tell it of their load all the time, and it would never be quiet."""
+def test_only_what_may_bring_work_keeps_it(
+    role: str, num_heard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it gives work to tell it of their load all the time, and it would never be
+    quiet."""
     one = Vision(drains=True, peers=("llm",))
     works(one)
     one.stop.drain()
@@ -136,10 +151,12 @@ def test_only_what_may_bring_work_keeps_it(role: str, num_heard: int, monkeypatc
     one.member.close()
 
 
-def test_before_it_leaves_it_hears_what_came_while_it_worked(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_it_leaves_it_hears_what_came_while_it_worked(
+    vision: Vision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     works(vision)
     client = Client("p", vision)
-    assert isinstance(vision.member.next_event(), Up)
+    assert isinstance(vision.member.next_event(), PeerUp)
     vision.stop.drain()
     assert vision.member.next_event() == Drain()
     monkeypatch.setattr(member, "QUIET_SECONDS", DEADLINE)
@@ -152,7 +169,7 @@ def test_before_it_leaves_it_hears_what_came_while_it_worked(vision: Vision, mon
 def test_while_it_drains_no_other_state_is_told(vision: Vision) -> None:
     works(vision)
     vision.stop.drain()
-    vision.member.waits_for(["llm"])
+    vision.member.set_missing_roles(["llm"])
     vision.member.ready()
     assert vision.states == [DRAINING]
 
@@ -167,7 +184,9 @@ def test_while_it_loads_it_leaves_at_once(vision: Vision, monkeypatch: pytest.Mo
         vision.stop.drain()
 
 
-def test_to_stop_does_not_wait_for_the_end_of_loading(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_stop_does_not_wait_for_the_end_of_loading(
+    vision: Vision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     statuses: queue.SimpleQueue[int] = queue.SimpleQueue()
     monkeypatch.setattr(member, "leave", statuses.put)
     vision.stop.set()
@@ -194,7 +213,7 @@ def test_a_standby_is_ready_when_it_is_promoted() -> None:
 def test_one_that_is_promoted_while_it_loads_is_ready_when_it_has_loaded() -> None:
     one = Vision(standby=True)
     one.stop.promote()
-    one.member.waits_for(["llm"])
+    one.member.set_missing_roles(["llm"])
     assert one.states == [STARTING]
     one.member.ready()
     assert one.states == [STARTING, READY]

@@ -24,7 +24,8 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 @pytest.fixture
 def pair(context: zmq.Context[zmq.Socket[bytes]]) -> Pair:
     """Two connected sockets; the first is the one that is watched."""
-    near, far = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    near = context.socket(zmq.PAIR)
+    far = context.socket(zmq.PAIR)
     port = far.bind_to_random_port("tcp://127.0.0.1")
     near.connect(f"tcp://127.0.0.1:{port}")
     far.send(b"hello")
@@ -83,7 +84,9 @@ def test_news_that_sending_took_from_the_descriptor_are_found(pair: Pair, poller
     far.send(b"1")
     descriptor = near.getsockopt(zmq.FD)
     assert select.select([descriptor], [], [], LONG)[0]
-    while select.select([descriptor], [], [], 0)[0]:  # ZeroMQ looks at its news only now and then while it sends
+    while select.select([descriptor], [], [], 0)[
+        0
+    ]:  # ZeroMQ looks at its news only now and then while it sends
         near.send(b"x")
         far.recv()
     poller.used(near)

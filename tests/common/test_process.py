@@ -1,4 +1,5 @@
-"""The life of a service: how it ends, with which status, and that it does not outlive its launcher."""
+"""The life of a service: how it ends, with which status, and that it does not outlive its
+launcher."""
 
 import contextlib
 import os
@@ -41,7 +42,12 @@ subprocess.run([sys.executable, "-c", sys.argv[1], f"--die-with-parent={os.getpi
 def start(*command: str) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own, of which nothing is left afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-c", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-c", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
     )
     with process:
         try:
@@ -65,7 +71,9 @@ def service(body: str) -> str:
         ("raise KeyError('a mistake of ours')", 1, "a mistake of ours"),
     ],
 )
-def test_a_service_ends_with_a_status_and_its_reason_whatever_threads_are_left(body: str, status: int, said: str) -> None:
+def test_a_service_ends_with_a_status_and_its_reason_whatever_threads_are_left(
+    body: str, status: int, said: str
+) -> None:
     with start(service(body), "--log-format=json") as process:
         out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (status, "up\n")
@@ -103,8 +111,12 @@ def test_a_wrong_flag_ends_with_status_2() -> None:
     assert "--nothing" in err
 
 
-DRAINS = """stop.on_drain(lambda: print("drains", flush=True)); stop.on_promotion(lambda: print("promoted", flush=True)); print("can drain", flush=True)
-    stop.wait(); print("stops", flush=True); {then}"""
+DRAINS = """stop.on_drain(lambda: print("drains", flush=True))
+    stop.on_promotion(lambda: print("promoted", flush=True))
+    print("can drain", flush=True)
+    stop.wait()
+    print("stops", flush=True)
+    {then}"""
 
 
 def ladder(*numbers: signal.Signals, then: str = "pass") -> tuple[int, list[str]]:
@@ -132,15 +144,26 @@ def test_sigint_stops_a_service_that_can_drain() -> None:
 def test_a_signal_to_a_service_that_stops_ends_it_at_once() -> None:
     hangs = "threading.Event().wait()"
     assert ladder(signal.SIGINT, signal.SIGINT, then=hangs) == (1, ["stops", ""])
-    assert ladder(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, then=hangs) == (1, ["drains", "stops", ""])
+    assert ladder(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, then=hangs) == (
+        1,
+        ["drains", "stops", ""],
+    )
 
 
 def test_sigusr1_promotes_and_is_no_step_towards_the_end() -> None:
-    assert ladder(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) == (0, ["promoted", "drains", "stops"])
+    assert ladder(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) == (
+        0,
+        ["promoted", "drains", "stops"],
+    )
 
 
-LOCKED_FOR_EVER = """import ctypes; mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-    stop.on_drain(lambda: print("drains", flush=True)); print("in a call", flush=True); lock(mutex); lock(mutex)"""
+LOCKED_FOR_EVER = """import ctypes
+    mutex = ctypes.create_string_buffer(64)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    stop.on_drain(lambda: print("drains", flush=True))
+    print("in a call", flush=True)
+    lock(mutex)
+    lock(mutex)"""
 
 
 def test_a_signal_is_heard_while_the_main_thread_is_in_a_long_call() -> None:

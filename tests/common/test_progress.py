@@ -76,9 +76,12 @@ def test_a_process_that_was_stopped_as_a_whole_is_not_hung_when_it_goes_on() -> 
 
 
 def test_units_are_measured_and_the_next_of_their_size_gets_four_times_as_long() -> None:
-    watched, times = Watched(), UnitTimes()
+    watched = Watched()
+    times = UnitTimes()
     with watched.progress.unit(times, 100):
-        assert not watched.is_hung_after(4 * UNMEASURED_SECONDS), "the first of all may compile and read"
+        assert not watched.is_hung_after(4 * UNMEASURED_SECONDS), (
+            "the first of all may compile and read"
+        )
         assert watched.is_hung_after(1)
     assert times.expected(100) == pytest.approx(61)
     assert not watched.progress.is_hung()
@@ -86,7 +89,7 @@ def test_units_are_measured_and_the_next_of_their_size_gets_four_times_as_long()
         assert not watched.is_hung_after(240)
 
 
-def test_a_size_that_was_never_seen_is_expected_to_take_as_long_as_the_nearest_at_the_same_pace() -> None:
+def test_an_unseen_size_is_expected_to_take_as_long_as_the_nearest_at_the_same_pace() -> None:
     times = UnitTimes()
     times.measured(100, 2.0)
     assert times.expected(100) == times.expected(127) == 2.0

@@ -13,7 +13,9 @@ from tests.golden import CASES, GoldenCase
 def test_tower_and_language_model_are_the_whole_checkpoint(name: str) -> None:
     checkpoint = open_checkpoint(GoldenCase(name).checkpoint)
     sizes = Sizes(checkpoint, 2)
-    assert sizes.vision_bytes + sizes.rank_bytes(1) == 2 * sum(prod(info.shape) for info in checkpoint.tensors.values())
+    assert sizes.vision_bytes + sizes.rank_bytes(1) == 2 * sum(
+        prod(info.shape) for info in checkpoint.tensors.values()
+    )
     assert 0 < sizes.vision_bytes < Sizes(checkpoint, 4).vision_bytes
 
 
@@ -24,14 +26,23 @@ def test_ranks_share_keys_and_values_as_far_as_there_are_heads() -> None:
     per_head = sizes.kv_bytes_per_token(num_kv_heads)
     assert sizes.kv_bytes_per_token(1) == num_kv_heads * per_head
     assert sizes.kv_bytes_per_token(8) == per_head
-    assert 8 * sizes.rank_bytes(8) > sizes.rank_bytes(1), "norms and shared key heads are on every rank"
+    assert 8 * sizes.rank_bytes(8) > sizes.rank_bytes(1), (
+        "norms and shared key heads are on every rank"
+    )
 
 
 @pytest.mark.parametrize(
     ("counts", "num_kv_heads", "world_size", "fits"),
-    [((28, 18944, 152064), 4, 4, True), ((28, 18944, 152064), 4, 8, False), ((16, 64, 64), 2, 8, True), ((16, 64, 64), 3, 2, False)],
+    [
+        ((28, 18944, 152064), 4, 4, True),
+        ((28, 18944, 152064), 4, 8, False),
+        ((16, 64, 64), 2, 8, True),
+        ((16, 64, 64), 3, 2, False),
+    ],
 )
-def test_what_divides(counts: tuple[int, ...], num_kv_heads: int, world_size: int, fits: bool) -> None:
+def test_what_divides(
+    counts: tuple[int, ...], num_kv_heads: int, world_size: int, fits: bool
+) -> None:
     assert is_divisible(counts, num_kv_heads, world_size) == fits
 
 

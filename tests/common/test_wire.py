@@ -1,4 +1,5 @@
-"""Messages to frames and back: nothing is lost or copied, and whatever is no message is a WireError and nothing else."""
+"""Messages to frames and back: nothing is lost or copied, and whatever is no message is a WireError
+and nothing else."""
 
 import itertools
 import math
@@ -51,7 +52,13 @@ WITH_TENSORS = [kind for kind in MESSAGES if tensors_in(sample(kind, Tensor.of_b
 
 BYTE = Tensor.of_bytes(b"x")
 GRANT = {"type": "Grant", "request_id": "r", "attempt": 1, "image": 0}
-PIXELS = {"type": "Pixels", "request_id": "r", "attempt": 1, "image": 0, "patches": [1, "uint8", [2]]}
+PIXELS = {
+    "type": "Pixels",
+    "request_id": "r",
+    "attempt": 1,
+    "image": 0,
+    "patches": [1, "uint8", [2]],
+}
 
 
 def pixels(patches: Any, *frames: bytes) -> list[Buffer]:
@@ -68,7 +75,9 @@ def header_of(message: msgspec.Struct) -> dict[str, Any]:
 @EVERY_HOP
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_every_message_of_every_hop_comes_back_as_it_was(hop: tuple[str, str], data: st.DataObject) -> None:
+def test_every_message_of_every_hop_comes_back_as_it_was(
+    hop: tuple[str, str], data: st.DataObject
+) -> None:
     message = data.draw(st.one_of(*map(any_message, kinds(HOPS[hop]))))
     frames = [memoryview(frame) for frame in encode(message)]
     assert decode(frames, HOPS[hop]) == message
@@ -99,7 +108,10 @@ def test_the_largest_message_of_a_kind_is_within_the_limits(kind: type[msgspec.S
 @pytest.mark.parametrize("dtype", sorted(NUMPY_DTYPES.keys() - {"bfloat16"}))
 def test_an_array_comes_back_with_its_shape_and_values(dtype: str, shape: tuple[int, ...]) -> None:
     array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
-    back = decode(encode(Pixels(request_id="r", attempt=1, image=0, patches=Tensor.of(array))), PreprocessToVision).patches.numpy()
+    back = decode(
+        encode(Pixels(request_id="r", attempt=1, image=0, patches=Tensor.of(array))),
+        PreprocessToVision,
+    ).patches.numpy()
     assert (back.dtype, back.shape) == (array.dtype, shape)
     np.testing.assert_array_equal(back, array)
 
@@ -112,7 +124,11 @@ def test_bfloat16_goes_by_name_and_comes_back_as_its_bits() -> None:
     np.testing.assert_array_equal(back.numpy(), bits)
 
 
-@pytest.mark.parametrize("view", [lambda a: a.T, lambda a: a[:, ::2], lambda a: a[::-1]], ids=["transposed", "strided", "reversed"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda a: a.T, lambda a: a[:, ::2], lambda a: a[::-1]],
+    ids=["transposed", "strided", "reversed"],
+)
 def test_a_view_that_is_not_contiguous_travels_in_row_major_order(view: Any) -> None:
     array = view(np.arange(12, dtype=np.int64).reshape(3, 4))
     assert not array.flags.c_contiguous
@@ -203,7 +219,11 @@ def test_a_tensor_that_does_not_fit_its_frame_is_refused(patches: Any, frame: by
         decode(pixels(patches, frame), PreprocessToVision)
 
 
-@pytest.mark.parametrize("frames", [[], [b"ab", b""], [b"ab"] * 2, [b"ab"] * MAX_FRAMES], ids=lambda frames: f"{len(frames)} frames")
+@pytest.mark.parametrize(
+    "frames",
+    [[], [b"ab", b""], [b"ab"] * 2, [b"ab"] * MAX_FRAMES],
+    ids=lambda frames: f"{len(frames)} frames",
+)
 def test_each_frame_must_belong_to_something(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         decode(pixels([1, "uint8", [2]], *frames), PreprocessToVision)
@@ -270,9 +290,13 @@ def test_a_header_beyond_its_limit_is_refused_for_its_size_whatever_it_says() ->
         decode([msgpack.packb(GRANT) + b" " * MAX_HEADER_BYTES], VisionToPreprocess)
 
 
-@pytest.mark.parametrize("start", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "text", "bytes"])
+@pytest.mark.parametrize(
+    "start", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "text", "bytes"]
+)
 @pytest.mark.parametrize("field", ["image", "patches"])
-def test_memory_is_not_taken_for_what_a_header_only_claims_to_hold(field: str, start: bytes) -> None:
+def test_memory_is_not_taken_for_what_a_header_only_claims_to_hold(
+    field: str, start: bytes
+) -> None:
     claim = start + b"\x7f\xff\xff\xff"
     header = msgpack.packb({**PIXELS, field: "here"}).replace(b"\xa4here", claim)
     tracemalloc.start()
@@ -315,7 +339,10 @@ def test_a_message_that_does_not_fit_its_type_is_refused(change: dict[str, Any])
 @pytest.mark.parametrize("field", GRANT)
 def test_a_message_without_a_required_field_is_refused(field: str) -> None:
     with pytest.raises(WireError):
-        decode([msgpack.packb({name: value for name, value in GRANT.items() if name != field})], VisionToPreprocess)
+        decode(
+            [msgpack.packb({name: value for name, value in GRANT.items() if name != field})],
+            VisionToPreprocess,
+        )
 
 
 @EVERY_HOP
@@ -331,7 +358,11 @@ def test_a_hop_takes_its_own_messages_alone(hop: tuple[str, str]) -> None:
                 decode(frames, HOPS[hop])
 
 
-@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0, -1e-300, 1e10, 2**64 - 1, True, "1", None], ids=repr)
+@pytest.mark.parametrize(
+    "seconds",
+    [math.nan, math.inf, -math.inf, -1.0, -1e-300, 1e10, 2**64 - 1, True, "1", None],
+    ids=repr,
+)
 def test_a_time_that_is_no_number_of_seconds_is_refused(seconds: Any) -> None:
     offer = header_of(sample(Offer, BYTE))
     with pytest.raises(WireError):
@@ -359,7 +390,9 @@ def test_a_time_that_is_no_number_of_seconds_is_refused(seconds: Any) -> None:
         ("stopping", "unknown", 1),
     ],
 )
-def test_sampling_and_stopping_are_checked_on_the_wire_too(group: str, field: str, value: Any) -> None:
+def test_sampling_and_stopping_are_checked_on_the_wire_too(
+    group: str, field: str, value: Any
+) -> None:
     header, *frames = encode(sample(Prompt, BYTE))
     prompt = msgpack.unpackb(header)
     assert isinstance(decode([msgpack.packb(prompt), *frames], PreprocessToLlm).stopping, Stopping)
@@ -368,7 +401,9 @@ def test_sampling_and_stopping_are_checked_on_the_wire_too(group: str, field: st
         decode([msgpack.packb(prompt), *frames], PreprocessToLlm)
 
 
-@pytest.mark.parametrize("change", [{"type": "x" * 60_000}, {"x" * 60_000: 1}], ids=["tag", "field"])
+@pytest.mark.parametrize(
+    "change", [{"type": "x" * 60_000}, {"x" * 60_000: 1}], ids=["tag", "field"]
+)
 def test_an_error_does_not_repeat_at_length_what_came(change: dict[str, Any]) -> None:
     with pytest.raises(WireError) as caught:
         decode([msgpack.packb(GRANT | change)], VisionToPreprocess)
@@ -393,11 +428,20 @@ for frames in [[flood] for flood in floods] + [[small, flood] for flood in flood
         refused += 1
 print(refused, memory() - before)
 """
-NONSENSE = r'[b"\x90" * size, b"\x91" * size, b"\xdd" + size.to_bytes(4) + b"\x90" * size, b"\x81\xa1x" * (size // 3), os.urandom(size)]'
+NONSENSE = (
+    r'[b"\x90" * size, b"\x91" * size, b"\xdd" + size.to_bytes(4) + b"\x90" * '
+    r'size, b"\x81\xa1x" * (size // 3), os.urandom(size)]'
+)
 
 
 def test_twenty_megabytes_of_nonsense_take_no_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", FLOOD.format(nonsense=NONSENSE)], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", FLOOD.format(nonsense=NONSENSE)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     refused, kibibytes = map(int, done.stdout.split())
     assert refused == 11
     assert kibibytes < 8 * 1024
@@ -434,8 +478,20 @@ def test_bytes_changed_in_a_good_header_do_no_harm(data: st.DataObject) -> None:
     read([header[:start] + data.draw(st.binary(max_size=4)) + header[stop:], *frames], union)
 
 
-scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=2)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=2)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -446,7 +502,13 @@ def test_a_field_changed_in_a_good_header_does_no_harm(data: st.DataObject) -> N
     fields = msgpack.unpackb(header)
     place: Any = fields
     for _ in itertools.repeat(None, data.draw(st.integers(0, 2))):
-        inner = [item for item in (place.values() if isinstance(place, dict) else place) if isinstance(item, dict | list) and item]
+        inner = [
+            item
+            for item in (place.values() if isinstance(place, dict) else place)
+            if isinstance(item, dict | list) and item
+        ]
         place = data.draw(st.sampled_from(inner)) if inner else place
-    place[data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))] = data.draw(values)
+    place[
+        data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+    ] = data.draw(values)
     read([msgpack.packb(fields), *frames], union)

@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 
 from proto.twinlens.control.v1 import control_pb2
-from services.controller.membership_table import DEAD, LEASE_SECONDS, REMEMBER_DEAD_SECONDS, MembershipTable
+from services.controller.membership_table import (
+    DEAD,
+    LEASE_SECONDS,
+    REMEMBER_DEAD_SECONDS,
+    MembershipTable,
+)
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
 READY = control_pb2.MEMBER_STATE_READY

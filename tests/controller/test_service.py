@@ -1,4 +1,5 @@
-"""The control plane over real gRPC: members join by a stream and are dead when it breaks or falls silent."""
+"""The control plane over real gRPC: members join by a stream and are dead when it breaks or falls
+silent."""
 
 import asyncio
 import contextlib
@@ -59,7 +60,8 @@ class Joined:
 
 @pytest.fixture
 async def address(tmp_path: Path) -> AsyncIterator[str]:
-    servicer, server = ControlServicer(CONTROLLER), grpc.aio.server()
+    servicer = ControlServicer(CONTROLLER)
+    server = grpc.aio.server()
     control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
     address = f"unix:{tmp_path}/control"
     server.add_insecure_port(address)
@@ -87,7 +89,9 @@ async def watcher(stub: Any) -> Joined:
 
 
 async def listed(stub: Any) -> list[control_pb2.Member]:
-    return list((await stub.ListMembers(control_pb2.ListMembersRequest(), timeout=DEADLINE)).members)
+    return list(
+        (await stub.ListMembers(control_pb2.ListMembersRequest(), timeout=DEADLINE)).members
+    )
 
 
 @pytest.fixture
@@ -102,7 +106,16 @@ async def test_the_controller_is_a_member_itself(stub: Any) -> None:
 
 
 async def test_a_member_that_joins_is_listed_with_all_it_said(stub: Any) -> None:
-    said = member(pid=7, address="ipc:///run/v", fingerprint="ff", in_flight=1, queued=2, group="g", rank=3, host="h")
+    said = member(
+        pid=7,
+        address="ipc:///run/v",
+        fingerprint="ff",
+        in_flight=1,
+        queued=2,
+        group="g",
+        rank=3,
+        host="h",
+    )
     joined = Joined(stub)
     await joined.report(said)
     assert await joined.hear() == {}  # it does not watch
@@ -115,7 +128,9 @@ async def test_the_lease_is_told_to_who_joins(stub: Any) -> None:
     assert (await joined.call.read()).lease_seconds == membership_table.LEASE_SECONDS == 3
 
 
-async def test_a_watcher_hears_of_the_members_at_once_and_of_every_change(stub: Any, watcher: Joined) -> None:
+async def test_a_watcher_hears_of_the_members_at_once_and_of_every_change(
+    stub: Any, watcher: Joined
+) -> None:
     joined = Joined(stub)
     await joined.report(member(state=STARTING), watch=True)
     assert await joined.hear() == {"v-1": STARTING}
@@ -147,7 +162,9 @@ async def test_load_is_listed_and_not_told_to_watchers(stub: Any, watcher: Joine
 
 
 @pytest.mark.parametrize("how", ["cancel", "done_writing"])
-async def test_a_member_is_dead_as_soon_as_its_stream_ends(stub: Any, watcher: Joined, how: str) -> None:
+async def test_a_member_is_dead_as_soon_as_its_stream_ends(
+    stub: Any, watcher: Joined, how: str
+) -> None:
     joined = Joined(stub)
     await joined.report(member(in_flight=4))
     await watcher.hear_until({"v-1": READY})
@@ -161,7 +178,9 @@ async def test_a_member_is_dead_as_soon_as_its_stream_ends(stub: Any, watcher: J
     assert (dead.state, dead.in_flight) == (DEAD, 0)
 
 
-async def test_a_member_is_dead_as_soon_as_its_connection_breaks(address: str, watcher: Joined) -> None:
+async def test_a_member_is_dead_as_soon_as_its_connection_breaks(
+    address: str, watcher: Joined
+) -> None:
     channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
     joined = Joined(control_pb2_grpc.ControlServiceStub(channel))
     await joined.report(member())
@@ -181,7 +200,9 @@ async def test_a_silent_member_is_dead_after_its_lease(stub: Any, watcher: Joine
 
 @pytest.mark.usefixtures("short_lease")
 @pytest.mark.parametrize("watch", [True, False], ids=["watching", "not watching"])
-async def test_a_member_that_speaks_after_its_lease_must_join_anew(stub: Any, watcher: Joined, watch: bool) -> None:
+async def test_a_member_that_speaks_after_its_lease_must_join_anew(
+    stub: Any, watcher: Joined, watch: bool
+) -> None:
     joined = Joined(stub)
     await joined.report(member(), watch)
     await watcher.hear_until({"v-1": DEAD})
@@ -195,9 +216,12 @@ async def test_a_member_that_speaks_after_its_lease_must_join_anew(stub: Any, wa
     assert await watcher.hear() == {"v-1": READY}
 
 
-async def test_the_end_of_an_old_stream_does_not_end_the_member_that_has_a_new_one(stub: Any, watcher: Joined) -> None:
+async def test_the_end_of_an_old_stream_does_not_end_the_member_that_has_a_new_one(
+    stub: Any, watcher: Joined
+) -> None:
     """A connection breaks, the member joins by another, and only then is the break seen."""
-    old, new = Joined(stub), Joined(stub)
+    old = Joined(stub)
+    new = Joined(stub)
     await old.report(member(address="old"))
     await watcher.hear()
     await new.report(member(address="new"))
@@ -209,8 +233,11 @@ async def test_the_end_of_an_old_stream_does_not_end_the_member_that_has_a_new_o
     assert [(m.address, m.state) for m in answer.members if m.id == "v-1"] == [("newer", READY)]
 
 
-async def test_two_streams_of_one_member_may_end_in_either_order(stub: Any, watcher: Joined) -> None:
-    old, new = Joined(stub), Joined(stub)
+async def test_two_streams_of_one_member_may_end_in_either_order(
+    stub: Any, watcher: Joined
+) -> None:
+    old = Joined(stub)
+    new = Joined(stub)
     for stream, address in ((old, "old"), (new, "new")):
         await stream.report(member(address=address))
         await watcher.hear()
@@ -220,7 +247,9 @@ async def test_two_streams_of_one_member_may_end_in_either_order(stub: Any, watc
     assert await watcher.hear() == {"v-1": DEAD}
 
 
-async def test_a_report_that_cannot_be_ends_its_own_stream_alone(stub: Any, watcher: Joined) -> None:
+async def test_a_report_that_cannot_be_ends_its_own_stream_alone(
+    stub: Any, watcher: Joined
+) -> None:
     joined = Joined(stub)
     await joined.report(member())
     await watcher.hear_until({"v-1": READY})
@@ -247,9 +276,12 @@ async def test_a_port_that_is_taken_is_told_as_such() -> None:
 
 
 async def test_the_whole_controller_is_healthy_and_stops_when_told(tmp_path: Path) -> None:
-    stop, address = threading.Event(), f"unix:{tmp_path}/control"
+    stop = threading.Event()
+    address = f"unix:{tmp_path}/control"
     port = free_port()
-    running = asyncio.create_task(serve(ControllerSettings(control_listen=address, health_port=port), stop))
+    running = asyncio.create_task(
+        serve(ControllerSettings(control_listen=address, health_port=port), stop)
+    )
     async with grpc.aio.insecure_channel(address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         answer = await check(health_pb2.HealthCheckRequest(), timeout=DEADLINE, wait_for_ready=True)

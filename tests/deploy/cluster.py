@@ -1,4 +1,5 @@
-"""A Kubernetes cluster to try the manifests on: the one whose kubectl context K8S_TEST_CONTEXT names."""
+"""A Kubernetes cluster to try the manifests on: the one whose kubectl context K8S_TEST_CONTEXT
+names."""
 
 import contextlib
 import json
@@ -32,7 +33,13 @@ class Cluster:
         return [self.binary, "--context", self.context, "--namespace", NAMESPACE, *arguments]
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
-        done = subprocess.run(self.command(*arguments), input=text, capture_output=True, text=True, timeout=2 * ROLLOUT_SECONDS)
+        done = subprocess.run(
+            self.command(*arguments),
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=2 * ROLLOUT_SECONDS,
+        )
         assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr or done.stdout}"
         return done.stdout
 
@@ -48,7 +55,9 @@ class Cluster:
         text = yaml.safe_dump_all(manifests)
         if self.minor_version < FIRST_MINOR_WITH_POLICY_V1:
             # An older one is for trying only: what it does not know is dropped.
-            text = re.sub(r"apiVersion: policy/v1$", "apiVersion: policy/v1beta1", text, flags=re.MULTILINE)
+            text = re.sub(
+                r"apiVersion: policy/v1$", "apiVersion: policy/v1beta1", text, flags=re.MULTILINE
+            )
             self.kubectl("apply", "--validate=false", "-f", "-", text=text)
         else:
             self.kubectl("apply", "-f", "-", text=text)
@@ -69,14 +78,29 @@ class Cluster:
     def pods(self, role: str) -> list[str]:
         """Those that are not on their way out."""
         found = self.get("pods", "-l", f"app.kubernetes.io/component={role}")["items"]
-        return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
+        return [
+            pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]
+        ]
 
     @contextlib.contextmanager
     def load(self, clients: int) -> Iterator[dict[str, int]]:
-        """Requests from inside of the cluster, through the Service. What it gives is filled at the end: how many ended how."""
+        """Requests from inside of the cluster, through the Service. What it gives is filled at the
+        end: how many ended how."""
         outcomes: dict[str, int] = {}
-        command = self.command("exec", "-i", "client", "--", "python", "-c", LOAD.read_text(), "http://gateway:8000", str(clients))
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = self.command(
+            "exec",
+            "-i",
+            "client",
+            "--",
+            "python",
+            "-c",
+            LOAD.read_text(),
+            "http://gateway:8000",
+            str(clients),
+        )
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdout and process.stdout.readline() == "first answers\n"
             yield outcomes
@@ -87,44 +111,88 @@ class Cluster:
 
     def ask(self, image: Path) -> str:
         """What the system reads in an image."""
-        command = ["exec", "-i", "client", "--", "python", "-c", LOAD.read_text(), "http://gateway:8000", "image"]
-        done = subprocess.run(self.command(*command), input=image.read_bytes(), capture_output=True, timeout=ROLLOUT_SECONDS)
+        command = [
+            "exec",
+            "-i",
+            "client",
+            "--",
+            "python",
+            "-c",
+            LOAD.read_text(),
+            "http://gateway:8000",
+            "image",
+        ]
+        done = subprocess.run(
+            self.command(*command),
+            input=image.read_bytes(),
+            capture_output=True,
+            timeout=ROLLOUT_SECONDS,
+        )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
 
 
 def client_pod(gateway: dict[str, Any]) -> dict[str, Any]:
-    """A pod that only sleeps, as restricted as the gateway's; what is executed in it is a client."""
+    """A pod that only sleeps, as restricted as the gateway's; what is executed in it is a
+    client."""
     spec = gateway["spec"]["template"]["spec"]
     (only,) = spec["containers"]
-    container = {key: only[key] for key in ("image", "imagePullPolicy", "securityContext", "volumeMounts")}
+    container = {
+        key: only[key] for key in ("image", "imagePullPolicy", "securityContext", "volumeMounts")
+    }
     container |= {"name": "client", "command": ["python", "-c", "import signal; signal.pause()"]}
     keys = ("securityContext", "volumes", "enableServiceLinks", "automountServiceAccountToken")
-    sleeper = {key: spec[key] for key in keys} | {"containers": [container], "terminationGracePeriodSeconds": 0}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "client", "namespace": NAMESPACE}, "spec": sleeper}
+    sleeper = {key: spec[key] for key in keys} | {
+        "containers": [container],
+        "terminationGracePeriodSeconds": 0,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "client", "namespace": NAMESPACE},
+        "spec": sleeper,
+    }
 
 
 def find_cluster() -> Cluster:
-    context, binary = os.environ.get("K8S_TEST_CONTEXT"), os.environ.get("KUBECTL") or shutil.which("kubectl")
+    context = os.environ.get("K8S_TEST_CONTEXT")
+    binary = os.environ.get("KUBECTL") or shutil.which("kubectl")
     if not context or not binary:
-        pytest.skip("K8S_TEST_CONTEXT names no kubectl context: give that of a cluster for trying, which has the images of `make images`")
+        pytest.skip(
+            "K8S_TEST_CONTEXT names no kubectl context: give that of a cluster for trying, which "
+            "has the images of `make images`"
+        )
     cluster = Cluster(binary, context)
-    reached = subprocess.run([*cluster.command("get", "namespaces", "-o", "name"), "--request-timeout=10s"], capture_output=True, text=True)
+    reached = subprocess.run(
+        [*cluster.command("get", "namespaces", "-o", "name"), "--request-timeout=10s"],
+        capture_output=True,
+        text=True,
+    )
     if reached.returncode:
         pytest.skip(f"the cluster {context} cannot be reached: {reached.stderr.strip()}")
     if f"namespace/{NAMESPACE}" in reached.stdout.split():
-        pytest.skip(f"the cluster {context} has a namespace {NAMESPACE}, whose contents are not ours to delete")
+        pytest.skip(
+            f"the cluster {context} has a namespace {NAMESPACE}, whose contents are not ours to "
+            "delete"
+        )
     return cluster
 
 
 @contextlib.contextmanager
 def deployed(overlay: str) -> Iterator[Cluster]:
     """The overlay, running, with a pod for clients; and nothing of it left behind."""
-    cluster, manifests = find_cluster(), build_overlay(overlay)
-    workloads = {f"{m['kind'].lower()}/{m['metadata']['name']}": m for m in manifests if m["kind"] in ("Deployment", "StatefulSet")}
+    cluster = find_cluster()
+    manifests = build_overlay(overlay)
+    workloads = {
+        f"{m['kind'].lower()}/{m['metadata']['name']}": m
+        for m in manifests
+        if m["kind"] in ("Deployment", "StatefulSet")
+    }
     try:
         cluster.apply([*manifests, client_pod(workloads["deployment/gateway"])])
-        cluster.kubectl("wait", "--for=condition=Ready", "pod/client", f"--timeout={ROLLOUT_SECONDS}s")
+        cluster.kubectl(
+            "wait", "--for=condition=Ready", "pod/client", f"--timeout={ROLLOUT_SECONDS}s"
+        )
         cluster.roll_out(*workloads)
         yield cluster
     finally:

@@ -17,13 +17,23 @@ from tests.policy.sources import ROOT
 from tests.system.running import Running, ask_about, free_port, own_environment, until
 
 PROJECT = "twinlens-test"
-START_SECONDS, SCALE_SECONDS = 180, 120
+START_SECONDS = 180
+SCALE_SECONDS = 120
 
 
 def docker(*arguments: str) -> str:
     """Its output. Raises AssertionError with its words where it fails."""
-    done = subprocess.run(["docker", *arguments], cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"docker {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+    done = subprocess.run(
+        ["docker", *arguments],
+        cwd=ROOT,
+        env=own_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (
+        f"docker {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+    )
     return done.stdout
 
 
@@ -31,7 +41,8 @@ class Composed(Running):
     """A project of its own beside whatever else the engine runs."""
 
     def __init__(self) -> None:
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.http_port = free_port()
+        self.grpc_port = free_port()
         self.environment = own_environment() | {
             "COMPOSE_PROJECT_NAME": PROJECT,
             "TWINLENS_HTTP_PORT": str(self.http_port),
@@ -49,17 +60,31 @@ class Composed(Running):
 
     def compose(self, *arguments: str) -> str:
         done = subprocess.run(
-            ["docker", "compose", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=START_SECONDS
+            ["docker", "compose", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
         )
-        assert done.returncode == 0, f"docker compose {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+        assert done.returncode == 0, (
+            f"docker compose {' '.join(arguments)}: {(done.stdout + done.stderr)[-2000:]}"
+        )
         return done.stdout
 
     def scale(self, **replicas: int) -> None:
-        """Those that are not named go back to one. Returns when as many are ready, and no more are there."""
-        counts = [part for role, count in replicas.items() for part in ("--scale", f"{role}={count}")]
+        """Those that are not named go back to one. Returns when as many are ready, and no more are
+        there."""
+        counts = [
+            part for role, count in replicas.items() for part in ("--scale", f"{role}={count}")
+        ]
         self.compose("up", "--detach", "--no-build", "--no-recreate", *counts)
         for role, count in replicas.items():
-            until(lambda: self.states(role) == ["ready"] * count, f"{count} of {role} are ready", SCALE_SECONDS)  # noqa: B023
+            until(
+                lambda: self.states(role) == ["ready"] * count,  # noqa: B023
+                f"{count} of {role} are ready",
+                SCALE_SECONDS,
+            )
 
     def containers(self, service: str = "") -> list[str]:
         return self.compose("ps", "--all", "--quiet", *([service] if service else [])).split()
@@ -83,19 +108,24 @@ def inspect(container: str, what: str) -> Any:
 
 
 def crash(container: str) -> None:
-    """Its process is killed, which to the engine is no stop. Returns when the engine has started it again."""
-    pid, restarts = inspect(container, ".State.Pid"), inspect(container, ".RestartCount")
+    """Its process is killed, which to the engine is no stop. Returns when the engine has started it
+    again."""
+    pid = inspect(container, ".State.Pid")
+    restarts = inspect(container, ".RestartCount")
     assert pid > 0
     os.kill(pid, signal.SIGKILL)
     until(lambda: inspect(container, ".RestartCount") > restarts, f"{container} is started again")
 
 
 class Load:
-    """Clients that ask about pictures never seen before, one after the other, until told to stop."""
+    """Clients that ask about pictures never seen before, one after the other, until told to
+    stop."""
 
     def __init__(self, system: Composed) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._system, self._stop, self._lock = system, threading.Event(), threading.Lock()
+        self._system = system
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
 
     def run(self) -> None:
         while not self._stop.is_set():
@@ -118,7 +148,11 @@ class Load:
     def more(self, count: int = 20) -> None:
         """Returns when so many more were answered."""
         wanted = self.outcomes["answered"] + count
-        until(lambda: self.outcomes["answered"] >= wanted or self.failures(), f"{count} more answers", 120)
+        until(
+            lambda: self.outcomes["answered"] >= wanted or self.failures(),
+            f"{count} more answers",
+            120,
+        )
 
     def failures(self) -> dict[str, int]:
         return {outcome: count for outcome, count in self.outcomes.items() if outcome != "answered"}

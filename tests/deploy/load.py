@@ -1,7 +1,9 @@
-"""A client of OpenAI HTTP without a dependency but Pillow, to be run where the gateway is reached: `python load.py URL CLIENTS`.
+"""A client of OpenAI HTTP without a dependency but Pillow, to be run where the gateway is reached:
+`python load.py URL CLIENTS`.
 
-Keeps so many requests under way, each about a picture that nobody has seen, until stdin ends; then prints how many ended how, as JSON.
-With `image` for CLIENTS it asks once about the image on stdin, and prints the text.
+Keeps so many requests under way, each about a picture that nobody has seen, until stdin ends; then
+prints how many ended how, as JSON. With `image` for CLIENTS it asks once about the image on stdin,
+and prints the text.
 """
 
 import base64
@@ -16,7 +18,9 @@ import urllib.request
 
 from PIL import Image
 
-SIDE, MAX_TOKENS, TIMEOUT = 56, 4, 120
+SIDE = 56
+MAX_TOKENS = 4
+TIMEOUT = 120
 
 
 def picture() -> bytes:
@@ -28,8 +32,17 @@ def picture() -> bytes:
 def ask(url: str, image: bytes, **body: object) -> dict:
     uri = "data:image/png;base64," + base64.b64encode(image).decode()
     content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "OCR:"}]
-    whole = {"model": "tiny-ocr", "temperature": 0, "messages": [{"role": "user", "content": content}], **body}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(whole).encode(), {"content-type": "application/json"})
+    whole = {
+        "model": "tiny-ocr",
+        "temperature": 0,
+        "messages": [{"role": "user", "content": content}],
+        **body,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(whole).encode(),
+        {"content-type": "application/json"},
+    )
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         return json.load(response)
 
@@ -47,7 +60,8 @@ def outcome(url: str) -> str:
 
 def keep_asking(url: str, clients: int) -> None:
     outcomes: collections.Counter[str] = collections.Counter()
-    ended, answered = threading.Event(), threading.Event()
+    ended = threading.Event()
+    answered = threading.Event()
 
     def work() -> None:
         while not ended.is_set():
@@ -68,6 +82,11 @@ def keep_asking(url: str, clients: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2] == "image":
-        print(ask(sys.argv[1], sys.stdin.buffer.read(), max_tokens=512)["choices"][0]["message"]["content"], end="")
+        print(
+            ask(sys.argv[1], sys.stdin.buffer.read(), max_tokens=512)["choices"][0]["message"][
+                "content"
+            ],
+            end="",
+        )
     else:
         keep_asking(sys.argv[1], int(sys.argv[2]))

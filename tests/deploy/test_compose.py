@@ -1,4 +1,5 @@
-"""The whole system under Docker Compose: read, scaled, crashed and cut off under load, and taken down."""
+"""The whole system under Docker Compose: read, scaled, crashed and cut off under load, and taken
+down."""
 
 from collections.abc import Iterator
 
@@ -14,14 +15,24 @@ pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("images"), pytest.mark
 def system(images: float) -> Iterator[Composed]:
     with Composed() as system:
         yield system
-    assert docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}") == ""
-    assert docker("network", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}") == ""
+    assert (
+        docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}")
+        == ""
+    )
+    assert (
+        docker(
+            "network", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}"
+        )
+        == ""
+    )
 
 
 def test_the_sample_is_read_through_the_published_port(system: Composed) -> None:
     status, answer = system.chat(ask_about(RECEIPT), max_tokens=512)
     assert status == 200
-    assert text_of(answer).split()[:3] == (ROOT / "examples" / "receipt.txt").read_text().split()[:3]
+    assert (
+        text_of(answer).split()[:3] == (ROOT / "examples" / "receipt.txt").read_text().split()[:3]
+    )
 
 
 def test_only_the_gateway_is_reached_from_outside_and_on_loopback(system: Composed) -> None:
@@ -29,7 +40,9 @@ def test_only_the_gateway_is_reached_from_outside_and_on_loopback(system: Compos
     for container in system.containers():
         bound = inspect(container, ".NetworkSettings.Ports")
         published[inspect(container, ".Config.Labels")["com.docker.compose.service"]] = {
-            port: [binding["HostIp"] for binding in bindings] for port, bindings in bound.items() if bindings
+            port: [binding["HostIp"] for binding in bindings]
+            for port, bindings in bound.items()
+            if bindings
         }
     assert published.pop("gateway") == {"8000/tcp": ["127.0.0.1"], "50051/tcp": ["127.0.0.1"]}
     assert not any(published.values())
@@ -37,7 +50,10 @@ def test_only_the_gateway_is_reached_from_outside_and_on_loopback(system: Compos
 
 def test_every_container_is_healthy_by_its_own_probe(system: Composed) -> None:
     for container in system.containers():
-        until(lambda: inspect(container, ".State.Health.Status") == "healthy", f"{container} is healthy")  # noqa: B023
+        until(
+            lambda: inspect(container, ".State.Health.Status") == "healthy",  # noqa: B023
+            f"{container} is healthy",
+        )
 
 
 def test_scaling_up_and_down_under_load_fails_no_request(system: Composed) -> None:
@@ -62,11 +78,16 @@ def test_a_vision_replica_that_is_cut_off_mid_encode_is_survived(system: Compose
     network = f"{PROJECT}_twinlens"
     with under_load(system) as load:
         system.scale(vision=2)
-        busy = until(lambda: next((m for m in system.members("vision") if m["in_flight"]), None), "a replica encodes")
+        busy = until(
+            lambda: next((m for m in system.members("vision") if m["in_flight"]), None),
+            "a replica encodes",
+        )
         docker("network", "disconnect", network, busy["host"])
         load.more()
         docker("network", "connect", network, busy["host"])
-        until(lambda: system.states("vision") == ["ready"] * 2, "the replica that was cut off is back")
+        until(
+            lambda: system.states("vision") == ["ready"] * 2, "the replica that was cut off is back"
+        )
         load.more()
         system.scale(vision=1)
 

@@ -14,7 +14,7 @@ CONFINED = ("--rm", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--ne
 WITHOUT_TORCH = ("controller", "gateway", "preprocess", "detokenizer")
 KERNELS = """
 import torch
-from common.kernels.library import bfloat16_kernels, cpu_flags, sources_for
+from compute.kernels.library import bfloat16_kernels, cpu_flags, sources_for
 print(bfloat16_kernels() is not None, sources_for(cpu_flags()) is not None)
 """
 
@@ -38,18 +38,32 @@ def test_an_image_runs_as_a_user_without_a_compiler_and_says_what_it_is(image: s
     assert in_image(image, "sh", "-c", "command -v gcc cc pip-compile || true; id -u") == "10001\n"
 
 
-@pytest.mark.parametrize(("role", "image"), [(role, "slim" if role in WITHOUT_TORCH else "cpu") for role in SERVICES])
+@pytest.mark.parametrize(
+    ("role", "image"), [(role, "slim" if role in WITHOUT_TORCH else "cpu") for role in SERVICES]
+)
 def test_every_service_starts_in_its_image(role: str, image: str) -> None:
-    assert f"usage: python -m services.{role}" in docker("run", *CONFINED, f"twinlens:{image}", f"services.{role}", "--help")
+    assert f"usage: python -m services.{role}" in docker(
+        "run", *CONFINED, f"twinlens:{image}", f"services.{role}", "--help"
+    )
 
 
 def test_torch_is_in_the_image_that_needs_it_and_in_no_other() -> None:
-    program = "import importlib.util, json; print(json.dumps({n: bool(importlib.util.find_spec(n)) for n in ('torch', 'transformers')}))"
-    found = {image: json.loads(in_image(f"twinlens:{image}", "python", "-c", program)) for image in ("slim", "cpu")}
-    assert found == {"slim": {"torch": False, "transformers": False}, "cpu": {"torch": True, "transformers": False}}
+    program = (
+        "import importlib.util, json; print(json.dumps({n: "
+        "bool(importlib.util.find_spec(n)) for n in ('torch', 'transformers')}))"
+    )
+    found = {
+        image: json.loads(in_image(f"twinlens:{image}", "python", "-c", program))
+        for image in ("slim", "cpu")
+    }
+    assert found == {
+        "slim": {"torch": False, "transformers": False},
+        "cpu": {"torch": True, "transformers": False},
+    }
 
 
 def test_the_kernels_are_there_without_a_compiler() -> None:
-    """Compiled while the image was built; whether this machine has kernels at all, its CPU decides."""
+    """Compiled while the image was built; whether this machine has kernels at all, its CPU
+    decides."""
     loaded, expected = in_image("twinlens:cpu", "python", "-c", KERNELS).split()
     assert loaded == expected

@@ -1,4 +1,5 @@
-"""The CPU overlay on a real cluster: it gets ready, and nothing that an operator does to it under load fails a request."""
+"""The CPU overlay on a real cluster: it gets ready, and nothing that an operator does to it under
+load fails a request."""
 
 from collections.abc import Iterator
 
@@ -24,7 +25,10 @@ def assert_nothing_failed(outcomes: dict[str, int]) -> None:
 
 
 def test_the_sample_is_read_through_the_service(cluster: Cluster) -> None:
-    assert error_rate(cluster.ask(RECEIPT), (ROOT / "examples" / "receipt.txt").read_text().strip()) < 0.25
+    assert (
+        error_rate(cluster.ask(RECEIPT), (ROOT / "examples" / "receipt.txt").read_text().strip())
+        < 0.25
+    )
 
 
 def test_vision_is_scaled_under_load(cluster: Cluster) -> None:

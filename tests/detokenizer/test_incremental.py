@@ -17,7 +17,8 @@ CASES = ("a_image", "b_two_images_tied", "c_gqa_tp8", "d_text")
 FILES = {case: GOLDEN / case / "checkpoint" / "tokenizer.json" for case in CASES}
 TOKENIZERS = {case: Tokenizer.from_file(str(file)) for case, file in FILES.items()}
 VOCABULARIES = {case: Vocabulary(file) for case, file in FILES.items()}
-TOKENIZER, VOCABULARY = TOKENIZERS["a_image"], VOCABULARIES["a_image"]
+TOKENIZER = TOKENIZERS["a_image"]
+VOCABULARY = VOCABULARIES["a_image"]
 
 
 def ids_of(text: str) -> list[int]:
@@ -39,7 +40,15 @@ def test_golden_answers_come_out_exactly(case: str) -> None:
     want = expected(case)
     for key, skip in (("greedy_text", False), ("greedy_text_skip_special", True)):
         assert want[key]
-        assert "".join(pieces(IncrementalDecoder(VOCABULARIES[case], skip_special_tokens=skip), want["greedy_ids"])) == want[key]
+        assert (
+            "".join(
+                pieces(
+                    IncrementalDecoder(VOCABULARIES[case], skip_special_tokens=skip),
+                    want["greedy_ids"],
+                )
+            )
+            == want[key]
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,25 +56,40 @@ def test_golden_probes_come_out_exactly(case: str) -> None:
     probes = expected(case)["tokenizer_probes"]
     assert probes
     for probe in probes:
-        found = pieces(IncrementalDecoder(VOCABULARIES[case], skip_special_tokens=False), probe["ids"])
+        found = pieces(
+            IncrementalDecoder(VOCABULARIES[case], skip_special_tokens=False), probe["ids"]
+        )
         assert "".join(found) == probe["decoded"]
 
 
-# Byte tokens (most of them no UTF-8 alone), all tokens with the special ones, and ids beyond the tokenizer.
-token_ids = st.lists(st.one_of(st.integers(128, 255), st.integers(0, 255), st.integers(256, 600), st.just(2**40)), max_size=30)
+# Byte tokens (most of them no UTF-8 alone), all tokens with the special ones, and ids beyond the
+# tokenizer.
+token_ids = st.lists(
+    st.one_of(st.integers(128, 255), st.integers(0, 255), st.integers(256, 600), st.just(2**40)),
+    max_size=30,
+)
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.sampled_from(CASES), token_ids, st.booleans(), st.lists(st.integers(0, 29), max_size=4))
-def test_joined_pieces_equal_the_tokenizers_decode(case: str, ids: list[int], skip: bool, cuts: list[int]) -> None:
+def test_joined_pieces_equal_the_tokenizers_decode(
+    case: str, ids: list[int], skip: bool, cuts: list[int]
+) -> None:
     decoder = IncrementalDecoder(VOCABULARIES[case], skip_special_tokens=skip)
     borders = [0, *sorted(cuts), len(ids)]
-    found = [decoder.push(ids[begin:end]) for begin, end in itertools.pairwise(borders)] + [decoder.finish()]
+    found = [decoder.push(ids[begin:end]) for begin, end in itertools.pairwise(borders)] + [
+        decoder.finish()
+    ]
     known = [id for id in ids if id < 2**32]
     assert "".join(found) == TOKENIZERS[case].decode(known, skip_special_tokens=skip)
 
 
-utf8_like = st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xED, 0xA0, 0xC0, 0xE2, 0x82, 0xAC, 0xF4, 0x90, 0xFF, 0x41]), max_size=12)
+utf8_like = st.lists(
+    st.sampled_from(
+        [0xF0, 0x9F, 0x98, 0x80, 0xED, 0xA0, 0xC0, 0xE2, 0x82, 0xAC, 0xF4, 0x90, 0xFF, 0x41]
+    ),
+    max_size=12,
+)
 
 
 @settings(deadline=None, max_examples=500)
@@ -82,15 +106,30 @@ def test_added_tokens_with_odd_characters_decode_as_in_the_tokenizer(tmp_path: P
     tokenizer.add_special_tokens(["Ġsp", "s p"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     vocabulary = Vocabulary(tmp_path / "tokenizer.json")
-    added = [tokenizer.token_to_id(token) for token in ("Ġfoo", "a b", "naïve", "ð", "图", "Ġsp", "s p")]
-    assert vocabulary.token_bytes(added[0]) == b" foo" and vocabulary.token_bytes(added[1]) == b"a b"
+    added = [
+        tokenizer.token_to_id(token) for token in ("Ġfoo", "a b", "naïve", "ð", "图", "Ġsp", "s p")
+    ]
+    assert (
+        vocabulary.token_bytes(added[0]) == b" foo" and vocabulary.token_bytes(added[1]) == b"a b"
+    )
     for skip in (True, False):
-        found = "".join(pieces(IncrementalDecoder(vocabulary, skip_special_tokens=skip), [*added, 65]))
+        found = "".join(
+            pieces(IncrementalDecoder(vocabulary, skip_special_tokens=skip), [*added, 65])
+        )
         assert found == tokenizer.decode([*added, 65], skip_special_tokens=skip)
 
 
 def test_a_character_appears_with_its_last_byte_and_not_before() -> None:
-    assert pieces(IncrementalDecoder(VOCABULARY), ids_of("é😀a")) == ["", "é", "", "", "", "😀", "a", ""]
+    assert pieces(IncrementalDecoder(VOCABULARY), ids_of("é😀a")) == [
+        "",
+        "é",
+        "",
+        "",
+        "",
+        "😀",
+        "a",
+        "",
+    ]
 
 
 def test_an_answer_cut_inside_a_character_ends_with_one_mark() -> None:
@@ -98,10 +137,18 @@ def test_an_answer_cut_inside_a_character_ends_with_one_mark() -> None:
 
 
 def test_special_tokens_are_shown_only_when_asked_and_others_always() -> None:
-    end, call = TOKENIZER.token_to_id("<|im_end|>"), TOKENIZER.token_to_id("<tool_call>")
-    assert VOCABULARY.special_ids and end in VOCABULARY.special_ids and call not in VOCABULARY.special_ids
+    end = TOKENIZER.token_to_id("<|im_end|>")
+    call = TOKENIZER.token_to_id("<tool_call>")
+    assert (
+        VOCABULARY.special_ids
+        and end in VOCABULARY.special_ids
+        and call not in VOCABULARY.special_ids
+    )
     assert IncrementalDecoder(VOCABULARY).push([end, call]) == "<tool_call>"
-    assert IncrementalDecoder(VOCABULARY, skip_special_tokens=False).push([end, call]) == "<|im_end|><tool_call>"
+    assert (
+        IncrementalDecoder(VOCABULARY, skip_special_tokens=False).push([end, call])
+        == "<|im_end|><tool_call>"
+    )
 
 
 def test_text_before_a_stop_string_comes_out_and_the_completing_token_counts() -> None:
@@ -115,7 +162,14 @@ def test_text_before_a_stop_string_comes_out_and_the_completing_token_counts() -
 
 
 def test_what_only_began_like_a_stop_string_comes_out_in_full() -> None:
-    assert pieces(IncrementalDecoder(VOCABULARY, ("END",)), ids_of("EEN!E")) == ["", "E", "", "EN!", "", "E"]
+    assert pieces(IncrementalDecoder(VOCABULARY, ("END",)), ids_of("EEN!E")) == [
+        "",
+        "E",
+        "",
+        "EN!",
+        "",
+        "E",
+    ]
 
 
 def test_a_stop_string_may_begin_anew_inside_its_own_false_start() -> None:
@@ -153,15 +207,25 @@ ab = st.text("ab", min_size=1, max_size=4)
 
 
 @settings(deadline=None, max_examples=500)
-@given(st.text("abé", max_size=20), st.lists(ab, max_size=3), st.lists(st.integers(1, 5), max_size=8))
-def test_stop_strings_cut_the_text_where_a_search_of_the_whole_text_does(text: str, stop: list[str], sizes: list[int]) -> None:
-    ids, want, num_tokens = ids_of(text), text, len(ids_of(text))
+@given(
+    st.text("abé", max_size=20), st.lists(ab, max_size=3), st.lists(st.integers(1, 5), max_size=8)
+)
+def test_stop_strings_cut_the_text_where_a_search_of_the_whole_text_does(
+    text: str, stop: list[str], sizes: list[int]
+) -> None:
+    ids = ids_of(text)
+    want = text
+    num_tokens = len(ids_of(text))
     for n in range(1, len(ids) + 1):
-        so_far = bytes(b for id in ids[:n] for b in VOCABULARY.token_bytes(id)).decode(errors="ignore")
+        so_far = bytes(b for id in ids[:n] for b in VOCABULARY.token_bytes(id)).decode(
+            errors="ignore"
+        )
         if starts := [so_far.index(one) for one in stop if one in so_far]:
-            want, num_tokens = so_far[: min(starts)], n
+            want = so_far[: min(starts)]
+            num_tokens = n
             break
-    decoder, found = IncrementalDecoder(VOCABULARY, tuple(stop)), ""
+    decoder = IncrementalDecoder(VOCABULARY, tuple(stop))
+    found = ""
     for size in [*sizes, len(ids)]:
         found += decoder.push(ids[:size])
         ids = ids[size:]
@@ -180,14 +244,18 @@ def test_what_is_held_back_stays_bounded() -> None:
 
 def test_a_tokenizer_with_another_decoder_is_refused_by_name(tmp_path: Path) -> None:
     config = json.loads(FILES["a_image"].read_text())
-    for decoder, told in (({"type": "WordPiece"}, "decoder WordPiece, which is not supported yet"), (None, "decoder None")):
+    for decoder, told in (
+        ({"type": "WordPiece"}, "decoder WordPiece, which is not supported yet"),
+        (None, "decoder None"),
+    ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(config | {"decoder": decoder}))
         with pytest.raises(BadCheckpoint, match=told):
             Vocabulary(tmp_path / "tokenizer.json")
 
 
 def test_logprob_entries_have_openais_form() -> None:
-    a, half = ids_of("a")[0], ids_of("é")[0]
+    a = ids_of("a")[0]
+    half = ids_of("é")[0]
     assert logprob_entry(VOCABULARY, half, -0.5, [(a, -0.25), (half, float("-inf"))]) == {
         "token": "\ufffd",
         "logprob": -0.5,
@@ -201,4 +269,7 @@ def test_logprob_entries_have_openais_form() -> None:
 
 
 def test_logprob_entries_name_special_tokens_in_full() -> None:
-    assert logprob_entry(VOCABULARY, TOKENIZER.token_to_id("<|im_end|>"), -1.0)["token"] == "<|im_end|>"
+    assert (
+        logprob_entry(VOCABULARY, TOKENIZER.token_to_id("<|im_end|>"), -1.0)["token"]
+        == "<|im_end|>"
+    )

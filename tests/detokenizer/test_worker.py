@@ -1,4 +1,5 @@
-"""The detokenizer worker: what the language group sends becomes deltas, and each answer ends once."""
+"""The detokenizer worker: what the language group sends becomes deltas, and each answer ends
+once."""
 
 import json
 from collections.abc import Sequence
@@ -8,21 +9,35 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.events import Down, Event, Up
+from common.events import Event, PeerDown, PeerUp
 from common.member import Drain
-from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Stopping, Tokens, Usage
+from common.messages import (
+    Abort,
+    Delta,
+    Failed,
+    Released,
+    Start,
+    StopFound,
+    Stopping,
+    Tokens,
+    Usage,
+)
 from common.wire import Tensor
 from services.detokenizer.incremental import Vocabulary
 from services.detokenizer.worker import Answer, Key, Worker
 from tests.fakes import FakeMember, received
 
-VOCABULARY = Vocabulary(Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json")
+VOCABULARY = Vocabulary(
+    Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json"
+)
 BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
 
 
 class Detokenizer:
     def __init__(self) -> None:
-        self.member, self.answers, self.awaited = FakeMember(), dict[Key, Answer](), set[str]()
+        self.member = FakeMember()
+        self.answers = dict[Key, Answer]()
+        self.awaited = set[str]()
         self.worker = Worker(self.member, VOCABULARY, self.answers, self.awaited)
 
     def play(self, *batches: list[Event]) -> None:
@@ -33,14 +48,22 @@ class Detokenizer:
         return self.member.links.of(Delta)
 
     def text(self, request_id: str = "r", attempt: int = 0) -> str:
-        return "".join(d.text.text() for d in self.deltas if (d.request_id, d.attempt) == (request_id, attempt))
+        return "".join(
+            d.text.text() for d in self.deltas if (d.request_id, d.attempt) == (request_id, attempt)
+        )
 
 
 def ids_of(text: str) -> list[int]:
     return [BY_BYTES[bytes([byte])] for byte in text.encode()]
 
 
-def start(request_id: str = "r", attempt: int = 0, gateway: str = "gateway-1", llm: str = "llm-1", **stopping: Any) -> list[Event]:
+def start(
+    request_id: str = "r",
+    attempt: int = 0,
+    gateway: str = "gateway-1",
+    llm: str = "llm-1",
+    **stopping: Any,
+) -> list[Event]:
     message = Start(
         request_id=request_id,
         attempt=attempt,
@@ -53,7 +76,12 @@ def start(request_id: str = "r", attempt: int = 0, gateway: str = "gateway-1", l
 
 
 def tokens(
-    offset: int, ids: Sequence[int], finish_reason: str = "", request_id: str = "r", attempt: int = 0, logprobs: bool = False
+    offset: int,
+    ids: Sequence[int],
+    finish_reason: str = "",
+    request_id: str = "r",
+    attempt: int = 0,
+    logprobs: bool = False,
 ) -> list[Event]:
     """Log-probabilities tell their token: -id/1000, and the best candidate is always "a"."""
     of = np.array(ids, np.int64)
@@ -63,7 +91,13 @@ def tokens(
         "top_logprobs": Tensor.of(np.full((len(ids), 1), -0.5, np.float32)),
     }
     name = {"request_id": request_id, "attempt": attempt}
-    message = Tokens(**name, offset=offset, token_ids=Tensor.of(of), finish_reason=finish_reason, **told if logprobs else {})
+    message = Tokens(
+        **name,
+        offset=offset,
+        token_ids=Tensor.of(of),
+        finish_reason=finish_reason,
+        **told if logprobs else {},
+    )
     return received("llm-1", "llm", message)
 
 
@@ -72,9 +106,16 @@ def named(kind: type, llm: str = "llm-1", attempt: int = 0, **fields: Any) -> li
 
 
 def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
-    detokenizer, ids = Detokenizer(), ids_of("é is 😀!")
-    detokenizer.play(start(), *[tokens(i, [id]) for i, id in enumerate(ids[:-1])], tokens(len(ids) - 1, ids[-1:], "length"))
-    assert [(d.offset, d.token_ids.numpy().tolist()) for d in detokenizer.deltas] == [(i, [id]) for i, id in enumerate(ids)]
+    detokenizer = Detokenizer()
+    ids = ids_of("é is 😀!")
+    detokenizer.play(
+        start(),
+        *[tokens(i, [id]) for i, id in enumerate(ids[:-1])],
+        tokens(len(ids) - 1, ids[-1:], "length"),
+    )
+    assert [(d.offset, d.token_ids.numpy().tolist()) for d in detokenizer.deltas] == [
+        (i, [id]) for i, id in enumerate(ids)
+    ]
     assert {receiver for receiver, _ in detokenizer.member.links.sent} == {"gateway-1"}
     assert detokenizer.text() == "é is 😀!"
     assert detokenizer.deltas[0].text.text() == "", "half a character is held back"
@@ -82,11 +123,18 @@ def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
 
 def test_the_last_delta_alone_carries_the_end_with_usage_and_timings() -> None:
     detokenizer = Detokenizer()
-    detokenizer.play(start(), tokens(0, ids_of("ab")), tokens(2, ids_of("c"), "length"), tokens(3, ids_of("d"), "length"))
+    detokenizer.play(
+        start(),
+        tokens(0, ids_of("ab")),
+        tokens(2, ids_of("c"), "length"),
+        tokens(3, ids_of("d"), "length"),
+    )
     first, last = detokenizer.deltas
     assert (first.finish_reason, first.usage, first.timings) == ("", Usage(), None)
     assert last.finish_reason == "length"
-    assert last.usage == Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2)
+    assert last.usage == Usage(
+        prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2
+    )
     assert last.timings is not None
     timings = json.loads(last.timings.bytes())
     assert timings.pop("decode_seconds") >= 0
@@ -96,16 +144,27 @@ def test_the_last_delta_alone_carries_the_end_with_usage_and_timings() -> None:
 
 def test_what_was_held_back_comes_with_the_end() -> None:
     detokenizer = Detokenizer()
-    detokenizer.play(start(stop=("END",)), tokens(0, ids_of("abEN")), tokens(4, ids_of("😀")[:2], "length"))
+    detokenizer.play(
+        start(stop=("END",)), tokens(0, ids_of("abEN")), tokens(4, ids_of("😀")[:2], "length")
+    )
     assert detokenizer.text() == "abEN\ufffd"
 
 
 def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
     detokenizer = Detokenizer()
-    detokenizer.play(start(stop=("END",)), tokens(0, ids_of("ab EN")), tokens(5, ids_of("D more")), tokens(11, ids_of("x"), "length"))
+    detokenizer.play(
+        start(stop=("END",)),
+        tokens(0, ids_of("ab EN")),
+        tokens(5, ids_of("D more")),
+        tokens(11, ids_of("x"), "length"),
+    )
     assert detokenizer.text() == "ab "
     last = detokenizer.deltas[-1]
-    assert (last.finish_reason, last.offset, last.token_ids.numpy().tolist()) == ("stop", 5, ids_of("D"))
+    assert (last.finish_reason, last.offset, last.token_ids.numpy().tolist()) == (
+        "stop",
+        5,
+        ids_of("D"),
+    )
     assert last.usage.completion_tokens == 6
     assert len(detokenizer.deltas) == 2, "what comes after the end is dropped"
     assert [m.request_id for m in detokenizer.member.links.to("llm-1")] == ["r"]
@@ -113,7 +172,7 @@ def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
     assert not detokenizer.answers
 
 
-def test_a_stop_string_in_the_last_token_wins_and_the_language_group_is_not_told_what_it_knows() -> None:
+def test_a_stop_string_in_the_last_token_wins_and_the_language_group_is_not_told() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(start(stop=("END",)), tokens(0, ids_of("aEND"), "length"))
     [last] = detokenizer.deltas
@@ -122,7 +181,8 @@ def test_a_stop_string_in_the_last_token_wins_and_the_language_group_is_not_told
 
 
 def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
-    detokenizer, ids = Detokenizer(), ids_of("xEND")
+    detokenizer = Detokenizer()
+    ids = ids_of("xEND")
     detokenizer.play(start(stop=("END",)), tokens(0, [*ids, *ids_of("more")], logprobs=True))
     [delta] = detokenizer.deltas
     assert delta.logprobs is not None
@@ -131,7 +191,11 @@ def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
     assert [e["token"] for e in entries] == list("xEND")
     assert [e["logprob"] for e in entries] == pytest.approx([-id / 1000 for id in ids])
     [candidate] = entries[1]["top_logprobs"]
-    assert (candidate["token"], candidate["token_id"], candidate["logprob"]) == ("a", ids_of("a")[0], -0.5)
+    assert (candidate["token"], candidate["token_id"], candidate["logprob"]) == (
+        "a",
+        ids_of("a")[0],
+        -0.5,
+    )
 
 
 def test_without_logprobs_there_are_none() -> None:
@@ -150,18 +214,30 @@ def test_a_failure_of_the_language_group_is_passed_on_as_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [named(Abort), [Down("llm-1", "llm", "gone")], [Down("gateway-1", "gateway", "gone")]], ids=["abort", "llm", "gateway"]
+    "event",
+    [named(Abort), [PeerDown("llm-1", "llm", "gone")], [PeerDown("gateway-1", "gateway", "gone")]],
+    ids=["abort", "llm", "gateway"],
 )
-def test_an_answer_nobody_gives_or_wants_any_more_is_freed_and_others_are_not(event: list[Event]) -> None:
+def test_an_answer_nobody_gives_or_wants_any_more_is_freed_and_others_are_not(
+    event: list[Event],
+) -> None:
     detokenizer = Detokenizer()
-    detokenizer.play(start(), start("other", gateway="gateway-2", llm="llm-2"), event, tokens(0, ids_of("a")))
+    detokenizer.play(
+        start(), start("other", gateway="gateway-2", llm="llm-2"), event, tokens(0, ids_of("a"))
+    )
     assert list(detokenizer.answers) == [("other", 0)]
     assert detokenizer.deltas == []
 
 
 def test_attempts_of_one_request_are_separate() -> None:
     detokenizer = Detokenizer()
-    detokenizer.play(start(), tokens(0, ids_of("é")[:1]), start(attempt=1), tokens(0, ids_of("b"), attempt=1), named(Abort))
+    detokenizer.play(
+        start(),
+        tokens(0, ids_of("é")[:1]),
+        start(attempt=1),
+        tokens(0, ids_of("b"), attempt=1),
+        named(Abort),
+    )
     assert list(detokenizer.answers) == [("r", 1)]
     assert (detokenizer.text(), detokenizer.text(attempt=1)) == ("", "b")
     detokenizer.play(tokens(1, ids_of("c"), "length", attempt=1))
@@ -180,11 +256,17 @@ def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_deli
     ids = ids_of("a\u00e9b\u20acSTOP and more")
     whole = Detokenizer()
     whole.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids)])
-    first, second = Detokenizer(), Detokenizer()
-    first.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids[:num_delivered])])
+    first = Detokenizer()
+    second = Detokenizer()
+    first.play(
+        start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids[:num_delivered])]
+    )
     [begun] = start(attempt=1, stop=("STOP",))
     begun.message.output_token_ids = Tensor.of(np.array(ids[:num_delivered], np.int64))
-    second.play([begun], *[tokens(n, [token], attempt=1) for n, token in enumerate(ids) if n >= num_delivered])
+    second.play(
+        [begun],
+        *[tokens(n, [token], attempt=1) for n, token in enumerate(ids) if n >= num_delivered],
+    )
     assert first.text() + second.text(attempt=1) == whole.text() == "a\u00e9b\u20ac"
     assert [d.offset for d in first.deltas + second.deltas] == [d.offset for d in whole.deltas]
     assert second.deltas[-1].usage == whole.deltas[-1].usage
@@ -193,17 +275,36 @@ def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_deli
 def test_a_lost_language_group_is_told_to_the_gateways_of_its_answers() -> None:
     """Their own connections to it may stand, and then nobody else would tell them."""
     detokenizer = Detokenizer()
-    detokenizer.play(start(), start("other", gateway="gateway-2", llm="llm-2"), [Down("llm-1", "llm", "gone")])
+    detokenizer.play(
+        start(),
+        start("other", gateway="gateway-2", llm="llm-2"),
+        [PeerDown("llm-1", "llm", "gone")],
+    )
     (failed,) = detokenizer.member.links.to("gateway-1")
-    assert isinstance(failed, Failed) and (failed.code, failed.stage, failed.image) == ("Unavailable", "llm", None)
+    assert isinstance(failed, Failed) and (failed.code, failed.stage, failed.image) == (
+        "Unavailable",
+        "llm",
+        None,
+    )
     assert detokenizer.member.links.to("gateway-2") == []
 
 
 def test_a_draining_detokenizer_awaits_the_gateways_that_have_not_released_it() -> None:
     detokenizer = Detokenizer()
-    detokenizer.play([Up("gateway-1", "gateway"), Up("gateway-2", "gateway"), Up("gateway-3", "gateway"), Up("llm-1", "llm")])
+    detokenizer.play(
+        [
+            PeerUp("gateway-1", "gateway"),
+            PeerUp("gateway-2", "gateway"),
+            PeerUp("gateway-3", "gateway"),
+            PeerUp("llm-1", "llm"),
+        ]
+    )
     assert detokenizer.awaited == set(), "it is no work while nobody asks it to leave"
-    detokenizer.play([Drain()], received("gateway-1", "gateway", Released()), [Down("gateway-2", "gateway", "gone")])
+    detokenizer.play(
+        [Drain()],
+        received("gateway-1", "gateway", Released()),
+        [PeerDown("gateway-2", "gateway", "gone")],
+    )
     assert detokenizer.awaited == {"gateway-3"}
-    detokenizer.play([Up("gateway-4", "gateway")])
+    detokenizer.play([PeerUp("gateway-4", "gateway")])
     assert detokenizer.awaited == {"gateway-3", "gateway-4"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import ServingError
-from common.events import Down, Received, Up
+from common.events import PeerDown, PeerUp, Received
 from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
 from common.wire import Tensor
 from services.gateway.core import GatewayCore
@@ -22,19 +22,34 @@ USAGE = Usage(prompt_tokens=9, completion_tokens=3)
 class Gateway:
     """A core and the links that it sends by."""
 
-    def __init__(self, replicas: int = 1, max_waiting: int = 10, request_timeout: float = 60, **patience: float) -> None:
-        self.core, self.links = GatewayCore("tiny", max_waiting, request_timeout, **patience), FakeLinks()
+    def __init__(
+        self,
+        replicas: int = 1,
+        max_waiting: int = 10,
+        request_timeout: float = 60,
+        **patience: float,
+    ) -> None:
+        self.core = GatewayCore("tiny", max_waiting, request_timeout, **patience)
+        self.links = FakeLinks()
         self.core.links = self.links
         for role in CONNECTED_STAGES:
             for n in range(1, replicas + 1):
                 self.regain(role, n)
 
     def submitted(self) -> list[tuple[str, Submit]]:
-        return [(receiver, message) for receiver, message in self.links.sent if isinstance(message, Submit)]
+        return [
+            (receiver, message)
+            for receiver, message in self.links.sent
+            if isinstance(message, Submit)
+        ]
 
     def id_of(self, client_id: str) -> str:
         """The name that the stages know the request by."""
-        return [submit.request_id for _, submit in self.submitted() if submit.request_id.startswith(f"{client_id}~")][-1]
+        return [
+            submit.request_id
+            for _, submit in self.submitted()
+            if submit.request_id.startswith(f"{client_id}~")
+        ][-1]
 
     def hear(self, *messages: Any) -> None:
         """Messages about requests by their clients' ids, or by those that the stages know."""
@@ -44,10 +59,10 @@ class Gateway:
             self.core.hear(Received("peer", "role", message))
 
     def lose(self, role: str, number: int = 1, reason: str = "killed") -> None:
-        self.core.hear(Down(f"{role}-{number}", role, reason))
+        self.core.hear(PeerDown(f"{role}-{number}", role, reason))
 
     def regain(self, role: str, number: int = 1) -> None:
-        self.core.hear(Up(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
+        self.core.hear(PeerUp(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
 
     def aborts(self) -> list[tuple[str, str]]:
         """(receiver, the client's id)."""
@@ -59,16 +74,36 @@ class Gateway:
 
 
 def request(request_id: str = "r", **fields: Any) -> GenerationRequest:
-    return GenerationRequest(request_id=request_id, **{"prompt_kind": "messages", "prompt": b"[]"} | fields)
+    return GenerationRequest(
+        request_id=request_id, **{"prompt_kind": "messages", "prompt": b"[]"} | fields
+    )
 
 
-def routed(request_id: str = "r", llm: str = "llm-1", ids: Sequence[int] | None = None, attempt: int = 0) -> Routed:
+def routed(
+    request_id: str = "r", llm: str = "llm-1", ids: Sequence[int] | None = None, attempt: int = 0
+) -> Routed:
     tensor = None if ids is None else Tensor.of(np.array(ids, np.int64))
-    return Routed(request_id=request_id, attempt=attempt, llm=Peer(llm, f"ipc:///{llm}"), prompt_token_ids=tensor)
+    return Routed(
+        request_id=request_id,
+        attempt=attempt,
+        llm=Peer(llm, f"ipc:///{llm}"),
+        prompt_token_ids=tensor,
+    )
 
 
-def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", request_id: str = "r", attempt: int = 0) -> Delta:
-    end = {"finish_reason": finish_reason, "usage": USAGE, "timings": Tensor.of_text(json.dumps({"decode_seconds": 0.5}))}
+def delta(
+    offset: int,
+    ids: Sequence[int],
+    text: str,
+    finish_reason: str = "",
+    request_id: str = "r",
+    attempt: int = 0,
+) -> Delta:
+    end = {
+        "finish_reason": finish_reason,
+        "usage": USAGE,
+        "timings": Tensor.of_text(json.dumps({"decode_seconds": 0.5})),
+    }
     return Delta(
         request_id=request_id,
         attempt=attempt,
@@ -79,8 +114,12 @@ def delta(offset: int, ids: Sequence[int], text: str, finish_reason: str = "", r
     )
 
 
-def failed(code: str = "Internal", stage: str = "llm", image: int | None = None, attempt: int = 0) -> Failed:
-    return Failed(request_id="r", attempt=attempt, code=code, message="why", stage=stage, image=image)
+def failed(
+    code: str = "Internal", stage: str = "llm", image: int | None = None, attempt: int = 0
+) -> Failed:
+    return Failed(
+        request_id="r", attempt=attempt, code=code, message="why", stage=stage, image=image
+    )
 
 
 async def rest(events: AsyncIterator[Event]) -> list[Event]:

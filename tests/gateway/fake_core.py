@@ -1,4 +1,5 @@
-"""A core that answers by script, remembers what it was asked and what was aborted; and the doors before it."""
+"""A core that answers by script, remembers what it was asked and what was aborted; and the doors
+before it."""
 
 import asyncio
 import socket
@@ -10,15 +11,17 @@ import grpc
 
 from common.errors import NotFound
 from common.messages import Usage
-from services.gateway.doors import Http
 from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
+from services.gateway.servers import Http
 
 TIMINGS = {
     "preprocess_seconds": 0.25,
-    "images": [{"preprocess_seconds": 0.125, "queue_seconds": 0.0, "encode_seconds": 0.5, "cached": False}],
+    "images": [
+        {"preprocess_seconds": 0.125, "queue_seconds": 0.0, "encode_seconds": 0.5, "cached": False}
+    ],
     "queue_seconds": 0.0,
     "prefill_seconds": 0.5,
     "decode_seconds": 1.0,
@@ -43,17 +46,26 @@ HELLO: tuple[Event | Exception | Forever, ...] = (
     Piece(0, [10], "Hel", [logprob(10, "Hel")]),
     Piece(1, [11], "", [logprob(11, "l")]),
     Piece(2, [12], "lo", [logprob(12, "o")]),
-    Ended("stop", Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2), TIMINGS),
+    Ended(
+        "stop",
+        Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2),
+        TIMINGS,
+    ),
 )
 
 
 class FakeCore:
-    def __init__(self, *script: Event | Exception | Forever | asyncio.Event, refusal: Exception | None = None) -> None:
+    def __init__(
+        self, *script: Event | Exception | Forever | asyncio.Event, refusal: Exception | None = None
+    ) -> None:
         self.model_name = "org/tiny"
-        self.script, self.refusal = script or HELLO, refusal
+        self.script = script or HELLO
+        self.refusal = refusal
         self.requests: list[GenerationRequest] = []
-        self.waiting, self.aborted = asyncio.Event(), asyncio.Event()
-        self.reason, self.is_draining = "", False
+        self.waiting = asyncio.Event()
+        self.aborted = asyncio.Event()
+        self.reason = ""
+        self.is_draining = False
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
@@ -91,13 +103,14 @@ class FakeCore:
     def max_model_len(self) -> int | None:
         return 4096
 
-    def not_ready(self) -> str:
+    def unready_reason(self) -> str:
         return self.reason
 
 
 @asynccontextmanager
 async def http_door(core: FakeCore) -> AsyncIterator[int]:
-    """A real server on a free port, which is given; it listens before it is served, so nobody need wait for it."""
+    """A real server on a free port, which is given; it listens before it is served, so nobody need
+    wait for it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -1,4 +1,5 @@
-"""The gateway's core: admission, one end for every request, and aborts wherever something is held."""
+"""The gateway's core: admission, one end for every request, and aborts wherever something is
+held."""
 
 import asyncio
 import json
@@ -8,8 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import DeadlineExceeded, Exhausted, Internal, NotFound, Unavailable, UnreadableImage
-from common.events import Down
+from common.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    Internal,
+    NotFound,
+    Unavailable,
+    UnreadableImage,
+)
+from common.events import PeerDown
 from common.membership import DEAD, READY
 from common.messages import Abort, Peer
 from common.wire import Tensor
@@ -21,7 +29,9 @@ from tests.gateway.builders import USAGE, Gateway, delta, error_of, failed, requ
 
 async def test_a_request_goes_to_preprocess_whole() -> None:
     gateway = Gateway()
-    async with gateway.core.generate(request(images=(b"png",), timeout=5, return_prompt_token_ids=True)):
+    async with gateway.core.generate(
+        request(images=(b"png",), timeout=5, return_prompt_token_ids=True)
+    ):
         [(receiver, submit)] = gateway.submitted()
     assert receiver == "preprocess-1"
     assert submit.request_id.startswith("r~")
@@ -33,7 +43,9 @@ async def test_a_request_goes_to_preprocess_whole() -> None:
 
 async def test_token_ids_travel_as_int64() -> None:
     gateway = Gateway()
-    async with gateway.core.generate(request(prompt_kind="token_ids", prompt=np.array([5, 2**40], "<i8").tobytes())):
+    async with gateway.core.generate(
+        request(prompt_kind="token_ids", prompt=np.array([5, 2**40], "<i8").tobytes())
+    ):
         [(_, submit)] = gateway.submitted()
     assert submit.prompt.numpy().tolist() == [5, 2**40]
     assert 59 < submit.timeout <= 60, "the gateway's own, where the client brings none"
@@ -53,12 +65,16 @@ async def test_the_events_of_an_answer_come_in_order() -> None:
 
 
 async def test_logprobs_come_with_their_tokens() -> None:
-    gateway, entry = Gateway(), {"token": "a", "logprob": -0.5}
+    gateway = Gateway()
+    entry = {"token": "a", "logprob": -0.5}
     message = delta(0, [10], "a")
     message.logprobs = Tensor.of_text(json.dumps([entry]))
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed(), message)
-        assert [await anext(events), await anext(events)] == [Began(None), Piece(0, [10], "a", [entry])]
+        assert [await anext(events), await anext(events)] == [
+            Began(None),
+            Piece(0, [10], "a", [entry]),
+        ]
 
 
 async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it() -> None:
@@ -66,14 +82,20 @@ async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it
     async with gateway.core.generate(request()) as events:
         gateway.hear(delta(0, [10], "a"), delta(1, [11], "b", "stop"), routed(ids=[1]))
         began, *pieces, ended = await rest(events)
-    assert (began, [type(piece) for piece in pieces], type(ended)) == (Began([1]), [Piece, Piece], Ended)
+    assert (began, [type(piece) for piece in pieces], type(ended)) == (
+        Began([1]),
+        [Piece, Piece],
+        Ended,
+    )
     assert gateway.is_idle
 
 
 async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [10], "a"), delta(2, [12], "c"), delta(3, [13], "d", "stop"))
+        gateway.hear(
+            routed(), delta(0, [10], "a"), delta(2, [12], "c"), delta(3, [13], "d", "stop")
+        )
         assert [await anext(events), await anext(events)] == [Began(None), Piece(0, [10], "a", [])]
         assert isinstance(await error_of(events), Internal)
     assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
@@ -85,7 +107,11 @@ async def test_a_failure_is_raised_as_its_own_error_with_stage_and_image() -> No
     async with gateway.core.generate(request()) as events:
         gateway.hear(failed("UnreadableImage", "preprocess", 2), failed("Internal"))
         error = await error_of(events)
-    assert isinstance(error, UnreadableImage) and (error.message, error.stage, error.image) == ("why", "preprocess", 2)
+    assert isinstance(error, UnreadableImage) and (error.message, error.stage, error.image) == (
+        "why",
+        "preprocess",
+        2,
+    )
     assert gateway.aborts() == [("preprocess-1", "r")]
     assert gateway.is_idle
 
@@ -111,21 +137,29 @@ async def test_the_bound_counts_requests_that_wait_for_their_first_token() -> No
         assert caught.value.retry_after
         gateway.hear(routed(), delta(0, [10], "a"))
         async with gateway.core.generate(request("r3")):
-            assert [submit.request_id.partition("~")[0] for _, submit in gateway.submitted()] == ["r", "r3"]
+            assert [submit.request_id.partition("~")[0] for _, submit in gateway.submitted()] == [
+                "r",
+                "r3",
+            ]
 
 
 async def test_requests_of_one_id_are_told_apart() -> None:
     gateway = Gateway()
-    async with gateway.core.generate(request()) as first, gateway.core.generate(request()) as second:
+    async with (
+        gateway.core.generate(request()) as first,
+        gateway.core.generate(request()) as second,
+    ):
         ids = [submit.request_id for _, submit in gateway.submitted()]
         assert len(set(ids)) == 2
         for id, text in zip(ids, "ab", strict=True):
             gateway.hear(routed(id), delta(0, [10], text, "stop", id))
         for events, text in ((first, "a"), (second, "b")):
-            assert [event.text for event in await rest(events) if isinstance(event, Piece)] == [text]
+            assert [event.text for event in await rest(events) if isinstance(event, Piece)] == [
+                text
+            ]
 
 
-async def test_an_id_that_comes_again_after_its_end_is_new_to_the_stages_which_still_remember_the_end() -> None:
+async def test_a_reused_id_is_new_to_stages_that_still_remember_its_end() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()):
         gateway.hear(routed(), delta(0, [10], "a", "stop"))
@@ -142,7 +176,7 @@ async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed(), delta(0, [10], "a"))
-        gateway.core.hear(Down("preprocess-1", "preprocess", "killed"))
+        gateway.core.hear(PeerDown("preprocess-1", "preprocess", "killed"))
         gateway.hear(delta(1, [11], "b", "stop"))
         assert isinstance((await rest(events))[-1], Ended)
 
@@ -222,15 +256,26 @@ async def test_stopping_ends_what_outlives_the_grace_with_an_error() -> None:
     assert gateway.is_idle and gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
 
 
-async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_ready_ones_first() -> None:
+async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_ready_ones_first() -> (
+    None
+):
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request("r1")), gateway.core.generate(request("r2")):
         gateway.hear(routed("r2"))  # preprocess is through with it, the detokenizer is not
         async with gateway.core.generate(request("r3")), gateway.core.generate(request("r4")):
-            holders = [(receiver, submit.detokenizer.id) for receiver, submit in gateway.submitted()]
-    assert [holder for holder, _ in holders] == ["preprocess-1", "preprocess-2", "preprocess-2", "preprocess-1"]
-    assert sorted(detokenizer for _, detokenizer in holders) == 2 * ["detokenizer-1"] + 2 * ["detokenizer-2"]
-    gateway.core.hear_members([control_pb2.Member(id="preprocess-2", role="preprocess", state=READY)])
+            holders = [
+                (receiver, submit.detokenizer.id) for receiver, submit in gateway.submitted()
+            ]
+    assert [holder for holder, _ in holders] == [
+        "preprocess-1",
+        "preprocess-2",
+        "preprocess-2",
+        "preprocess-1",
+    ]
+    assert sorted(detokenizer for _, detokenizer in holders) == 2 * ["detokenizer-1"] + 2 * [
+        "detokenizer-2"
+    ]
+    gateway.core.on_members([control_pb2.Member(id="preprocess-2", role="preprocess", state=READY)])
     for n in range(2):
         async with gateway.core.generate(request(f"ready {n}")):
             assert gateway.submitted()[-1][0] == "preprocess-2"
@@ -238,16 +283,22 @@ async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_rea
 
 def test_it_is_ready_with_a_ready_member_of_each_role_that_it_is_connected_to() -> None:
     gateway = Gateway()
-    members = [control_pb2.Member(id=f"{role}-1", role=role, state=READY, max_model_len=64) for role in (*CONNECTED_STAGES, "vision")]
-    assert gateway.core.not_ready() == "no preprocess and no vision and no llm and no detokenizer is ready"
+    members = [
+        control_pb2.Member(id=f"{role}-1", role=role, state=READY, max_model_len=64)
+        for role in (*CONNECTED_STAGES, "vision")
+    ]
+    assert (
+        gateway.core.unready_reason()
+        == "no preprocess and no vision and no llm and no detokenizer is ready"
+    )
     assert gateway.core.max_model_len() is None
-    gateway.core.hear_members(members)
-    assert gateway.core.not_ready() == "" and gateway.core.max_model_len() == 64
-    gateway.core.hear(Down("llm-1", "llm", "gone"))
-    assert gateway.core.not_ready() == "no llm is ready"
+    gateway.core.on_members(members)
+    assert gateway.core.unready_reason() == "" and gateway.core.max_model_len() == 64
+    gateway.core.hear(PeerDown("llm-1", "llm", "gone"))
+    assert gateway.core.unready_reason() == "no llm is ready"
     members[-1].state = DEAD
-    gateway.core.hear_members(members)
-    assert gateway.core.not_ready() == "no vision and no llm is ready"
+    gateway.core.on_members(members)
+    assert gateway.core.unready_reason() == "no vision and no llm is ready"
 
 
 def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_one() -> None:
@@ -259,11 +310,22 @@ def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_o
 
 
 async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing() -> None:
-    """The prefix cache had its keys and values, so the answer began before the image was encoded."""
+    """The prefix cache had its keys and values, so the answer began before the image was
+    encoded."""
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [1], "a"), failed(stage="vision", image=0), delta(1, [2], "b", "stop"))
-        assert [type(event) for event in [event async for event in events]] == [Began, Piece, Piece, Ended]
+        gateway.hear(
+            routed(),
+            delta(0, [1], "a"),
+            failed(stage="vision", image=0),
+            delta(1, [2], "b", "stop"),
+        )
+        assert [type(event) for event in [event async for event in events]] == [
+            Began,
+            Piece,
+            Piece,
+            Ended,
+        ]
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_when_to_come_back() -> None:

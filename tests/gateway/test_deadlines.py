@@ -1,15 +1,16 @@
-"""A deadline that passes names where the request was, whoever reads; and what is counted on the way."""
+"""A deadline that passes names where the request was, whoever reads; and what is counted on the
+way."""
 
 from typing import Any
 
 import pytest
 
 from common.errors import DeadlineExceeded, Exhausted, ServingError, Unavailable
-from common.messages import Encoded
+from common.messages import HandedOver
 from services.gateway.metrics import MeasuredCore
 from tests.gateway.builders import Gateway, delta, error_of, request, rest, routed
 
-ENCODED = Encoded(request_id="r", attempt=0)
+ENCODED = HandedOver(request_id="r", attempt=0)
 
 
 @pytest.mark.parametrize(
@@ -22,14 +23,20 @@ ENCODED = Encoded(request_id="r", attempt=0)
         ((b"png",), [routed(), delta(0, [10], "a")], "llm"),
     ],
 )
-async def test_a_deadline_that_passes_names_the_stage(images: tuple[bytes, ...], heard: list[Any], stage: str) -> None:
+async def test_a_deadline_that_passes_names_the_stage(
+    images: tuple[bytes, ...], heard: list[Any], stage: str
+) -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(images=images, timeout=0.01)) as events:
         for message in heard:
             message.request_id = "r"
         gateway.hear(*heard)
         error = await error_of(events)
-    assert isinstance(error, DeadlineExceeded) and error.stage == stage and f"the {stage}" in error.message
+    assert (
+        isinstance(error, DeadlineExceeded)
+        and error.stage == stage
+        and f"the {stage}" in error.message
+    )
     assert gateway.is_idle
 
 
@@ -49,7 +56,9 @@ def metric(gateway: Gateway, name: str, **labels: str) -> float:
 
 async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
     with pytest.raises(ServingError) as refused:
-        async with MeasuredCore(gateway.core, gateway.core.metrics).generate(request("new", **fields)):
+        async with MeasuredCore(gateway.core, gateway.core.metrics).generate(
+            request("new", **fields)
+        ):
             pass
     return refused.value
 
@@ -76,9 +85,14 @@ async def test_attempts_failovers_and_those_who_wait_are_counted() -> None:
         gateway.hear(routed("a"), delta(0, [10], "a", request_id="a"))
         assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (1, (1, 1))
         gateway.lose("llm")
-        assert (metric(gateway, "requests_waiting"), metric(gateway, "attempts_total")) == (1, 2), "it has its first token"
+        assert (metric(gateway, "requests_waiting"), metric(gateway, "attempts_total")) == (1, 2), (
+            "it has its first token"
+        )
         gateway.regain("llm", 2)
-        assert (metric(gateway, "attempts_total"), metric(gateway, "failovers_total", stage="llm")) == (3, 1)
+        assert (
+            metric(gateway, "attempts_total"),
+            metric(gateway, "failovers_total", stage="llm"),
+        ) == (3, 1)
         gateway.hear(routed("a", "llm-2", attempt=1), delta(1, [11], "b", "stop", "a", attempt=1))
         await rest(a)
     assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (0, (0, 0))

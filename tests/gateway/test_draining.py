@@ -1,4 +1,5 @@
-"""A gateway that is to leave, and stages that are: nothing new where another is, and what is under way ends well."""
+"""A gateway that is to leave, and stages that are: nothing new where another is, and what is under
+way ends well."""
 
 import asyncio
 from typing import Any
@@ -7,12 +8,12 @@ import grpc
 import pytest
 
 from common.errors import Unavailable
-from common.events import Draining
+from common.events import PeerDraining
 from common.messages import Released
 from common.settings import GatewaySettings
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.gateway.doors import open_doors
 from services.gateway.metrics import MeasuredCore
+from services.gateway.servers import start_api_servers
 from tests.gateway.builders import Gateway, delta, request, rest, routed
 from tests.gateway.fake_core import HELLO, FakeCore, http_door
 from tests.gateway.test_http_disconnect import request as http_request
@@ -33,17 +34,22 @@ async def refused(port: int) -> None:
 
 
 async def test_drained_doors_let_nobody_in_and_everybody_finish() -> None:
-    gate, idle = asyncio.Event(), asyncio.Event()
+    gate = asyncio.Event()
+    idle = asyncio.Event()
     core = FakeCore(*HELLO[:2], gate, *HELLO[2:])
-    settings = GatewaySettings(controller="127.0.0.1:1", http_port=free_port("127.0.0.1"), grpc_port=free_port("127.0.0.1"))
+    settings = GatewaySettings(
+        controller="127.0.0.1:1", http_port=free_port("127.0.0.1"), grpc_port=free_port("127.0.0.1")
+    )
     async with (
         asyncio.timeout(30),
-        open_doors(settings, MeasuredCore(core)) as doors,
+        start_api_servers(settings, MeasuredCore(core)) as doors,
         grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", settings.http_port)
         writer.write(http_request(stream=True))
-        call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(inference_pb2.GenerateStreamRequest(text="hi"))
+        call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
+            inference_pb2.GenerateStreamRequest(text="hi")
+        )
         while len(core.requests) < 2:
             await asyncio.sleep(0)
         drained = asyncio.create_task(doors.drain(idle))
@@ -72,7 +78,7 @@ async def test_clients_of_a_draining_gateway_are_told_to_connect_anew() -> None:
 async def test_a_draining_gateway_is_not_ready_and_answers_what_comes() -> None:
     gateway = Gateway()
     gateway.core.drain()
-    assert gateway.core.not_ready() == "the gateway is draining"
+    assert gateway.core.unready_reason() == "the gateway is draining"
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed(), delta(0, [10], "a", "stop"))
         assert len(await rest(events)) == 3
@@ -87,13 +93,18 @@ async def test_a_stopping_gateway_refuses_what_comes() -> None:
 
 
 @pytest.mark.parametrize(("role", "holder"), [("preprocess", 0), ("detokenizer", 1)])
-async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(role: str, holder: int) -> None:
+async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(
+    role: str, holder: int
+) -> None:
     gateway = Gateway(replicas=2)
 
     def holders() -> list[Any]:
-        return [(preprocess, submit.detokenizer.id)[holder] for preprocess, submit in gateway.submitted()]
+        return [
+            (preprocess, submit.detokenizer.id)[holder]
+            for preprocess, submit in gateway.submitted()
+        ]
 
-    gateway.core.hear(Draining(f"{role}-1", role))
+    gateway.core.hear(PeerDraining(f"{role}-1", role))
     async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
         assert holders() == [f"{role}-2"] * 2
     gateway.lose(role, 2)
@@ -105,7 +116,7 @@ async def test_a_request_stays_with_its_group_while_that_drains() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed())
-        gateway.core.hear(Draining("llm-1", "llm"))
+        gateway.core.hear(PeerDraining("llm-1", "llm"))
         gateway.hear(delta(0, [10], "a", "stop"))
         assert len(await rest(events)) == 3
     assert len(gateway.submitted()) == 1 and gateway.aborts() == []
@@ -119,7 +130,7 @@ async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_
     gateway = Gateway()
     async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
         gateway.regain("detokenizer", 2)
-        gateway.core.hear(Draining("detokenizer-1", "detokenizer"))
+        gateway.core.hear(PeerDraining("detokenizer-1", "detokenizer"))
         assert released(gateway) == [], "their answers have not begun, but will come to it"
         gateway.hear(routed("a"), delta(0, [10], "a", "stop", "a"))
         await rest(a)
@@ -132,5 +143,5 @@ async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_
 
 async def test_a_draining_detokenizer_that_holds_nothing_of_ours_is_released_at_once() -> None:
     gateway = Gateway(replicas=2)
-    gateway.core.hear(Draining("detokenizer-1", "detokenizer"))
+    gateway.core.hear(PeerDraining("detokenizer-1", "detokenizer"))
     assert released(gateway) == ["detokenizer-1"]

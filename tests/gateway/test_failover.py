@@ -1,12 +1,13 @@
-"""A member that is lost with requests in hand: they go on elsewhere, after the tokens their clients have, or wait for who can."""
+"""A member that is lost with requests in hand: they go on elsewhere, after the tokens their clients
+have, or wait for who can."""
 
 from collections.abc import AsyncIterator
 
 import pytest
 
 from common.errors import DeadlineExceeded, Internal, Unavailable
-from common.messages import Abort, Encoded, Failed
-from services.gateway.core import MAX_FRUITLESS, MAX_LOSSES
+from common.messages import Abort, Failed, HandedOver
+from services.gateway.core import MAX_LOSSES, MAX_LOSSES_WITHOUT_TOKEN
 from services.gateway.generation import Began, Ended, Event, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import Gateway, delta, error_of, failed, request, rest, routed
@@ -22,15 +23,22 @@ async def text_of(events: AsyncIterator[Event]) -> str:
 @pytest.mark.parametrize("role", CONNECTED_STAGES)
 async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -> None:
     gateway = Gateway(replicas=2)
-    async with gateway.core.generate(request("r1")) as lost, gateway.core.generate(request("r2")) as kept:
+    async with (
+        gateway.core.generate(request("r1")) as lost,
+        gateway.core.generate(request("r2")) as kept,
+    ):
         gateway.hear(routed("r1", "llm-1"), routed("r2", "llm-2"))
         gateway.lose(role)
-        [(preprocess, anew)] = [(to, submit) for to, submit in gateway.submitted() if submit.attempt == 1]
+        [(preprocess, anew)] = [
+            (to, submit) for to, submit in gateway.submitted() if submit.attempt == 1
+        ]
         assert anew.request_id == gateway.id_of("r1")
         assert preprocess != f"{role}-1" and anew.detokenizer.id != f"{role}-1"
         assert anew.avoid == ("llm-1" if role == "llm" else "")
         gateway.hear(delta(0, [10], "old", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
-        gateway.hear(routed("r1", "llm-2", attempt=1), delta(0, [20], "new", "stop", "r1", attempt=1))
+        gateway.hear(
+            routed("r1", "llm-2", attempt=1), delta(0, [20], "new", "stop", "r1", attempt=1)
+        )
         assert (await text_of(kept), await text_of(lost)) == ("a", "new")
     assert gateway.aborts() == [("preprocess-1", "r1"), ("llm-1", "r1")]
     assert gateway.is_idle
@@ -43,8 +51,15 @@ async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
         gateway.lose("llm")
         anew = gateway.submitted()[-1][1]
         assert (anew.attempt, anew.avoid) == (1, "llm-1")
-        assert anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [10, 11]
-        gateway.hear(delta(2, [99], "of the dead one"), routed("r", "llm-2", attempt=1), delta(2, [12], "c", "stop", attempt=1))
+        assert anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [
+            10,
+            11,
+        ]
+        gateway.hear(
+            delta(2, [99], "of the dead one"),
+            routed("r", "llm-2", attempt=1),
+            delta(2, [12], "c", "stop", attempt=1),
+        )
         assert await text_of(events) == "abc"
 
 
@@ -60,7 +75,10 @@ async def test_without_another_member_the_request_waits_for_the_restarted_one(ro
         gateway.regain(role, 7)
         (_, first), (preprocess, anew) = gateway.submitted()
         assert (first.attempt, anew.attempt) == (0, 1)
-        assert role not in ("preprocess", "detokenizer") or f"{role}-7" in (preprocess, anew.detokenizer.id)
+        assert role not in ("preprocess", "detokenizer") or f"{role}-7" in (
+            preprocess,
+            anew.detokenizer.id,
+        )
         gateway.hear(routed("r", "llm-7", attempt=1), delta(0, [10], "a", "stop", attempt=1))
         assert await text_of(events) == "a"
     assert gateway.is_idle
@@ -79,7 +97,11 @@ async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whol
         gateway.lose("llm", 3)  # before its first token
         gateway.regain("llm", 4)
         anew = gateway.submitted()[-1][1]
-        assert anew.attempt == 3 and anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [10, 11]
+        assert (
+            anew.attempt == 3
+            and anew.output_token_ids is not None
+            and anew.output_token_ids.numpy().tolist() == [10, 11]
+        )
         gateway.hear(routed("r", "llm-4", attempt=3), delta(2, [12], "c", "stop", attempt=3))
         assert await text_of(events) == "abc"
 
@@ -135,7 +157,9 @@ async def test_a_request_that_comes_while_a_stage_is_restarted_waits_for_it() ->
     assert gateway.is_idle
 
 
-async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gateway = Gateway()
     monkeypatch.setattr("services.gateway.admission.OUTAGE_SECONDS", -1.0)
     gateway.lose("llm")
@@ -148,21 +172,26 @@ async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_reque
 async def test_a_request_is_given_up_after_so_many_losses_without_a_token() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        for attempt in range(MAX_FRUITLESS):
+        for attempt in range(MAX_LOSSES_WITHOUT_TOKEN):
             gateway.hear(routed("r", "llm-1", attempt=attempt))
             gateway.lose("llm", reason=f"killed {attempt}")
             gateway.regain("llm")
         error = await error_of(events)
-    assert isinstance(error, Unavailable) and f"killed {MAX_FRUITLESS - 1}" in error.message
+    assert (
+        isinstance(error, Unavailable) and f"killed {MAX_LOSSES_WITHOUT_TOKEN - 1}" in error.message
+    )
     assert gateway.is_idle
 
 
-async def test_tokens_between_the_losses_show_that_the_request_is_not_to_blame_but_not_for_ever() -> None:
+async def test_tokens_between_losses_clear_the_request_of_blame_but_not_for_ever() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES):
             assert gateway.submitted()[-1][1].attempt == attempt
-            gateway.hear(routed("r", "llm-1", attempt=attempt), delta(attempt, [attempt], "a", attempt=attempt))
+            gateway.hear(
+                routed("r", "llm-1", attempt=attempt),
+                delta(attempt, [attempt], "a", attempt=attempt),
+            )
             gateway.lose("llm")
             gateway.regain("llm")
         assert isinstance(await error_of(events), Unavailable)
@@ -170,7 +199,8 @@ async def test_tokens_between_the_losses_show_that_the_request_is_not_to_blame_b
 
 
 async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
-    """Preprocess may not know the restarted group yet, and a group may have lost a detokenizer that the gateway has not."""
+    """Preprocess may not know the restarted group yet, and a group may have lost a detokenizer that
+    the gateway has not."""
     gateway = Gateway(replicas=2, retry_seconds=0.0)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES + 1):
@@ -183,7 +213,10 @@ async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
         gateway.regain("vision")
         anew = gateway.submitted()[-1][1]
         assert (anew.attempt, anew.avoid) == (number + 1, "llm-1")
-        gateway.hear(routed("r", "llm-2", attempt=number + 1), delta(1, [11], "b", "stop", attempt=number + 1))
+        gateway.hear(
+            routed("r", "llm-2", attempt=number + 1),
+            delta(1, [11], "b", "stop", attempt=number + 1),
+        )
         assert await text_of(events) == "ab"
     assert gateway.is_idle
 
@@ -193,7 +226,11 @@ async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> 
     async with gateway.core.generate(request()) as events:
         gateway.hear(failed("Unavailable", "llm"))
         error = await error_of(events)
-    assert isinstance(error, Unavailable) and "why" in error.message and "within 0.01 s" in error.message
+    assert (
+        isinstance(error, Unavailable)
+        and "why" in error.message
+        and "within 0.01 s" in error.message
+    )
 
 
 async def test_an_image_that_nobody_could_encode_ends_the_request() -> None:
@@ -210,7 +247,11 @@ async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> Non
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
         gateway.lose("llm")
-        gateway.hear(Failed(request_id="r", attempt=1, code="Internal", message="why", stage="vision", image=2))
+        gateway.hear(
+            Failed(
+                request_id="r", attempt=1, code="Internal", message="why", stage="vision", image=2
+            )
+        )
         error = await error_of(events)
     assert isinstance(error, Internal) and error.image == 2
 
@@ -218,14 +259,15 @@ async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> Non
 async def test_preprocess_is_not_missed_once_the_language_group_has_everything() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(images=(b"png",))) as events:
-        gateway.hear(routed(), Encoded(request_id="r", attempt=0))
+        gateway.hear(routed(), HandedOver(request_id="r", attempt=0))
         gateway.lose("preprocess")
         gateway.hear(delta(0, [10], "a", "stop"))
         assert await text_of(events) == "a"
 
 
 async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up() -> None:
-    """Frozen for less than it would notice: its prompts may still lie unread on another connection."""
+    """Frozen for less than it would notice: its prompts may still lie unread on another
+    connection."""
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))

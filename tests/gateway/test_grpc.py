@@ -19,8 +19,10 @@ from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.generation import Began, Piece
 from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_door
 
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-INFERENCE, CONTROL = "twinlens.inference.v1.InferenceService", "twinlens.control.v1.ControlService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+INFERENCE = "twinlens.inference.v1.InferenceService"
+CONTROL = "twinlens.control.v1.ControlService"
 
 
 @pytest.fixture
@@ -69,22 +71,43 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
 async def test_a_whole_answer(stub: Any) -> None:
     options = inference_pb2.ResponseOptions(num_logprobs=1, return_prompt_token_ids=True)
     answer = await stub.Generate(request(request_id="mine", response=options))
-    assert (answer.request_id, answer.text, answer.finish_reason) == ("mine", "Hello", inference_pb2.FINISH_REASON_STOP)
+    assert (answer.request_id, answer.text, answer.finish_reason) == (
+        "mine",
+        "Hello",
+        inference_pb2.FINISH_REASON_STOP,
+    )
     assert (list(answer.token_ids), list(answer.prompt_token_ids)) == ([10, 11, 12], [1, 2, 3])
     assert (answer.usage.prompt_tokens, answer.usage.image_tokens) == (9, 4)
     assert (answer.usage.completion_tokens, answer.usage.cached_tokens) == (3, 2)
     options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
     assert MessageToDict(answer.timings, **options) == TIMINGS
     first = answer.logprobs[0]
-    assert (len(answer.logprobs), first.token_id, first.token, first.top[0].token) == (3, 10, b"Hel", b"Hel")
+    assert (len(answer.logprobs), first.token_id, first.token, first.top[0].token) == (
+        3,
+        10,
+        b"Hel",
+        b"Hel",
+    )
 
 
 async def test_a_stream_begins_and_ends(stub: Any) -> None:
     events = [event async for event in stub.GenerateStream(stream_request())]
-    assert [event.WhichOneof("event") for event in events] == ["begin", "delta", "delta", "delta", "end"]
+    assert [event.WhichOneof("event") for event in events] == [
+        "begin",
+        "delta",
+        "delta",
+        "delta",
+        "end",
+    ]
     assert "".join(event.delta.text for event in events) == "Hello"
-    assert [(event.delta.offset, list(event.delta.token_ids)) for event in events[1:4]] == [(0, [10]), (1, [11]), (2, [12])]
-    assert events[-1].end.usage.completion_tokens == 3 and events[-1].end.timings.total_seconds == 2.0
+    assert [(event.delta.offset, list(event.delta.token_ids)) for event in events[1:4]] == [
+        (0, [10]),
+        (1, [11]),
+        (2, [12]),
+    ]
+    assert (
+        events[-1].end.usage.completion_tokens == 3 and events[-1].end.timings.total_seconds == 2.0
+    )
 
 
 async def test_text_is_one_user_turn_with_its_images_first(stub: Any, core: FakeCore) -> None:
@@ -93,29 +116,52 @@ async def test_text_is_one_user_turn_with_its_images_first(stub: Any, core: Fake
     await stub.Generate(request())
     await stub.Generate(inference_pb2.GenerateRequest(images=images[:1]))
     both, text, image = (json.loads(asked.prompt) for asked in core.requests)
-    assert both == [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "hi"}]}]
+    assert both == [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "hi"}],
+        }
+    ]
     assert text == [{"role": "user", "content": "hi"}]
     assert image == [{"role": "user", "content": [{"type": "image"}]}]
     assert core.requests[0].images == (b"one", b"two")
 
 
 async def test_token_ids_are_taken_as_they_are(stub: Any, core: FakeCore) -> None:
-    await stub.Generate(inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 2**31])))
+    await stub.Generate(
+        inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 2**31]))
+    )
     [asked] = core.requests
     assert asked.prompt_kind == "token_ids"
     assert asked.prompt == (1).to_bytes(8, "little") + (2**31).to_bytes(8, "little")
 
 
-async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(stub: Any, core: FakeCore) -> None:
+async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(
+    stub: Any, core: FakeCore
+) -> None:
     sampling = inference_pb2.SamplingParams(temperature=0.7, top_p=0.9, top_k=0, seed=2**64 - 1)
-    stopping = inference_pb2.StoppingParams(max_tokens=9, min_tokens=1, ignore_eos=True, stop=["x"], stop_token_ids=[5])
+    stopping = inference_pb2.StoppingParams(
+        max_tokens=9, min_tokens=1, ignore_eos=True, stop=["x"], stop_token_ids=[5]
+    )
     options = inference_pb2.ResponseOptions(num_logprobs=0, skip_special_tokens=False)
     await stub.Generate(request(sampling=sampling, stopping=stopping, response=options))
     [asked] = core.requests
     assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.top_k) == (0.7, 0.9, 0)
-    assert (asked.sampling.seed, asked.sampling.min_p, asked.sampling.num_logprobs) == (2**63 - 1, None, 0)
-    assert (asked.stopping.max_tokens, asked.stopping.min_tokens, asked.stopping.ignore_eos) == (9, 1, True)
-    assert (asked.stopping.stop, asked.stopping.stop_token_ids, asked.stopping.skip_special_tokens) == (("x",), (5,), False)
+    assert (asked.sampling.seed, asked.sampling.min_p, asked.sampling.num_logprobs) == (
+        2**63 - 1,
+        None,
+        0,
+    )
+    assert (asked.stopping.max_tokens, asked.stopping.min_tokens, asked.stopping.ignore_eos) == (
+        9,
+        1,
+        True,
+    )
+    assert (
+        asked.stopping.stop,
+        asked.stopping.stop_token_ids,
+        asked.stopping.skip_special_tokens,
+    ) == (("x",), (5,), False)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +169,47 @@ async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(stub: Any, 
     [
         ({"model": "other"}, "NOT_FOUND", "no model 'other' is served"),
         ({"text": ""}, "INVALID_ARGUMENT", "prompt: missing"),
-        ({"text": None, "token_ids": inference_pb2.TokenIds()}, "INVALID_ARGUMENT", "token_ids: empty"),
+        (
+            {"text": None, "token_ids": inference_pb2.TokenIds()},
+            "INVALID_ARGUMENT",
+            "token_ids: empty",
+        ),
         ({"images": [inference_pb2.Image()]}, "INVALID_ARGUMENT", "image 0 is empty"),
-        ({"images": [inference_pb2.Image(data=b"x")] * 33}, "INVALID_ARGUMENT", "more than 32 images"),
-        ({"sampling": inference_pb2.SamplingParams(temperature=-1)}, "INVALID_ARGUMENT", "temperature: expected float >= 0.0, got -1.0"),
-        ({"sampling": inference_pb2.SamplingParams(top_p=float("nan"))}, "INVALID_ARGUMENT", "top_p: expected float > 0.0, got nan"),
-        ({"stopping": inference_pb2.StoppingParams(max_tokens=0)}, "INVALID_ARGUMENT", "max_tokens: expected int >= 1, got 0"),
-        ({"stopping": inference_pb2.StoppingParams(max_tokens=5000)}, "INVALID_ARGUMENT", "beyond the context of 4096 tokens"),
-        ({"response": inference_pb2.ResponseOptions(num_logprobs=21)}, "INVALID_ARGUMENT", "num_logprobs: expected int <= 20, got 21"),
+        (
+            {"images": [inference_pb2.Image(data=b"x")] * 33},
+            "INVALID_ARGUMENT",
+            "more than 32 images",
+        ),
+        (
+            {"sampling": inference_pb2.SamplingParams(temperature=-1)},
+            "INVALID_ARGUMENT",
+            "temperature: expected float >= 0.0, got -1.0",
+        ),
+        (
+            {"sampling": inference_pb2.SamplingParams(top_p=float("nan"))},
+            "INVALID_ARGUMENT",
+            "top_p: expected float > 0.0, got nan",
+        ),
+        (
+            {"stopping": inference_pb2.StoppingParams(max_tokens=0)},
+            "INVALID_ARGUMENT",
+            "max_tokens: expected int >= 1, got 0",
+        ),
+        (
+            {"stopping": inference_pb2.StoppingParams(max_tokens=5000)},
+            "INVALID_ARGUMENT",
+            "beyond the context of 4096 tokens",
+        ),
+        (
+            {"response": inference_pb2.ResponseOptions(num_logprobs=21)},
+            "INVALID_ARGUMENT",
+            "num_logprobs: expected int <= 20, got 21",
+        ),
     ],
 )
-async def test_bad_requests_are_told(stub: Any, core: FakeCore, fields: dict[str, Any], code: str, told: str) -> None:
+async def test_bad_requests_are_told(
+    stub: Any, core: FakeCore, fields: dict[str, Any], code: str, told: str
+) -> None:
     for error in (
         await failure(stub.Generate(request(**fields))),
         await failure(anext(aiter(stub.GenerateStream(stream_request(**fields))))),
@@ -146,7 +222,11 @@ async def test_an_error_has_its_reason_stage_image_and_delay(stub: Any, core: Fa
     core.script = (UnreadableImage("image 1 is no image", "preprocess", 1),)
     error = await failure(stub.Generate(request()))
     assert (error.code().name, error.details()) == ("INVALID_ARGUMENT", "image 1 is no image")
-    info = {"reason": "UnreadableImage", "domain": "twinlens", "metadata": {"stage": "preprocess", "image": "1"}}
+    info = {
+        "reason": "UnreadableImage",
+        "domain": "twinlens",
+        "metadata": {"stage": "preprocess", "image": "1"},
+    }
     assert details(error) == {"ErrorInfo": info}
     core.refusal = Exhausted("full", retry_after=2.5)
     error = await failure(stub.Generate(request()))
@@ -154,8 +234,13 @@ async def test_an_error_has_its_reason_stage_image_and_delay(stub: Any, core: Fa
     assert details(error)["RetryInfo"] == {"retryDelay": "2.500s"}
 
 
-@pytest.mark.parametrize(("error", "code"), [(Unavailable("llm died", "llm"), "UNAVAILABLE"), (RuntimeError("a secret"), "INTERNAL")])
-async def test_a_stream_that_fails_ends_with_a_status(stub: Any, core: FakeCore, error: Exception, code: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Unavailable("llm died", "llm"), "UNAVAILABLE"), (RuntimeError("a secret"), "INTERNAL")],
+)
+async def test_a_stream_that_fails_ends_with_a_status(
+    stub: Any, core: FakeCore, error: Exception, code: str
+) -> None:
     core.script = (Began(None), Piece(0, [1], "x", []), error)
     texts = []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -199,9 +284,12 @@ async def test_without_a_deadline_the_gateways_own_is_taken(stub: Any, core: Fak
 
 
 @pytest.mark.parametrize(
-    ("field", "metadata", "expected"), [("", "meta-1", "meta-1"), ("field-1", "meta-1", "field-1"), ("two words", "meta-1", None)]
+    ("field", "metadata", "expected"),
+    [("", "meta-1", "meta-1"), ("field-1", "meta-1", "field-1"), ("two words", "meta-1", None)],
 )
-async def test_the_request_id_is_taken_and_echoed(stub: Any, core: FakeCore, field: str, metadata: str, expected: str | None) -> None:
+async def test_the_request_id_is_taken_and_echoed(
+    stub: Any, core: FakeCore, field: str, metadata: str, expected: str | None
+) -> None:
     call = stub.Generate(request(request_id=field), metadata=(("x-request-id", metadata),))
     echoed = dict(await call.initial_metadata())["x-request-id"]
     assert (await call).request_id == core.requests[0].request_id == echoed
@@ -227,7 +315,9 @@ async def test_health_follows_the_core(channel: grpc.aio.Channel, core: FakeCore
     assert (await failure(check("other"))).code().name == "NOT_FOUND"
 
 
-async def test_who_watches_health_hears_of_changes(channel: grpc.aio.Channel, core: FakeCore) -> None:
+async def test_who_watches_health_hears_of_changes(
+    channel: grpc.aio.Channel, core: FakeCore
+) -> None:
     async with asyncio.timeout(10):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
@@ -241,8 +331,15 @@ async def test_reflection_lists_both_services(channel: grpc.aio.Channel) -> None
         yield reflection_pb2.ServerReflectionRequest(list_services="")
         yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=INFERENCE)
 
-    answers = [answer async for answer in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask())]
-    assert {INFERENCE, CONTROL, "grpc.health.v1.Health"} <= {service.name for service in answers[0].list_services_response.service}
+    answers = [
+        answer
+        async for answer in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            ask()
+        )
+    ]
+    assert {INFERENCE, CONTROL, "grpc.health.v1.Health"} <= {
+        service.name for service in answers[0].list_services_response.service
+    }
     assert b"GenerateStream" in answers[1].file_descriptor_response.file_descriptor_proto[0]
 
 
@@ -259,14 +356,27 @@ async def test_members_are_the_controllers() -> None:
     control_pb2_grpc.add_ControlServiceServicer_to_server(Controller(), controller)
     address = f"127.0.0.1:{controller.add_insecure_port('127.0.0.1:0')}"
     await controller.start()
-    async with grpc_door(FakeCore(), address) as target, grpc.aio.insecure_channel(target) as channel:
+    async with (
+        grpc_door(FakeCore(), address) as target,
+        grpc.aio.insecure_channel(target) as channel,
+    ):
         stub = control_pb2_grpc.ControlServiceStub(channel)
-        assert [member.id for member in (await stub.ListMembers(control_pb2.ListMembersRequest())).members] == ["llm-1"]
+        assert [
+            member.id
+            for member in (await stub.ListMembers(control_pb2.ListMembersRequest())).members
+        ] == ["llm-1"]
         error = await failure(stub.Join(iter([control_pb2.JoinRequest()])).read())
-        assert (error.code().name, "join at the controller" in error.details()) == ("UNIMPLEMENTED", True)
+        assert (error.code().name, "join at the controller" in error.details()) == (
+            "UNIMPLEMENTED",
+            True,
+        )
     await controller.stop(None)
 
 
 async def test_without_its_controller_the_gateway_says_so(channel: grpc.aio.Channel) -> None:
-    error = await failure(control_pb2_grpc.ControlServiceStub(channel).ListMembers(control_pb2.ListMembersRequest()))
-    assert error.code().name == "UNAVAILABLE" and error.details().startswith("the controller does not answer")
+    error = await failure(
+        control_pb2_grpc.ControlServiceStub(channel).ListMembers(control_pb2.ListMembersRequest())
+    )
+    assert error.code().name == "UNAVAILABLE" and error.details().startswith(
+        "the controller does not answer"
+    )

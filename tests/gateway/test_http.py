@@ -9,7 +9,15 @@ import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from common.errors import DeadlineExceeded, Exhausted, InvalidRequest, ServingError, TooLarge, Unavailable, UnreadableImage
+from common.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    InvalidRequest,
+    ServingError,
+    TooLarge,
+    Unavailable,
+    UnreadableImage,
+)
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
 from services.gateway.metrics import MeasuredCore
@@ -40,7 +48,12 @@ def events(stream: str) -> list[dict[str, Any]]:
 def test_a_whole_answer(client: TestClient) -> None:
     answer = client.post(CHAT, json=ASK).json()
     assert answer["choices"] == [
-        {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "logprobs": None, "finish_reason": "stop"}
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello"},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
     ]
     assert answer["usage"] == {
         "prompt_tokens": 9,
@@ -48,11 +61,17 @@ def test_a_whole_answer(client: TestClient) -> None:
         "total_tokens": 12,
         "prompt_tokens_details": {"cached_tokens": 2, "image_tokens": 4, "text_tokens": 5},
     }
-    assert (answer["object"], answer["model"], answer["timings"]) == ("chat.completion", "org/tiny", TIMINGS)
+    assert (answer["object"], answer["model"], answer["timings"]) == (
+        "chat.completion",
+        "org/tiny",
+        TIMINGS,
+    )
 
 
 def test_a_whole_answer_with_ids_and_logprobs(client: TestClient, core: FakeCore) -> None:
-    answer = client.post(CHAT, json=ASK | {"return_token_ids": True, "logprobs": True, "top_logprobs": 1}).json()
+    answer = client.post(
+        CHAT, json=ASK | {"return_token_ids": True, "logprobs": True, "top_logprobs": 1}
+    ).json()
     choice = answer["choices"][0]
     assert core.requests[0].return_prompt_token_ids
     assert (answer["prompt_token_ids"], choice["token_ids"]) == ([1, 2, 3], [10, 11, 12])
@@ -63,20 +82,37 @@ def test_a_whole_answer_with_ids_and_logprobs(client: TestClient, core: FakeCore
 def test_a_stream_is_the_role_then_text_then_the_end(client: TestClient) -> None:
     answer = client.post(CHAT, json=ASK | {"stream": True})
     choices = [chunk["choices"][0] for chunk in events(answer.text)]
-    assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {"content": "Hel"}, {"content": "lo"}, {}]
+    assert [choice["delta"] for choice in choices] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
     assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
     assert not any("usage" in chunk or "prompt_token_ids" in chunk for chunk in events(answer.text))
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
 def test_usage_has_a_chunk_of_its_own(client: TestClient) -> None:
-    *chunks, last = events(client.post(CHAT, json=ASK | {"stream": True, "stream_options": {"include_usage": True}}).text)
+    *chunks, last = events(
+        client.post(
+            CHAT, json=ASK | {"stream": True, "stream_options": {"include_usage": True}}
+        ).text
+    )
     assert all(chunk["usage"] is None for chunk in chunks)
-    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3 and last["timings"] == TIMINGS
+    assert (
+        last["choices"] == []
+        and last["usage"]["completion_tokens"] == 3
+        and last["timings"] == TIMINGS
+    )
 
 
 def test_a_stream_with_ids_and_logprobs_tells_every_token(client: TestClient) -> None:
-    chunks = events(client.post(CHAT, json=ASK | {"stream": True, "return_token_ids": True, "logprobs": True}).text)
+    chunks = events(
+        client.post(
+            CHAT, json=ASK | {"stream": True, "return_token_ids": True, "logprobs": True}
+        ).text
+    )
     assert chunks[0]["prompt_token_ids"] == [1, 2, 3]
     pieces = [chunk["choices"][0] for chunk in chunks[1:-1]]
     assert [piece["token_ids"] for piece in pieces] == [[10], [11], [12]]
@@ -90,22 +126,35 @@ def test_all_chunks_of_an_answer_have_its_id(client: TestClient) -> None:
     assert answer.headers["x-request-id"] == "mine-1"
 
 
-@pytest.mark.parametrize(("path", "status"), [("/livez", 200), ("/no-such-path", 404), (CHAT, 405), ("/v1/models/other", 404)])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/livez", 200), ("/no-such-path", 404), (CHAT, 405), ("/v1/models/other", 404)],
+)
 def test_every_answer_echoes_the_request_id(client: TestClient, path: str, status: int) -> None:
     answer = client.get(path, headers={"x-request-id": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
 
 
 @pytest.mark.parametrize("unusable", ["", "two words", "x" * 129, "caf\xe9"])
-def test_an_unusable_request_id_is_replaced(client: TestClient, core: FakeCore, unusable: str) -> None:
+def test_an_unusable_request_id_is_replaced(
+    client: TestClient, core: FakeCore, unusable: str
+) -> None:
     answer = client.post(CHAT, json=ASK, headers={"x-request-id": unusable.encode("latin-1")})
     assert answer.headers["x-request-id"] == core.requests[0].request_id != unusable
 
 
 ERRORS: list[tuple[Exception, int, dict[str, Any]]] = [
     (InvalidRequest("bad"), 400, {"type": "invalid_request_error", "code": "invalid_request"}),
-    (UnreadableImage("bad", "preprocess", 1), 422, {"code": "unreadable_image", "stage": "preprocess", "image": 1}),
-    (Exhausted("full", retry_after=2.1), 429, {"type": "rate_limit_error", "code": "rate_limit_exceeded"}),
+    (
+        UnreadableImage("bad", "preprocess", 1),
+        422,
+        {"code": "unreadable_image", "stage": "preprocess", "image": 1},
+    ),
+    (
+        Exhausted("full", retry_after=2.1),
+        429,
+        {"type": "rate_limit_error", "code": "rate_limit_exceeded"},
+    ),
     (Unavailable("loading", retry_after=0.0), 503, {"type": "server_error", "code": "unavailable"}),
     (DeadlineExceeded("late"), 504, {"type": "server_error", "code": "deadline_exceeded"}),
     (RuntimeError("a secret"), 500, {"type": "server_error", "code": "internal_error"}),
@@ -127,7 +176,10 @@ def test_what_fails_before_the_first_token_is_an_http_error(
     assert core.aborted.is_set() is admitted
 
 
-@pytest.mark.parametrize(("error", "seconds"), [(Exhausted("full", retry_after=2.1), "3"), (Unavailable("soon", retry_after=0.0), "1")])
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [(Exhausted("full", retry_after=2.1), "3"), (Unavailable("soon", retry_after=0.0), "1")],
+)
 def test_retry_after_is_told_in_whole_seconds(error: ServingError, seconds: str) -> None:
     answer = TestClient(create_app(MeasuredCore(FakeCore(refusal=error)))).post(CHAT, json=ASK)
     assert answer.headers["retry-after"] == seconds
@@ -145,7 +197,15 @@ def test_what_fails_in_mid_stream_is_an_event_and_then_the_end(error: Exception)
 
 
 @pytest.mark.parametrize(
-    ("body", "status"), [(b"{", 400), (b"[]", 400), (b"", 400), (b'{"messages":' * 500, 400), (b"x" * 10_001, 413), (b"x" * 10**6, 413)]
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b"", 400),
+        (b'{"messages":' * 500, 400),
+        (b"x" * 10_001, 413),
+        (b"x" * 10**6, 413),
+    ],
 )
 def test_a_bad_body_is_told(client: TestClient, body: bytes, status: int) -> None:
     answer = client.post(CHAT, content=body)
@@ -165,7 +225,9 @@ async def test_a_body_without_end_is_given_up() -> None:
 
 
 def test_the_param_of_an_error_is_the_field(client: TestClient) -> None:
-    assert client.post(CHAT, json=ASK | {"temperature": -1}).json()["error"]["param"] == "temperature"
+    assert (
+        client.post(CHAT, json=ASK | {"temperature": -1}).json()["error"]["param"] == "temperature"
+    )
 
 
 def test_an_unknown_model_is_not_found(client: TestClient) -> None:
@@ -178,8 +240,13 @@ def test_the_model_may_be_left_out(client: TestClient, body: dict[str, Any]) -> 
     assert client.post(CHAT, json=body).status_code == 200
 
 
-@pytest.mark.parametrize(("header", "status"), [("2.5", 200), ("0", 400), ("-1", 400), ("soon", 400), ("nan", 400), ("inf", 400)])
-def test_the_client_may_say_how_long_it_waits(client: TestClient, core: FakeCore, header: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [("2.5", 200), ("0", 400), ("-1", 400), ("soon", 400), ("nan", 400), ("inf", 400)],
+)
+def test_the_client_may_say_how_long_it_waits(
+    client: TestClient, core: FakeCore, header: str, status: int
+) -> None:
     assert client.post(CHAT, json=ASK, headers={"x-request-timeout": header}).status_code == status
     assert [request.timeout for request in core.requests] == ([2.5] if status == 200 else [])
 
@@ -190,7 +257,9 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/org/tiny").json() == model
 
 
-def test_readiness_follows_the_core_and_liveness_does_not(client: TestClient, core: FakeCore) -> None:
+def test_readiness_follows_the_core_and_liveness_does_not(
+    client: TestClient, core: FakeCore
+) -> None:
     core.reason = "no vision is ready"
     for path, status in [("/livez", 200), ("/readyz", 503), ("/health", 503)]:
         assert client.get(path).status_code == status
@@ -198,7 +267,11 @@ def test_readiness_follows_the_core_and_liveness_does_not(client: TestClient, co
 
 
 def test_unknown_paths_and_methods_are_errors_of_the_same_shape(client: TestClient) -> None:
-    for answer, status in [(client.get("/nothing"), 404), (client.get(CHAT), 405), (client.post("/v1/completions"), 404)]:
+    for answer, status in [
+        (client.get("/nothing"), 404),
+        (client.get(CHAT), 405),
+        (client.post("/v1/completions"), 404),
+    ]:
         assert answer.status_code == status
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
@@ -207,7 +280,11 @@ def test_metrics_tell_how_requests_ended() -> None:
     core = FakeCore()
     client = TestClient(create_app(MeasuredCore(core)))
     client.post(CHAT, json=ASK)
-    core.script = (Began(None), Piece(0, [1], "x", []), Ended("length", Usage(completion_tokens=1), TIMINGS))
+    core.script = (
+        Began(None),
+        Piece(0, [1], "x", []),
+        Ended("length", Usage(completion_tokens=1), TIMINGS),
+    )
     client.post(CHAT, json=ASK | {"stream": True})
     core.script = (Unavailable("died"),)
     client.post(CHAT, json=ASK)

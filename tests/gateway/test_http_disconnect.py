@@ -15,12 +15,18 @@ IN_THE_MIDDLE = (Began(None), Piece(0, [1], "x", []), FOREVER)
 
 def request(**body: Any) -> bytes:
     content = json.dumps({"messages": [{"role": "user", "content": "hi"}], **body}).encode()
-    return b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n"
+        % len(content)
+        + content
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", [BEFORE_THE_FIRST_TOKEN, IN_THE_MIDDLE])
-async def test_a_client_that_hangs_up_aborts_its_request(script: tuple[Any, ...], stream: bool) -> None:
+async def test_a_client_that_hangs_up_aborts_its_request(
+    script: tuple[Any, ...], stream: bool
+) -> None:
     core = FakeCore(*script)
     async with http_door(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -26,7 +26,8 @@ def test_a_pause_in_which_nobody_waited_is_no_slowness() -> None:
 
 
 def test_it_follows_a_system_that_becomes_slower() -> None:
-    pace, now = Pace(), 0.0
+    pace = Pace()
+    now = 0.0
     for interval in [0.1] * 20 + [1.0] * 60:
         now += interval
         pace.first_token(now, 1)

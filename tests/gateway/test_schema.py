@@ -23,7 +23,9 @@ def image_part(image: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": uri(image)}}
 
 
-def generation(messages: Any = HELLO, max_model_len: int | None = 4096, **body: Any) -> GenerationRequest:
+def generation(
+    messages: Any = HELLO, max_model_len: int | None = 4096, **body: Any
+) -> GenerationRequest:
     chat = parse_chat(json.dumps({"messages": messages, **body}).encode())
     return chat_to_generation(chat, "id", None, max_model_len)
 
@@ -43,36 +45,93 @@ def test_images_leave_their_places_in_the_messages() -> None:
     plain = {"type": "image_url", "image_url": uri(b"second")}
     asked = generation(user(image_part(b"first"), text, plain))
     assert asked.images == (b"first", b"second")
-    assert json.loads(asked.prompt) == [{"role": "user", "content": [{"type": "image"}, text, {"type": "image"}]}]
+    assert json.loads(asked.prompt) == [
+        {"role": "user", "content": [{"type": "image"}, text, {"type": "image"}]}
+    ]
     assert asked.prompt_kind == "messages"
 
 
 def test_roles_and_absent_content() -> None:
-    roles = [{"role": role, "content": None} for role in ("system", "developer", "user", "assistant")]
-    assert [m["role"] for m in json.loads(generation(roles).prompt)] == ["system", "system", "user", "assistant"]
+    roles = [
+        {"role": role, "content": None} for role in ("system", "developer", "user", "assistant")
+    ]
+    assert [m["role"] for m in json.loads(generation(roles).prompt)] == [
+        "system",
+        "system",
+        "user",
+        "assistant",
+    ]
     assert json.loads(generation([{"role": "user"}]).prompt) == [{"role": "user", "content": ""}]
 
 
 def test_sampling_and_stopping_values_arrive() -> None:
+    # Fmt: skip.
     asked = generation(
-        temperature=0, top_p=0.5, top_k=-1, min_p=0.1, repetition_penalty=1.1, presence_penalty=1, frequency_penalty=-1, seed=7,
-        logprobs=True, top_logprobs=20, max_tokens=9, min_tokens=2, ignore_eos=True, stop="x", stop_token_ids=[3], skip_special_tokens=False,
+        temperature=0,
+        top_p=0.5,
+        top_k=-1,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        seed=7,
+        logprobs=True,
+        top_logprobs=20,
+        max_tokens=9,
+        min_tokens=2,
+        ignore_eos=True,
+        stop="x",
+        stop_token_ids=[3],
+        skip_special_tokens=False,
         return_token_ids=True,
-    )  # fmt: skip
-    sampling, stopping = asked.sampling, asked.stopping
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0, 0.5, 0, 0.1)
-    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 1, -1)
+    )
+    sampling = asked.sampling
+    stopping = asked.stopping
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (
+        0,
+        0.5,
+        0,
+        0.1,
+    )
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (
+        1.1,
+        1,
+        -1,
+    )
     assert (sampling.seed, sampling.num_logprobs) == (7, 20)
-    assert (stopping.max_tokens, stopping.min_tokens, stopping.ignore_eos, stopping.skip_special_tokens) == (9, 2, True, False)
+    assert (
+        stopping.max_tokens,
+        stopping.min_tokens,
+        stopping.ignore_eos,
+        stopping.skip_special_tokens,
+    ) == (9, 2, True, False)
     assert (stopping.stop, stopping.stop_token_ids) == (("x",), (3,))
     assert asked.return_prompt_token_ids
 
 
 def test_what_is_absent_or_null_is_left_to_the_model() -> None:
-    names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "max_tokens", "stop", "seed", "logprobs", "min_tokens", "stream")
+    names = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "max_tokens",
+        "stop",
+        "seed",
+        "logprobs",
+        "min_tokens",
+        "stream",
+    )
     for asked in (generation(), generation(**dict.fromkeys(names))):
-        sampling, stopping = asked.sampling, asked.stopping
-        assert (sampling.temperature, sampling.top_k, sampling.presence_penalty, sampling.num_logprobs) == (None, None, 0, None)
+        sampling = asked.sampling
+        stopping = asked.stopping
+        assert (
+            sampling.temperature,
+            sampling.top_k,
+            sampling.presence_penalty,
+            sampling.num_logprobs,
+        ) == (None, None, 0, None)
         assert (stopping.max_tokens, stopping.stop, stopping.min_tokens) == (None, (), 0)
 
 
@@ -94,9 +153,27 @@ def test_seeds() -> None:
 @pytest.mark.parametrize(
     "harmless",
     [
-        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True, "no_such_key": 1},
-        {"prompt_cache_key": "k", "safety_identifier": "s", "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-        {"n": 1, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "modalities": ["text"]},
+        {
+            "user": "me",
+            "metadata": {"a": "b"},
+            "store": True,
+            "service_tier": "auto",
+            "parallel_tool_calls": True,
+            "no_such_key": 1,
+        },
+        {
+            "prompt_cache_key": "k",
+            "safety_identifier": "s",
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+        {
+            "n": 1,
+            "tools": [],
+            "tool_choice": "none",
+            "response_format": {"type": "text"},
+            "logit_bias": {},
+            "modalities": ["text"],
+        },
         dict.fromkeys(IN_REQUEST),
     ],
 )
@@ -106,7 +183,11 @@ def test_keys_that_change_no_answer_are_accepted(harmless: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "unheard-of", None])
 def test_any_detail_is_accepted(detail: str | None) -> None:
-    part = {"type": "image_url", "image_url": {"url": uri(b"x"), "detail": detail}, "prompt_cache_breakpoint": True}
+    part = {
+        "type": "image_url",
+        "image_url": {"url": uri(b"x"), "detail": detail},
+        "prompt_cache_breakpoint": True,
+    }
     assert generation(user(part)).images == (b"x",)
 
 
@@ -142,8 +223,16 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ("top_p", 1.5, "top_p: expected float <= 1.0, got 1.5"),
         ("max_tokens", 0, "max_tokens: expected int >= 1, got 0"),
         ("max_tokens", 1.5, "max_tokens: input should be a valid integer"),
-        ("max_tokens", 4097, "max_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer"),
-        ("max_completion_tokens", 4097, "max_completion_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer"),
+        (
+            "max_tokens",
+            4097,
+            "max_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer",
+        ),
+        (
+            "max_completion_tokens",
+            4097,
+            "max_completion_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer",
+        ),
         ("max_tokens", 10**30, "max_tokens: input should be less than or equal to 2147483648"),
         ("stop", "", "stop[0]: expected str of length >= 1"),
         ("stop", ["x"] * 17, "stop: expected array of length <= 16"),
@@ -156,15 +245,32 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ("messages", [], "messages: list should have at least 1 item after validation, not 0"),
         ("messages", None, "messages: input should be a valid array"),
         ("messages", [{"content": "x"}], "messages[0].role: field required"),
-        ("messages", [{"role": "tool"}], "messages[0].role: 'tool' is not supported; use system, developer, user, assistant"),
-        ("messages", [{"role": "user", "content": 5}], "messages[0].content: must be a string, a list of parts, or null"),
-        ("messages", user(5), "messages[0].content[0]: must be an object with a type, such as text or image_url"),
+        (
+            "messages",
+            [{"role": "tool"}],
+            "messages[0].role: 'tool' is not supported; use system, developer, user, assistant",
+        ),
+        (
+            "messages",
+            [{"role": "user", "content": 5}],
+            "messages[0].content: must be a string, a list of parts, or null",
+        ),
+        (
+            "messages",
+            user(5),
+            "messages[0].content[0]: must be an object with a type, such as text or image_url",
+        ),
         ("messages", user({"type": "text"}), "messages[0].content[0].text: must be a string"),
-        ("messages", user({"type": "image_url"}), "messages[0].content[0].image_url: must be an object with a url, or a string"),
+        (
+            "messages",
+            user({"type": "image_url"}),
+            "messages[0].content[0].image_url: must be an object with a url, or a string",
+        ),
         (
             "messages",
             user({"type": "video_url"}),
-            "messages[0].content[0].type: 'video_url' is not supported; send text and image_url parts",
+            "messages[0].content[0].type: 'video_url' is not supported; send text and image_url "
+            "parts",
         ),
         (
             "messages",
@@ -174,7 +280,8 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         (
             "messages",
             [*HELLO, {"role": "system", "content": [image_part(b"x")]}],
-            "messages[1].content[0]: an image is not allowed in a message of role 'system'; send it in a user message",
+            "messages[1].content[0]: an image is not allowed in a message of role 'system'; send "
+            "it in a user message",
         ),
     ],
 )
@@ -198,7 +305,10 @@ def test_a_refusal_names_the_field_and_what_is_wrong(name: str, value: Any, told
 )
 def test_an_image_that_cannot_be_taken_is_named(url: str, told: str) -> None:
     where = "messages[0].content[0].image_url"
-    assert refusal(messages=user({"type": "image_url", "image_url": url})).message == f"{where}: {told}"
+    assert (
+        refusal(messages=user({"type": "image_url", "image_url": url})).message
+        == f"{where}: {told}"
+    )
 
 
 def test_an_empty_image_is_unreadable_and_has_its_index() -> None:
@@ -216,7 +326,10 @@ def test_image_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_min_tokens_fit_into_max_tokens() -> None:
-    assert refusal(min_tokens=3, max_tokens=2).message == "min_tokens: 3 is more than max_tokens, which is 2"
+    assert (
+        refusal(min_tokens=3, max_tokens=2).message
+        == "min_tokens: 3 is more than max_tokens, which is 2"
+    )
 
 
 def test_the_context_is_not_judged_while_it_is_unknown() -> None:
@@ -225,7 +338,16 @@ def test_the_context_is_not_judged_while_it_is_unknown() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"5", b'{"messages":' * 5000, b'{"messages":[{"role":"user","content":"\\ud800"}]}', b"\xff", b'{"seed":NaN}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"5",
+        b'{"messages":' * 5000,
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+        b"\xff",
+        b'{"seed":NaN}',
+    ],
 )
 def test_a_body_that_is_no_object_is_refused_in_words(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -1,4 +1,5 @@
-"""Clients that ask and do not read: what is kept for them is bounded, they hold up nobody, and they are cut off."""
+"""Clients that ask and do not read: what is kept for them is bounded, they hold up nobody, and they
+are cut off."""
 
 import asyncio
 import select
@@ -36,24 +37,34 @@ async def client_with_little_room(port: int) -> AsyncIterator[socket.socket]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_an_http_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+async def test_an_http_client_that_does_not_read_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     monkeypatch.setattr(ReadersWatched, "read_seconds", 0.05)
     core = FakeCore(*(ENDLESS if stream else [*ENDLESS[:101], HELLO[-1]]))
-    async with http_door(core) as port, asyncio.timeout(20), client_with_little_room(port) as client:
+    async with (
+        http_door(core) as port,
+        asyncio.timeout(20),
+        client_with_little_room(port) as client,
+    ):
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(client, http_request(stream=stream))
         if stream:
             await core.aborted.wait()
         hung_up = select.poll()
         hung_up.register(client, 0)
-        assert await asyncio.to_thread(hung_up.poll, 20_000), "the connection was reset, though the client read nothing"
+        assert await asyncio.to_thread(hung_up.poll, 20_000), (
+            "the connection was reset, though the client read nothing"
+        )
 
 
 class Transport:
     """Tells so many unread bytes, one number a question."""
 
     def __init__(self, *unread: int) -> None:
-        self.unread, self.is_aborted, self.socket = list(unread), False, Mock()
+        self.unread = list(unread)
+        self.is_aborted = False
+        self.socket = Mock()
 
     def get_write_buffer_size(self) -> int:
         return self.unread.pop(0)
@@ -73,9 +84,15 @@ class Transport:
         ((READ_BYTES - 1, READ_BYTES - 2), True),
     ],
 )
-def test_a_client_must_read_so_much_in_so_many_seconds(unread: tuple[int, ...], cut_off: bool) -> None:
-    protocol, transport, later = ReadersWatched.__new__(ReadersWatched), Transport(*unread), Mock()
-    protocol.transport, protocol.loop, protocol.flow = transport, later, Mock()
+def test_a_client_must_read_so_much_in_so_many_seconds(
+    unread: tuple[int, ...], cut_off: bool
+) -> None:
+    protocol = ReadersWatched.__new__(ReadersWatched)
+    transport = Transport(*unread)
+    later = Mock()
+    protocol.transport = transport
+    protocol.loop = later
+    protocol.flow = Mock()
     protocol.pause_writing()
     while transport.unread:
         seconds, look, before = later.call_later.call_args[0]
@@ -88,7 +105,11 @@ def test_a_client_must_read_so_much_in_so_many_seconds(unread: tuple[int, ...], 
 
 async def test_an_http_client_that_does_not_read_holds_up_no_other() -> None:
     core = FakeCore(*ENDLESS)
-    async with http_door(core) as port, asyncio.timeout(20), client_with_little_room(port) as client:
+    async with (
+        http_door(core) as port,
+        asyncio.timeout(20),
+        client_with_little_room(port) as client,
+    ):
         await asyncio.get_running_loop().sock_sendall(client, http_request(stream=True))
         while not core.requests:
             await asyncio.sleep(0)
@@ -104,14 +125,22 @@ async def test_an_http_client_that_does_not_read_holds_up_no_other() -> None:
 async def test_a_grpc_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_api, "READ_SECONDS", 0.5)
     core = FakeCore(*ENDLESS)
-    async with grpc_door(core) as address, asyncio.timeout(20), grpc.aio.insecure_channel(address) as channel:
-        call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(inference_pb2.GenerateStreamRequest(text="hi"))
+    async with (
+        grpc_door(core) as address,
+        asyncio.timeout(20),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
+            inference_pb2.GenerateStreamRequest(text="hi")
+        )
         await call.read()
         await core.aborted.wait()
         with pytest.raises(grpc.aio.AioRpcError) as cut_off:
             while await call.read() is not grpc.aio.EOF:
                 pass
-        assert cut_off.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "0.5 s" in (cut_off.value.details() or "")
+        assert cut_off.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "0.5 s" in (
+            cut_off.value.details() or ""
+        )
 
 
 async def test_an_answer_of_which_too_much_lies_unread_ends() -> None:

@@ -1,4 +1,5 @@
-"""A model of the 7B's shapes and random weights: it fits, it computes numbers, and what it reaches is printed.
+"""A model of the 7B's shapes and random weights: it fits, it computes numbers, and what it reaches
+is printed.
 
 python -m pytest -s tests/gpu/test_7b.py
 """
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 from benchmarks import checkpoints
-from benchmarks.gpu import DECODE_BATCHES, DECODE_CONTEXT, DTYPE, measure_limits, of_language, of_vision, plan_of, report
+from benchmarks.gpu import (
+    DECODE_BATCHES,
+    DECODE_CONTEXT,
+    DTYPE,
+    measure_limits,
+    of_language,
+    of_vision,
+    plan_of,
+    report,
+)
 from common.checkpoint import Checkpoint, open_checkpoint
 from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
@@ -25,7 +35,10 @@ SCRATCH_BYTES = 4 * 10**9
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder: Path = tmp_path_factory.mktemp("7b")
-    if shutil.disk_usage(folder).free < 2 * WEIGHT_BYTES or torch.cuda.mem_get_info()[0] < 2 * WEIGHT_BYTES:
+    if (
+        shutil.disk_usage(folder).free < 2 * WEIGHT_BYTES
+        or torch.cuda.mem_get_info()[0] < 2 * WEIGHT_BYTES
+    ):
         pytest.skip("not twice the weights' room on disk and device")
     return open_checkpoint(checkpoints.make("7b", folder))
 
@@ -36,7 +49,9 @@ def test_decodes_and_a_prompt_are_numbers(checkpoint: Checkpoint) -> None:
     assert runner.execute(plan_of([1] * 4, 600, PAGE_TOKENS), []).isfinite().all()
 
 
-def test_memory_is_that_of_weights_and_cache_and_the_speed_is_printed(checkpoint: Checkpoint) -> None:
+def test_memory_is_that_of_weights_and_cache_and_the_speed_is_printed(
+    checkpoint: Checkpoint,
+) -> None:
     limits = measure_limits(CUDA)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -11,12 +11,18 @@ from tests.llm import test_attention
 from tests.llm.test_attention import plan_of, written_out
 
 pytestmark = needs_cuda
-BLOCK_SIZE, NUM_BLOCKS, HEAD_DIM = 256, 40, 128
+BLOCK_SIZE = 256
+NUM_BLOCKS = 40
+HEAD_DIM = 128
 
 
 @pytest.fixture(autouse=True)
 def pages_of_256(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("BLOCK_SIZE", BLOCK_SIZE), ("NUM_BLOCKS", NUM_BLOCKS), ("HEAD_DIM", HEAD_DIM)):
+    for name, value in (
+        ("BLOCK_SIZE", BLOCK_SIZE),
+        ("NUM_BLOCKS", NUM_BLOCKS),
+        ("HEAD_DIM", HEAD_DIM),
+    ):
         monkeypatch.setattr(test_attention, name, value)
 
 
@@ -34,29 +40,46 @@ def pages_of_256(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_any_mix_equals_attention_written_out(
-    query_lens: list[int], context_lens: list[int], num_heads: int, num_kv_heads: int, dtype: torch.dtype
+    query_lens: list[int],
+    context_lens: list[int],
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
 ) -> None:
     assert objection_to_pages(dtype, HEAD_DIM, BLOCK_SIZE, CUDA) == ""
     plan = plan_of(query_lens, context_lens)
     random = torch.Generator().manual_seed(0)
-    qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random).to(CUDA, dtype)
+    qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random).to(
+        CUDA, dtype
+    )
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
-    cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random).to(CUDA, dtype)
+    cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random).to(
+        CUDA, dtype
+    )
     # What nobody owns is not read, be it ever so bad.
     cache[:, 0] = torch.nan
     parts = list(parts_of(plan))
-    slots, *uploaded = upload([plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA)
+    slots, *uploaded = upload(
+        [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA
+    )
     found = PagedAttention.of(slots, parts, uploaded).run(q, k, v, cache)
     expected = written_out(plan, q.float().cpu(), cache.float().cpu())
-    assert max_difference(found.float().cpu().numpy(), expected.numpy()) < (0.03 if dtype is torch.bfloat16 else 0.004)
+    assert max_difference(found.float().cpu().numpy(), expected.numpy()) < (
+        0.03 if dtype is torch.bfloat16 else 0.004
+    )
 
 
 def test_what_lies_beyond_a_sequences_end_does_not_reach_it() -> None:
     plan = plan_of([1, 5], [300, 270])
-    q, k = torch.randn(6, 4, HEAD_DIM).to(CUDA, torch.bfloat16), torch.randn(6, 2, HEAD_DIM).to(CUDA, torch.bfloat16)
-    cache = torch.full((2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    q = torch.randn(6, 4, HEAD_DIM).to(CUDA, torch.bfloat16)
+    k = torch.randn(6, 2, HEAD_DIM).to(CUDA, torch.bfloat16)
+    cache = torch.full(
+        (2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM), torch.nan, dtype=torch.bfloat16, device=CUDA
+    )
     for table, context in zip(plan.block_tables, plan.context_lens, strict=True):
         cache.flatten(1, 2)[:, torch.from_numpy(test_attention.slots(table, context)).to(CUDA)] = 1
     parts = list(parts_of(plan))
-    slots, *uploaded = upload([plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA)
+    slots, *uploaded = upload(
+        [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA
+    )
     assert PagedAttention.of(slots, parts, uploaded).run(q, k, k, cache).isfinite().all()

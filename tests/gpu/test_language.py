@@ -10,14 +10,15 @@ import torch
 from benchmarks.gpu import plan_of
 from common.checkpoint import open_checkpoint
 from services.llm.cuda_model_runner import CudaModelRunner
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.gpu import CUDA, needs_cuda
 from tests.llm import test_model_runner
 from tests.llm.test_model_runner import BFLOAT16_DIFFERENCE, BLOCK_SIZE, NUM_BLOCKS, forced_logits
 
 pytestmark = needs_cuda
-PAGE, MAX_NUM_SEQS = 256, 20
+PAGE = 256
+MAX_NUM_SEQS = 20
 
 
 class Fetching(CudaModelRunner):
@@ -32,7 +33,9 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(request.param)
 
 
-def paged_runner(case: GoldenCase, kind: type[CudaModelRunner] = CudaModelRunner) -> CudaModelRunner:
+def paged_runner(
+    case: GoldenCase, kind: type[CudaModelRunner] = CudaModelRunner
+) -> CudaModelRunner:
     checkpoint = open_checkpoint(case.checkpoint)
     runner = kind(checkpoint, torch.bfloat16, CUDA, NUM_BLOCKS, PAGE, max_num_seqs=MAX_NUM_SEQS)
     assert runner._graphs is not None
@@ -57,7 +60,9 @@ def test_float32_logits_equal_the_reference(case: GoldenCase, chunk: int) -> Non
 
 
 @pytest.mark.parametrize("chunk", [1000, 16])
-def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_as_near_to_float32_as_the_reference_is(
+    case: GoldenCase, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(test_model_runner, "BLOCK_SIZE", PAGE)
     logits = forced_logits(paged_runner(case, Fetching), case, chunk)
     expected = case.tensors["greedy_logits"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from services.vision.cuda_graphs import GraphedVisionTower
+from services.vision.graphed_tower import GraphedVisionTower
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 from tests.gpu import CUDA, needs_cuda
 from tests.vision.test_qwen2_5_vl import patches_of
@@ -19,7 +19,9 @@ def embed(tower: GraphedVisionTower, case: GoldenCase) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CASES_WITH_IMAGES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
     """Eagerly at the first, by a new graph at the second, by a known one at the third."""
     case = GoldenCase(name)
     tower = GraphedVisionTower(open_checkpoint(case.checkpoint), dtype, CUDA)
@@ -32,11 +34,18 @@ def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(name: str, dtyp
 
 def test_graphs_of_many_grids_do_not_disturb_each_other() -> None:
     """More grids than graphs are kept, and than the tower keeps plans for."""
-    tower = GraphedVisionTower(open_checkpoint(GoldenCase("a_image").checkpoint), torch.bfloat16, CUDA)
+    tower = GraphedVisionTower(
+        open_checkpoint(GoldenCase("a_image").checkpoint), torch.bfloat16, CUDA
+    )
     random = torch.Generator().manual_seed(0)
     grids = [(1, 4 + 2 * (i % 3), 4 + 2 * i) for i in range(20)]
-    pictures = [(torch.randint(0, 256, (h * w, 588), dtype=torch.uint8, generator=random), (1, h, w)) for _, h, w in grids]
+    pictures = [
+        (torch.randint(0, 256, (h * w, 588), dtype=torch.uint8, generator=random), (1, h, w))
+        for _, h, w in grids
+    ]
     eager = [tower.encode(*picture).float() for picture in pictures]
     for _ in range(2):
         for picture, expected in zip(pictures, eager, strict=True):
-            assert (tower.encode(*picture).float() - expected).abs().max() < 0.02 * expected.abs().max()
+            assert (
+                tower.encode(*picture).float() - expected
+            ).abs().max() < 0.02 * expected.abs().max()

@@ -1,4 +1,5 @@
-"""Requests, schedulers, and a language model of a few lines whose every answer is known beforehand."""
+"""Requests, schedulers, and a language model of a few lines whose every answer is known
+beforehand."""
 
 import zlib
 from collections import Counter
@@ -9,9 +10,9 @@ import numpy as np
 from common.messages import Peer, Prompt, Sampling, Stopping
 from common.wire import Tensor
 from services.llm.block_pool import BlockPool
-from services.llm.plan import StepPlan
 from services.llm.request import Request
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
+from services.llm.step_plan import StepPlan
 
 BLOCK_SIZE = 4
 HIDDEN_SIZE = 2
@@ -53,11 +54,15 @@ def create_prompt(
         stopping=Stopping(max_tokens=max_tokens, **stopping),
         detokenizer=Peer("detokenizer", "tcp://127.0.0.1:1"),
         timeout=60.0,
-        timings=Tensor.of_text('{"preprocess_seconds": 0.5, "images": [' + ", ".join(["{}"] * len(images)) + "]}"),
+        timings=Tensor.of_text(
+            '{"preprocess_seconds": 0.5, "images": [' + ", ".join(["{}"] * len(images)) + "]}"
+        ),
     )
 
 
-def create_request(*args: Any, salt: bytes = b"", has_embeddings: bool = True, **kwargs: Any) -> Request:
+def create_request(
+    *args: Any, salt: bytes = b"", has_embeddings: bool = True, **kwargs: Any
+) -> Request:
     request = Request(create_prompt(*args, **kwargs), salt)
     for image in range(len(request.placeholders)) if has_embeddings else ():
         give_embeddings(request, image)
@@ -65,7 +70,9 @@ def create_request(*args: Any, salt: bytes = b"", has_embeddings: bool = True, *
 
 
 def give_embeddings(request: Request, image: int) -> None:
-    request.embeddings[image] = embeddings(content_of(request, image), request.placeholders[image][1])
+    request.embeddings[image] = embeddings(
+        content_of(request, image), request.placeholders[image][1]
+    )
 
 
 def content_of(request: Request, image: int) -> int:
@@ -86,15 +93,18 @@ def create_scheduler(
     prefix_caching: bool = True,
     block_size: int = BLOCK_SIZE,
 ) -> Scheduler:
-    scheduler = Scheduler(BlockPool(num_blocks), block_size, max_num_seqs, max_num_batched_tokens, prefix_caching)
+    scheduler = Scheduler(
+        BlockPool(num_blocks), block_size, max_num_seqs, max_num_batched_tokens, prefix_caching
+    )
     for request in requests:
         scheduler.add(request)
     return scheduler
 
 
 class FakeRunner:
-    """Its keys and values are the tokens' inputs and positions, and its next token is a hash of all that it finds in the
-    sequence's blocks: a slot that another wrote, or nobody, changes every token that follows."""
+    """Its keys and values are the tokens' inputs and positions, and its next token is a hash of all
+    that it finds in the sequence's blocks: a slot that another wrote, or nobody, changes every
+    token that follows."""
 
     hidden_size = HIDDEN_SIZE
 
@@ -106,14 +116,19 @@ class FakeRunner:
     def next_tokens(self, plan: StepPlan, embeddings: list[Any]) -> list[int]:
         self.plans.append(plan)
         inputs = plan.token_ids.copy()
-        inputs[plan.embedding_rows] = np.concatenate([np.zeros(0), *(np.asarray(e)[:, 0] for e in embeddings)])
+        inputs[plan.embedding_rows] = np.concatenate(
+            [np.zeros(0), *(np.asarray(e)[:, 0] for e in embeddings)]
+        )
         self.cache[plan.slot_mapping] = np.concatenate([inputs[None], plan.positions]).T
         last_rows = (plan.query_lens.cumsum() - 1).tolist()
         return [self._next_token(plan, last_rows.index(row)) for row in plan.sampled_rows]
 
     def _next_token(self, plan: StepPlan, seq: int) -> int:
         index = np.arange(plan.context_lens[seq])
-        slots = plan.block_tables[seq, index // self.block_size] * self.block_size + index % self.block_size
+        slots = (
+            plan.block_tables[seq, index // self.block_size] * self.block_size
+            + index % self.block_size
+        )
         return next_token(self.cache[slots])
 
 
@@ -124,13 +139,19 @@ def next_token(history: np.ndarray) -> int:
 
 def expected_output(request: Request, count: int | None = None) -> list[int]:
     """The answer of a request that nothing disturbs."""
-    inputs, positions = request.token_ids.copy(), request.positions
+    inputs = request.token_ids.copy()
+    positions = request.positions
     for image, (offset, length) in enumerate(request.placeholders):
         inputs[offset : offset + length] = embeddings(content_of(request, image), length)[:, 0]
-    history, output = np.concatenate([inputs[None], positions]).T, []
-    for index in range(len(history), len(history) + (count or request.prompt.stopping.max_tokens or 0)):
+    history = np.concatenate([inputs[None], positions]).T
+    output = []
+    for index in range(
+        len(history), len(history) + (count or request.prompt.stopping.max_tokens or 0)
+    ):
         output.append(next_token(history))
-        history = np.concatenate([history, [[output[-1], *[index + request.prompt.rope_delta] * 3]]])
+        history = np.concatenate(
+            [history, [[output[-1], *[index + request.prompt.rope_delta] * 3]]]
+        )
     return output
 
 
@@ -141,7 +162,9 @@ def run_step(scheduler: Scheduler, runner: FakeRunner) -> list[Chunk]:
     if chunks:
         plan = scheduler.plan(chunks)
         assert_plan_is_allowed(scheduler, plan, chunks)
-        tokens = runner.next_tokens(plan, [part for chunk in chunks for part in embeddings_of(chunk)])
+        tokens = runner.next_tokens(
+            plan, [part for chunk in chunks for part in embeddings_of(chunk)]
+        )
         scheduler.computed(chunks)
         for chunk, token in zip([c for c in chunks if c.samples], tokens, strict=True):
             chunk.request.output_token_ids.append(token)
@@ -167,7 +190,9 @@ def holders(scheduler: Scheduler) -> Counter[int]:
 def assert_blocks_are_owned(scheduler: Scheduler) -> None:
     """Each block is free or held, and shared only where all its tokens are computed."""
     held = holders(scheduler)
-    assert scheduler.pool.num_free == scheduler.pool.num_blocks - len(held), "a block was lost or has two owners"
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks - len(held), (
+        "a block was lost or has two owners"
+    )
     assert not any(map(scheduler.pool.is_free, held)), "a block that is held is free"
     assert not any(request.block_table for request in scheduler.waiting)
     for request in scheduler.running:
@@ -182,7 +207,11 @@ def assert_plan_is_allowed(scheduler: Scheduler, plan: StepPlan, chunks: list[Ch
     computed = {id(chunk.request) for chunk in chunks}
     assert len(computed) == len(chunks)
     if plan.query_lens.max() > 1:
-        assert all(id(r) in computed for r in scheduler.running if r.num_wanted == 1), "a prompt holds up a decode"
+        assert all(id(r) in computed for r in scheduler.running if r.num_wanted == 1), (
+            "a prompt holds up a decode"
+        )
     assert len(set(plan.slot_mapping.tolist())) == plan.num_tokens, "two tokens for one slot"
     held = holders(scheduler)
-    assert all(held[slot // scheduler.block_size] == 1 for slot in plan.slot_mapping.tolist()), "a shared block is written"
+    assert all(held[slot // scheduler.block_size] == 1 for slot in plan.slot_mapping.tolist()), (
+        "a shared block is written"
+    )

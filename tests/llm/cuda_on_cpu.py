@@ -1,4 +1,5 @@
-"""Stand-ins for what only CUDA has: paged attention as its contract says, and graphs that compute anew at each replay."""
+"""Stand-ins for what only CUDA has: paged attention as its contract says, and graphs that compute
+anew at each replay."""
 
 from collections.abc import Callable
 
@@ -6,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.cuda_graphs import Captured
+from compute.cuda_graphs import Captured
 
 CPU = torch.device("cpu")
 
 
 class PagedAttentionCalls:
-    """varlen_attn written out, for any dtype and page size; it holds the caller to the rest of what the kernel asks for."""
+    """varlen_attn written out, for any dtype and page size; it holds the caller to the rest of what
+    the kernel asks for."""
 
     def __init__(self) -> None:
         self.num_splits: list[int | None] = []
@@ -36,15 +38,33 @@ class PagedAttentionCalls:
         lens = cu_seq_q.diff().tolist()
         for given in (cu_seq_q, cu_seq_k, seqused_k, block_table):
             assert given.dtype == torch.int32 and given.is_contiguous()
-        assert cu_seq_q[0] == cu_seq_k[0] == 0 and cu_seq_q[-1] == len(query) and cu_seq_k.diff().equal(seqused_k)
-        assert max(lens) == max_q and seqused_k.max() <= max_k and block_table.shape[1] * key.shape[1] >= seqused_k.max()
+        assert (
+            cu_seq_q[0] == cu_seq_k[0] == 0
+            and cu_seq_q[-1] == len(query)
+            and cu_seq_k.diff().equal(seqused_k)
+        )
+        assert (
+            max(lens) == max_q
+            and seqused_k.max() <= max_k
+            and block_table.shape[1] * key.shape[1] >= seqused_k.max()
+        )
         assert query.stride(-1) == key.stride(-1) == 1 and enable_gqa
         assert window_size == ((-1, -1) if max_q == 1 else (-1, 0))
-        assert num_splits == 1 or (max_q == 1 and query.shape[1] > key.shape[2]), "a split that the kernel cannot join"
+        assert num_splits == 1 or (max_q == 1 and query.shape[1] > key.shape[2]), (
+            "a split that the kernel cannot join"
+        )
         self.num_splits.append(num_splits)
-        tables = [table[: -(-int(used) // key.shape[1])].long() for table, used in zip(block_table, seqused_k, strict=True)]
-        keys, values = ([pages[t].flatten(0, 1)[:n] for t, n in zip(tables, seqused_k, strict=True)] for pages in (key, value))
-        return torch.cat([attend(*sequence) for sequence in zip(query.split(lens), keys, values, strict=True)])
+        tables = [
+            table[: -(-int(used) // key.shape[1])].long()
+            for table, used in zip(block_table, seqused_k, strict=True)
+        ]
+        keys, values = (
+            [pages[t].flatten(0, 1)[:n] for t, n in zip(tables, seqused_k, strict=True)]
+            for pages in (key, value)
+        )
+        return torch.cat(
+            [attend(*sequence) for sequence in zip(query.split(lens), keys, values, strict=True)]
+        )
 
 
 def attend(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
@@ -76,6 +96,6 @@ class ReplayedPool:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> PagedAttentionCalls:
     calls = PagedAttentionCalls()
     monkeypatch.setattr("services.llm.cuda_attention.varlen_attn", calls)
-    monkeypatch.setattr("services.llm.cuda_graphs.GraphPool", ReplayedPool)
+    monkeypatch.setattr("services.llm.decode_graphs.GraphPool", ReplayedPool)
     monkeypatch.setattr("services.llm.cuda_model_runner.objection_to_pages", lambda *_: "")
     return calls

@@ -1,14 +1,17 @@
-"""Attention over the paged cache equals attention written out, for any mix of decodes and chunks."""
+"""Attention over the paged cache equals attention written out, for any mix of decodes and
+chunks."""
 
 import numpy as np
 import pytest
 import torch
 
 from services.llm.attention import GatheredAttention
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 from tests.golden import max_difference
 
-BLOCK_SIZE, NUM_BLOCKS, HEAD_DIM = 4, 64, 8
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+HEAD_DIM = 8
 
 
 def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
@@ -17,12 +20,18 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
     num_blocks = [-(-context // BLOCK_SIZE) for context in context_lens]
     tables = np.zeros((len(query_lens), max(num_blocks)), np.int64)
     for i, count in enumerate(num_blocks):
-        tables[i, :count], blocks = blocks[:count], blocks[count:]
+        tables[i, :count] = blocks[:count]
+        blocks = blocks[count:]
     num_tokens = sum(query_lens)
     return StepPlan(
         token_ids=np.zeros(num_tokens, np.int64),
         positions=np.zeros((3, num_tokens), np.int64),
-        slot_mapping=np.concatenate([slots(tables[i], c)[c - q :] for i, (q, c) in enumerate(zip(query_lens, context_lens, strict=True))]),
+        slot_mapping=np.concatenate(
+            [
+                slots(tables[i], c)[c - q :]
+                for i, (q, c) in enumerate(zip(query_lens, context_lens, strict=True))
+            ]
+        ),
         query_lens=np.array(query_lens),
         context_lens=np.array(context_lens),
         block_tables=tables,
@@ -37,9 +46,15 @@ def slots(table: np.ndarray, length: int) -> np.ndarray:
 
 
 def written_out(plan: StepPlan, q_THD: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-    groups, start, rows = q_THD.shape[1] // cache.shape[-2], 0, []
-    for table, query, context in zip(plan.block_tables, plan.query_lens, plan.context_lens, strict=True):
-        k, v = cache.flatten(1, 2)[:, torch.from_numpy(slots(table, context))].repeat_interleave(groups, 2)
+    groups = q_THD.shape[1] // cache.shape[-2]
+    start = 0
+    rows = []
+    for table, query, context in zip(
+        plan.block_tables, plan.query_lens, plan.context_lens, strict=True
+    ):
+        k, v = cache.flatten(1, 2)[:, torch.from_numpy(slots(table, context))].repeat_interleave(
+            groups, 2
+        )
         for i in range(query):
             seen = context - query + i + 1
             scores = torch.einsum("hd,shd->hs", q_THD[start + i], k[:seen]) * HEAD_DIM**-0.5
@@ -61,7 +76,9 @@ def written_out(plan: StepPlan, q_THD: torch.Tensor, cache: torch.Tensor) -> tor
         ([1, 5, 1, 2, 6], [12, 5, 3, 9, 20]),
     ],
 )
-def test_any_mix_equals_attention_written_out(query_lens: list[int], context_lens: list[int], num_heads: int, num_kv_heads: int) -> None:
+def test_any_mix_equals_attention_written_out(
+    query_lens: list[int], context_lens: list[int], num_heads: int, num_kv_heads: int
+) -> None:
     plan = plan_of(query_lens, context_lens)
     random = torch.Generator().manual_seed(0)
     q = torch.randn(plan.num_tokens, num_heads, HEAD_DIM, generator=random)
@@ -69,6 +86,8 @@ def test_any_mix_equals_attention_written_out(query_lens: list[int], context_len
     cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random)
     # What nobody owns is not read, be it ever so bad.
     cache[:, 0] = torch.nan
-    found = GatheredAttention(plan, BLOCK_SIZE, torch.float32, torch.device("cpu")).run(q, k, v, cache)
+    found = GatheredAttention(plan, BLOCK_SIZE, torch.float32, torch.device("cpu")).run(
+        q, k, v, cache
+    )
     assert cache.flatten(1, 2)[0, torch.from_numpy(plan.slot_mapping)].equal(k)
     assert max_difference(found.numpy(), written_out(plan, q, cache).numpy()) < 1e-5

@@ -14,7 +14,8 @@ def named(pool: BlockPool, *names: bytes) -> list[int]:
 
 def test_no_block_is_handed_out_twice() -> None:
     pool = BlockPool(4)
-    first, second = pool.allocate(3), pool.allocate(1)
+    first = pool.allocate(3)
+    second = pool.allocate(1)
     assert sorted(first + second) == [0, 1, 2, 3] and pool.num_free == 0
 
 
@@ -72,7 +73,8 @@ def test_a_found_block_that_is_held_again_is_not_handed_out() -> None:
 
 def test_the_least_recently_freed_name_is_forgotten_first_and_of_a_prefix_its_end() -> None:
     pool = BlockPool(4)
-    old, new = named(pool, b"a0", b"a1"), named(pool, b"b0", b"b1")
+    old = named(pool, b"a0", b"a1")
+    new = named(pool, b"b0", b"b1")
     pool.free(old)
     pool.free(new)
     assert pool.allocate(4) == [old[1], old[0], new[1], new[0]]
@@ -88,7 +90,8 @@ def test_a_block_without_a_name_is_handed_out_before_one_with_a_name() -> None:
 
 def test_of_two_blocks_with_equal_contents_the_first_is_found() -> None:
     pool = BlockPool(2)
-    first, second = named(pool, b"a"), named(pool, b"a")
+    first = named(pool, b"a")
+    second = named(pool, b"a")
     assert pool.find(b"a") == first[0]
     pool.free(second)
     pool.allocate(1)

@@ -1,4 +1,5 @@
-"""What the paged kernel is asked for: the kernel is a stand-in that holds the caller to its contract."""
+"""What the paged kernel is asked for: the kernel is a stand-in that holds the caller to its
+contract."""
 
 import pytest
 import torch
@@ -23,7 +24,11 @@ from tests.llm.test_attention import BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS, plan_of, 
     ],
 )
 def test_any_mix_equals_attention_written_out(
-    monkeypatch: pytest.MonkeyPatch, query_lens: list[int], context_lens: list[int], num_heads: int, num_kv_heads: int
+    monkeypatch: pytest.MonkeyPatch,
+    query_lens: list[int],
+    context_lens: list[int],
+    num_heads: int,
+    num_kv_heads: int,
 ) -> None:
     calls = pretend(monkeypatch)
     plan = plan_of(query_lens, context_lens)
@@ -34,21 +39,30 @@ def test_any_mix_equals_attention_written_out(
     # What nobody owns is not read, be it ever so bad.
     cache[:, 0] = torch.nan
     parts = list(parts_of(plan))
-    slots, *uploaded = upload([plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU)
+    slots, *uploaded = upload(
+        [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU
+    )
     found = PagedAttention.of(slots, parts, uploaded).run(q, k, v, cache)
     assert cache.flatten(1, 2)[0, torch.from_numpy(plan.slot_mapping)].equal(k)
     assert max_difference(found.numpy(), written_out(plan, q, cache).numpy()) < 1e-5
     assert len(calls.num_splits) == (1 in query_lens) + (max(query_lens) > 1)
 
 
-def test_contexts_are_split_only_where_the_kernel_can_join_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_are_split_only_where_the_kernel_can_join_the_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = pretend(monkeypatch)
     plan = plan_of([1, 3], [9, 7])
     parts = list(parts_of(plan))
-    slots, *uploaded = upload([plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU)
+    slots, *uploaded = upload(
+        [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU
+    )
     for num_heads in (4, 2):
-        q, k = torch.randn(4, num_heads, HEAD_DIM), torch.randn(4, 2, HEAD_DIM)
-        PagedAttention.of(slots, parts, uploaded).run(q, k, k, torch.zeros(2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM))
+        q = torch.randn(4, num_heads, HEAD_DIM)
+        k = torch.randn(4, 2, HEAD_DIM)
+        PagedAttention.of(slots, parts, uploaded).run(
+            q, k, k, torch.zeros(2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM)
+        )
     assert calls.num_splits == [None, 1, 1, 1]
 
 
@@ -65,7 +79,12 @@ def test_contexts_are_split_only_where_the_kernel_can_join_the_parts(monkeypatch
     ],
 )
 def test_what_the_kernel_does_not_take_is_said(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, block_size: int, capability: tuple[int, int], objection: str
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    capability: tuple[int, int],
+    objection: str,
 ) -> None:
     pretend(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -73,7 +92,9 @@ def test_what_the_kernel_does_not_take_is_said(
     assert objection in found and bool(found) == bool(objection)
 
 
-def test_a_torch_without_the_kernel_is_asked_for_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_the_kernel_is_asked_for_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On the CPU the real kernel is missing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "_flash_attention_forward" in objection_to_pages(torch.bfloat16, 128, 256, CPU)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import Limits, decode_bytes, of_language, plan_of, prefill_operations, report, vision_operations
+from benchmarks.gpu import (
+    Limits,
+    decode_bytes,
+    of_language,
+    plan_of,
+    prefill_operations,
+    report,
+    vision_operations,
+)
 from common.checkpoint import open_checkpoint
 from tests.golden import GoldenCase
 from tests.llm.cuda_on_cpu import CPU, pretend
@@ -22,20 +30,31 @@ def test_sequences_of_a_plan_end_where_their_context_does() -> None:
 
 
 def test_what_is_read_and_computed_is_counted_by_shape() -> None:
-    """4 layers of 128, an MLP of 256, 4 heads and 2 key heads of 32; a tower of 4 blocks of 64 with a merger of 256."""
+    """4 layers of 128, an MLP of 256, 4 heads and 2 key heads of 32; a tower of 4 blocks of 64 with
+    a merger of 256."""
     layer = (128 + 2 * 64 + 128) * 128 + 3 * 256 * 128
     head = 544 * 128
-    assert decode_bytes(CHECKPOINT, batch=3, context_len=10) == 2 * (4 * layer + head) + 3 * 10 * 4 * 2 * 64 * 2
+    assert (
+        decode_bytes(CHECKPOINT, batch=3, context_len=10)
+        == 2 * (4 * layer + head) + 3 * 10 * 4 * 2 * 64 * 2
+    )
     assert prefill_operations(CHECKPOINT, 10) == 2 * 10 * 4 * layer + 4 * 2 * 10 * 10 * 128
     vision = CHECKPOINT.vision_config
-    inner, full = vision["intermediate_size"], len(vision["fullatt_block_indexes"])
+    inner = vision["intermediate_size"]
+    full = len(vision["fullatt_block_indexes"])
     window = (vision["window_size"] // vision["patch_size"]) ** 2
-    block, merger = (3 * 64 + 64 + 3 * inner) * 64, 256 * 256 + 128 * 256
+    block = (3 * 64 + 64 + 3 * inner) * 64
+    merger = 256 * 256 + 128 * 256
     attention = 4 * 80 * 64 * (full * 80 + (4 - full) * window)
-    assert vision_operations(CHECKPOINT, 80) == 2 * 80 * (4 * block + 588 * 64) + 2 * 20 * merger + attention
+    assert (
+        vision_operations(CHECKPOINT, 80)
+        == 2 * 80 * (4 * block + 588 * 64) + 2 * 20 * merger + attention
+    )
 
 
-def test_the_language_model_is_measured_and_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_language_model_is_measured_and_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretend(monkeypatch)
     monkeypatch.setattr(gpu, "DECODE_CONTEXT", 20)
     monkeypatch.setattr(gpu, "DECODE_BATCHES", {1: 0.8, 3: 0.65})

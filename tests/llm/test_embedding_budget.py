@@ -1,4 +1,5 @@
-"""Room for embeddings: given to whole requests in their order, so that none waits for another that waits for it."""
+"""Room for embeddings: given to whole requests in their order, so that none waits for another that
+waits for it."""
 
 import pytest
 from hypothesis import given, settings
@@ -49,7 +50,9 @@ def test_a_request_that_ends_while_it_waits_keeps_nobody_waiting() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_every_request_gets_its_turn_and_the_bound_holds(sizes: list[int], random: object) -> None:
-    budget, waiting, held = EmbeddingBudget(20), set(range(len(sizes))), list[int]()
+    budget = EmbeddingBudget(20)
+    waiting = set(range(len(sizes)))
+    held = list[int]()
     for n, size in enumerate(sizes):
         budget.add(key(n), size, "p")
     while waiting or held:
@@ -62,7 +65,8 @@ def test_every_request_gets_its_turn_and_the_bound_holds(sizes: list[int], rando
 
 
 def test_requests_of_many_images_that_all_want_more_than_there_is_end_one_after_the_other() -> None:
-    """Each brings its images only when it was told that there is room, one image of each request in turn: as vision replicas do."""
+    """Each brings its images only when it was told that there is room, one image of each request in
+    turn: as vision replicas do."""
     engine = create_engine(max_num_seqs=8)
     engine.budget = EmbeddingBudget(25)  # one request of 20 image tokens, not two
     for n in range(6):
@@ -71,13 +75,21 @@ def test_requests_of_many_images_that_all_want_more_than_there_is_end_one_after_
     sendable: dict[Key, list[int]] = {}
     ended: list[str] = []
     for _ in range(200):
-        sendable |= {k: [0, 1, 2, 3] for k, owner in engine.budget.take_reserved() if owner == "preprocess"}
+        sendable |= {
+            k: [0, 1, 2, 3] for k, owner in engine.budget.take_reserved() if owner == "preprocess"
+        }
         for k, left in sendable.items():
             if left:
                 image = left.pop(0)
                 assert engine.add_embeddings(k, image, images(image), {}, "preprocess") == ""
-        ended += [output.request.prompt.request_id for output in outputs_of(engine) if output.finish_reason]
-        assert sum(e.shape[0] for r in engine.requests.values() for e in r.embeddings.values()) <= 25
+        ended += [
+            output.request.prompt.request_id
+            for output in outputs_of(engine)
+            if output.finish_reason
+        ]
+        assert (
+            sum(e.shape[0] for r in engine.requests.values() for e in r.embeddings.values()) <= 25
+        )
     assert ended == [f"r{n}" for n in range(6)]
     assert engine.budget.num_free == 25 and not engine.requests
 

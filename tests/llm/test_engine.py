@@ -1,4 +1,5 @@
-"""Prompt, embeddings and abort in any order; how answers end; what is wrong with one request harms no other."""
+"""Prompt, embeddings and abort in any order; how answers end; what is wrong with one request harms
+no other."""
 
 import json
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from common.checkpoint import open_checkpoint
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
-from services.llm.guides import Guides
+from services.llm.guided_decoding import Guides
 from services.llm.model_runner import ModelRunner
-from services.llm.plan import StepPlan
 from services.llm.request import Key, Request
 from services.llm.sampler import Sampler
+from services.llm.step_plan import StepPlan
 from tests.golden import CASES_WITH_IMAGES, GoldenCase
 from tests.llm.builders import (
     BLOCK_SIZE,
@@ -42,24 +43,39 @@ class LogitsRunner(FakeRunner):
     """Gives the next token by a row of logits of which it is the best."""
 
     def execute(self, plan: StepPlan, embeddings: list[torch.Tensor]) -> torch.Tensor:
-        logits = torch.nn.functional.one_hot(torch.tensor(self.next_tokens(plan, embeddings), dtype=torch.int64), VOCAB_SIZE).float()
+        logits = torch.nn.functional.one_hot(
+            torch.tensor(self.next_tokens(plan, embeddings), dtype=torch.int64), VOCAB_SIZE
+        ).float()
         seqs = np.isin(plan.query_lens.cumsum() - 1, plan.sampled_rows)
-        for row, (table, context) in enumerate(zip(plan.block_tables[seqs], plan.context_lens[seqs], strict=True)):
-            if (self.cache.reshape(-1, BLOCK_SIZE, 4)[table].reshape(-1, 4)[:context, 0] == POISON).any():
+        for row, (table, context) in enumerate(
+            zip(plan.block_tables[seqs], plan.context_lens[seqs], strict=True)
+        ):
+            if (
+                self.cache.reshape(-1, BLOCK_SIZE, 4)[table].reshape(-1, 4)[:context, 0] == POISON
+            ).any():
                 logits[row] = torch.nan
         return logits
 
 
 def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engine:
     made = create_scheduler(num_blocks=NUM_BLOCKS, **scheduler)
-    return Engine(made, LogitsRunner(NUM_BLOCKS).execute, Sampler(), Guides(Path(), VOCAB_SIZE, eos_token_ids), HIDDEN_SIZE, eos_token_ids)
+    return Engine(
+        made,
+        LogitsRunner(NUM_BLOCKS).execute,
+        Sampler(),
+        Guides(Path(), VOCAB_SIZE, eos_token_ids),
+        HIDDEN_SIZE,
+        eos_token_ids,
+    )
 
 
 def images(content: int = 1, length: int = 5) -> torch.Tensor:
     return torch.from_numpy(embeddings(content, length))
 
 
-def send_embeddings(engine: Engine, tensor: torch.Tensor, image: int = 0, key: Key = KEY) -> str | None:
+def send_embeddings(
+    engine: Engine, tensor: torch.Tensor, image: int = 0, key: Key = KEY
+) -> str | None:
     return engine.add_embeddings(key, image, tensor, {"encode_seconds": 1.0}, "preprocess")
 
 
@@ -117,7 +133,10 @@ def test_embeddings_before_their_prompt_are_taken_when_it_comes() -> None:
 def test_embeddings_that_come_twice_are_taken_once() -> None:
     engine = create_engine()
     engine.add(create_prompt(images=IMAGE))
-    assert [send_embeddings(engine, images()), send_embeddings(engine, images(content=2))] == ["", ""]
+    assert [send_embeddings(engine, images()), send_embeddings(engine, images(content=2))] == [
+        "",
+        "",
+    ]
     assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
 
 
@@ -168,7 +187,8 @@ def test_an_abort_of_one_attempt_leaves_the_next() -> None:
 @pytest.mark.parametrize("order", range(5))
 def test_several_images_may_come_around_the_prompt(order: int) -> None:
     three = ((1, 2, 1), (4, 3, 2), (9, 4, 3))
-    engine, prompt = create_engine(), create_prompt(num_tokens=14, images=three)
+    engine = create_engine()
+    prompt = create_prompt(num_tokens=14, images=three)
     for turn, image in enumerate((2, 0, 1)):
         if turn == order:
             engine.add(prompt)
@@ -193,7 +213,9 @@ def test_several_images_may_come_around_the_prompt(order: int) -> None:
         (images(), 1, "image 1 of 1"),
     ],
 )
-def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(tensor: torch.Tensor, image: int, reason: str) -> None:
+def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(
+    tensor: torch.Tensor, image: int, reason: str
+) -> None:
     engine = create_engine()
     engine.add(create_prompt(images=IMAGE))
     assert reason in (send_embeddings(engine, tensor, image) or "")
@@ -295,7 +317,10 @@ def test_a_stop_id_that_is_the_last_token_is_a_stop() -> None:
 def test_preemption_changes_no_answer() -> None:
     """Sampled, with penalties: what the sampler remembers must survive, too."""
     sampled = {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "seed": 4}
-    prompts = [create_prompt(str(i), token_ids=[i + 1] * 12, max_tokens=24, sampling=sampled) for i in range(3)]
+    prompts = [
+        create_prompt(str(i), token_ids=[i + 1] * 12, max_tokens=24, sampling=sampled)
+        for i in range(3)
+    ]
     engine = create_engine()
     for prompt in prompts:
         engine.add(prompt)
@@ -366,29 +391,52 @@ def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
 def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
     """The second request brings no embeddings: the cache covers them."""
     case = GoldenCase(name)
-    checkpoint, block_size, num_blocks = open_checkpoint(case.checkpoint), 8, 96
+    checkpoint = open_checkpoint(case.checkpoint)
+    block_size = 8
+    num_blocks = 96
     runner = ModelRunner(checkpoint, torch.float32, torch.device("cpu"), num_blocks, block_size)
-    scheduler = create_scheduler(num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24)
+    scheduler = create_scheduler(
+        num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24
+    )
     guides = Guides(case.checkpoint / "tokenizer.json", runner.vocab_size, checkpoint.eos_token_ids)
-    engine = Engine(scheduler, runner.execute, Sampler(), guides, runner.hidden_size, checkpoint.eos_token_ids)
+    engine = Engine(
+        scheduler, runner.execute, Sampler(), guides, runner.hidden_size, checkpoint.eos_token_ids
+    )
     ranges = image_ranges(case)
     expected = case.expected["greedy_ids"]
     images = tuple((offset, length, image) for image, (offset, length) in enumerate(ranges))
     for request_id in "ab":
-        prompt = create_prompt(request_id, token_ids=case.expected["input_ids"], images=images, max_tokens=len(expected), ignore_eos=True)
-        prompt.positions, prompt.rope_delta = Tensor.of(case.tensors["position_ids"]), case.expected["rope_delta"]
+        prompt = create_prompt(
+            request_id,
+            token_ids=case.expected["input_ids"],
+            images=images,
+            max_tokens=len(expected),
+            ignore_eos=True,
+        )
+        prompt.positions = Tensor.of(case.tensors["position_ids"])
+        prompt.rope_delta = case.expected["rope_delta"]
         engine.add(prompt)
         if request_id == "a":
-            rows = torch.from_numpy(case.tensors["image_embeds"]).split([length for _, length in ranges])
-            assert [send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)] == [""] * len(ranges)
+            rows = torch.from_numpy(case.tensors["image_embeds"]).split(
+                [length for _, length in ranges]
+            )
+            assert [
+                send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)
+            ] == [""] * len(ranges)
         outputs = outputs_of(engine)
         assert answer(outputs, request_id) == (expected, "length")
-    assert usage_of(outputs[0].request).cached_tokens == (len(case.expected["input_ids"]) - 1) // block_size * block_size
+    assert (
+        usage_of(outputs[0].request).cached_tokens
+        == (len(case.expected["input_ids"]) - 1) // block_size * block_size
+    )
 
 
 def image_ranges(case: GoldenCase) -> list[tuple[int, int]]:
     """(offset, length) of each run of placeholders."""
-    is_image = np.array(case.expected["input_ids"]) == open_checkpoint(case.checkpoint).config["image_token_id"]
+    is_image = (
+        np.array(case.expected["input_ids"])
+        == open_checkpoint(case.checkpoint).config["image_token_id"]
+    )
     bounds = np.flatnonzero(np.diff(is_image, prepend=False, append=False)).reshape(-1, 2)
     return [(int(begin), int(end - begin)) for begin, end in bounds]
 
@@ -423,13 +471,24 @@ def test_an_image_that_was_not_awaited_has_timings_all_the_same() -> None:
     assert image["cached"] and image["encode_seconds"] == 0
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3},
+    ],
+)
 @pytest.mark.parametrize("num_delivered", [1, 3, 7])
-def test_a_resumed_answer_is_the_one_it_would_have_been(sampling: dict[str, Any], num_delivered: int) -> None:
+def test_a_resumed_answer_is_the_one_it_would_have_been(
+    sampling: dict[str, Any], num_delivered: int
+) -> None:
     whole = answer(outputs_of(engine_with(create_prompt(max_tokens=8, sampling=sampling))))[0]
     assert len(whole) == 8
     delivered = Tensor.of(np.array(whole[:num_delivered], np.int64))
-    resumed = msgspec.structs.replace(create_prompt(attempt=1, max_tokens=8, sampling=sampling), output_token_ids=delivered)
+    resumed = msgspec.structs.replace(
+        create_prompt(attempt=1, max_tokens=8, sampling=sampling), output_token_ids=delivered
+    )
     outputs = outputs_of(engine_with(resumed))
     assert outputs[0].offset == num_delivered
     assert [token for output in outputs for token in output.token_ids] == whole[num_delivered:]

@@ -27,7 +27,9 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
         ("llm-11", "llm-5", 1, "tcp://llm-10.llm:29500"),
     ],
 )
-def test_ordinals_count_the_ranks_of_all_groups_that_meet(ordinal: str, group: str, rank: int, rendezvous: str) -> None:
+def test_ordinals_count_the_ranks_of_all_groups_that_meet(
+    ordinal: str, group: str, rank: int, rendezvous: str
+) -> None:
     placed = place(LlmSettings(tp=2, ordinal=ordinal, rendezvous=MEET))
     assert (placed.group, placed.rank, placed.rendezvous) == (group, rank, rendezvous)
 
@@ -49,13 +51,20 @@ def test_without_an_ordinal_settings_are_as_they_are_given() -> None:
 
 def test_ranks_that_meet_over_tcp_share_no_cores() -> None:
     assert num_ranks_here(LlmSettings(tp=4, rendezvous="tcp://host:1")) == 1
-    assert num_ranks_here(LlmSettings(tp=4, rendezvous="file:///tmp/meet")) == num_ranks_here(LlmSettings(tp=4)) == 4
+    assert (
+        num_ranks_here(LlmSettings(tp=4, rendezvous="file:///tmp/meet"))
+        == num_ranks_here(LlmSettings(tp=4))
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
-    ("listen", "expected"), [("tcp://0.0.0.0:5555", "tcp://0.0.0.0:*"), ("ipc:///run/llm.sock", "ipc:///run/llm.sock.2")]
+    ("listen", "expected"),
+    [("tcp://0.0.0.0:5555", "tcp://0.0.0.0:*"), ("ipc:///run/llm.sock", "ipc:///run/llm.sock.2")],
 )
-def test_a_rank_started_beside_is_told_all_that_this_one_was(listen: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_started_beside_is_told_all_that_this_one_was(
+    listen: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TWINLENS_ORDINAL", "llm-7")
     monkeypatch.setenv("TWINLENS_HEALTH_PORT", "8080")
     mine = LlmSettings(
@@ -73,7 +82,13 @@ def test_a_rank_started_beside_is_told_all_that_this_one_was(listen: str, expect
     told = load(LlmSettings, argparse.ArgumentParser(), command[3:], {"ordinal"})
     assert place(told) == told
     assert (told.rank, told.listen, told.health_port) == (2, expected, 0)
-    assert (told.tp, told.group, told.advertise, told.max_num_seqs, told.rendezvous) == (4, "llm-7", "10.0.0.9", 3, "file:///meet")
+    assert (told.tp, told.group, told.advertise, told.max_num_seqs, told.rendezvous) == (
+        4,
+        "llm-7",
+        "10.0.0.9",
+        3,
+        "file:///meet",
+    )
 
 
 @pytest.mark.parametrize("settings", [LlmSettings(), LlmSettings(tp=2, rendezvous="tcp://host:1")])
@@ -85,17 +100,23 @@ def test_nothing_is_started_where_there_is_one_rank_or_someone_else_starts_them(
         assert same == settings
 
 
-def test_the_ranks_started_end_with_the_block_and_that_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_started_end_with_the_block_and_that_is_no_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     started: list[subprocess.Popen[bytes]] = []
     left: list[int] = []
     popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command: started.append(popen(SLEEPER)) or started[-1])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command: started.append(popen(SLEEPER)) or started[-1]
+    )
     monkeypatch.setattr(grouping, "leave", left.append)
     with other_ranks(LlmSettings(tp=3)) as settings:
         assert [process.poll() for process in started] == [None, None]
         folder = Path(settings.rendezvous.removeprefix("file://")).parent
         assert folder.is_dir()
-        watchers = [thread for thread in threading.enumerate() if getattr(thread, "_target", None) is watch]
+        watchers = [
+            thread for thread in threading.enumerate() if getattr(thread, "_target", None) is watch
+        ]
     for thread in watchers:
         thread.join()
     assert None not in [process.poll() for process in started]
@@ -103,15 +124,21 @@ def test_the_ranks_started_end_with_the_block_and_that_is_no_loss(monkeypatch: p
 
 
 @pytest.mark.parametrize(("status", "expected"), [(EXIT_USAGE, EXIT_USAGE), (7, EXIT_FAILED)])
-def test_a_rank_that_ends_takes_this_process_along(status: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_ends_takes_this_process_along(
+    status: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left: list[int] = []
     monkeypatch.setattr(grouping, "leave", left.append)
-    watch(subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"]), threading.Event())
+    watch(
+        subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"]), threading.Event()
+    )
     assert left == [expected]
 
 
 @pytest.mark.parametrize(("ordinal", "num_names"), [("", 2), ("llm-7", 1)])
-def test_groups_that_nobody_numbered_have_names_of_their_own(ordinal: str, num_names: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_nobody_numbered_have_names_of_their_own(
+    ordinal: str, num_names: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when one container is scaled to two: rank 0 would connect to the ranks of the other."""
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command: popen(SLEEPER))

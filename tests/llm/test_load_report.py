@@ -1,4 +1,5 @@
-"""How busy the group is reaches every preprocess: when it connects, when it changes, and not for every step."""
+"""How busy the group is reaches every preprocess: when it connects, when it changes, and not for
+every step."""
 
 from common.messages import LlmLoad
 from services.llm.load_report import REPORT_SECONDS, LoadReport
@@ -16,11 +17,15 @@ class Clock:
 def test_who_connects_is_told_at_once() -> None:
     links = FakeLinks()
     LoadReport(links, create_scheduler(num_blocks=10)).add("preprocess-1")
-    assert links.sent == [("preprocess-1", LlmLoad(running=0, waiting=0, free_tokens=10 * BLOCK_SIZE))]
+    assert links.sent == [
+        ("preprocess-1", LlmLoad(running=0, waiting=0, free_tokens=10 * BLOCK_SIZE))
+    ]
 
 
 def test_a_change_is_told_once_and_not_more_often_than_now_and_then() -> None:
-    links, clock, scheduler = FakeLinks(), Clock(), create_scheduler(num_blocks=10)
+    links = FakeLinks()
+    clock = Clock()
+    scheduler = create_scheduler(num_blocks=10)
     report = LoadReport(links, scheduler, clock)
     for peer_id in ("preprocess-1", "preprocess-2"):
         report.add(peer_id)
@@ -32,11 +37,16 @@ def test_a_change_is_told_once_and_not_more_often_than_now_and_then() -> None:
     clock.now += REPORT_SECONDS
     report.tell(at_once=False)
     report.tell(at_once=False)
-    assert [(peer_id, load.waiting) for peer_id, load in sorted(links.take())] == [("preprocess-1", 1), ("preprocess-2", 1)]
+    assert [(peer_id, load.waiting) for peer_id, load in sorted(links.take())] == [
+        ("preprocess-1", 1),
+        ("preprocess-2", 1),
+    ]
 
 
 def test_a_group_that_is_about_to_wait_tells_at_once() -> None:
-    links, clock, scheduler = FakeLinks(), Clock(), create_scheduler(num_blocks=10)
+    links = FakeLinks()
+    clock = Clock()
+    scheduler = create_scheduler(num_blocks=10)
     report = LoadReport(links, scheduler, clock)
     report.add("preprocess-1")
     report.tell(at_once=True)
@@ -46,7 +56,8 @@ def test_a_group_that_is_about_to_wait_tells_at_once() -> None:
 
 
 def test_who_is_gone_is_told_nothing() -> None:
-    links, scheduler = FakeLinks(), create_scheduler(num_blocks=10)
+    links = FakeLinks()
+    scheduler = create_scheduler(num_blocks=10)
     report = LoadReport(links, scheduler)
     report.add("preprocess-1")
     report.remove("preprocess-1")

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
-from common.kernels.library import bfloat16_kernels
-from common.weights import Weights
+from compute.kernels.library import bfloat16_kernels
+from compute.weights import Weights
 from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
 from services.llm.parallel import Shard
 from tests.golden import GoldenCase
@@ -47,15 +47,30 @@ def test_a_configuration_that_is_not_understood_is_refused(
 
 
 def test_nested_and_flat_configurations_are_read_alike() -> None:
-    flat, nested = (TextConfig.of(open_checkpoint(GoldenCase(name).checkpoint)) for name in ("a_image", "c_gqa_tp8"))
-    assert (flat.num_heads, flat.num_kv_heads, flat.head_dim, flat.mrope_section) == (4, 2, 32, (4, 6, 6))
-    assert (nested.num_heads, nested.num_kv_heads, nested.head_dim, nested.mrope_section) == (8, 2, 32, (4, 6, 6))
+    flat, nested = (
+        TextConfig.of(open_checkpoint(GoldenCase(name).checkpoint))
+        for name in ("a_image", "c_gqa_tp8")
+    )
+    assert (flat.num_heads, flat.num_kv_heads, flat.head_dim, flat.mrope_section) == (
+        4,
+        2,
+        32,
+        (4, 6, 6),
+    )
+    assert (nested.num_heads, nested.num_kv_heads, nested.head_dim, nested.mrope_section) == (
+        8,
+        2,
+        32,
+        (4, 6, 6),
+    )
     assert flat.rope_theta == nested.rope_theta == 1e6
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
     checkpoint = open_checkpoint(GoldenCase("a_image").checkpoint)
-    with pytest.raises(BadCheckpoint, match=r"4 heads, .* cannot be shared by 8 ranks: use --tp 1, 2, 4"):
+    with pytest.raises(
+        BadCheckpoint, match=r"4 heads, .* cannot be shared by 8 ranks: use --tp 1, 2, 4"
+    ):
         LanguageModel(checkpoint, torch.float32, CPU, Shard(0, 8))
 
 
@@ -70,18 +85,28 @@ def test_a_missing_head_is_named(tmp_path: Path) -> None:
 
 def test_loading_tells_its_progress() -> None:
     told: list[float] = []
-    LanguageModel(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.float32, CPU, progress=told.append)
+    LanguageModel(
+        open_checkpoint(GoldenCase("b_two_images_tied").checkpoint),
+        torch.float32,
+        CPU,
+        progress=told.append,
+    )
     assert told == sorted(told) and len(told) > 10 and told[-1] == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
-    """Norms and key heads that ranks share come on top; in a model this small they are more than in a real one."""
+    """Norms and key heads that ranks share come on top; in a model this small they are more than in
+    a real one."""
     checkpoint = open_checkpoint(GoldenCase("c_gqa_tp8").checkpoint)
     whole = LanguageModel(checkpoint, torch.float32, CPU).num_bytes_read
-    assert whole == sum(info.num_bytes for name, info in checkpoint.tensors.items() if "visual" not in name)
+    assert whole == sum(
+        info.num_bytes for name, info in checkpoint.tensors.items() if "visual" not in name
+    )
     config = TextConfig.of(checkpoint)
-    kv_heads = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (config.hidden_size + 1) * 2
+    kv_heads = (
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * (config.hidden_size + 1) * 2
+    )
     replicated = kv_heads * max(0, world_size // config.num_kv_heads - 1) / world_size
     norms = (2 * config.num_layers + 1) * config.hidden_size * 2
     for rank in range(world_size):
@@ -90,7 +115,9 @@ def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
 
 
 @pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
-def test_a_vocabulary_that_embedding_and_head_share_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_that_embedding_and_head_share_is_held_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     loaded: list[weakref.ref[torch.Tensor]] = []
     load = LanguageModel._load_vocabulary
 
@@ -100,6 +127,8 @@ def test_a_vocabulary_that_embedding_and_head_share_is_held_once(monkeypatch: py
         return tensor
 
     monkeypatch.setattr(LanguageModel, "_load_vocabulary", remembered)
-    model = LanguageModel(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU)
+    model = LanguageModel(
+        open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU
+    )
     assert model.head.packed is not None
     assert [tensor() for tensor in loaded] == [None]

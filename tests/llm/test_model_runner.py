@@ -9,32 +9,42 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from common.kernels.library import bfloat16_kernels, int8_kernels
-from common.linear import Linear
-from common.quantization import quantize
+from compute.kernels.library import bfloat16_kernels, int8_kernels
+from compute.linear import Linear
+from compute.quantization import quantize
 from services.llm.fused_decode import FusedDecode
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
-from services.llm.plan import StepPlan
+from services.llm.step_plan import StepPlan
 from tests.golden import CASES, GoldenCase, max_difference
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 8
 NUM_BLOCKS = 96
 NUM_STEPS = 32
-# How far the logits of transformers 5.23.0 in bfloat16 lie from its own in float32 (the same ids being fed).
-BFLOAT16_DIFFERENCE = {"a_image": 0.50, "b_two_images_tied": 0.98, "c_gqa_tp8": 0.22, "d_text": 0.42}
+# How far the logits of transformers 5.23.0 in bfloat16 lie from its own in float32 (the same ids
+# being fed).
+BFLOAT16_DIFFERENCE = {
+    "a_image": 0.50,
+    "b_two_images_tied": 0.98,
+    "c_gqa_tp8": 0.22,
+    "d_text": 0.42,
+}
 
 
 class Sequence:
-    """A golden request: its tokens with their positions and embeddings, and blocks that lie anywhere in the cache."""
+    """A golden request: its tokens with their positions and embeddings, and blocks that lie
+    anywhere in the cache."""
 
     def __init__(self, case: GoldenCase, blocks: np.ndarray) -> None:
-        self.blocks, self.num_computed = blocks, 0
+        self.blocks = blocks
+        self.num_computed = 0
         self.token_ids = np.array(case.expected["input_ids"], np.int64)
         self.positions = case.tensors["position_ids"]
         self.delta = case.expected["rope_delta"]
-        self.embeddings = torch.from_numpy(case.tensors.get("image_embeds", np.zeros((0, 1), np.float32)))
+        self.embeddings = torch.from_numpy(
+            case.tensors.get("image_embeds", np.zeros((0, 1), np.float32))
+        )
         placeholder = open_checkpoint(case.checkpoint).config["image_token_id"]
         self.is_image = (self.token_ids == placeholder) & (len(self.embeddings) > 0)
 
@@ -54,24 +64,45 @@ def blocks_of(num_sequences: int) -> list[np.ndarray]:
 
 
 def step(runner: ModelRunner, work: list[tuple[Sequence, int]]) -> np.ndarray:
-    """Compute that many tokens of each sequence; the logits of those that have none left, in order."""
+    """Compute that many tokens of each sequence; the logits of those that have none left, in
+    order."""
     spans = [np.arange(s.num_computed, s.num_computed + count) for s, count in work]
     starts = np.cumsum([0] + [count for _, count in work])
     is_image = [s.is_image[span] for (s, _), span in zip(work, spans, strict=True)]
     plan = StepPlan(
         # A placeholder's id is irrelevant: one that no vocabulary knows must do.
         token_ids=np.concatenate(
-            [np.where(image, 10**9, s.token_ids[span]) for (s, _), span, image in zip(work, spans, is_image, strict=True)]
+            [
+                np.where(image, 10**9, s.token_ids[span])
+                for (s, _), span, image in zip(work, spans, is_image, strict=True)
+            ]
         ),
-        positions=np.concatenate([s.positions[:, span] for (s, _), span in zip(work, spans, strict=True)], 1),
+        positions=np.concatenate(
+            [s.positions[:, span] for (s, _), span in zip(work, spans, strict=True)], 1
+        ),
         slot_mapping=np.concatenate(
-            [s.blocks[span // BLOCK_SIZE] * BLOCK_SIZE + span % BLOCK_SIZE for (s, _), span in zip(work, spans, strict=True)]
+            [
+                s.blocks[span // BLOCK_SIZE] * BLOCK_SIZE + span % BLOCK_SIZE
+                for (s, _), span in zip(work, spans, strict=True)
+            ]
         ),
         query_lens=np.array([count for _, count in work]),
         context_lens=np.array([span[-1] + 1 for span in spans]),
-        block_tables=padded([s.blocks[: -(-(span[-1] + 1) // BLOCK_SIZE)] for (s, _), span in zip(work, spans, strict=True)]),
+        block_tables=padded(
+            [
+                s.blocks[: -(-(span[-1] + 1) // BLOCK_SIZE)]
+                for (s, _), span in zip(work, spans, strict=True)
+            ]
+        ),
         embedding_rows=np.flatnonzero(np.concatenate(is_image)),
-        sampled_rows=np.array([stop - 1 for (s, count), stop in zip(work, starts[1:], strict=True) if count == s.num_left], np.int64),
+        sampled_rows=np.array(
+            [
+                stop - 1
+                for (s, count), stop in zip(work, starts[1:], strict=True)
+                if count == s.num_left
+            ],
+            np.int64,
+        ),
     )
     embeddings = []
     for (s, count), span, image in zip(work, spans, is_image, strict=True):
@@ -87,12 +118,26 @@ def padded(tables: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(table, (0, longest - len(table))) for table in tables])
 
 
-def runner_of(case: GoldenCase, dtype: torch.dtype = torch.float32, shard: Shard = Shard(), quantization: str = "none") -> ModelRunner:
-    return ModelRunner(open_checkpoint(case.checkpoint), dtype, CPU, NUM_BLOCKS, BLOCK_SIZE, shard=shard, quantization=quantization)
+def runner_of(
+    case: GoldenCase,
+    dtype: torch.dtype = torch.float32,
+    shard: Shard = Shard(),
+    quantization: str = "none",
+) -> ModelRunner:
+    return ModelRunner(
+        open_checkpoint(case.checkpoint),
+        dtype,
+        CPU,
+        NUM_BLOCKS,
+        BLOCK_SIZE,
+        shard=shard,
+        quantization=quantization,
+    )
 
 
 def forced_logits(runner: ModelRunner, case: GoldenCase, chunk: int) -> np.ndarray:
-    """Logits of the last prompt token and of every greedy token but the last, the expected ones being fed."""
+    """Logits of the last prompt token and of every greedy token but the last, the expected ones
+    being fed."""
     sequence = Sequence(case, blocks_of(1)[0])
     logits = np.empty((0, runner.vocab_size), np.float32)
     while not len(logits):
@@ -121,7 +166,9 @@ def test_sequences_of_all_kinds_share_a_step(case: GoldenCase) -> None:
     early, late, chunked = (Sequence(case, blocks) for blocks in blocks_of(3))
     greedy_ids = {id(s): [] for s in (early, late, chunked)}
     for i in itertools.count():
-        work = [(chunked, min(3, chunked.num_left)), (early, early.num_left)] + [(late, late.num_left)] * (i >= 3)
+        work = [(chunked, min(3, chunked.num_left)), (early, early.num_left)] + [
+            (late, late.num_left)
+        ] * (i >= 3)
         work = [(s, count) for s, count in work if len(greedy_ids[id(s)]) < NUM_STEPS]
         if not work:
             break
@@ -175,12 +222,17 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase) ->
 
 
 @pytest.mark.skipif(int8_kernels() is None, reason="no AVX2, or no compiler")
-def test_int8_computes_with_the_weights_that_its_bytes_mean(case: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_computes_with_the_weights_that_its_bytes_mean(
+    case: GoldenCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dequantised(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         quantized, scales = quantize(weight.bfloat16())
         return Linear(quantized.float() * scales[:, None], bias)
 
-    found, exact = (forced_logits(runner_of(case, torch.bfloat16, quantization=q), case, 16) for q in ("int8", "none"))
+    found, exact = (
+        forced_logits(runner_of(case, torch.bfloat16, quantization=q), case, 16)
+        for q in ("int8", "none")
+    )
     monkeypatch.setattr("services.llm.families.qwen2_5_vl.Int8Linear", dequantised)
     meant = forced_logits(runner_of(case, torch.float32, quantization="int8"), case, 16)
     assert max_difference(found, meant) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
@@ -190,7 +242,9 @@ def test_int8_computes_with_the_weights_that_its_bytes_mean(case: GoldenCase, mo
 @pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("name", ["a_image", "c_gqa_tp8"])
-def test_decodes_in_one_call_give_what_single_operations_give(name: str, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decodes_in_one_call_give_what_single_operations_give(
+    name: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = GoldenCase(name)
     fused = runner_of(case, torch.bfloat16, quantization=quantization)
     if fused._fused_decode is None:
@@ -202,7 +256,9 @@ def test_decodes_in_one_call_give_what_single_operations_give(name: str, quantiz
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         try:
-            found, expected = (decoded_beside_each_other(runner, case) for runner in (fused, single))
+            found, expected = (
+                decoded_beside_each_other(runner, case) for runner in (fused, single)
+            )
         finally:
             torch.set_num_threads(before)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
@@ -214,9 +270,21 @@ def test_a_context_that_is_divided_gives_the_same_in_one_call() -> None:
     runner = runner_of(GoldenCase("c_gqa_tp8"), torch.bfloat16)
     runner._kv_cache.normal_(generator=torch.Generator().manual_seed(0))
     tables = np.zeros((2, 88), np.int64)
-    tables[0], tables[1, :5] = np.arange(88), np.arange(88, 93)
-    slots, contexts, ones = np.array([87 * BLOCK_SIZE + 3, 92 * BLOCK_SIZE + 7]), np.array([700, 40]), np.ones(2, np.int64)
-    plan = StepPlan(np.array([5, 6]), np.tile(contexts - 1, (3, 1)), slots, ones, contexts, tables, np.zeros(0, np.int64), np.arange(2))
+    tables[0] = np.arange(88)
+    tables[1, :5] = np.arange(88, 93)
+    slots = np.array([87 * BLOCK_SIZE + 3, 92 * BLOCK_SIZE + 7])
+    contexts = np.array([700, 40])
+    ones = np.ones(2, np.int64)
+    plan = StepPlan(
+        np.array([5, 6]),
+        np.tile(contexts - 1, (3, 1)),
+        slots,
+        ones,
+        contexts,
+        tables,
+        np.zeros(0, np.int64),
+        np.arange(2),
+    )
     fused = runner.execute(plan, [])
     assert runner._fused_decode is not None
     runner._fused_decode = None
@@ -237,8 +305,11 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, fused_decode: FusedDecode) -> l
 
 
 def decoded_beside_each_other(runner: ModelRunner, case: GoldenCase) -> list[np.ndarray]:
-    """The logits of each step of three sequences that begin and end one after another, each with five tokens after its prompt."""
-    waiting, running, found = [Sequence(case, blocks) for blocks in blocks_of(3)], [], []
+    """The logits of each step of three sequences that begin and end one after another, each with
+    five tokens after its prompt."""
+    waiting = [Sequence(case, blocks) for blocks in blocks_of(3)]
+    running = []
+    found = []
     length = len(case.expected["input_ids"])
     while waiting or running:
         if waiting:
@@ -253,14 +324,17 @@ def decoded_beside_each_other(runner: ModelRunner, case: GoldenCase) -> list[np.
 
 
 class ThreadGroup:
-    """Ranks as threads: a reduction waits for all and adds what they brought in the order of ranks."""
+    """Ranks as threads: a reduction waits for all and adds what they brought in the order of
+    ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.barrier = threading.Barrier(world_size, timeout=60)
         self.parts: list[torch.Tensor] = [torch.empty(0)] * world_size
 
     def shard(self, rank: int) -> Shard:
-        def exchange(part: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        def exchange(
+            part: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]
+        ) -> torch.Tensor:
             self.parts[rank] = part
             self.barrier.wait()
             joined = join(self.parts)
@@ -293,13 +367,17 @@ class ThreadGroup:
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_shares_of_all_ranks_make_the_whole_model(world_size: int) -> None:
     case = GoldenCase("c_gqa_tp8")
-    for logits in ThreadGroup(world_size).run(lambda shard: forced_logits(runner_of(case, shard=shard), case, 33)):
+    for logits in ThreadGroup(world_size).run(
+        lambda shard: forced_logits(runner_of(case, shard=shard), case, 33)
+    ):
         assert max_difference(logits, case.tensors["greedy_logits"]) < 1e-3
 
 
 @pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
 @pytest.mark.parametrize("world_size", [2, 8])
-def test_ranks_decode_in_calls_of_half_a_layer(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_decode_in_calls_of_half_a_layer(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = GoldenCase("c_gqa_tp8")
 
     is_fused: list[bool] = []

@@ -6,7 +6,12 @@ import torch
 from services.llm.packing import pack, unpack, upload, upload_tensor
 
 CPU = torch.device("cpu")
-ARRAYS = [np.arange(5), np.arange(12).reshape(3, 4)[:, ::2], np.zeros((0, 7), np.int64), np.array([[2**40]])]
+ARRAYS = [
+    np.arange(5),
+    np.arange(12).reshape(3, 4)[:, ::2],
+    np.zeros((0, 7), np.int64),
+    np.array([[2**40]]),
+]
 
 
 def test_arrays_of_any_shape_come_out_as_they_went_in() -> None:

@@ -12,7 +12,9 @@ from services.llm.parallel import Shard, SharedMemory, join_group
 MAX_ELEMENTS = 64
 
 
-def run_ranks(tmp_path: Path, world_size: int, work: Callable[[int, SharedMemory], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+def run_ranks(
+    tmp_path: Path, world_size: int, work: Callable[[int, SharedMemory], list[torch.Tensor]]
+) -> list[list[torch.Tensor]]:
     """What `work` gives on each rank; the ranks are threads."""
     path = tmp_path / "memory"
     path.touch()
@@ -31,8 +33,13 @@ def run_ranks(tmp_path: Path, world_size: int, work: Callable[[int, SharedMemory
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_gets_the_sums_of_many_reductions(tmp_path: Path, world_size: int) -> None:
-    parts = [[torch.full((n % 5 + 1, 3), float(10 * n + rank)) for n in range(50)] for rank in range(world_size)]
-    results = run_ranks(tmp_path, world_size, lambda rank, memory: [memory.all_reduce(part) for part in parts[rank]])
+    parts = [
+        [torch.full((n % 5 + 1, 3), float(10 * n + rank)) for n in range(50)]
+        for rank in range(world_size)
+    ]
+    results = run_ranks(
+        tmp_path, world_size, lambda rank, memory: [memory.all_reduce(part) for part in parts[rank]]
+    )
     expected = [sum(parts[rank][n] for rank in range(world_size)) for n in range(50)]
     for found in results:
         assert len(found) == 50
@@ -40,20 +47,31 @@ def test_every_rank_gets_the_sums_of_many_reductions(tmp_path: Path, world_size:
 
 
 def test_gathered_parts_stand_in_the_order_of_ranks(tmp_path: Path) -> None:
-    results = run_ranks(tmp_path, 2, lambda rank, memory: [memory.all_gather(torch.full((2, 3), float(rank)))])
+    results = run_ranks(
+        tmp_path, 2, lambda rank, memory: [memory.all_gather(torch.full((2, 3), float(rank)))]
+    )
     for (found,) in results:
         assert found.tolist() == [[0, 0, 0, 1, 1, 1]] * 2
 
 
 def test_bfloat16_is_summed_in_float32(tmp_path: Path) -> None:
     part = torch.tensor([1.0, 2**-8], dtype=torch.bfloat16)
-    results = run_ranks(tmp_path, 2, lambda rank, memory: [memory.all_reduce(part[rank : rank + 1])])
+    results = run_ranks(
+        tmp_path, 2, lambda rank, memory: [memory.all_reduce(part[rank : rank + 1])]
+    )
     assert results[0][0].dtype == torch.bfloat16
     assert results[0][0].item() == torch.tensor(1 + 2**-8).to(torch.bfloat16).item()
 
 
 def test_an_empty_part_is_no_obstacle(tmp_path: Path) -> None:
-    results = run_ranks(tmp_path, 2, lambda rank, memory: [memory.all_reduce(torch.zeros(0, 3)), memory.all_gather(torch.zeros(0, 3))])
+    results = run_ranks(
+        tmp_path,
+        2,
+        lambda rank, memory: [
+            memory.all_reduce(torch.zeros(0, 3)),
+            memory.all_gather(torch.zeros(0, 3)),
+        ],
+    )
     assert [tuple(t.shape) for t in results[0]] == [(0, 3), (0, 6)]
 
 

@@ -1,4 +1,4 @@
-"""Step plans on their way from rank 0 to the others."""
+"""ExecuteStep plans on their way from rank 0 to the others."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from common.events import Event, Received, Up
-from common.messages import HOPS, Step
+from common.events import Event, PeerUp, Received
+from common.messages import HOPS, ExecuteStep
 from common.progress import Progress
 from common.wire import decode, encode
-from services.llm.plan import StepPlan
 from services.llm.ranks import follow, lead, to_plan, to_step
+from services.llm.step_plan import StepPlan
 from tests.fakes import FakeLinks
 
 
@@ -19,12 +19,14 @@ class ScriptedMember:
     """Its events are a list."""
 
     def __init__(self, events: list[Event]) -> None:
-        self.links, self.waiting, self.progress = FakeLinks(), deque(events), Progress()
+        self.links = FakeLinks()
+        self.waiting = deque(events)
+        self.progress = Progress()
 
     def next_event(self) -> Event | None:
         return self.waiting.popleft() if self.waiting else None
 
-    def put_back(self, events: list[Event]) -> None:
+    def requeue(self, events: list[Event]) -> None:
         self.waiting.extend(events)
 
     def events(self) -> Iterator[Event]:
@@ -54,25 +56,31 @@ def assert_equal(a: StepPlan, b: StepPlan) -> None:
 def test_a_plan_comes_out_of_the_wire_as_it_went_in() -> None:
     sent = to_step(plan(), [torch.ones(1, 4, dtype=torch.bfloat16)])
     came = decode(encode(sent), HOPS["llm", "llm"])
-    assert isinstance(came, Step)
+    assert isinstance(came, ExecuteStep)
     assert_equal(to_plan(came), plan())
     assert came.embeddings[0].dtype == "bfloat16" and came.embeddings[0].shape == (1, 4)
 
 
 def test_rank_0_waits_for_all_ranks_and_then_sends_each_step_to_all() -> None:
     early = Received("gateway", "gateway", object())
-    member = ScriptedMember([Up("llm.1", "llm"), early, Up("preprocess", "preprocess"), Up("llm.2", "llm")])
+    member = ScriptedMember(
+        [PeerUp("llm.1", "llm"), early, PeerUp("preprocess", "preprocess"), PeerUp("llm.2", "llm")]
+    )
     executed: list[StepPlan] = []
     execute = lead(member, 2, lambda p, e: executed.append(p) or torch.zeros(1))
     execute(plan(), [])
     assert len(executed) == 1
-    assert sorted(peer for peer, message in member.links.sent if isinstance(message, Step)) == ["llm.1", "llm.2"]
+    assert sorted(
+        peer for peer, message in member.links.sent if isinstance(message, ExecuteStep)
+    ) == ["llm.1", "llm.2"]
     assert early in member.waiting, "what came too early comes again"
 
 
 def test_the_other_ranks_execute_what_they_are_sent_in_order() -> None:
     steps = [to_step(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 1)]
-    member = ScriptedMember([Up("llm.0", "llm"), *(Received("llm.0", "llm", step) for step in steps)])
+    member = ScriptedMember(
+        [PeerUp("llm.0", "llm"), *(Received("llm.0", "llm", step) for step in steps)]
+    )
     executed: list[tuple[int, float]] = []
 
     def execute(step: StepPlan, embeddings: list[torch.Tensor]) -> torch.Tensor:

@@ -58,13 +58,21 @@ def test_nothing_can_be_computed_from_within_an_image_that_is_missing() -> None:
 def test_tokens_run_from_the_prompt_into_the_output() -> None:
     request = create_request(token_ids=[5, 6, 7])
     request.output_token_ids += [8, 9]
-    assert [request.tokens(0, 2).tolist(), request.tokens(1, 4).tolist(), request.tokens(4, 5).tolist()] == [[5, 6], [6, 7, 8], [9]]
+    assert [
+        request.tokens(0, 2).tolist(),
+        request.tokens(1, 4).tolist(),
+        request.tokens(4, 5).tolist(),
+    ] == [[5, 6], [6, 7, 8], [9]]
 
 
 def test_positions_of_generated_tokens_are_index_and_delta() -> None:
     request = create_request(num_tokens=6, images=((1, 2, 0),), rope_delta=-3)
     request.output_token_ids += [8, 9]
-    assert request.positions_of(1, 8).tolist() == [[1, 2, 3, 4, 5, 3, 4], [6, 7, 3, 4, 5, 3, 4], [6, 7, 3, 4, 5, 3, 4]]
+    assert request.positions_of(1, 8).tolist() == [
+        [1, 2, 3, 4, 5, 3, 4],
+        [6, 7, 3, 4, 5, 3, 4],
+        [6, 7, 3, 4, 5, 3, 4],
+    ]
 
 
 def test_equal_requests_have_equal_block_names() -> None:
@@ -92,13 +100,17 @@ def test_two_images_in_one_block_both_count() -> None:
 
 
 def test_the_same_placeholders_cut_otherwise_into_images_are_not_the_same() -> None:
-    """Equal tokens, equal positions, equal images: only which rows of an image they show differs."""
-    assert names(num_tokens=4, images=((0, 1, 0), (1, 3, 0))) != names(num_tokens=4, images=((0, 3, 0), (3, 1, 0)))
+    """Equal tokens, equal positions, equal images: only which rows of an image they show
+    differs."""
+    assert names(num_tokens=4, images=((0, 1, 0), (1, 3, 0))) != names(
+        num_tokens=4, images=((0, 3, 0), (3, 1, 0))
+    )
 
 
 def test_positions_are_part_of_the_name() -> None:
     """The same pixels of another grid."""
-    one, other = create_request(num_tokens=4), create_request(num_tokens=4)
+    one = create_request(num_tokens=4)
+    other = create_request(num_tokens=4)
     other.positions = other.positions + 1
     assert one.block_hashes(1, 4) != other.block_hashes(1, 4)
 
@@ -116,7 +128,8 @@ def test_names_made_in_pieces_are_those_made_at_once() -> None:
 
 
 def test_naming_a_prompt_costs_in_proportion_to_its_length() -> None:
-    """4,000 tokens take under a millisecond on an idle core; the bound is what no load of a test machine reaches."""
+    """4,000 tokens take under a millisecond on an idle core; the bound is what no load of a test
+    machine reaches."""
     request = create_request(token_ids=np.arange(1, 4001).tolist(), images=((100, 3000, 0),))
     seconds = min(timed_naming(request) for _ in range(5))
     assert seconds < 0.02
@@ -149,10 +162,14 @@ def test_a_prompt_whose_tensors_fit_each_other_is_taken() -> None:
         ({"placeholders": Tensor.of(np.array([[-1, 3], [6, 2]]))}, "-1 \\+ 3 lies"),
     ],
 )
-def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(changes: dict[str, Tensor], words: str) -> None:
+def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(
+    changes: dict[str, Tensor], words: str
+) -> None:
     prompt = msgspec.structs.replace(create_prompt(num_tokens=10, images=IMAGES), **changes)
     assert re.search(words, objection_to(prompt, 1000, 1000))
 
 
 def test_one_that_can_never_fit_is_refused_with_the_numbers() -> None:
-    assert re.search("14 tokens.* the 13 ", objection_to(create_prompt(num_tokens=10, max_tokens=4), 13, 100))
+    assert re.search(
+        "14 tokens.* the 13 ", objection_to(create_prompt(num_tokens=10, max_tokens=4), 13, 100)
+    )

@@ -1,4 +1,5 @@
-"""What is drawn, that it depends on nothing else in the batch, and that a bad row harms no other."""
+"""What is drawn, that it depends on nothing else in the batch, and that a bad row harms no
+other."""
 
 from typing import Any
 
@@ -16,10 +17,15 @@ NO_IDS = np.zeros(0, np.int64)
 
 
 def sampling(**fields: Any) -> Sampling:
-    return Sampling(**{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | fields)
+    return Sampling(
+        **{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        | fields
+    )
 
 
-def sample(rows: list[list[float]] | torch.Tensor, *samplings: Sampling, positions: list[int] | None = None) -> SampledTokens:
+def sample(
+    rows: list[list[float]] | torch.Tensor, *samplings: Sampling, positions: list[int] | None = None
+) -> SampledTokens:
     """One token a row, of requests that begin."""
     logits = torch.as_tensor(rows)
     sampler = Sampler()
@@ -32,7 +38,9 @@ def drawn(logits: list[float] | torch.Tensor, **fields: Any) -> list[int]:
     """What 4000 positions of one request draw from the same logits."""
     count = 4000
     one = sampling(**{"temperature": 1.0, "seed": 7} | fields)
-    return sample(torch.as_tensor(logits).expand(count, -1), *[one] * count, positions=list(range(count))).token_ids
+    return sample(
+        torch.as_tensor(logits).expand(count, -1), *[one] * count, positions=list(range(count))
+    ).token_ids
 
 
 def shares(token_ids: list[int], vocab_size: int) -> np.ndarray:
@@ -40,11 +48,16 @@ def shares(token_ids: list[int], vocab_size: int) -> np.ndarray:
 
 
 def outputs(sampler: Sampler, logits: list[float], count: int, first: int = 0) -> list[int]:
-    return [sampler.sample(torch.tensor([logits]), ["r"], [first + i]).token_ids[0] for i in range(count)]
+    return [
+        sampler.sample(torch.tensor([logits]), ["r"], [first + i]).token_ids[0]
+        for i in range(count)
+    ]
 
 
 def test_greedy_takes_the_best() -> None:
-    assert sample([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]], sampling(), sampling(temperature=1e-6)).token_ids == [1, 0]
+    assert sample(
+        [[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]], sampling(), sampling(temperature=1e-6)
+    ).token_ids == [1, 0]
 
 
 def test_of_equal_logits_greedy_takes_the_first() -> None:
@@ -68,16 +81,25 @@ def test_draws_of_different_seeds_and_positions_differ() -> None:
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:
     logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
-    kinds = [sampling(temperature=1.0, seed=3), sampling(temperature=0.7, top_p=0.9), sampling(temperature=2.0, top_k=2000), sampling()]
+    kinds = [
+        sampling(temperature=1.0, seed=3),
+        sampling(temperature=0.7, top_p=0.9),
+        sampling(temperature=2.0, top_k=2000),
+        sampling(),
+    ]
     together = sample(logits, *kinds, positions=[5, 6, 7, 8]).token_ids
     alone = [sample(logits[i : i + 1], kinds[i], positions=[5 + i]).token_ids[0] for i in range(4)]
     assert together == alone
 
 
 def test_a_resumed_request_goes_on_as_it_would_have() -> None:
-    logits, one = [0.0] * 50, sampling(temperature=1.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2)
+    logits = [0.0] * 50
+    one = sampling(
+        temperature=1.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2
+    )
     prompt = np.arange(5)
-    whole, resumed = Sampler(), Sampler()
+    whole = Sampler()
+    resumed = Sampler()
     whole.add("r", one, Stopping(), prompt, [], ())
     expected = outputs(whole, logits, 20)
     resumed.add("r", one, Stopping(), prompt, expected[:8], ())
@@ -88,7 +110,9 @@ def test_the_hash_is_splitmix64() -> None:
     # The first output for the seed 0 in the reference implementation.
     assert mix(0) == 0xE220A8397B1DCDAF
     states = [0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
-    found = mix_tensor(torch.tensor([signed((s + 0x9E3779B97F4A7C15) % 2**64) for s in states])).tolist()
+    found = mix_tensor(
+        torch.tensor([signed((s + 0x9E3779B97F4A7C15) % 2**64) for s in states])
+    ).tolist()
     assert found == [signed(mix(s)) for s in states]
 
 
@@ -139,7 +163,9 @@ def test_min_p_leaves_what_is_near_the_best() -> None:
 
 def test_repetition_penalty_counts_prompt_and_output_once() -> None:
     sampler = Sampler()
-    sampler.add("r", sampling(repetition_penalty=2.0), Stopping(), np.array([0, 0, 2, 10**9]), [], ())
+    sampler.add(
+        "r", sampling(repetition_penalty=2.0), Stopping(), np.array([0, 0, 2, 10**9]), [], ()
+    )
     # 0 becomes 2.0, 2 becomes -2.0; then 1 becomes 1.5, after which it stays so.
     assert outputs(sampler, [4.0, 3.0, -1.0], 4) == [1, 0, 0, 0]
 
@@ -162,10 +188,20 @@ def test_what_would_end_an_answer_waits_for_min_tokens() -> None:
         assert outputs(sampler, [3.0, 2.0, 1.0], 3) == expected
 
 
-@pytest.mark.parametrize("bad", [[1.0, torch.nan, 0.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3, [torch.nan] * 3])
-@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [[1.0, torch.nan, 0.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3, [torch.nan] * 3]
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.1},
+    ],
+)
 def test_a_bad_row_fails_alone(bad: list[float], fields: dict[str, float]) -> None:
-    good, one = [0.0, 9.0, 0.0], sampling(num_logprobs=1, **fields)
+    good = [0.0, 9.0, 0.0]
+    one = sampling(num_logprobs=1, **fields)
     found = sample([good, bad, good], one, one, one)
     assert found.bad_rows == [1]
     assert [found.token_ids[0], found.token_ids[2]] == [1, 1]
@@ -175,7 +211,12 @@ def test_a_bad_row_fails_alone(bad: list[float], fields: dict[str, float]) -> No
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]] * 3)
     expected = logits[0].log_softmax(0).numpy()
-    found = sample(logits, sampling(num_logprobs=2, temperature=0.5, top_k=1), sampling(), sampling(num_logprobs=0)).logprobs
+    found = sample(
+        logits,
+        sampling(num_logprobs=2, temperature=0.5, top_k=1),
+        sampling(),
+        sampling(num_logprobs=0),
+    ).logprobs
     assert set(found) == {0, 2}
     assert found[0].logprob == pytest.approx(expected[1])
     assert found[0].top_token_ids.tolist() == [1, 2]
@@ -195,8 +236,17 @@ def test_the_logits_are_not_changed() -> None:
 @pytest.mark.parametrize(("penalty", "expected"), [(1.0, "greedy_ids"), (1.05, "greedy_rp105_ids")])
 def test_answers_equal_the_reference(name: str, penalty: float, expected: str) -> None:
     case = GoldenCase(name)
-    runner, sampler, sequence = runner_of(case), Sampler(), Sequence(case, blocks_of(1)[0])
-    sampler.add("r", sampling(repetition_penalty=penalty), Stopping(ignore_eos=True), sequence.token_ids, [], ())
+    runner = runner_of(case)
+    sampler = Sampler()
+    sequence = Sequence(case, blocks_of(1)[0])
+    sampler.add(
+        "r",
+        sampling(repetition_penalty=penalty),
+        Stopping(ignore_eos=True),
+        sequence.token_ids,
+        [],
+        (),
+    )
     token_ids: list[int] = []
     while len(token_ids) < len(case.expected[expected]):
         logits = step(runner, [(sequence, sequence.num_left)])

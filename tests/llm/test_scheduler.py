@@ -25,7 +25,10 @@ def spans(scheduler: Scheduler, runner: FakeRunner | None = None) -> Spans:
 
 def decoding(*names: str, num_tokens: int = 4, **scheduler: int) -> tuple[Scheduler, list[Request]]:
     """Requests whose prompts are computed already."""
-    requests = [create_request(name, token_ids=[i + 1] * num_tokens, max_tokens=12) for i, name in enumerate(names)]
+    requests = [
+        create_request(name, token_ids=[i + 1] * num_tokens, max_tokens=12)
+        for i, name in enumerate(names)
+    ]
     made = create_scheduler(*requests, **scheduler)
     while any(not request.output_token_ids for request in requests):
         spans(made)
@@ -45,7 +48,9 @@ def stalls(name: str, num_tokens: int = 8, offset: int = 4) -> Request:
 
 
 def test_a_prompt_is_computed_in_chunks_of_the_budget_and_then_a_token_a_step() -> None:
-    scheduler = create_scheduler(create_request(num_tokens=20, max_tokens=3), max_num_batched_tokens=8)
+    scheduler = create_scheduler(
+        create_request(num_tokens=20, max_tokens=3), max_num_batched_tokens=8
+    )
     runner = FakeRunner()
     steps = [spans(scheduler, runner)["r"] for _ in range(5)]
     assert steps == [(0, 8), (8, 16), (16, 20), (20, 21), (21, 22)]
@@ -53,7 +58,9 @@ def test_a_prompt_is_computed_in_chunks_of_the_budget_and_then_a_token_a_step() 
 
 
 def test_prompts_share_a_step() -> None:
-    scheduler = create_scheduler(create_request("a", 5), create_request("b", 5), create_request("c", 20))
+    scheduler = create_scheduler(
+        create_request("a", 5), create_request("b", 5), create_request("c", 20)
+    )
     assert spans(scheduler) == {"a": (0, 5), "b": (0, 5), "c": (0, 6)}
 
 
@@ -75,13 +82,19 @@ def test_a_long_prompt_holds_no_decode_up() -> None:
 
 def test_requests_begin_in_the_order_in_which_they_came() -> None:
     requests = [create_request(str(i), token_ids=[i + 1] * 10, max_tokens=1) for i in range(6)]
-    begun = [c.request.prompt.request_id for step in run(create_scheduler(*requests), FakeRunner()) for c in step if c.begin == 0]
+    begun = [
+        c.request.prompt.request_id
+        for step in run(create_scheduler(*requests), FakeRunner())
+        for c in step
+        if c.begin == 0
+    ]
     assert begun == list("012345")
 
 
 def test_no_step_has_more_requests_than_allowed() -> None:
     requests = [create_request(str(i), 2) for i in range(5)]
-    scheduler, runner = create_scheduler(*requests, max_num_seqs=2), FakeRunner()
+    scheduler = create_scheduler(*requests, max_num_seqs=2)
+    runner = FakeRunner()
     assert list(spans(scheduler, runner)) == ["0", "1"]
     assert max(map(len, run(scheduler, runner))) == 2
     assert [r.output_token_ids for r in requests] == [expected_output(r) for r in requests]
@@ -92,7 +105,8 @@ def test_no_step_has_more_requests_than_allowed() -> None:
 
 def test_the_prompt_is_computed_up_to_an_image_and_goes_on_when_it_comes() -> None:
     request = stalls("r", offset=5)
-    scheduler, runner = create_scheduler(request), FakeRunner()
+    scheduler = create_scheduler(request)
+    runner = FakeRunner()
     assert [spans(scheduler, runner), spans(scheduler, runner)] == [{"r": (0, 5)}, {}]
     give_embeddings(request, 0)
     assert spans(scheduler, runner) == {"r": (5, 8)}
@@ -100,7 +114,8 @@ def test_the_prompt_is_computed_up_to_an_image_and_goes_on_when_it_comes() -> No
 
 def test_images_that_come_in_the_wrong_order_are_computed_in_the_right_one() -> None:
     request = create_request(num_tokens=16, images=((2, 4, 1), (8, 4, 2)), has_embeddings=False)
-    scheduler, runner = create_scheduler(request), FakeRunner()
+    scheduler = create_scheduler(request)
+    runner = FakeRunner()
     assert spans(scheduler, runner) == {"r": (0, 2)}
     give_embeddings(request, 1)
     assert spans(scheduler, runner) == {}
@@ -134,7 +149,8 @@ def test_requests_that_wait_for_images_keep_no_other_out() -> None:
 
 def test_a_step_has_no_more_requests_than_allowed_when_all_images_come_at_once() -> None:
     late = [stalls(str(i)) for i in range(5)]
-    scheduler, runner = create_scheduler(*late, max_num_seqs=2), FakeRunner()
+    scheduler = create_scheduler(*late, max_num_seqs=2)
+    runner = FakeRunner()
     run(scheduler, runner)
     for request in late:
         give_embeddings(request, 0)
@@ -146,7 +162,9 @@ def test_a_step_has_no_more_requests_than_allowed_when_all_images_come_at_once()
 
 
 def test_a_request_begins_when_its_whole_prompt_has_room() -> None:
-    a, b = (create_request(name, token_ids=[i] * 20, max_tokens=2) for i, name in enumerate("ab", 1))
+    a, b = (
+        create_request(name, token_ids=[i] * 20, max_tokens=2) for i, name in enumerate("ab", 1)
+    )
     scheduler = create_scheduler(a, b, num_blocks=9)
     runner = FakeRunner()
     assert list(spans(scheduler, runner)) == ["a"]
@@ -174,21 +192,29 @@ def test_a_decode_takes_blocks_from_the_latest_comer() -> None:
 
 
 def test_the_latest_comer_gives_itself_up_where_it_needs_the_block() -> None:
-    a, b = create_request("a", token_ids=[1] * 9), create_request("b", token_ids=[2] * 7)
-    scheduler, runner = create_scheduler(a, b, num_blocks=5), FakeRunner()
+    a = create_request("a", token_ids=[1] * 9)
+    b = create_request("b", token_ids=[2] * 7)
+    scheduler = create_scheduler(a, b, num_blocks=5)
+    runner = FakeRunner()
     assert [list(spans(scheduler, runner)) for _ in range(3)] == [["a", "b"], ["a", "b"], ["a"]]
     assert scheduler.running == [a] and list(scheduler.waiting) == [b]
 
 
 def test_one_that_was_preempted_takes_no_block_from_others() -> None:
-    requests = [create_request(name, token_ids=[i] * n) for i, (name, n) in enumerate({"a": 4, "b": 2, "c": 2}.items(), 1)]
-    scheduler, runner = create_scheduler(*requests, num_blocks=3), FakeRunner()
+    requests = [
+        create_request(name, token_ids=[i] * n)
+        for i, (name, n) in enumerate({"a": 4, "b": 2, "c": 2}.items(), 1)
+    ]
+    scheduler = create_scheduler(*requests, num_blocks=3)
+    runner = FakeRunner()
     assert [list(spans(scheduler, runner)) for _ in range(2)] == [["a", "b", "c"], ["a", "b"]]
     assert scheduler.num_preemptions == 1
 
 
 def test_a_preempted_request_computes_its_prompt_and_its_output_again_and_goes_on() -> None:
-    a, b = (create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1))
+    a, b = (
+        create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1)
+    )
     scheduler = create_scheduler(a, b, num_blocks=6, prefix_caching=False)
     steps = run(scheduler, FakeRunner())
     resumed = next(c for step in steps[1:] for c in step if c.request is b and c.begin == 0)
@@ -198,19 +224,30 @@ def test_a_preempted_request_computes_its_prompt_and_its_output_again_and_goes_o
 
 
 def test_a_preempted_request_resumes_before_later_ones_begin() -> None:
-    a, b = (create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1))
+    a, b = (
+        create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1)
+    )
     scheduler = create_scheduler(a, b, num_blocks=6, prefix_caching=False)
     scheduler.add(create_request("c", token_ids=[3] * 8, max_tokens=1))
-    begun = [c.request.prompt.request_id for step in run(scheduler, FakeRunner()) for c in step if c.begin == 0]
+    begun = [
+        c.request.prompt.request_id
+        for step in run(scheduler, FakeRunner())
+        for c in step
+        if c.begin == 0
+    ]
     assert begun == ["a", "b", "b", "c"]
 
 
 def test_a_request_that_waits_for_an_image_gives_its_blocks_to_one_that_decodes() -> None:
-    late, text = stalls("late", 12), create_request("text", token_ids=[9] * 8, max_tokens=12)
-    scheduler, runner = create_scheduler(late, text, num_blocks=5, prefix_caching=False), FakeRunner()
+    late = stalls("late", 12)
+    text = create_request("text", token_ids=[9] * 8, max_tokens=12)
+    scheduler = create_scheduler(late, text, num_blocks=5, prefix_caching=False)
+    runner = FakeRunner()
     steps = run(scheduler, runner)
     assert text.output_token_ids == expected_output(text)
-    assert sum(c.request is text and c.begin == 0 for step in steps for c in step) == 1, "it was not preempted"
+    assert sum(c.request is text and c.begin == 0 for step in steps for c in step) == 1, (
+        "it was not preempted"
+    )
     give_embeddings(late, 0)
     run(scheduler, runner)
     assert late.output_token_ids == expected_output(late)
@@ -219,7 +256,8 @@ def test_a_request_that_waits_for_an_image_gives_its_blocks_to_one_that_decodes(
 def test_requests_that_wait_for_images_give_their_blocks_to_one_that_does_not() -> None:
     """They fill the pool, the device would idle, and their images may be long in coming."""
     late = [stalls(name, 16) for name in "ab"]
-    scheduler, runner = create_scheduler(*late, num_blocks=8), FakeRunner()
+    scheduler = create_scheduler(*late, num_blocks=8)
+    runner = FakeRunner()
     run(scheduler, runner)
     scheduler.add(text := create_request("text", token_ids=[9] * 10))
     run(scheduler, runner)
@@ -247,7 +285,10 @@ def test_a_request_may_need_exactly_the_whole_pool() -> None:
 
 
 def test_a_request_that_ends_frees_its_blocks_in_whatever_state_it_is() -> None:
-    waiting, stalled, prefilling, ready = create_request("w", 20), stalls("s"), create_request("p", 20), create_request("d", 4)
+    waiting = create_request("w", 20)
+    stalled = stalls("s")
+    prefilling = create_request("p", 20)
+    ready = create_request("d", 4)
     scheduler = create_scheduler(stalled, ready, prefilling, num_blocks=14)
     spans(scheduler)
     scheduler.add(waiting)

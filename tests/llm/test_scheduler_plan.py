@@ -2,13 +2,15 @@
 
 import numpy as np
 
-from services.llm.plan import StepPlan
 from services.llm.request import Request
 from services.llm.scheduler import Chunk, embeddings_of
+from services.llm.step_plan import StepPlan
 from tests.llm.builders import PLACEHOLDER, create_request, create_scheduler
 
 
-def held(request: Request, blocks: list[int], num_computed: int = 0, output: tuple[int, ...] = ()) -> Request:
+def held(
+    request: Request, blocks: list[int], num_computed: int = 0, output: tuple[int, ...] = ()
+) -> Request:
     """A request under way."""
     request.block_table.extend(blocks)
     request.num_computed_tokens = num_computed
@@ -29,7 +31,16 @@ def mixed() -> list[Chunk]:
 
 
 def test_tokens_of_prompt_and_output_follow_one_another() -> None:
-    assert plan_of(*mixed()).token_ids.tolist() == [11, *[PLACEHOLDER] * 2, 6, *[PLACEHOLDER] * 2, 6, 12, 13, 14]
+    assert plan_of(*mixed()).token_ids.tolist() == [
+        11,
+        *[PLACEHOLDER] * 2,
+        6,
+        *[PLACEHOLDER] * 2,
+        6,
+        12,
+        13,
+        14,
+    ]
 
 
 def test_positions_are_the_prompts_and_then_index_and_delta() -> None:
@@ -38,7 +49,18 @@ def test_positions_are_the_prompts_and_then_index_and_delta() -> None:
 
 
 def test_each_token_goes_to_its_place_in_its_block() -> None:
-    assert plan_of(*mixed()).slot_mapping.tolist() == [2 * 4, 8 * 4 + 3, 4, 5, 6, 7, 7 * 4 + 2, 7 * 4 + 3, 0, 1]
+    assert plan_of(*mixed()).slot_mapping.tolist() == [
+        2 * 4,
+        8 * 4 + 3,
+        4,
+        5,
+        6,
+        7,
+        7 * 4 + 2,
+        7 * 4 + 3,
+        0,
+        1,
+    ]
 
 
 def test_lengths_are_new_tokens_and_all_tokens() -> None:

@@ -1,4 +1,5 @@
-"""A computed prefix is taken over, never the whole prompt, and only where the tokens' keys and values would be the same."""
+"""A computed prefix is taken over, never the whole prompt, and only where the tokens' keys and
+values would be the same."""
 
 from typing import Any
 
@@ -6,14 +7,23 @@ import pytest
 
 from services.llm.request import Request
 from services.llm.scheduler import Scheduler
-from tests.llm.builders import FakeRunner, create_request, create_scheduler, expected_output, give_embeddings, run, run_step
+from tests.llm.builders import (
+    FakeRunner,
+    create_request,
+    create_scheduler,
+    expected_output,
+    give_embeddings,
+    run,
+    run_step,
+)
 
 IMAGE = ((4, 8, 1),)
 
 
 def follow(*requests: Request, **fields: Any) -> tuple[Scheduler, FakeRunner]:
     """One after the other, each with the right answer."""
-    scheduler, runner = create_scheduler(**fields), FakeRunner(fields.get("num_blocks", 64))
+    scheduler = create_scheduler(**fields)
+    runner = FakeRunner(fields.get("num_blocks", 64))
     for request in requests:
         scheduler.add(request)
         run(scheduler, runner)
@@ -44,8 +54,12 @@ def test_only_full_blocks_are_taken_over() -> None:
 
 
 def test_only_what_is_equal_from_the_start_is_taken_over() -> None:
-    assert cached(create_request(token_ids=[1] * 12), create_request(token_ids=[1] * 6 + [2] * 6)) == 4
-    assert cached(create_request(token_ids=[1] * 12), create_request(token_ids=[2] * 4 + [1] * 8)) == 0
+    assert (
+        cached(create_request(token_ids=[1] * 12), create_request(token_ids=[1] * 6 + [2] * 6)) == 4
+    )
+    assert (
+        cached(create_request(token_ids=[1] * 12), create_request(token_ids=[2] * 4 + [1] * 8)) == 0
+    )
 
 
 def test_an_answer_is_taken_over_with_its_prompt() -> None:
@@ -56,35 +70,59 @@ def test_an_answer_is_taken_over_with_its_prompt() -> None:
 
 def test_a_second_question_about_an_image_computes_only_the_question() -> None:
     question = [*range(1, 15), 40, 41]
-    assert cached(create_request(num_tokens=16, images=IMAGE), create_request(token_ids=question, images=IMAGE)) == 12
+    assert (
+        cached(
+            create_request(num_tokens=16, images=IMAGE),
+            create_request(token_ids=question, images=IMAGE),
+        )
+        == 12
+    )
 
 
 def test_another_image_is_not_taken_for_the_first() -> None:
-    assert cached(create_request(num_tokens=16, images=IMAGE), create_request(num_tokens=16, images=((4, 8, 2),))) == 4
+    assert (
+        cached(
+            create_request(num_tokens=16, images=IMAGE),
+            create_request(num_tokens=16, images=((4, 8, 2),)),
+        )
+        == 4
+    )
 
 
 def test_another_salt_takes_nothing_over() -> None:
-    assert cached(create_request(num_tokens=16, salt=b"a"), create_request(num_tokens=16, salt=b"b")) == 0
+    assert (
+        cached(create_request(num_tokens=16, salt=b"a"), create_request(num_tokens=16, salt=b"b"))
+        == 0
+    )
 
 
 def test_without_the_cache_all_is_computed() -> None:
-    assert cached(create_request(num_tokens=16), create_request(num_tokens=16), prefix_caching=False) == 0
+    assert (
+        cached(create_request(num_tokens=16), create_request(num_tokens=16), prefix_caching=False)
+        == 0
+    )
 
 
 def test_what_is_taken_over_is_shared_while_the_first_still_runs() -> None:
-    first, second = create_request("a", 12, max_tokens=6), create_request("b", 12, max_tokens=6)
-    scheduler, runner = create_scheduler(first), FakeRunner()
+    first = create_request("a", 12, max_tokens=6)
+    second = create_request("b", 12, max_tokens=6)
+    scheduler = create_scheduler(first)
+    runner = FakeRunner()
     run_step(scheduler, runner)
     scheduler.add(second)
     run_step(scheduler, runner)
-    assert second.block_table[:2] == first.block_table[:2] and second.block_table[2] != first.block_table[2]
+    assert (
+        second.block_table[:2] == first.block_table[:2]
+        and second.block_table[2] != first.block_table[2]
+    )
     scheduler.finish(first)
     run(scheduler, runner)
     assert second.output_token_ids == expected_output(second)
 
 
 def test_a_block_is_found_only_when_it_is_computed() -> None:
-    first, second = create_request("a", 16), create_request("b", 16)
+    first = create_request("a", 16)
+    second = create_request("b", 16)
     scheduler = create_scheduler(first, second, max_num_batched_tokens=18)
     run(scheduler, FakeRunner())
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 0)
@@ -98,7 +136,9 @@ def test_an_image_that_the_cache_covers_is_not_waited_for() -> None:
 
 def test_a_prompt_that_begins_with_a_missing_image_goes_on_after_the_cached_part() -> None:
     images = ((0, 8, 1), (10, 3, 2))
-    second = create_request(token_ids=[*range(1, 10), 40, *range(11, 17)], images=images, has_embeddings=False)
+    second = create_request(
+        token_ids=[*range(1, 10), 40, *range(11, 17)], images=images, has_embeddings=False
+    )
     scheduler, runner = follow(create_request(num_tokens=16, images=images))
     scheduler.add(second)
     assert [(c.begin, c.end) for c in run_step(scheduler, runner)] == [(8, 10)]
@@ -119,8 +159,11 @@ def test_an_image_that_the_cache_covers_in_part_is_waited_for() -> None:
 
 
 def test_a_preempted_request_finds_its_own_blocks_again() -> None:
-    a, b = (create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1))
-    scheduler, runner = create_scheduler(a, b, num_blocks=6), FakeRunner()
+    a, b = (
+        create_request(name, token_ids=[i] * 8, max_tokens=12) for i, name in enumerate("ab", 1)
+    )
+    scheduler = create_scheduler(a, b, num_blocks=6)
+    runner = FakeRunner()
     while not scheduler.num_preemptions:
         run_step(scheduler, runner)
     scheduler.finish(a)
@@ -132,7 +175,9 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
 
 
 def test_a_preempted_request_whose_uncomputed_image_was_forgotten_waits_for_it() -> None:
-    second = create_request("second", num_tokens=16, max_tokens=5, images=IMAGE, has_embeddings=False)
+    second = create_request(
+        "second", num_tokens=16, max_tokens=5, images=IMAGE, has_embeddings=False
+    )
     scheduler, runner = follow(create_request(num_tokens=16, images=IMAGE), num_blocks=6)
     scheduler.add(second)
     run_step(scheduler, runner)
@@ -160,13 +205,18 @@ def test_blocks_that_a_request_takes_over_are_not_counted_as_room_for_it() -> No
     run_step(scheduler, runner)
     scheduler.add(again := create_request("again", num_tokens=14, max_tokens=2))
     run(scheduler, runner)
-    assert [other.output_token_ids, again.output_token_ids] == [expected_output(other), expected_output(again)]
+    assert [other.output_token_ids, again.output_token_ids] == [
+        expected_output(other),
+        expected_output(again),
+    ]
 
 
 @pytest.mark.parametrize("distrusted", [False, True])
 def test_what_was_computed_for_a_bad_request_is_taken_over_by_none(distrusted: bool) -> None:
-    first, second = create_request("a", num_tokens=16), create_request("b", num_tokens=16)
-    scheduler, runner = create_scheduler(first), FakeRunner()
+    first = create_request("a", num_tokens=16)
+    second = create_request("b", num_tokens=16)
+    scheduler = create_scheduler(first)
+    runner = FakeRunner()
     run_step(scheduler, runner)
     if distrusted:
         scheduler.distrust(first)

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from services.llm.request import Request
 from services.llm.scheduler import Scheduler
-from tests.llm.builders import BLOCK_SIZE, FakeRunner, Image, create_request, create_scheduler, expected_output, give_embeddings, run_step
+from tests.llm.builders import (
+    BLOCK_SIZE,
+    FakeRunner,
+    Image,
+    create_request,
+    create_scheduler,
+    expected_output,
+    give_embeddings,
+    run_step,
+)
 
 NUM_BLOCKS = 8
 """So few that two requests of full length do not fit."""
@@ -30,13 +39,18 @@ class Arrival:
 
 @st.composite
 def arrivals(draw: st.DrawFn) -> Arrival:
-    """Requests that resemble one another: their prompts begin alike, with images of two kinds at the same places."""
+    """Requests that resemble one another: their prompts begin alike, with images of two kinds at
+    the same places."""
     length = draw(st.integers(1, MAX_TOKENS - 1))
     token_ids = [1] * length
     for index in draw(st.lists(st.integers(0, length - 1), max_size=1)):
         token_ids[index] = 2
     places = [(2, 6), (8, 3), (11, 9)][: draw(st.integers(0, 3))]
-    images = tuple((offset, size, draw(st.integers(0, 1))) for offset, size in places if offset + size <= length)
+    images = tuple(
+        (offset, size, draw(st.integers(0, 1)))
+        for offset, size in places
+        if offset + size <= length
+    )
     return Arrival(
         at=draw(st.integers(0, 40)),
         token_ids=token_ids,
@@ -66,8 +80,11 @@ class Trace:
 
     def play(self) -> None:
         last_event = max(a.at + max((*a.images_after, a.aborted_after or 0)) for a in self.arrivals)
-        # Far more than all requests one after the other take, each computed anew for every other: only a livelock lasts longer.
-        bound = last_event + sum(1 + len(self.arrivals) * (len(a.token_ids) + a.max_tokens) for a in self.arrivals)
+        # Far more than all requests one after the other take, each computed anew for every other:
+        # only a livelock lasts longer.
+        bound = last_event + sum(
+            1 + len(self.arrivals) * (len(a.token_ids) + a.max_tokens) for a in self.arrivals
+        )
         while self.now <= last_event or self.scheduler.running or self.scheduler.waiting:
             assert self.now <= bound, "no end"
             self.happen()
@@ -79,9 +96,15 @@ class Trace:
         for i, arrival in enumerate(self.arrivals):
             since = self.now - arrival.at
             if since == 0:
-                images, ids = arrival.images, arrival.token_ids
+                images = arrival.images
+                ids = arrival.token_ids
                 self.requests[i] = create_request(
-                    str(i), max_tokens=arrival.max_tokens, images=images, token_ids=ids, salt=arrival.salt, has_embeddings=False
+                    str(i),
+                    max_tokens=arrival.max_tokens,
+                    images=images,
+                    token_ids=ids,
+                    salt=arrival.salt,
+                    has_embeddings=False,
                 )
                 self.scheduler.add(self.requests[i])
             for image, after in enumerate(arrival.images_after):
@@ -96,19 +119,29 @@ traces = st.lists(arrivals(), min_size=1, max_size=8)
 
 
 @settings(max_examples=300, deadline=None)
-@given(trace=traces, max_num_seqs=st.integers(1, 4), budget=st.integers(1, 20), prefix_caching=st.booleans())
+@given(
+    trace=traces,
+    max_num_seqs=st.integers(1, 4),
+    budget=st.integers(1, 20),
+    prefix_caching=st.booleans(),
+)
 def test_every_request_ends_with_the_answer_it_has_alone(
     trace: list[Arrival], max_num_seqs: int, budget: int, prefix_caching: bool
 ) -> None:
     scheduler = create_scheduler(
-        num_blocks=NUM_BLOCKS, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, prefix_caching=prefix_caching
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        prefix_caching=prefix_caching,
     )
     played = Trace(scheduler, trace)
     played.play()
     assert scheduler.pool.num_free == NUM_BLOCKS
     for i, request in played.requests.items():
         expected = expected_output(request)
-        assert request.output_token_ids == (expected[: len(request.output_token_ids)] if i in played.aborted else expected)
+        assert request.output_token_ids == (
+            expected[: len(request.output_token_ids)] if i in played.aborted else expected
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -118,5 +151,8 @@ def test_texts_begin_in_the_order_in_which_they_came(trace: list[Arrival], budge
     texts = [replace(arrival, images=(), images_after=(), aborted_after=None) for arrival in trace]
     played = Trace(scheduler, texts)
     played.play()
-    first_steps = [played.first_steps[id(r)] for _, r in sorted(played.requests.items(), key=lambda item: (texts[item[0]].at, item[0]))]
+    first_steps = [
+        played.first_steps[id(r)]
+        for _, r in sorted(played.requests.items(), key=lambda item: (texts[item[0]].at, item[0]))
+    ]
     assert first_steps == sorted(first_steps)

@@ -8,14 +8,31 @@ import numpy as np
 import pytest
 import torch
 
-from common.events import Down, Draining, Event, Received, Up
-from common.messages import Abort, Embeddings, Failed, ImageReceived, ImageRejected, Reserved, Start, StopFound, Tokens
+from common.events import Event, PeerDown, PeerDraining, PeerUp, Received
+from common.messages import (
+    Abort,
+    Embeddings,
+    Failed,
+    ItemReceived,
+    ItemRejected,
+    Reserved,
+    Start,
+    StopFound,
+    Tokens,
+)
 from common.progress import Progress
-from common.torch_tensors import to_wire
 from common.wire import Tensor, encode
+from compute.torch_tensors import to_wire
 from services.llm.worker import Worker
 from tests.llm.builders import create_prompt
-from tests.llm.test_engine import IMAGE, POISON, assert_nothing_is_held, create_engine, images, undisturbed
+from tests.llm.test_engine import (
+    IMAGE,
+    POISON,
+    assert_nothing_is_held,
+    create_engine,
+    images,
+    undisturbed,
+)
 
 
 class FakeLinks:
@@ -32,12 +49,16 @@ class FakeLinks:
 
 
 class FakeMember:
-    """One batch of events a loop; the process is to stop when there are none left and the loop would wait."""
+    """One batch of events a loop; the process is to stop when there are none left and the loop
+    would wait."""
 
     def __init__(self, batches: tuple[list[Event], ...]) -> None:
-        self.links, self.batches, self.num_loops, self.progress = FakeLinks(), list(batches), 0, Progress()
+        self.links = FakeLinks()
+        self.batches = list(batches)
+        self.num_loops = 0
+        self.progress = Progress()
 
-    def waiting_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
+    def take_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         self.num_loops += 1
         assert self.num_loops < 1000, "it steps though there is nothing to compute"
         if self.batches:
@@ -59,10 +80,20 @@ def prompt(request_id: str = "r", peer_id: str = "preprocess", **fields: Any) ->
     return Received(peer_id, "preprocess", create_prompt(request_id, **fields))
 
 
-def embeddings(request_id: str = "r", tensor: torch.Tensor | None = None, owner: str = "preprocess") -> Received:
+def embeddings(
+    request_id: str = "r", tensor: torch.Tensor | None = None, owner: str = "preprocess"
+) -> Received:
     tensor = images() if tensor is None else tensor
-    name = {"request_id": request_id, "attempt": 0, "image": 0, "mm_hash": "00", "preprocess_id": owner}
-    return Received("vision", "vision", Embeddings(**name, embeddings=to_wire(tensor), encode_seconds=2.0))
+    name = {
+        "request_id": request_id,
+        "attempt": 0,
+        "image": 0,
+        "mm_hash": "00",
+        "preprocess_id": owner,
+    }
+    return Received(
+        "vision", "vision", Embeddings(**name, embeddings=to_wire(tensor), encode_seconds=2.0)
+    )
 
 
 def abort(request_id: str = "r") -> Received:
@@ -71,14 +102,20 @@ def abort(request_id: str = "r") -> Received:
 
 def answers(sent: list[tuple[str, Any]], request_id: str = "r") -> list[Any]:
     """What went to the detokenizer about a request."""
-    return [message for peer_id, message in sent if peer_id == "detokenizer" and message.request_id == request_id]
+    return [
+        message
+        for peer_id, message in sent
+        if peer_id == "detokenizer" and message.request_id == request_id
+    ]
 
 
 def test_an_answer_is_a_start_and_then_tokens_without_a_gap() -> None:
     start, *tokens = answers(work([prompt(max_tokens=5)]))
     assert isinstance(start, Start) and all(isinstance(t, Tokens) for t in tokens)
     assert [t.offset for t in tokens] == [0, 1, 2, 3, 4]
-    assert [t.token_ids.numpy().tolist() for t in tokens] == [[token] for token in undisturbed(max_tokens=5)]
+    assert [t.token_ids.numpy().tolist() for t in tokens] == [
+        [token] for token in undisturbed(max_tokens=5)
+    ]
     assert [t.finish_reason for t in tokens] == ["", "", "", "", "length"]
 
 
@@ -94,16 +131,28 @@ def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:
     assert member.links.connected == [("detokenizer", "detokenizer")]
 
 
-@pytest.mark.parametrize("events", [[prompt(images=IMAGE), embeddings(owner="p2")], [embeddings(owner="p2"), prompt(images=IMAGE)]])
+@pytest.mark.parametrize(
+    "events",
+    [
+        [prompt(images=IMAGE), embeddings(owner="p2")],
+        [embeddings(owner="p2"), prompt(images=IMAGE)],
+    ],
+)
 def test_an_image_is_acknowledged_to_its_owner_whatever_came_first(events: list[Event]) -> None:
-    events = [Received("p2", "preprocess", e.message) if e.role == "preprocess" else e for e in events if isinstance(e, Received)]
+    events = [
+        Received("p2", "preprocess", e.message) if e.role == "preprocess" else e
+        for e in events
+        if isinstance(e, Received)
+    ]
     sent = work(events)
-    assert [(peer, m.request_id, m.image) for peer, m in sent if isinstance(m, ImageReceived)] == [("p2", "r", 0)]
+    assert [(peer, m.request_id, m.image) for peer, m in sent if isinstance(m, ItemReceived)] == [
+        ("p2", "r", 0)
+    ]
     assert len(answers(sent)) == 5
 
 
 def test_an_image_is_not_acknowledged_before_its_prompt_is_there() -> None:
-    sent = work([embeddings()], [Down("preprocess", "preprocess", "killed")])
+    sent = work([embeddings()], [PeerDown("preprocess", "preprocess", "killed")])
     assert sent == []
 
 
@@ -111,14 +160,20 @@ def test_bad_embeddings_are_refused_and_the_next_ones_taken() -> None:
     bad = embeddings(tensor=torch.full((5, 2), math.nan))
     sent = work([prompt(images=IMAGE)], [bad], [embeddings()])
     reserved, rejected, taken = [message for peer, message in sent if peer == "preprocess"]
-    assert isinstance(reserved, Reserved) and isinstance(rejected, ImageRejected) and isinstance(taken, ImageReceived)
+    assert (
+        isinstance(reserved, Reserved)
+        and isinstance(rejected, ItemRejected)
+        and isinstance(taken, ItemReceived)
+    )
     assert "no numbers" in rejected.reason
     assert answers(sent)[-1].finish_reason == "length"
 
 
 def test_an_image_of_a_request_that_ended_is_acknowledged_and_dropped() -> None:
     sent = work([prompt()], [], [], [], [], [embeddings()])
-    assert [(peer, type(m)) for peer, m in sent if peer != "detokenizer"] == [("preprocess", ImageReceived)]
+    assert [(peer, type(m)) for peer, m in sent if peer != "detokenizer"] == [
+        ("preprocess", ItemReceived)
+    ]
 
 
 def test_a_request_that_fails_says_so_once_after_its_start() -> None:
@@ -147,20 +202,29 @@ def test_a_stop_string_ends_the_request_without_another_word() -> None:
 
 
 def test_a_gateways_death_ends_its_answers_only() -> None:
-    sent = work([prompt("a", gateway_id="g1", max_tokens=20), prompt("b")], [Down("g1", "gateway", "killed")])
+    sent = work(
+        [prompt("a", gateway_id="g1", max_tokens=20), prompt("b")],
+        [PeerDown("g1", "gateway", "killed")],
+    )
     assert [type(m) for m in answers(sent, "a")] == [Start, Tokens, Abort]
     assert answers(sent, "b")[-1].finish_reason == "length"
 
 
 def test_the_death_of_a_vision_replica_ends_nothing() -> None:
-    sent = work([prompt(images=IMAGE)], [Up("vision", "vision"), Down("vision", "vision", "killed")], [embeddings()])
+    sent = work(
+        [prompt(images=IMAGE)],
+        [PeerUp("vision", "vision"), PeerDown("vision", "vision", "killed")],
+        [embeddings()],
+    )
     assert answers(sent)[-1].finish_reason == "length"
 
 
 def test_it_waits_for_messages_where_nothing_can_be_computed_and_not_where_something_can() -> None:
     member: Any = FakeMember(([prompt(max_tokens=4)],))
     Worker(member, create_engine()).run()
-    assert member.num_loops == 6, "one for the prompt, three for decodes, one that finds nothing, one that waits"
+    assert member.num_loops == 6, (
+        "one for the prompt, three for decodes, one that finds nothing, one that waits"
+    )
 
 
 def test_a_prompt_of_several_steps_goes_on_though_no_message_comes() -> None:
@@ -169,35 +233,55 @@ def test_a_prompt_of_several_steps_goes_on_though_no_message_comes() -> None:
 
 def test_logprobs_travel_with_their_tokens() -> None:
     tokens = answers(work([prompt(sampling={"num_logprobs": 2}), prompt("plain")]))[1]
-    assert tokens.logprobs.shape == (1,) and tokens.top_token_ids.shape == tokens.top_logprobs.shape == (1, 2)
+    assert tokens.logprobs.shape == (
+        1,
+    ) and tokens.top_token_ids.shape == tokens.top_logprobs.shape == (1, 2)
     assert answers(work([prompt()]))[1].logprobs is None
 
 
-def test_a_prompt_that_cannot_be_taken_is_refused_to_its_gateway_and_the_next_one_answered() -> None:
+def test_a_prompt_that_cannot_be_taken_is_refused_to_its_gateway_and_the_next_one_answered() -> (
+    None
+):
     sent = work([prompt("huge", num_tokens=10_000), prompt("r")])
     (refusal,) = [message for peer, message in sent if peer == "gateway"]
-    assert isinstance(refusal, Failed) and refusal.request_id == "huge" and "do not fit" in refusal.message
+    assert (
+        isinstance(refusal, Failed)
+        and refusal.request_id == "huge"
+        and "do not fit" in refusal.message
+    )
     assert answers(sent, "r")
 
 
 def test_a_resumed_answer_starts_anew_at_the_detokenizer_with_what_was_delivered() -> None:
     whole = undisturbed()
-    resumed = msgspec.structs.replace(create_prompt(), output_token_ids=Tensor.of(np.array(whole[:2], np.int64)))
+    resumed = msgspec.structs.replace(
+        create_prompt(), output_token_ids=Tensor.of(np.array(whole[:2], np.int64))
+    )
     start, *rest = answers(work([Received("preprocess", "preprocess", resumed)]))
     assert isinstance(start, Start) and start.output_token_ids.numpy().tolist() == whole[:2]
-    assert [(message.offset, message.token_ids.numpy().tolist()) for message in rest] == [(2, whole[2:3]), (3, whole[3:4])]
+    assert [(message.offset, message.token_ids.numpy().tolist()) for message in rest] == [
+        (2, whole[2:3]),
+        (3, whole[3:4]),
+    ]
 
 
 def test_the_detokenizer_hears_of_the_answers_that_end_with_their_gateway() -> None:
     """It may be connected to that gateway still: only this side was frozen for a while."""
-    sent = work([prompt("r", max_tokens=10)], [Down("gateway", "gateway", "gone")])
-    assert [message.request_id for peer, message in sent if peer == "detokenizer" and isinstance(message, Abort)] == ["r"]
+    sent = work([prompt("r", max_tokens=10)], [PeerDown("gateway", "gateway", "gone")])
+    assert [
+        message.request_id
+        for peer, message in sent
+        if peer == "detokenizer" and isinstance(message, Abort)
+    ] == ["r"]
 
 
 def test_a_lost_detokenizer_is_told_to_the_gateways_whose_answers_it_would_have_got() -> None:
     """Their own connections to it may stand, and then nobody else would tell them."""
-    events: list[Event] = [prompt("r", max_tokens=10, gateway_id="g1"), prompt("waits", images=IMAGE, gateway_id="g2")]
-    sent = work(events, [Down("detokenizer", "detokenizer", "killed")])
+    events: list[Event] = [
+        prompt("r", max_tokens=10, gateway_id="g1"),
+        prompt("waits", images=IMAGE, gateway_id="g2"),
+    ]
+    sent = work(events, [PeerDown("detokenizer", "detokenizer", "killed")])
     told = [(peer, message) for peer, message in sent if isinstance(message, Failed)]
     assert [(peer, m.request_id, m.code, m.stage) for peer, m in told] == [
         ("g1", "r", "Unavailable", "detokenizer"),
@@ -208,6 +292,8 @@ def test_a_lost_detokenizer_is_told_to_the_gateways_whose_answers_it_would_have_
 
 def test_a_rank_that_is_to_leave_drains_the_group() -> None:
     drained: list[str] = []
-    member: Any = FakeMember(([Draining("llm.1", "llm")], [Draining("detokenizer", "detokenizer")]))
+    member: Any = FakeMember(
+        ([PeerDraining("llm.1", "llm")], [PeerDraining("detokenizer", "detokenizer")])
+    )
     Worker(member, create_engine(), lambda: drained.append("drained")).run()
     assert drained == ["drained"]

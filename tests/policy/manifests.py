@@ -25,15 +25,25 @@ def kubectl() -> str:
     """A kubectl that can build the overlays; without one the test is skipped."""
     found = os.environ.get("KUSTOMIZE") or shutil.which("kubectl")
     if not found:
-        pytest.skip("no kubectl here, of which `kubectl kustomize` builds the overlays; KUSTOMIZE names one")
-    told = subprocess.run([found, "version", "--client", "-o", "json"], capture_output=True, text=True, check=True, timeout=60).stdout
+        pytest.skip(
+            "no kubectl here, of which `kubectl kustomize` builds the overlays; KUSTOMIZE names one"
+        )
+    told = subprocess.run(
+        [found, "version", "--client", "-o", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
     if int(json.loads(told)["clientVersion"]["minor"].rstrip("+")) < OLDEST_MINOR:
         pytest.skip(f"{found} is older than 1.{OLDEST_MINOR}: its kustomize knows no components")
     return found
 
 
 def build(folder: Path) -> list[Manifest]:
-    done = subprocess.run([kubectl(), "kustomize", folder], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [kubectl(), "kustomize", folder], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -46,21 +56,34 @@ def build_overlay(name: str) -> list[Manifest]:
 def build_with(folder: Path, overlay: str, *components: str) -> list[Manifest]:
     """An operator's own overlay, in the folder: one of ours and these components."""
     up = os.path.relpath(ROOT / "k8s", folder)
-    taken = {"resources": [f"{up}/overlays/{overlay}"], "components": [f"{up}/components/{name}" for name in components]}
+    taken = {
+        "resources": [f"{up}/overlays/{overlay}"],
+        "components": [f"{up}/components/{name}" for name in components],
+    }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(taken))
     return build(folder)
 
 
 def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
     """By name."""
-    return {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] in kinds}
+    return {
+        manifest["metadata"]["name"]: manifest
+        for manifest in manifests
+        if manifest["kind"] in kinds
+    }
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Each workload's pod template."""
-    templates = {name: found["spec"]["template"] for name, found in of_kind(manifests, "Deployment", "StatefulSet").items()}
+    templates = {
+        name: found["spec"]["template"]
+        for name, found in of_kind(manifests, "Deployment", "StatefulSet").items()
+    }
     groups = of_kind(manifests, "LeaderWorkerSet")
-    return templates | {name: found["spec"]["leaderWorkerTemplate"]["workerTemplate"] for name, found in groups.items()}
+    return templates | {
+        name: found["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+        for name, found in groups.items()
+    }
 
 
 def container(pod: Manifest) -> Manifest:
@@ -69,7 +92,14 @@ def container(pod: Manifest) -> Manifest:
 
 
 def environment(manifests: list[Manifest], pod: Manifest) -> dict[str, str]:
-    """The variables that a container gets; those that are known only when it runs have a text of their kind."""
+    """The variables that a container gets; those that are known only when it runs have a text of
+    their kind."""
     maps = {name: found["data"] for name, found in of_kind(manifests, "ConfigMap").items()}
-    given = {key: value for source in container(pod).get("envFrom", []) for key, value in maps[source["configMapRef"]["name"]].items()}
-    return given | {entry["name"]: entry.get("value", "pod-0") for entry in container(pod).get("env", [])}
+    given = {
+        key: value
+        for source in container(pod).get("envFrom", [])
+        for key, value in maps[source["configMapRef"]["name"]].items()
+    }
+    return given | {
+        entry["name"]: entry.get("value", "pod-0") for entry in container(pod).get("env", [])
+    }

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("proto", "common", "services")
+PACKAGES = ("proto", "common", "compute", "services")
 
 
 def is_generated(file: Path) -> bool:
@@ -14,7 +14,12 @@ def is_generated(file: Path) -> bool:
 
 def sources(*packages: str) -> list[Path]:
     """All files that people write, relative to the root."""
-    files = [file for package in packages or PACKAGES for file in (ROOT / package).rglob("*.py") if not is_generated(file)]
+    files = [
+        file
+        for package in packages or PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        if not is_generated(file)
+    ]
     return sorted(file.relative_to(ROOT) for file in files)
 
 
@@ -23,9 +28,12 @@ def parse(file: Path) -> ast.Module:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of everything imported anywhere in the file; a name taken from a module counts as one of the module's."""
+    """Dotted names of everything imported anywhere in the file; a name taken from a module counts
+    as one of the module's."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            yield from (
+                f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names
+            )

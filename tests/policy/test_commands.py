@@ -1,4 +1,5 @@
-"""The commands: every one has its help, and the flags that scripts and manifests rely on are frozen."""
+"""The commands: every one has its help, and the flags that scripts and manifests rely on are
+frozen."""
 
 import argparse
 import os
@@ -13,15 +14,19 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help --host --http-port --kv-memory --log-format --log-level
---llm --max-body-mib --max-model-len --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess --quantization --read
---request-timeout --served-model-name --simulate-vision-ms --threads --tp --vision --vision-standby --vision-buckets --oversized-images
+--autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help
+--host --http-port --kv-memory --log-format --log-level --llm --max-body-mib --max-model-len
+--max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
+--quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
+--vision --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
---grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout --top-k --top-p
+--grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout --top-k
+--top-p
 """
 PLAN = """
---card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request --max-model-len --max-tokens --model --vision-seconds
+--card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request
+--max-model-len --max-tokens --model --vision-seconds
 """
 STATUS = "--grpc --help --json"
 
@@ -29,17 +34,35 @@ STATUS = "--grpc --help --json"
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
     environment = own | {"COLUMNS": "200"} | variables
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def flags_in(text: str) -> set[str]:
     """The flags that a help text lists; flags named in a sentence do not count."""
-    return {flag for line in text.splitlines() for flag in re.findall(r"(?:^  (?:-\w, )?|, )(--[a-z0-9-]+)", line)}
+    return {
+        flag
+        for line in text.splitlines()
+        for flag in re.findall(r"(?:^  (?:-\w, )?|, )(--[a-z0-9-]+)", line)
+    }
 
 
 @pytest.mark.parametrize(
     ("command", "flags"),
-    [("serve", SERVE), ("generate", GENERATE), ("status", STATUS), ("plan", PLAN), ("scale", STATUS), ("drain", STATUS)],
+    [
+        ("serve", SERVE),
+        ("generate", GENERATE),
+        ("status", STATUS),
+        ("plan", PLAN),
+        ("scale", STATUS),
+        ("drain", STATUS),
+    ],
 )
 def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:
     """A new flag needs a line here: is there no default that would do?"""
@@ -52,24 +75,47 @@ def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:
 def test_each_service_alone_tells_its_flags_and_variables(role: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(SERVICES[role], parser)
-    told = {action.option_strings[0]: action.dest for action in parser._actions if action.help != argparse.SUPPRESS}
+    told = {
+        action.option_strings[0]: action.dest
+        for action in parser._actions
+        if action.help != argparse.SUPPRESS
+    }
     shown = run(f"services.{role}", "--help")
     assert shown.returncode == 0 and not shown.stderr
     assert flags_in(shown.stdout) == {"--help" if flag == "-h" else flag for flag in told}
-    assert set(re.findall(r"\[(TWINLENS_\w+)\]", shown.stdout)) == {f"TWINLENS_{name.upper()}" for name in told.values() if name != "help"}
+    assert set(re.findall(r"\[(TWINLENS_\w+)\]", shown.stdout)) == {
+        f"TWINLENS_{name.upper()}" for name in told.values() if name != "help"
+    }
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("nothing",), ("serve", "--nothing"), ("serve", "--vis", "1"), ("status", "extra"), ("generate",)], ids=str
+    "arguments",
+    [
+        (),
+        ("nothing",),
+        ("serve", "--nothing"),
+        ("serve", "--vis", "1"),
+        ("status", "extra"),
+        ("generate",),
+    ],
+    ids=str,
 )
-def test_wrong_use_ends_with_status_2_and_says_nothing_on_stdout(arguments: tuple[str, ...]) -> None:
+def test_wrong_use_ends_with_status_2_and_says_nothing_on_stdout(
+    arguments: tuple[str, ...],
+) -> None:
     done = run("services.cli", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage: twinlens" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [("services.cli", "status"), ("services.cli", "serve"), ("services.controller",)], ids=" ".join)
-def test_a_variable_that_nobody_knows_is_refused_by_every_command(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [("services.cli", "status"), ("services.cli", "serve"), ("services.controller",)],
+    ids=" ".join,
+)
+def test_a_variable_that_nobody_knows_is_refused_by_every_command(
+    arguments: tuple[str, ...],
+) -> None:
     done = run(*arguments, TWINLENS_NONSENSE="1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "TWINLENS_NONSENSE" in done.stderr

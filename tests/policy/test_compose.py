@@ -1,4 +1,5 @@
-"""compose.yaml without an engine: every service is there, watched and confined, and gets only settings that it knows."""
+"""compose.yaml without an engine: every service is there, watched and confined, and gets only
+settings that it knows."""
 
 import copy
 import re
@@ -30,8 +31,15 @@ def unknown_settings(services: dict[str, Service]) -> list[str]:
     found = []
     for name, service in services.items():
         known = names_of(SERVICES[role_of(name)])
-        given = [variable.removeprefix("TWINLENS_").lower() for variable in service["environment"] if variable.startswith("TWINLENS_")]
-        flags = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in service["command"][1:]]
+        given = [
+            variable.removeprefix("TWINLENS_").lower()
+            for variable in service["environment"]
+            if variable.startswith("TWINLENS_")
+        ]
+        flags = [
+            flag.partition("=")[0].removeprefix("--").replace("-", "_")
+            for flag in service["command"][1:]
+        ]
         found += [f"{name}: {setting}" for setting in (*given, *flags) if setting not in known]
     return found
 
@@ -44,24 +52,39 @@ def unconfined(services: dict[str, Service]) -> list[str]:
         "security_opt": ["no-new-privileges:true"],
         "restart": "unless-stopped",
     }
-    found = [f"{name}: {key}" for name, service in services.items() for key, value in wanted.items() if service.get(key) != value]
+    found = [
+        f"{name}: {key}"
+        for name, service in services.items()
+        for key, value in wanted.items()
+        if service.get(key) != value
+    ]
     for name, service in services.items():
         limits = service.get("deploy", {}).get("resources", {}).get("limits", {})
         found += [f"{name}: {key}" for key in ("cpus", "memory") if key not in limits]
-        found += [f"{name}: logging"] if "max-size" not in service.get("logging", {}).get("options", {}) else []
+        found += (
+            [f"{name}: logging"]
+            if "max-size" not in service.get("logging", {}).get("options", {})
+            else []
+        )
     return found
 
 
 def published(services: dict[str, Service]) -> dict[str, list[str]]:
     """The ports of the host, where nothing else is said in the environment."""
-    return {name: [defaults(port) for port in service["ports"]] for name, service in services.items() if service.get("ports")}
+    return {
+        name: [defaults(port) for port in service["ports"]]
+        for name, service in services.items()
+        if service.get("ports")
+    }
 
 
 def defaults(text: str) -> str:
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
-def test_every_service_is_there_and_those_that_compute_on_cards_as_well(compose: dict[str, Any]) -> None:
+def test_every_service_is_there_and_those_that_compute_on_cards_as_well(
+    compose: dict[str, Any],
+) -> None:
     assert set(compose["services"]) == set(SERVICES) | ON_CARDS
     for name, service in compose["services"].items():
         assert service["command"][0] == f"services.{role_of(name)}"
@@ -70,25 +93,43 @@ def test_every_service_is_there_and_those_that_compute_on_cards_as_well(compose:
 
 
 def test_a_start_without_a_profile_is_on_the_cpu(compose: dict[str, Any]) -> None:
-    profiles = {name: service["profiles"] for name, service in compose["services"].items() if "profiles" in service}
-    assert profiles == {"vision": ["cpu"], "llm": ["cpu"], "vision-gpu": ["gpu"], "llm-gpu": ["gpu"]}
+    profiles = {
+        name: service["profiles"]
+        for name, service in compose["services"].items()
+        if "profiles" in service
+    }
+    assert profiles == {
+        "vision": ["cpu"],
+        "llm": ["cpu"],
+        "vision-gpu": ["gpu"],
+        "llm-gpu": ["gpu"],
+    }
     assert "COMPOSE_PROFILES=cpu" in (ROOT / ".env").read_text().splitlines()
 
 
-def test_every_service_is_probed_and_starts_after_the_controller_is_healthy(compose: dict[str, Any]) -> None:
+def test_every_service_is_probed_and_starts_after_the_controller_is_healthy(
+    compose: dict[str, Any],
+) -> None:
     for name, service in compose["services"].items():
         assert service["healthcheck"]["test"] == ["CMD", "twinlens-probe"]
         if name != "controller":
             assert service["depends_on"]["controller"] == {"condition": "service_healthy"}
     needed = compose["services"]["gateway"]["depends_on"]
-    assert [name for name, need in needed.items() if need["condition"] == "service_healthy"] == ["controller", "preprocess", "detokenizer"]
+    assert [name for name, need in needed.items() if need["condition"] == "service_healthy"] == [
+        "controller",
+        "preprocess",
+        "detokenizer",
+    ]
 
 
 def test_the_gateway_stops_before_those_that_it_needs(compose: dict[str, Any]) -> None:
     """Compose stops in the reverse order; which of the profiles is there is known only then."""
     needed = compose["services"]["gateway"]["depends_on"]
     assert set(needed) == set(compose["services"]) - {"gateway"}
-    assert {name for name, need in needed.items() if not need.get("required", True)} == {"vision", "llm"} | ON_CARDS
+    assert {name for name, need in needed.items() if not need.get("required", True)} == {
+        "vision",
+        "llm",
+    } | ON_CARDS
 
 
 def test_every_setting_is_one_that_the_service_knows(compose: dict[str, Any]) -> None:
@@ -102,7 +143,9 @@ def test_every_container_is_confined(compose: dict[str, Any]) -> None:
 
 
 def test_only_the_gateway_publishes_ports_and_on_loopback(compose: dict[str, Any]) -> None:
-    assert published(compose["services"]) == {"gateway": ["127.0.0.1:8000:8000", "127.0.0.1:50051:50051"]}
+    assert published(compose["services"]) == {
+        "gateway": ["127.0.0.1:8000:8000", "127.0.0.1:50051:50051"]
+    }
     assert all("network_mode" not in service for service in compose["services"].values())
 
 

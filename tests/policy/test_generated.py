@@ -1,4 +1,5 @@
-"""The checked-in protobuf code is what scripts/proto makes of the .proto files, and they are clean."""
+"""The checked-in protobuf code is what scripts/proto makes of the .proto files, and they are
+clean."""
 
 import os
 import shutil
@@ -14,13 +15,23 @@ BIN = Path(sys.executable).parent
 
 
 def generated(root: Path) -> dict[str, bytes]:
-    files = [file for pattern in ("*_pb2*.py", "*_pb2*.pyi") for file in (root / "proto").rglob(pattern)]
+    files = [
+        file for pattern in ("*_pb2*.py", "*_pb2*.pyi") for file in (root / "proto").rglob(pattern)
+    ]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -29,7 +40,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the script makes of the .proto files alone, with the tools that run this test."""
     root = tmp_path_factory.mktemp("fresh")
-    shutil.copytree(ROOT / "proto", root / "proto", ignore=shutil.ignore_patterns("*_pb2*", "__pycache__"))
+    shutil.copytree(
+        ROOT / "proto", root / "proto", ignore=shutil.ignore_patterns("*_pb2*", "__pycache__")
+    )
     activate = root / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.touch()
@@ -39,7 +52,9 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_every_proto_has_its_generated_files(fresh: dict[str, bytes]) -> None:
     stems = {file.relative_to(ROOT).with_suffix("") for file in (ROOT / "proto").rglob("*.proto")}
-    expected = {f"{stem}_pb2{kind}" for stem in stems for kind in (".py", ".pyi", "_grpc.py", "_grpc.pyi")}
+    expected = {
+        f"{stem}_pb2{kind}" for stem in stems for kind in (".py", ".pyi", "_grpc.py", "_grpc.pyi")
+    }
     assert len(stems) >= 2
     assert fresh.keys() == expected == generated(ROOT).keys()
 

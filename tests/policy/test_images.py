@@ -27,28 +27,44 @@ def dockerfile() -> str:
 
 def stage(name: str) -> str:
     """The lines of one stage, from its FROM to the next."""
-    (found,) = re.findall(rf"^(FROM \S+ AS {name}\n.*?)(?=^FROM |\Z)", dockerfile(), re.MULTILINE | re.DOTALL)
+    (found,) = re.findall(
+        rf"^(FROM \S+ AS {name}\n.*?)(?=^FROM |\Z)", dockerfile(), re.MULTILINE | re.DOTALL
+    )
     return found
 
 
 def locked(target: str) -> dict[str, str]:
     """Name to version, of what is for CPython 3.11 on Linux."""
-    environment = default_environment() | {"python_version": "3.11", "python_full_version": "3.11.9", "sys_platform": "linux"}
+    environment = default_environment() | {
+        "python_version": "3.11",
+        "python_full_version": "3.11.9",
+        "sys_platform": "linux",
+    }
     lines = (ROOT / "requirements" / f"{target}.txt").read_text().splitlines()
     found = [Requirement(line.rstrip(" \\")) for line in lines if line and line[0].isalnum()]
-    return {r.name: str(r.specifier).removeprefix("==") for r in found if not r.marker or r.marker.evaluate(environment)}
+    return {
+        r.name: str(r.specifier).removeprefix("==")
+        for r in found
+        if not r.marker or r.marker.evaluate(environment)
+    }
 
 
 def unmet(wanted: list[str], lock: dict[str, str]) -> list[str]:
     """The requirements that the lock does not hold."""
     requirements = [Requirement(text) for text in wanted]
     names = {name.replace("_", "-").lower(): version for name, version in lock.items()}
-    return [str(r) for r in requirements if not (v := names.get(r.name.replace("_", "-").lower())) or not r.specifier.contains(v)]
+    return [
+        str(r)
+        for r in requirements
+        if not (v := names.get(r.name.replace("_", "-").lower())) or not r.specifier.contains(v)
+    ]
 
 
 @pytest.mark.parametrize("target", EXTRAS)
 def test_the_lock_holds_what_the_project_asks_for(target: str) -> None:
-    wanted = project()["dependencies"] + [r for extra in EXTRAS[target] for r in project()["optional-dependencies"][extra]]
+    wanted = project()["dependencies"] + [
+        r for extra in EXTRAS[target] for r in project()["optional-dependencies"][extra]
+    ]
     expected = [r for r in wanted if r.startswith("torch==")] if target == "cpu" else []
     assert unmet(wanted, locked(target)) == expected, "run scripts/lock"
     assert unmet(["numpy>=1000"], locked(target)) == ["numpy>=1000"]
@@ -57,7 +73,11 @@ def test_the_lock_holds_what_the_project_asks_for(target: str) -> None:
 @pytest.mark.parametrize("target", EXTRAS)
 def test_every_locked_package_has_hashes(target: str) -> None:
     packages = re.split(r"\n(?=\S)", (ROOT / "requirements" / f"{target}.txt").read_text())
-    assert [package.split()[0] for package in packages if not package.startswith("#") and "--hash=sha256:" not in package] == []
+    assert [
+        package.split()[0]
+        for package in packages
+        if not package.startswith("#") and "--hash=sha256:" not in package
+    ] == []
 
 
 def test_the_locks_agree_with_each_other() -> None:
@@ -83,10 +103,20 @@ def test_no_image_runs_as_root_or_has_a_compiler() -> None:
     assert re.findall(r"^USER (.*)$", stage("runtime"), re.MULTILINE) == ["10001:10001"]
     for target in EXTRAS:
         assert stage(target).startswith("FROM runtime AS ")
-        assert "apt-get" not in stage(target) and "pip" not in stage(target) and "USER" not in stage(target)
+        assert (
+            "apt-get" not in stage(target)
+            and "pip" not in stage(target)
+            and "USER" not in stage(target)
+        )
 
 
 def test_an_engine_without_frontends_from_a_registry_builds_it() -> None:
-    """Engine 20.10 knows neither heredocs nor linked copies, and a syntax line would fetch an image."""
+    """Engine 20.10 knows neither heredocs nor linked copies, and a syntax line would fetch an
+    image."""
     assert not re.search(r"^#\s*syntax|<<|--link|start-interval", dockerfile(), re.MULTILINE)
-    assert set(re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)) == {"python:3.11-slim", "base", "build", "runtime"}
+    assert set(re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)) == {
+        "python:3.11-slim",
+        "base",
+        "build",
+        "runtime",
+    }

@@ -1,4 +1,5 @@
-"""The Kubernetes manifests: every service has its own, with probes, and with settings that it knows; all are valid for today's Kubernetes."""
+"""The Kubernetes manifests: every service has its own, with probes, and with settings that it
+knows; all are valid for today's Kubernetes."""
 
 import argparse
 import copy
@@ -11,16 +12,30 @@ import pytest
 
 from common.config import load
 from common.settings import KNOWN_NAMES, SERVICES, GatewaySettings
-from tests.policy.manifests import COMPONENTS, OVERLAYS, Manifest, build_overlay, build_with, container, environment, of_kind, pods
+from tests.policy.manifests import (
+    COMPONENTS,
+    OVERLAYS,
+    Manifest,
+    build_overlay,
+    build_with,
+    container,
+    environment,
+    of_kind,
+    pods,
+)
 
 UNITS = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 # It would read the same megabytes again for every manifest.
-kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)
 
 CUSTOM_KINDS = {"ScaledObject", "LeaderWorkerSet"}
 """Their schemas come with what they need in the cluster, not with Kubernetes."""
-NODE_CPUS, NODE_BYTES = 2.0, 8 * 2**30
-SYSTEM_CPUS, SYSTEM_BYTES = 0.2, 2**30
+NODE_CPUS = 2.0
+NODE_BYTES = 8 * 2**30
+SYSTEM_CPUS = 0.2
+SYSTEM_BYTES = 2**30
 """What a node keeps for itself."""
 DRAIN_SECONDS = 10
 
@@ -42,13 +57,17 @@ def amount(quantity: str | int) -> float:
 
 
 def refused_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The workloads whose service would not start with the variables and arguments that its manifest gives."""
+    """The workloads whose service would not start with the variables and arguments that its
+    manifest gives."""
     refused = []
     for role, pod in pods(manifests).items():
         with monkeypatch.context() as patched:
             for name, value in environment(manifests, pod).items():
                 patched.setenv(name, value)
-            argv = [argument.replace("$(LWS_WORKER_INDEX)", "1") for argument in container(pod).get("args", [])]
+            argv = [
+                argument.replace("$(LWS_WORKER_INDEX)", "1")
+                for argument in container(pod).get("args", [])
+            ]
             try:
                 load(SERVICES[role], argparse.ArgumentParser(allow_abbrev=False), argv, KNOWN_NAMES)
             except SystemExit:
@@ -57,35 +76,49 @@ def refused_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch)
 
 
 def invalid(manifests: list[Manifest]) -> list[str]:
-    """What is wrong by the schemas of the newest Kubernetes that the package knows. Pods of custom kinds are looked at as pods."""
+    """What is wrong by the schemas of the newest Kubernetes that the package knows. Pods of custom
+    kinds are looked at as pods."""
     wrapped = [
-        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": role}, "template": pod} for role, pod in pods(manifests).items()
+        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": role}, "template": pod}
+        for role, pod in pods(manifests).items()
     ]
     problems = []
     for manifest in [*(m for m in manifests if m["kind"] not in CUSTOM_KINDS), *wrapped]:
         try:
-            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+            kubernetes_validate.validate(
+                manifest, kubernetes_validate.latest_version(), strict=True
+            )
         except kubernetes_validate.ValidationError as e:
             problems.append(f"{manifest['kind']} {manifest['metadata']['name']}: {e.message}")
     return problems
 
 
-def test_every_service_has_its_workload_and_runs_as_it_does_anywhere(manifests: list[Manifest]) -> None:
+def test_every_service_has_its_workload_and_runs_as_it_does_anywhere(
+    manifests: list[Manifest],
+) -> None:
     assert {role: container(pod)["command"] for role, pod in pods(manifests).items()} == {
         role: ["python", "-m", f"services.{role}"] for role in SERVICES
     }
 
 
 def test_everything_is_in_the_namespace(manifests: list[Manifest]) -> None:
-    assert {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"} == {"twinlens"}
+    assert {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"} == {
+        "twinlens"
+    }
 
 
-def test_every_service_knows_its_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_service_knows_its_settings(
+    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert refused_settings(manifests, monkeypatch) == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("TWINLENS_CONTROLER", "controller:50050"), ("TWINLENS_THREADS", "many")])
-def test_a_setting_that_no_service_knows_is_found(cpu: list[Manifest], monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("TWINLENS_CONTROLER", "controller:50050"), ("TWINLENS_THREADS", "many")]
+)
+def test_a_setting_that_no_service_knows_is_found(
+    cpu: list[Manifest], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     planted = copy.deepcopy(cpu)
     (settings,) = of_kind(planted, "ConfigMap").values()
     settings["data"][name] = value
@@ -95,33 +128,53 @@ def test_a_setting_that_no_service_knows_is_found(cpu: list[Manifest], monkeypat
 def test_every_pod_is_probed_at_its_health_port(manifests: list[Manifest]) -> None:
     for pod in pods(manifests).values():
         only = container(pod)
-        paths = {kind: only[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
-        assert {kind: get["path"] for kind, get in paths.items()} == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+        paths = {
+            kind: only[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")
+        }
+        assert {kind: get["path"] for kind, get in paths.items()} == {
+            "startup": "/healthz",
+            "liveness": "/healthz",
+            "readiness": "/readyz",
+        }
         assert {get["port"] for get in paths.values()} == {"health"}
         ports = {port["name"]: port["containerPort"] for port in only["ports"]}
         assert str(ports["health"]) == environment(manifests, pod)["TWINLENS_HEALTH_PORT"]
         startup = only["startupProbe"]
-        assert startup["periodSeconds"] * startup["failureThreshold"] >= 300, "a model may take minutes to load"
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= 300, (
+            "a model may take minutes to load"
+        )
 
 
-def test_a_gateway_stays_reachable_while_the_only_pod_of_a_role_is_replaced(manifests: list[Manifest]) -> None:
+def test_a_gateway_stays_reachable_while_the_only_pod_of_a_role_is_replaced(
+    manifests: list[Manifest],
+) -> None:
     readiness = container(pods(manifests)["gateway"])["readinessProbe"]
     assert readiness["failureThreshold"] * readiness["periodSeconds"] >= 120
 
 
 def test_a_pod_has_time_to_finish_what_it_holds(manifests: list[Manifest]) -> None:
     for pod in pods(manifests).values():
-        longest = float(environment(manifests, pod).get("TWINLENS_REQUEST_TIMEOUT", GatewaySettings.request_timeout))
+        longest = float(
+            environment(manifests, pod).get(
+                "TWINLENS_REQUEST_TIMEOUT", GatewaySettings.request_timeout
+            )
+        )
         assert pod["spec"]["terminationGracePeriodSeconds"] >= longest + DRAIN_SECONDS
 
 
 def test_pods_are_restricted(manifests: list[Manifest]) -> None:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and a root file system that nothing writes to."""
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and a root file system
+    that nothing writes to."""
     for pod in pods(manifests).values():
-        spec, own = pod["spec"], container(pod)["securityContext"]
+        spec = pod["spec"]
+        own = container(pod)["securityContext"]
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert own == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert own == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert not spec["enableServiceLinks"] and not spec["automountServiceAccountToken"]
 
 
@@ -134,21 +187,35 @@ def test_every_pod_says_what_it_needs_and_may_take(manifests: list[Manifest]) ->
 
 def test_services_lead_to_pods_and_ports_that_are_there(manifests: list[Manifest]) -> None:
     services = of_kind(manifests, "Service")
-    assert {port["name"]: port["port"] for port in services["gateway"]["spec"]["ports"]} == {"http": 8000, "grpc": 50051}
+    assert {port["name"]: port["port"] for port in services["gateway"]["spec"]["ports"]} == {
+        "http": 8000,
+        "grpc": 50051,
+    }
     for name, service in services.items():
         pod = pods(manifests)[name]
         assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-        assert {port["targetPort"] for port in service["spec"]["ports"]} <= {port["name"] for port in container(pod)["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= {
+            port["name"] for port in container(pod)["ports"]
+        }
 
 
-def test_no_deployment_has_fewer_pods_during_an_update_but_where_each_holds_a_card(manifests: list[Manifest]) -> None:
+def test_no_deployment_has_fewer_pods_during_an_update_but_where_each_holds_a_card(
+    manifests: list[Manifest],
+) -> None:
     for name, deployment in of_kind(manifests, "Deployment").items():
         strategy = deployment["spec"]["strategy"]
-        has_card = any("/" in resource for resource in container(deployment["spec"]["template"])["resources"]["limits"])
+        has_card = any(
+            "/" in resource
+            for resource in container(deployment["spec"]["template"])["resources"]["limits"]
+        )
         if name == "controller":
             assert strategy == {"type": "Recreate"}
         else:
-            expected = {"maxUnavailable": 1, "maxSurge": 0} if has_card else {"maxUnavailable": 0, "maxSurge": 1}
+            expected = (
+                {"maxUnavailable": 1, "maxSurge": 0}
+                if has_card
+                else {"maxUnavailable": 0, "maxSurge": 1}
+            )
             assert strategy["rollingUpdate"] == expected
         assert deployment["spec"].get("replicas", 1) > (1 if has_card else 0)
 
@@ -164,21 +231,36 @@ def test_a_budget_guards_every_role_whose_pods_hold_requests(manifests: list[Man
     budgets = of_kind(manifests, "PodDisruptionBudget")
     assert budgets.keys() == SERVICES.keys() - {"controller"}
     for role, budget in budgets.items():
-        assert budget["spec"]["selector"]["matchLabels"].items() <= pods(manifests)[role]["metadata"]["labels"].items()
+        assert (
+            budget["spec"]["selector"]["matchLabels"].items()
+            <= pods(manifests)[role]["metadata"]["labels"].items()
+        )
 
 
-@pytest.mark.parametrize(("overlay", "resource"), [("gpu", "nvidia.com/gpu"), ("ascend", "huawei.com/Ascend910")])
+@pytest.mark.parametrize(
+    ("overlay", "resource"), [("gpu", "nvidia.com/gpu"), ("ascend", "huawei.com/Ascend910")]
+)
 def test_a_rank_has_a_card_and_a_vision_replica_one(overlay: str, resource: str) -> None:
     made = build_overlay(overlay)
-    limits = {role: container(pod)["resources"]["limits"].get(resource, 0) for role, pod in pods(made).items()}
+    limits = {
+        role: container(pod)["resources"]["limits"].get(resource, 0)
+        for role, pod in pods(made).items()
+    }
     tp = int(environment(made, pods(made)["llm"])["TWINLENS_TP"])
     assert limits == {role: {"vision": 1, "llm": tp}.get(role, 0) for role in SERVICES}
     assert tp == 2 and of_kind(made, "Deployment")["vision"]["spec"]["replicas"] == 2
 
 
-def test_five_vision_pods_and_two_of_every_other_role_fit_on_a_small_node(cpu: list[Manifest]) -> None:
+def test_five_vision_pods_and_two_of_every_other_role_fit_on_a_small_node(
+    cpu: list[Manifest],
+) -> None:
     requests = {role: container(pod)["resources"]["requests"] for role, pod in pods(cpu).items()}
-    total = lambda kind: sum(amount(requests[role][kind]) * (5 if role == "vision" else 2) for role in requests)  # noqa: E731
+
+    def total(kind):
+        return sum(
+            amount(requests[role][kind]) * (5 if role == "vision" else 2) for role in requests
+        )
+
     assert total("cpu") <= NODE_CPUS - SYSTEM_CPUS
     assert total("memory") <= NODE_BYTES - SYSTEM_BYTES
 
@@ -188,7 +270,9 @@ def test_every_overlay_is_valid(manifests: list[Manifest]) -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_every_component_is_valid_on_top_of_an_overlay(component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_component_is_valid_on_top_of_an_overlay(
+    component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = build_with(tmp_path, "gpu", component)
     assert made != build_overlay("gpu"), "it changes something"
     assert invalid(made) == [] and refused_settings(made, monkeypatch) == []
@@ -233,18 +317,26 @@ def test_a_leader_worker_set_has_a_pod_for_each_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["hpa", "keda"])
-def test_where_something_scales_vision_no_manifest_says_how_many(component: str, tmp_path: Path) -> None:
+def test_where_something_scales_vision_no_manifest_says_how_many(
+    component: str, tmp_path: Path
+) -> None:
     vision = of_kind(build_with(tmp_path, "gpu", component), "Deployment")["vision"]
     assert "replicas" not in vision["spec"]
 
 
 @pytest.mark.parametrize(
-    ("overlay", "components"), [("gpu", []), ("gpu", ["weights-oci"]), ("cpu", ["weights-oci"]), ("cpu", ["weights-pvc"])]
+    ("overlay", "components"),
+    [("gpu", []), ("gpu", ["weights-oci"]), ("cpu", ["weights-oci"]), ("cpu", ["weights-pvc"])],
 )
-def test_weights_are_mounted_where_the_model_is_looked_for(overlay: str, components: list[str], tmp_path: Path) -> None:
+def test_weights_are_mounted_where_the_model_is_looked_for(
+    overlay: str, components: list[str], tmp_path: Path
+) -> None:
     made = build_with(tmp_path, overlay, *components)
     for role, pod in pods(made).items():
-        mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container(pod)["volumeMounts"]}
+        mounts = {
+            mount["mountPath"]: mount.get("readOnly", False)
+            for mount in container(pod)["volumeMounts"]
+        }
         reads_it = "model" in SERVICES[role].__dataclass_fields__
         assert mounts.get(environment(made, pod)["TWINLENS_MODEL"], False) == reads_it
         assert all(len(volume) == 2 for volume in pod["spec"]["volumes"]), "a name and one source"

@@ -7,7 +7,18 @@ import pytest
 
 from tests.policy.sources import imports, parse, sources
 
-MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "msgpack_numpy", "jsonpickle"}
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "msgpack_numpy",
+    "jsonpickle",
+}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 METHODS = {"send_pyobj", "recv_pyobj", "send_serialized", "recv_serialized"}
 
@@ -20,10 +31,19 @@ def dangers(tree: ast.AST) -> list[str]:
                 found.append(name)
             case ast.Attribute(attr=name) if name in METHODS:
                 found.append(name)
-            case ast.Call(func=ast.Attribute(attr="load", value=ast.Name(id="torch")), keywords=keywords):
-                if not any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in keywords):
+            case ast.Call(
+                func=ast.Attribute(attr="load", value=ast.Name(id="torch")), keywords=keywords
+            ):
+                if not any(
+                    k.arg == "weights_only"
+                    and isinstance(k.value, ast.Constant)
+                    and k.value.value is True
+                    for k in keywords
+                ):
                     found.append("torch.load")
-            case ast.keyword(arg="allow_pickle", value=value) if not (isinstance(value, ast.Constant) and value.value is False):
+            case ast.keyword(arg="allow_pickle", value=value) if not (
+                isinstance(value, ast.Constant) and value.value is False
+            ):
                 found.append("allow_pickle")
     return found
 
@@ -52,6 +72,9 @@ def test_each_danger_is_found(line: str) -> None:
     assert len(dangers(ast.parse(line))) == 1
 
 
-@pytest.mark.parametrize("line", ["model.eval()", "re.compile('x')", "torch.load(path, weights_only=True)", "json.load(file)"])
+@pytest.mark.parametrize(
+    "line",
+    ["model.eval()", "re.compile('x')", "torch.load(path, weights_only=True)", "json.load(file)"],
+)
 def test_what_only_looks_like_one_is_none(line: str) -> None:
     assert dangers(ast.parse(line)) == []

@@ -5,16 +5,16 @@ from collections import OrderedDict
 from typing import Any
 
 from common.checkpoint import open_checkpoint
-from common.events import Event, Up
+from common.events import Event, PeerUp
 from common.messages import (
     Abort,
     Busy,
-    Encoded,
+    CacheHit,
     Failed,
     Grant,
-    Held,
-    ImageReceived,
-    ImageRejected,
+    HandedOver,
+    ItemReceived,
+    ItemRejected,
     Offer,
     Peer,
     Prompt,
@@ -27,8 +27,8 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Preprocessor
+from services.preprocess.in_flight import Handover, Key, Preparation
 from services.preprocess.metrics import PreprocessMetrics
-from services.preprocess.under_way import Handover, Key, Preparation
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 from tests.fakes import FakeMember, received
@@ -54,22 +54,44 @@ class Preprocess:
     """A worker, connected to these replicas, which take 100 ms an image, and a language group."""
 
     def __init__(
-        self, *vision_ids: str, llm: bool = True, buckets: tuple[int, ...] = (), preprocessor: Preprocessor = PREPROCESSOR
+        self,
+        *vision_ids: str,
+        llm: bool = True,
+        buckets: tuple[int, ...] = (),
+        preprocessor: Preprocessor = PREPROCESSOR,
     ) -> None:
-        self.member, self.clock = FakeMember(), Clock()
+        self.member = FakeMember()
+        self.clock = Clock()
         self.encoded: list[str] = []
-        self.preparations, self.handovers = OrderedDict[Key, Preparation](), dict[Key, Handover]()
+        self.preparations = OrderedDict[Key, Preparation]()
+        self.handovers = dict[Key, Handover]()
         pool = VisionPool(self.clock)
         self.metrics = PreprocessMetrics(pool)
-        self.worker = Worker(self.member, preprocessor, self.preparations, self.handovers, pool, self.metrics, self.clock)
-        self.play([event for vision_id in vision_ids for event in joins(vision_id, buckets)] + [Up(LLM.id, "llm", LLM.address)] * llm)
+        self.worker = Worker(
+            self.member,
+            preprocessor,
+            self.preparations,
+            self.handovers,
+            pool,
+            self.metrics,
+            self.clock,
+        )
+        self.play(
+            [event for vision_id in vision_ids for event in joins(vision_id, buckets)]
+            + [PeerUp(LLM.id, "llm", LLM.address)] * llm
+        )
 
     def play(self, *batches: list[Event]) -> Sent:
-        """Gives what was sent meanwhile; of requests whose images have all arrived only `encoded` tells."""
+        """Gives what was sent meanwhile; of requests whose images have all arrived only `encoded`
+        tells."""
         self.member.play(self.worker, *batches)
         sent = self.member.links.take()
-        self.encoded += [message.request_id for _, message in sent if isinstance(message, Encoded)]
-        return [(receiver, message) for receiver, message in sent if not isinstance(message, Encoded)]
+        self.encoded += [
+            message.request_id for _, message in sent if isinstance(message, HandedOver)
+        ]
+        return [
+            (receiver, message) for receiver, message in sent if not isinstance(message, HandedOver)
+        ]
 
     def dispatch(self, request_id: str, *images: bytes, **fields: Any) -> Sent:
         """A request whose embeddings the group has room for; gives what was sent from then on."""
@@ -83,24 +105,41 @@ class Preprocess:
     @property
     def holds_nothing(self) -> bool:
         worker: Any = self.worker
-        pool_is_empty = not worker._pool.num_waiting and worker._pool.queue_seconds == 0 and worker._dispatcher.num_bytes == 0
+        pool_is_empty = (
+            not worker._pool.num_waiting
+            and worker._pool.queue_seconds == 0
+            and worker._dispatcher.num_bytes == 0
+        )
         return not self.preparations and not self.handovers and pool_is_empty
 
 
 def joins(vision_id: str, buckets: tuple[int, ...] = (), **load: Any) -> list[Event]:
-    told = VisionLoad(buckets=buckets, **({"sizes": buckets or (16,), "seconds": (0.1,) * max(1, len(buckets))} | load))
-    return [Up(vision_id, "vision", f"ipc:///{vision_id}"), *received(vision_id, "vision", told)]
+    told = VisionLoad(
+        buckets=buckets,
+        **({"sizes": buckets or (16,), "seconds": (0.1,) * max(1, len(buckets))} | load),
+    )
+    return [
+        PeerUp(vision_id, "vision", f"ipc:///{vision_id}"),
+        *received(vision_id, "vision", told),
+    ]
 
 
 def submit(
-    request_id: str, *images: bytes, gateway: str = "gateway-1", prompt: bytes = b"", timeout: float = 60, **fields: Any
+    request_id: str,
+    *images: bytes,
+    gateway: str = "gateway-1",
+    prompt: bytes = b"",
+    timeout: float = 60,
+    **fields: Any,
 ) -> list[Event]:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": "Read it."}]
     message = Submit(
         request_id=request_id,
         attempt=0,
         prompt_kind="messages",
-        prompt=Tensor.of_bytes(prompt or json.dumps([{"role": "user", "content": content}]).encode()),
+        prompt=Tensor.of_bytes(
+            prompt or json.dumps([{"role": "user", "content": content}]).encode()
+        ),
         images=tuple(map(Tensor.of_bytes, images)),
         sampling=fields.get("sampling", Sampling()),
         stopping=fields.get("stopping", Stopping()),
@@ -120,16 +159,24 @@ def abort(request_id: str) -> list[Event]:
     return received("gateway-1", "gateway", Abort(request_id=request_id, attempt=0))
 
 
-def grant(vision_id: str, image: int, request_id: str = "r", wait: float = 0.1, has_room: bool = True) -> list[Event]:
-    return received(vision_id, "vision", Grant(request_id=request_id, attempt=0, image=image, wait_seconds=wait, has_room=has_room))
+def grant(
+    vision_id: str, image: int, request_id: str = "r", wait: float = 0.1, has_room: bool = True
+) -> list[Event]:
+    return received(
+        vision_id,
+        "vision",
+        Grant(request_id=request_id, attempt=0, image=image, wait_seconds=wait, has_room=has_room),
+    )
 
 
 def held(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
-    return received(vision_id, "vision", Held(request_id=request_id, attempt=0, image=image))
+    return received(vision_id, "vision", CacheHit(request_id=request_id, attempt=0, image=image))
 
 
 def busy(vision_id: str, image: int, request_id: str = "r", wait: float = 0.1) -> list[Event]:
-    return received(vision_id, "vision", Busy(request_id=request_id, attempt=0, image=image, wait_seconds=wait))
+    return received(
+        vision_id, "vision", Busy(request_id=request_id, attempt=0, image=image, wait_seconds=wait)
+    )
 
 
 def vacancy(vision_id: str, wait: float = 0.0) -> list[Event]:
@@ -137,16 +184,29 @@ def vacancy(vision_id: str, wait: float = 0.0) -> list[Event]:
 
 
 def failed(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
-    message = Failed(request_id=request_id, attempt=0, code="Internal", message="the tower failed", stage="vision", image=image)
+    message = Failed(
+        request_id=request_id,
+        attempt=0,
+        code="Internal",
+        message="the tower failed",
+        stage="vision",
+        image=image,
+    )
     return received(vision_id, "vision", message)
 
 
 def arrived(image: int, request_id: str = "r") -> list[Event]:
-    return received(LLM.id, "llm", ImageReceived(request_id=request_id, attempt=0, image=image))
+    return received(LLM.id, "llm", ItemReceived(request_id=request_id, attempt=0, image=image))
 
 
 def rejected(image: int, request_id: str = "r") -> list[Event]:
-    return received(LLM.id, "llm", ImageRejected(request_id=request_id, attempt=0, image=image, reason="embeddings that are no numbers"))
+    return received(
+        LLM.id,
+        "llm",
+        ItemRejected(
+            request_id=request_id, attempt=0, image=image, reason="embeddings that are no numbers"
+        ),
+    )
 
 
 def offers(sent: Sent) -> list[tuple[str, int]]:
@@ -160,7 +220,9 @@ def offered_to(sent: Sent) -> dict[int, str]:
 
 
 def failures(sent: Sent) -> list[tuple[str, str, str, int | None]]:
-    return [(receiver, m.request_id, m.code, m.image) for receiver, m in sent if isinstance(m, Failed)]
+    return [
+        (receiver, m.request_id, m.code, m.image) for receiver, m in sent if isinstance(m, Failed)
+    ]
 
 
 def prompts(sent: Sent) -> list[str]:

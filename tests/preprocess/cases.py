@@ -22,7 +22,8 @@ def expected(case: str) -> dict[str, Any]:
 
 
 def request(case: str) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The case's messages, image parts as preprocess gets them, and the image files in their order."""
+    """The case's messages, image parts as preprocess gets them, and the image files in their
+    order."""
     messages = json.loads((GOLDEN / case / "inputs" / "messages.json").read_text())
     files = []
     for message in messages:

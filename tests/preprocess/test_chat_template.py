@@ -28,9 +28,20 @@ def test_golden_prompts_come_out_exactly(case: str) -> None:
 
 TRICKY: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "a\n\n  {{ messages }} {% raw %} <b>&amp;</b> \n"}],
-    [{"role": "system", "content": ""}, {"role": "user", "content": [text("é 图"), IMAGE, IMAGE, text("")]}],
-    [{"role": "user", "content": []}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": [text("<|im_end|>")]}],
-    [{"role": "assistant", "content": " x"}, {"role": "system", "content": "late"}, {"role": "user", "content": "\u2028'\""}],
+    [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": [text("é 图"), IMAGE, IMAGE, text("")]},
+    ],
+    [
+        {"role": "user", "content": []},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": [text("<|im_end|>")]},
+    ],
+    [
+        {"role": "assistant", "content": " x"},
+        {"role": "system", "content": "late"},
+        {"role": "user", "content": "\u2028'\""},
+    ],
 ]
 
 
@@ -54,31 +65,46 @@ user{{ eos_token }}
 
 def test_helpers_and_whitespace_are_as_in_transformers() -> None:
     reference = AutoTokenizer.from_pretrained(checkpoint_path("a_image"))
-    messages = [{"role": "user", "content": "é < \"x\" 'y'"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "é < \"x\" 'y'"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     want = reference.apply_chat_template(messages, chat_template=HELPERS, tokenize=False)
     assert '"é < ' in want and reference.eos_token in want
     assert ChatTemplate(HELPERS, {"eos_token": reference.eos_token}).render(messages) == want
 
 
 def test_strftime_now_gives_the_date() -> None:
-    found = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", {}).render([{"role": "user", "content": ""}])
+    found = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", {}).render(
+        [{"role": "user", "content": ""}]
+    )
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found)
 
 
 def test_a_developer_speaks_as_the_system_and_no_content_is_empty_text() -> None:
     template = load(checkpoint_path("a_image"))
-    found = template.render([{"role": "developer", "content": "be brief"}, {"role": "assistant", "content": None}])
-    assert found.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n")
+    found = template.render(
+        [{"role": "developer", "content": "be brief"}, {"role": "assistant", "content": None}]
+    )
+    assert found.startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    )
 
 
 def test_what_a_template_raises_is_told_to_the_client() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
-    with pytest.raises(InvalidRequest, match="chat template refuses the messages: roles must alternate"):
+    with pytest.raises(
+        InvalidRequest, match="chat template refuses the messages: roles must alternate"
+    ):
         template.render([{"role": "user", "content": "x"}])
 
 
 def test_a_template_cannot_leave_its_sandbox() -> None:
-    for source in ("{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
+    for source in (
+        "{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+    ):
         with pytest.raises(InvalidRequest):
             ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
 
@@ -91,7 +117,10 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         (["hi"], r"messages\[0\].role must be one of system, developer, user, assistant"),
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role"),
         ([{"role": "user", "content": 7}], r"messages\[0\].content must be text or a list"),
-        ([{"role": "user", "content": [text("a"), {"type": "video"}]}], r"messages\[0\].content\[1\] must be a text or an image"),
+        (
+            [{"role": "user", "content": [text("a"), {"type": "video"}]}],
+            r"messages\[0\].content\[1\] must be a text or an image",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\]"),
     ],
 )
@@ -107,7 +136,10 @@ def render_from(path: Path) -> str:
 def test_the_template_is_found_in_each_of_its_places(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="has no chat template"):
         load(tmp_path)
-    named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "named {{ bos_token }}"}]
+    named = [
+        {"name": "rag", "template": "rag"},
+        {"name": "default", "template": "named {{ bos_token }}"},
+    ]
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": named, "bos_token": {"content": "<s>"}, "eos_token": None})
     )

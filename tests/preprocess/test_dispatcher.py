@@ -1,14 +1,15 @@
-"""Who owns an image from the hand-over until the language group has its embeddings, and what becomes of it when a replica fails."""
+"""Who owns an image from the hand-over until the language group has its embeddings, and what
+becomes of it when a replica fails."""
 
 from typing import Any
 
 import pytest
 
-from common.events import Down, Draining, Event
-from common.messages import Abort, Grant, Pass, Pixels
+from common.events import Event, PeerDown, PeerDraining
+from common.messages import Abort, Decline, Grant, Pixels
 from services.preprocess.dispatcher import MAX_DISPATCHES
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.under_way import MISSING_SECONDS
+from services.preprocess.in_flight import MISSING_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
     IMAGES,
@@ -39,12 +40,19 @@ def test_no_image_is_offered_before_the_group_has_room_for_the_embeddings_of_all
     assert offers(preprocess.play(reserved("r"))) == [("vision-1", 0), ("vision-1", 1)]
 
 
-def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_moves_its_pixels() -> None:
+def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_moves_its_pixels() -> (
+    None
+):
     preprocess = Preprocess("vision-1")
     sent = preprocess.dispatch("r", *IMAGES[:2])
     plans = [PREPROCESSOR.image_plan(image) for image in IMAGES[:2]]
     for (_, offer), plan in zip(sent, plans, strict=True):
-        assert (offer.mm_hash, offer.grid_thw, offer.num_patches, offer.llm) == (plan.mm_hash, plan.grid_thw, plan.num_patches, LLM)
+        assert (offer.mm_hash, offer.grid_thw, offer.num_patches, offer.llm) == (
+            plan.mm_hash,
+            plan.grid_thw,
+            plan.num_patches,
+            LLM,
+        )
     [(receiver, pixels)] = preprocess.play(grant("vision-1", 1))
     assert (receiver, pixels.image) == ("vision-1", 1)
     assert (pixels.patches.numpy() == plans[1].patches()).all()
@@ -56,10 +64,18 @@ def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_mov
 
 def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:
     preprocess = Preprocess("vision-1", "vision-2", "vision-3")
-    assert sorted(offered_to(preprocess.dispatch("r", *IMAGES[:3])).values()) == ["vision-1", "vision-2", "vision-3"]
+    assert sorted(offered_to(preprocess.dispatch("r", *IMAGES[:3])).values()) == [
+        "vision-1",
+        "vision-2",
+        "vision-3",
+    ]
 
 
-@pytest.mark.parametrize("data", [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)], ids=["same file", "other format"])
+@pytest.mark.parametrize(
+    "data",
+    [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)],
+    ids=["same file", "other format"],
+)
 def test_a_picture_seen_before_is_offered_to_the_replica_that_has_it_and_no_patches_are_made(
     data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,8 +85,13 @@ def test_a_picture_seen_before_is_offered_to_the_replica_that_has_it_and_no_patc
     others = [f"vision-{n}" for n in (1, 2, 3) if f"vision-{n}" != first]
     for vision_id in others:  # they are free, the one that has it is full
         preprocess.play(vacancy(vision_id))
-    preprocess.play(received(first, "vision", Grant(request_id="x", attempt=0, image=0, wait_seconds=5.0)))
-    monkeypatch.setattr("services.preprocess.families.qwen2_5_vl.patches", lambda *_: pytest.fail("patches were made"))
+    preprocess.play(
+        received(first, "vision", Grant(request_id="x", attempt=0, image=0, wait_seconds=5.0))
+    )
+    monkeypatch.setattr(
+        "services.preprocess.families.qwen2_5_vl.patches",
+        lambda *_: pytest.fail("patches were made"),
+    )
     assert offers(preprocess.dispatch("r2", data)) == [(first, 0)]
     assert preprocess.play(held(first, 0, "r2"), arrived(0, "r2")) == []
     assert preprocess.holds_nothing
@@ -88,12 +109,14 @@ def test_an_image_that_a_replica_has_no_room_for_goes_to_the_next_one_that_has()
 def test_a_replica_that_granted_its_last_room_is_not_asked_before_it_tells_of_a_vacancy() -> None:
     preprocess = Preprocess("vision-1")
     assert offers(preprocess.dispatch("r", *IMAGES[:3])) == [("vision-1", 0), ("vision-1", 1)]
-    assert offers(preprocess.play(grant("vision-1", 0) + grant("vision-1", 1, has_room=False))) == []
+    assert (
+        offers(preprocess.play(grant("vision-1", 0) + grant("vision-1", 1, has_room=False))) == []
+    )
     assert offers(preprocess.play(vacancy("vision-1"))) == [("vision-1", 2)]
 
 
 def test_a_vacancy_that_finds_nothing_waiting_is_passed_on() -> None:
-    assert Preprocess("vision-1").play(vacancy("vision-1")) == [("vision-1", Pass())]
+    assert Preprocess("vision-1").play(vacancy("vision-1")) == [("vision-1", Decline())]
 
 
 def test_waiting_images_go_to_a_replica_that_appears() -> None:
@@ -107,7 +130,7 @@ def test_the_images_of_a_lost_replica_that_have_not_arrived_go_to_another() -> N
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
     preprocess.play(grant("vision-1", 0), grant("vision-1", 1), joins("vision-2"), arrived(0))
-    sent = preprocess.play([Down("vision-1", "vision", "gone")])
+    sent = preprocess.play([PeerDown("vision-1", "vision", "gone")])
     assert offers(sent) == [("vision-2", 1)] and failures(sent) == []
     assert preprocess.play(arrived(1)) == [] and preprocess.holds_nothing
 
@@ -116,18 +139,24 @@ def test_the_loss_of_a_replica_counts_against_an_image_only_where_it_had_the_pix
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", IMAGES[0])
     for n in range(2 * MAX_DISPATCHES):
-        [(vision_id, _)] = offers(preprocess.play([Down(f"vision-{n}", "vision", "gone")], joins(f"vision-{n + 1}")))
+        [(vision_id, _)] = offers(
+            preprocess.play([PeerDown(f"vision-{n}", "vision", "gone")], joins(f"vision-{n + 1}"))
+        )
         assert vision_id == f"vision-{n + 1}"
 
 
-@pytest.mark.parametrize("objection", [rejected(1), failed("vision-1", 1)], ids=["rejected", "failed"])
+@pytest.mark.parametrize(
+    "objection", [rejected(1), failed("vision-1", 1)], ids=["rejected", "failed"]
+)
 def test_an_image_that_failed_goes_to_another_replica_alone(objection: list[Event]) -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
-    preprocess.play(grant("vision-1", 0), grant("vision-1", 1), joins("vision-2", wait_seconds=30.0))
+    preprocess.play(
+        grant("vision-1", 0), grant("vision-1", 1), joins("vision-2", wait_seconds=30.0)
+    )
     [(vision_id, offer)] = preprocess.play(objection)
     assert (vision_id, offer.image) == ("vision-2", 1)
-    assert offer.encode_anew, "what a cache may have of it is no good"
+    assert offer.skip_cache, "what a cache may have of it is no good"
     [(receiver, pixels)] = preprocess.play(grant("vision-2", 1))
     assert isinstance(pixels, Pixels) and receiver == "vision-2"
 
@@ -136,11 +165,17 @@ def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
     for _ in range(MAX_DISPATCHES - 1):
-        assert offers(preprocess.play(grant("vision-1", 1), failed("vision-1", 1))) == [("vision-1", 1)]
+        assert offers(preprocess.play(grant("vision-1", 1), failed("vision-1", 1))) == [
+            ("vision-1", 1)
+        ]
     sent = preprocess.play(grant("vision-1", 1), failed("vision-1", 1))
     assert failures(sent) == [("gateway-1", "r", "Internal", 1)]
     error = sent[-1][1]
-    assert error.stage == "vision" and "image 1" in error.message and "the tower failed" in error.message
+    assert (
+        error.stage == "vision"
+        and "image 1" in error.message
+        and "the tower failed" in error.message
+    )
     assert aborts(sent) == [("vision-1", "r")], "its other image is not wanted any more"
     assert preprocess.holds_nothing and preprocess.play(failed("vision-1", 0)) == []
 
@@ -150,14 +185,22 @@ def test_a_lost_replica_that_was_the_last_try_of_several_images_ends_their_reque
     preprocess.dispatch("r", *IMAGES[:2])
     for n in range(MAX_DISPATCHES):
         sent = preprocess.play(
-            grant(f"vision-{n}", 0) + grant(f"vision-{n}", 1), joins(f"vision-{n + 1}"), [Down(f"vision-{n}", "vision", "gone")]
+            grant(f"vision-{n}", 0) + grant(f"vision-{n}", 1),
+            joins(f"vision-{n + 1}"),
+            [PeerDown(f"vision-{n}", "vision", "gone")],
         )
     assert failures(sent) == [("gateway-1", "r", "Internal", 0)]
     assert preprocess.holds_nothing and offers(preprocess.play(vacancy("vision-3"))) == []
 
 
-@pytest.mark.parametrize("late", [failed("vision-1", 0), busy("vision-1", 0), grant("vision-1", 0)], ids=["failed", "busy", "grant"])
-def test_what_a_replica_says_of_an_image_that_went_elsewhere_changes_nothing(late: list[Event]) -> None:
+@pytest.mark.parametrize(
+    "late",
+    [failed("vision-1", 0), busy("vision-1", 0), grant("vision-1", 0)],
+    ids=["failed", "busy", "grant"],
+)
+def test_what_a_replica_says_of_an_image_that_went_elsewhere_changes_nothing(
+    late: list[Event],
+) -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
     preprocess.play(grant("vision-1", 0), joins("vision-2"))
@@ -167,7 +210,7 @@ def test_what_a_replica_says_of_an_image_that_went_elsewhere_changes_nothing(lat
     assert isinstance(pixels, Pixels) and receiver == "vision-2"
 
 
-def test_an_image_given_back_because_its_pixels_came_too_late_is_offered_again_and_nothing_is_counted() -> None:
+def test_an_image_whose_pixels_came_too_late_is_offered_again_and_not_counted() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
     for _ in range(2 * MAX_DISPATCHES):
@@ -186,7 +229,7 @@ def test_without_a_replica_from_the_beginning_an_image_fails_at_once() -> None:
 def test_an_image_waits_for_a_replica_that_was_there_a_moment_ago() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
-    assert preprocess.play(grant("vision-1", 0), [Down("vision-1", "vision", "gone")])[1:] == []
+    assert preprocess.play(grant("vision-1", 0), [PeerDown("vision-1", "vision", "gone")])[1:] == []
     assert preprocess.wait(MISSING_SECONDS - 5) == []
     assert offers(preprocess.play(joins("vision-2"))) == [("vision-2", 0)]
 
@@ -195,16 +238,19 @@ def test_an_image_does_not_wait_for_a_replica_for_ever() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r1", *IMAGES[:2], timeout=600)
     preprocess.dispatch("r2", IMAGES[2], timeout=600)
-    preprocess.play(arrived(0, "r1"), [Down("vision-1", "vision", "gone")])
+    preprocess.play(arrived(0, "r1"), [PeerDown("vision-1", "vision", "gone")])
     sent = preprocess.wait(MISSING_SECONDS + 1)
-    assert failures(sent) == [("gateway-1", "r1", "Unavailable", 1), ("gateway-1", "r2", "Unavailable", 0)]
+    assert failures(sent) == [
+        ("gateway-1", "r1", "Unavailable", 1),
+        ("gateway-1", "r2", "Unavailable", 0),
+    ]
     assert preprocess.holds_nothing
 
 
 def test_a_draining_replica_gets_nothing_new_and_keeps_what_it_has() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
-    preprocess.play(grant("vision-1", 0), [Draining("vision-1", "vision")])
+    preprocess.play(grant("vision-1", 0), [PeerDraining("vision-1", "vision")])
     assert preprocess.dispatch("r2", IMAGES[1]) == []
     assert offers(preprocess.play(joins("vision-2"))) == [("vision-2", 0)]
     assert preprocess.play(arrived(0)) == [] and list(preprocess.handovers) == [("r2", 0)]
@@ -223,7 +269,9 @@ def test_an_aborted_request_whose_images_wait_is_never_offered() -> None:
     preprocess.dispatch("r", *IMAGES[:3])
     preprocess.play(busy("vision-1", 0), busy("vision-1", 1))
     assert preprocess.play(abort("r")) == []
-    assert preprocess.holds_nothing and preprocess.play(vacancy("vision-1")) == [("vision-1", Pass())]
+    assert preprocess.holds_nothing and preprocess.play(vacancy("vision-1")) == [
+        ("vision-1", Decline())
+    ]
 
 
 def test_a_request_whose_abort_was_lost_is_freed_after_its_deadline() -> None:
@@ -234,7 +282,9 @@ def test_a_request_whose_abort_was_lost_is_freed_after_its_deadline() -> None:
 
 
 def test_a_grant_for_a_request_that_is_gone_is_answered_by_an_abort() -> None:
-    assert Preprocess("vision-1").play(grant("vision-1", 0)) == [("vision-1", Abort(request_id="r", attempt=0))]
+    assert Preprocess("vision-1").play(grant("vision-1", 0)) == [
+        ("vision-1", Abort(request_id="r", attempt=0))
+    ]
 
 
 def test_a_late_grant_does_not_take_the_requests_other_images_from_the_replica() -> None:
@@ -257,16 +307,22 @@ def test_an_image_that_is_too_large_for_every_bucket_is_resized() -> None:
     assert 64 < offer.num_patches <= 128
 
 
-def test_an_image_that_is_too_large_for_every_bucket_is_refused_by_name_where_it_is_not_to_be_resized() -> None:
+def test_an_image_too_large_for_every_bucket_is_refused_by_name_unless_resized() -> None:
     preprocess = Preprocess("vision-1", buckets=(64, 128), preprocessor=resizing(False))
     sent = preprocess.play(submit("r", IMAGES[0], LARGE))
     assert failures(sent) == [("gateway-1", "r", "TooLarge", 1)]
-    assert "image 1" in sent[0][1].message and "256 patches" in sent[0][1].message and "at most 128" in sent[0][1].message
+    assert (
+        "image 1" in sent[0][1].message
+        and "256 patches" in sent[0][1].message
+        and "at most 128" in sent[0][1].message
+    )
 
 
 def test_an_image_that_would_have_to_be_smaller_than_the_model_takes_is_refused() -> None:
     preprocessor = Preprocessor(PREPROCESSOR.checkpoint, 28 * 28 * 40, 28 * 28 * 1000)
-    sent = Preprocess("vision-1", buckets=(64, 128), preprocessor=preprocessor).play(submit("r", LARGE))
+    sent = Preprocess("vision-1", buckets=(64, 128), preprocessor=preprocessor).play(
+        submit("r", LARGE)
+    )
     assert failures(sent) == [("gateway-1", "r", "TooLarge", 0)]
 
 
@@ -281,7 +337,7 @@ def test_an_image_for_which_no_bucket_is_left_fails_by_name_of_the_buckets() -> 
     preprocess = Preprocess("vision-1", buckets=(1024,), preprocessor=resizing(True))
     preprocess.play(joins("vision-2", (64,)))
     preprocess.dispatch("r", LARGE, timeout=600)
-    preprocess.play([Down("vision-1", "vision", "gone")])
+    preprocess.play([PeerDown("vision-1", "vision", "gone")])
     sent = preprocess.wait(MISSING_SECONDS + 1)
     assert failures(sent) == [("gateway-1", "r", "Unavailable", 0)]
     assert "256 patches" in sent[0][1].message and "buckets 64" in sent[0][1].message
@@ -291,5 +347,7 @@ def test_failed_dispatches_are_counted() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
     preprocess.play(grant("vision-1", 0), failed("vision-1", 0))
-    value: Any = preprocess.metrics.registry.get_sample_value("twinlens_preprocess_failed_dispatches_total")
+    value: Any = preprocess.metrics.registry.get_sample_value(
+        "twinlens_preprocess_failed_dispatches_total"
+    )
     assert value == 1

@@ -19,10 +19,17 @@ def png_with_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds hardly any pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
@@ -46,7 +53,11 @@ def test_any_buffer_is_read(kind: type) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_every_png_mode_becomes_what_pillow_converts_it_to(mode: str) -> None:
     grey = noise(9, 8)[..., 0]
-    image = Image.fromarray(grey.astype(np.uint16) * 300) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    image = (
+        Image.fromarray(grey.astype(np.uint16) * 300)
+        if mode == "I;16"
+        else Image.fromarray(grey).convert(mode)
+    )
     assert image.mode == mode
     data = encoded(image)
     found = decode(data)
@@ -90,7 +101,17 @@ def test_one_pixel_is_an_image() -> None:
     assert decode(encoded(noise(1, 1))).shape == (1, 1, 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg></svg>", b"%!PS-Adobe-3.0 EPSF-3.0", b"\xff\xd8\xff"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        b"\x89PNG\r\n\x1a\n",
+        b"<svg></svg>",
+        b"%!PS-Adobe-3.0 EPSF-3.0",
+        b"\xff\xd8\xff",
+    ],
+)
 def test_what_is_no_image_is_unreadable(data: bytes) -> None:
     with pytest.raises(UnreadableImage, match="no image of the formats PNG, JPEG, WEBP, GIF"):
         decode(data)
@@ -104,15 +125,22 @@ def test_other_formats_are_unreadable(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
 @pytest.mark.parametrize("kept", [0.5, 0.9])
-def test_a_cut_off_file_is_unreadable_and_no_library_text_gets_out(format: str, kept: float) -> None:
+def test_a_cut_off_file_is_unreadable_and_no_library_text_gets_out(
+    format: str, kept: float
+) -> None:
     data = encoded(noise(64, 64), format)
     with pytest.raises(UnreadableImage) as caught:
         decode(data[: int(len(data) * kept)])
-    assert caught.value.message.startswith(("the image is a broken or cut off", "the bytes are no image"))
+    assert caught.value.message.startswith(
+        ("the image is a broken or cut off", "the bytes are no image")
+    )
     assert "0x" not in caught.value.message
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (10_000, 10_000), (7_100, 7_100), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(20_000, 20_000), (10_000, 10_000), (7_100, 7_100), (2**31 - 1, 2**31 - 1)],
+)
 def test_a_bomb_is_refused_by_its_header(width: int, height: int) -> None:
     with pytest.raises(TooLarge, match="50000000"):
         decode(png_with_header(width, height))
@@ -129,8 +157,13 @@ SEEDS = [encoded(noise(16, 16), format) for format in ("PNG", "JPEG", "WEBP", "G
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
-def test_damaged_files_give_pixels_or_our_own_error(seed: bytes, damage: list[tuple[int, int]]) -> None:
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_damaged_files_give_pixels_or_our_own_error(
+    seed: bytes, damage: list[tuple[int, int]]
+) -> None:
     data = bytearray(seed)
     for at, value in damage:
         data[at % len(data)] = value
@@ -145,5 +178,7 @@ def test_damaged_files_give_pixels_or_our_own_error(seed: bytes, damage: list[tu
 def test_resize_is_pillows_bicubic_and_leaves_the_right_size_alone() -> None:
     rgb = noise(50, 70)
     found = resize(rgb, 28, 56)
-    assert np.array_equal(found, np.asarray(Image.fromarray(rgb).resize((56, 28), Image.Resampling.BICUBIC)))
+    assert np.array_equal(
+        found, np.asarray(Image.fromarray(rgb).resize((56, 28), Image.Resampling.BICUBIC))
+    )
     assert resize(rgb, 50, 70) is rgb

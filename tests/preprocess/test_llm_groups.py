@@ -1,12 +1,13 @@
-"""The language group of a request: the least busy one, or the one that has computed the prompt's beginning before."""
+"""The language group of a request: the least busy one, or the one that has computed the prompt's
+beginning before."""
 
 import numpy as np
 import pytest
 
 from common.messages import LlmLoad, Peer
-from services.preprocess.families.qwen2_5_vl import Expanded
+from services.preprocess.families.qwen2_5_vl import ExpandedPrompt
+from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.llm_groups import CLEARLY_BUSIER, PREFIX_TOKENS, LlmGroups
-from services.preprocess.under_way import MISSING_SECONDS
 
 LONG = 4 * PREFIX_TOKENS
 
@@ -18,25 +19,32 @@ def groups(*names: str) -> LlmGroups:
     return made
 
 
-def prompt(start: int = 0, num_tokens: int = LONG, tail: int = 0, image: bool = False) -> Expanded:
-    """Tokens that count up from `start`, the last step's from `tail`; an image in the first step."""
+def prompt(
+    start: int = 0, num_tokens: int = LONG, tail: int = 0, image: bool = False
+) -> ExpandedPrompt:
+    """Tokens that count up from `start`, the last step's from `tail`; an image in the first
+    step."""
     ids = np.arange(start, start + num_tokens)
     ids[-PREFIX_TOKENS:] += tail
     placeholders = np.array([[4, 8]] if image else [], np.int64).reshape(-1, 2)
-    return Expanded(ids, np.zeros((3, num_tokens), np.int64), 0, placeholders)
+    return ExpandedPrompt(ids, np.zeros((3, num_tokens), np.int64), 0, placeholders)
 
 
-def chosen(made: LlmGroups, asked: Expanded, *mm_hashes: str, avoid: str = "") -> str:
+def chosen(made: LlmGroups, asked: ExpandedPrompt, *mm_hashes: str, avoid: str = "") -> str:
     peer = made.choose(asked, list(mm_hashes), avoid)
     assert peer is not None
     return peer.id
 
 
-def tell(made: LlmGroups, name: str, running: int = 0, waiting: int = 0, free_tokens: int = 10**6) -> None:
+def tell(
+    made: LlmGroups, name: str, running: int = 0, waiting: int = 0, free_tokens: int = 10**6
+) -> None:
     made.take_load(name, LlmLoad(running=running, waiting=waiting, free_tokens=free_tokens))
 
 
-def test_the_least_busy_group_gets_the_request_and_it_counts_until_the_group_tells_its_load() -> None:
+def test_the_least_busy_group_gets_the_request_and_it_counts_until_the_group_tells_its_load() -> (
+    None
+):
     made = groups("a", "b")
     tell(made, "a", running=2, waiting=1)
     assert [chosen(made, prompt(1000 * n)) for n in range(3)] == ["b", "b", "b"]
@@ -46,13 +54,22 @@ def test_the_least_busy_group_gets_the_request_and_it_counts_until_the_group_tel
 
 def test_equally_busy_groups_take_turns() -> None:
     made = groups("a", "b", "c")
-    assert sorted(chosen(made, prompt(1000 * n)) for n in range(6)) == ["a", "a", "b", "b", "c", "c"]
+    assert sorted(chosen(made, prompt(1000 * n)) for n in range(6)) == [
+        "a",
+        "a",
+        "b",
+        "b",
+        "c",
+        "c",
+    ]
 
 
 def test_a_prompt_goes_where_its_beginning_was_computed_before() -> None:
     made = groups("a", "b", "c")
     first = chosen(made, prompt())
-    assert [chosen(made, prompt(tail=n)) for n in range(1, CLEARLY_BUSIER + 1)] == [first] * CLEARLY_BUSIER
+    assert [chosen(made, prompt(tail=n)) for n in range(1, CLEARLY_BUSIER + 1)] == [
+        first
+    ] * CLEARLY_BUSIER
 
 
 def test_unless_that_group_is_clearly_busier() -> None:

@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 from services.preprocess.families.qwen2_5_vl import rope_positions
 
 
-def slow_positions(token_ids: list[int], grids: list[tuple[int, int]], placeholder: int) -> list[list[int]]:
+def slow_positions(
+    token_ids: list[int], grids: list[tuple[int, int]], placeholder: int
+) -> list[list[int]]:
     """One token after the other, straight from the rule."""
     found: list[list[int]] = []
-    remaining, cell = list(grids), 0
+    remaining = list(grids)
+    cell = 0
     start = 0
     for token_id in token_ids:
         if token_id != placeholder:
@@ -31,8 +34,11 @@ grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=5)
 
 @settings(deadline=None)
 @given(grids, st.lists(st.integers(0, 4), min_size=6, max_size=6))
-def test_positions_of_mixed_prompts_follow_the_rule(grids: list[tuple[int, int]], gaps: list[int]) -> None:
-    token_ids, offsets = [0] * gaps[0], []
+def test_positions_of_mixed_prompts_follow_the_rule(
+    grids: list[tuple[int, int]], gaps: list[int]
+) -> None:
+    token_ids = [0] * gaps[0]
+    offsets = []
     for (rows, columns), gap in zip(grids, gaps[1:], strict=False):
         offsets.append(len(token_ids))
         token_ids += [1] * (rows * columns) + [0] * gap
@@ -44,5 +50,9 @@ def test_positions_of_mixed_prompts_follow_the_rule(grids: list[tuple[int, int]]
 
 def test_positions_after_an_image_at_the_end_go_on_beyond_it() -> None:
     positions, rope_delta = rope_positions(7, [1], [(2, 3)])
-    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 3, 1, 2, 3]]
+    assert positions.tolist() == [
+        [0, 1, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 2, 2, 2],
+        [0, 1, 2, 3, 1, 2, 3],
+    ]
     assert 7 + rope_delta == 4

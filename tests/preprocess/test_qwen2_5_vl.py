@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    smart_resize as reference_smart_resize,
+)
 
 from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest, UnreadableImage
 from services.preprocess.families.qwen2_5_vl import Image, Preprocessor, patches, smart_resize
-from tests.preprocess.cases import CASES, GOLDEN, WITH_IMAGES, checkpoint_path, encoded, expected, noise, request
+from tests.preprocess.cases import (
+    CASES,
+    GOLDEN,
+    WITH_IMAGES,
+    checkpoint_path,
+    encoded,
+    expected,
+    noise,
+    request,
+)
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -29,7 +40,8 @@ def preprocessor() -> Preprocessor:
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
-    """What the tower makes of patch rows uint8 [n, 3 * 14 * 14]: float32 [n, 1176], channel, time, y, x."""
+    """What the tower makes of patch rows uint8 [n, 3 * 14 * 14]: float32 [n, 1176], channel, time,
+    y, x."""
     pixels = rows.reshape(len(rows), 3, 1, 196).astype(np.float32) / 255
     pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
     return pixels.repeat(2, axis=2).reshape(len(rows), 1176)
@@ -41,7 +53,8 @@ def image_of(preprocessor: Preprocessor, height: int, width: int) -> Image:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_requests_give_the_references_tensors(case: str) -> None:
-    preprocessor, want = Preprocessor(open_checkpoint(checkpoint_path(case))), expected(case)
+    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
+    want = expected(case)
     tensors = load_file(GOLDEN / case / "expected" / "tensors.safetensors")
     messages, files = request(case)
     plans = [preprocessor.image_plan(data) for data in files]
@@ -51,7 +64,9 @@ def test_golden_requests_give_the_references_tensors(case: str) -> None:
     found = preprocessor.expand(preprocessor.tokenize("messages", messages), plans)
     assert found.token_ids.dtype == np.int64 and found.token_ids.tolist() == want["input_ids"]
     assert found.num_tokens == want["num_prompt_tokens"]
-    assert found.positions.dtype == np.int64 and np.array_equal(found.positions, tensors["position_ids"])
+    assert found.positions.dtype == np.int64 and np.array_equal(
+        found.positions, tensors["position_ids"]
+    )
     assert found.rope_delta == want["rope_delta"]
     assert found.placeholders.tolist() == runs(want["input_ids"], preprocessor.image_token_id)
     assert found.num_image_tokens == sum(plan.num_tokens for plan in plans)
@@ -60,7 +75,9 @@ def test_golden_requests_give_the_references_tensors(case: str) -> None:
 def runs(token_ids: list[int], wanted: int) -> list[list[int]]:
     """[offset, length] of each run of one id."""
     starts = [i for i, id in enumerate(token_ids) if id == wanted and token_ids[i - 1] != wanted]
-    return [[i, next(n for n in range(len(token_ids)) if token_ids[i + n] != wanted)] for i in starts]
+    return [
+        [i, next(n for n in range(len(token_ids)) if token_ids[i + n] != wanted)] for i in starts
+    ]
 
 
 @pytest.mark.parametrize("case", WITH_IMAGES)
@@ -78,14 +95,19 @@ def test_golden_pixels_equal_the_references(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_texts_tokenize_as_in_the_reference(case: str) -> None:
-    preprocessor, probes = Preprocessor(open_checkpoint(checkpoint_path(case))), expected(case)["tokenizer_probes"]
+    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
+    probes = expected(case)["tokenizer_probes"]
     assert probes
     for probe in probes:
         assert preprocessor.encode(probe["text"]).tolist() == probe["ids"]
 
 
-@pytest.mark.parametrize(("height", "width"), [(45, 333), (300, 29), (720, 1280), (10, 17), (56, 56)])
-def test_pixels_of_any_size_equal_the_references(preprocessor: Preprocessor, height: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "width"), [(45, 333), (300, 29), (720, 1280), (10, 17), (56, 56)]
+)
+def test_pixels_of_any_size_equal_the_references(
+    preprocessor: Preprocessor, height: int, width: int
+) -> None:
     rgb = noise(height, width)
     reference = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
     want = reference(images=[rgb], return_tensors="np")
@@ -104,13 +126,19 @@ def test_pixels_of_any_size_equal_the_references(preprocessor: Preprocessor, hei
         ((98, 126), HUB_LIMITS, (112, 112)),  # 3.5 and 4.5 to 4
         ((13, 1000), HUB_LIMITS, (28, 504)),  # a side rounded to nothing counts as too small
         ((5, 1000), HUB_LIMITS, (28, 812)),
-        ((10000, 10000), HUB_LIMITS, (3556, 3556)),  # 3584 in exact arithmetic, in floating point just below
+        (
+            (10000, 10000),
+            HUB_LIMITS,
+            (3556, 3556),
+        ),  # 3584 in exact arithmetic, in floating point just below
         ((720, 1280), HUB_LIMITS | {"max_pixels": 921600}, (700, 1260)),
         ((100, 100), HUB_LIMITS | {"min_pixels": 78400}, (280, 280)),
         ((28, 5600), HUB_LIMITS | {"max_pixels": 784}, (28, 392)),
     ],
 )
-def test_smart_resize_follows_the_table(size: tuple[int, int], limits: dict[str, int], want: tuple[int, int]) -> None:
+def test_smart_resize_follows_the_table(
+    size: tuple[int, int], limits: dict[str, int], want: tuple[int, int]
+) -> None:
     assert smart_resize(*size, **limits) == want
 
 
@@ -118,16 +146,23 @@ sides = st.integers(1, 8000)
 
 
 @given(sides, sides, st.sampled_from([3136, 78400]), st.sampled_from([100352, 921600, 12845056]))
-def test_smart_resize_equals_the_reference(height: int, width: int, min_pixels: int, max_pixels: int) -> None:
+def test_smart_resize_equals_the_reference(
+    height: int, width: int, min_pixels: int, max_pixels: int
+) -> None:
     assume(max(height, width) <= 200 * min(height, width))
-    want = reference_smart_resize(height, width, factor=28, min_pixels=min_pixels, max_pixels=max_pixels)
+    want = reference_smart_resize(
+        height, width, factor=28, min_pixels=min_pixels, max_pixels=max_pixels
+    )
     assert smart_resize(height, width, 28, min_pixels, max_pixels) == want
 
 
 @pytest.mark.parametrize("size", [(1, 201), (2010, 10), (1, 50_000)])
 def test_smart_resize_refuses_a_strip_and_names_the_ratio(size: tuple[int, int]) -> None:
     assert smart_resize(1, 200, **HUB_LIMITS)
-    with pytest.raises(InvalidRequest, match=rf"the image is {size[1]}x{size[0]}: one side may be at most 200 times"):
+    with pytest.raises(
+        InvalidRequest,
+        match=rf"the image is {size[1]}x{size[0]}: one side may be at most 200 times",
+    ):
         smart_resize(*size, **HUB_LIMITS)
 
 
@@ -147,13 +182,17 @@ def test_patches_stand_in_blocks_that_are_merged() -> None:
 
 def test_equal_pixels_have_one_hash_in_any_file_format(preprocessor: Preprocessor) -> None:
     rgb = noise(60, 90)
-    png, webp = (preprocessor.image_plan(encoded(rgb, format, lossless=True)) for format in ("PNG", "WEBP"))
+    png, webp = (
+        preprocessor.image_plan(encoded(rgb, format, lossless=True)) for format in ("PNG", "WEBP")
+    )
     small = preprocessor.image_plan(encoded(rgb, "PNG", compress_level=0))
     assert png.mm_hash == webp.mm_hash == small.mm_hash
     assert len(bytes.fromhex(png.mm_hash)) == 32
 
 
-def test_other_pixels_shapes_limits_and_models_have_other_hashes(preprocessor: Preprocessor) -> None:
+def test_other_pixels_shapes_limits_and_models_have_other_hashes(
+    preprocessor: Preprocessor,
+) -> None:
     rgb = noise(60, 90)
     changed = rgb.copy()
     changed[30, 40, 1] ^= 1
@@ -170,7 +209,10 @@ def test_other_pixels_shapes_limits_and_models_have_other_hashes(preprocessor: P
 
 def test_limits_are_read_in_both_layouts_and_may_be_overridden() -> None:
     flat, nested = (open_checkpoint(checkpoint_path(case)) for case in ("a_image", "c_gqa_tp8"))
-    assert [(p.min_pixels, p.max_pixels) for p in map(Preprocessor, (flat, nested))] == [(3136, 12845056), (3136, 31360)]
+    assert [(p.min_pixels, p.max_pixels) for p in map(Preprocessor, (flat, nested))] == [
+        (3136, 12845056),
+        (3136, 31360),
+    ]
     given = Preprocessor(nested, min_pixels=78400, max_pixels=921600)
     assert given.image_plan(encoded(noise(720, 1280))).grid_thw == (1, 50, 90)
     with pytest.raises(ValueError, match="min_pixels is 5000 and max_pixels 4000"):
@@ -184,12 +226,18 @@ def test_max_model_len_is_the_models_or_less() -> None:
     assert Preprocessor(checkpoint).max_model_len == 4096
     assert Preprocessor(checkpoint, max_model_len=100).max_model_len == 100
     for refused in (4097, 0):
-        with pytest.raises(ValueError, match=f"max_model_len is {refused}, the model's context is 4096"):
+        with pytest.raises(
+            ValueError, match=f"max_model_len is {refused}, the model's context is 4096"
+        ):
             Preprocessor(checkpoint, max_model_len=refused)
 
 
-@pytest.mark.parametrize(("data", "error"), [(b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)])
-def test_unusable_images_are_refused_by_name(preprocessor: Preprocessor, data: bytes, error: type) -> None:
+@pytest.mark.parametrize(
+    ("data", "error"), [(b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)]
+)
+def test_unusable_images_are_refused_by_name(
+    preprocessor: Preprocessor, data: bytes, error: type
+) -> None:
     with pytest.raises(error) as caught:
         preprocessor.image_plan(data)
     assert type(caught.value) is error
@@ -201,9 +249,16 @@ def test_token_ids_are_taken_as_they_are(preprocessor: Preprocessor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"), [([1, 544], "token id 544 is outside the model's vocabulary of 544"), ([-1], "token id -1"), ([], "empty")]
+    ("ids", "told"),
+    [
+        ([1, 544], "token id 544 is outside the model's vocabulary of 544"),
+        ([-1], "token id -1"),
+        ([], "empty"),
+    ],
 )
-def test_token_ids_that_are_not_the_models_are_refused(preprocessor: Preprocessor, ids: list[int], told: str) -> None:
+def test_token_ids_that_are_not_the_models_are_refused(
+    preprocessor: Preprocessor, ids: list[int], told: str
+) -> None:
     with pytest.raises(InvalidRequest, match=told):
         preprocessor.tokenize("token_ids", np.array(ids, dtype=np.int64))
 
@@ -216,13 +271,17 @@ def test_half_a_surrogate_pair_is_refused(preprocessor: Preprocessor) -> None:
 def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> None:
     short = Preprocessor(open_checkpoint(checkpoint_path("a_image")), max_model_len=10)
     assert len(short.encode("a" * 160)) == 160
-    with pytest.raises(InvalidRequest, match="161 characters, far more than the model's context of 10 tokens"):
+    with pytest.raises(
+        InvalidRequest, match="161 characters, far more than the model's context of 10 tokens"
+    ):
         short.encode("a" * 161)
 
 
 def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
     image = image_of(preprocessor, 56, 56)
-    two = preprocessor.tokenize("messages", [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}])
+    two = preprocessor.tokenize(
+        "messages", [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    )
     with pytest.raises(InvalidRequest, match="2 image placeholders for 1 images"):
         preprocessor.expand(two, [image])
     with pytest.raises(InvalidRequest, match="2 image placeholders for 3 images"):
@@ -250,7 +309,9 @@ def test_a_tokenizer_that_would_add_tokens_adds_none_to_a_finished_prompt(tmp_pa
     shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
     preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
     want = preprocessor.encode("a b").tolist()
-    preprocessor.tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)])
+    preprocessor.tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)]
+    )
     assert preprocessor.tokenizer.encode("a b").ids == [512, *want]
     assert preprocessor.encode("a b").tolist() == want
 

@@ -6,12 +6,27 @@ from common.errors import InvalidRequest
 from common.messages import Sampling, Stopping
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 
-CONFIG = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": 3}
+CONFIG = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "eos_token_id": 3,
+}
 
 
 def test_absent_values_come_from_the_checkpoint() -> None:
     found = resolve_sampling(Sampling(seed=5, num_logprobs=2), CONFIG)
-    assert found == Sampling(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0, repetition_penalty=1.05, seed=5, num_logprobs=2)
+    assert found == Sampling(
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        min_p=0.0,
+        repetition_penalty=1.05,
+        seed=5,
+        num_logprobs=2,
+    )
 
 
 def test_given_values_win_even_where_they_are_zero() -> None:
@@ -39,13 +54,17 @@ def test_no_max_tokens_means_what_the_prompt_leaves() -> None:
 def test_max_tokens_may_fill_the_context_and_no_more() -> None:
     assert resolve_stopping(Stopping(max_tokens=10), 90, 100).max_tokens == 10
     with pytest.raises(
-        InvalidRequest, match="max_tokens is 11, but the prompt has 90 tokens and the model's context is 100: ask for at most 10"
+        InvalidRequest,
+        match="max_tokens is 11, but the prompt has 90 tokens and the model's context is 100: ask "
+        "for at most 10",
     ):
         resolve_stopping(Stopping(max_tokens=11), 90, 100)
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [100, 5000])
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(num_prompt_tokens: int) -> None:
-    with pytest.raises(InvalidRequest, match=rf"{num_prompt_tokens} tokens.* context is 100: shorten it"):
+    with pytest.raises(
+        InvalidRequest, match=rf"{num_prompt_tokens} tokens.* context is 100: shorten it"
+    ):
         resolve_stopping(Stopping(), num_prompt_tokens, 100)
     assert resolve_stopping(Stopping(), 99, 100).max_tokens == 1

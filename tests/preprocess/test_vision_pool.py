@@ -1,4 +1,5 @@
-"""Which replica gets which image: by where it fits, by when it is expected to be done, by where it was before."""
+"""Which replica gets which image: by where it fits, by when it is expected to be done, by where it
+was before."""
 
 import time
 from collections import Counter
@@ -8,7 +9,7 @@ import pytest
 
 from common.messages import VisionLoad
 from services.preprocess.families.qwen2_5_vl import Image
-from services.preprocess.under_way import MISSING_SECONDS, Dispatched
+from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
 from services.preprocess.vision_pool import MAX_UNANSWERED, VisionPool
 from tests.preprocess.builders import Clock
 
@@ -22,11 +23,18 @@ class Pool(VisionPool):
         for vision_id, each in seconds.items():
             self.join(vision_id, each)
 
-    def join(self, vision_id: str, seconds: float = 0.1, buckets: tuple[int, ...] = (), wait: float = 0.0) -> None:
+    def join(
+        self, vision_id: str, seconds: float = 0.1, buckets: tuple[int, ...] = (), wait: float = 0.0
+    ) -> None:
         measured = tuple(seconds * bucket / 64 for bucket in buckets or (64,))
-        self.take_load(vision_id, VisionLoad(buckets=buckets, sizes=buckets or (64,), seconds=measured, wait_seconds=wait))
+        self.take_load(
+            vision_id,
+            VisionLoad(
+                buckets=buckets, sizes=buckets or (64,), seconds=measured, wait_seconds=wait
+            ),
+        )
 
-    def put(self, *contents: int, num_patches: int = 64) -> list[Dispatched]:
+    def put(self, *contents: int, num_patches: int = 64) -> list[PendingItem]:
         made = [dispatched(content, num_patches) for content in contents]
         for one in made:
             self.add(one)
@@ -37,19 +45,22 @@ class Pool(VisionPool):
         return [(one.vision_id, one.key[2]) for one in self.assign()]
 
 
-def dispatched(content: int, num_patches: int = 64) -> Dispatched:
+def dispatched(content: int, num_patches: int = 64) -> PendingItem:
     rgb = np.zeros((14 * 2, 14 * num_patches // 2, 3), np.uint8)
-    return Dispatched(("r", 0, content), Image(rgb, f"{content:064x}", 14, 2))
+    return PendingItem(("r", 0, content), Image(rgb, f"{content:064x}", 14, 2))
 
 
 def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
-    """Plays replicas that take the time they tell, each with so many images granted at once; how many images each got."""
+    """Plays replicas that take the time they tell, each with so many images granted at once; how
+    many images each got."""
     done: Counter[str] = Counter()
     ends: list[tuple[float, str]] = []
     free = dict.fromkeys(pool._replicas, pool.clock.now)
     while sum(done.values()) < until:
         for one in pool.assign():
-            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[one.vision_id].expected(one.image.num_patches)
+            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[
+                one.vision_id
+            ].expected(one.image.num_patches)
             ends.append((free[one.vision_id], one.vision_id))
             granted = sum(vision_id == one.vision_id for _, vision_id in ends)
             pool.answered(one.vision_id, granted < slots, free[one.vision_id] - pool.clock.now)
@@ -107,7 +118,9 @@ def test_a_slow_replica_takes_an_image_when_the_fast_one_has_too_many_before_it(
     assert {vision_id for vision_id, _ in offers} == {"slow"}
 
 
-def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_one_is_idle() -> None:
+def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_one_is_idle() -> (
+    None
+):
     pool = Pool()
     pool.join("busy", wait=3.0)
     pool.join("idle")
@@ -125,7 +138,8 @@ def test_a_full_replica_whose_estimate_ran_out_does_not_look_better_than_one_wit
 
 def test_two_preprocesses_send_equal_images_to_one_replica_and_different_ones_to_many() -> None:
     names = {f"v{n}": 0.1 for n in range(8)}
-    first, second = Pool(**names), Pool(**names)
+    first = Pool(**names)
+    second = Pool(**names)
     chosen = {}
     for content in range(64):
         for pool in (first, second):
@@ -136,7 +150,9 @@ def test_two_preprocesses_send_equal_images_to_one_replica_and_different_ones_to
     assert max(Counter(chosen.values()).values()) <= 20 and len(set(chosen.values())) == 8
 
 
-def test_an_image_goes_where_it_was_before_even_if_there_is_no_room_until_that_proves_wrong() -> None:
+def test_an_image_goes_where_it_was_before_even_if_there_is_no_room_until_that_proves_wrong() -> (
+    None
+):
     pool = Pool(a=0.1, b=0.1)
     [one] = pool.put(0)
     pool.remember(one.image.mm_hash, "a")
@@ -158,7 +174,7 @@ def test_an_image_avoids_where_it_failed_unless_no_other_is_there() -> None:
     assert pool.offers() == [("a", 0)]
 
 
-def test_a_replica_that_fails_quickly_does_not_draw_all_images_and_is_trusted_again_when_it_succeeds() -> None:
+def test_a_quickly_failing_replica_does_not_draw_all_images_and_is_trusted_again() -> None:
     pool = Pool(broken=0.001, sound=0.1)
     pool.put(0)
     assert pool.offers() == [("broken", 0)]
@@ -171,8 +187,12 @@ def test_a_replica_that_fails_quickly_does_not_draw_all_images_and_is_trusted_ag
     assert pool.offers() == [("broken", 3)]
 
 
-@pytest.mark.parametrize(("num_patches", "chosen"), [(40, "small"), (64, "small"), (68, "large"), (1024, "large")])
-def test_an_image_goes_to_the_replica_whose_bucket_costs_least(num_patches: int, chosen: str) -> None:
+@pytest.mark.parametrize(
+    ("num_patches", "chosen"), [(40, "small"), (64, "small"), (68, "large"), (1024, "large")]
+)
+def test_an_image_goes_to_the_replica_whose_bucket_costs_least(
+    num_patches: int, chosen: str
+) -> None:
     pool = Pool()
     pool.join("large", 0.1, (1024,))
     pool.join("small", 0.1, (64,))
@@ -195,11 +215,14 @@ def test_an_image_that_fits_nowhere_keeps_no_other_waiting() -> None:
     assert pool.offers() == [("static", 1)]
 
 
-def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_only_those() -> None:
+def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_only_those() -> (
+    None
+):
     pool = Pool()
     pool.join("small", buckets=(64,))
     pool.join("large", buckets=(1024,))
-    small, large = pool.put(0)[0], pool.put(1, num_patches=1024)[0]
+    small = pool.put(0)[0]
+    large = pool.put(1, num_patches=1024)[0]
     pool.lose("large")
     pool.clock.now += MISSING_SECONDS - 1
     assert pool.given_up() == []

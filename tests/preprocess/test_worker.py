@@ -1,13 +1,14 @@
-"""The preprocess worker: from a submitted request to a prompt, and what ends a request before its images are on their way."""
+"""The preprocess worker: from a submitted request to a prompt, and what ends a request before its
+images are on their way."""
 
 import json
 
 import numpy as np
 import pytest
 
-from common.events import Down, Draining, Up
+from common.events import PeerDown, PeerDraining, PeerUp
 from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
-from services.preprocess.under_way import MISSING_SECONDS
+from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
@@ -27,15 +28,24 @@ from tests.preprocess.builders import (
 
 def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
     preprocess = Preprocess("vision-1")
-    (to_gateway, routed), (to_llm, prompt) = preprocess.play(submit("r", sampling=Sampling(top_p=0.5, seed=3)))
+    (to_gateway, routed), (to_llm, prompt) = preprocess.play(
+        submit("r", sampling=Sampling(top_p=0.5, seed=3))
+    )
     assert (to_gateway, routed) == ("gateway-1", Routed(request_id="r", attempt=0, llm=LLM))
-    assert to_llm == LLM.id and (prompt.request_id, prompt.gateway_id, prompt.detokenizer.id) == ("r", "gateway-1", "detokenizer-1")
+    assert to_llm == LLM.id and (prompt.request_id, prompt.gateway_id, prompt.detokenizer.id) == (
+        "r",
+        "gateway-1",
+        "detokenizer-1",
+    )
     ids = prompt.token_ids.numpy()
     assert PREPROCESSOR.tokenizer.decode(ids.tolist()).count("Read it.") == 1
     assert (prompt.positions.numpy() == np.arange(len(ids))).all() and prompt.rope_delta == 0
     assert (prompt.placeholders.shape, prompt.mm_hashes.shape) == ((0, 2), (0, 32))
     assert prompt.stopping.max_tokens == PREPROCESSOR.max_model_len - len(ids)
-    assert (prompt.sampling.top_p, prompt.sampling.seed) == (0.5, 3) and prompt.sampling.temperature is not None
+    assert (prompt.sampling.top_p, prompt.sampling.seed) == (
+        0.5,
+        3,
+    ) and prompt.sampling.temperature is not None
     assert 0 < prompt.timeout <= 60
     timings = json.loads(prompt.timings.bytes())
     assert timings["preprocess_seconds"] > 0 and timings["images"] == []
@@ -46,7 +56,11 @@ def test_the_gateway_gets_the_expanded_prompt_where_it_asks_for_it() -> None:
     sent = Preprocess("vision-1").play(submit("r", IMAGES[0], return_prompt_token_ids=True))
     (_, routed), (_, prompt) = sent[:2]
     assert routed.prompt_token_ids == prompt.token_ids
-    assert (prompt.token_ids.numpy() == PREPROCESSOR.image_token_id).sum() == prompt.placeholders.numpy()[0, 1] > 1
+    assert (
+        (prompt.token_ids.numpy() == PREPROCESSOR.image_token_id).sum()
+        == prompt.placeholders.numpy()[0, 1]
+        > 1
+    )
 
 
 def test_an_abort_before_anything_was_done_leaves_nothing() -> None:
@@ -69,8 +83,12 @@ def test_an_unreadable_image_fails_its_request_by_index_and_the_next_request_wor
     assert prompts(sent) == ["next"]
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_the_language_group_hears_of_it() -> None:
-    sent = Preprocess("vision-1").play(submit("r", stopping=Stopping(max_tokens=PREPROCESSOR.max_model_len)))
+def test_a_prompt_longer_than_the_context_is_refused_before_the_language_group_hears_of_it() -> (
+    None
+):
+    sent = Preprocess("vision-1").play(
+        submit("r", stopping=Stopping(max_tokens=PREPROCESSOR.max_model_len))
+    )
     assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
 
 
@@ -83,14 +101,19 @@ def test_what_nobody_foresaw_fails_one_request_alone() -> None:
 
 def test_language_groups_take_turns() -> None:
     preprocess = Preprocess("vision-1")
-    preprocess.play([Up("llm-2", "llm", "ipc:///llm-2")])
+    preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2")])
     sent = preprocess.play([event for n in range(4) for event in submit(f"r{n}")])
-    assert [receiver for receiver, message in sent if isinstance(message, Prompt)] == ["llm-1", "llm-2", "llm-1", "llm-2"]
+    assert [receiver for receiver, message in sent if isinstance(message, Prompt)] == [
+        "llm-1",
+        "llm-2",
+        "llm-1",
+        "llm-2",
+    ]
 
 
 def test_a_request_beyond_its_deadline_is_dropped() -> None:
     preprocess = Preprocess("vision-1", llm=False)
-    preprocess.play([Up(LLM.id, "llm", LLM.address), Down(LLM.id, "llm", "gone")])
+    preprocess.play([PeerUp(LLM.id, "llm", LLM.address), PeerDown(LLM.id, "llm", "gone")])
     preprocess.play(submit("late", IMAGES[0], timeout=10))
     assert preprocess.preparations
     assert preprocess.wait(11) == [] and preprocess.holds_nothing
@@ -101,7 +124,7 @@ def test_a_lost_gateways_requests_are_freed_at_every_stage_of_theirs() -> None:
     preprocess.dispatch("taken", IMAGES[0], gateway="gateway-2")
     preprocess.dispatch("kept", IMAGES[1])
     waiting = submit("waiting", *IMAGES, gateway="gateway-2")
-    sent = preprocess.play(waiting, [], [Down("gateway-2", "gateway", "gone")])
+    sent = preprocess.play(waiting, [], [PeerDown("gateway-2", "gateway", "gone")])
     assert sent == [("vision-1", Abort(request_id="taken", attempt=0))]
     assert not preprocess.preparations and list(preprocess.handovers) == [("kept", 0)]
 
@@ -109,21 +132,26 @@ def test_a_lost_gateways_requests_are_freed_at_every_stage_of_theirs() -> None:
 def test_a_lost_language_group_frees_what_was_on_its_way_there_and_the_gateway_is_told() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
-    sent = preprocess.play([Down(LLM.id, "llm", "gone")])
+    sent = preprocess.play([PeerDown(LLM.id, "llm", "gone")])
     assert aborts(sent) == [("vision-1", "r")]
     assert failures(sent) == [("gateway-1", "r", "Unavailable", None)]
     assert preprocess.holds_nothing
 
 
-def test_a_prompt_that_may_not_have_arrived_before_its_connection_broke_is_told_to_its_gateway_once() -> None:
+def test_a_prompt_that_may_not_have_arrived_is_reported_to_its_gateway_once() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.play(submit("long ago"))
     preprocess.wait(UNCONFIRMED_SECONDS + 1)
     preprocess.play(submit("just now"))
-    preprocess.play([Up("llm-2", "llm", "ipc:///llm-2"), Down("llm-2", "llm", "another's")])
-    sent = preprocess.play([Down(LLM.id, "llm", "gone")])
-    assert failures(sent) == [("gateway-1", "just now", "Unavailable", None)] and sent[0][1].stage == "llm"
-    assert preprocess.play([Up(LLM.id, "llm", LLM.address), Down(LLM.id, "llm", "gone")]) == []
+    preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2"), PeerDown("llm-2", "llm", "another's")])
+    sent = preprocess.play([PeerDown(LLM.id, "llm", "gone")])
+    assert (
+        failures(sent) == [("gateway-1", "just now", "Unavailable", None)]
+        and sent[0][1].stage == "llm"
+    )
+    assert (
+        preprocess.play([PeerUp(LLM.id, "llm", LLM.address), PeerDown(LLM.id, "llm", "gone")]) == []
+    )
 
 
 def test_without_a_language_group_from_the_beginning_a_request_fails_at_once() -> None:
@@ -135,24 +163,28 @@ def test_without_a_language_group_from_the_beginning_a_request_fails_at_once() -
 
 def test_a_request_waits_for_a_language_group_that_was_there_a_moment_ago() -> None:
     preprocess = Preprocess("vision-1")
-    preprocess.play([Down(LLM.id, "llm", "gone")])
+    preprocess.play([PeerDown(LLM.id, "llm", "gone")])
     assert preprocess.play(submit("r")) == []
-    assert prompts(preprocess.play([Up("llm-2", "llm", "ipc:///llm-2")])) == ["r"]
+    assert prompts(preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2")])) == ["r"]
 
 
-def test_a_request_waits_for_another_group_than_the_one_it_was_lost_with_and_holds_up_no_other() -> None:
+def test_a_request_waits_for_another_group_than_the_lost_one_and_holds_up_no_other() -> None:
     preprocess = Preprocess("vision-1")
-    preprocess.play([Up("llm-2", "llm", "ipc:///llm-2"), Down("llm-2", "llm", "gone")])
+    preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2"), PeerDown("llm-2", "llm", "gone")])
     assert prompts(preprocess.play(submit("lost", avoid=LLM.id) + submit("other"))) == ["other"]
-    sent = preprocess.play([Up("llm-3", "llm", "ipc:///llm-3")])
-    assert [(receiver, m.request_id) for receiver, m in sent if isinstance(m, Prompt)] == [("llm-3", "lost")]
+    sent = preprocess.play([PeerUp("llm-3", "llm", "ipc:///llm-3")])
+    assert [(receiver, m.request_id) for receiver, m in sent if isinstance(m, Prompt)] == [
+        ("llm-3", "lost")
+    ]
 
 
 def test_a_request_does_not_wait_for_a_language_group_for_ever() -> None:
     preprocess = Preprocess("vision-1")
-    preprocess.play([Down(LLM.id, "llm", "gone")])
+    preprocess.play([PeerDown(LLM.id, "llm", "gone")])
     preprocess.play(submit("r", timeout=600))
-    assert failures(preprocess.wait(MISSING_SECONDS + 1)) == [("gateway-1", "r", "Unavailable", None)]
+    assert failures(preprocess.wait(MISSING_SECONDS + 1)) == [
+        ("gateway-1", "r", "Unavailable", None)
+    ]
 
 
 def test_it_is_ready_with_a_vision_replica_that_told_what_it_can_run_and_a_language_group() -> None:
@@ -160,7 +192,13 @@ def test_it_is_ready_with_a_vision_replica_that_told_what_it_can_run_and_a_langu
     assert preprocess.member.missing == ["vision", "llm"] or preprocess.member.missing is None
     told = joins("vision-1")
     states = []
-    for event in [*told, Up("llm-1", "llm"), Draining("vision-1", "vision"), *joins("vision-2"), Down("vision-2", "vision", "")]:
+    for event in [
+        *told,
+        PeerUp("llm-1", "llm"),
+        PeerDraining("vision-1", "vision"),
+        *joins("vision-2"),
+        PeerDown("vision-2", "vision", ""),
+    ]:
         preprocess.play([event])
         states.append(preprocess.member.missing)
     assert states == [["vision", "llm"], ["llm"], [], ["vision"], ["vision"], [], ["vision"]]
@@ -170,10 +208,15 @@ def test_a_grant_is_served_between_the_images_of_a_long_request() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("short", IMAGES[0])
     sent = preprocess.play(submit("long", *IMAGES), [], grant("vision-1", 0, "short"))
-    assert [(type(message).__name__, message.request_id) for _, message in sent[:2]] == [("Pixels", "short"), ("Routed", "long")]
+    assert [(type(message).__name__, message.request_id) for _, message in sent[:2]] == [
+        ("Pixels", "short"),
+        ("Routed", "long"),
+    ]
 
 
-def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     preprocess = Preprocess("vision-1")
     size = 56 * 56 * 3
     monkeypatch.setattr("services.preprocess.worker.MAX_HELD_BYTES", 2 * size)
@@ -186,6 +229,9 @@ def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be
 
 def test_the_group_that_is_least_busy_gets_the_next_request() -> None:
     preprocess = Preprocess("vision-1")
-    preprocess.play([Up("llm-2", "llm", "ipc:///llm-2")], received(LLM.id, "llm", LlmLoad(running=3, waiting=2, free_tokens=9999)))
+    preprocess.play(
+        [PeerUp("llm-2", "llm", "ipc:///llm-2")],
+        received(LLM.id, "llm", LlmLoad(running=3, waiting=2, free_tokens=9999)),
+    )
     sent = preprocess.play([event for n in range(5) for event in submit(f"r{n}")])
     assert {receiver for receiver, message in sent if isinstance(message, Prompt)} == {"llm-2"}

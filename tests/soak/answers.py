@@ -3,9 +3,19 @@
 from dataclasses import dataclass, field
 
 # HTTP's codes as gRPC calls them; bodies of errors inside a stream tell their own.
-BY_STATUS = {400: "INVALID_ARGUMENT", 413: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED"}
+BY_STATUS = {
+    400: "INVALID_ARGUMENT",
+    413: "INVALID_ARGUMENT",
+    422: "INVALID_ARGUMENT",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+}
 BY_STATUS |= {500: "INTERNAL", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}
-BY_CODE = {"unavailable": "UNAVAILABLE", "deadline_exceeded": "DEADLINE_EXCEEDED", "internal_error": "INTERNAL"}
+BY_CODE = {
+    "unavailable": "UNAVAILABLE",
+    "deadline_exceeded": "DEADLINE_EXCEEDED",
+    "internal_error": "INTERNAL",
+}
 BY_CODE |= {"rate_limit_exceeded": "RESOURCE_EXHAUSTED", "model_not_found": "NOT_FOUND"}
 
 
@@ -14,7 +24,9 @@ class Told(Exception):
 
     def __init__(self, code: str, message: str, stage: str = "") -> None:
         super().__init__(f"{code}: {message}")
-        self.code, self.message, self.stage = code, message, stage
+        self.code = code
+        self.message = message
+        self.stage = stage
 
 
 class HungUp(Exception):
@@ -47,8 +59,8 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """How a call ended: answered, told (an error), hung_up, or nothing, where the client waited beyond all reason or the
-    connection just ended."""
+    """How a call ended: answered, told (an error), hung_up, or nothing, where the client waited
+    beyond all reason or the connection just ended."""
 
     how: str
     answer: Answer

@@ -1,4 +1,5 @@
-"""What a running system holds when nobody asks it anything: before and after, to find what leaks."""
+"""What a running system holds when nobody asks it anything: before and after, to find what
+leaks."""
 
 import os
 import re
@@ -14,8 +15,8 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MORE_DESCRIPTORS = 8
 MORE_THREADS = 3
 MORE_BYTES = 256 * 2**20
-"""What a process may have more of than the largest of its role had before: caches of kernels fill, and freed
-memory is kept for reuse: over ten thousand requests less than 30 kB of each."""
+"""What a process may have more of than the largest of its role had before: caches of kernels fill,
+and freed memory is kept for reuse: over ten thousand requests less than 30 kB of each."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,27 @@ def process_of(pid: int, role: str, proc: Path = Path("/proc")) -> Process | Non
 
 
 def leaks(before: AtRest, after: AtRest, children: set[int]) -> list[str]:
-    """What is held afterwards that should not be. `children` are the launcher's processes as the kernel knows them."""
+    """What is held afterwards that should not be. `children` are the launcher's processes as the
+    kernel knows them."""
     found = [f"{after.held} requests or images are held"] * bool(after.held)
-    found += [f"the gateway has {after.requests_in_flight} requests in flight"] * bool(after.requests_in_flight)
+    found += [f"the gateway has {after.requests_in_flight} requests in flight"] * bool(
+        after.requests_in_flight
+    )
     members = {pid for pid, process in after.processes.items() if process.role != "launcher"}
     found += [f"process {pid} is no member" for pid in sorted(children - members)]
-    counts = {role: (len(old), len(by_role(after).get(role, ()))) for role, old in by_role(before).items()}
-    found += [f"{now} processes of {role}, {then} before" for role, (then, now) in counts.items() if now != then]
-    return found + [excess for process in after.processes.values() for excess in excesses(process, by_role(before)[process.role])]
+    counts = {
+        role: (len(old), len(by_role(after).get(role, ()))) for role, old in by_role(before).items()
+    }
+    found += [
+        f"{now} processes of {role}, {then} before"
+        for role, (then, now) in counts.items()
+        if now != then
+    ]
+    return found + [
+        excess
+        for process in after.processes.values()
+        for excess in excesses(process, by_role(before)[process.role])
+    ]
 
 
 def by_role(state: AtRest) -> dict[str, list[Process]]:
@@ -74,7 +88,8 @@ def excesses(process: Process, before: list[Process]) -> list[str]:
     limits = {"descriptors": MORE_DESCRIPTORS, "threads": MORE_THREADS, "resident": MORE_BYTES}
     found = []
     for name, more in limits.items():
-        now, then = getattr(process, name), max(getattr(old, name) for old in before)
+        now = getattr(process, name)
+        then = max(getattr(old, name) for old in before)
         if now > then + more:
             found.append(f"{process.role}: {name} {now}, at most {then} before")
     return found
@@ -82,7 +97,10 @@ def excesses(process: Process, before: list[Process]) -> list[str]:
 
 def metric(metrics: str, name: str) -> dict[str, float]:
     """The values of one metric, by its labels as they are written."""
-    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([0-9.e+-]+)$", metrics, re.M)}
+    return {
+        labels: float(value)
+        for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([0-9.e+-]+)$", metrics, re.M)
+    }
 
 
 def read(url: str) -> str:

@@ -1,4 +1,5 @@
-"""The soak's clients: HTTP with bare sockets, which can be read slowly and hung up at any byte, and gRPC."""
+"""The soak's clients: HTTP with bare sockets, which can be read slowly and hung up at any byte, and
+gRPC."""
 
 import asyncio
 import base64
@@ -22,22 +23,29 @@ PAUSE_SECONDS = 0.05
 """Of a slow reader, before each piece."""
 SLOW_BUFFER_BYTES = 4096
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"RIFF": "image/webp"}
-FINISH_REASONS = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
+FINISH_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
 
 
 class Client:
     """One client of a running system; its calls may overlap."""
 
     def __init__(self, http_port: int, grpc_port: int, model: str) -> None:
-        self._http_port, self._model = http_port, model
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=[("grpc.max_send_message_length", -1)])
+        self._http_port = http_port
+        self._model = model
+        self._channel = grpc.aio.insecure_channel(
+            f"127.0.0.1:{grpc_port}", options=[("grpc.max_send_message_length", -1)]
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
 
     async def ask(self, call: Call) -> Outcome:
-        answer, began = Answer(), time.monotonic()
+        answer = Answer()
+        began = time.monotonic()
         outcome = await self._ask(call, answer)
         outcome.seconds = time.monotonic() - began
         return outcome
@@ -45,17 +53,25 @@ class Client:
     async def _ask(self, call: Call, answer: Answer) -> Outcome:
         hangs_up_by_time = call.manner == "hangs_up" and not call.hang_up_pieces
         try:
-            async with asyncio.timeout(call.hang_up_seconds if hangs_up_by_time else call.deadline + LATE_SECONDS):
+            async with asyncio.timeout(
+                call.hang_up_seconds if hangs_up_by_time else call.deadline + LATE_SECONDS
+            ):
                 await (self._ask_http if call.door == "http" else self._ask_grpc)(call, answer)
         except TimeoutError:
-            return Outcome("hung_up" if hangs_up_by_time else "nothing", answer, message="no end in time")
+            return Outcome(
+                "hung_up" if hangs_up_by_time else "nothing", answer, message="no end in time"
+            )
         except HungUp:
             return Outcome("hung_up", answer)
         except Told as error:
             return Outcome("told", answer, error.code, error.message, error.stage)
         except (OSError, h11.ProtocolError) as error:
             return Outcome("nothing", answer, message=f"{type(error).__name__}: {error}")
-        return Outcome("answered" if answer.finish_reasons else "nothing", answer, message="it ended without an end")
+        return Outcome(
+            "answered" if answer.finish_reasons else "nothing",
+            answer,
+            message="it ended without an end",
+        )
 
     async def _took_piece(self, call: Call, num_pieces: int) -> None:
         if call.manner == "slow":
@@ -71,9 +87,18 @@ class Client:
         try:
             connection = h11.Connection(h11.CLIENT)
             body = json.dumps(http_body(call, self._model)).encode()
-            head = [("host", "soak"), ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            head = [
+                ("host", "soak"),
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
             head.append(("x-request-timeout", f"{call.deadline:.3f}"))
-            writer.write(connection.send(h11.Request(method="POST", target="/v1/chat/completions", headers=head)))
+            writer.write(
+                connection.send(
+                    h11.Request(method="POST", target="/v1/chat/completions", headers=head)
+                )
+            )
             writer.write(connection.send(h11.Data(data=body)))
             connection.send(h11.EndOfMessage())
             await writer.drain()
@@ -84,9 +109,14 @@ class Client:
     async def _read_http(self, call: Call, events: AsyncIterator[Any], answer: Answer) -> None:
         response = await anext(events)
         if response.status_code != 200 or not call.is_streamed:
-            read_whole(response.status_code, b"".join([bytes(event.data) async for event in events]), answer)
+            read_whole(
+                response.status_code,
+                b"".join([bytes(event.data) async for event in events]),
+                answer,
+            )
             return
-        num_pieces, is_done = 0, False
+        num_pieces = 0
+        is_done = False
         async for data in sse_data(events):
             if is_done:
                 answer.oddities.append("an event after [DONE]")
@@ -105,7 +135,9 @@ class Client:
             if call.is_streamed:
                 await self._read_stream(call, answer)
             else:
-                response = await self._stub.Generate(inference_pb2.GenerateRequest(**grpc_fields(call)), timeout=call.deadline)
+                response = await self._stub.Generate(
+                    inference_pb2.GenerateRequest(**grpc_fields(call)), timeout=call.deadline
+                )
                 answer.add(list(response.token_ids), response.text)
                 answer.end(FINISH_REASONS[response.finish_reason])
                 answer.num_completion_tokens = response.usage.completion_tokens
@@ -113,13 +145,19 @@ class Client:
             raise Told(error.code().name, error.details() or "", stage_of(error)) from error
 
     async def _read_stream(self, call: Call, answer: Answer) -> None:
-        stream = self._stub.GenerateStream(inference_pb2.GenerateStreamRequest(**grpc_fields(call)), timeout=call.deadline)
+        stream = self._stub.GenerateStream(
+            inference_pb2.GenerateStreamRequest(**grpc_fields(call)), timeout=call.deadline
+        )
         num_pieces = 0
         try:
             async for response in stream:
                 match response.WhichOneof("event"):
                     case "delta":
-                        answer.add(list(response.delta.token_ids), response.delta.text, response.delta.offset)
+                        answer.add(
+                            list(response.delta.token_ids),
+                            response.delta.text,
+                            response.delta.offset,
+                        )
                         num_pieces += 1
                         await self._took_piece(call, num_pieces)
                     case "end":
@@ -129,7 +167,9 @@ class Client:
             stream.cancel()
 
 
-async def http_events(reader: asyncio.StreamReader, connection: h11.Connection) -> AsyncIterator[Any]:
+async def http_events(
+    reader: asyncio.StreamReader, connection: h11.Connection
+) -> AsyncIterator[Any]:
     """The response, then its data."""
     while True:
         event = connection.next_event()
@@ -152,7 +192,9 @@ async def sse_data(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
 def read_chunk(chunk: dict[str, Any], answer: Answer) -> bool:
     """Whether it was a piece of the answer."""
     if error := chunk.get("error"):
-        raise Told(BY_CODE.get(error["code"], "INVALID_ARGUMENT"), error["message"], error.get("stage", ""))
+        raise Told(
+            BY_CODE.get(error["code"], "INVALID_ARGUMENT"), error["message"], error.get("stage", "")
+        )
     if chunk.get("usage"):
         answer.num_completion_tokens = chunk["usage"]["completion_tokens"]
     for choice in chunk["choices"]:
@@ -176,15 +218,22 @@ def read_whole(status: int, body: bytes, answer: Answer) -> None:
 
 
 def stage_of(error: grpc.aio.AioRpcError) -> str:
-    """As the status details tell it; empty where the status is the client's own, as that of its deadline."""
+    """As the status details tell it; empty where the status is the client's own, as that of its
+    deadline."""
     info = error_details_pb2.ErrorInfo()
     status = rpc_status.from_call(error)
-    return info.metadata.get("stage", "") if status and any(detail.Unpack(info) for detail in status.details) else ""
+    return (
+        info.metadata.get("stage", "")
+        if status and any(detail.Unpack(info) for detail in status.details)
+        else ""
+    )
 
 
 def http_body(call: Call, model: str) -> dict[str, Any]:
     question = call.question
-    images = [{"type": "image_url", "image_url": {"url": data_uri(file)}} for file in files_of(call)]
+    images = [
+        {"type": "image_url", "image_url": {"url": data_uri(file)}} for file in files_of(call)
+    ]
     content: Any = [*images, {"type": "text", "text": question.text}] if images else question.text
     body: dict[str, Any] = {
         "model": "no-such-model" if call.mistake == "model" else model,
@@ -204,12 +253,16 @@ def http_body(call: Call, model: str) -> dict[str, Any]:
 
 
 def data_uri(file: bytes) -> str:
-    return f"data:{MEDIA_TYPES.get(file[:4], 'image/jpeg')};base64,{base64.b64encode(file).decode()}"
+    return (
+        f"data:{MEDIA_TYPES.get(file[:4], 'image/jpeg')};base64,{base64.b64encode(file).decode()}"
+    )
 
 
 def grpc_fields(call: Call) -> dict[str, Any]:
     question = call.question
-    sampling: dict[str, Any] = {"temperature": -1.0 if call.mistake == "temperature" else question.temperature}
+    sampling: dict[str, Any] = {
+        "temperature": -1.0 if call.mistake == "temperature" else question.temperature
+    }
     if question.temperature:
         sampling |= {"top_k": SAMPLED_TOP_K, "seed": question.seed}
     max_tokens = 0 if call.mistake == "max_tokens" else question.max_tokens
@@ -219,5 +272,7 @@ def grpc_fields(call: Call) -> dict[str, Any]:
         "text": "" if is_empty else question.text,
         "images": [] if is_empty else [inference_pb2.Image(data=file) for file in files_of(call)],
         "sampling": inference_pb2.SamplingParams(**sampling),
-        "stopping": inference_pb2.StoppingParams(max_tokens=max_tokens, ignore_eos=question.ignore_eos, stop=question.stop),
+        "stopping": inference_pb2.StoppingParams(
+            max_tokens=max_tokens, ignore_eos=question.ignore_eos, stop=question.stop
+        ),
     }

@@ -1,4 +1,5 @@
-"""Seeded random faults of a running system: members killed, frozen, drained, and scaled up and down."""
+"""Seeded random faults of a running system: members killed, frozen, drained, and scaled up and
+down."""
 
 import asyncio
 import os
@@ -28,8 +29,14 @@ class Faults:
         """One of these kinds every `pause_seconds`, on the average."""
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}")
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
-        self._draw, self._pause = random.Random(seed), pause_seconds
-        ways = {"kill": self._kill, "freeze": self._freeze, "drain": self._drain, "scale": self._scale}
+        self._draw = random.Random(seed)
+        self._pause = pause_seconds
+        ways = {
+            "kill": self._kill,
+            "freeze": self._freeze,
+            "drain": self._drain,
+            "scale": self._scale,
+        }
         self._ways: list[Callable[[], Awaitable[str]]] = [ways[kind] for kind in kinds]
         self._weights = [WEIGHTS[kind] for kind in kinds]
         self._frozen: set[int] = set()
@@ -41,8 +48,14 @@ class Faults:
     async def members(self, role: str = "") -> list[control_pb2.Member]:
         """Those that are ready, as the controller knows them; none while it is away."""
         with suppress(grpc.aio.AioRpcError):
-            listed = await self._control.ListMembers(control_pb2.ListMembersRequest(), timeout=CONTROL_SECONDS)
-            found = [m for m in listed.members if m.state == control_pb2.MEMBER_STATE_READY and role in ("", m.role)]
+            listed = await self._control.ListMembers(
+                control_pb2.ListMembersRequest(), timeout=CONTROL_SECONDS
+            )
+            found = [
+                m
+                for m in listed.members
+                if m.state == control_pb2.MEMBER_STATE_READY and role in ("", m.role)
+            ]
             return sorted(found, key=lambda m: m.id)
         return []
 
@@ -60,7 +73,9 @@ class Faults:
 
     async def scale(self, role: str, replicas: int) -> bool:
         try:
-            await self._control.Scale(control_pb2.ScaleRequest(role=role, replicas=replicas), timeout=CONTROL_SECONDS)
+            await self._control.Scale(
+                control_pb2.ScaleRequest(role=role, replicas=replicas), timeout=CONTROL_SECONDS
+            )
         except grpc.aio.AioRpcError:  # the controller is away, as it may be
             return False
         return True
@@ -78,7 +93,8 @@ class Faults:
         return f"{victim.role} killed"
 
     async def _freeze(self) -> str:
-        victim, seconds = await self._victim(), self._draw.uniform(0.2, LONGEST_FREEZE_SECONDS)
+        victim = await self._victim()
+        seconds = self._draw.uniform(0.2, LONGEST_FREEZE_SECONDS)
         if not victim:
             return "nobody to freeze"
         with suppress(ProcessLookupError):
@@ -100,7 +116,9 @@ class Faults:
         if not (victim := await self._victim()) or victim.role == "controller":
             return "nobody to drain"
         try:
-            await self._control.Drain(control_pb2.DrainRequest(member_id=victim.id), timeout=CONTROL_SECONDS)
+            await self._control.Drain(
+                control_pb2.DrainRequest(member_id=victim.id), timeout=CONTROL_SECONDS
+            )
         except grpc.aio.AioRpcError as error:
             return f"drain: {error.code().name}"
         return f"{victim.role} drained"

@@ -15,7 +15,8 @@ from tests.soak.doors import FINISH_REASONS, grpc_fields
 from tests.soak.workload import SAMPLED_TOP_K, Call, Question
 
 TIE = 3e-4
-"""Another batch moves float32 logits by about 2e-5: two candidates that are so near may come out either way."""
+"""Another batch moves float32 logits by about 2e-5: two candidates that are so near may come out
+either way."""
 NUM_CANDIDATES = 20
 CONCURRENT = 24
 ATTEMPTS_SECONDS = 120.0
@@ -41,7 +42,9 @@ async def undisturbed(grpc_port: int, questions: list[Question]) -> dict[Questio
 
         async def ask(question: Question) -> Reference:
             async with gate:
-                response = await stub.Generate(reference_request(question), timeout=ATTEMPTS_SECONDS)
+                response = await stub.Generate(
+                    reference_request(question), timeout=ATTEMPTS_SECONDS
+                )
             return reference_of(question, response)
 
         return dict(zip(questions, await asyncio.gather(*map(ask, questions)), strict=True))
@@ -49,24 +52,36 @@ async def undisturbed(grpc_port: int, questions: list[Question]) -> dict[Questio
 
 def reference_request(question: Question) -> inference_pb2.GenerateRequest:
     fields = grpc_fields(Call(0, question, "grpc", False, "patient", 0, "PNG"))
-    return inference_pb2.GenerateRequest(**fields, response=inference_pb2.ResponseOptions(num_logprobs=NUM_CANDIDATES))
+    return inference_pb2.GenerateRequest(
+        **fields, response=inference_pb2.ResponseOptions(num_logprobs=NUM_CANDIDATES)
+    )
 
 
 def reference_of(question: Question, response: Any) -> Reference:
-    steps = [[(candidate.token_id, candidate.logprob) for candidate in token.top] for token in response.logprobs]
+    steps = [
+        [(candidate.token_id, candidate.logprob) for candidate in token.top]
+        for token in response.logprobs
+    ]
     ties = [n for n, candidates in enumerate(steps) if gap(question, n, candidates) < TIE]
     token_ids = list(response.token_ids)
     assert len(steps) == len(token_ids), f"{len(steps)} steps of {len(token_ids)} tokens"
-    return Reference(token_ids, response.text, FINISH_REASONS[response.finish_reason], ties[0] if ties else len(token_ids))
+    return Reference(
+        token_ids,
+        response.text,
+        FINISH_REASONS[response.finish_reason],
+        ties[0] if ties else len(token_ids),
+    )
 
 
 def gap(question: Question, position: int, candidates: Candidates) -> float:
-    """How far the token that wins is before any other that could win: below TIE, another batch may choose another."""
+    """How far the token that wins is before any other that could win: below TIE, another batch may
+    choose another."""
     if not question.temperature:
         return candidates[0][1] - candidates[1][1]
     drawn = scores(question, position, candidates)
     ordered = sorted(drawn[:SAMPLED_TOP_K], reverse=True)
-    # The filter's edge is a choice, too: who stands next to it may be in or out, which matters where it would win.
+    # The filter's edge is a choice, too: who stands next to it may be in or out, which matters
+    # where it would win.
     edge = (candidates[SAMPLED_TOP_K - 1][1] - candidates[SAMPLED_TOP_K][1]) / question.temperature
     beyond = max(drawn[SAMPLED_TOP_K - 1], drawn[SAMPLED_TOP_K]) > ordered[0] - TIE
     return min(ordered[0] - ordered[1], edge if beyond else math.inf)
@@ -77,4 +92,7 @@ def scores(question: Question, position: int, candidates: Candidates) -> list[fl
     key = signed(mix(mix(Sampling(seed=question.seed).seed) + position))
     token_ids = torch.tensor([token_id for token_id, _ in candidates])
     noise = gumbel_noise(torch.full_like(token_ids, key), token_ids).tolist()
-    return [logprob / question.temperature + n for (_, logprob), n in zip(candidates, noise, strict=True)]
+    return [
+        logprob / question.temperature + n
+        for (_, logprob), n in zip(candidates, noise, strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""One soak: the undisturbed answers, then the same questions of a system that is disturbed, then what is left of it."""
+"""One soak: the undisturbed answers, then the same questions of a system that is disturbed, then
+what is left of it."""
 
 import argparse
 import asyncio
@@ -19,11 +20,23 @@ from tests.soak.whole_context import blocks_missing
 from tests.soak.workload import Call, Question, make_calls
 from tests.system.running import Running, processes_of
 
-CONTEXT_TOKENS, KV_BYTES = 4096, 22 * 2**20
-"""Of the embedded model; and hardly more of a KV cache than one whole context takes, so that a few blocks that are lost are missed."""
+CONTEXT_TOKENS = 4096
+KV_BYTES = 22 * 2**20
+"""Of the embedded model; and hardly more of a KV cache than one whole context takes, so that a few
+blocks that are lost are missed."""
 REPLICAS = {"vision": 3, "llm": 2, "preprocess": 2, "detokenizer": 2}
-ALWAYS = ("--dtype", "float32", "--embedding-cache-mib", "1", "--kv-memory", str(KV_BYTES), "--log-level", "info")
-"""Small caches: pictures that come again are in them, or are not any more; requests are preempted; and what a process may fill is soon full."""
+ALWAYS = (
+    "--dtype",
+    "float32",
+    "--embedding-cache-mib",
+    "1",
+    "--kv-memory",
+    str(KV_BYTES),
+    "--log-level",
+    "info",
+)
+"""Small caches: pictures that come again are in them, or are not any more; requests are preempted;
+and what a process may fill is soon full."""
 WARM_UP_SHARE = 0.05
 WARM_UP_LEAST = 100
 REST_SECONDS = 60.0
@@ -47,11 +60,31 @@ class Report:
         return self.tally.is_clean and not self.leaks and not self.crashes
 
     def as_dict(self) -> dict[str, Any]:
-        tally, seconds = self.tally, sorted(self.tally.seconds) or [0.0]
-        names = ("calls", "answered", "refused", "late", "cancelled", "lost", "duplicates", "differing", "near_ties")
+        tally = self.tally
+        seconds = sorted(self.tally.seconds) or [0.0]
+        names = (
+            "calls",
+            "answered",
+            "refused",
+            "late",
+            "cancelled",
+            "lost",
+            "duplicates",
+            "differing",
+            "near_ties",
+        )
         counts = {name: getattr(tally, name) for name in names}
-        causes = {"failed": dict(tally.failed), "unwelcome": dict(tally.unwelcome), "faults": dict(self.faults)}
-        times = {"seconds": round(self.seconds, 1), "median": pick(seconds, 0.5), "p99": pick(seconds, 0.99), "longest": pick(seconds, 1)}
+        causes = {
+            "failed": dict(tally.failed),
+            "unwelcome": dict(tally.unwelcome),
+            "faults": dict(self.faults),
+        }
+        times = {
+            "seconds": round(self.seconds, 1),
+            "median": pick(seconds, 0.5),
+            "p99": pick(seconds, 0.99),
+            "longest": pick(seconds, 1),
+        }
         ends = {"leaks": self.leaks, "crashes": self.crashes, "clean": self.is_clean}
         return self.options | {"accepted": self.accepted} | counts | causes | times | ends
 
@@ -63,8 +96,12 @@ class Report:
 class Soak:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._calls = make_calls(options.seed, options.requests, options.questions or max(1, options.requests // 5))
-        self.report = Report({"requests": options.requests, "seed": options.seed, "clients": options.clients})
+        self._calls = make_calls(
+            options.seed, options.requests, options.questions or max(1, options.requests // 5)
+        )
+        self.report = Report(
+            {"requests": options.requests, "seed": options.seed, "clients": options.clients}
+        )
 
     async def run(self) -> Report:
         references = await self._references()
@@ -91,7 +128,9 @@ class Soak:
 
     async def _disturb(self, system: Running, references: dict[Question, Reference]) -> None:
         client = Client(system.http_port, system.grpc_port, system.model)
-        faults = Faults(system.grpc_port, self._options.seed, self._options.fault_seconds, self._options.faults)
+        faults = Faults(
+            system.grpc_port, self._options.seed, self._options.fault_seconds, self._options.faults
+        )
         try:
             warm_up = max(WARM_UP_LEAST, round(WARM_UP_SHARE * len(self._calls)))
             await self._ask(client, self._calls[:warm_up], references)
@@ -106,14 +145,20 @@ class Soak:
             self.report.faults = faults.done
             self.report.leaks = at_rest.leaks(before, after, processes_of(system.process.pid))
             self._compare_counts(at_rest.read(system.url("/metrics")))
-            self.report.leaks += await blocks_missing(system.grpc_port, CONTEXT_TOKENS, self._options.seed)
+            self.report.leaks += await blocks_missing(
+                system.grpc_port, CONTEXT_TOKENS, self._options.seed
+            )
         finally:
             await client.close()
             await faults.close()
 
-    async def _ask(self, client: Client, calls: list[Call], references: dict[Question, Reference]) -> None:
+    async def _ask(
+        self, client: Client, calls: list[Call], references: dict[Question, Reference]
+    ) -> None:
         """Keeps so many calls under way as there are clients."""
-        waiting, deadline, tally = iter(calls), time.monotonic() + self._options.seconds, self.report.tally
+        waiting = iter(calls)
+        deadline = time.monotonic() + self._options.seconds
+        tally = self.report.tally
 
         async def one_client() -> None:
             for call in waiting:
@@ -121,7 +166,11 @@ class Soak:
                     return
                 tally.count(call, await client.ask(call), references)
                 if tally.calls % PROGRESS_CALLS == 0:
-                    print(f"{tally.calls} calls, {tally.answered} answered, clean so far: {tally.is_clean}", file=sys.stderr)
+                    print(
+                        f"{tally.calls} calls, {tally.answered} answered, clean so far: "
+                        f"{tally.is_clean}",
+                        file=sys.stderr,
+                    )
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self._options.clients):
@@ -138,34 +187,52 @@ class Soak:
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _rest(self, system: Running, faults: Faults) -> at_rest.AtRest:
-        """When nobody asks any more and everyone is there again; what it is after a minute, where that does not come."""
+        """When nobody asks any more and everyone is there again; what it is after a minute, where
+        that does not come."""
         deadline = time.monotonic() + REST_SECONDS
         while True:
             members = await faults.members()
             state = at_rest.look(system.process.pid, members, at_rest.read(system.url("/metrics")))
             counts = Counter(member.role for member in members)
             is_whole = (
-                all(counts[role] == replicas for role, replicas in REPLICAS.items()) and counts["controller"] + counts["gateway"] == 2
+                all(counts[role] == replicas for role, replicas in REPLICAS.items())
+                and counts["controller"] + counts["gateway"] == 2
             )
             is_alone = len(processes_of(system.process.pid)) == len(members)
-            if (is_whole and is_alone and not state.held and not state.requests_in_flight) or time.monotonic() > deadline:
+            if (
+                is_whole and is_alone and not state.held and not state.requests_in_flight
+            ) or time.monotonic() > deadline:
                 return state
             await asyncio.sleep(LOOK_SECONDS)
 
     def _compare_counts(self, metrics: str) -> None:
-        """The gateway's own count of what it admitted and how that ended, against what the clients saw."""
+        """The gateway's own count of what it admitted and how that ended, against what the clients
+        saw."""
         tally = self.report.tally
         ended = at_rest.metric(metrics, "twinlens_requests_total")
         self.report.accepted = round(sum(ended.values()))
-        answered = round(sum(value for labels, value in ended.items() if '"stop"' in labels or '"length"' in labels))
+        answered = round(
+            sum(
+                value
+                for labels, value in ended.items()
+                if '"stop"' in labels or '"length"' in labels
+            )
+        )
         # One that hangs up may have been answered meanwhile, or not even been admitted yet.
         if not tally.answered <= answered <= tally.answered + tally.cancelled + tally.late:
-            self.report.leaks.append(f"the gateway answered {answered} requests, the clients saw {tally.answered} answers")
+            self.report.leaks.append(
+                f"the gateway answered {answered} requests, the clients saw {tally.answered} "
+                "answers"
+            )
 
 
 def crashes_of(system: Running) -> list[str]:
     """Children that ended by themselves, and not by a fault of ours."""
-    ended = [entry for entry in system.logged(event="service ended, starting it anew") if entry["status"] not in (KILLED, 0)]
+    ended = [
+        entry
+        for entry in system.logged(event="service ended, starting it anew")
+        if entry["status"] not in (KILLED, 0)
+    ]
     return [f"{entry['name']} ended with status {entry['status']}" for entry in ended]
 
 

@@ -6,9 +6,26 @@ from dataclasses import replace
 import pytest
 
 from proto.twinlens.control.v1 import control_pb2
-from tests.soak.at_rest import MORE_BYTES, MORE_DESCRIPTORS, MORE_THREADS, AtRest, Process, leaks, look, metric
+from tests.soak.at_rest import (
+    MORE_BYTES,
+    MORE_DESCRIPTORS,
+    MORE_THREADS,
+    AtRest,
+    Process,
+    leaks,
+    look,
+    metric,
+)
 
-BEFORE = AtRest({1: Process("launcher", 20, 5, 10**8), 2: Process("vision", 30, 8, 10**8), 3: Process("vision", 34, 8, 10**8)}, 0, 0)
+BEFORE = AtRest(
+    {
+        1: Process("launcher", 20, 5, 10**8),
+        2: Process("vision", 30, 8, 10**8),
+        3: Process("vision", 34, 8, 10**8),
+    },
+    0,
+    0,
+)
 CHILDREN = {2, 3}
 
 
@@ -22,10 +39,25 @@ def test_nothing_is_found_where_nothing_changed_but_the_processes() -> None:
     [
         ({"held": 1}, "1 requests or images are held"),
         ({"requests_in_flight": 2}, "2 requests in flight"),
-        ({"processes": {1: BEFORE.processes[1], 2: BEFORE.processes[2]}}, "1 processes of vision, 2 before"),
-        ({"processes": BEFORE.processes | {3: Process("vision", 35 + MORE_DESCRIPTORS, 8, 10**8)}}, "descriptors"),
-        ({"processes": BEFORE.processes | {3: Process("vision", 30, 9 + MORE_THREADS, 10**8)}}, "threads"),
-        ({"processes": BEFORE.processes | {3: Process("vision", 30, 8, 10**8 + MORE_BYTES + 1)}}, "resident"),
+        (
+            {"processes": {1: BEFORE.processes[1], 2: BEFORE.processes[2]}},
+            "1 processes of vision, 2 before",
+        ),
+        (
+            {
+                "processes": BEFORE.processes
+                | {3: Process("vision", 35 + MORE_DESCRIPTORS, 8, 10**8)}
+            },
+            "descriptors",
+        ),
+        (
+            {"processes": BEFORE.processes | {3: Process("vision", 30, 9 + MORE_THREADS, 10**8)}},
+            "threads",
+        ),
+        (
+            {"processes": BEFORE.processes | {3: Process("vision", 30, 8, 10**8 + MORE_BYTES + 1)}},
+            "resident",
+        ),
     ],
 )
 def test_what_is_left_over_is_found(changed: dict[str, object], words: str) -> None:
@@ -41,9 +73,20 @@ def test_a_process_is_looked_at_in_proc() -> None:
     state = look(2**22 + 1, [member], "# HELP x\ntwinlens_requests_in_flight 4.0\n")
     assert (state.held, state.requests_in_flight) == (3, 4)
     (process,) = state.processes.values()
-    assert process.role == "vision" and process.descriptors > 2 and process.threads >= 1 and process.resident > 2**20
+    assert (
+        process.role == "vision"
+        and process.descriptors > 2
+        and process.threads >= 1
+        and process.resident > 2**20
+    )
 
 
 def test_metrics_are_read_by_their_labels() -> None:
-    text = 'twinlens_requests_total{outcome="stop"} 3.0\ntwinlens_requests_total{outcome="Internal"} 1e+02\ntwinlens_requests 7\n'
-    assert metric(text, "twinlens_requests_total") == {'{outcome="stop"}': 3.0, '{outcome="Internal"}': 100.0}
+    text = (
+        'twinlens_requests_total{outcome="stop"} '
+        '3.0\ntwinlens_requests_total{outcome="Internal"} 1e+02\ntwinlens_requests 7\n'
+    )
+    assert metric(text, "twinlens_requests_total") == {
+        '{outcome="stop"}': 3.0,
+        '{outcome="Internal"}': 100.0,
+    }

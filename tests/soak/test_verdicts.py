@@ -16,7 +16,9 @@ REFERENCE = Reference([5, 6, 7, 8], "abcd", "length", first_tie=4)
 
 def good_answer() -> Answer:
     answer = Answer()
-    for offset, (token_id, text) in enumerate(zip(REFERENCE.token_ids, REFERENCE.text, strict=True)):
+    for offset, (token_id, text) in enumerate(
+        zip(REFERENCE.token_ids, REFERENCE.text, strict=True)
+    ):
         answer.add([token_id], text, offset)
     answer.end("length")
     answer.num_completion_tokens = 4
@@ -87,20 +89,28 @@ def test_the_beginning_of_an_answer_is_compared_too() -> None:
     assert difference(Answer([5, 6], "b"), REFERENCE, is_whole=False) is not None
 
 
-@pytest.mark.parametrize(("token_ids", "verdict"), [([5, 6, 1, 2], "tie"), ([5, 6, 1], "tie"), ([5, 1, 7, 8], "token 1 differs")])
+@pytest.mark.parametrize(
+    ("token_ids", "verdict"),
+    [([5, 6, 1, 2], "tie"), ([5, 6, 1], "tie"), ([5, 1, 7, 8], "token 1 differs")],
+)
 def test_only_what_follows_a_near_tie_may_differ(token_ids: list[int], verdict: str) -> None:
     answer = replace(good_answer(), token_ids=token_ids)
     assert difference(answer, replace(REFERENCE, first_tie=2), is_whole=True) == verdict
 
 
 def test_an_answer_that_parts_at_a_near_tie_is_counted_apart() -> None:
-    tally = count(Outcome("answered", replace(good_answer(), token_ids=[5, 6, 1])), reference=replace(REFERENCE, first_tie=2))
+    tally = count(
+        Outcome("answered", replace(good_answer(), token_ids=[5, 6, 1])),
+        reference=replace(REFERENCE, first_tie=2),
+    )
     assert (tally.near_ties, tally.differing, tally.is_clean) == (1, 0, True)
 
 
 def test_an_answer_that_is_equal_in_spite_of_a_near_tie_must_end_equally() -> None:
     answer = replace(good_answer(), text="abxd")
-    assert count(Outcome("answered", answer), reference=replace(REFERENCE, first_tie=2)).differing == 1
+    assert (
+        count(Outcome("answered", answer), reference=replace(REFERENCE, first_tie=2)).differing == 1
+    )
 
 
 def test_failures_are_counted_by_cause() -> None:
@@ -133,7 +143,9 @@ def test_a_deadline_that_was_long_enough_is_a_failure() -> None:
 
 
 def test_a_mistake_that_is_answered_is_a_failure() -> None:
-    assert not count(Outcome("answered", good_answer()), replace(CALL, manner="mistaken", mistake="model")).is_clean
+    assert not count(
+        Outcome("answered", good_answer()), replace(CALL, manner="mistaken", mistake="model")
+    ).is_clean
 
 
 def test_one_who_hangs_up_is_cancelled() -> None:

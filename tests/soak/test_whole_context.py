@@ -19,7 +19,12 @@ def test_a_whole_answer_is_no_complaint() -> None:
         inference_pb2.GenerateResponse(token_ids=[1] * (MAX_TOKENS - 1)),
         inference_pb2.GenerateResponse(),
         ConnectionError("gone"),
-        grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata(), details="too late"),
+        grpc.aio.AioRpcError(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            details="too late",
+        ),
     ],
     ids=["short", "empty", "broken", "late"],
 )
@@ -29,6 +34,7 @@ def test_anything_else_is(answer: object) -> None:
 
 def test_no_two_prompts_share_a_block() -> None:
     draw = random.Random(1)
-    first, second = request(draw, 4088), request(draw, 4088)
+    first = request(draw, 4088)
+    second = request(draw, 4088)
     assert len(first.token_ids.ids) == 4088
     assert first.token_ids.ids[:16] != second.token_ids.ids[:16]

@@ -5,7 +5,15 @@ from collections import Counter
 import numpy as np
 
 from services.preprocess.images import decode
-from tests.soak.workload import LOSSLESS, MANNERS, MISTAKES, Picture, files_of, make_calls, picture_file
+from tests.soak.workload import (
+    LOSSLESS,
+    MANNERS,
+    MISTAKES,
+    Picture,
+    files_of,
+    make_calls,
+    picture_file,
+)
 
 
 def test_calls_are_those_of_their_seed() -> None:
@@ -18,7 +26,9 @@ def test_every_kind_of_call_is_among_them() -> None:
     assert {call.manner for call in calls} == set(MANNERS)
     assert {call.mistake for call in calls} == {"", *MISTAKES}
     assert {len(call.question.pictures) for call in calls} == {0, 1, 2, 3, 4}
-    assert {(call.door, call.is_streamed) for call in calls} == {(d, s) for d in ("http", "grpc") for s in (True, False)}
+    assert {(call.door, call.is_streamed) for call in calls} == {
+        (d, s) for d in ("http", "grpc") for s in (True, False)
+    }
     assert {bool(call.question.temperature) for call in calls} == {True, False}
     assert any(call.question.stop for call in calls)
 
@@ -35,7 +45,9 @@ def test_lossless_files_of_one_picture_hold_the_same_pixels() -> None:
     png, webp = (decode(picture_file(picture, file_format)) for file_format in LOSSLESS)
     assert png.shape == (180, 100, 3)
     assert np.array_equal(png, webp)
-    assert not np.array_equal(png, decode(picture_file(Picture(4, 100, 180, is_lossy=False), "PNG")))
+    assert not np.array_equal(
+        png, decode(picture_file(Picture(4, 100, 180, is_lossy=False), "PNG"))
+    )
 
 
 def test_a_mistaken_image_comes_after_the_good_ones() -> None:

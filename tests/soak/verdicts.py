@@ -15,9 +15,11 @@ MAX_EXAMPLES = 12
 
 @dataclass
 class Tally:
-    """Each call counts once among answered, refused, late, cancelled, failed and lost; what was wrong with what it saw, beside.
+    """Each call counts once among answered, refused, late, cancelled, failed and lost; what was
+    wrong with what it saw, beside.
 
-    `late` ended by a deadline too short to be kept; `failed` and `unwelcome` (a refusal of what should have been taken) by cause.
+    `late` ended by a deadline too short to be kept; `failed` and `unwelcome` (a refusal of what
+    should have been taken) by cause.
     """
 
     calls: int = 0
@@ -64,7 +66,9 @@ class Tally:
             self.late += 1
         elif is_due(call, outcome):
             self.refused += 1
-        elif outcome.code in REFUSALS or (outcome.code == "UNAVAILABLE" and outcome.stage == ADMISSION_STAGE):
+        elif outcome.code in REFUSALS or (
+            outcome.code == "UNAVAILABLE" and outcome.stage == ADMISSION_STAGE
+        ):
             self.refused += 1
             self.unwelcome[cause_of(outcome)] += 1
             self._note(call, outcome, "refused")
@@ -89,7 +93,8 @@ class Tally:
             told = f"{outcome.code} {outcome.stage} {outcome.message}".strip()
             streamed = "streamed" if call.is_streamed else "whole"
             self.examples.append(
-                f"call {call.number} ({call.door}, {streamed}, {call.manner}, {len(call.question.pictures)} images,"
+                f"call {call.number} ({call.door}, {streamed}, {call.manner}, "
+                f"{len(call.question.pictures)} images,"
                 f" {outcome.seconds:.1f} s): {what}; {told}"
             )
 
@@ -105,18 +110,30 @@ def cause_of(outcome: Outcome) -> str:
 
 
 def difference(answer: Answer, reference: Reference, is_whole: bool) -> str | None:
-    """None where the answer is the undisturbed one, "tie" where they part at a near tie, else what is wrong."""
-    found, wanted = answer.token_ids, reference.token_ids
-    parted = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    """None where the answer is the undisturbed one, "tie" where they part at a near tie, else what
+    is wrong."""
+    found = answer.token_ids
+    wanted = reference.token_ids
+    parted = next(
+        (n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+        min(len(found), len(wanted)),
+    )
     if reference.first_tie <= parted < min(len(found), len(wanted)):
         return "tie"
     if parted < len(found):
-        return f"token {parted} differs" if parted < len(wanted) else f"{len(found)} tokens, {len(wanted)} undisturbed"
+        return (
+            f"token {parted} differs"
+            if parted < len(wanted)
+            else f"{len(found)} tokens, {len(wanted)} undisturbed"
+        )
     if not reference.text.startswith(answer.text):
         return f"the text differs: {answer.text!r}, {reference.text!r} undisturbed"
     if not is_whole:
         return None
     whole = (found, answer.text, answer.finish_reasons, answer.num_completion_tokens)
     if whole != (wanted, reference.text, [reference.finish_reason], len(wanted)):
-        return f"the end differs: {len(found)} tokens, {answer.finish_reasons}, counted {answer.num_completion_tokens}"
+        return (
+            f"the end differs: {len(found)} tokens, {answer.finish_reasons}, "
+            f"counted {answer.num_completion_tokens}"
+        )
     return None

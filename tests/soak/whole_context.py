@@ -1,4 +1,5 @@
-"""Whether the language groups have all of their KV blocks again: prompts that need nearly all of them run only then."""
+"""Whether the language groups have all of their KV blocks again: prompts that need nearly all of
+them run only then."""
 
 import asyncio
 import random
@@ -9,19 +10,23 @@ from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 
 NUM_REQUESTS = 4
 """At once, so that each of two groups gets some."""
-LEAST_TOKEN, MOST_TOKEN = 33, 126
+LEAST_TOKEN = 33
+MOST_TOKEN = 126
 """Of bytes that stand for themselves."""
 MAX_TOKENS = 8
 SECONDS = 90.0
 
 
 async def blocks_missing(grpc_port: int, num_tokens: int, seed: int) -> list[str]:
-    """What goes wrong with requests of so many tokens, prompt and answer together; nothing should."""
+    """What goes wrong with requests of so many tokens, prompt and answer together; nothing
+    should."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         draw = random.Random(seed)
         requests = [request(draw, num_tokens - MAX_TOKENS) for _ in range(NUM_REQUESTS)]
-        answers = await asyncio.gather(*(stub.Generate(r, timeout=SECONDS) for r in requests), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(stub.Generate(r, timeout=SECONDS) for r in requests), return_exceptions=True
+        )
     return [f"a prompt of the whole context: {told(answer)}" for answer in answers if told(answer)]
 
 
@@ -41,4 +46,8 @@ def told(answer: object) -> str:
     if isinstance(answer, BaseException):
         return repr(answer)
     assert isinstance(answer, inference_pb2.GenerateResponse)
-    return "" if len(answer.token_ids) == MAX_TOKENS else f"{len(answer.token_ids)} tokens of {MAX_TOKENS}"
+    return (
+        ""
+        if len(answer.token_ids) == MAX_TOKENS
+        else f"{len(answer.token_ids)} tokens of {MAX_TOKENS}"
+    )

@@ -1,4 +1,5 @@
-"""What the soak asks: seeded questions, and calls that ask them through both doors in every manner a client has."""
+"""What the soak asks: seeded questions, and calls that ask them through both doors in every manner
+a client has."""
 
 import random
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ NUM_IMAGES_WEIGHTS = (30, 40, 14, 8, 8)
 LOSSLESS = ("PNG", "WEBP")
 MANNERS = {"patient": 76, "slow": 6, "hangs_up": 8, "hurried": 5, "mistaken": 5}
 MISTAKES = ("no_image", "cut_off", "max_tokens", "model", "temperature", "empty")
-SENTENCE = "read the receipt and tell me what it says about a total of items sold on this page in one short line please now"
+SENTENCE = (
+    "read the receipt and tell me what it says about a total of items sold on "
+    "this page in one short line please now"
+)
 STOP_STRINGS = ("e", "t", "0", "an", ". ", "\n", "e ", "s", "th", "No")
 PATIENCE_SECONDS = 60.0
 SAMPLED_TOP_K = 8
@@ -62,7 +66,8 @@ class Call:
 
 
 def make_calls(seed: int, number: int, num_questions: int) -> list[Call]:
-    """The same ones for the same numbers. Later questions are first asked later, so that there is always something new."""
+    """The same ones for the same numbers. Later questions are first asked later, so that there is
+    always something new."""
     draw = random.Random(seed)
     questions = [make_question(draw) for _ in range(num_questions)]
     return [make_call(draw, n, choose(draw, questions, (n + 1) / number)) for n in range(number)]
@@ -76,7 +81,9 @@ def choose(draw: random.Random, questions: list[Question], progress: float) -> Q
 
 def make_question(draw: random.Random) -> Question:
     sizes = draw.choices(SIZES, SIZE_WEIGHTS, k=draw.choices(NUM_IMAGES, NUM_IMAGES_WEIGHTS)[0])
-    pictures = tuple(Picture(draw.randrange(2**32), *size, is_lossy=draw.random() < 0.3) for size in sizes)
+    pictures = tuple(
+        Picture(draw.randrange(2**32), *size, is_lossy=draw.random() < 0.3) for size in sizes
+    )
     is_sampled = draw.random() < 0.4
     return Question(
         text=" ".join(draw.choices(SENTENCE.split(), k=draw.choice((2, 5, 10, 40)))),
@@ -110,13 +117,19 @@ def make_call(draw: random.Random, number: int, question: Question) -> Call:
 @lru_cache(maxsize=1000)
 def picture_file(picture: Picture, file_format: str) -> bytes:
     """Blocks of random colours: unlike any other seed's, and quickly packed."""
-    cells = np.random.default_rng(picture.seed).integers(0, 256, (picture.height // 4, picture.width // 4, 3), np.uint8)
+    cells = np.random.default_rng(picture.seed).integers(
+        0, 256, (picture.height // 4, picture.width // 4, 3), np.uint8
+    )
     image = Image.fromarray(cells.repeat(4, axis=0).repeat(4, axis=1))
     target = BytesIO()
     if picture.is_lossy:
         image.save(target, "JPEG", quality=85)
     else:
-        image.save(target, file_format, **({"lossless": True} if file_format == "WEBP" else {"compress_level": 1}))
+        image.save(
+            target,
+            file_format,
+            **({"lossless": True} if file_format == "WEBP" else {"compress_level": 1}),
+        )
     return target.getvalue()
 
 

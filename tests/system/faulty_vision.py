@@ -1,4 +1,5 @@
-"""A vision replica whose embeddings cannot be used: joins a running system like any other, and is as quick to take work.
+"""A vision replica whose embeddings cannot be used: joins a running system like any other, and is
+as quick to take work.
 
 python -m tests.system.faulty_vision FAULT --controller ADDRESS ...
 """
@@ -16,7 +17,8 @@ class FaultyTower:
     dtype = "float32"
 
     def __init__(self, fault: str, hidden_size: int) -> None:
-        self._fault, self._hidden_size = fault, hidden_size
+        self._fault = fault
+        self._hidden_size = hidden_size
 
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
         num_tokens = patches.shape[0] // 4
@@ -30,5 +32,7 @@ class FaultyTower:
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
-    vision.make_tower = lambda settings, checkpoint, member, buckets: FaultyTower(fault, checkpoint.text_config["hidden_size"])
+    vision.make_tower = lambda settings, checkpoint, member, buckets: FaultyTower(
+        fault, checkpoint.text_config["hidden_size"]
+    )
     run("vision", __doc__ or "", vision.main)

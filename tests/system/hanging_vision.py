@@ -1,4 +1,5 @@
-"""A vision replica that encodes one image and hangs in the second, while its connections live: joins a running system like any other.
+"""A vision replica that encodes one image and hangs in the second, while its connections live:
+joins a running system like any other.
 
 python -m tests.system.hanging_vision --controller ADDRESS ...
 """
@@ -13,7 +14,8 @@ from services.vision import __main__ as vision
 
 class HangingTower:
     def __init__(self, tower: Any) -> None:
-        self._tower, self._num_encoded = tower, 0
+        self._tower = tower
+        self._num_encoded = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tower, name)

@@ -1,4 +1,5 @@
-"""Two hosts: network namespaces joined by a veth pair. The services in them share no network, and no memory of /dev/shm."""
+"""Two hosts: network namespaces joined by a veth pair. The services in them share no network, and
+no memory of /dev/shm."""
 
 import itertools
 import json
@@ -16,7 +17,8 @@ import pytest
 
 from tests.system.running import READY_SECONDS, ROOT, own_environment, until
 
-CONTROLLER_PORT, GRPC_PORT = 50050, 50051
+CONTROLLER_PORT = 50050
+GRPC_PORT = 50051
 _numbers = itertools.count()
 
 
@@ -30,7 +32,10 @@ class Host:
     """One namespace, with an address that the other reaches."""
 
     def __init__(self, name: str, address: str, interface: str, logs: Path) -> None:
-        self.name, self.address, self.interface, self._logs = name, address, interface, logs
+        self.name = name
+        self.address = address
+        self.interface = interface
+        self._logs = logs
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def command(self, *command: str) -> list[str]:
@@ -39,19 +44,41 @@ class Host:
 
     def start(self, role: str, controller: "Host", *flags: str) -> "subprocess.Popen[bytes]":
         address = f"{controller.address}:{CONTROLLER_PORT}"
-        flags = (f"--controller={address}", "--listen=tcp://0.0.0.0:*", f"--advertise={self.address}", *flags)
+        flags = (
+            f"--controller={address}",
+            "--listen=tcp://0.0.0.0:*",
+            f"--advertise={self.address}",
+            *flags,
+        )
         log = self._logs / f"{role}-{next(_numbers)}.log"
         with log.open("wb") as output:
             command = self.command(sys.executable, "-m", f"services.{role}", *flags)
-            environment = own_environment() | {"GLOO_SOCKET_IFNAME": self.interface, "OMP_WAIT_POLICY": "passive"}
+            environment = own_environment() | {
+                "GLOO_SOCKET_IFNAME": self.interface,
+                "OMP_WAIT_POLICY": "passive",
+            }
             process = subprocess.Popen(command, cwd=ROOT, stderr=output, env=environment)
         self._processes.append(process)
         return process
 
     def begin(self, *arguments: str) -> "subprocess.Popen[str]":
         """A call of the command line, under way."""
-        command = self.command(sys.executable, "-m", "services.cli", *arguments, "--grpc", f"{self.address}:{GRPC_PORT}")
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own_environment())
+        command = self.command(
+            sys.executable,
+            "-m",
+            "services.cli",
+            *arguments,
+            "--grpc",
+            f"{self.address}:{GRPC_PORT}",
+        )
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=own_environment(),
+        )
 
     def twinlens(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         process = self.begin(*arguments)
@@ -83,14 +110,29 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
     if not shutil.which("ip"):
         pytest.skip("there is no `ip` here (Debian: iproute2)")
     prefix = f"tl{os.getpid()}"
-    hosts = [Host(f"{prefix}{end}", f"10.203.0.{n}", f"{prefix}{end}", logs) for n, end in ((1, "a"), (2, "b"))]
+    hosts = [
+        Host(f"{prefix}{end}", f"10.203.0.{n}", f"{prefix}{end}", logs)
+        for n, end in ((1, "a"), (2, "b"))
+    ]
     with ExitStack() as stack:
         try:
             for host in hosts:
                 ip("netns", "add", host.name)
                 stack.callback(ip, "netns", "delete", host.name)
             first, second = hosts
-            ip("link", "add", first.interface, "netns", first.name, "type", "veth", "peer", second.interface, "netns", second.name)
+            ip(
+                "link",
+                "add",
+                first.interface,
+                "netns",
+                first.name,
+                "type",
+                "veth",
+                "peer",
+                second.interface,
+                "netns",
+                second.name,
+            )
             for host in hosts:
                 ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.interface)
                 for interface in (host.interface, "lo"):
@@ -105,13 +147,17 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
 def start_front(host: Host, model: Path | str) -> None:
     """What holds no weights: controller, gateway, preprocess, detokenizer."""
     host.start("controller", host, f"--control-listen={host.address}:{CONTROLLER_PORT}")
-    host.start("gateway", host, f"--host={host.address}", f"--grpc-port={GRPC_PORT}", "--drain-delay=0")
+    host.start(
+        "gateway", host, f"--host={host.address}", f"--grpc-port={GRPC_PORT}", "--drain-delay=0"
+    )
     host.start("preprocess", host, f"--model={model}")
     host.start("detokenizer", host, f"--model={model}")
 
 
 def await_ready(host: Host) -> None:
     def ready() -> bool:
-        return any(member["role"] == "gateway" and member["state"] == "ready" for member in host.members())
+        return any(
+            member["role"] == "gateway" and member["state"] == "ready" for member in host.members()
+        )
 
     until(ready, "the gateway can give answers", READY_SECONDS)

@@ -31,16 +31,37 @@ def free_port() -> int:
 
 
 class Running:
-    """`twinlens serve` with a client's view of it. Leaving the with block interrupts it and waits for its end."""
+    """`twinlens serve` with a client's view of it. Leaving the with block interrupts it and waits
+    for its end."""
 
     def __init__(self, *arguments: str) -> None:
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.http_port = free_port()
+        self.grpc_port = free_port()
         ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        command = [sys.executable, "-m", "services.cli", "serve", *ports, "--log-level", "debug", *arguments]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own_environment())
+        command = [
+            sys.executable,
+            "-m",
+            "services.cli",
+            "serve",
+            *ports,
+            "--log-level",
+            "debug",
+            *arguments,
+        ]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=own_environment(),
+        )
         self.lines: list[str] = []
         self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._readers = [threading.Thread(target=self._read, args=(stream,)) for stream in (self.process.stdout, self.process.stderr)]
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream,))
+            for stream in (self.process.stdout, self.process.stderr)
+        ]
         for reader in self._readers:
             reader.start()
 
@@ -88,13 +109,27 @@ class Running:
     def chat(self, messages: list[dict[str, Any]], **body: Any) -> tuple[int, Any]:
         whole = {"model": self.model, "messages": messages, "temperature": 0, **body}
         return fetch(
-            urllib.request.Request(self.url("/v1/chat/completions"), json.dumps(whole).encode(), {"content-type": "application/json"})
+            urllib.request.Request(
+                self.url("/v1/chat/completions"),
+                json.dumps(whole).encode(),
+                {"content-type": "application/json"},
+            )
         )
 
     def stream(self, messages: list[dict[str, Any]], **body: Any) -> Iterator[dict[str, Any]]:
         """Each event of a streamed answer; closing it hangs up."""
-        whole = {"model": self.model, "messages": messages, "temperature": 0, "stream": True, **body}
-        request = urllib.request.Request(self.url("/v1/chat/completions"), json.dumps(whole).encode(), {"content-type": "application/json"})
+        whole = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": 0,
+            "stream": True,
+            **body,
+        }
+        request = urllib.request.Request(
+            self.url("/v1/chat/completions"),
+            json.dumps(whole).encode(),
+            {"content-type": "application/json"},
+        )
         with urllib.request.urlopen(request, timeout=READY_SECONDS) as response:
             for line in response:
                 if line.startswith(b"data: {"):
@@ -105,8 +140,22 @@ class Running:
         return self.get("/v1/models")[1]["data"][0]["id"]
 
     def twinlens(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "services.cli", *arguments, "--grpc", f"127.0.0.1:{self.grpc_port}"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=READY_SECONDS, env=own_environment())
+        command = [
+            sys.executable,
+            "-m",
+            "services.cli",
+            *arguments,
+            "--grpc",
+            f"127.0.0.1:{self.grpc_port}",
+        ]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=READY_SECONDS,
+            env=own_environment(),
+        )
 
     def members(self, role: str = "") -> list[dict[str, Any]]:
         """Those that are not dead."""
@@ -127,14 +176,17 @@ def fetch(request: urllib.request.Request) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(request, timeout=READY_SECONDS) as response:
             body = response.read()
-            return response.status, json.loads(body) if response.headers["content-type"].startswith("application/json") else body.decode()
+            return response.status, json.loads(body) if response.headers["content-type"].startswith(
+                "application/json"
+            ) else body.decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.loads(error.read())
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """Asks again and again, because what another process does sends no event here; fails after many seconds."""
+    """Asks again and again, because what another process does sends no event here; fails after many
+    seconds."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -148,7 +200,15 @@ def data_uri(image: Path | bytes) -> str:
 
 
 def ask_about(image: Path | bytes, text: str = "OCR:") -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"type": "text", "text": text}]}]
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": data_uri(image)}},
+                {"type": "text", "text": text},
+            ],
+        }
+    ]
 
 
 def golden_messages(case: Path) -> list[dict[str, Any]]:

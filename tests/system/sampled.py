@@ -1,4 +1,5 @@
-"""Sampled answers over gRPC, and how near their draws were: below some gap, another batch may choose another token."""
+"""Sampled answers over gRPC, and how near their draws were: below some gap, another batch may
+choose another token."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,26 +15,43 @@ NUM_CANDIDATES = 20
 
 
 def sampled_request(n: int, max_tokens: int) -> inference_pb2.GenerateRequest:
-    """Every draw is among the best 20, whose log-probabilities are asked for: so its gap can be computed."""
+    """Every draw is among the best 20, whose log-probabilities are asked for: so its gap can be
+    computed."""
     return inference_pb2.GenerateRequest(
         text=f"Question {n}.",
         images=[inference_pb2.Image(data=path.read_bytes()) for path in IMAGES],
-        sampling=inference_pb2.SamplingParams(temperature=1, top_p=1, top_k=NUM_CANDIDATES, min_p=0, repetition_penalty=1, seed=1000 + n),
+        sampling=inference_pb2.SamplingParams(
+            temperature=1,
+            top_p=1,
+            top_k=NUM_CANDIDATES,
+            min_p=0,
+            repetition_penalty=1,
+            seed=1000 + n,
+        ),
         stopping=inference_pb2.StoppingParams(max_tokens=max_tokens, ignore_eos=True),
         response=inference_pb2.ResponseOptions(num_logprobs=NUM_CANDIDATES),
     )
 
 
-def sampled_whole(system: Running, request: inference_pb2.GenerateRequest) -> tuple[list[int], str, float]:
+def sampled_whole(
+    system: Running, request: inference_pb2.GenerateRequest
+) -> tuple[list[int], str, float]:
     """Token ids, text, and the smallest gap of a draw."""
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
-        answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=READY_SECONDS)
-    gaps = [gap_of(entry, request.sampling.seed, position) for position, entry in enumerate(answer.logprobs)]
+        answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            request, timeout=READY_SECONDS
+        )
+    gaps = [
+        gap_of(entry, request.sampling.seed, position)
+        for position, entry in enumerate(answer.logprobs)
+    ]
     return list(answer.token_ids), answer.text, min(gaps)
 
 
 def sampled_stream(
-    system: Running, request: inference_pb2.GenerateRequest, on_tokens: Callable[[int], None] = lambda count: None
+    system: Running,
+    request: inference_pb2.GenerateRequest,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[int], str]:
     """Calls with the number of tokens so far; each delta begins where the last one ended."""
     ids: list[int] = []
@@ -46,10 +64,15 @@ def sampled_stream(
     return ids, "".join(texts)
 
 
-def deltas(system: Running, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.Delta]:
-    streamed = inference_pb2.GenerateStreamRequest.FromString(request.SerializeToString())  # equal fields with equal numbers
+def deltas(
+    system: Running, request: inference_pb2.GenerateRequest
+) -> Iterator[inference_pb2.Delta]:
+    # Equal fields with equal numbers.
+    streamed = inference_pb2.GenerateStreamRequest.FromString(request.SerializeToString())
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
-        for response in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(streamed, timeout=READY_SECONDS):
+        for response in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
+            streamed, timeout=READY_SECONDS
+        ):
             if response.HasField("delta"):
                 yield response.delta
 

@@ -1,4 +1,5 @@
-"""Members that die with answers under way, where another can take their place: the streams go on as if nothing had been."""
+"""Members that die with answers under way, where another can take their place: the streams go on as
+if nothing had been."""
 
 import os
 import signal
@@ -14,9 +15,15 @@ from tests.system.sampled import sampled_request, sampled_stream, sampled_whole
 pytestmark = pytest.mark.system
 CASE = GOLDEN / "b_two_images_tied"
 NUM_STREAMS = 6
-# Answers of a random model may differ in another batch where two tokens are nearly tied; near ties are left out below.
+# Answers of a random model may differ in another batch where two tokens are nearly tied; near ties
+# are left out below.
 TIE = 3e-4
-BODY = {"max_tokens": 400, "ignore_eos": True, "repetition_penalty": 1.0, "skip_special_tokens": False}
+BODY = {
+    "max_tokens": 400,
+    "ignore_eos": True,
+    "repetition_penalty": 1.0,
+    "skip_special_tokens": False,
+}
 NUM_SAMPLED_TOKENS = 200
 
 
@@ -29,7 +36,10 @@ def system() -> Iterator[Running]:
 
 def question(n: int) -> list[dict[str, Any]]:
     *others, user = golden_messages(CASE)
-    return [*others, {**user, "content": [*user["content"], {"type": "text", "text": f"Question {n}."}]}]
+    return [
+        *others,
+        {**user, "content": [*user["content"], {"type": "text", "text": f"Question {n}."}]},
+    ]
 
 
 def undisturbed(system: Running, n: int, body: dict[str, Any]) -> tuple[str, float]:
@@ -51,7 +61,9 @@ class Victims:
     """Members of a role, of which one is hit by the first call."""
 
     def __init__(self, system: Running, role: str, number: signal.Signals) -> None:
-        self.pids, self.number, self.hit = [m["pid"] for m in system.members(role)], number, list[int]()
+        self.pids = [m["pid"] for m in system.members(role)]
+        self.number = number
+        self.hit = list[int]()
 
     def hit_one(self) -> None:
         if not self.hit:
@@ -65,8 +77,13 @@ class Victims:
 
 
 def all_again(system: Running, role: str) -> None:
-    until(lambda: [m["state"] for m in system.members(role)] == ["ready", "ready"], f"two of {role} again")
-    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in system.members()), "nothing is held")
+    until(
+        lambda: [m["state"] for m in system.members(role)] == ["ready", "ready"],
+        f"two of {role} again",
+    )
+    until(
+        lambda: all(m["in_flight"] + m["queued"] == 0 for m in system.members()), "nothing is held"
+    )
 
 
 def ask_all(questions: dict[int, Any], ask: Callable[[int], Any]) -> dict[int, Any]:
@@ -76,7 +93,9 @@ def ask_all(questions: dict[int, Any], ask: Callable[[int], Any]) -> dict[int, A
 
 @pytest.mark.parametrize("role", ["llm", "detokenizer", "preprocess"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_streams_go_on_without_a_token_repeated_missing_or_changed(system: Running, role: str, number: signal.Signals) -> None:
+def test_streams_go_on_without_a_token_repeated_missing_or_changed(
+    system: Running, role: str, number: signal.Signals
+) -> None:
     expected = clear_questions(system)
     victims = Victims(system, role, number)
 
@@ -95,17 +114,23 @@ def test_streams_go_on_without_a_token_repeated_missing_or_changed(system: Runni
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_sampled_streams_go_on_with_the_draws_that_they_would_have_had(system: Running, number: signal.Signals) -> None:
+def test_sampled_streams_go_on_with_the_draws_that_they_would_have_had(
+    system: Running, number: signal.Signals
+) -> None:
     requests = {n: sampled_request(n, NUM_SAMPLED_TOKENS) for n in range(2 * NUM_STREAMS)}
     found = {n: sampled_whole(system, request) for n, request in requests.items()}
     expected = {n: (ids, text) for n, (ids, text, gap) in found.items() if gap > TIE}
     expected = dict(list(expected.items())[:NUM_STREAMS])
     assert len(expected) >= 3
-    assert len({tuple(ids) for ids, _ in expected.values()}) == len(expected), "each question and seed has its own answer"
+    assert len({tuple(ids) for ids, _ in expected.values()}) == len(expected), (
+        "each question and seed has its own answer"
+    )
     victims = Victims(system, "llm", number)
 
     def ask(n: int) -> tuple[list[int], str]:
-        return sampled_stream(system, requests[n], lambda count: victims.hit_one() if count > 20 else None)
+        return sampled_stream(
+            system, requests[n], lambda count: victims.hit_one() if count > 20 else None
+        )
 
     assert ask_all(expected, ask) == expected
     victims.thaw()

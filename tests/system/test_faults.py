@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.running import GOLDEN, RECEIPT, ROOT, Running, ask_about, free_port, lives, own_environment, processes_of, text_of, until
+from tests.system.running import (
+    GOLDEN,
+    RECEIPT,
+    ROOT,
+    Running,
+    ask_about,
+    free_port,
+    lives,
+    own_environment,
+    processes_of,
+    text_of,
+    until,
+)
 
 pytestmark = pytest.mark.system
 
@@ -48,9 +60,16 @@ def test_a_killed_stage_that_holds_nothing_is_not_missed(system: Running, role: 
     events = system.stream(ask_about(RECEIPT), max_tokens=400, ignore_eos=True)
     first = next(events)
     os.kill(before[role], signal.SIGKILL)
-    pieces = [e["choices"][0]["delta"].get("content") or "" for e in [first, *events] if e["choices"]]
+    pieces = [
+        e["choices"][0]["delta"].get("content") or "" for e in [first, *events] if e["choices"]
+    ]
     assert "".join(pieces) == whole
-    until(lambda: system.get("/readyz")[0] == 200 and pids(system).get(role) not in (None, before[role]), f"{role} is back")
+    until(
+        lambda: (
+            system.get("/readyz")[0] == 200 and pids(system).get(role) not in (None, before[role])
+        ),
+        f"{role} is back",
+    )
     assert system.chat(ask_about(RECEIPT), max_tokens=2)[0] == 200
 
 
@@ -62,7 +81,9 @@ def test_a_killed_gateway_comes_back_and_what_it_owned_is_freed(system: Running)
     with contextlib.suppress(OSError):
         list(events)
     until(lambda: reachable(system), "the gateway is back")
-    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in system.members()), "nothing is held")
+    until(
+        lambda: all(m["in_flight"] + m["queued"] == 0 for m in system.members()), "nothing is held"
+    )
     assert system.chat(ask_about(RECEIPT), max_tokens=2)[0] == 200
 
 
@@ -84,10 +105,16 @@ def test_a_frozen_vision_replica_costs_its_requests_no_more_than_the_lease() -> 
         finally:
             os.kill(victim, signal.SIGCONT)
         assert [(status, text_of(answer)) for status, answer in answers] == [(200, expected)] * 4
-        until(lambda: [m["state"] for m in system.members("vision")] == ["ready", "ready"], "the thawed one joins anew")
+        until(
+            lambda: [m["state"] for m in system.members("vision")] == ["ready", "ready"],
+            "the thawed one joins anew",
+        )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_nothing_is_left_when_the_launcher_ends(number: signal.Signals, status: int) -> None:
     with Running() as system:
         children = processes_of(system.process.pid)
@@ -101,7 +128,14 @@ def test_nothing_is_left_when_the_launcher_ends(number: signal.Signals, status: 
 def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ports = ["--http-port", str(free_port()), "--grpc-port", str(free_port())]
     command = [sys.executable, "-m", "services.cli", "serve", *ports, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=own_environment() | environment)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=own_environment() | environment,
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,11 +187,15 @@ def test_a_checkpoint_without_one_of_its_shards_is_refused_by_its_name(tmp_path:
     assert "model-00002-of-00002.safetensors" in ended.stderr
 
 
-def test_a_checkpoint_whose_weights_do_not_fit_its_config_ends_serve_with_the_reason(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_weights_do_not_fit_its_config_ends_serve_with_the_reason(
+    tmp_path: Path,
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(GOLDEN / "a_image" / "checkpoint", model)
     config = (model / "config.json").read_text()
-    (model / "config.json").write_text(config.replace('"intermediate_size": 256', '"intermediate_size": 288'))
+    (model / "config.json").write_text(
+        config.replace('"intermediate_size": 256', '"intermediate_size": 288')
+    )
     ended = serve("--model", str(model))
     assert ended.returncode == 2
     assert "gate_proj" in ended.stderr
@@ -166,10 +204,24 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_ends_serve_with_the_re
 def test_simulated_vision_replicas_answer_each_picture_differently() -> None:
     from tests.preprocess.test_images import encoded, noise
 
-    with Running("--vision", "3", "--simulate-vision-ms", "20", "--model", str(GOLDEN / "a_image" / "checkpoint")) as system:
+    with Running(
+        "--vision",
+        "3",
+        "--simulate-vision-ms",
+        "20",
+        "--model",
+        str(GOLDEN / "a_image" / "checkpoint"),
+    ) as system:
         pictures = [encoded(noise(56, 56, seed)) for seed in range(6)]
-        body = {"max_tokens": 8, "ignore_eos": True, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        body = {
+            "max_tokens": 8,
+            "ignore_eos": True,
+            "repetition_penalty": 1.0,
+            "skip_special_tokens": False,
+        }
         with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda picture: system.chat(ask_about(picture), **body), pictures))
+            answers = list(
+                pool.map(lambda picture: system.chat(ask_about(picture), **body), pictures)
+            )
         assert [status for status, _ in answers] == [200] * 6
         assert len({text_of(answer) for _, answer in answers}) >= 5

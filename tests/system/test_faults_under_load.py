@@ -1,4 +1,5 @@
-"""Faults with work in hand: every accepted request ends once, with the undisturbed answer, and nothing is left over."""
+"""Faults with work in hand: every accepted request ends once, with the undisturbed answer, and
+nothing is left over."""
 
 import asyncio
 import os
@@ -57,7 +58,8 @@ def references(calls: list[Call]) -> dict[Question, Reference]:
 @pytest.fixture(scope="module")
 def system(calls: list[Call], references: dict[Question, Reference]) -> Iterator[Running]:
     with simulated(80.0, *REPLICAS) as running:
-        assert_all_answered(asyncio.run(ask_all(running, calls, references)))  # what grows with first use has grown
+        # What grows with first use has grown.
+        assert_all_answered(asyncio.run(ask_all(running, calls, references)))
         yield running
 
 
@@ -66,11 +68,18 @@ def assert_all_answered(tally: Tally) -> None:
     assert tally.answered == NUM_CALLS
 
 
-@pytest.mark.parametrize(("role", "number"), LOSSES, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("role", "number"), LOSSES, ids=lambda value: getattr(value, "name", value)
+)
 async def test_a_member_lost_with_work_in_hand_is_not_noticed(
-    system: Running, calls: list[Call], references: dict[Question, Reference], role: str, number: signal.Signals
+    system: Running,
+    calls: list[Call],
+    references: dict[Question, Reference],
+    role: str,
+    number: signal.Signals,
 ) -> None:
-    before, ended = state_of(system), num_ended(system)
+    before = state_of(system)
+    ended = num_ended(system)
     frozen: list[int] = []
 
     async def fault(faults: Faults) -> None:
@@ -111,7 +120,10 @@ def faulty_vision(system: Running, fault: str) -> Iterator[None]:
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=own_environment())
     try:
-        until(lambda: any(m.id.startswith("faulty") for m in list_members(system)), "the faulty replica is a member")
+        until(
+            lambda: any(m.id.startswith("faulty") for m in list_members(system)),
+            "the faulty replica is a member",
+        )
         yield
     finally:
         process.kill()
@@ -138,18 +150,34 @@ async def test_images_of_a_replica_that_gives_nothing_usable_go_to_another(
 
 
 def faulty_images(system: Running) -> int:
-    return sum(entry.get("vision", "").startswith("faulty") for entry in system.logged(event="image failed"))
+    return sum(
+        entry.get("vision", "").startswith("faulty")
+        for entry in system.logged(event="image failed")
+    )
 
 
 async def test_clients_that_hang_up_anywhere_leave_nothing_behind(
     system: Running, calls: list[Call], references: dict[Question, Reference]
 ) -> None:
-    """From the moment of asking to the last piece, in steps of some milliseconds; and deadlines in such steps, too."""
+    """From the moment of asking to the last piece, in steps of some milliseconds; and deadlines in
+    such steps, too."""
     before = state_of(system)
-    by_time = [replace(call, manner="hangs_up", hang_up_pieces=0, hang_up_seconds=0.02 * n) for n, call in enumerate(calls)]
-    by_piece = [replace(call, manner="hangs_up", is_streamed=True, hang_up_pieces=1 + n % 6) for n, call in enumerate(calls)]
-    hurried = [replace(call, manner="hurried", deadline=0.01 + 0.02 * n) for n, call in enumerate(calls)]
-    tally = await ask_all(system, [call for three in zip(by_time, by_piece, hurried, strict=True) for call in three], references)
+    by_time = [
+        replace(call, manner="hangs_up", hang_up_pieces=0, hang_up_seconds=0.02 * n)
+        for n, call in enumerate(calls)
+    ]
+    by_piece = [
+        replace(call, manner="hangs_up", is_streamed=True, hang_up_pieces=1 + n % 6)
+        for n, call in enumerate(calls)
+    ]
+    hurried = [
+        replace(call, manner="hurried", deadline=0.01 + 0.02 * n) for n, call in enumerate(calls)
+    ]
+    tally = await ask_all(
+        system,
+        [call for three in zip(by_time, by_piece, hurried, strict=True) for call in three],
+        references,
+    )
     assert tally.is_clean, tally
     assert tally.cancelled > NUM_CALLS
     assert tally.late > 0

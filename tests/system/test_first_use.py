@@ -14,7 +14,8 @@ def error_rate(read: str, true: str) -> float:
     """Edit distance over the characters of the true text."""
     row = list(range(len(true) + 1))
     for i, a in enumerate(read, 1):
-        previous, row[0] = row[0], i
+        previous = row[0]
+        row[0] = i
         for j, b in enumerate(true, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
     return row[-1] / len(true)
@@ -24,41 +25,76 @@ def test_the_sample_is_read(embedded: Running) -> None:
     status, answer = embedded.chat(ask_about(RECEIPT))
     assert status == 200
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert error_rate(text_of(answer), (ROOT / "examples" / "receipt.txt").read_text().strip()) < 0.05
+    assert (
+        error_rate(text_of(answer), (ROOT / "examples" / "receipt.txt").read_text().strip()) < 0.05
+    )
 
 
 def test_the_command_line_gives_what_http_gives(embedded: Running) -> None:
-    told = embedded.twinlens("generate", "--image", str(RECEIPT), "OCR:", "--temperature", "0", "--json")
+    told = embedded.twinlens(
+        "generate", "--image", str(RECEIPT), "OCR:", "--temperature", "0", "--json"
+    )
     answer = json.loads(told.stdout)
     _, over_http = embedded.chat(ask_about(RECEIPT), return_token_ids=True)
     assert (told.returncode, answer["finish_reason"]) == (0, "stop")
-    assert (answer["text"], answer["token_ids"]) == (text_of(over_http), over_http["choices"][0]["token_ids"])
+    assert (answer["text"], answer["token_ids"]) == (
+        text_of(over_http),
+        over_http["choices"][0]["token_ids"],
+    )
     assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
-    assert answer["usage"]["image_tokens"] == over_http["usage"]["prompt_tokens_details"]["image_tokens"] > 0
-    assert answer["timings"]["images"][0].keys() >= {"preprocess_seconds", "queue_seconds", "encode_seconds"}
-    assert answer["timings"]["total_seconds"] >= answer["timings"]["time_to_first_token_seconds"] > 0
+    assert (
+        answer["usage"]["image_tokens"]
+        == over_http["usage"]["prompt_tokens_details"]["image_tokens"]
+        > 0
+    )
+    assert answer["timings"]["images"][0].keys() >= {
+        "preprocess_seconds",
+        "queue_seconds",
+        "encode_seconds",
+    }
+    assert (
+        answer["timings"]["total_seconds"] >= answer["timings"]["time_to_first_token_seconds"] > 0
+    )
 
 
 def test_streamed_pieces_make_the_whole_answer(embedded: Running) -> None:
     whole = text_of(embedded.chat(ask_about(RECEIPT))[1])
     events = list(embedded.stream(ask_about(RECEIPT)))
-    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]) == whole
+    assert (
+        "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"])
+        == whole
+    )
 
 
 def test_several_images_between_texts_are_taken_in_order(embedded: Running) -> None:
     image = ask_about(RECEIPT)[0]["content"][0]
-    messages = [{"role": "user", "content": [{"type": "text", "text": "first"}, image, {"type": "text", "text": "second"}, image]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "first"},
+                image,
+                {"type": "text", "text": "second"},
+                image,
+            ],
+        }
+    ]
     status, answer = embedded.chat(messages, max_tokens=3, ignore_eos=True)
     assert status == 200
     _, single = embedded.chat(ask_about(RECEIPT), max_tokens=1)
-    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * single["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert (
+        answer["usage"]["prompt_tokens_details"]["image_tokens"]
+        == 2 * single["usage"]["prompt_tokens_details"]["image_tokens"]
+    )
 
 
 def test_every_member_is_told(embedded: Running) -> None:
     members = embedded.members()
     assert {m["state"] for m in members} == {"ready"}
     roles = sorted(m["role"] for m in members)
-    assert roles == sorted([*2 * ["preprocess", "vision", "detokenizer"], "controller", "gateway", "llm"])
+    assert roles == sorted(
+        [*2 * ["preprocess", "vision", "detokenizer"], "controller", "gateway", "llm"]
+    )
     assert all(m["pid"] > 0 for m in members)
 
 
@@ -66,11 +102,16 @@ def test_one_request_id_goes_through_every_service(embedded: Running) -> None:
     body = {"model": embedded.model, "messages": ask_about(RECEIPT), "max_tokens": 2}
     headers = {"content-type": "application/json", "x-request-id": "trace-me"}
     with urllib.request.urlopen(
-        urllib.request.Request(embedded.url("/v1/chat/completions"), json.dumps(body).encode(), headers)
+        urllib.request.Request(
+            embedded.url("/v1/chat/completions"), json.dumps(body).encode(), headers
+        )
     ) as response:
         assert response.headers["x-request-id"] == "trace-me"
     services = {"gateway", "preprocess", "vision", "llm", "detokenizer"}
-    about_it = lambda: [e for e in embedded.logged() if e.get("request_id", "").startswith("trace-me~")]  # noqa: E731
+
+    def about_it():
+        return [e for e in embedded.logged() if e.get("request_id", "").startswith("trace-me~")]
+
     until(lambda: {e["service"] for e in about_it()} >= services, "a line of each service")
 
 
@@ -78,17 +119,32 @@ def test_a_client_that_hangs_up_frees_everything(embedded: Running) -> None:
     events = embedded.stream(ask_about(RECEIPT), max_tokens=3500, ignore_eos=True)
     next(events)
     events.close()
-    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()), "nothing is held")
+    until(
+        lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()),
+        "nothing is held",
+    )
 
 
 def test_a_deadline_that_passes_is_told(embedded: Running) -> None:
-    body = {"model": embedded.model, "messages": ask_about(RECEIPT), "max_tokens": 3500, "ignore_eos": True}
-    request = urllib.request.Request(embedded.url("/v1/chat/completions"), json.dumps(body).encode(), {"x-request-timeout": "0.5"})
+    body = {
+        "model": embedded.model,
+        "messages": ask_about(RECEIPT),
+        "max_tokens": 3500,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        embedded.url("/v1/chat/completions"),
+        json.dumps(body).encode(),
+        {"x-request-timeout": "0.5"},
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)
     with error.value:
         assert error.value.code == 504
-    until(lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()), "nothing is held")
+    until(
+        lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()),
+        "nothing is held",
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +152,9 @@ def test_a_deadline_that_passes_is_told(embedded: Running) -> None:
     [(b"not an image", {400, 422}), (RECEIPT.read_bytes()[:2000], {400, 422}), (b"", {400, 422})],
     ids=["garbage", "cut off", "empty"],
 )
-def test_an_image_that_cannot_be_read_is_named_and_the_next_request_works(embedded: Running, image: bytes, codes: set[int]) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_the_next_request_works(
+    embedded: Running, image: bytes, codes: set[int]
+) -> None:
     status, answer = embedded.chat(ask_about(image))
     assert status in codes
     assert "image" in answer["error"]["message"]
@@ -115,7 +173,12 @@ def test_a_prompt_that_names_the_placeholder_is_refused(embedded: Running) -> No
     assert "placeholder" in answer["error"]["message"]
 
 
-SCHEMA = {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"total": {"type": "number"}},
+    "required": ["total"],
+    "additionalProperties": False,
+}
 
 
 def test_an_answer_follows_its_schema(embedded: Running) -> None:
@@ -133,11 +196,19 @@ def test_a_schema_that_cannot_be_followed_is_refused(embedded: Running) -> None:
     assert "nonsense" in answer["error"]["message"]
 
 
-def test_a_second_question_about_the_same_image_computes_only_what_differs(embedded: Running) -> None:
-    """The image comes first in the prompt, so all its tokens are in the prefix that both questions share."""
+def test_a_second_question_about_the_same_image_computes_only_what_differs(
+    embedded: Running,
+) -> None:
+    """The image comes first in the prompt, so all its tokens are in the prefix that both questions
+    share."""
     embedded.chat(ask_about(RECEIPT, "What is the total?"), max_tokens=1)
     usage = embedded.chat(ask_about(RECEIPT, "Who is it from?"), max_tokens=1)[1]["usage"]
     details = usage["prompt_tokens_details"]
     assert details["image_tokens"] <= details["cached_tokens"] < usage["prompt_tokens"]
-    _, text_only = embedded.chat([{"role": "user", "content": "quite another prompt"}], max_tokens=1)
-    assert text_only["usage"]["prompt_tokens_details"]["cached_tokens"] < text_only["usage"]["prompt_tokens"]
+    _, text_only = embedded.chat(
+        [{"role": "user", "content": "quite another prompt"}], max_tokens=1
+    )
+    assert (
+        text_only["usage"]["prompt_tokens_details"]["cached_tokens"]
+        < text_only["usage"]["prompt_tokens"]
+    )

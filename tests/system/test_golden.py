@@ -1,4 +1,5 @@
-"""The golden cases through the running system: equal to the reference token for token, alone and among others."""
+"""The golden cases through the running system: equal to the reference token for token, alone and
+among others."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,12 @@ import pytest
 from tests.system.running import GOLDEN, Running, golden_messages
 
 CASES = sorted(case.name for case in GOLDEN.iterdir() if (case / "expected").exists())
-WITHOUT_DEFAULTS = {"ignore_eos": True, "repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True}
+WITHOUT_DEFAULTS = {
+    "ignore_eos": True,
+    "repetition_penalty": 1.0,
+    "skip_special_tokens": False,
+    "return_token_ids": True,
+}
 
 
 def test_there_are_cases() -> None:
@@ -24,7 +30,9 @@ def test_greedy_answers_equal_the_reference_alone_and_in_company(name: str) -> N
     with Running("--model", str(case / "checkpoint"), "--dtype", "float32") as system:
 
         def ask(messages: list[dict[str, Any]], **body: Any) -> tuple[list[int], str]:
-            status, answer = system.chat(messages, **(WITHOUT_DEFAULTS | {"max_tokens": len(expected["greedy_ids"])} | body))
+            status, answer = system.chat(
+                messages, **(WITHOUT_DEFAULTS | {"max_tokens": len(expected["greedy_ids"])} | body)
+            )
             assert status == 200, answer
             return answer["choices"][0]["token_ids"], answer["choices"][0]["message"]["content"]
 
@@ -36,7 +44,10 @@ def test_greedy_answers_equal_the_reference_alone_and_in_company(name: str) -> N
         # Without a value in the request the checkpoint's own repetition penalty holds.
         penalised = (expected["greedy_rp105_ids"], expected["greedy_rp105_text"])
         assert ask(messages, repetition_penalty=None) == penalised
-        others = [[{"role": "user", "content": f"Number {i}. " + "One, two, three. " * i}] for i in range(7)]
+        others = [
+            [{"role": "user", "content": f"Number {i}. " + "One, two, three. " * i}]
+            for i in range(7)
+        ]
         alone = [ask(other) for other in others]
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(ask, [*others[:4], messages, *others[4:]]))

@@ -10,7 +10,9 @@ pytestmark = pytest.mark.system
 
 
 def test_a_running_system_is_measured(embedded: Running) -> None:
-    told = embedded.twinlens("plan", "--image", str(RECEIPT), "--max-tokens", "2", "--concurrency", "2")
+    told = embedded.twinlens(
+        "plan", "--image", str(RECEIPT), "--max-tokens", "2", "--concurrency", "2"
+    )
     assert told.returncode == 0, told.stderr
     milliseconds = float(re.search(r"vision (\d+) ms an image", told.stdout)[1])
     rate = float(re.search(r"answers ([\d.]+) requests a second", told.stdout)[1])

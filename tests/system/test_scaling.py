@@ -23,18 +23,24 @@ _pictures = itertools.count()
 
 def new_picture() -> bytes:
     """A PNG that was never seen before."""
-    number, png = next(_pictures), io.BytesIO()
-    Image.frombytes("RGB", (56, 56), number.to_bytes(4, "big") * (56 * 56 * 3 // 4)).save(png, "png")
+    number = next(_pictures)
+    png = io.BytesIO()
+    Image.frombytes("RGB", (56, 56), number.to_bytes(4, "big") * (56 * 56 * 3 // 4)).save(
+        png, "png"
+    )
     return png.getvalue()
 
 
 class Load:
-    """Clients that ask one request after another until the block ends. What they were told is counted."""
+    """Clients that ask one request after another until the block ends. What they were told is
+    counted."""
 
     def __init__(self, system: Running, with_images: bool = True) -> None:
-        self.system, self.with_images = system, with_images
+        self.system = system
+        self.with_images = with_images
         self.told: Counter[Any] = Counter()
-        self._ended, self._news = threading.Event(), threading.Condition()
+        self._ended = threading.Event()
+        self._news = threading.Condition()
         self._clients = [threading.Thread(target=self._ask_on) for _ in range(CLIENTS)]
 
     def __enter__(self) -> "Load":
@@ -43,7 +49,12 @@ class Load:
         self.more(CLIENTS)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._ended.set()
         for client in self._clients:
             client.join()
@@ -57,10 +68,18 @@ class Load:
 
     def _ask_on(self) -> None:
         while not self._ended.is_set():
-            messages = ask_about(new_picture()) if self.with_images else [{"role": "user", "content": f"Number {next(_pictures)}?"}]
+            messages = (
+                ask_about(new_picture())
+                if self.with_images
+                else [{"role": "user", "content": f"Number {next(_pictures)}?"}]
+            )
             try:
                 code, answer = self.system.chat(messages, max_tokens=4, ignore_eos=True)
-                told: Any = code if code != 200 or answer["usage"]["completion_tokens"] == 4 else "200 without its tokens"
+                told: Any = (
+                    code
+                    if code != 200 or answer["usage"]["completion_tokens"] == 4
+                    else "200 without its tokens"
+                )
             except Exception as e:  # noqa: BLE001 - whatever it is, it must not end the thread uncounted
                 told = repr(e)
             with self._news:
@@ -97,7 +116,10 @@ def test_vision_replicas_come_and_go_under_load(system: Running) -> None:
 def test_a_wish_that_overtakes_another_is_the_one_that_counts(system: Running) -> None:
     for replicas in (4, 2, 3, 1):
         assert system.twinlens("scale", "vision", str(replicas)).returncode == 0
-    until(lambda: len(system.members("vision")) == 1 == len(in_state(system, "vision", "ready")), "one is left")
+    until(
+        lambda: len(system.members("vision")) == 1 == len(in_state(system, "vision", "ready")),
+        "one is left",
+    )
     assert len(processes_of(system.process.pid)) == 6
 
 
@@ -113,7 +135,10 @@ def test_every_other_role_scales_under_load(system: Running, role: str) -> None:
 def test_a_member_is_drained_with_its_work_in_hand_and_not_replaced(system: Running) -> None:
     scale(system, "vision", 2)
     with Load(system) as load:
-        drained = until(lambda: next((m for m in in_state(system, "vision", "ready") if m["in_flight"]), None), "one is at work")
+        drained = until(
+            lambda: next((m for m in in_state(system, "vision", "ready") if m["in_flight"]), None),
+            "one is at work",
+        )
         assert system.twinlens("drain", drained["id"]).returncode == 0
         until(lambda: not lives(drained["pid"]), "it has left")
         load.more(2 * CLIENTS)
@@ -140,8 +165,18 @@ def test_the_controller_may_die_and_what_is_wanted_stands(system: Running) -> No
     with Load(system) as load:
         os.kill(controller["pid"], signal.SIGKILL)
         load.more(2 * CLIENTS)
-        everyone = lambda: {m["role"] for m in in_state(system, "", "ready")} >= {"controller", "gateway", "llm"}  # noqa: E731
-        until(lambda: system.twinlens("status").returncode == 0 and everyone(), "all have joined the new controller")
+
+        def everyone():
+            return {m["role"] for m in in_state(system, "", "ready")} >= {
+                "controller",
+                "gateway",
+                "llm",
+            }
+
+        until(
+            lambda: system.twinlens("status").returncode == 0 and everyone(),
+            "all have joined the new controller",
+        )
         until(lambda: len(in_state(system, "vision", "ready")) == 2, "both vision replicas have")
         scale(system, "vision", 1)
         load.more(CLIENTS)
@@ -150,11 +185,15 @@ def test_the_controller_may_die_and_what_is_wanted_stands(system: Running) -> No
 
 def test_a_standby_takes_the_place_of_a_replica_that_dies_and_is_refilled() -> None:
     with Running("--simulate-vision-ms", "60", "--vision-standby", "1", *SMALL) as system:
-        [active], [standby] = in_state(system, "vision", "ready"), in_state(system, "vision", "standby")
+        [active] = in_state(system, "vision", "ready")
+        [standby] = in_state(system, "vision", "standby")
         with Load(system) as load:
             assert standby["in_flight"] == standby["queued"] == 0
             os.kill(active["pid"], signal.SIGKILL)
-            until(lambda: [m["id"] for m in in_state(system, "vision", "ready")] == [standby["id"]], "the standby has taken its place")
+            until(
+                lambda: [m["id"] for m in in_state(system, "vision", "ready")] == [standby["id"]],
+                "the standby has taken its place",
+            )
             until(lambda: in_state(system, "vision", "standby"), "there is a standby again")
             load.more(CLIENTS)
 
@@ -170,9 +209,16 @@ def test_where_images_wait_replicas_are_added_by_themselves() -> None:
 def test_sigterm_lets_what_is_under_way_end() -> None:
     with Running("--simulate-vision-ms", "1500", *SMALL) as system:
         told: list[Any] = []
-        asking = threading.Thread(target=lambda: told.append(system.chat(ask_about(new_picture()), max_tokens=4, ignore_eos=True)))
+        asking = threading.Thread(
+            target=lambda: told.append(
+                system.chat(ask_about(new_picture()), max_tokens=4, ignore_eos=True)
+            )
+        )
         asking.start()
-        until(lambda: any(m["in_flight"] for m in system.members("vision")), "the image is being encoded")
+        until(
+            lambda: any(m["in_flight"] for m in system.members("vision")),
+            "the image is being encoded",
+        )
         children = processes_of(system.process.pid)
         system.process.send_signal(signal.SIGTERM)
         asking.join()

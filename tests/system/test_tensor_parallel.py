@@ -15,10 +15,19 @@ CASE = GOLDEN / "c_gqa_tp8"
 @pytest.mark.parametrize("tp", [2, 8])
 def test_the_answer_is_the_reference_whatever_the_number_of_ranks(tp: int) -> None:
     expected = json.loads((CASE / "expected" / "expected.json").read_text())
-    with Running("--model", str(CASE / "checkpoint"), "--dtype", "float32", "--tp", str(tp)) as system:
+    with Running(
+        "--model", str(CASE / "checkpoint"), "--dtype", "float32", "--tp", str(tp)
+    ) as system:
         assert sorted(m["rank"] for m in system.members("llm")) == list(range(tp))
-        body = {"ignore_eos": True, "repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True}
-        _, answer = system.chat(golden_messages(CASE), max_tokens=len(expected["greedy_ids"]), **body)
+        body = {
+            "ignore_eos": True,
+            "repetition_penalty": 1.0,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+        }
+        _, answer = system.chat(
+            golden_messages(CASE), max_tokens=len(expected["greedy_ids"]), **body
+        )
         assert answer["choices"][0]["token_ids"] == expected["greedy_ids"]
 
 
@@ -32,7 +41,9 @@ def test_a_rank_that_dies_takes_its_group_down_and_the_group_comes_back() -> Non
         assert not any("error" in event for event in events)
         until(lambda: system.get("/readyz")[0] == 200, "the group is back")
         assert not {m["pid"] for m in system.members("llm")} & set(ranks.values())
-        assert {m["pid"] for m in system.members() if m["role"] != "llm"} == others, "no other service was restarted"
+        assert {m["pid"] for m in system.members() if m["role"] != "llm"} == others, (
+            "no other service was restarted"
+        )
         assert system.chat(golden_messages(CASE), max_tokens=2)[0] == 200
 
 

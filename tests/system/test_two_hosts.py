@@ -19,7 +19,17 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Host, Host]:
 
 
 def read_sample(host: Host) -> str:
-    told = host.twinlens("generate", "--image", str(RECEIPT), "OCR:", "--temperature", "0", "--json", "--max-tokens", "8")
+    told = host.twinlens(
+        "generate",
+        "--image",
+        str(RECEIPT),
+        "OCR:",
+        "--temperature",
+        "0",
+        "--json",
+        "--max-tokens",
+        "8",
+    )
     assert told.returncode == 0, told.stderr
     return json.loads(told.stdout)["text"]
 
@@ -31,9 +41,21 @@ def test_vision_and_language_run_on_another_host_than_the_rest(hosts: tuple[Host
     there.start("llm", here, "--tp=2")
     await_ready(here)
     assert read_sample(here)
-    assert sorted(member["rank"] for member in here.members() if member["role"] == "llm") == [0, 1], "the first started the second"
-    addresses = {member["role"]: member["address"].split(":")[1].strip("/") for member in here.members() if member["address"]}
-    assert addresses == {"preprocess": here.address, "detokenizer": here.address, "vision": there.address, "llm": there.address}
+    assert sorted(member["rank"] for member in here.members() if member["role"] == "llm") == [
+        0,
+        1,
+    ], "the first started the second"
+    addresses = {
+        member["role"]: member["address"].split(":")[1].strip("/")
+        for member in here.members()
+        if member["address"]
+    }
+    assert addresses == {
+        "preprocess": here.address,
+        "detokenizer": here.address,
+        "vision": there.address,
+        "llm": there.address,
+    }
 
 
 def test_ranks_of_one_group_on_two_hosts_give_the_reference(hosts: tuple[Host, Host]) -> None:
@@ -42,12 +64,24 @@ def test_ranks_of_one_group_on_two_hosts_give_the_reference(hosts: tuple[Host, H
     model = CASE / "checkpoint"
     start_front(here, model)
     here.start("vision", here, f"--model={model}", "--dtype=float32")
-    group = (f"--model={model}", "--dtype=float32", "--tp=2", f"--rendezvous=tcp://{here.address}:29500", "--kv-memory=100000000")
+    group = (
+        f"--model={model}",
+        "--dtype=float32",
+        "--tp=2",
+        f"--rendezvous=tcp://{here.address}:29500",
+        "--kv-memory=100000000",
+    )
     here.start("llm", here, *group, "--ordinal=llm-0")
     there.start("llm", here, *group, "--ordinal=llm-1")
     await_ready(here)
     ids = expected["greedy_rp105_ids"]
-    asked = ("--image", str(CASE / "inputs" / "photo.png"), "What is shown in the image?", "--max-tokens", str(len(ids)))
+    asked = (
+        "--image",
+        str(CASE / "inputs" / "photo.png"),
+        "What is shown in the image?",
+        "--max-tokens",
+        str(len(ids)),
+    )
     told = here.twinlens("generate", *asked, "--temperature", "0", "--ignore-eos", "--json")
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["token_ids"] == ids
@@ -65,10 +99,26 @@ def test_images_of_a_host_that_is_cut_off_are_encoded_on_another(hosts: tuple[Ho
     slow = there.start("vision", here, "--simulate-vision-ms=100000")
     here.start("llm", here)
     await_ready(here)
-    pending = here.begin("generate", "--image", str(RECEIPT), "OCR:", "--max-tokens", "2", "--ignore-eos", "--json")
-    until(lambda: any(member["role"] == "vision" and member["in_flight"] for member in here.members()), "the image is being encoded there")
+    pending = here.begin(
+        "generate", "--image", str(RECEIPT), "OCR:", "--max-tokens", "2", "--ignore-eos", "--json"
+    )
+    until(
+        lambda: any(
+            member["role"] == "vision" and member["in_flight"] for member in here.members()
+        ),
+        "the image is being encoded there",
+    )
     here.start("vision", here, "--simulate-vision-ms=1")
-    until(lambda: sum(member["role"] == "vision" and member["state"] == "ready" for member in here.members()) == 2, "another replica")
+    until(
+        lambda: (
+            sum(
+                member["role"] == "vision" and member["state"] == "ready"
+                for member in here.members()
+            )
+            == 2
+        ),
+        "another replica",
+    )
     there.cut_off()
     out, err = pending.communicate(timeout=60)
     assert pending.returncode == 0, err

@@ -1,4 +1,5 @@
-"""Many requests at once against a running system, a fault with work in hand, and every answer compared with the undisturbed one."""
+"""Many requests at once against a running system, a fault with work in hand, and every answer
+compared with the undisturbed one."""
 
 import asyncio
 import time
@@ -17,10 +18,20 @@ from tests.soak.verdicts import Tally
 from tests.soak.workload import Call, Question, make_calls
 from tests.system.running import Running, processes_of
 
-SIMULATED = ("--dtype", "float32", "--embedding-cache-mib", "0", "--kv-memory", str(64 * 2**20), "--log-level", "warning")
+SIMULATED = (
+    "--dtype",
+    "float32",
+    "--embedding-cache-mib",
+    "0",
+    "--kv-memory",
+    str(64 * 2**20),
+    "--log-level",
+    "warning",
+)
 REPLICAS = ("--vision", "3", "--llm", "2", "--preprocess", "2", "--detokenizer", "2")
 CLIENTS = 20
-BUSY_SECONDS, REST_SECONDS = 30.0, 60.0
+BUSY_SECONDS = 30.0
+REST_SECONDS = 60.0
 
 
 def simulated(vision_ms: float, *arguments: str) -> Running:
@@ -29,7 +40,10 @@ def simulated(vision_ms: float, *arguments: str) -> Running:
 
 def patient_calls(seed: int, number: int) -> list[Call]:
     """Each about pictures of its own."""
-    calls = [replace(call, manner="patient", mistake="", deadline=60.0) for call in make_calls(seed, 3 * number, 3 * number)]
+    calls = [
+        replace(call, manner="patient", mistake="", deadline=60.0)
+        for call in make_calls(seed, 3 * number, 3 * number)
+    ]
     return [call for call in calls if call.question.pictures][:number]
 
 
@@ -48,14 +62,15 @@ async def busiest(faults: Faults, role: str) -> control_pb2.Member:
 
 
 async def ask_all(
-    system: Running, calls: list[Call], references: dict[Question, Reference], fault: Callable[[Faults], Awaitable[None]] | None = None
+    system: Running,
+    calls: list[Call],
+    references: dict[Question, Reference],
+    fault: Callable[[Faults], Awaitable[None]] | None = None,
 ) -> Tally:
-    client, faults, tally, waiting = (
-        Client(system.http_port, system.grpc_port, system.model),
-        Faults(system.grpc_port, 0, 1.0, []),
-        Tally(),
-        iter(calls),
-    )
+    client = Client(system.http_port, system.grpc_port, system.model)
+    faults = Faults(system.grpc_port, 0, 1.0, [])
+    tally = Tally()
+    waiting = iter(calls)
 
     async def one_client() -> None:
         for call in waiting:
@@ -89,10 +104,18 @@ def state_of(system: Running) -> at_rest.AtRest:
 def list_members(system: Running) -> list[control_pb2.Member]:
     """None while the controller is away."""
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel, suppress(grpc.RpcError):
-        return list(control_pb2_grpc.ControlServiceStub(channel).ListMembers(control_pb2.ListMembersRequest(), timeout=10).members)
+        return list(
+            control_pb2_grpc.ControlServiceStub(channel)
+            .ListMembers(control_pb2.ListMembersRequest(), timeout=10)
+            .members
+        )
     return []
 
 
 def num_ended(system: Running) -> int:
     """How many requests the gateway admitted that have ended."""
-    return round(sum(at_rest.metric(at_rest.read(system.url("/metrics")), "twinlens_requests_total").values()))
+    return round(
+        sum(
+            at_rest.metric(at_rest.read(system.url("/metrics")), "twinlens_requests_total").values()
+        )
+    )

@@ -12,7 +12,8 @@ def rows(count: int) -> Tensor:
 
 
 def test_what_was_put_comes_back_and_the_rest_is_absent() -> None:
-    cache, embeddings = EmbeddingCache(100), rows(2)
+    cache = EmbeddingCache(100)
+    embeddings = rows(2)
     cache.put("a", embeddings)
     assert cache.get("a") is embeddings
     assert cache.get("b") is None

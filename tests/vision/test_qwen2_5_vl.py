@@ -1,4 +1,5 @@
-"""The vision tower equals the reference for every grid, and its windows are those of the definition."""
+"""The vision tower equals the reference for every grid, and its windows are those of the
+definition."""
 
 import json
 import shutil
@@ -25,7 +26,8 @@ def tower_of(case: GoldenCase, dtype: torch.dtype = torch.float32) -> VisionTowe
 
 
 def patches_of(case: GoldenCase) -> list[tuple[torch.Tensor, tuple[int, int, int]]]:
-    """Each picture's bytes in patch rows and its grid: the expected pixel values, neither normalised nor doubled in time."""
+    """Each picture's bytes in patch rows and its grid: the expected pixel values, neither
+    normalised nor doubled in time."""
     preprocessor = open_checkpoint(case.checkpoint).preprocessor_config
     mean, std = (np.array(preprocessor[key])[:, None] for key in ("image_mean", "image_std"))
     normalised = case.tensors["pixel_values"].reshape(-1, 3, 2, 14 * 14)
@@ -80,13 +82,17 @@ def checkpoint_with(tmp_path: Path, **vision: object) -> Path:
     """A copy of a golden checkpoint with other values in its vision_config; None removes a key."""
     shutil.copytree(GoldenCase("a_image").checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["vision_config"] = {key: value for key, value in (config["vision_config"] | vision).items() if value is not None}
+    config["vision_config"] = {
+        key: value for key, value in (config["vision_config"] | vision).items() if value is not None
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
 
 def test_sizes_that_the_3b_checkpoint_leaves_out_have_defaults(tmp_path: Path) -> None:
-    path = checkpoint_with(tmp_path, depth=None, num_heads=None, intermediate_size=None, fullatt_block_indexes=None)
+    path = checkpoint_with(
+        tmp_path, depth=None, num_heads=None, intermediate_size=None, fullatt_block_indexes=None
+    )
     config = VisionConfig.of(open_checkpoint(path))
     assert (config.depth, config.num_heads, config.intermediate_size) == (32, 16, 3420)
     assert config.fullatt_block_indexes == (7, 15, 23, 31)
@@ -94,9 +100,16 @@ def test_sizes_that_the_3b_checkpoint_leaves_out_have_defaults(tmp_path: Path) -
 
 def test_a_tower_that_does_not_fit_its_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="out_hidden_size"):
-        VisionTower(open_checkpoint(checkpoint_with(tmp_path, out_hidden_size=64)), torch.float32, CPU)
+        VisionTower(
+            open_checkpoint(checkpoint_with(tmp_path, out_hidden_size=64)), torch.float32, CPU
+        )
 
 
 def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpoint, match=r"gate_proj.weight has shape \(96, 64\), config.json makes it \(97, 64\)"):
-        VisionTower(open_checkpoint(checkpoint_with(tmp_path, intermediate_size=97)), torch.float32, CPU)
+    with pytest.raises(
+        BadCheckpoint,
+        match=r"gate_proj.weight has shape \(96, 64\), config.json makes it \(97, 64\)",
+    ):
+        VisionTower(
+            open_checkpoint(checkpoint_with(tmp_path, intermediate_size=97)), torch.float32, CPU
+        )

@@ -25,7 +25,9 @@ def full_size(clock: Callable[[], float] = time.monotonic) -> Room:
 
 def test_there_is_room_up_to_the_bound() -> None:
     room = full_size()
-    assert [room.admits("a", granted) for granted in range(MAX_GRANTED + 1)] == [True] * MAX_GRANTED + [False]
+    assert [room.admits("a", granted) for granted in range(MAX_GRANTED + 1)] == [
+        True
+    ] * MAX_GRANTED + [False]
 
 
 def test_room_that_is_kept_for_one_is_not_for_another() -> None:
@@ -58,8 +60,10 @@ def test_silence_is_a_no() -> None:
 
 @given(st.lists(st.sampled_from("abc"), max_size=60))
 def test_who_keeps_asking_gets_a_turn_within_as_many_as_there_are(asking: list[str]) -> None:
-    """Each that finds no room is in the queue once, and is served in the order in which it came there."""
-    room, expected = full_size(), list[str]()
+    """Each that finds no room is in the queue once, and is served in the order in which it came
+    there."""
+    room = full_size()
+    expected = list[str]()
     for peer_id in asking:
         assert not room.admits(peer_id, MAX_GRANTED)
         room.enqueue(peer_id)

@@ -28,7 +28,9 @@ def test_equal_pixels_give_equal_embeddings_and_others_different_ones(case: Gold
     first = tower.encode(patches(1), GRID).numpy()
     assert np.array_equal(first, other.encode(patches(1), GRID).numpy())
     assert not np.allclose(first, tower.encode(patches(2), GRID).numpy())
-    assert not np.allclose(first.reshape(-1)[:8], tower.encode(patches(1), (1, 8, 4)).numpy().reshape(-1)[:8])
+    assert not np.allclose(
+        first.reshape(-1)[:8], tower.encode(patches(1), (1, 8, 4)).numpy().reshape(-1)[:8]
+    )
 
 
 def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase) -> None:
@@ -36,16 +38,24 @@ def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase
     found = SimulatedTower(checkpoint, 0).encode(patches(3), GRID)
     assert found.shape == (8, checkpoint.text_config["hidden_size"]) and found.dtype == "float32"
     assert abs(float(found.numpy().mean())) < 1e-6
-    assert float(found.numpy().std()) == pytest.approx(spread_of_token_embeddings(checkpoint), rel=0.15)
+    assert float(found.numpy().std()) == pytest.approx(
+        spread_of_token_embeddings(checkpoint), rel=0.15
+    )
 
 
 def test_no_two_of_many_are_alike_and_a_large_image_is_noise_too(case: GoldenCase) -> None:
     checkpoint = open_checkpoint(case.checkpoint)
     tower = SimulatedTower(checkpoint, 0)
-    found = {tower.encode(Tensor.of(np.full((32, 588), n, np.uint8) + np.uint8(m)), GRID).bytes() for n in range(16) for m in (0, 100)}
+    found = {
+        tower.encode(Tensor.of(np.full((32, 588), n, np.uint8) + np.uint8(m)), GRID).bytes()
+        for n in range(16)
+        for m in (0, 100)
+    }
     assert len(found) == 32
     large = Tensor.of(np.zeros((8192, 588), np.uint8))
-    assert tower.encode(large, (1, 64, 128)).numpy().std() == pytest.approx(spread_of_token_embeddings(checkpoint), rel=0.05)
+    assert tower.encode(large, (1, 64, 128)).numpy().std() == pytest.approx(
+        spread_of_token_embeddings(checkpoint), rel=0.05
+    )
 
 
 def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
@@ -59,7 +69,10 @@ def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
 
 
 def test_no_torch_is_imported_for_it() -> None:
-    code = "import sys, services.vision.__main__, services.vision.simulated; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, services.vision.__main__, services.vision.simulated; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -1,4 +1,5 @@
-"""The tower with static shapes: what it pads, masks and drops changes no embedding, and no shape depends on the image."""
+"""The tower with static shapes: what it pads, masks and drops changes no embedding, and no shape
+depends on the image."""
 
 from functools import cache
 
@@ -22,11 +23,17 @@ GRIDS = [(2, 2), (2, 30), (18, 6), (8, 8), (16, 16), (34, 22), (10, 26), (32, 32
 def towers(name: str, buckets: tuple[int, ...] = BUCKETS) -> tuple[VisionTower, StaticVisionTower]:
     """Without and with buckets."""
     checkpoint = open_checkpoint(GoldenCase(name).checkpoint)
-    return VisionTower(checkpoint, torch.float32, CPU), StaticVisionTower(checkpoint, torch.float32, CPU, buckets)
+    return VisionTower(checkpoint, torch.float32, CPU), StaticVisionTower(
+        checkpoint, torch.float32, CPU, buckets
+    )
 
 
 def noise(height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(height * width).integers(0, 256, (height * width, 588), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(height * width).integers(
+            0, 256, (height * width, 588), dtype=np.uint8
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CASES_WITH_IMAGES)
@@ -38,8 +45,11 @@ def test_golden_embeddings_equal_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
 @pytest.mark.parametrize("buckets", [BUCKETS, (1000, 2048)], ids=str)
-def test_every_grid_gives_what_it_gives_without_padding(height: int, width: int, buckets: tuple[int, ...]) -> None:
-    patches, grid = noise(height, width), (1, height, width)
+def test_every_grid_gives_what_it_gives_without_padding(
+    height: int, width: int, buckets: tuple[int, ...]
+) -> None:
+    patches = noise(height, width)
+    grid = (1, height, width)
     plain, padded = (tower.encode(patches, grid) for tower in towers(NAME, buckets))
     assert padded.shape == plain.shape
     assert max_difference(padded.numpy(), plain.numpy()) < 1e-4

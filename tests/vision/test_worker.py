@@ -1,4 +1,5 @@
-"""The vision worker's bargain with preprocess and the language group, with a tower that only adds."""
+"""The vision worker's bargain with preprocess and the language group, with a tower that only
+adds."""
 
 import queue
 from collections import OrderedDict
@@ -7,9 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.events import Down, Event, Up
+from common.events import Event, PeerDown, PeerUp
 from common.member import Drain
-from common.messages import Abort, Busy, Embeddings, Failed, Grant, Held, Offer, Pass, Peer, Pixels, Vacancy, VisionLoad
+from common.messages import (
+    Abort,
+    Busy,
+    CacheHit,
+    Decline,
+    Embeddings,
+    Failed,
+    Grant,
+    Offer,
+    Peer,
+    Pixels,
+    Vacancy,
+    VisionLoad,
+)
 from common.progress import Progress
 from common.wire import Tensor
 from services.vision.__main__ import load_of
@@ -17,7 +31,7 @@ from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.tower_thread import DeviceLost, Encoded, Key, TowerThread, encode
+from services.vision.tower_thread import DeviceLost, EncodeResult, Key, TowerThread, encode
 from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
 
@@ -53,21 +67,40 @@ class FakeThread:
         assert not self.work, "one image at a time"
         self.work.append((key, patches, grid_thw))
 
-    def result(self) -> Encoded:
+    def result(self) -> EncodeResult:
         return encode(self.tower, *self.work.pop())
 
 
 class Replica:
     """A worker and what is around it."""
 
-    def __init__(self, cache_bytes: int = 1000, buckets: tuple[int, ...] = (), dtype: str = "float32", is_new: bool = False) -> None:
+    def __init__(
+        self,
+        cache_bytes: int = 1000,
+        buckets: tuple[int, ...] = (),
+        dtype: str = "float32",
+        is_new: bool = False,
+    ) -> None:
         """Unless it is new it has encoded an image before."""
-        self.member, self.tower, self.jobs = FakeMember(), FakeTower(), OrderedDict[Key, Job]()
-        self.thread, self.now = FakeThread(self.tower), 100.0
+        self.member = FakeMember()
+        self.tower = FakeTower()
+        self.jobs = OrderedDict[Key, Job]()
+        self.thread = FakeThread(self.tower)
+        self.now = 100.0
         self.cache = EmbeddingCache(cache_bytes)
-        self.metrics, self.times = VisionMetrics(self.cache), EncodeTimes(buckets)
+        self.metrics = VisionMetrics(self.cache)
+        self.times = EncodeTimes(buckets)
         thread: Any = self.thread
-        self.worker = Worker(self.member, thread, self.cache, self.jobs, dtype, self.times, self.metrics, lambda: self.now)
+        self.worker = Worker(
+            self.member,
+            thread,
+            self.cache,
+            self.jobs,
+            dtype,
+            self.times,
+            self.metrics,
+            lambda: self.now,
+        )
         if not is_new:
             self.worker._room.size = MAX_GRANTED
 
@@ -86,8 +119,12 @@ class Replica:
     def take(self, kind: type[Any]) -> list[Any]:
         """What was sent of the kind since this was last asked."""
         links = self.member.links
-        found = [(receiver, message) for receiver, message in links.sent if isinstance(message, kind)]
-        links.sent = [(receiver, message) for receiver, message in links.sent if not isinstance(message, kind)]
+        found = [
+            (receiver, message) for receiver, message in links.sent if isinstance(message, kind)
+        ]
+        links.sent = [
+            (receiver, message) for receiver, message in links.sent if not isinstance(message, kind)
+        ]
         return found
 
     def grants(self) -> list[tuple[str, int]]:
@@ -95,22 +132,37 @@ class Replica:
 
     def embeddings(self) -> list[tuple[str, float]]:
         """(request_id, value) of what went to the language group."""
-        assert self.member.links.of(Embeddings) == [m for m in self.member.links.to(LLM.id) if isinstance(m, Embeddings)]
-        return [(message.request_id, message.embeddings.numpy().item()) for message in self.member.links.of(Embeddings)]
+        assert self.member.links.of(Embeddings) == [
+            m for m in self.member.links.to(LLM.id) if isinstance(m, Embeddings)
+        ]
+        return [
+            (message.request_id, message.embeddings.numpy().item())
+            for message in self.member.links.of(Embeddings)
+        ]
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def offer(request_id: str, mm_hash: str, image: int = 0, preprocess: str = "preprocess-1", **fields: Any) -> list[Event]:
+def offer(
+    request_id: str, mm_hash: str, image: int = 0, preprocess: str = "preprocess-1", **fields: Any
+) -> list[Event]:
     given = {"num_patches": NUM_PATCHES, "llm": LLM, "timeout": 60} | fields
-    message = Offer(request_id=request_id, attempt=0, image=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), **given)
+    message = Offer(
+        request_id=request_id, attempt=0, image=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), **given
+    )
     return received(preprocess, "preprocess", message)
 
 
 def pixels(request_id: str, value: int, image: int = 0, **changed: Any) -> list[Event]:
-    tensor = Tensor.of(np.full(changed.get("shape", (NUM_PATCHES, 1)), value, changed.get("dtype", np.uint8)))
-    return received("preprocess-1", "preprocess", Pixels(request_id=request_id, attempt=0, image=image, patches=tensor))
+    tensor = Tensor.of(
+        np.full(changed.get("shape", (NUM_PATCHES, 1)), value, changed.get("dtype", np.uint8))
+    )
+    return received(
+        "preprocess-1",
+        "preprocess",
+        Pixels(request_id=request_id, attempt=0, image=image, patches=tensor),
+    )
 
 
 def abort(request_id: str) -> list[Event]:
@@ -118,7 +170,7 @@ def abort(request_id: str) -> list[Event]:
 
 
 def passes(preprocess: str) -> list[Event]:
-    return received(preprocess, "preprocess", Pass())
+    return received(preprocess, "preprocess", Decline())
 
 
 def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> None:
@@ -128,7 +180,12 @@ def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> 
     replica.encode_all()
     [message] = replica.member.links.of(Embeddings)
     assert replica.embeddings() == [("r", 20.0)]
-    assert (message.attempt, message.image, message.mm_hash, message.preprocess_id) == (0, 3, "a", "preprocess-1")
+    assert (message.attempt, message.image, message.mm_hash, message.preprocess_id) == (
+        0,
+        3,
+        "a",
+        "preprocess-1",
+    )
     assert not message.cached and message.encode_seconds > 0 and message.queue_seconds > 0
     assert replica.member.links.connected[0] == (LLM, "llm")
     assert not replica.jobs
@@ -137,12 +194,19 @@ def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> 
 # Offers
 
 
-def test_no_more_images_are_granted_than_the_bound_whoever_offers_them_and_the_others_are_told_so() -> None:
+def test_no_more_images_are_granted_than_the_bound_whoever_offers_them() -> None:
     replica = Replica()
-    replica.play(*(offer(f"r{n}", f"hash {n}", preprocess=f"preprocess-{n}") for n in range(MAX_GRANTED + 2)))
+    replica.play(
+        *(offer(f"r{n}", f"hash {n}", preprocess=f"preprocess-{n}") for n in range(MAX_GRANTED + 2))
+    )
     assert replica.grants() == [(f"r{n}", 0) for n in range(MAX_GRANTED)]
-    assert [grant.has_room for grant in replica.member.links.of(Grant)] == [True] * (MAX_GRANTED - 1) + [False]
-    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [("preprocess-2", "r2"), ("preprocess-3", "r3")]
+    assert [grant.has_room for grant in replica.member.links.of(Grant)] == [True] * (
+        MAX_GRANTED - 1
+    ) + [False]
+    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [
+        ("preprocess-2", "r2"),
+        ("preprocess-3", "r3"),
+    ]
     assert load_of(replica.jobs) == (MAX_GRANTED, 0), "nothing is held of what was refused"
 
 
@@ -158,13 +222,17 @@ def test_a_new_replica_takes_one_image_alone_until_it_has_measured_how_long_they
 def test_who_found_no_room_is_told_of_the_next_in_order_and_it_is_kept_for_them() -> None:
     replica = Replica()
     replica.play(
-        offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), offer("c", "c", preprocess="preprocess-3")
+        offer("a0", "a0") + offer("a1", "a1"),
+        offer("b", "b", preprocess="preprocess-2"),
+        offer("c", "c", preprocess="preprocess-3"),
     )
     replica.play(pixels("a0", 1))
     assert not replica.take(Vacancy)
     replica.finish()
     [(receiver, _)] = replica.take(Vacancy)
-    assert receiver == "preprocess-1", "it took the last room, and so is before those who came after that"
+    assert receiver == "preprocess-1", (
+        "it took the last room, and so is before those who came after that"
+    )
     replica.play(offer("d", "d", preprocess="preprocess-3"))
     assert [m.request_id for _, m in replica.take(Busy)] == ["b", "c", "d"]
     replica.play(passes("preprocess-1"))
@@ -175,7 +243,12 @@ def test_who_found_no_room_is_told_of_the_next_in_order_and_it_is_kept_for_them(
 
 def test_room_that_its_keeper_does_not_take_in_time_goes_to_the_next_one() -> None:
     replica = Replica()
-    replica.play(offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), pixels("a0", 1), pixels("a1", 1))
+    replica.play(
+        offer("a0", "a0") + offer("a1", "a1"),
+        offer("b", "b", preprocess="preprocess-2"),
+        pixels("a0", 1),
+        pixels("a1", 1),
+    )
     replica.finish()
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
     replica.now += ANSWER_SECONDS + 0.1
@@ -185,15 +258,21 @@ def test_room_that_its_keeper_does_not_take_in_time_goes_to_the_next_one() -> No
 
 def test_the_room_that_was_kept_for_a_lost_preprocess_goes_to_the_next_one() -> None:
     replica = Replica()
-    replica.play(offer("a0", "a0") + offer("a1", "a1"), offer("b", "b", preprocess="preprocess-2"), pixels("a0", 1))
+    replica.play(
+        offer("a0", "a0") + offer("a1", "a1"),
+        offer("b", "b", preprocess="preprocess-2"),
+        pixels("a0", 1),
+    )
     replica.finish()
-    replica.play([Down("preprocess-1", "preprocess", "gone")])
+    replica.play([PeerDown("preprocess-1", "preprocess", "gone")])
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1", "preprocess-2"]
 
 
 def test_offers_are_answered_while_the_tower_works_and_the_next_pixels_come_meanwhile() -> None:
     replica = Replica()
-    replica.play(offer("r0", "a"), pixels("r0", 1), offer("r1", "b"), pixels("r1", 2), offer("r2", "c"))
+    replica.play(
+        offer("r0", "a"), pixels("r0", 1), offer("r1", "b"), pixels("r1", 2), offer("r2", "c")
+    )
     assert replica.grants() == [("r0", 0), ("r1", 0)] and len(replica.take(Busy)) == 1
     assert replica.tower.encoded == []
     replica.finish()
@@ -203,15 +282,23 @@ def test_offers_are_answered_while_the_tower_works_and_the_next_pixels_come_mean
 
 def test_a_grant_lapses_where_no_pixels_follow_and_the_room_is_anothers() -> None:
     replica = Replica()
-    replica.play(offer("r0", "a") + offer("r1", "b"), offer("r2", "c", preprocess="preprocess-2"), pixels("r1", 1))
+    replica.play(
+        offer("r0", "a") + offer("r1", "b"),
+        offer("r2", "c", preprocess="preprocess-2"),
+        pixels("r1", 1),
+    )
     replica.take(Busy)
     replica.now += ANSWER_SECONDS + 0.1
     replica.play([])
-    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [("preprocess-1", "r0")]
+    assert [(receiver, m.request_id) for receiver, m in replica.take(Busy)] == [
+        ("preprocess-1", "r0")
+    ]
     assert {receiver for receiver, _ in replica.take(Vacancy)} <= {"preprocess-1", "preprocess-2"}
     replica.play(pixels("r0", 1))
     replica.encode_all()
-    assert [request_id for request_id, _ in replica.embeddings()] == ["r1"], "late pixels are dropped"
+    assert [request_id for request_id, _ in replica.embeddings()] == ["r1"], (
+        "late pixels are dropped"
+    )
 
 
 def test_an_image_in_the_cache_needs_no_pixels_and_no_room() -> None:
@@ -221,7 +308,9 @@ def test_an_image_in_the_cache_needs_no_pixels_and_no_room() -> None:
     replica.play(offer("x0", "x") + offer("x1", "y"), offer("r1", "a"))
     assert replica.embeddings() == [("r0", 20.0), ("r1", 20.0)]
     assert [message.cached for message in replica.member.links.of(Embeddings)] == [False, True]
-    assert [(receiver, m.request_id) for receiver, m in replica.take(Held)] == [("preprocess-1", "r1")]
+    assert [(receiver, m.request_id) for receiver, m in replica.take(CacheHit)] == [
+        ("preprocess-1", "r1")
+    ]
     assert replica.count("twinlens_vision_images_total", outcome="cached") == 1
 
 
@@ -229,13 +318,14 @@ def test_embeddings_that_were_refused_are_encoded_anew() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5))
     replica.finish()
-    replica.play(offer("r0", "a", encode_anew=True), pixels("r0", 5))
+    replica.play(offer("r0", "a", skip_cache=True), pixels("r0", 5))
     replica.finish()
-    assert replica.tower.encoded == [20, 20] and not replica.take(Held)
+    assert replica.tower.encoded == [20, 20] and not replica.take(CacheHit)
 
 
 def test_embeddings_of_another_dtype_are_not_found() -> None:
-    first, second = Replica(), Replica(dtype="bfloat16")
+    first = Replica()
+    second = Replica(dtype="bfloat16")
     first.play(offer("r0", "a"), pixels("r0", 5))
     first.finish()
     second.worker._cache = first.cache
@@ -251,7 +341,7 @@ def test_an_image_that_is_in_work_twice_is_sent_and_encoded_once(cache_bytes: in
     replica = Replica(cache_bytes)
     replica.play(offer("r0", "a") + offer("r1", "a") + offer("r2", "b"), pixels("r0", 5))
     assert replica.grants() == [("r0", 0), ("r2", 0)]
-    assert [m.request_id for _, m in replica.take(Held)] == ["r1"]
+    assert [m.request_id for _, m in replica.take(CacheHit)] == ["r1"]
     replica.finish()
     assert replica.tower.encoded == [20]
     assert replica.embeddings() == [("r0", 20.0), ("r1", 20.0)]
@@ -270,7 +360,9 @@ def test_the_second_of_two_equal_images_is_granted_where_the_first_is_aborted() 
 def test_the_second_of_two_equal_images_gets_what_is_in_the_tower_for_an_aborted_first() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "a"))
-    assert load_of(replica.jobs) == (0, 1) and [m.request_id for _, m in replica.take(Held)] == ["r1"]
+    assert load_of(replica.jobs) == (0, 1) and [
+        m.request_id for _, m in replica.take(CacheHit)
+    ] == ["r1"]
     replica.finish()
     assert replica.embeddings() == [("r1", 20.0)] and replica.grants() == [("r0", 0)]
 
@@ -283,7 +375,7 @@ def test_the_second_of_two_equal_images_is_granted_where_the_first_fails() -> No
     assert list(replica.jobs) == [("r1", 0, 0)]
 
 
-def test_the_second_of_two_equal_images_is_granted_where_the_first_was_aborted_and_fails_in_the_tower() -> None:
+def test_the_second_of_two_equal_images_is_granted_if_the_first_was_aborted_and_fails() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 0), abort("r0"), offer("r1", "a"))
     replica.finish()
@@ -293,20 +385,33 @@ def test_the_second_of_two_equal_images_is_granted_where_the_first_was_aborted_a
 def test_no_more_equal_images_wait_than_the_bound() -> None:
     replica = Replica()
     replica.play([event for n in range(MAX_JOINED + 5) for event in offer(f"r{n}", "a")])
-    assert len(replica.jobs) == MAX_JOINED + 1, "the last place in the room is granted to one of them"
+    assert len(replica.jobs) == MAX_JOINED + 1, (
+        "the last place in the room is granted to one of them"
+    )
     assert len(replica.take(Busy)) == 4
 
 
 # Failures and ends
 
 
-@pytest.mark.parametrize("wrong", [{"shape": (NUM_PATCHES - 1, 1)}, {"shape": ()}, {"dtype": np.float32}])
+@pytest.mark.parametrize(
+    "wrong", [{"shape": (NUM_PATCHES - 1, 1)}, {"shape": ()}, {"dtype": np.float32}]
+)
 def test_pixels_that_are_not_as_offered_fail_their_image_alone(wrong: dict[str, Any]) -> None:
     replica = Replica()
-    replica.play(offer("r0", "a", image=2) + offer("r1", "b"), pixels("r0", 5, image=2, **wrong), pixels("r1", 1))
+    replica.play(
+        offer("r0", "a", image=2) + offer("r1", "b"),
+        pixels("r0", 5, image=2, **wrong),
+        pixels("r1", 1),
+    )
     replica.encode_all()
     [failed] = replica.member.links.of(Failed)
-    assert (failed.request_id, failed.image, failed.stage, failed.code) == ("r0", 2, "vision", "Internal")
+    assert (failed.request_id, failed.image, failed.stage, failed.code) == (
+        "r0",
+        2,
+        "vision",
+        "Internal",
+    )
     assert f"for {NUM_PATCHES} patches" in failed.message
     assert replica.embeddings() == [("r1", 4.0)] and replica.tower.encoded == [4]
     assert not replica.jobs
@@ -316,7 +421,9 @@ def test_pixels_that_are_not_as_offered_fail_their_image_alone(wrong: dict[str, 
 def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception]) -> None:
     replica = Replica()
     replica.tower.error = error
-    replica.play(offer("r0", "a", image=1) + offer("r1", "b"), pixels("r0", 0, image=1), pixels("r1", 1))
+    replica.play(
+        offer("r0", "a", image=1) + offer("r1", "b"), pixels("r0", 0, image=1), pixels("r1", 1)
+    )
     replica.encode_all()
     [failed] = replica.member.links.of(Failed)
     assert (failed.request_id, failed.image, failed.stage) == ("r0", 1, "vision")
@@ -345,7 +452,9 @@ def test_an_abort_drops_all_images_of_its_request_and_their_room_is_free() -> No
 def test_an_aborted_image_in_the_tower_takes_its_room_until_the_tower_is_through() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "b"), offer("r2", "c"))
-    assert replica.grants() == [("r0", 0), ("r1", 0)] and [m.request_id for _, m in replica.take(Busy)] == ["r2"]
+    assert replica.grants() == [("r0", 0), ("r1", 0)] and [
+        m.request_id for _, m in replica.take(Busy)
+    ] == ["r2"]
     replica.finish()
     assert replica.embeddings() == []
     assert len(replica.take(Vacancy)) == 1
@@ -353,14 +462,19 @@ def test_an_aborted_image_in_the_tower_takes_its_room_until_the_tower_is_through
 
 def test_an_abort_of_another_attempt_drops_nothing() -> None:
     replica = Replica()
-    replica.play(offer("r", "a"), received("preprocess-1", "preprocess", Abort(request_id="r", attempt=1)))
+    replica.play(
+        offer("r", "a"), received("preprocess-1", "preprocess", Abort(request_id="r", attempt=1))
+    )
     assert list(replica.jobs) == [("r", 0, 0)]
 
 
 def test_the_images_of_a_lost_preprocess_are_dropped_and_no_others() -> None:
     replica = Replica()
     replica.play(
-        offer("r0", "a", preprocess="preprocess-2"), offer("r9", "b"), [Down("preprocess-2", "preprocess", "gone")], pixels("r9", 1)
+        offer("r0", "a", preprocess="preprocess-2"),
+        offer("r9", "b"),
+        [PeerDown("preprocess-2", "preprocess", "gone")],
+        pixels("r9", 1),
     )
     replica.encode_all()
     assert replica.embeddings() == [("r9", 4.0)]
@@ -378,10 +492,19 @@ def test_a_connection_to_the_language_group_that_broke_since_the_offer_is_made_a
 def test_a_draining_replica_finishes_what_it_granted_and_takes_and_promises_nothing_more() -> None:
     replica = Replica()
     drain: Any = Drain()
-    replica.play(offer("r0", "a") + offer("r1", "b"), offer("r2", "c"), [drain], offer("r3", "d"), pixels("r0", 1), pixels("r1", 2))
+    replica.play(
+        offer("r0", "a") + offer("r1", "b"),
+        offer("r2", "c"),
+        [drain],
+        offer("r3", "d"),
+        pixels("r0", 1),
+        pixels("r1", 2),
+    )
     replica.encode_all()
     assert [request_id for request_id, _ in replica.embeddings()] == ["r0", "r1"]
-    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"] and not replica.take(Vacancy)
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"] and not replica.take(
+        Vacancy
+    )
     assert load_of(replica.jobs) == (0, 0)
 
 
@@ -398,20 +521,24 @@ def test_a_draining_replica_refuses_an_image_for_which_it_has_room() -> None:
 def test_a_preprocess_that_connects_is_told_what_the_replica_runs_and_how_fast() -> None:
     replica = Replica(buckets=(64, 256))
     replica.times.measured(100, 0.5)
-    replica.play([Up("preprocess-1", "preprocess")])
-    assert replica.take(VisionLoad) == [("preprocess-1", VisionLoad(buckets=(64, 256), sizes=(256,), seconds=(0.5,)))]
+    replica.play([PeerUp("preprocess-1", "preprocess")])
+    assert replica.take(VisionLoad) == [
+        ("preprocess-1", VisionLoad(buckets=(64, 256), sizes=(256,), seconds=(0.5,)))
+    ]
 
 
 def test_the_others_hear_when_one_preprocess_makes_it_busy_and_all_when_it_has_measured() -> None:
     replica = Replica()
-    replica.play([Up("preprocess-1", "preprocess"), Up("preprocess-2", "preprocess")])
+    replica.play([PeerUp("preprocess-1", "preprocess"), PeerUp("preprocess-2", "preprocess")])
     replica.take(VisionLoad)
     replica.play(offer("r0", "a"), offer("r1", "b"))
     assert [receiver for receiver, _ in replica.take(VisionLoad)] == ["preprocess-2"]
     replica.play(pixels("r0", 1))
     replica.finish()
     told = replica.take(VisionLoad)
-    assert sorted(receiver for receiver, _ in told) == ["preprocess-1", "preprocess-2"] and told[0][1].sizes == (4,)
+    assert sorted(receiver for receiver, _ in told) == ["preprocess-1", "preprocess-2"] and told[0][
+        1
+    ].sizes == (4,)
 
 
 def test_the_wait_for_a_new_image_is_what_is_granted_less_what_the_tower_has_done_of_it() -> None:
@@ -438,7 +565,7 @@ def test_padding_is_counted_where_there_are_buckets() -> None:
 
 
 def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
-    reports: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[EncodeResult] = queue.SimpleQueue()
     began: list[float] = []
 
     class Watched(Progress):
@@ -449,7 +576,12 @@ def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
     thread = TowerThread(FakeTower(), reports.put, Watched())
     for n in (3, 0):
         thread.begin((f"r{n}", 0, 0), Tensor.of(np.full((NUM_PATCHES, 1), n, np.uint8)), (1, 2, 2))
-    first, second = reports.get(timeout=10), reports.get(timeout=10)
-    assert first.key == ("r3", 0, 0) and first.embeddings is not None and first.embeddings.numpy().item() == 12
+    first = reports.get(timeout=10)
+    second = reports.get(timeout=10)
+    assert (
+        first.key == ("r3", 0, 0)
+        and first.embeddings is not None
+        and first.embeddings.numpy().item() == 12
+    )
     assert second.embeddings is None and isinstance(second.error, MemoryError)
     assert began[0] > 0 and len(began) >= 3, "each image is a unit with its expected time"

@@ -1,7 +1,8 @@
 """The vision tower of Qwen2.5-VL: patches of one still image to embeddings.
 
-Most blocks attend inside windows of 8 x 8 patches. Windows of equal size are put next to each other before the first block,
-so that all of one size are one batched attention; the order is undone after the merger.
+Most blocks attend inside windows of 8 x 8 patches. Windows of equal size are put next to each other
+before the first block, so that all of one size are one batched attention; the order is undone after
+the merger.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from common.kernels.operations import attention, rms_norm, rotate, silu_mul
-from common.linear import Linear
-from common.weights import Weights
+from compute.kernels.operations import attention, rms_norm, rotate, silu_mul
+from compute.linear import Linear
+from compute.weights import Weights
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -60,7 +61,10 @@ class VisionConfig:
             **values,
         )
         if config.out_hidden_size != checkpoint.text_config["hidden_size"]:
-            raise BadCheckpoint(f"{checkpoint.path}: out_hidden_size of vision_config is not the language model's hidden_size")
+            raise BadCheckpoint(
+                f"{checkpoint.path}: out_hidden_size of vision_config is not the language model's "
+                "hidden_size"
+            )
         return config
 
     @property
@@ -75,10 +79,12 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class GridPlan:
-    """What depends on an image's grid alone. A unit is a block of 2 x 2 patches, which the merger makes one embedding."""
+    """What depends on an image's grid alone. A unit is a block of 2 x 2 patches, which the merger
+    makes one embedding."""
 
     order: Tensor
-    """int64 [num_units]: raster index of the unit at each place; windows of equal size follow each other."""
+    """int64 [num_units]: raster index of the unit at each place; windows of equal size follow each
+    other."""
     inverse: Tensor
     """int64 [num_units]: the place of each unit in raster order."""
     windows: tuple[tuple[int, int], ...]
@@ -86,7 +92,8 @@ class GridPlan:
     cos: Tensor
     """float32 [num_patches, head_dim]."""
     signed_sin: Tensor
-    """float32 [num_patches, head_dim]: the first half is negated, so that a rotation needs no negation."""
+    """float32 [num_patches, head_dim]: the first half is negated, so that a rotation needs no
+    negation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +118,17 @@ class VisionTower:
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         self.config = VisionConfig.of(checkpoint)
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
+        self.device = device
         weights = Weights(checkpoint, ("model.visual.",), progress)
-        self._mean, self._std = (self._per_value(checkpoint.preprocessor_config[key]) for key in ("image_mean", "image_std"))
+        self._mean, self._std = (
+            self._per_value(checkpoint.preprocessor_config[key])
+            for key in ("image_mean", "image_std")
+        )
         self._patch_embed = self._load_patch_embed(weights)
         self._blocks = [self._load_block(weights, i) for i in range(self.config.depth)]
-        merged, out = self.config.hidden_size * self.config.merge_unit, self.config.out_hidden_size
+        merged = self.config.hidden_size * self.config.merge_unit
+        out = self.config.out_hidden_size
         self._merger_norm = self._load(weights, "merger.ln_q.weight", self.config.hidden_size)
         self._merger_in = Linear(*self._load_linear(weights, "merger.mlp.0", merged, merged))
         self._merger_out = Linear(*self._load_linear(weights, "merger.mlp.2", out, merged))
@@ -129,14 +141,19 @@ class VisionTower:
 
     @torch.inference_mode()
     def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """uint8 [num_patches, channels * patch * patch] in merge-block order -> [num_patches / 4, hidden_size].
+        """uint8 [num_patches, channels * patch * patch] in merge-block order -> [num_patches / 4,
+        hidden_size].
 
         Patches are neither normalised nor doubled in time.
         """
         frames, height, width = grid_thw
         merge = self.config.spatial_merge_size
-        assert frames == 1 and height % merge == 0 and width % merge == 0, f"grid {grid_thw} is not that of a still image"
-        assert patches.shape == (height * width, len(self._mean)) and patches.dtype == torch.uint8, patches.shape
+        assert frames == 1 and height % merge == 0 and width % merge == 0, (
+            f"grid {grid_thw} is not that of a still image"
+        )
+        assert (
+            patches.shape == (height * width, len(self._mean)) and patches.dtype == torch.uint8
+        ), patches.shape
         plan = self._grid_plan(height // merge, width // merge)
         x = self._embed_patches(patches.to(self.device), plan.order)
         for block in self._blocks:
@@ -149,17 +166,21 @@ class VisionTower:
         return self._patch_embed(normalised.to(self.dtype))
 
     def _run_block(self, block: Block, x: Tensor, plan: GridPlan) -> Tensor:
-        attended = self._attend(block.qkv(rms_norm(x, block.norm1, NORM_EPS)), plan, block.full_attention)
+        attended = self._attend(
+            block.qkv(rms_norm(x, block.norm1, NORM_EPS)), plan, block.full_attention
+        )
         x = block.proj(attended, residual=x)
         return block.down(silu_mul(block.gate_up(rms_norm(x, block.norm2, NORM_EPS))), residual=x)
 
     def _attend(self, qkv: Tensor, plan: GridPlan, full_attention: bool) -> Tensor:
         """[num_patches, 3 * hidden] -> [num_patches, hidden]."""
         windows = ((1, len(qkv)),) if full_attention else plan.windows
-        heads, dim = self.config.num_heads, self.config.head_dim
+        heads = self.config.num_heads
+        dim = self.config.head_dim
         qkv = qkv.view(len(qkv), 3 * heads, dim)
         rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)
-        outputs, start = [], 0
+        outputs = []
+        start = 0
         for count, length in windows:
             stop = start + count * length
             q, k, v = qkv[start:stop].split(heads, 1)
@@ -168,7 +189,9 @@ class VisionTower:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _merge(self, x: Tensor) -> Tensor:
-        merged = rms_norm(x, self._merger_norm, NORM_EPS).view(-1, self.config.hidden_size * self.config.merge_unit)
+        merged = rms_norm(x, self._merger_norm, NORM_EPS).view(
+            -1, self.config.hidden_size * self.config.merge_unit
+        )
         return self._merger_out(F.gelu(self._merger_in(merged)))
 
     def _make_grid_plan(self, height: int, width: int) -> GridPlan:
@@ -176,8 +199,13 @@ class VisionTower:
         merge = self.config.spatial_merge_size
         side = self.config.window_size // self.config.patch_size // merge
         order, windows = window_order(height, width, side)
-        angles = self._rotary_angles(height, width).view(height * width, self.config.merge_unit, -1)[order].flatten(0, 1)
-        cos, sin = angles.cos(), angles.sin()
+        angles = (
+            self._rotary_angles(height, width)
+            .view(height * width, self.config.merge_unit, -1)[order]
+            .flatten(0, 1)
+        )
+        cos = angles.cos()
+        sin = angles.sin()
         return GridPlan(
             order.to(self.device),
             order.argsort().to(self.device),
@@ -187,32 +215,51 @@ class VisionTower:
         )
 
     def _rotary_angles(self, height: int, width: int) -> Tensor:
-        """float32 [num_patches, head_dim / 2] in merge-block order: the first half turns by the row, the second by the column."""
-        merge, dim = self.config.spatial_merge_size, self.config.head_dim // 2
+        """float32 [num_patches, head_dim / 2] in merge-block order: the first half turns by the
+        row, the second by the column."""
+        merge = self.config.spatial_merge_size
+        dim = self.config.head_dim // 2
         frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2).float() / dim)
-        row, column = torch.meshgrid(torch.arange(height * merge), torch.arange(width * merge), indexing="ij")
-        blocks = torch.stack((row, column), -1).view(height, merge, width, merge, 2).transpose(1, 2).reshape(-1, 2)
+        row, column = torch.meshgrid(
+            torch.arange(height * merge), torch.arange(width * merge), indexing="ij"
+        )
+        blocks = (
+            torch.stack((row, column), -1)
+            .view(height, merge, width, merge, 2)
+            .transpose(1, 2)
+            .reshape(-1, 2)
+        )
         return (blocks[..., None].float() * frequencies).flatten(1)
 
     def _per_value(self, per_channel: list[float]) -> Tensor:
         """One number for each value of a patch row."""
-        return torch.tensor(per_channel, dtype=torch.float32, device=self.device).repeat_interleave(self.config.patch_size**2)
+        return torch.tensor(per_channel, dtype=torch.float32, device=self.device).repeat_interleave(
+            self.config.patch_size**2
+        )
 
     def _load(self, weights: Weights, name: str, *shape: int) -> Tensor:
         return weights.tensor(f"model.visual.{name}", shape, self.dtype, self.device)
 
-    def _load_linear(self, weights: Weights, name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        return self._load(weights, f"{name}.weight", rows, columns), self._load(weights, f"{name}.bias", rows)
+    def _load_linear(
+        self, weights: Weights, name: str, rows: int, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._load(weights, f"{name}.weight", rows, columns), self._load(
+            weights, f"{name}.bias", rows
+        )
 
     def _load_patch_embed(self, weights: Weights) -> Linear:
-        """The temporal taps of the 3-d convolution are summed: a still image is the same frame at each of them."""
+        """The temporal taps of the 3-d convolution are summed: a still image is the same frame at
+        each of them."""
         c = self.config
         shape = (c.hidden_size, c.num_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
-        taps = weights.tensor("model.visual.patch_embed.proj.weight", shape, torch.float32, self.device)
+        taps = weights.tensor(
+            "model.visual.patch_embed.proj.weight", shape, torch.float32, self.device
+        )
         return Linear(taps.sum(2).flatten(1).to(self.dtype))
 
     def _load_block(self, weights: Weights, index: int) -> Block:
-        size, inner = self.config.hidden_size, self.config.intermediate_size
+        size = self.config.hidden_size
+        inner = self.config.intermediate_size
         name = f"blocks.{index}"
         gate = self._load_linear(weights, f"{name}.mlp.gate_proj", inner, size)
         up = self._load_linear(weights, f"{name}.mlp.up_proj", inner, size)
@@ -228,9 +275,11 @@ class VisionTower:
 
 
 def window_order(height: int, width: int, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The units of a grid sorted by window, windows by size; and (number of windows, units in each) for every size.
+    """The units of a grid sorted by window, windows by size; and (number of windows, units in each)
+    for every size.
 
-    Windows at the right and lower edge are smaller where `side` does not divide the grid: nothing is padded.
+    Windows at the right and lower edge are smaller where `side` does not divide the grid: nothing
+    is padded.
     """
     units = torch.arange(height * width).view(height, width)
     by_size: dict[int, list[Tensor]] = {}

@@ -1,0 +1,107 @@
+"""Tensors of a checkpoint, read one at a time or as slices, under one naming."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo, canonical_name
+
+Index = tuple[slice, ...]
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights:
+    """Reads a checkpoint's tensors. Nothing is read but what is asked for.
+
+    `progress` is told after each read which fraction of the bytes whose names begin with one of
+    `prefixes` was asked for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prefixes: tuple[str, ...] = ("",),
+        progress: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = {
+            canonical_name(name): (name, info) for name, info in checkpoint.tensors.items()
+        }
+        self._files: dict[str, Any] = {}
+        self._progress = progress
+        self._unread = {
+            name: info.num_bytes
+            for name, (_, info) in self._tensors.items()
+            if name.startswith(prefixes)
+        }
+        self._total = max(sum(self._unread.values()), 1)
+        self.num_bytes_read = 0
+        """As stored; a rank reads its slices only."""
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The whole tensor, whose shape in the file must be `shape`."""
+        return self._read(name, shape, (), dtype, device)
+
+    def slice(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dim: int,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Entries `start` to `stop` along `dim` of a tensor, whose whole shape in the file must be
+        `shape`."""
+        assert 0 <= start <= stop <= shape[dim], f"{name}: {start}:{stop} of {shape}"
+        return self._read(name, shape, (slice(None),) * dim + (slice(start, stop),), dtype, device)
+
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        index: Index,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        stored_name, info = self._find(name, shape)
+        try:
+            stored = self._file(info).get_slice(stored_name)[index or ...]
+        except (SafetensorError, OSError) as e:
+            raise BadCheckpoint(f"{info.file}: {stored_name} cannot be read: {e}") from e
+        # A copy always: what safetensors returns is a view of the mapped file, which may be
+        # replaced while it is served.
+        self.num_bytes_read += stored.nbytes
+        loaded = stored.to(device=device, dtype=dtype, copy=True)
+        self._unread.pop(name, None)
+        self._progress(1 - sum(self._unread.values()) / self._total)
+        return loaded
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[str, TensorInfo]:
+        if name not in self._tensors:
+            raise BadCheckpoint(
+                f"{self._checkpoint.path} has no tensor {name}: the weights do not belong to its "
+                "config.json"
+            )
+        stored_name, info = self._tensors[name]
+        if info.shape != shape:
+            raise BadCheckpoint(
+                f"{info.file}: {stored_name} has shape {info.shape}, config.json makes it {shape}"
+            )
+        if info.dtype not in DTYPES:
+            raise BadCheckpoint(
+                f"{info.file}: {stored_name} is {info.dtype}, supported are {', '.join(DTYPES)} "
+                "(no quantised weights)"
+            )
+        return stored_name, info
+
+    def _file(self, info: TensorInfo) -> Any:
+        key = str(info.file)
+        if key not in self._files:
+            self._files[key] = safe_open(key, framework="pt")
+        return self._files[key]

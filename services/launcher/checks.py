@@ -1,0 +1,64 @@
+"""What cannot work is said by `twinlens serve` before it starts anything."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from common.address import bound_socket, host_port
+from common.buckets import parse_buckets
+from common.checkpoint import open_checkpoint
+from common.config import BadSetting, flag
+from common.settings import ServeSettings
+from services.launcher.autoscale import parse_bounds
+
+MAX_PORT = 65535
+
+
+def check(settings: ServeSettings) -> ServeSettings:
+    """The settings, completed.
+
+    Raises
+    ------
+    BadSetting, BadCheckpoint
+    """
+    checkpoint = open_checkpoint(settings.model)
+    for name in ("llm", "tp", "detokenizer", "preprocess", "vision"):
+        if (count := getattr(settings, name)) < 1:
+            raise BadSetting(f"{flag(name)} {count}: at least 1 is needed")
+    check_scaling(settings)
+    if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
+        raise BadSetting(
+            f"--max-model-len {settings.max_model_len}: the checkpoint's context is "
+            f"{checkpoint.max_model_len}"
+        )
+    parse_buckets(settings.vision_buckets)
+    if settings.http_port == settings.grpc_port:
+        raise BadSetting(
+            f"--http-port and --grpc-port are both {settings.http_port}: give two different ones"
+        )
+    for name in ("http_port", "grpc_port"):
+        check_port(settings.host, getattr(settings, name), flag(name))
+    if settings.read and not Path(settings.read).is_file():
+        raise BadSetting(f"--read {settings.read}: no such file")
+    return replace(settings, served_model_name=settings.served_model_name or checkpoint.name)
+
+
+def check_scaling(settings: ServeSettings) -> None:
+    if settings.vision_standby < 0:
+        raise BadSetting(f"--vision-standby {settings.vision_standby}: give 0 or more")
+    if settings.autoscale and settings.vision > (most := parse_bounds(settings.autoscale).most):
+        raise BadSetting(
+            f"--vision {settings.vision} with --autoscale {settings.autoscale}: give at most "
+            f"{most} to begin with"
+        )
+
+
+def check_port(host: str, port: int, name: str) -> None:
+    if not 0 < port <= MAX_PORT:
+        raise BadSetting(f"{name} {port}: give a port from 1 to {MAX_PORT}")
+    try:
+        bound_socket(host, port).close()
+    except OSError as e:
+        raise BadSetting(
+            f"{name} {port}: cannot listen on {host_port(host, port)} ({e.strerror}); free it or "
+            "give another"
+        ) from e

@@ -1,0 +1,149 @@
+"""`twinlens plan`: computed from the checkpoint's files, and from stage times that are given or
+measured."""
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoints import COPIED, SHAPES, config_of, language_tensors, vision_tensors
+from common.settings import EMBEDDED_MODEL, PlanSettings
+from services.commands import plan
+from services.commands.generate import ClientError
+from services.commands.stage_times import StageTimes
+from tests.golden import GoldenCase
+
+PUBLISHED_7B_BYTES = 16_584_333_312
+"""total_size in model.safetensors.index.json of https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct.
+"""
+
+
+def planned(
+    capsys: pytest.CaptureFixture[str], settings: PlanSettings
+) -> tuple[int, list[str], str]:
+    status = plan.plan(settings)
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err
+
+
+@pytest.fixture(scope="module")
+def published_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tensors of the 7B model by name and shape; nothing is in them, and they take no place on
+    the disk."""
+    path = tmp_path_factory.mktemp("7b")
+    shapes = SHAPES["7b"]
+    entries = {}
+    end = 0
+    for name, shape in (*language_tensors(shapes), *vision_tensors(shapes)):
+        begin = end
+        end = end + 2 * prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    assert end == PUBLISHED_7B_BYTES
+    (path / "config.json").write_text(json.dumps(config_of(shapes)))
+    for name in (*COPIED, "tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(EMBEDDED_MODEL / name, path)
+    return path
+
+
+def test_a_7b_model_takes_what_it_is_known_to_take(
+    published_7b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = PlanSettings(
+        model=str(published_7b), dtype="bfloat16", max_model_len=32768, card_gib=24
+    )
+    status, lines, _ = planned(capsys, settings)
+    assert status == 0
+    assert "1.3 GiB of weights" in lines[1]
+    cells = {line.split()[0]: line.split() for line in lines if line.strip()[:1].isdigit()}
+    assert cells["1"] == ["1", "14.2", "GiB", "56.0", "KiB", "1.8", "GiB", "93900"]
+    assert cells["4"][:5] == ["4", "3.5", "GiB", "14.0", "KiB"]
+    assert cells["8"] == ["8", "does", "not", "divide", "this", "model"]
+
+
+def test_a_card_that_holds_no_whole_context_is_marked(
+    published_7b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, lines, _ = planned(
+        capsys, PlanSettings(model=str(published_7b), max_model_len=32768, card_gib=16)
+    )
+    marked = {line.split()[0] for line in lines if line.endswith("too few")}
+    assert marked == {"1"}
+
+
+def test_every_number_of_ranks_that_the_service_takes_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, lines, _ = planned(capsys, PlanSettings(model=str(GoldenCase("c_gqa_tp8").checkpoint)))
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["1", "2", "4", "8"]
+    assert not any("does not divide" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("vision_seconds", "rate", "images", "expected"),
+    [
+        (0.5, 4.0, 1.0, "2.00 vision replicas busy: 2"),
+        (0.5, 4.0, 1.1, "2.20 vision replicas busy: 3"),
+        (0.01, 1.0, 1.0, "busy: 1"),
+    ],
+)
+def test_replicas_follow_from_the_times_given(
+    vision_seconds: float,
+    rate: float,
+    images: float,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = PlanSettings(
+        vision_seconds=vision_seconds, group_rate=rate, images_per_request=images
+    )
+    assert expected in planned(capsys, settings)[1][-1]
+
+
+def test_replicas_follow_from_the_times_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "measure", lambda *_: StageTimes(0.02, 0.25, 10.0))
+    _, lines, _ = planned(capsys, PlanSettings(image=__file__))
+    assert any("50.0 a second" in line for line in lines)
+    assert "2.50 vision replicas busy: 3" in lines[-1]
+
+
+def test_without_times_it_says_how_to_get_them_and_guesses_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, lines, _ = planned(capsys, PlanSettings())
+    assert status == 0
+    assert "--image" in lines[-2] and not any("busy" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (PlanSettings(model="/nowhere"), "/nowhere"),
+        (PlanSettings(image="/no/picture.png"), "--image /no/picture.png"),
+        (PlanSettings(vision_seconds=1.0), "--group-rate"),
+        (PlanSettings(concurrency=0), "--concurrency"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(
+    settings: PlanSettings, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = planned(capsys, settings)
+    assert status == 2 and named in err
+
+
+def test_a_system_that_does_not_answer_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> StageTimes:
+        raise ClientError("nothing answers at x:1")
+
+    monkeypatch.setattr(plan, "measure", refuse)
+    status, _, err = planned(capsys, PlanSettings(image=__file__))
+    assert status == 1 and "nothing answers" in err

@@ -1,0 +1,74 @@
+"""Products with weights of eight bits equal those with what these weights mean."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.config import BadSetting
+from compute.kernels.library import int8_kernels
+from compute.quantization import Int8Linear, check_quantization, quantize
+from tests.compute.test_linear import random, relative_error
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(int8_kernels() is None, reason="no AVX2, or no compiler")
+BFLOAT16 = torch.bfloat16
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"), [(64, 32), (33, 31), (1152, 896), (40, 9000)]
+)
+def test_a_product_equals_that_of_the_dequantised_weights(
+    num_outputs: int, num_inputs: int
+) -> None:
+    weight = random(num_outputs, num_inputs, dtype=BFLOAT16) * num_inputs**-0.5
+    bias = random(num_outputs, dtype=BFLOAT16)
+    quantized, scales = quantize(weight)
+    meant = quantized.float() * scales[:, None]
+    linear = Int8Linear(weight, bias)
+    without_bias = Int8Linear(weight)
+    for num_rows in (0, 1, 2, 3, 7, 16, 101, 230):
+        x = random(num_rows, num_inputs, dtype=BFLOAT16)
+        residual = random(num_rows, num_outputs, dtype=BFLOAT16)
+        product = F.linear(x.float(), meant)
+        assert relative_error(without_bias(x), product) < 0.005
+        assert (
+            relative_error(linear(x, residual), product + bias.float() + residual.float()) < 0.005
+        )
+
+
+@needs_kernels
+def test_neither_rows_beside_it_nor_threads_change_a_row() -> None:
+    linear = Int8Linear(random(500, 600, dtype=BFLOAT16))
+    x = random(130, 600, dtype=BFLOAT16)
+    before = torch.get_num_threads()
+    together = linear(x)
+    torch.set_num_threads(3)
+    try:
+        for num_rows in (1, 2, 5, 16, 130):
+            assert linear(x[:num_rows]).equal(together[:num_rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_weight_is_off_by_at_most_half_a_step_of_its_output() -> None:
+    weight = random(20, 300) * torch.logspace(-6, 3, 20)[:, None]
+    weight[7] = 0
+    quantized, scales = quantize(weight)
+    assert ((quantized.float() * scales[:, None] - weight).abs() <= 0.501 * scales[:, None]).all()
+    assert quantized.abs().amax(1).tolist() == [0 if row == 7 else 127 for row in range(20)]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", BFLOAT16), ("cpu", torch.float32)])
+def test_where_it_does_not_apply_it_is_refused(device: str, dtype: torch.dtype) -> None:
+    with pytest.raises(
+        BadSetting, match="--quantization int8 is for --device cpu with --dtype bfloat16"
+    ):
+        check_quantization("int8", torch.device(device), dtype)
+    check_quantization("none", torch.device(device), dtype)
+
+
+def test_a_cpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compute.quantization.int8_kernels", lambda: None)
+    with pytest.raises(BadSetting, match="needs a CPU with AVX2"):
+        check_quantization("int8", CPU, BFLOAT16)

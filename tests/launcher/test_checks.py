@@ -1,0 +1,68 @@
+"""What cannot work is refused before anything is started, by the flag that says it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.address import bound_socket, host_port
+from common.checkpoint import BadCheckpoint
+from common.config import BadSetting
+from common.settings import ServeSettings
+from services.launcher.checks import check
+from tests.loopback import LOOPBACKS
+from tests.system.running import GOLDEN, free_port
+
+MODEL = GOLDEN / "a_image" / "checkpoint"
+
+
+def settings(**changed: Any) -> ServeSettings:
+    return ServeSettings(
+        **{"model": str(MODEL), "http_port": free_port(), "grpc_port": free_port()} | changed
+    )
+
+
+def test_the_served_name_is_the_folders_unless_given() -> None:
+    assert check(settings()).served_model_name == "checkpoint"
+    assert check(settings(served_model_name="mine")).served_model_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tp": 0}, "--tp 0"),
+        ({"vision": 0}, "--vision 0"),
+        ({"preprocess": -1}, "--preprocess -1"),
+        ({"vision_standby": -1}, "--vision-standby -1"),
+        ({"autoscale": "vision=4"}, "--autoscale vision=4"),
+        ({"autoscale": "vision=1:2", "vision": 3}, "--vision 3 with --autoscale vision=1:2"),
+        ({"vision_buckets": "64,no"}, "--vision-buckets 64,no"),
+        ({"max_model_len": 10**6}, "--max-model-len 1000000"),
+        ({"http_port": 70_000}, "--http-port 70000"),
+        ({"grpc_port": 0}, "--grpc-port 0"),
+        ({"http_port": 9, "grpc_port": 9}, "both 9"),
+        ({"host": "no.such.host.invalid"}, "no.such.host.invalid"),
+        ({"read": "/no/such.png"}, "--read /no/such.png"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_flag(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSetting, match=words):
+        check(settings(**changed))
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r"config\.json"):
+        check(settings(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+def test_a_port_that_is_taken_is_refused_by_its_flag(host: str) -> None:
+    with bound_socket(host, 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            BadSetting,
+            match=re.escape(f"--grpc-port {port}: cannot listen on {host_port(host, port)} ("),
+        ):
+            check(settings(host=host, grpc_port=port))

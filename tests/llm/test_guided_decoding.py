@@ -1,0 +1,56 @@
+"""Grammars: masks let through what follows them and nothing else."""
+
+import numpy as np
+from llguidance import LLMatcher
+
+from services.llm.guided_decoding import Guides
+from tests.system.running import ROOT
+
+# Of the embedded model an id below 256 is a byte.
+TOKENIZER = ROOT / "models" / "tiny-ocr" / "tokenizer.json"
+END = 258
+A = ("a", 0)
+B = ("b", 0)
+
+
+def guides() -> Guides:
+    return Guides(TOKENIZER, 288, (END,))
+
+
+def allowed(found: Guides, key: tuple[str, int]) -> set[int]:
+    return set(np.flatnonzero(found.begin_masks([key])[0].result()).tolist())
+
+
+def test_only_what_the_grammar_lets_through_may_be_drawn() -> None:
+    found = guides()
+    found.add(A, LLMatcher.grammar_from_regex("(ab|ac)"))
+    assert allowed(found, A) == {ord("a")}
+    assert found.accept(A, ord("a"))
+    assert allowed(found, A) == {ord("b"), ord("c")}
+    assert not found.accept(A, ord("b")), "nothing can follow: the answer is complete"
+
+
+def test_requests_without_a_grammar_are_free() -> None:
+    found = guides()
+    found.add(A, LLMatcher.grammar_from_regex("x"))
+    masks = found.begin_masks([B, A])
+    assert list(masks) == [1]
+    assert found.accept(B, 7)
+
+
+def test_a_request_that_ended_is_forgotten() -> None:
+    found = guides()
+    found.add(A, LLMatcher.grammar_from_regex("x"))
+    found.remove(A)
+    found.remove(A)
+    assert found.begin_masks([A]) == {}
+
+
+def test_each_request_is_at_its_own_place() -> None:
+    found = guides()
+    for key in (A, B):
+        found.add(key, LLMatcher.grammar_from_regex("[0-9]x"))
+    found.accept(A, ord("1"))
+    masks = found.begin_masks([A, B])
+    assert masks[0].result()[ord("x")] and not masks[0].result()[ord("1")]
+    assert masks[1].result()[ord("1")] and not masks[1].result()[ord("x")]
