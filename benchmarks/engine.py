@@ -25,10 +25,9 @@ import torch
 from benchmarks import checkpoints, passes, scheduling
 from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
 from common.checkpoint import open_checkpoint
-from compute.device import choose_dtype
+from compute.device import Device, choose_dtype
 from compute.kernels.library import bfloat16_kernels, cpu_flags
 from compute.quantization import check_quantization
-from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.vision.families.qwen2_5_vl import VisionTower
 
@@ -193,7 +192,7 @@ def main() -> None:
     checkpoint = open_checkpoint(
         checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint
     )
-    dtype = choose_dtype(options.dtype, CPU, checkpoint)
+    dtype = choose_dtype(options.dtype, Device(CPU), checkpoint)
     check_quantization(options.quantization, CPU, dtype)
     conditions = (
         machine()
@@ -213,7 +212,7 @@ def main() -> None:
         checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization
     )
     timed_passes = passes.of_language(
-        runner, TextConfig.of(checkpoint), dtype, options.context, options.quantization
+        runner, checkpoint.sizes, dtype, options.context, options.quantization
     )
     if options.decode_only:
         timed_passes = timed_passes[: len(passes.BATCHES)]

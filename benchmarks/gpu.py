@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import checkpoints
-from common.checkpoint import Checkpoint, canonical_name, open_checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.families.qwen2_5_vl import TextConfig
@@ -102,11 +102,14 @@ def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> Ste
         block_tables=tables,
         embedding_rows=np.zeros(0, np.int64),
         sampled_rows=lens.cumsum() - 1,
+        rope_parameters=np.zeros(len(lens), np.int64),
+        adapters=np.zeros(len(lens), np.int64),
     )
 
 
 def num_values(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> int:
     """Entries of the matrices whose names begin so."""
+    canonical_name = checkpoint.family.canonical_name
     tensors = ((canonical_name(name), info.shape) for name, info in checkpoint.tensors.items())
     return sum(
         math.prod(shape) for name, shape in tensors if name.startswith(prefixes) and len(shape) > 1
@@ -123,8 +126,8 @@ def decode_bytes(checkpoint: Checkpoint, batch: int, context_len: int) -> int:
 
 def prefill_operations(checkpoint: Checkpoint, num_tokens: int) -> int:
     """The head computes one row and is left out; of the scores, those above the diagonal are."""
-    config = TextConfig.of(checkpoint)
-    attention = 2 * num_tokens**2 * config.num_heads * config.head_dim * config.num_layers
+    sizes = checkpoint.sizes
+    attention = 2 * num_tokens**2 * sizes.num_heads * sizes.head_dim * sizes.num_layers
     return 2 * num_tokens * num_values(checkpoint, ("model.language_model.layers.",)) + attention
 
 

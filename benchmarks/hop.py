@@ -43,7 +43,7 @@ def message(buffer: np.ndarray) -> Embeddings:
     return Embeddings(
         request_id="hop",
         attempt=0,
-        image=0,
+        item=0,
         mm_hash="0" * 64,
         preprocess_id="p",
         embeddings=Tensor("bfloat16", (ROWS, COLUMNS), buffer.data),

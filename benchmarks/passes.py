@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.families import ModelSizes
 from compute.kernels.operations import attention, attention_by_torch, kernels_for
 from compute.linear import Linear, can_pack
 from compute.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
-from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.llm.step_plan import StepPlan
 from services.vision.families.qwen2_5_vl import VisionConfig, VisionTower, window_order
@@ -178,26 +178,26 @@ def attention_part(
 
 
 def decode_attention_part(
-    runner: ModelRunner, plan: StepPlan, config: TextConfig, dtype: torch.dtype
+    runner: ModelRunner, plan: StepPlan, sizes: ModelSizes, dtype: torch.dtype
 ) -> Part:
     kv_cache = runner._kv_cache
     step = GatheredAttention(plan, BLOCK_SIZE, dtype, CPU)
-    qkv = torch.randn(
-        plan.num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim
-    ).to(dtype)
-    q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
+    qkv = torch.randn(plan.num_tokens, sizes.num_heads + 2 * sizes.num_kv_heads, sizes.head_dim).to(
+        dtype
+    )
+    q, k, v = qkv.split((sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads), 1)
     kernels: dict[str, Callable[[], object]] = {
         "used": lambda: [step.run(q, k, v, layer) for layer in kv_cache]
     }
-    num_entries = 2 * int(plan.context_lens.sum()) * config.num_kv_heads * config.head_dim
-    num_flops = num_entries * 2 * config.num_heads // config.num_kv_heads
+    num_entries = 2 * int(plan.context_lens.sum()) * sizes.num_kv_heads * sizes.head_dim
+    num_flops = num_entries * 2 * sizes.num_heads // sizes.num_kv_heads
     name = f"attention {plan.num_tokens} x 1 of {int(plan.context_lens[0])}"
     return Part(
         name,
-        config.num_layers,
+        sizes.num_layers,
         kernels,
         "used",
-        config.num_layers,
+        sizes.num_layers,
         num_entries * dtype.itemsize,
         num_flops,
         is_linear=False,
@@ -205,21 +205,21 @@ def decode_attention_part(
 
 
 def of_language(
-    runner: ModelRunner, config: TextConfig, dtype: torch.dtype, context: int, quantization: str
+    runner: ModelRunner, sizes: ModelSizes, dtype: torch.dtype, context: int, quantization: str
 ) -> list[Pass]:
     found = []
     for batch in BATCHES:
         plan = plan_of([1] * batch, [context] * batch)
         parts = [
-            *decoder_parts(config, config.num_layers, batch, batch, dtype, quantization),
-            decode_attention_part(runner, plan, config, dtype),
+            *decoder_parts(sizes, sizes.num_layers, batch, batch, dtype, quantization),
+            decode_attention_part(runner, plan, sizes, dtype),
         ]
         found.append(Pass(f"decode, batch {batch}", partial(runner.execute, plan, []), parts))
     plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS])
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    parts = decoder_parts(config, config.num_layers - 1, PROMPT_TOKENS, 1, dtype, quantization)
+    heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+    parts = decoder_parts(sizes, sizes.num_layers - 1, PROMPT_TOKENS, 1, dtype, quantization)
     parts.append(
-        attention_part("attention", config.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True)
+        attention_part("attention", sizes.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True)
     )
     return [
         *found,
@@ -228,7 +228,7 @@ def of_language(
 
 
 def decoder_parts(
-    config: TextConfig,
+    sizes: ModelSizes,
     num_whole_layers: int,
     num_rows: int,
     num_sampled: int,
@@ -236,27 +236,27 @@ def decoder_parts(
     quantization: str,
 ) -> list[Part]:
     """In the last layer nothing but its attention needs the rows whose logits nobody wants."""
-    hidden = config.hidden_size
-    q_size = config.num_heads * config.head_dim
-    inner = config.intermediate_size
+    hidden = sizes.hidden_size
+    q_size = sizes.num_heads * sizes.head_dim
+    inner = sizes.intermediate_size
     after_attention = (
         ("o", hidden, q_size),
         ("gate and up", 2 * inner, hidden),
         ("down", hidden, inner),
     )
-    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-    parts = [linear_part("qkv", config.num_layers, num_rows, qkv_size, hidden, dtype, quantization)]
+    qkv_size = q_size + 2 * sizes.num_kv_heads * sizes.head_dim
+    parts = [linear_part("qkv", sizes.num_layers, num_rows, qkv_size, hidden, dtype, quantization)]
     parts += [
         linear_part(label, num_whole_layers, num_rows, n, k, dtype, quantization)
         for label, n, k in after_attention
     ]
-    if num_whole_layers < config.num_layers:
-        last = config.num_layers - num_whole_layers
+    if num_whole_layers < sizes.num_layers:
+        last = sizes.num_layers - num_whole_layers
         parts += [
             linear_part(label, last, num_sampled, n, k, dtype, quantization)
             for label, n, k in after_attention
         ]
-    return [*parts, linear_part("head", 1, num_sampled, config.vocab_size, hidden, dtype)]
+    return [*parts, linear_part("head", 1, num_sampled, sizes.vocab_size, hidden, dtype)]
 
 
 def of_vision(tower: VisionTower, dtype: torch.dtype, pictures: list[str]) -> list[Pass]:
@@ -336,4 +336,6 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
         block_tables=tables,
         embedding_rows=np.zeros(0, np.int64),
         sampled_rows=np.cumsum(query_lens) - 1,
+        rope_parameters=np.zeros(len(query_lens), np.int64),
+        adapters=np.zeros(len(query_lens), np.int64),
     )

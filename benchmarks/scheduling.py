@@ -10,7 +10,7 @@ from common.messages import Peer, Prompt, Sampling, Stopping
 from common.wire import Tensor as WireTensor
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
-from services.llm.guided_decoding import Guides
+from services.llm.guided_decoding import GuidedDecoding
 from services.llm.model_runner import ModelRunner
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
@@ -40,8 +40,8 @@ def overhead(
         scheduler,
         execute,
         Sampler(),
-        Guides(checkpoint.path, runner.vocab_size, eos),
-        runner.hidden_size,
+        GuidedDecoding(checkpoint.path, runner.vocab_size, eos),
+        runner.input_width,
         eos,
     )
     for number in range(BATCH):

@@ -4,9 +4,6 @@ other, powers of two to measure by."""
 from common.config import BadSetting
 from common.messages import MAX_BUCKETS
 
-PATCHES_PER_TOKEN = 4
-"""Of every family so far: images have a multiple of so many patches, and so must buckets."""
-
 
 def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds the image, 0 where none does; without buckets the power of
@@ -28,8 +25,8 @@ def expected_seconds(
     return measured[nearest] * bucket / nearest
 
 
-def parse_buckets(text: str) -> tuple[int, ...]:
-    """In rising order.
+def parse_buckets(text: str, patches_per_token: int) -> tuple[int, ...]:
+    """Read --vision-buckets: patch counts in rising order, multiples of `patches_per_token`.
 
     Raises
     ------
@@ -39,11 +36,10 @@ def parse_buckets(text: str) -> tuple[int, ...]:
         buckets = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         buckets = (0,)
-    if len(buckets) > MAX_BUCKETS or any(
-        bucket < 1 or bucket % PATCHES_PER_TOKEN for bucket in buckets
-    ):
+    is_bad = any(bucket < 1 or bucket % patches_per_token for bucket in buckets)
+    if is_bad or len(buckets) > MAX_BUCKETS:
         raise BadSetting(
             f"--vision-buckets {text}: give numbers of patches separated by commas, multiples of "
-            f"{PATCHES_PER_TOKEN}, at most {MAX_BUCKETS}"
+            f"{patches_per_token}, at most {MAX_BUCKETS}"
         )
     return buckets

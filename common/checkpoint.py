@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL, RolmOCR"}
+from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
+
+__all__ = ["BadCheckpoint", "Checkpoint", "TensorInfo", "open_checkpoint", "read_json"]
+
 FINGERPRINTED = (
     "config.json",
     "generation_config.json",
@@ -22,10 +25,6 @@ MAX_HEADER_BYTES = 100 * 2**20
 SAMPLE_BYTES = 64
 
 
-class BadCheckpoint(ValueError):
-    """The model directory cannot be served; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: `dtype` as safetensors names it (BF16, F32, ...)."""
@@ -35,8 +34,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     num_bytes: int
     offset: int
-    """Of its first byte in the file."""
-    """In bytes, of its first element in the file."""
+    """Where its first byte is in the file."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,19 @@ class Checkpoint:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @cached_property
+    def family(self) -> Family:
+        return FAMILIES[self.config["model_type"]]
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """The sizes of the language model. Raises BadCheckpoint if config.json lacks one."""
+        return self.family.sizes(self)
+
     @property
-    def family(self) -> str:
-        return self.config["model_type"]
+    def patches_per_token(self) -> int:
+        """How many patches of an item become one embedding."""
+        return self.family.patches_per_token(self)
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
@@ -67,7 +75,8 @@ class Checkpoint:
 
     @property
     def max_model_len(self) -> int:
-        return self.text_config["max_position_embeddings"]
+        """The context in tokens, prompt and answer together."""
+        return self.family.max_model_len(self)
 
     @property
     def dtype(self) -> str:
@@ -119,7 +128,7 @@ class Checkpoint:
         same tensors by name, type and place. The weights are too large to be read by every
         process: a few bytes of each tensor tell a fine-tuned model from its base."""
         digest = hashlib.sha256()
-        for name in FINGERPRINTED:
+        for name in dict.fromkeys((*FINGERPRINTED, *self.family.required_files)):
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
         for name, info in sorted(self.tensors.items()):
@@ -148,13 +157,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} has no config.json: it is no model directory in Hugging Face layout"
         )
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
-    family = checkpoint.config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(f"{key} ({what})" for key, what in FAMILIES.items())
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
         raise BadCheckpoint(
-            f"{path} is of the family {family!r}, which is not supported; supported: {known}"
+            f"{path} is of the family {model_type!r}, which is not supported; supported: {known}"
         )
-    for name in ("tokenizer.json", "preprocessor_config.json"):
+    for name in checkpoint.family.required_files:
         if not (path / name).exists():
             raise BadCheckpoint(
                 f"{path} is incomplete: {name} is missing; download the whole repository"
@@ -167,21 +176,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not checkpoint.tensors:
         raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
     return checkpoint
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name in the layout of transformers 5, whichever layout the file follows.
-
-    Published files say `visual.*` and `model.layers.*`; newer ones `model.visual.*` and
-    `model.language_model.layers.*`.
-    """
-    if name.startswith("visual."):
-        return "model." + name
-    if name.startswith("model.") and not name.startswith(
-        ("model.visual.", "model.language_model.")
-    ):
-        return "model.language_model." + name.removeprefix("model.")
-    return name
 
 
 def read_sample(info: TensorInfo) -> bytes:

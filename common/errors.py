@@ -25,7 +25,7 @@ class ServingError(ValueError):
         self,
         message: str,
         stage: str = "",
-        image: int | None = None,
+        item: int | None = None,
         retry_after: float | None = None,
         cause: str = "",
     ) -> None:
@@ -33,7 +33,7 @@ class ServingError(ValueError):
         super().__init__(message)
         self.message = message
         self.stage = stage
-        self.image = image
+        self.item = item
         self.retry_after = retry_after
         self.cause = cause
 
@@ -98,8 +98,8 @@ def from_code(
     code: str,
     message: str,
     stage: str = "",
-    image: int | None = None,
+    item: int | None = None,
     retry_after: float | None = None,
 ) -> ServingError:
     """The error that a Failed message tells of; an unknown code is Internal."""
-    return BY_CODE.get(code, Internal)(message, stage, image, retry_after)
+    return BY_CODE.get(code, Internal)(message, stage, item, retry_after)

@@ -1,12 +1,17 @@
-"""What happens on connections, as a work loop hears of it."""
+"""What happens on connections, as work loops see it; and what a work loop needs to send."""
 
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from common.messages import Message, Peer
+
+M = TypeVar("M")
+M_contra = TypeVar("M_contra", contravariant=True, bound=Message)
+
 
 class PeerUp(msgspec.Struct, frozen=True):
-    """`address` is empty where the peer connected to us."""
+    """A peer is connected. `address` is empty if the peer connected to this process."""
 
     peer_id: str
     role: str
@@ -14,22 +19,34 @@ class PeerUp(msgspec.Struct, frozen=True):
 
 
 class PeerDown(msgspec.Struct, frozen=True):
+    """A peer is dead to this process: its connection broke, its lease ended, or it hangs."""
+
     peer_id: str
     role: str
     reason: str
 
 
 class PeerDraining(msgspec.Struct, frozen=True):
-    """The peer takes nothing new and leaves when it holds nothing any more."""
+    """A peer takes no new work and leaves once it holds nothing."""
 
     peer_id: str
     role: str
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, Generic[M], frozen=True):
+    """A message of a peer. `M` is the union of all messages that the process handles."""
+
     peer_id: str
     role: str
-    message: Any
+    message: M
 
 
-Event = PeerUp | PeerDown | PeerDraining | Received
+Event = PeerUp | PeerDown | PeerDraining | Received[M]
+
+
+class Sender(Protocol[M_contra]):
+    """The sending side of `common.links.Links`, restricted to the messages of one service."""
+
+    def connect(self, peer: Peer, role: str) -> None: ...
+
+    def send(self, peer_id: str, message: M_contra) -> None: ...

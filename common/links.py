@@ -68,7 +68,7 @@ class Links:
         me: Hello,
         listen: str,
         advertise: str,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[Event[Any]], None],
         progress: Progress | None = None,
     ) -> None:
         self._me = me
@@ -87,7 +87,7 @@ class Links:
         self._remotes: dict[str, Remote] = {}
         self._by_socket: dict[Any, tuple[Remote, zmq.Socket[bytes], bool]] = {}
         self._offered: list[tuple[Peer, str]] = []
-        self._news: list[Event] = []
+        self._news: list[Event[Any]] = []
         self._draining = self._closed = False
         self._lock = threading.RLock()
         self._turn = threading.Lock()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -38,10 +38,18 @@ class Drain:
     end when its load is (0, 0)."""
 
 
-Event = events.Event | Drain
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """An event of the service's own, posted to its work loop by another of its threads."""
+
+    event: object
 
 
-class Member:
+M = TypeVar("M")
+Event = events.Event[M] | Drain | Posted
+
+
+class Member(Generic[M]):
     """What the work loop of a service needs to talk: events come in through `events` and
     `take_events`, messages go out by `links.send`."""
 
@@ -50,7 +58,6 @@ class Member:
         settings: ServiceSettings,
         role: str,
         stop: Stop,
-        load: Callable[[], tuple[int, int]],
         fingerprint: str = "",
         peers: tuple[str, ...] = (),
         group: str = "",
@@ -66,13 +73,13 @@ class Member:
         hears of it by the event Drain; any other stops. A `standby` takes no work until it is
         promoted (SIGUSR1). The health port shows the metrics of the `registry`, too."""
         self.id = new_member_id(settings.name or role)
-        self._inbox: deque[Event | None] = deque()
+        self._inbox: deque[Event[M] | None] = deque()
         self._fingerprint = fingerprint
         self._peers = peers
         self._group = group
         self._rank = rank
         self._on_group_loss = on_group_loss
-        self._load = load
+        self._load: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._is_standby = standby
         self._draining = self._works = False
         self._last_event = time.monotonic()
@@ -100,12 +107,12 @@ class Member:
             rank=rank,
             detail="loading",
         )
-        serve_health(settings.health_port, entry, load, self.progress.is_hung, registry)
+        serve_health(settings.health_port, entry, self.load, self.progress.is_hung, registry)
         watches = bool(peers) or (on_group_loss is not None and rank == 0)
         self.membership = Membership(
             settings.controller,
             entry,
-            load,
+            self.load,
             self._on_members if watches else None,
             stop.drain,
             is_hung=self.progress.is_hung,
@@ -115,6 +122,14 @@ class Member:
         if drains:
             stop.on_drain(self._drain)
         threading.Thread(target=self._pass_on, args=(stop,), name="stop", daemon=True).start()
+
+    def load(self) -> tuple[int, int]:
+        """Return (in_flight, queued); (0, 0) while the process loads."""
+        return self._load()
+
+    def track_load(self, load: Callable[[], tuple[int, int]]) -> None:
+        """From now on `load` returns (in_flight, queued). Other threads call it, too."""
+        self._load = load
 
     def ready(self, max_model_len: int = 0) -> None:
         self._set_state(STANDBY if self._is_standby else READY, max_model_len=max_model_len)
@@ -135,29 +150,28 @@ class Member:
         self._set_state(STARTING, f"loading weights, {progress:.0%}")
         get_logger().info("loading weights", id=self.id, progress=f"{progress:.0%}")
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[Event[M]]:
         """Each event as it comes, until the process is to stop, or has drained."""
         while (event := self.next_event()) is not None:
             yield event
 
-    def next_event(self) -> Event | None:
+    def next_event(self) -> Event[M] | None:
         """The next event, waited for; None when the process is to stop, or has drained."""
         found = self.take_events(wait=True, most=1)
         return found[0] if found else None
 
-    def requeue(self, events: list[Event]) -> None:
+    def requeue(self, events: list[Event[M]]) -> None:
         """Events that were taken before their time come again, after those that came since."""
         self._inbox.extend(events)
 
-    def tell(self, event: Any) -> None:
-        """What a thread of the service's own has to say to its work loop: it comes among the
-        events."""
-        self._inbox.append(event)
+    def post(self, event: object) -> None:
+        """Put an event of another thread of the service among the events of the work loop."""
+        self._inbox.append(Posted(event))
         self.links.wake()
 
     def take_events(
         self, wait: bool, timeout: float | None = None, most: int = sys.maxsize
-    ) -> list[Event] | None:
+    ) -> list[Event[M]] | None:
         """The events that are there, the first one waited for (at most `timeout` seconds) where
         `wait`; None when the process is to stop, or has drained."""
         self._works = True
@@ -187,8 +201,8 @@ class Member:
                 bounds.append(QUIET_SECONDS)
             self.links.wait(min(bounds, default=None))
 
-    def _take(self, most: int) -> list[Event] | None:
-        found: list[Event] = []
+    def _take(self, most: int) -> list[Event[M]] | None:
+        found: list[Event[M]] = []
         while self._inbox and len(found) < most:
             event = self._inbox.popleft()
             if event is None:
@@ -224,15 +238,17 @@ class Member:
         self._last_event = time.monotonic()
         self.membership.set_state(DRAINING)
         self.links.announce_draining()
-        self.tell(Drain())
+        self._inbox.append(Drain())
+        self.links.wake()
 
     def _pass_on(self, stop: threading.Event) -> None:
         stop.wait()
         if not self._works:
             leave(0)  # it loads, which takes minutes and cannot be interrupted otherwise
-        self.tell(None)
+        self._inbox.append(None)
+        self.links.wake()
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: Event[M]) -> None:
         if isinstance(event, PeerDown) and event.role == "llm" and self._on_group_loss:
             self._on_group_loss(event.reason)
         self._inbox.append(event)

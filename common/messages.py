@@ -1,23 +1,27 @@
-"""Every message between processes, one tagged union a hop and direction.
+"""Every message between processes, as one tagged union per hop and direction.
 
-A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`); all other fields
-make the header. Whatever grows with a request is a Tensor, so that a header's size does not depend
+A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`). All other fields
+form the header. Whatever grows with a request is a Tensor, so the size of a header does not depend
 on it. A new field goes last and has a default.
 
-Every message about a request carries (request_id, attempt): a receiver drops what belongs to an
+A request is made of a prompt and *items*. So far every item is an image. An item is named by its
+index in the request.
+
+Every message about a request carries (request_id, attempt). A receiver drops what belongs to an
 older attempt.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Name = Annotated[str, msgspec.Meta(max_length=200)]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
+Salt = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
@@ -28,14 +32,65 @@ MAX_BUCKETS = 32
 
 Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
+ItemKind = Literal["image"]
+"""What an item is. Each kind has a preparation in preprocess and an encoder in vision."""
+
+RequestKey = tuple[str, int]
+"""(request_id, attempt): names one attempt of a request."""
+ItemKey = tuple[str, int, int]
+"""(request_id, attempt, item): names one item of one attempt."""
+
+
+class RequestIds(TypedDict):
+    """The fields by which a message names its request, to build a message from another one."""
+
+    request_id: str
+    attempt: int
+
+
+class ItemIds(RequestIds):
+    """The fields by which a message names its item, to build a message from another one."""
+
+    item: int
+
+
+def request_ids(key: RequestKey) -> RequestIds:
+    """Return the fields that name the request `key`."""
+    request_id, attempt = key
+    return {"request_id": request_id, "attempt": attempt}
+
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, tag=True, kw_only=True):
-    pass
+    """The base of all messages."""
 
 
 class RequestMessage(Message):
+    """A message about one attempt of one request."""
+
     request_id: Name
     attempt: Count
+
+    @property
+    def key(self) -> RequestKey:
+        return self.request_id, self.attempt
+
+    @property
+    def ids(self) -> RequestIds:
+        return {"request_id": self.request_id, "attempt": self.attempt}
+
+
+class ItemMessage(RequestMessage):
+    """A message about one item of one attempt of a request."""
+
+    item: Count
+
+    @property
+    def item_key(self) -> ItemKey:
+        return self.request_id, self.attempt, self.item
+
+    @property
+    def item_ids(self) -> ItemIds:
+        return {"request_id": self.request_id, "attempt": self.attempt, "item": self.item}
 
 
 class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -45,9 +100,19 @@ class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     address: Name
 
 
+class Item(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One item of a request as the client sent it."""
+
+    kind: ItemKind
+    data: Tensor
+    """uint8 [bytes]: the encoded file."""
+
+
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How the next token is drawn. None means the model's own default, which preprocess fills
-    in."""
+    """How the next token is drawn.
+
+    None means the default of the model, which preprocess fills in.
+    """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -61,7 +126,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
 
 class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """When an answer ends. `max_tokens` None means what is left of the context."""
+    """When an answer ends. If `max_tokens` is None, the rest of the context is the limit."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     min_tokens: Count = 0
@@ -75,44 +140,59 @@ class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
 
 class Usage(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Token counts of a request."""
+
     prompt_tokens: Count = 0
     image_tokens: Count = 0
     completion_tokens: Count = 0
     cached_tokens: Count = 0
 
 
-# Both ends of a fresh connection say Hello before anything else; what does not fit is refused by
-# Goodbye.
+# Messages of the connection itself. Both ends of a new connection send Hello before anything else.
+# A peer that does not fit is refused with Goodbye.
 
 
 class Hello(Message):
+    """The first message in both directions of a connection."""
+
     protocol_version: Count
     id: Name
     role: Name
     fingerprint: Name
-    """Of the model; empty where the role knows no model (gateway)."""
+    """Fingerprint of the model; empty if the role knows no model (gateway)."""
 
 
 class Goodbye(Message):
+    """The sender refuses the connection."""
+
     reason: Text
 
 
 class Beat(Message):
-    """Sent every second on every connection: the sender's lease goes on."""
+    """The heartbeat sent every second on every connection; it renews the sender's lease."""
 
     hung_seconds: Seconds = 0.0
-    """For how long its work loop made no progress, where that is longer than the unit of work
-    explains."""
+    """How long the sender's work loop has made no progress, if longer than its work explains."""
 
 
 class Draining(Message):
-    """The sender finishes what it holds and then leaves: give it nothing new while another can take
-    it."""
+    """The sender finishes what it holds and then leaves.
+
+    It gets new work only if no other member can take it.
+    """
+
+
+FromConnector = Hello | Beat
+"""What the connecting end of any hop may send besides the messages of the hop."""
+FromInbox = Hello | Goodbye | Beat | Draining
+"""What the end that owns the inbox may send besides the messages of the hop."""
+
+
+# Messages of several hops
 
 
 class Abort(RequestMessage):
-    """Free everything that is held for the request. It may overtake, or be overtaken by, what it
-    cancels."""
+    """Free everything that is held for the request. It may arrive before what it cancels."""
 
 
 class Failed(RequestMessage):
@@ -121,45 +201,47 @@ class Failed(RequestMessage):
     code: Name
     message: Text
     stage: Name
-    image: Count | None = None
+    item: Count | None = None
+    """Index of the item that failed; None if the request as a whole did."""
 
 
 # gateway -> preprocess
 
 
 class Submit(RequestMessage):
-    """One request. `prompt_kind` says what `prompt` holds: UTF-8 JSON of chat messages, whose image
-    parts are {"type": "image"} in the order of `images`; or int64 token ids with one placeholder
-    an image."""
+    """One request.
+
+    `prompt_kind` says what `prompt` holds. "messages" is UTF-8 JSON of chat messages, in which an
+    item stands as {"type": <its kind>}, in the order of `items`. "token_ids" is int64 token ids
+    with one placeholder for each item.
+    """
 
     prompt_kind: Annotated[str, msgspec.Meta(pattern="^(messages|token_ids)$")]
     prompt: Tensor
-    images: tuple[Tensor, ...]
-    """HandedOver image files, uint8 [bytes] each."""
+    items: tuple[Item, ...]
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
     timeout: Seconds
-    """Seconds left until the request's deadline, counted from the receipt of this message."""
+    """Seconds until the request's deadline, counted from the receipt of this message."""
     return_prompt_token_ids: bool = False
     guide_kind: Annotated[str, msgspec.Meta(pattern="^(json_object|json_schema|regex)?$")] = ""
     guide: Tensor | None = None
-    """UTF-8: the JSON schema or the regular expression that the answer must follow."""
+    """UTF-8: the JSON schema or regular expression that the answer must follow."""
     output_token_ids: Tensor | None = None
-    """int64: of an attempt after the first, the tokens that the client has already; the answer goes
-    on after them."""
+    """int64: the tokens that earlier attempts delivered; the answer continues after them."""
     avoid: Name = ""
-    """The id of the language group that the last attempt was lost with."""
+    """Id of the language group that the previous attempt was lost with."""
 
 
-GatewayToPreprocess = Hello | Beat | Submit | Abort
+GatewayToPreprocess = Submit | Abort
 
 
 # preprocess -> gateway
 
 
 class Routed(RequestMessage):
-    """The request was handed to this LLM group: where an abort must go, and whose death ends the
+    """The request was handed to this language group: send aborts there, and its death ends the
     attempt."""
 
     llm: Peer
@@ -167,181 +249,187 @@ class Routed(RequestMessage):
 
 
 class HandedOver(RequestMessage):
-    """The language group holds the prompt and all its images: preprocess is not needed for this
-    attempt any more."""
+    """The language group holds the prompt and all items, so the attempt no longer needs
+    preprocess."""
 
 
-PreprocessToGateway = Hello | Goodbye | Beat | Routed | Failed | Draining | HandedOver
+PreprocessToGateway = Routed | Failed | HandedOver
 
 
 # preprocess -> vision
 
 
-class Offer(RequestMessage):
-    """One image to be encoded. It is answered at once by CacheHit, Grant or Busy, and only a Grant
-    moves its pixels."""
+class Offer(ItemMessage):
+    """One item to be encoded.
 
-    image: Count
+    The replica answers at once with CacheHit, Grant or Busy. Only a Grant moves pixels.
+    """
+
     mm_hash: Name
+    """Name of the item's content, under the model and its preprocessing settings."""
     grid_thw: tuple[Count, Count, Count]
+    """The grid of patches: steps in time, rows, columns."""
     num_patches: Count
     llm: Peer
-    """Where the embeddings go."""
+    """The language group that gets the embeddings."""
     timeout: Seconds
     skip_cache: bool = False
-    """The embeddings that the replica may have of it were refused."""
+    """The embeddings that the replica may have cached were rejected: encode the item again."""
+    kind: ItemKind = "image"
+    content_size: tuple[Count, Count] = (0, 0)
+    """Height and width of the content in pixels. It is smaller than the grid if the item is
+    padded."""
 
 
-class Pixels(RequestMessage):
-    image: Count
+class Pixels(ItemMessage):
+    """The patches of a granted item."""
+
     patches: Tensor
-    """uint8 [num_patches, channels * patch_size * patch_size], merge-block order."""
+    """uint8 [num_patches, values per patch], in the order that the family's tower expects."""
 
 
 class Decline(Message):
-    """A Vacancy is not taken: nothing that waits here is for this replica now."""
+    """Answers a Vacancy: nothing that waits here is for this replica now."""
 
 
-PreprocessToVision = Hello | Beat | Offer | Pixels | Abort | Decline
+PreprocessToVision = Offer | Pixels | Abort | Decline
 
 
 # vision -> preprocess
 
 
-class Grant(RequestMessage):
-    """Send the pixels within two seconds: the room is kept for so long."""
+class Grant(ItemMessage):
+    """Send the pixels within two seconds; the room is kept for that long."""
 
-    image: Count
     wait_seconds: Seconds = 0.0
-    """Until the replica would begin another image."""
+    """Seconds until the replica would start another item."""
     has_room: bool = True
-    """For another image of the receiver. Else a Vacancy follows when there is room."""
+    """Whether the receiver may offer another item. If not, a Vacancy follows when there is room."""
 
 
-class CacheHit(RequestMessage):
-    """No pixels are needed: the embeddings are in the replica's cache, and under way, or in work
-    for another request."""
-
-    image: Count
+class CacheHit(ItemMessage):
+    """No pixels are needed: the embeddings are cached, or in work for an equal item."""
 
 
-class Busy(RequestMessage):
-    """The image is not taken, or was given back: nothing of it is held. A Vacancy follows when
-    there is room."""
+class Busy(ItemMessage):
+    """The item is not accepted, or given back. A Vacancy follows when there is room."""
 
-    image: Count
     wait_seconds: Seconds = 0.0
 
 
 class Vacancy(Message):
-    """There is room for one image of the receiver, which was told Busy or took the last room: an
-    Offer or a Pass is due."""
+    """There is room for one item of the receiver, which must answer with an Offer or Decline."""
 
     wait_seconds: Seconds = 0.0
 
 
 class VisionLoad(Message):
-    """What a replica can run, how long that takes, and when it would begin an image: when a
-    preprocess connects, and when it changes by what another one gave."""
+    """What a replica can run, how long that takes, and when it would start an item.
+
+    Sent when a preprocess connects, and when work of another preprocess changes the figures.
+    """
 
     buckets: Buckets = ()
-    """The numbers of patches that its tower is made for, in rising order; none where any will do.
-    """
+    """Patch counts that the tower is compiled for, in rising order; empty if it takes any."""
     sizes: Buckets = ()
-    """Measured so far: images of up to so many patches took so many `seconds` each."""
+    """Patch counts measured so far: items of up to `sizes[i]` patches took `seconds[i]`."""
     seconds: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_BUCKETS)] = ()
     wait_seconds: Seconds = 0.0
 
 
-VisionToPreprocess = (
-    Hello | Goodbye | Beat | Grant | Failed | Draining | CacheHit | Busy | Vacancy | VisionLoad
-)
+VisionToPreprocess = Grant | CacheHit | Busy | Vacancy | VisionLoad | Failed
 
 
 # preprocess -> llm
 
 
 class Prompt(RequestMessage):
-    """The expanded prompt. Its images' embeddings come straight from vision, before or after it."""
+    """The expanded prompt. The embeddings of its items come from vision, before or after it."""
 
     gateway_id: Name
     token_ids: Tensor
     """int64 [num_tokens], placeholders expanded."""
     positions: Tensor
-    """int64 [3, num_tokens]: M-RoPE's temporal, height and width index of each token."""
+    """int64 [num_components, num_tokens]: the position of each token, by the family's rule."""
     rope_delta: int
-    """Position of a token after the prompt = its index + rope_delta."""
+    """The position of a token after the prompt is its index + rope_delta, in every component."""
     placeholders: Tensor
-    """int64 [num_images, 2]: offset and length of each image's placeholder range."""
+    """int64 [num_items, 2]: offset and length of each item's placeholder range."""
     mm_hashes: Tensor
-    """uint8 [num_images, 32]."""
+    """uint8 [num_items, 32]."""
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
     timeout: Seconds
     timings: Tensor
-    """UTF-8 JSON: stage timings so far."""
+    """UTF-8 JSON: the stage timings so far."""
     grammar: Tensor | None = None
-    """UTF-8: what the answer must follow, for llguidance."""
+    """UTF-8: the llguidance grammar that the answer must follow."""
     output_token_ids: Tensor | None = None
-    """int64: tokens of earlier attempts, which the answer goes on after."""
+    """int64: the tokens of earlier attempts; the answer continues after them."""
+    cache_salt: Salt = b""
+    """Root of the prefix cache's names. It covers whatever else changes the keys and values of
+    equal tokens, such as the rope parameter, the adapter and the tenant."""
+    rope_parameter: Count = 0
+    """A parameter of the rotary embedding that belongs to the request; 0 if its family has none."""
+    adapter: Count = 0
+    """Index of the request's adapter; 0 for none."""
+    whole: bool = False
+    """The prompt must be computed in one step, without chunks and without the prefix cache."""
 
 
-PreprocessToLlm = Hello | Beat | Prompt | Abort
+PreprocessToLlm = Prompt | Abort
 
 
 # llm -> preprocess
 
 
-class ItemReceived(RequestMessage):
-    """Rank 0 holds the image's embeddings: preprocess need not keep the image."""
-
-    image: Count
+class ItemReceived(ItemMessage):
+    """Rank 0 holds the item's embeddings, so preprocess need not keep the item."""
 
 
-class ItemRejected(RequestMessage):
-    """What came for the image cannot be used (shape, NaN)."""
+class ItemRejected(ItemMessage):
+    """The embeddings of the item cannot be used (shape, NaN)."""
 
-    image: Count
     reason: Text
 
 
 class Reserved(RequestMessage):
-    """There is room for the embeddings of all of the request's images: they may be encoded."""
+    """There is room for the embeddings of all of the request's items: they may be encoded."""
 
 
 class LlmLoad(Message):
-    """How busy the group is, for the choice among groups: when a preprocess connects, and when it
-    changes."""
+    """How busy the group is, by which preprocess chooses among groups.
+
+    Sent when a preprocess connects, and when the figures change.
+    """
 
     running: Count
     waiting: Count
     free_tokens: Count
-    """In its KV cache."""
+    """Free tokens in the KV cache."""
 
 
-LlmToPreprocess = (
-    Hello | Goodbye | Beat | ItemReceived | ItemRejected | Draining | Reserved | LlmLoad
-)
+LlmToPreprocess = ItemReceived | ItemRejected | Reserved | LlmLoad
 
 
 # vision -> llm
 
 
-class Embeddings(RequestMessage):
-    image: Count
+class Embeddings(ItemMessage):
+    """The embeddings of one item."""
+
     mm_hash: Name
     embeddings: Tensor
-    """[num_image_tokens, hidden_size] in the vision tower's dtype."""
+    """[num_item_tokens, input width of the language model], in the vision tower's dtype."""
     preprocess_id: Name
-    """Whose image it is: the acknowledgement goes there."""
+    """The preprocess that owns the item and gets the acknowledgement."""
     queue_seconds: Seconds = 0.0
     encode_seconds: Seconds = 0.0
     cached: bool = False
 
 
-VisionToLlm = Hello | Beat | Embeddings
-LlmToVision = Hello | Goodbye | Beat | Draining
+VisionToLlm = Embeddings
 
 
 # llm rank 0 -> the other ranks of its group
@@ -358,31 +446,33 @@ class ExecuteStep(Message):
     block_tables: Tensor
     embedding_rows: Tensor
     sampled_rows: Tensor
+    rope_parameters: Tensor
+    adapters: Tensor
     embeddings: tuple[Tensor, ...]
-    """The images' embeddings that fall into the step, in row order."""
+    """The parts of the items' embeddings that fall into the step, in row order."""
 
 
-LlmToLlm = Hello | Goodbye | Beat | ExecuteStep | Draining
+LlmToLlm = ExecuteStep
 
 
 # llm -> detokenizer
 
 
 class Start(RequestMessage):
-    """The first token is there: an answer begins whose deltas go to this gateway."""
+    """The first token exists: an answer begins, whose deltas go to this gateway."""
 
     gateway_id: Name
     stopping: Stopping
     usage: Usage
-    """Of the prompt; the completion's tokens are counted by the detokenizer."""
+    """Token counts of the prompt; the detokenizer counts the completion."""
     timings: Tensor
     """UTF-8 JSON: the stages before the first token."""
     output_token_ids: Tensor | None = None
-    """int64: tokens of earlier attempts; their text was delivered with them."""
+    """int64: the tokens of earlier attempts, whose text was delivered with them."""
 
 
 class Tokens(RequestMessage):
-    """New output tokens. With `finish_reason` it is the last message of the attempt."""
+    """New output tokens. With a `finish_reason` it is the last message of the attempt."""
 
     offset: Count
     token_ids: Tensor
@@ -397,7 +487,7 @@ class Tokens(RequestMessage):
     """float32 [n, k]."""
 
 
-LlmToDetokenizer = Hello | Beat | Start | Tokens | Abort | Failed
+LlmToDetokenizer = Start | Tokens | Abort | Failed
 
 
 # detokenizer -> llm
@@ -407,14 +497,14 @@ class StopFound(RequestMessage):
     """A stop string ends the answer: free what the request holds."""
 
 
-DetokenizerToLlm = Hello | Goodbye | Beat | StopFound | Draining
+DetokenizerToLlm = StopFound
 
 
 # detokenizer -> gateway
 
 
 class Delta(RequestMessage):
-    """A piece of the answer. Text may lag behind the ids while a character or a stop string is
+    """A piece of the answer. Text lags behind the ids while a character or a stop string is
     incomplete."""
 
     offset: Count
@@ -428,37 +518,56 @@ class Delta(RequestMessage):
     timings: Tensor | None = None
 
 
-DetokenizerToGateway = Hello | Goodbye | Beat | Delta | Failed | Draining
+DetokenizerToGateway = Delta | Failed
+
+
+# gateway -> detokenizer
 
 
 class Released(Message):
-    """To a detokenizer that drains: no answer of the sender's is to come to it any more."""
+    """Tells a draining detokenizer that no more answers of the sender will come to it."""
 
 
-GatewayToDetokenizer = Hello | Beat | Released
+GatewayToDetokenizer = Released
 
 
-# gateway -> llm
+# gateway <-> llm
 
-GatewayToLlm = Hello | Beat | Abort
-LlmToGateway = Hello | Goodbye | Beat | Failed | Draining
+GatewayToLlm = Abort
+LlmToGateway = Failed
 
-# Which union a connection decodes, by (sender's role, receiver's role). Hello comes first and tells
-# the role.
-HOPS = {
-    ("gateway", "preprocess"): GatewayToPreprocess,
-    ("preprocess", "gateway"): PreprocessToGateway,
-    ("gateway", "llm"): GatewayToLlm,
-    ("llm", "gateway"): LlmToGateway,
-    ("gateway", "detokenizer"): GatewayToDetokenizer,
-    ("detokenizer", "gateway"): DetokenizerToGateway,
-    ("preprocess", "vision"): PreprocessToVision,
-    ("vision", "preprocess"): VisionToPreprocess,
-    ("preprocess", "llm"): PreprocessToLlm,
-    ("llm", "preprocess"): LlmToPreprocess,
-    ("vision", "llm"): VisionToLlm,
-    ("llm", "vision"): LlmToVision,
-    ("llm", "llm"): LlmToLlm,
-    ("llm", "detokenizer"): LlmToDetokenizer,
-    ("detokenizer", "llm"): DetokenizerToLlm,
+# What each service handles, whichever peer sends it.
+
+GatewayInbound = PreprocessToGateway | DetokenizerToGateway | LlmToGateway
+PreprocessInbound = GatewayToPreprocess | VisionToPreprocess | LlmToPreprocess
+VisionInbound = PreprocessToVision
+LlmInbound = PreprocessToLlm | VisionToLlm | DetokenizerToLlm | GatewayToLlm
+RankInbound = LlmToLlm
+DetokenizerInbound = LlmToDetokenizer | GatewayToDetokenizer
+
+# What each service sends, whichever peer receives it.
+
+GatewayOutbound = GatewayToPreprocess | GatewayToLlm | GatewayToDetokenizer
+PreprocessOutbound = PreprocessToGateway | PreprocessToVision | PreprocessToLlm
+VisionOutbound = VisionToPreprocess | VisionToLlm
+LlmOutbound = LlmToPreprocess | LlmToDetokenizer | LlmToGateway | LlmToLlm
+DetokenizerOutbound = DetokenizerToGateway | DetokenizerToLlm
+
+HOPS: dict[tuple[str, str], Any] = {
+    ("gateway", "preprocess"): FromConnector | GatewayToPreprocess,
+    ("preprocess", "gateway"): FromInbox | PreprocessToGateway,
+    ("gateway", "llm"): FromConnector | GatewayToLlm,
+    ("llm", "gateway"): FromInbox | LlmToGateway,
+    ("gateway", "detokenizer"): FromConnector | GatewayToDetokenizer,
+    ("detokenizer", "gateway"): FromInbox | DetokenizerToGateway,
+    ("preprocess", "vision"): FromConnector | PreprocessToVision,
+    ("vision", "preprocess"): FromInbox | VisionToPreprocess,
+    ("preprocess", "llm"): FromConnector | PreprocessToLlm,
+    ("llm", "preprocess"): FromInbox | LlmToPreprocess,
+    ("vision", "llm"): FromConnector | VisionToLlm,
+    ("llm", "vision"): FromInbox,
+    ("llm", "llm"): FromInbox | LlmToLlm,
+    ("llm", "detokenizer"): FromConnector | LlmToDetokenizer,
+    ("detokenizer", "llm"): FromInbox | DetokenizerToLlm,
 }
+"""The union that a connection decodes, by (sender's role, receiver's role)."""

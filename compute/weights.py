@@ -6,35 +6,34 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo, canonical_name
+from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
 
 Index = tuple[slice, ...]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights:
-    """Reads a checkpoint's tensors. Nothing is read but what is asked for.
-
-    `progress` is told after each read which fraction of the bytes whose names begin with one of
-    `prefixes` was asked for.
-    """
+    """Reads a checkpoint's tensors by their canonical names. It reads only what is asked for."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        prefixes: tuple[str, ...] = ("",),
+        counts: Callable[[str], bool] = lambda name: True,
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
+        """After each read, `progress` gets the fraction of the bytes that were asked for.
+
+        The whole is the bytes of the tensors whose canonical names `counts` accepts.
+        """
         self._checkpoint = checkpoint
+        canonical_name = checkpoint.family.canonical_name
         self._tensors = {
             canonical_name(name): (name, info) for name, info in checkpoint.tensors.items()
         }
         self._files: dict[str, Any] = {}
         self._progress = progress
         self._unread = {
-            name: info.num_bytes
-            for name, (_, info) in self._tensors.items()
-            if name.startswith(prefixes)
+            name: info.num_bytes for name, (_, info) in self._tensors.items() if counts(name)
         }
         self._total = max(sum(self._unread.values()), 1)
         self.num_bytes_read = 0

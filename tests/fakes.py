@@ -61,6 +61,9 @@ class FakeMember:
     def events(self) -> Iterator[Event]:
         return itertools.chain.from_iterable(self._script)
 
+    def track_load(self, load: Callable[[], tuple[int, int]]) -> None:
+        self.load = load
+
     def set_missing_roles(self, roles: list[str]) -> None:
         self.missing = roles
 

@@ -10,18 +10,17 @@ import pytest
 
 from common.errors import ServingError
 from common.events import PeerDown, PeerUp, Received
-from common.messages import Embeddings, ItemReceived, ItemRejected, Peer
+from common.member import Posted
+from common.messages import Embeddings, ItemKey, ItemReceived, ItemRejected, Peer, RequestKey
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import Handover, PendingItem
-from services.preprocess.in_flight import Key as RequestKey
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.tower_thread import Key
 from services.vision.worker import Job, Worker
 from tests.fakes import FakeMember
 from tests.vision.test_worker import FakeThread, FakeTower
@@ -48,7 +47,6 @@ class Replica:
         self.name = name
         self.member = FakeMember()
         self.thread = FakeThread(FakeTower())
-        self.jobs = OrderedDict[Key, Job]()
         links: Any = Wire(name, net)
         self.member.links = links
         cache = EmbeddingCache(100)
@@ -58,12 +56,15 @@ class Replica:
             self.member,
             anything,
             cache,
-            self.jobs,
             "float32",
             EncodeTimes(),
             VisionMetrics(cache),
             lambda: net.now,
         )
+
+    @property
+    def jobs(self) -> OrderedDict[ItemKey, Job]:
+        return self.worker._jobs
 
     def play(self, *events: Any) -> None:
         self.member.play(self.worker, list(events))
@@ -75,16 +76,18 @@ class Preprocess:
         self.name = name
         self.net = net
         self.ended = dict[RequestKey, str]()
-        self.handovers: dict[RequestKey, Handover] = {}
         pool = VisionPool(lambda: net.now)
         self.dispatcher = Dispatcher(
             Wire(name, net),
             pool,
-            self.handovers,
             self.fail,
             PreprocessMetrics(pool),
             lambda: net.now,
         )
+
+    @property
+    def handovers(self) -> dict[RequestKey, Handover]:
+        return self.dispatcher.handovers
 
     def fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:
         self.ended[key] = error.message
@@ -93,11 +96,11 @@ class Preprocess:
         key = (f"{self.name}-r{number}", 0)
         images = {i: PendingItem((*key, i), picture(content)) for i, content in enumerate(contents)}
         self.dispatcher.begin(key, Handover("gateway", LLM, self.net.now + 1e6, images))
-        self.dispatcher._let_begin(key)
+        self.dispatcher._start_items(key)
         self.dispatcher.offer_waiting()
 
     def hear(self, peer_id: str, message: Any) -> None:
-        self.dispatcher.take(peer_id, message)
+        self.dispatcher.handle_message(peer_id, message)
         self.dispatcher.offer_waiting()
 
 
@@ -170,7 +173,7 @@ class Net:
             name = {
                 "request_id": message.request_id,
                 "attempt": message.attempt,
-                "image": message.image,
+                "item": message.item,
             }
             answer = (
                 ItemReceived(**name)
@@ -183,7 +186,7 @@ class Net:
         working = [replica for replica in self.replicas.values() if replica.thread.work]
         if working:
             replica = self.random.choice(working)
-            replica.play(replica.thread.result())
+            replica.play(Posted(replica.thread.result()))
         return bool(working)
 
     def settle(self) -> None:
@@ -253,6 +256,6 @@ def test_with_several_producers_and_no_faults_no_replica_is_idle_while_images_wa
         idle_rounds = idle_rounds + bool(waiting and idle)
         for replica in list(net.replicas.values()):
             if replica.thread.work:
-                replica.play(replica.thread.result())
+                replica.play(Posted(replica.thread.result()))
         net.now += 0.1
     assert idle_rounds <= rounds * 0.05

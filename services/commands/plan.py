@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.checkpoint import FAMILIES, BadCheckpoint, open_checkpoint
+from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.config import BadSetting
+from common.families.family import TP_SIZES
 from common.settings import PlanSettings
-from common.sizing import ITEM_BYTES, TP_SIZES, Sizes, cache_bytes
+from common.sizing import ITEM_BYTES, Footprint, cache_bytes
 from services.commands.generate import ClientError
 from services.commands.stage_times import StageTimes, measure
 
@@ -36,11 +37,9 @@ def lines(settings: PlanSettings) -> Iterator[str]:
     check(settings)
     checkpoint = open_checkpoint(settings.model)
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
-    sizes = Sizes(checkpoint, ITEM_BYTES[dtype])
+    sizes = Footprint(checkpoint, ITEM_BYTES[dtype])
     context = settings.max_model_len or checkpoint.max_model_len
-    yield (
-        f"{checkpoint.name} ({FAMILIES[checkpoint.family]}) in {dtype}, {context} tokens of context"
-    )
+    yield (f"{checkpoint.name} ({checkpoint.family.title}) in {dtype}, {context} tokens of context")
     yield (
         f"a vision replica: {size(sizes.vision_bytes)} of weights; beside them the "
         "activations of one image"
@@ -71,12 +70,12 @@ def check(settings: PlanSettings) -> None:
         )
 
 
-def table(sizes: Sizes, card_gib: float, context: int) -> Iterator[str]:
+def table(sizes: Footprint, card_gib: float, context: int) -> Iterator[str]:
     """A line for each number of ranks."""
     head = ["tp", "weights/rank", "KV/token/rank", "whole context"]
     yield row([*head, f"tokens in {card_gib:g} GiB"] if card_gib else head)
     for world_size in TP_SIZES:
-        if not sizes.fits(world_size):
+        if not sizes.checkpoint.sizes.fits(world_size):
             yield row([str(world_size), "does not divide this model"])
             continue
         weights = sizes.rank_bytes(world_size)
@@ -90,11 +89,11 @@ def table(sizes: Sizes, card_gib: float, context: int) -> Iterator[str]:
         )
 
 
-def replicas(settings: PlanSettings, sizes: Sizes) -> Iterator[str]:
+def replicas(settings: PlanSettings, sizes: Footprint) -> Iterator[str]:
     """How many vision replicas do as much as one language group, by times that are measured or
     given."""
     if settings.image:
-        image_token_id = sizes.checkpoint.config.get("image_token_id")
+        image_token_id = sizes.checkpoint.family.placeholder_id(sizes.checkpoint)
         times = measure(
             settings.grpc,
             Path(settings.image),

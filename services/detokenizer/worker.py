@@ -4,18 +4,28 @@ to the language group."""
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
 from common.events import PeerDown, PeerUp, Received
 from common.logs import get_logger
 from common.member import Drain, Event, Member
-from common.messages import Abort, Delta, Failed, Released, Start, StopFound, Tokens, Usage
+from common.messages import (
+    Abort,
+    Delta,
+    DetokenizerInbound,
+    Failed,
+    Released,
+    RequestKey,
+    Start,
+    StopFound,
+    Tokens,
+    Usage,
+    request_ids,
+)
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, Vocabulary, logprob_entry
-
-Key = tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -29,35 +39,35 @@ class Answer:
 
 
 class Worker:
-    def __init__(
-        self, member: Member, vocabulary: Vocabulary, answers: dict[Key, Answer], awaited: set[str]
-    ) -> None:
-        """Shared with the member's load report are `answers` and, while it drains, `awaited`: the
-        gateways that may still have answers coming here."""
+    def __init__(self, member: Member[DetokenizerInbound], vocabulary: Vocabulary) -> None:
         self._member = member
         self._vocabulary = vocabulary
-        self._answers = answers
-        self._awaited = awaited
+        self._answers: dict[RequestKey, Answer] = {}
         self._gateways: set[str] = set()
+        self._unreleased: set[str] = set()
+        """While this member drains: the gateways that may still have answers coming here."""
         self._draining = False
         self._log = get_logger()
+        member.track_load(self.load)
+
+    def load(self) -> tuple[int, int]:
+        """Return (answers in progress, gateways that keep a draining member alive)."""
+        return len(self._answers), len(self._unreleased)
 
     def run(self) -> None:
         for event in self._member.events():
             self._handle(event)
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event[DetokenizerInbound]) -> None:
         match event:
             case PeerUp(peer_id=peer_id, role="gateway"):
                 self._gateways.add(peer_id)
-                self._awaited |= {peer_id} if self._draining else set()
+                self._unreleased |= {peer_id} if self._draining else set()
             case Drain():
                 self._draining = True
-                self._awaited |= self._gateways
-            case Received(peer_id=peer_id, message=Released()):
-                self._awaited.discard(peer_id)
-            case Received(peer_id=llm_id, message=message):
-                self._take(llm_id, message)
+                self._unreleased |= self._gateways
+            case Received(peer_id=peer_id, message=message):
+                self._handle_message(peer_id, message)
             case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._lose(peer_id, role, reason)
@@ -65,41 +75,46 @@ class Worker:
     def _lose(self, peer_id: str, role: str, reason: str) -> None:
         """A gateway may not see what we see of a language group: its connection to it may stand."""
         self._gateways.discard(peer_id)
-        self._awaited.discard(peer_id)
+        self._unreleased.discard(peer_id)
         for key, answer in [
             (k, a) for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)
         ]:
             del self._answers[key]
             if role == "llm":
                 text = f"the detokenizer lost the language group: {reason}"
-                failed = Failed(
-                    request_id=key[0], attempt=key[1], code="Unavailable", message=text, stage="llm"
-                )
+                ids = request_ids(key)
+                failed = Failed(**ids, code="Unavailable", message=text, stage="llm")
                 self._member.links.send(answer.start.gateway_id, failed)
 
-    def _take(self, llm_id: str, message: Any) -> None:
-        key = (message.request_id, message.attempt)
+    def _handle_message(self, peer_id: str, message: DetokenizerInbound) -> None:
         match message:
-            case Start(stopping=stopping):
-                decoder = IncrementalDecoder(
-                    self._vocabulary,
-                    stopping.stop,
-                    stopping.skip_special_tokens,
-                    stopping.min_tokens,
-                )
-                if message.output_token_ids:
-                    # What it gives was delivered by an earlier attempt.
-                    decoder.push(message.output_token_ids.numpy().tolist())
-                self._answers[key] = Answer(message, llm_id, decoder)
-                self._log.debug("answer begins", request_id=message.request_id)
-            case Tokens() if key in self._answers:
-                self._extend(key, message)
-            case Failed() if key in self._answers:
-                self._member.links.send(self._answers.pop(key).start.gateway_id, message)
-            case Abort():
+            case Start():
+                self._begin(peer_id, message)
+            case Tokens(key=key):
+                if key in self._answers:
+                    self._extend(key, message)
+            case Failed(key=key):
+                if answer := self._answers.pop(key, None):
+                    self._member.links.send(answer.start.gateway_id, message)
+            case Abort(key=key):
                 self._answers.pop(key, None)
+            case Released():
+                self._unreleased.discard(peer_id)
+            case _:
+                assert_never(message)
 
-    def _extend(self, key: Key, tokens: Tokens) -> None:
+    def _begin(self, llm_id: str, start: Start) -> None:
+        stopping = start.stopping
+        decoder = IncrementalDecoder(
+            self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens
+        )
+        if start.output_token_ids:
+            # An earlier attempt delivered the text of these tokens.
+            decoder.push(start.output_token_ids.numpy().tolist())
+        self._answers[start.key] = Answer(start, llm_id, decoder)
+        self._log.debug("answer begins", request_id=start.request_id)
+
+    def _extend(self, key: RequestKey, tokens: Tokens) -> None:
         answer = self._answers[key]
         ids = tokens.token_ids.numpy().tolist()
         text = answer.decoder.push(ids)
@@ -111,11 +126,10 @@ class Worker:
             text += answer.decoder.finish()
             del self._answers[key]
         if answer.decoder.stopped and not tokens.finish_reason:
-            self._member.links.send(answer.llm_id, StopFound(request_id=key[0], attempt=key[1]))
+            self._member.links.send(answer.llm_id, StopFound(**tokens.ids))
         end = self._end(answer, tokens.offset + len(ids), finish_reason) if finish_reason else {}
         delta = Delta(
-            request_id=key[0],
-            attempt=key[1],
+            **tokens.ids,
             offset=tokens.offset,
             token_ids=Tensor.of(np.array(ids, np.int64)),
             text=Tensor.of_text(text),

@@ -14,7 +14,7 @@ from common.links import Links
 from common.logs import get_logger
 from common.member import CONNECTABLE
 from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
-from common.messages import Peer
+from common.messages import GatewayInbound, Peer
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import GatewaySettings
@@ -50,7 +50,7 @@ class Gateway:
         )
         self.progress = Progress()
         self.draining = asyncio.Event()
-        self.news: deque[Event] = deque()
+        self.news: deque[Event[GatewayInbound]] = deque()
         self.core.links = self.links = Links(
             hello(self.member.id, "gateway"), "", "", self.news.append, self.progress
         )
@@ -115,7 +115,7 @@ class Gateway:
     def receive(self) -> None:
         self.links.wait(0.0)
         while self.news:
-            self.loop.call_soon(self.take, self.core.hear, self.news.popleft())
+            self.loop.call_soon(self.take, self.core.on_event, self.news.popleft())
 
     # Called by other threads
 

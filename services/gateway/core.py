@@ -5,7 +5,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import assert_never
 
 from common.errors import (
     DeadlineExceeded,
@@ -17,9 +17,17 @@ from common.errors import (
     from_code,
 )
 from common.events import Event as LinkEvent
-from common.events import PeerDown, PeerDraining, PeerUp, Received
+from common.events import PeerDown, PeerDraining, PeerUp, Received, Sender
 from common.logs import get_logger
-from common.messages import Abort, Delta, Failed, HandedOver, Routed
+from common.messages import (
+    Abort,
+    Delta,
+    Failed,
+    GatewayInbound,
+    GatewayOutbound,
+    HandedOver,
+    Routed,
+)
 from services.gateway.admission import Admission
 from services.gateway.generation import Began, Ended, Event, GenerationRequest
 from services.gateway.metrics import Metrics
@@ -42,7 +50,7 @@ MAX_UNREAD = 10_000
 
 
 class GatewayCore:
-    """Runs on one asyncio loop; `hear` and `on_members` are called on it, too."""
+    """Runs on one asyncio loop; `on_event` and `on_members` are called on it, too."""
 
     def __init__(
         self,
@@ -74,11 +82,11 @@ class GatewayCore:
         self._log = get_logger()
 
     @property
-    def links(self) -> Any:
+    def links(self) -> Sender[GatewayOutbound]:
         return self.peers.links
 
     @links.setter
-    def links(self, links: Any) -> None:
+    def links(self, links: Sender[GatewayOutbound]) -> None:
         self.peers.links = links
 
     # What the doors call
@@ -124,10 +132,10 @@ class GatewayCore:
 
     # What the connections tell
 
-    def hear(self, event: LinkEvent) -> None:
+    def on_event(self, event: LinkEvent[GatewayInbound]) -> None:
         match event:
             case Received(message=message):
-                self._take(message)
+                self._handle_message(message)
             case PeerUp():
                 self.peers.add(event)
                 for record in list(self._unplaced.values()):
@@ -252,14 +260,12 @@ class GatewayCore:
 
     # Answers
 
-    def _take(self, message: Any) -> None:
+    def _handle_message(self, message: GatewayInbound) -> None:
         record = self._records.get(message.request_id)
         if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):  # it ended before we knew whom to tell
                 self.links.connect(message.llm, "llm")
-                self.links.send(
-                    message.llm.id, Abort(request_id=message.request_id, attempt=message.attempt)
-                )
+                self.links.send(message.llm.id, Abort(**message.ids))
             return
         match message:
             case Routed(llm=llm, prompt_token_ids=ids):
@@ -269,21 +275,26 @@ class GatewayCore:
                 early = record.attempt.early
                 record.attempt.early = []
                 for delta in early:
-                    self._take(delta)
+                    self._handle_message(delta)
             case HandedOver():
                 record.attempt.is_encoded = True
             case Delta() if not record.attempt.llm:
                 record.attempt.early.append(message)
             case Delta():
                 self._extend(record, message)
-            case Failed(image=int()) if record.attempt.is_answering:
+            case Failed(item=int()) if record.attempt.is_answering:
                 pass  # the prefix cache had that image: the answer goes on without it
-            case Failed(code=code, message=text, stage=stage, image=image):
-                error = from_code(code, text, stage, image)
-                if isinstance(error, Unavailable) and image is None:
-                    self._retry(record, error)
-                else:
-                    self._fail(record, error)
+            case Failed():
+                self._handle_failure(record, message)
+            case _:
+                assert_never(message)
+
+    def _handle_failure(self, record: Record, failed: Failed) -> None:
+        error = from_code(failed.code, failed.message, failed.stage, failed.item)
+        if isinstance(error, Unavailable) and failed.item is None:
+            self._retry(record, error)
+        else:
+            self._fail(record, error)
 
     def _extend(self, record: Record, delta: Delta) -> None:
         """Tokens follow one another without a gap: a delta that does not is our own mistake and

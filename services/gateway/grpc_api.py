@@ -338,8 +338,8 @@ async def errors_told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
 
 async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
     metadata = {"stage": error.stage} if error.stage else {}
-    if error.image is not None:
-        metadata["image"] = str(error.image)
+    if error.item is not None:
+        metadata["image"] = str(error.item)
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=error.code, domain="twinlens", metadata=metadata)
     ]

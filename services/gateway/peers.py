@@ -3,11 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from common.events import PeerDown, PeerUp
+from common.events import PeerDown, PeerUp, Sender
 from common.membership import DEAD, READY
-from common.messages import Abort, Peer, Released
+from common.messages import Abort, GatewayOutbound, Peer, Released
 from proto.twinlens.control.v1 import control_pb2
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
@@ -25,7 +24,7 @@ class Peers:
         """By role: when the last one of it went."""
         self._members: list[control_pb2.Member] = []
         self._unheard: dict[str, list[Abort]] = {}
-        self.links: Any = None
+        self.links: Sender[GatewayOutbound]
 
     # What the connections tell
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import ServingError, Unavailable
-from common.messages import Delta, Peer, Submit
+from common.messages import Delta, Item, Peer, Submit
 from common.wire import Tensor
 from services.gateway.generation import Ended, Event, GenerationRequest, Piece
 
@@ -84,7 +84,7 @@ class Record:
             attempt=self.attempt.number,
             prompt_kind=request.prompt_kind,
             prompt=prompt_tensor(request),
-            images=tuple(map(Tensor.of_bytes, request.images)),
+            items=tuple(Item("image", Tensor.of_bytes(image)) for image in request.images),
             sampling=request.sampling,
             stopping=request.stopping,
             detokenizer=detokenizer,

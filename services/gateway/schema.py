@@ -295,7 +295,7 @@ def check_image_count(count: int) -> None:
 
 def check_image(image: bytes, index: int) -> None:
     if not image:
-        raise UnreadableImage(f"image {index} is empty", stage="gateway", image=index)
+        raise UnreadableImage(f"image {index} is empty", stage="gateway", item=index)
     if len(image) > MAX_IMAGE_BYTES:
         raise image_too_large(index)
 
@@ -304,7 +304,7 @@ def image_too_large(index: int) -> TooLarge:
     return TooLarge(
         f"image {index} is larger than {MAX_IMAGE_BYTES // 10**6} MB; send a smaller file",
         stage="gateway",
-        image=index,
+        item=index,
     )
 
 

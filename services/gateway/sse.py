@@ -44,7 +44,7 @@ def error_body(error: ServingError) -> dict[str, Any]:
         "param": getattr(error, "param", None),
         "code": ERROR_CODES[error.code],
     }
-    where = {"stage": error.stage, "image": error.image}
+    where = {"stage": error.stage, "image": error.item}
     return {
         "error": body | {name: value for name, value in where.items() if value not in ("", None)}
     }

@@ -30,7 +30,7 @@ def check(settings: ServeSettings) -> ServeSettings:
             f"--max-model-len {settings.max_model_len}: the checkpoint's context is "
             f"{checkpoint.max_model_len}"
         )
-    parse_buckets(settings.vision_buckets)
+    parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
     if settings.http_port == settings.grpc_port:
         raise BadSetting(
             f"--http-port and --grpc-port are both {settings.http_port}: give two different ones"

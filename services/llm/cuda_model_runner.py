@@ -11,9 +11,10 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.logs import get_logger
+from services.llm.batch import arrays_of, batch_of
 from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
 from services.llm.decode_graphs import DecodeGraphs, captured_sizes
-from services.llm.model_runner import ModelRunner
+from services.llm.model_runner import ModelRunner, check_embeddings
 from services.llm.packing import upload, upload_tensor
 from services.llm.parallel import Shard
 from services.llm.step_plan import StepPlan
@@ -35,7 +36,7 @@ class CudaModelRunner(ModelRunner):
         # there.
         super().__init__(checkpoint, dtype, device, num_blocks + 1, block_size, progress, shard)
         self._graphs: DecodeGraphs | None = None
-        if objection := objection_to_pages(dtype, self._model.config.head_dim, block_size, device):
+        if objection := objection_to_pages(dtype, checkpoint.sizes.head_dim, block_size, device):
             get_logger().warning(
                 "attention gathers its blocks, and decodes are no graphs", reason=objection
             )
@@ -46,6 +47,7 @@ class CudaModelRunner(ModelRunner):
             self._kv_cache,
             num_blocks,
             max_context,
+            checkpoint.family.num_position_components,
             captured_sizes(max_num_seqs),
             progress,
         )
@@ -59,27 +61,23 @@ class CudaModelRunner(ModelRunner):
         return self._execute_paged(plan, embeddings)
 
     def _execute_paged(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
-        """What a block's former owner left needs no clearing: the kernel loads nothing beyond a
-        sequence's end."""
-        assert sum(map(len, embeddings)) == len(plan.embedding_rows), (
-            "as many embeddings as placeholder rows"
-        )
+        """Run a mixed step.
+
+        What a block's former owner left needs no clearing: the kernel loads nothing beyond the end
+        of a sequence.
+        """
+        check_embeddings(plan, embeddings)
         model = self._model
         parts = list(parts_of(plan))
-        own = [
-            plan.token_ids,
-            plan.positions,
-            plan.slot_mapping,
-            plan.embedding_rows,
-            plan.sampled_rows,
-        ]
-        uploaded = upload(own + [array for part in parts for array in part.arrays], model.device)
-        token_ids, positions, slots, embedding_rows, sampled_rows, *of_parts = uploaded
-        x = model.embed(token_ids)
+        own = arrays_of(plan)
+        of_parts = [array for part in parts for array in part.arrays]
+        uploaded = upload([plan.slot_mapping, *own.values(), *of_parts], model.device)
+        slots = uploaded[0]
+        tensors = dict(zip(own, uploaded[1:], strict=False))
+        x = model.embed(tensors["token_ids"])
         if embeddings:
-            x[embedding_rows] = torch.cat(
+            x[tensors["item_rows"]] = torch.cat(
                 [upload_tensor(e, model.device).to(x.dtype) for e in embeddings]
             )
-        return model.forward(
-            x, positions, PagedAttention.of(slots, parts, of_parts), self._kv_cache, sampled_rows
-        )
+        attention = PagedAttention.of(slots, parts, uploaded[1 + len(own) :])
+        return model.forward(x, batch_of(tensors, attention), self._kv_cache)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from compute.cuda_graphs import GraphPool
+from services.llm.batch import Batch
 from services.llm.cuda_attention import Call, PagedAttention
-from services.llm.families.qwen2_5_vl import LanguageModel
+from services.llm.language_model import LanguageModel
 from services.llm.packing import pack, unpack, upload
 from services.llm.step_plan import StepPlan
 
@@ -44,6 +45,7 @@ class DecodeGraphs:
         kv_cache: Tensor,
         scratch_block: int,
         max_context: int,
+        num_position_components: int,
         sizes: Iterable[int],
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
@@ -52,8 +54,9 @@ class DecodeGraphs:
         self._scratch_block = scratch_block
         self._block_size = kv_cache.shape[3]
         self._width = -(-max_context // self._block_size)
+        self._num_position_components = num_position_components
         self._sizes = sorted(sizes)
-        num_values = sum(map(math.prod, self._shapes(self._sizes[-1])))
+        num_values = sum(map(math.prod, self._shapes(self._sizes[-1]).values()))
         self._buffer = torch.zeros(num_values, dtype=torch.int64, device=model.device)
         pool = GraphPool(model.device)
         self._graphs = {}
@@ -82,48 +85,63 @@ class DecodeGraphs:
 
     def _compute(self, size: int) -> Tensor:
         shapes = self._shapes(size)
-        values = self._buffer[: sum(map(math.prod, shapes))]
-        token_ids, positions, slots, context_lens, block_tables = unpack(values, shapes)
+        values = self._buffer[: sum(map(math.prod, shapes.values()))]
+        inputs = dict(zip(shapes, unpack(values, list(shapes.values())), strict=True))
+        context_lens = inputs["context_lens"]
         call = Call.of(
             None,
             torch.ones_like(context_lens),
             context_lens,
-            block_tables,
+            inputs["block_tables"],
             1,
             self._width * self._block_size,
         )
-        rows = torch.arange(size, device=self._model.device)
-        return self._model.forward(
-            self._model.embed(token_ids),
-            positions,
-            PagedAttention(slots, [call]),
-            self._kv_cache,
-            rows,
+        batch = Batch(
+            positions=inputs["positions"],
+            sampled_rows=torch.arange(size, device=self._model.device),
+            item_rows=None,
+            sampled_item_rows=None,
+            rope_parameters=inputs["rope_parameters"],
+            adapters=inputs["adapters"],
+            attention=PagedAttention(inputs["slots"], [call]),
         )
+        x = self._model.embed(inputs["token_ids"])
+        return self._model.forward(x, batch, self._kv_cache)
 
-    def _shapes(self, size: int) -> list[tuple[int, ...]]:
-        """Of token ids, positions, slots, context lengths and block tables."""
-        return [(size,), (3, size), (size,), (size,), (size, self._width)]
+    def _shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a graph's inputs, in the order in which the buffer holds them."""
+        return {
+            "token_ids": (size,),
+            "positions": (self._num_position_components, size),
+            "slots": (size,),
+            "context_lens": (size,),
+            "block_tables": (size, self._width),
+            "rope_parameters": (size,),
+            "adapters": (size,),
+        }
 
-    def _blank(self, size: int) -> list[np.ndarray]:
-        """Rows that see one token, in the scratch block."""
-        fillings = (0, 0, self._scratch_block * self._block_size, 1, self._scratch_block)
-        return [
-            np.full(shape, value, np.int64)
-            for shape, value in zip(self._shapes(size), fillings, strict=True)
-        ]
+    def _blank(self, size: int) -> dict[str, np.ndarray]:
+        """Return rows that see one token, in the scratch block."""
+        fillings = {
+            "slots": self._scratch_block * self._block_size,
+            "context_lens": 1,
+            "block_tables": self._scratch_block,
+        }
+        shapes = self._shapes(size).items()
+        return {name: np.full(shape, fillings.get(name, 0), np.int64) for name, shape in shapes}
 
-    def _filled(self, size: int, plan: StepPlan) -> list[np.ndarray]:
+    def _filled(self, size: int, plan: StepPlan) -> dict[str, np.ndarray]:
         arrays = self._blank(size)
-        token_ids, positions, slots, context_lens, block_tables = arrays
         num_seqs, num_blocks = plan.block_tables.shape
-        token_ids[:num_seqs] = plan.token_ids
-        positions[:, :num_seqs] = plan.positions
-        slots[:num_seqs] = plan.slot_mapping
-        context_lens[:num_seqs] = plan.context_lens
-        block_tables[:num_seqs, :num_blocks] = plan.block_tables
+        arrays["token_ids"][:num_seqs] = plan.token_ids
+        arrays["positions"][:, :num_seqs] = plan.positions
+        arrays["slots"][:num_seqs] = plan.slot_mapping
+        arrays["context_lens"][:num_seqs] = plan.context_lens
+        arrays["block_tables"][:num_seqs, :num_blocks] = plan.block_tables
+        arrays["rope_parameters"][:num_seqs] = plan.rope_parameters
+        arrays["adapters"][:num_seqs] = plan.adapters
         return arrays
 
-    def _send(self, arrays: list[np.ndarray]) -> None:
-        packed = pack(arrays, self._model.device)
+    def _send(self, arrays: dict[str, np.ndarray]) -> None:
+        packed = pack(list(arrays.values()), self._model.device)
         self._buffer[: len(packed)].copy_(packed, non_blocking=True)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from common.cgroup import available_memory
-from services.llm.request import Key
+from common.messages import RequestKey
 
 MEMORY_SHARE = 0.125
 """Of what the host, or the container, has available."""
@@ -16,20 +16,20 @@ class EmbeddingBudget:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = self.num_free = num_tokens
-        self._waiting: OrderedDict[Key, tuple[int, str]] = OrderedDict()
-        self._held: dict[Key, int] = {}
+        self._waiting: OrderedDict[RequestKey, tuple[int, str]] = OrderedDict()
+        self._held: dict[RequestKey, int] = {}
 
-    def add(self, key: Key, num_tokens: int, owner: str) -> None:
+    def add(self, key: RequestKey, num_tokens: int, owner: str) -> None:
         """A request with so many image tokens; its `owner` is told when there is room."""
         assert num_tokens <= self.num_tokens
         self._waiting[key] = (num_tokens, owner)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: RequestKey) -> None:
         """The request ended, wherever it stands."""
         self._waiting.pop(key, None)
         self.num_free += self._held.pop(key, 0)
 
-    def take_reserved(self) -> list[tuple[Key, str]]:
+    def take_reserved(self) -> list[tuple[RequestKey, str]]:
         """Those for which there is room since the last call, with their owners."""
         reserved = []
         while self._waiting:

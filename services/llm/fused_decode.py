@@ -13,7 +13,9 @@ from torch import Tensor
 
 from compute.kernels import structures
 from compute.kernels.operations import can_attend_blocks, kernels_for, new_partials
-from services.llm.families.qwen2_5_vl import LanguageModel, Layer, Product
+from services.llm.batch import Batch
+from services.llm.decoder import Decoder, Layer, Product
+from services.llm.language_model import LanguageModel
 from services.llm.step_plan import StepPlan
 
 MAX_ROWS = 64
@@ -23,37 +25,39 @@ MAX_ROWS = 64
 class FusedDecode:
     """One model over one KV cache [num_layers, 2, num_blocks, block_size, K, D]."""
 
-    def __init__(self, kernels: CDLL, model: LanguageModel, kv_cache: Tensor) -> None:
+    def __init__(self, kernels: CDLL, model: Decoder, kv_cache: Tensor) -> None:
         self._kernels = kernels
         self._model = model
         self._kv_cache = kv_cache
         self._layers = (structures.Layer * len(model.layers))(*map(structure_of, model.layers))
-        config = model.config
         layer = model.layers[0]
         self._decoder = structures.Decoder(
             layers=addressof(self._layers),
             norm=model.norm.data_ptr(),
             head=weights_of(model.head),
-            num_layers=config.num_layers,
-            width=config.hidden_size,
+            num_layers=len(model.layers),
+            width=model.sizes.hidden_size,
             num_heads=model.num_local_heads,
             num_kv_heads=model.num_local_kv_heads,
-            dim=config.head_dim,
+            dim=model.sizes.head_dim,
             is_share=model.shard.world_size > 1,
-            eps=config.norm_eps,
+            eps=model.norm_eps,
         )
         self._max_rows = min(MAX_ROWS, *(product.max_kernel_rows for product in products_of(model)))
-        widths = [weights_of(product).num_outputs for product in (layer.qkv, layer.gate_up)]
-        widths += [
-            config.hidden_size,
-            weights_of(layer.o).num_inputs,
-            weights_of(layer.down).num_inputs,
+        widths = [
+            weights_of(layer.qkv.product).num_outputs,
+            weights_of(layer.gate_up.product).num_outputs,
+            model.sizes.hidden_size,
+            weights_of(layer.o.product).num_inputs,
+            weights_of(layer.down.product).num_inputs,
         ]
         self._workspace = kv_cache.new_empty(self._max_rows * sum(widths))
 
     @classmethod
     def of(cls, model: LanguageModel, kv_cache: Tensor) -> "FusedDecode | None":
-        """None where a part of the model has no kernel."""
+        """Return None unless the model is a plain decoder and each of its parts has a kernel."""
+        if not isinstance(model, Decoder) or not model.fits_fused_decode:
+            return None
         kernels = kernels_for(kv_cache)
         if kernels is None or not can_attend_blocks(model.num_local_heads, kv_cache):
             return None
@@ -64,17 +68,22 @@ class FusedDecode:
         return cls(kernels, model, kv_cache) if fits else None
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether every sequence has one new token, of which logits are wanted."""
+        """Whether every sequence has one new token, whose logits are wanted.
+
+        Rows of items and adapters change what a layer computes, so they take the slow path.
+        """
+        if len(plan.embedding_rows) or plan.adapters.any():
+            return False
         return len(plan.query_lens) == len(plan.sampled_rows) == plan.num_tokens <= self._max_rows
 
-    def run(self, plan: StepPlan, x: Tensor, positions_3T: Tensor) -> Tensor:
+    def run(self, plan: StepPlan, x: Tensor, batch: Batch) -> Tensor:
         """[T, hidden], which is overwritten -> float32 logits [T, vocab_size]."""
-        cos, signed_sin = self._model.rotary_tables(positions_3T)
+        cos, signed_sin = self._model.rotary(batch)
         slots, tables, contexts = (
             np.ascontiguousarray(array, np.int64)
             for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
         )
-        partials = new_partials(contexts, self._model.num_local_heads, self._model.config.head_dim)
+        partials = new_partials(contexts, self._model.num_local_heads, self._model.sizes.head_dim)
         step = structures.Step(
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
@@ -109,13 +118,13 @@ class FusedDecode:
         )
 
 
-def products_of(model: LanguageModel) -> list[Product]:
+def products_of(model: Decoder) -> list[Product]:
     return [
         model.head,
         *(
-            product
+            projection.product
             for layer in model.layers
-            for product in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            for projection in (layer.qkv, layer.o, layer.gate_up, layer.down)
         ),
     ]
 
@@ -129,8 +138,8 @@ def structure_of(layer: Layer) -> structures.Layer:
     return structures.Layer(
         input_norm=layer.input_norm.data_ptr(),
         mlp_norm=layer.mlp_norm.data_ptr(),
-        qkv=weights_of(layer.qkv),
-        o=weights_of(layer.o),
-        gate_up=weights_of(layer.gate_up),
-        down=weights_of(layer.down),
+        qkv=weights_of(layer.qkv.product),
+        o=weights_of(layer.o.product),
+        gate_up=weights_of(layer.gate_up.product),
+        down=weights_of(layer.down.product),
     )

@@ -17,7 +17,7 @@ from common.process import EXIT_FAILED, EXIT_USAGE, leave
 from common.settings import LlmSettings
 
 
-def place(settings: LlmSettings) -> LlmSettings:
+def resolve_rank(settings: LlmSettings) -> LlmSettings:
     """Group, rank and rendezvous by the ordinal, where there is one: it counts ranks where they
     meet from several processes that something else starts, groups where this process starts its
     own.

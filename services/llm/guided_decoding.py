@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from services.llm.request import Key
+from common.messages import RequestKey
 
 Mask = np.ndarray
 """bool [vocab_size]: the tokens that may come next."""
 
 
-class Guides:
+class GuidedDecoding:
     """The grammars of the requests under way. Preprocess has validated each, and refused those of
     services without llguidance."""
 
@@ -24,10 +24,10 @@ class Guides:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: Any = None
-        self._matchers: dict[Key, Any] = {}
+        self._matchers: dict[RequestKey, Any] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="guides")
 
-    def add(self, key: Key, grammar: str) -> None:
+    def add(self, key: RequestKey, grammar: str) -> None:
         from llguidance import (  # an extra, and only wanted by requests that bring a grammar
             LLMatcher,
             LLTokenizer,
@@ -41,10 +41,10 @@ class Guides:
             )
         self._matchers[key] = LLMatcher(self._tokenizer, grammar)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: RequestKey) -> None:
         self._matchers.pop(key, None)
 
-    def begin_masks(self, keys: list[Key]) -> dict[int, "Future[Mask]"]:
+    def begin_masks(self, keys: list[RequestKey]) -> dict[int, "Future[Mask]"]:
         """Starts to compute the masks of the next tokens; by row of `keys`, for the requests that
         have a grammar."""
         return {
@@ -53,7 +53,7 @@ class Guides:
             if key in self._matchers
         }
 
-    def accept(self, key: Key, token_id: int) -> bool:
+    def accept(self, key: RequestKey, token_id: int) -> bool:
         """Takes the token that was drawn. False where the grammar says that the answer is
         complete."""
         matcher = self._matchers.get(key)

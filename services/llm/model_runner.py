@@ -1,5 +1,4 @@
-"""Executes step plans: one forward pass of the language model over a mixed batch, with the paged KV
-cache."""
+"""Executes step plans: one forward pass over a mixed batch, with the paged KV cache."""
 
 from collections.abc import Callable
 
@@ -8,16 +7,17 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
-from common.sizing import Sizes
+from common.sizing import Footprint
+from services.llm import families
 from services.llm.attention import GatheredAttention
-from services.llm.families.qwen2_5_vl import LanguageModel
+from services.llm.batch import arrays_of, batch_of
 from services.llm.fused_decode import FusedDecode
 from services.llm.parallel import Shard
 from services.llm.step_plan import StepPlan
 
 
 class ModelRunner:
-    """A rank's weights and KV cache. It knows nothing of requests: the plan says it all."""
+    """A rank's weights and KV cache. It knows no requests: the plan says everything."""
 
     def __init__(
         self,
@@ -30,17 +30,9 @@ class ModelRunner:
         shard: Shard = Shard(),
         quantization: str = "none",
     ) -> None:
-        self._model = LanguageModel(checkpoint, dtype, device, shard, progress, quantization)
-        config = self._model.config
+        self._model = families.load(checkpoint, dtype, device, shard, progress, quantization)
         self._block_size = block_size
-        shape = (
-            config.num_layers,
-            2,
-            num_blocks,
-            block_size,
-            self._model.num_local_kv_heads,
-            config.head_dim,
-        )
+        shape = self._model.kv_cache_shape(num_blocks, block_size)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
         self._fused_decode = FusedDecode.of(self._model, self._kv_cache)
 
@@ -48,53 +40,47 @@ class ModelRunner:
     def kv_bytes_per_block(
         checkpoint: Checkpoint, dtype: torch.dtype, block_size: int, world_size: int = 1
     ) -> int:
-        """Bytes of one rank's KV cache for each block."""
-        return block_size * Sizes(checkpoint, dtype.itemsize).kv_bytes_per_token(world_size)
+        """Return the bytes of one rank's KV cache for each block."""
+        return block_size * Footprint(checkpoint, dtype.itemsize).kv_bytes_per_token(world_size)
 
     @property
     def vocab_size(self) -> int:
-        return self._model.config.vocab_size
+        return self._model.vocab_size
 
     @property
     def num_bytes_read(self) -> int:
-        """Of the checkpoint's weights, by this rank."""
+        """The bytes of the checkpoint's weights that this rank has read."""
         return self._model.num_bytes_read
 
     @property
-    def hidden_size(self) -> int:
-        """Width of the embeddings that `execute` takes."""
-        return self._model.config.hidden_size
+    def input_width(self) -> int:
+        """The width of the embeddings that `execute` takes."""
+        return self._model.input_width
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
-        """Run one step; returns float32 logits [num_sampled, vocab_size].
+        """Run one step and return float32 logits [num_sampled, vocab_size].
 
-        `embeddings` are [n, hidden_size] each, of any dtype and device; together they have a row
+        `embeddings` are [n, input_width] each, of any dtype and device. Together they have a row
         for each of `plan.embedding_rows`.
         """
+        check_embeddings(plan, embeddings)
         model = self._model
-        assert sum(map(len, embeddings)) == len(plan.embedding_rows), (
-            "as many embeddings as placeholder rows"
-        )
-        x = model.embed(self._tensor(plan.token_ids))
+        tensors = {name: self._tensor(array) for name, array in arrays_of(plan).items()}
+        x = model.embed(tensors["token_ids"])
         if embeddings:
-            x[self._tensor(plan.embedding_rows)] = torch.cat(
-                [e.to(x.device, x.dtype) for e in embeddings]
-            )
+            x[tensors["item_rows"]] = torch.cat([e.to(x.device, x.dtype) for e in embeddings])
         self._clear_fresh_blocks(plan)
-        positions = self._tensor(plan.positions)
         if self._fused_decode is not None and self._fused_decode.takes(plan):
-            return self._fused_decode.run(plan, x, positions)
+            return self._fused_decode.run(plan, x, batch_of(tensors, attention=None))
         attention = GatheredAttention(plan, self._block_size, model.dtype, model.device)
-        return model.forward(
-            x, positions, attention, self._kv_cache, self._tensor(plan.sampled_rows)
-        )
+        return model.forward(x, batch_of(tensors, attention), self._kv_cache)
 
     def _clear_fresh_blocks(self, plan: StepPlan) -> None:
-        """A block that a sequence begins and does not fill still holds its former owner's keys and
-        values.
+        """Clear blocks that a sequence begins and does not fill.
 
-        They are masked, but a NaN among them would reach the newcomer through a product with zero.
+        They still hold keys and values of their former owner. These are masked, but a NaN among
+        them would reach the new owner through a product with zero.
         """
         used = plan.context_lens % self._block_size
         begun = (used > 0) & (plan.query_lens >= used)
@@ -104,3 +90,8 @@ class ModelRunner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self._model.device)
+
+
+def check_embeddings(plan: StepPlan, embeddings: list[Tensor]) -> None:
+    num_given = sum(map(len, embeddings))
+    assert num_given == len(plan.embedding_rows), "as many embeddings as placeholder rows"

@@ -9,33 +9,51 @@ from typing import Any
 
 import numpy as np
 
-from common.messages import Prompt
+from common.messages import Prompt, RequestKey
 
 HASH_BYTES = 16
 MM_HASH_BYTES = 32
 
-Key = tuple[str, int]
-"""(request_id, attempt)."""
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request of this group may have at most."""
+
+    num_position_components: int
+    max_tokens: int
+    """Tokens that the KV cache holds."""
+    max_item_tokens: int
+    """Tokens of items for whose embeddings there is room."""
+    max_whole_tokens: int
+    """Tokens of one step."""
 
 
-def objection_to(prompt: Prompt, max_tokens: int, max_image_tokens: int) -> str:
-    """Why a prompt cannot be taken: its tensors do not fit each other, or it can never fit into a
-    cache of `max_tokens`, or its embeddings into the room for `max_image_tokens`."""
+def objection_to(prompt: Prompt, limits: Limits) -> str:
+    """Return why a prompt cannot be served; "" if it can.
+
+    Its tensors may not fit each other, or it can never fit into the KV cache, into the room for
+    embeddings, or into one step if it must be computed whole.
+    """
+    return malformation_of(prompt, limits) or excess_of(prompt, limits)
+
+
+def malformation_of(prompt: Prompt, limits: Limits) -> str:
+    """Return which tensor of a prompt does not fit the others; "" if all fit."""
     num_tokens = prompt.token_ids.shape[-1:]
-    num_images = prompt.placeholders.shape[:1]
+    num_items = prompt.placeholders.shape[:1]
     wanted = {
         "token_ids": num_tokens,
-        "positions": (3, *num_tokens),
-        "placeholders": (*num_images, 2),
-        "mm_hashes": (*num_images, MM_HASH_BYTES),
+        "positions": (limits.num_position_components, *num_tokens),
+        "placeholders": (*num_items, 2),
+        "mm_hashes": (*num_items, MM_HASH_BYTES),
     }
     for name, shape in wanted.items():
         tensor = getattr(prompt, name)
-        if tensor.shape != shape or tensor.dtype != ("uint8" if name == "mm_hashes" else "int64"):
-            return f"{name} is {tensor}, int64 or uint8 {shape} is wanted"
-    if (resumed := prompt.output_token_ids) and (
-        resumed.dtype != "int64" or len(resumed.shape) != 1
-    ):
+        dtype = "uint8" if name == "mm_hashes" else "int64"
+        if tensor.shape != shape or tensor.dtype != dtype:
+            return f"{name} is {tensor}, {dtype} {shape} is wanted"
+    resumed = prompt.output_token_ids
+    if resumed and (resumed.dtype != "int64" or len(resumed.shape) != 1):
         return f"output_token_ids is {resumed}, int64 [n] is wanted"
     end = 0
     for offset, length in prompt.placeholders.numpy().tolist():
@@ -44,18 +62,29 @@ def objection_to(prompt: Prompt, max_tokens: int, max_image_tokens: int) -> str:
                 f"the placeholder range {offset} + {length} lies outside the prompt or in another"
             )
         end = offset + length
-    if (image_tokens := int(prompt.placeholders.numpy()[:, 1].sum())) > max_image_tokens:
+    return ""
+
+
+def excess_of(prompt: Prompt, limits: Limits) -> str:
+    """Return why a prompt can never fit; "" if it can."""
+    item_tokens = int(prompt.placeholders.numpy()[:, 1].sum())
+    if item_tokens > limits.max_item_tokens:
         return (
-            f"its images become {image_tokens} tokens, this group has room for the "
-            f"embeddings of {max_image_tokens}: send fewer or smaller ones"
+            f"its images become {item_tokens} tokens, this group has room for the embeddings of "
+            f"{limits.max_item_tokens}: send fewer or smaller ones"
         )
-    whole = num_tokens[0] + (prompt.stopping.max_tokens or 0)
-    return (
-        f"{whole} tokens, prompt and answer together, do not fit into the {max_tokens} of this "
-        "group"
-        if whole > max_tokens
-        else ""
-    )
+    num_tokens = prompt.token_ids.shape[0] + (prompt.stopping.max_tokens or 0)
+    if num_tokens > limits.max_tokens:
+        return (
+            f"{num_tokens} tokens, prompt and answer together, do not fit into the "
+            f"{limits.max_tokens} of this group"
+        )
+    if prompt.whole and num_tokens > limits.max_whole_tokens:
+        return (
+            f"{num_tokens} tokens must be computed in one step, which has room for "
+            f"{limits.max_whole_tokens}: give --max-num-batched-tokens {num_tokens} or more"
+        )
+    return ""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,16 +93,13 @@ class Request:
     and keeps its output."""
 
     prompt: Prompt
-    salt: bytes = b""
-    """Whatever else the keys and values of equal tokens depend on, such as an adapter, or must not
-    be shared across: a tenant."""
     arrived: float = field(default_factory=time.monotonic)
     token_ids: np.ndarray = field(init=False)
     positions: np.ndarray = field(init=False)
     placeholders: list[tuple[int, int]] = field(init=False)
     embeddings: dict[int, Any] = field(default_factory=dict)
-    """By image index: [length, hidden_size]."""
-    image_timings: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By item: [length, input width of the model]."""
+    item_timings: dict[int, dict[str, Any]] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
     block_table: "array[int]" = field(default_factory=lambda: array("q"))
     """Empty exactly while the request waits."""
@@ -94,8 +120,8 @@ class Request:
         ]
 
     @property
-    def key(self) -> Key:
-        return self.prompt.request_id, self.prompt.attempt
+    def key(self) -> RequestKey:
+        return self.prompt.key
 
     @property
     def num_resumed_tokens(self) -> int:
@@ -115,7 +141,7 @@ class Request:
         return len(self.token_ids) + len(self.output_token_ids)
 
     @property
-    def num_image_tokens(self) -> int:
+    def num_item_tokens(self) -> int:
         return sum(length for _, length in self.placeholders)
 
     @property
@@ -151,50 +177,54 @@ class Request:
         return output if begin >= n else np.concatenate([self.token_ids[begin:], output])
 
     def positions_of(self, begin: int, end: int) -> np.ndarray:
-        """int64 [3, end - begin]."""
+        """Return the positions of [begin, end), int64 [num_components, end - begin]."""
         n = self.num_prompt_tokens
         generated = np.arange(max(begin, n), max(end, n), dtype=np.int64) + self.prompt.rope_delta
-        return np.concatenate(
-            [self.positions[:, begin:end], np.broadcast_to(generated, (3, len(generated)))], axis=1
-        )
+        own = self.positions[:, begin:end]
+        return np.concatenate([own, np.broadcast_to(generated, (len(own), len(generated)))], axis=1)
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """A name for each of the first blocks, which must be full: equal names mean equal keys and
-        values.
+        """Return a name for each of the first blocks, which must be full.
 
+        Equal names mean equal keys and values.
+
+            hash[-1] = H(cache salt)
             hash[i] = H(hash[i - 1] + token ids + positions
                         + (mm_hash, offset in the item) of each item in block i)
 
-        The salt is the root. An image's tokens are all alike, so its content must be named; the
-        positions hold its grid.
+        The tokens of an item are all alike, so its content must be named. Its positions tell its
+        grid.
         """
         hashes = self._block_hashes
-        begin = len(self._block_hashes) * block_size
         if num_blocks > len(hashes):
-            end = num_blocks * block_size
-            rows = np.concatenate([self.tokens(begin, end)[None], self.positions_of(begin, end)])
-            contents = rows.reshape(4, -1, block_size).swapaxes(0, 1).tobytes()
-            size = 4 * 8 * block_size
-            images = self._images_by_block(len(hashes), num_blocks, block_size)
-            parent = hashes[-1] if hashes else blake2b(self.salt, digest_size=HASH_BYTES).digest()
-            for block, start in enumerate(range(0, len(contents), size), len(hashes)):
-                data = parent + contents[start : start + size] + images.get(block, b"")
-                parent = blake2b(data, digest_size=HASH_BYTES).digest()
+            items = self._items_by_block(len(hashes), num_blocks, block_size)
+            contents = self._block_contents(len(hashes), num_blocks, block_size)
+            parent = hashes[-1] if hashes else digest(self.prompt.cache_salt)
+            for block, content in enumerate(contents, len(hashes)):
+                parent = digest(parent + content + items.get(block, b""))
                 hashes.append(parent)
         return hashes[:num_blocks]
 
-    def _images_by_block(self, begin: int, end: int, block_size: int) -> dict[int, bytes]:
-        """What lies of which images in each of the blocks [begin, end) that hold image tokens."""
+    def _block_contents(self, first: int, last: int, block_size: int) -> list[bytes]:
+        """Return the token ids and positions of each of the blocks [first, last)."""
+        begin = first * block_size
+        end = last * block_size
+        rows = np.concatenate([self.tokens(begin, end)[None], self.positions_of(begin, end)])
+        blocks = rows.reshape(len(rows), -1, block_size).swapaxes(0, 1)
+        return [block.tobytes() for block in blocks]
+
+    def _items_by_block(self, begin: int, end: int, block_size: int) -> dict[int, bytes]:
+        """Return which part of which items lies in each of the blocks [begin, end)."""
         found: dict[int, bytes] = {}
-        for (offset, length), mm_hash in zip(
-            self.placeholders, self.prompt.mm_hashes.numpy(), strict=True
-        ):
-            for block in range(
-                max(begin, offset // block_size), min(end, -(-(offset + length) // block_size))
-            ):
-                found[block] = (
-                    found.get(block, b"")
-                    + mm_hash.tobytes()
-                    + (block * block_size - offset).to_bytes(8, "little", signed=True)
-                )
+        mm_hashes = self.prompt.mm_hashes.numpy()
+        for (offset, length), mm_hash in zip(self.placeholders, mm_hashes, strict=True):
+            first = max(begin, offset // block_size)
+            last = min(end, -(-(offset + length) // block_size))
+            for block in range(first, last):
+                start = (block * block_size - offset).to_bytes(8, "little", signed=True)
+                found[block] = found.get(block, b"") + mm_hash.tobytes() + start
         return found
+
+
+def digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=HASH_BYTES).digest()

@@ -12,7 +12,7 @@ from services.llm.step_plan import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [begin, end) of a request, to be computed in one step."""
+    """Tokens [begin, end) of a request, computed in one step."""
 
     request: Request
     begin: int
@@ -20,23 +20,24 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """The step computes the last known token, so its logits give the next one."""
+        """Whether the step computes the last known token, so that its logits give the next one."""
         return self.end == self.request.num_tokens
 
 
 class Scheduler:
-    """There is no prefill phase and no decode phase: each request has computed
-    `num_computed_tokens` of its `num_tokens`, and each step brings some of them nearer. Chunked
-    prefill, decoding, reuse of a cached prefix, waiting for an image and resuming after a
-    preemption are all the same rule.
+    """There is no prefill phase and no decode phase.
+
+    Each request has computed `num_computed_tokens` of its `num_tokens`, and each step computes some
+    more. Chunked prefill, decoding, reuse of a cached prefix, waiting for an item and resuming
+    after a preemption all follow from this rule.
 
         0 ........ shared blocks ........ | ........ own blocks ........ |
         0 .. computed, in the KV cache .. | .. this step .. | .. later .. |
                                  num_computed_tokens                 num_tokens
 
-    A request is admitted when all its known tokens find room, so that only a decode ever asks for
-    another block. Blocks are then taken from a request that waits for an image, or else from the
-    latest comer: the oldest that can compute always goes on.
+    A request is admitted if all its known tokens find room, so that only a decode asks for another
+    block. Such a block is taken from a request that waits for an item, or else from the latest
+    arrival. The oldest request that can compute always goes on.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
     ) -> None:
-        """`max_num_seqs` bounds the requests of a step. Those that wait for an image are not in it
-        and keep no other out."""
+        """`max_num_seqs` bounds the requests of a step. Requests that wait for an item do not
+        count."""
         self.pool = pool
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -60,30 +61,29 @@ class Scheduler:
 
     @property
     def max_tokens(self) -> int:
-        """Of one request, prompt and answer together."""
+        """The tokens that one request may have, prompt and answer together."""
         return self.pool.num_blocks * self.block_size
 
     def add(self, request: Request) -> None:
-        assert (
-            self._num_blocks(request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0))
-            <= self.pool.num_blocks
-        )
+        """Queue a request that fits into the KV cache."""
+        num_tokens = request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)
+        assert num_tokens <= self.max_tokens
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Frees what the request holds, wherever it stands."""
+        """Free what the request holds, whether it runs or waits."""
         if request.block_table:
             self.running.remove(request)
             self._release(request)
         else:
             self.waiting.remove(request)
 
-    def distrust(self, request: Request) -> None:
-        """What was computed for the request is no number: no other may take it over."""
+    def forget_cached_blocks(self, request: Request) -> None:
+        """Keep others from reusing what was computed for this request: it is not finite."""
         self.pool.forget(request.block_table)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty where nothing can be computed now."""
+        """Return the chunks of the next step; empty if nothing can be computed now."""
         self._extend_block_tables()
         wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
         # Decodes first: a long prompt waits for them, not they for it.
@@ -92,47 +92,45 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         for request, count in wanted[: self.max_num_seqs]:
             if count := min(count, budget):
-                chunks.append(
-                    Chunk(request, request.num_computed_tokens, request.num_computed_tokens + count)
-                )
+                begin = request.num_computed_tokens
+                chunks.append(Chunk(request, begin, begin + count))
                 budget -= count
         return chunks + self._admit(budget, self.max_num_seqs - len(chunks), is_idle=not chunks)
 
     def plan(self, chunks: list[Chunk]) -> StepPlan:
-        """What the ranks need to compute these chunks."""
-        requests = [c.request for c in chunks]
-        begins = np.array([c.begin for c in chunks], np.int64)
-        context_lens = np.array([c.end for c in chunks], np.int64)
+        """Return what the ranks need to compute these chunks."""
+        requests = [chunk.request for chunk in chunks]
+        begins = np.array([chunk.begin for chunk in chunks], np.int64)
+        context_lens = np.array([chunk.end for chunk in chunks], np.int64)
         query_lens = context_lens - begins
         ends = query_lens.cumsum()
         starts = ends - query_lens
         seqs = np.repeat(np.arange(len(chunks)), query_lens)
+        # For each row of the batch, the index of its token in its sequence.
         index = np.arange(ends[-1]) + (begins - starts)[seqs]
+        deltas = np.array([request.prompt.rope_delta for request in requests], np.int64)
         tables = self._block_tables(requests)
+        blocks = tables[seqs, index // self.block_size]
         return StepPlan(
             token_ids=np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks]),
-            positions=self._positions(
-                chunks,
-                starts,
-                index + np.array([r.prompt.rope_delta for r in requests], np.int64)[seqs],
-            ),
-            slot_mapping=tables[seqs, index // self.block_size] * self.block_size
-            + index % self.block_size,
+            positions=self._positions(chunks, starts, index + deltas[seqs]),
+            slot_mapping=blocks * self.block_size + index % self.block_size,
             query_lens=query_lens,
             context_lens=context_lens,
             block_tables=tables,
             embedding_rows=self._embedding_rows(chunks, starts),
-            sampled_rows=ends[[c.samples for c in chunks]] - 1,
+            sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
+            rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
+            adapters=np.array([r.prompt.adapter for r in requests], np.int64),
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """The step is done: its tokens' keys and values are in the cache, and others may find the
-        blocks that it filled."""
+        """Record a finished step. Other requests may reuse the blocks that it filled."""
         for chunk in chunks:
             request = chunk.request
             filled = range(chunk.begin // self.block_size, chunk.end // self.block_size)
             request.num_computed_tokens = chunk.end
-            if filled and self.prefix_caching:
+            if filled and self._uses_prefix_cache(request):
                 hashes = request.block_hashes(filled.stop, self.block_size)
                 for i in filled:
                     self.pool.name(request.block_table[i], hashes[i])
@@ -140,21 +138,29 @@ class Scheduler:
     # Blocks
 
     def _extend_block_tables(self) -> None:
-        """A block for each request whose last token has none, the oldest first, even if others must
-        go for it."""
+        """Give a block to each request whose last token has none, oldest first.
+
+        If no block is free, another request is preempted.
+        """
         for request in self.running.copy():
             if request.num_tokens <= len(request.block_table) * self.block_size:
                 continue
             while request.block_table and not self.pool.num_free:
-                self._preempt(
-                    next((r for r in reversed(self.running) if r.num_wanted == 0), self.running[-1])
-                )
-            if request.block_table:  # it was not preempted itself, now or for one before it
+                self._preempt(self._victim())
+            # It has no block table if it was preempted itself.
+            if request.block_table:
                 request.block_table.extend(self.pool.allocate(1))
 
+    def _victim(self) -> Request:
+        """Return the request to preempt: the latest that waits for an item, else the latest."""
+        waits = (request for request in reversed(self.running) if request.num_wanted == 0)
+        return next(waits, self.running[-1])
+
     def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
-        """Chunks of requests that begin or resume, in the order of their arrival; one whose image
-        is missing may be passed."""
+        """Return the chunks of requests that begin or resume, in the order of their arrival.
+
+        A request that misses an item does not hold up those behind it.
+        """
         chunks: list[Chunk] = []
         for request in self.waiting.copy():
             if budget == 0 or len(chunks) == num_seqs:
@@ -162,19 +168,25 @@ class Scheduler:
             cached = self._cached_blocks(request)
             begin = len(cached) * self.block_size
             end = request.num_computable(begin)
-            misses_image = end < request.num_tokens
-            if is_idle and not chunks and not misses_image:
-                self._take_from_stalled(request, cached)
-            if end > begin and self._has_room(request, cached):
+            misses_item = end < request.num_tokens
+            if is_idle and not chunks and not misses_item:
+                self._preempt_stalled(request, cached)
+            if self._can_start(request, begin, end, budget) and self._has_room(request, cached):
                 self._start(request, cached)
                 chunks.append(Chunk(request, begin, min(end, begin + budget)))
                 budget -= chunks[-1].end - begin
-            elif not misses_image:
+            elif not misses_item:
                 break
         return chunks
 
-    def _take_from_stalled(self, request: Request, cached: list[int]) -> None:
-        """All that run wait for images, and this request need not."""
+    def _can_start(self, request: Request, begin: int, end: int, budget: int) -> bool:
+        """Whether [begin, end) can be computed now, or a part of it unless it must be whole."""
+        if request.prompt.whole:
+            return end == request.num_tokens and end - begin <= budget
+        return end > begin
+
+    def _preempt_stalled(self, request: Request, cached: list[int]) -> None:
+        """Make room for a request that can compute, while all that run wait for items."""
         while not self._has_room(request, cached):
             self._preempt(self.running[-1])
 
@@ -182,9 +194,8 @@ class Scheduler:
         self.waiting.remove(request)
         self.running.append(request)
         self.pool.share(cached)
-        request.block_table.extend(
-            cached + self.pool.allocate(self._num_blocks(request.num_tokens) - len(cached))
-        )
+        num_new = self._num_blocks(request.num_tokens) - len(cached)
+        request.block_table.extend(cached + self.pool.allocate(num_new))
         request.num_computed_tokens = len(cached) * self.block_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
@@ -200,15 +211,19 @@ class Scheduler:
         self.pool.free(request.block_table)
         del request.block_table[:]
 
+    def _uses_prefix_cache(self, request: Request) -> bool:
+        return self.prefix_caching and not request.prompt.whole
+
     def _cached_blocks(self, request: Request) -> list[int]:
-        """The longest cached prefix. The last token is computed in any case: its logits are
-        wanted."""
-        if not self.prefix_caching:
+        """Return the blocks of the longest cached prefix.
+
+        The last token is always computed, because its logits are wanted.
+        """
+        if not self._uses_prefix_cache(request):
             return []
         blocks: list[int] = []
-        for name in request.block_hashes(
-            (request.num_tokens - 1) // self.block_size, self.block_size
-        ):
+        num_full = (request.num_tokens - 1) // self.block_size
+        for name in request.block_hashes(num_full, self.block_size):
             if (block := self.pool.find(name)) is None:
                 break
             blocks.append(block)
@@ -216,7 +231,8 @@ class Scheduler:
 
     def _has_room(self, request: Request, cached: list[int]) -> bool:
         num_taken = sum(map(self.pool.is_free, cached))
-        return num_taken + self._num_blocks(request.num_tokens) - len(cached) <= self.pool.num_free
+        num_new = self._num_blocks(request.num_tokens) - len(cached)
+        return num_taken + num_new <= self.pool.num_free
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -232,8 +248,12 @@ class Scheduler:
     def _positions(
         self, chunks: list[Chunk], starts: np.ndarray, generated: np.ndarray
     ) -> np.ndarray:
-        """Those of output tokens follow from their index; the prompt brought its own."""
-        positions = np.tile(generated, (3, 1))
+        """Return the positions of all rows, int64 [num_components, num_tokens].
+
+        A prompt brings its own positions. Those of output tokens are `generated` from their index.
+        """
+        num_components = len(chunks[0].request.positions)
+        positions = np.tile(generated, (num_components, 1))
         for chunk, start in zip(chunks, starts, strict=True):
             own = chunk.request.positions[:, chunk.begin : chunk.end]
             positions[:, start : start + own.shape[1]] = own
@@ -242,25 +262,24 @@ class Scheduler:
     def _embedding_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
         rows = [np.zeros(0, np.int64)]
         for chunk, start in zip(chunks, starts, strict=True):
-            rows += [
-                np.arange(begin, end) + start - chunk.begin for _, begin, end in images_in(chunk)
-            ]
+            offset = start - chunk.begin
+            rows += [np.arange(begin, end) + offset for _, begin, end in items_in(chunk)]
         return np.concatenate(rows)
 
 
-def images_in(chunk: Chunk) -> list[tuple[int, int, int]]:
-    """(image, begin, end) of the placeholders that fall into the chunk."""
+def items_in(chunk: Chunk) -> list[tuple[int, int, int]]:
+    """Return (item, begin, end) of the placeholders that fall into the chunk."""
     overlaps = [
-        (i, max(o, chunk.begin), min(o + n, chunk.end))
-        for i, (o, n) in enumerate(chunk.request.placeholders)
+        (i, max(offset, chunk.begin), min(offset + length, chunk.end))
+        for i, (offset, length) in enumerate(chunk.request.placeholders)
     ]
     return [(i, begin, end) for i, begin, end in overlaps if begin < end]
 
 
 def embeddings_of(chunk: Chunk) -> list[object]:
-    """The parts of the images' embeddings that fall into the chunk, in row order."""
-    request = chunk.request
-    return [
-        request.embeddings[i][begin - request.placeholders[i][0] : end - request.placeholders[i][0]]
-        for i, begin, end in images_in(chunk)
-    ]
+    """Return the parts of the items' embeddings that fall into the chunk, in row order."""
+    parts = []
+    for i, begin, end in items_in(chunk):
+        offset, _ = chunk.request.placeholders[i]
+        parts.append(chunk.request.embeddings[i][begin - offset : end - offset])
+    return parts

@@ -1,8 +1,8 @@
-"""The language group's shell: messages to the engine, its outputs to the detokenizers."""
+"""The work loop of rank 0: messages to the engine, its outputs to the detokenizers."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -13,176 +13,179 @@ from common.messages import (
     Abort,
     Embeddings,
     Failed,
+    ItemIds,
     ItemReceived,
     ItemRejected,
+    LlmInbound,
     Prompt,
+    RequestKey,
     Reserved,
     Start,
     StopFound,
     Tokens,
+    request_ids,
 )
 from common.wire import Tensor
 from compute.torch_tensors import to_torch
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
-from services.llm.request import Key, objection_to
+from services.llm.request import objection_to
 
 EXPIRY_SECONDS = 1.0
+"""How often deadlines are checked."""
 
 
 class Worker:
+    """Connects the engine to the other services."""
+
     def __init__(
-        self, member: Member, engine: Engine, drain: Callable[[], None] = lambda: None
+        self, member: Member[LlmInbound], engine: Engine, drain: Callable[[], None] = lambda: None
     ) -> None:
-        """`drain` is called when another rank of the group is to leave: none can without the
-        others."""
+        """`drain` drains the group. It is called when another rank must leave: no rank can leave
+        without the others."""
         self._member = member
         self._engine = engine
         self._drain = drain
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
+        member.track_load(lambda: engine.load)
 
     def run(self) -> None:
-        """Steps while there is something to compute; waits for messages where there is not."""
+        """Step while there is something to compute, and wait for messages otherwise."""
         idle = True
         next_expiry = 0.0
-        while (
-            events := self._member.take_events(
-                wait=idle, timeout=EXPIRY_SECONDS if self._engine.holds_anything else None
-            )
-        ) is not None:
+        while (events := self._wait_for_events(idle)) is not None:
             for event in events:
                 self._handle(event)
             if (now := time.monotonic()) >= next_expiry:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
-            self._tell_reserved()
+            self._report_reserved()
             outputs = self._engine.step()
             for output in outputs or []:
-                self._send(output)
+                self._send_output(output)
             idle = outputs is None
-            self._report.tell(at_once=idle)
+            self._report.send_changes(at_once=idle)
 
-    def _handle(self, event: Event) -> None:
+    def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
+        timeout = EXPIRY_SECONDS if self._engine.holds_anything else None
+        return self._member.take_events(wait=idle, timeout=timeout)
+
+    def _handle(self, event: Event[LlmInbound]) -> None:
         match event:
             case Received(peer_id=peer_id, message=message):
-                self._take(peer_id, message)
+                self._handle_message(peer_id, message)
             case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
                 elif role == "detokenizer":
-                    self._lose_detokenizer(peer_id, reason)
+                    self._on_detokenizer_down(peer_id, reason)
             case PeerDraining(role="llm"):
                 self._drain()
             case PeerUp(peer_id=peer_id, role="preprocess"):
                 self._report.add(peer_id)
 
-    def _lose_detokenizer(self, peer_id: str, reason: str) -> None:
-        """The gateway may not see what we see of it: its own connection to it may stand."""
-        for prompt in [
-            r.prompt for r in self._engine.requests.values() if r.prompt.detokenizer.id == peer_id
-        ]:
-            name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
+    def _on_detokenizer_down(self, peer_id: str, reason: str) -> None:
+        """End the requests of a dead detokenizer and report them to their gateways.
+
+        A gateway may not notice the death: its own connection to the detokenizer may stand.
+        """
+        prompts = [request.prompt for request in self._engine.requests.values()]
+        for prompt in [prompt for prompt in prompts if prompt.detokenizer.id == peer_id]:
             text = f"the language group lost the detokenizer: {reason}"
-            self._member.links.send(
-                prompt.gateway_id,
-                Failed(**name, code="Unavailable", message=text, stage="detokenizer"),
-            )
-            self._engine.abort([(prompt.request_id, prompt.attempt)])
+            failed = Failed(**prompt.ids, code="Unavailable", message=text, stage="detokenizer")
+            self._member.links.send(prompt.gateway_id, failed)
+            self._engine.abort([prompt.key])
 
-    def _take(self, peer_id: str, message: Any) -> None:
+    def _handle_message(self, peer_id: str, message: LlmInbound) -> None:
         match message:
-            case Prompt() if problem := objection_to(
-                message, self._engine.scheduler.max_tokens, self._engine.budget.num_tokens
-            ):
-                self._log.error("prompt refused", request_id=message.request_id, reason=problem)
-                name: dict[str, Any] = {
-                    "request_id": message.request_id,
-                    "attempt": message.attempt,
-                }
-                self._member.links.send(
-                    message.gateway_id,
-                    Failed(**name, code="Internal", message=problem, stage="llm"),
-                )
             case Prompt():
-                self._member.links.connect(message.detokenizer, "detokenizer")
-                for image, reason in self._engine.add(message, peer_id):
-                    self._acknowledge(peer_id, message, image, reason)
-                self._log.debug(
-                    "prompt", request_id=message.request_id, num_tokens=message.token_ids.shape[0]
-                )
+                self._handle_prompt(peer_id, message)
             case Embeddings():
-                key = (message.request_id, message.attempt)
-                timings = {
-                    "queue_seconds": message.queue_seconds,
-                    "encode_seconds": message.encode_seconds,
-                    "cached": message.cached,
-                }
-                objection = self._engine.add_embeddings(
-                    key, message.image, to_torch(message.embeddings), timings, message.preprocess_id
-                )
-                if objection is not None:
-                    self._acknowledge(message.preprocess_id, message, message.image, objection)
-            case Abort():
-                self._abort([(message.request_id, message.attempt)])
-            case StopFound():
-                self._engine.abort([(message.request_id, message.attempt)])
+                self._handle_embeddings(message)
+            case Abort(key=key):
+                self._abort([key])
+            case StopFound(key=key):
+                self._engine.abort([key])
+            case _:
+                assert_never(message)
 
-    def _tell_reserved(self) -> None:
-        for (request_id, attempt), preprocess_id in self._engine.budget.take_reserved():
-            self._member.links.send(preprocess_id, Reserved(request_id=request_id, attempt=attempt))
+    def _handle_prompt(self, peer_id: str, prompt: Prompt) -> None:
+        if problem := objection_to(prompt, self._engine.limits):
+            self._log.error("prompt refused", request_id=prompt.request_id, reason=problem)
+            failed = Failed(**prompt.ids, code="Internal", message=problem, stage="llm")
+            self._member.links.send(prompt.gateway_id, failed)
+            return
+        self._member.links.connect(prompt.detokenizer, "detokenizer")
+        for item, objection in self._engine.add(prompt, peer_id):
+            self._acknowledge(peer_id, {**prompt.ids, "item": item}, objection)
+        num_tokens = prompt.token_ids.shape[0]
+        self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
-    def _acknowledge(self, preprocess_id: str, message: Any, image: int, objection: str) -> None:
-        name: dict[str, Any] = {
-            "request_id": message.request_id,
-            "attempt": message.attempt,
-            "image": image,
+    def _handle_embeddings(self, message: Embeddings) -> None:
+        timings = {
+            "queue_seconds": message.queue_seconds,
+            "encode_seconds": message.encode_seconds,
+            "cached": message.cached,
         }
-        answer = ItemRejected(**name, reason=objection) if objection else ItemReceived(**name)
+        embeddings = to_torch(message.embeddings)
+        owner = message.preprocess_id
+        objection = self._engine.add_embeddings(message.item_key, embeddings, timings, owner)
+        if objection is not None:
+            self._acknowledge(owner, message.item_ids, objection)
+
+    def _report_reserved(self) -> None:
+        """Report the requests for whose embeddings there is room now."""
+        for key, preprocess_id in self._engine.budget.take_reserved():
+            self._member.links.send(preprocess_id, Reserved(**request_ids(key)))
+
+    def _acknowledge(self, preprocess_id: str, ids: ItemIds, objection: str) -> None:
+        answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
-    def _abort(self, keys: list[Key]) -> None:
+    def _abort(self, keys: list[RequestKey]) -> None:
         for request in self._engine.abort(keys):
-            request_id, attempt = request.key
-            self._member.links.send(
-                request.prompt.detokenizer.id, Abort(request_id=request_id, attempt=attempt)
-            )
+            prompt = request.prompt
+            self._member.links.send(prompt.detokenizer.id, Abort(**prompt.ids))
 
-    def _send(self, output: Output) -> None:
+    def _send_output(self, output: Output) -> None:
         prompt = output.request.prompt
-        name: dict[str, Any] = {"request_id": prompt.request_id, "attempt": prompt.attempt}
-        send = lambda message: self._member.links.send(prompt.detokenizer.id, message)  # noqa: E731
-        request = output.request
-        if output.offset == request.num_resumed_tokens:
-            send(
-                Start(
-                    **name,
-                    gateway_id=prompt.gateway_id,
-                    stopping=prompt.stopping,
-                    usage=usage_of(request),
-                    timings=Tensor.of_bytes(timings_of(request)),
-                    output_token_ids=prompt.output_token_ids,
-                )
-            )
+        detokenizer_id = prompt.detokenizer.id
+        if output.offset == output.request.num_resumed_tokens:
+            self._member.links.send(detokenizer_id, start_of(output))
         if output.error:
             self._log.error("request failed", request_id=prompt.request_id, reason=output.error)
-            send(Failed(**name, code="Internal", message=output.error, stage="llm"))
+            failed = Failed(**prompt.ids, code="Internal", message=output.error, stage="llm")
+            self._member.links.send(detokenizer_id, failed)
             return
-        send(
-            Tokens(
-                **name,
-                offset=output.offset,
-                token_ids=Tensor.of(np.array(output.token_ids, np.int64)),
-                finish_reason=output.finish_reason,
-                **logprobs_of(output),
-            )
+        tokens = Tokens(
+            **prompt.ids,
+            offset=output.offset,
+            token_ids=Tensor.of(np.array(output.token_ids, np.int64)),
+            finish_reason=output.finish_reason,
+            **logprobs_of(output),
         )
+        self._member.links.send(detokenizer_id, tokens)
+
+
+def start_of(output: Output) -> Start:
+    """Return the message that begins the answer of an output's request."""
+    request = output.request
+    prompt = request.prompt
+    return Start(
+        **prompt.ids,
+        gateway_id=prompt.gateway_id,
+        stopping=prompt.stopping,
+        usage=usage_of(request),
+        timings=Tensor.of_bytes(timings_of(request)),
+        output_token_ids=prompt.output_token_ids,
+    )
 
 
 def logprobs_of(output: Output) -> dict[str, Any]:
-    """The fields of Tokens for one token; none where the request asked for none."""
+    """Return the log-probability fields of Tokens; none if the request asked for none."""
     if (found := output.logprobs) is None:
         return {}
     return {

@@ -1,16 +1,14 @@
 """Chat template, tokenizer, images to patches, positions; chooses the language group and each
 image's vision replica."""
 
-from collections import OrderedDict
-
 from common.checkpoint import open_checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
 from common.member import Member
+from common.messages import PreprocessInbound
 from common.process import Stop, run
 from common.settings import PreprocessSettings
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.in_flight import Handover, Key, Preparation
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
@@ -25,23 +23,20 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         )
     except ValueError as e:
         raise BadSetting(str(e)) from e
-    preparations: OrderedDict[Key, Preparation] = OrderedDict()
-    handovers: dict[Key, Handover] = {}
     pool = VisionPool()
     metrics = PreprocessMetrics(pool)
-    load = lambda: (len(handovers), len(preparations))  # noqa: E731
-    member = Member(
+    member: Member[PreprocessInbound] = Member(
         settings,
         "preprocess",
         stop,
-        load,
         checkpoint.fingerprint,
-        peers=("vision", "llm"),
+        peers=checkpoint.family.needed_roles,
         drains=True,
         registry=metrics.registry,
     )
+    worker = Worker(member, preprocessor, pool, metrics)
     get_logger().info("waiting for a vision replica and a language group", id=member.id)
-    Worker(member, preprocessor, preparations, handovers, pool, metrics).run()
+    worker.run()
     member.close()
 
 

@@ -1,10 +1,11 @@
-"""Owns each image from the hand-over of its request until the language group has its embeddings."""
+"""Owns each item from the handover of its request until the language group has its embeddings."""
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import assert_never
 
 from common.errors import Internal, ServingError, Unavailable
+from common.events import Sender
 from common.logs import get_logger
 from common.messages import (
     Abort,
@@ -14,61 +15,70 @@ from common.messages import (
     Failed,
     Grant,
     HandedOver,
+    ItemKey,
+    ItemMessage,
     ItemReceived,
     ItemRejected,
     Offer,
     Pixels,
+    PreprocessOutbound,
+    RequestKey,
     Reserved,
     Vacancy,
     VisionLoad,
+    request_ids,
 )
 from common.wire import Tensor
-from services.preprocess.in_flight import Handover, Key, PendingItem
+from services.preprocess.in_flight import Handover, PendingItem
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 
 MAX_DISPATCHES = 3
-"""How many replicas may try one image."""
+"""How many replicas may try one item."""
 LATE_SECONDS = 5.0
-"""After the deadline the gateway has ended the request; its abort may be lost."""
+"""How long after its deadline a request is dropped here. The gateway has ended it, but its abort
+may be lost."""
+
+Fail = Callable[[RequestKey, str, ServingError], None]
+"""Reports the end of a request to the gateway of this id."""
+Inbound = (
+    VisionLoad | Vacancy | Grant | CacheHit | Busy | Failed | Reserved | ItemReceived | ItemRejected
+)
 
 
 class Dispatcher:
+    """Moves items to vision replicas and reacts to what replicas and language groups report."""
+
     def __init__(
         self,
-        links: Any,
+        links: Sender[PreprocessOutbound],
         pool: VisionPool,
-        handovers: dict[Key, Handover],
-        fail: Callable[[Key, str, ServingError], None],
+        fail: Fail,
         metrics: PreprocessMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`fail` tells the gateway, given by its id, of a request's end."""
         self._links = links
         self.pool = pool
-        self.handovers = handovers
+        self.handovers: dict[RequestKey, Handover] = {}
         self._fail = fail
         self._metrics = metrics
         self._clock = clock
         self._log = get_logger()
         self.num_bytes = 0
-        """Of the pixels that are held."""
+        """The bytes of all items that are held."""
 
-    def begin(self, key: Key, handover: Handover) -> None:
-        """The request's images are encoded as soon as the language group has room for all of their
-        embeddings."""
+    def begin(self, key: RequestKey, handover: Handover) -> None:
+        """Take over a request. Its items are offered once the language group has room for them."""
         self.handovers[key] = handover
-        self.num_bytes += sum(
-            dispatched.image.rgb.nbytes for dispatched in handover.images.values()
-        )
+        self.num_bytes += sum(item.prepared.nbytes for item in handover.items.values())
 
-    def take(self, peer_id: str, message: Any) -> None:
-        """A message of a vision replica or a language group."""
+    def handle_message(self, peer_id: str, message: Inbound) -> None:
+        """Handle a message of a vision replica or a language group."""
         match message:
             case VisionLoad():
-                self.pool.take_load(peer_id, message)
+                self.pool.update_load(peer_id, message)
             case Vacancy(wait_seconds=wait):
-                self.pool.tell(peer_id, True, wait)
+                self.pool.update_replica(peer_id, True, wait)
                 if peer_id not in self.offer_waiting():
                     self._links.send(peer_id, Decline())
             case Grant(wait_seconds=wait, has_room=has_room):
@@ -76,188 +86,178 @@ class Dispatcher:
                 self._send_pixels(message, peer_id)
             case CacheHit():
                 self.pool.answered(peer_id)
-                if dispatched := self._find(message, peer_id):
-                    self._is_in_hand(dispatched)
+                if item := self._find(message, peer_id):
+                    self._mark_accepted(item)
             case Busy(wait_seconds=wait):
                 self.pool.answered(peer_id, False, wait)
-                self._take_back(message, peer_id)
+                self._requeue_refused(message, peer_id)
             case Failed(message=reason):
-                self._try_again(self._find(message, peer_id), reason, skip_cache=True)
-            case Reserved():
-                self._let_begin((message.request_id, message.attempt))
-            case ItemReceived(image=image):
-                self._let_go((message.request_id, message.attempt), image)
+                self._retry(self._find_failed(message, peer_id), reason, skip_cache=True)
+            case Reserved(key=key):
+                self._start_items(key)
+            case ItemReceived(item=index, key=key):
+                self._release_item(key, index)
             case ItemRejected(reason=reason):
-                self._try_again(self._find(message), reason, skip_cache=True)
+                self._retry(self._find(message), reason, skip_cache=True)
+            case _:
+                assert_never(message)
 
     def offer_waiting(self) -> set[str]:
-        """Offers what can be offered now; gives the replicas that it was offered to."""
-        offers = self.pool.assign()
-        for dispatched in offers:
-            request_id, attempt, index = dispatched.key
-            handover = self.handovers[request_id, attempt]
-            image = dispatched.image
-            offer = Offer(
-                request_id=request_id,
-                attempt=attempt,
-                image=index,
-                mm_hash=image.mm_hash,
-                grid_thw=image.grid_thw,
-                num_patches=image.num_patches,
-                llm=handover.llm,
-                timeout=max(0.0, handover.deadline - self._clock()),
-                skip_cache=dispatched.skip_cache,
-            )
-            self._links.send(dispatched.vision_id, offer)
-        return {dispatched.vision_id for dispatched in offers}
+        """Offer what can be offered now. Returns the ids of the replicas that got an offer."""
+        offered = self.pool.assign()
+        for item in offered:
+            self._links.send(item.vision_id, self._offer_of(item))
+        return {item.vision_id for item in offered}
 
     def lose_replica(self, vision_id: str, reason: str) -> None:
-        """Each of its images alone goes to another one."""
+        """Give each item of a dead replica to another one."""
         self.pool.lose(vision_id)
-        for dispatched in [d for d in self._all() if d.vision_id == vision_id]:
-            if dispatched.key[:2] not in self.handovers:
-                continue  # another image of its request has just ended that
-            if dispatched.has_pixels:
-                self._try_again(dispatched, f"the vision replica was lost: {reason}")
+        for item in [item for item in self._all_items() if item.vision_id == vision_id]:
+            if request_of(item.key) not in self.handovers:
+                continue  # the failure of another item has just ended this request
+            if item.is_accepted:
+                self._retry(item, f"the vision replica was lost: {reason}")
             else:
-                self.pool.add(dispatched, first=True)
+                self.pool.add(item, first=True)
 
-    def drop(self, key: Key) -> None:
-        """Frees what is held for the request, here and at the replicas that have its images."""
+    def drop(self, key: RequestKey) -> None:
+        """Free what is held for the request, here and at the replicas that have its items."""
         if handover := self.handovers.pop(key, None):
-            for dispatched in handover.images.values():
-                self._release(dispatched)
-            for vision_id in {d.vision_id for d in handover.images.values() if d.vision_id}:
-                self._links.send(vision_id, Abort(request_id=key[0], attempt=key[1]))
+            for item in handover.items.values():
+                self._free(item)
+            for vision_id in {item.vision_id for item in handover.items.values() if item.vision_id}:
+                self._links.send(vision_id, Abort(**request_ids(key)))
 
-    def give_up(self) -> None:
-        """What cannot be encoded any more: no replica takes it, or nobody waits for it."""
-        for dispatched in self.pool.given_up():
-            request_id, attempt, index = dispatched.key
-            self._give_up_one(
-                (request_id, attempt),
-                index,
-                Unavailable(self._why_not(dispatched), "vision", index),
-            )
+    def end_hopeless(self) -> None:
+        """End requests with items that no replica can encode, and requests nobody waits for."""
+        for item in self.pool.hopeless_items():
+            index = item.key[2]
+            error = Unavailable(self._why_hopeless(item), "vision", index)
+            self._fail_request(request_of(item.key), index, error)
         now = self._clock()
-        for key in [
-            key
-            for key, handover in self.handovers.items()
-            if now > handover.deadline + LATE_SECONDS
-        ]:
+        handovers = self.handovers.items()
+        for key in [key for key, h in handovers if now > h.deadline + LATE_SECONDS]:
             self.drop(key)
 
-    # From here on ours
+    def _all_items(self) -> Iterator[PendingItem]:
+        return (item for handover in self.handovers.values() for item in handover.items.values())
 
-    def _all(self) -> Iterator[PendingItem]:
-        return (
-            dispatched
-            for handover in self.handovers.values()
-            for dispatched in handover.images.values()
+    def _offer_of(self, item: PendingItem) -> Offer:
+        request_id, attempt, index = item.key
+        handover = self.handovers[request_id, attempt]
+        return Offer(
+            request_id=request_id,
+            attempt=attempt,
+            item=index,
+            kind=item.prepared.kind,
+            mm_hash=item.prepared.mm_hash,
+            grid_thw=item.prepared.grid_thw,
+            content_size=item.prepared.content_size,
+            num_patches=item.prepared.num_patches,
+            llm=handover.llm,
+            timeout=max(0.0, handover.deadline - self._clock()),
+            skip_cache=item.skip_cache,
         )
 
-    def _find(self, message: Any, vision_id: str = "") -> PendingItem | None:
-        """The image that the message is about, where the replica that sent it still has it."""
-        handover = self.handovers.get((message.request_id, message.attempt))
-        dispatched = handover.images.get(message.image) if handover else None
-        return (
-            dispatched
-            if dispatched and dispatched.vision_id and vision_id in ("", dispatched.vision_id)
-            else None
-        )
+    def _find(self, message: ItemMessage, vision_id: str = "") -> PendingItem | None:
+        """Return the item that the message is about, if the replica that sent it still has it."""
+        return self._item_at(message.item_key, vision_id)
 
-    def _let_begin(self, key: Key) -> None:
+    def _find_failed(self, message: Failed, vision_id: str) -> PendingItem | None:
+        if message.item is None:
+            return None
+        return self._item_at((*message.key, message.item), vision_id)
+
+    def _item_at(self, key: ItemKey, vision_id: str) -> PendingItem | None:
+        handover = self.handovers.get(request_of(key))
+        item = handover.items.get(key[2]) if handover else None
+        if item and item.vision_id and vision_id in ("", item.vision_id):
+            return item
+        return None
+
+    def _start_items(self, key: RequestKey) -> None:
         handover = self.handovers.get(key)
         if handover and not handover.is_reserved:
             handover.is_reserved = True
-            for dispatched in handover.images.values():
-                self.pool.add(dispatched)
+            for item in handover.items.values():
+                self.pool.add(item)
 
     def _send_pixels(self, grant: Grant, vision_id: str) -> None:
-        dispatched = self._find(grant, vision_id)
-        if dispatched:
-            self._is_in_hand(dispatched)
-            patches = Tensor.of(dispatched.image.patches())
-            self._links.send(
-                vision_id,
-                Pixels(
-                    request_id=grant.request_id,
-                    attempt=grant.attempt,
-                    image=grant.image,
-                    patches=patches,
-                ),
-            )
-        elif (grant.request_id, grant.attempt) not in self.handovers:
-            self._links.send(vision_id, Abort(request_id=grant.request_id, attempt=grant.attempt))
-        # Else it is a late one of an image that arrived: an Abort would take the request's other
-        # images from the replica.
+        if item := self._find(grant, vision_id):
+            self._mark_accepted(item)
+            patches = Tensor.of(item.prepared.patches())
+            self._links.send(vision_id, Pixels(**grant.item_ids, patches=patches))
+        elif grant.key not in self.handovers:
+            self._links.send(vision_id, Abort(**grant.ids))
+        # Otherwise the item arrived already. An Abort would also take the request's other items
+        # from the replica.
 
-    def _is_in_hand(self, dispatched: PendingItem) -> None:
-        dispatched.has_pixels = True
-        dispatched.dispatches += 1
-        self.pool.remember(dispatched.image.mm_hash, dispatched.vision_id)
+    def _mark_accepted(self, item: PendingItem) -> None:
+        item.is_accepted = True
+        item.num_dispatches += 1
+        self.pool.remember(item.prepared.mm_hash, item.vision_id)
 
-    def _take_back(self, message: Busy, vision_id: str) -> None:
-        if dispatched := self._find(message, vision_id):
-            if dispatched.has_pixels:  # they came too late for their grant
-                dispatched.dispatches -= 1
-            self.pool.forget(dispatched.image.mm_hash)
-            self.pool.add(dispatched, first=True)
+    def _requeue_refused(self, message: Busy, vision_id: str) -> None:
+        if item := self._find(message, vision_id):
+            if item.is_accepted:  # its pixels came too late for the grant
+                item.num_dispatches -= 1
+            self.pool.forget(item.prepared.mm_hash)
+            self.pool.add(item, first=True)
 
-    def _try_again(
-        self, dispatched: PendingItem | None, reason: str, skip_cache: bool = False
-    ) -> None:
-        """One image alone goes to another replica."""
-        if dispatched is None:
+    def _retry(self, item: PendingItem | None, reason: str, skip_cache: bool = False) -> None:
+        """Give one failed item to another replica, or end its request after too many failures."""
+        if item is None:
             return
-        request_id, attempt, index = dispatched.key
+        request_id, _, index = item.key
         self._log.warning(
             "image failed",
             request_id=request_id,
             image=index,
-            vision=dispatched.vision_id,
+            vision=item.vision_id,
             reason=reason,
         )
         self._metrics.failed_dispatches.inc()
-        dispatched.failed_at.add(dispatched.vision_id)
-        dispatched.skip_cache |= skip_cache
-        self.pool.forget(dispatched.image.mm_hash)
-        self.pool.ended(dispatched.vision_id, failed=True)
-        if dispatched.dispatches >= MAX_DISPATCHES:
-            error = Internal(
-                f"image {index} was given up after {MAX_DISPATCHES} attempts: {reason}",
-                "vision",
-                index,
-            )
-            self._give_up_one((request_id, attempt), index, error)
+        item.failed_at.add(item.vision_id)
+        item.skip_cache |= skip_cache
+        self.pool.forget(item.prepared.mm_hash)
+        self.pool.ended(item.vision_id, failed=True)
+        if item.num_dispatches >= MAX_DISPATCHES:
+            name = f"{item.prepared.kind} {index}"
+            text = f"{name} was given up after {MAX_DISPATCHES} attempts: {reason}"
+            self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
         else:
-            self.pool.add(dispatched, first=True)
+            self.pool.add(item, first=True)
 
-    def _why_not(self, dispatched: PendingItem) -> str:
-        _, _, index = dispatched.key
+    def _why_hopeless(self, item: PendingItem) -> str:
+        name = f"{item.prepared.kind} {item.key[2]}"
         if buckets := self.pool.buckets:
             return (
-                f"image {index}: its {dispatched.image.num_patches} patches fit into none of the "
-                "vision replicas' buckets"
-                f" {', '.join(map(str, buckets))}: send it smaller"
+                f"{name}: its {item.prepared.num_patches} patches fit into none of the "
+                f"vision replicas' buckets {', '.join(map(str, buckets))}: send it smaller"
             )
-        return f"image {index}: no vision replica is there to encode it: try again in a moment"
+        return f"{name}: no vision replica is there to encode it: try again in a moment"
 
-    def _give_up_one(self, key: Key, index: int, error: ServingError) -> None:
+    def _fail_request(self, key: RequestKey, index: int, error: ServingError) -> None:
+        """End a request because of one of its items."""
         if handover := self.handovers.get(key):
-            handover.images[index].vision_id = ""  # it holds nothing of this one
+            handover.items[index].vision_id = ""  # the replica holds nothing of this item
             self.drop(key)
             self._fail(key, handover.gateway_id, error)
 
-    def _let_go(self, key: Key, index: int) -> None:
+    def _release_item(self, key: RequestKey, index: int) -> None:
+        """The language group has the embeddings of this item."""
         if handover := self.handovers.get(key):
-            if dispatched := handover.images.pop(index, None):
-                self.pool.ended(dispatched.vision_id, failed=False)
-                self._release(dispatched)
-            if not handover.images:
+            if item := handover.items.pop(index, None):
+                self.pool.ended(item.vision_id, failed=False)
+                self._free(item)
+            if not handover.items:
                 del self.handovers[key]
-                self._links.send(handover.gateway_id, HandedOver(request_id=key[0], attempt=key[1]))
+                self._links.send(handover.gateway_id, HandedOver(**request_ids(key)))
 
-    def _release(self, dispatched: PendingItem) -> None:
-        self.pool.remove(dispatched)
-        self.num_bytes -= dispatched.image.rgb.nbytes
+    def _free(self, item: PendingItem) -> None:
+        self.pool.remove(item)
+        self.num_bytes -= item.prepared.nbytes
+
+
+def request_of(key: ItemKey) -> RequestKey:
+    return key[:2]

@@ -1,83 +1,81 @@
-"""What preprocess holds of a request under way."""
+"""What preprocess holds of a request in flight."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.messages import Peer, Submit
+from common.messages import ItemKey, Peer, RequestKey, Submit
 from common.wire import Tensor
-from services.preprocess.families.qwen2_5_vl import Image
+from services.preprocess.prepared import PreparedItem
 
 MISSING_SECONDS = 60.0
-"""For a replica or a language group to come back after the last one was lost: as long as a restart
-may take."""
-
-Key = tuple[str, int]
-"""(request_id, attempt)."""
-ImageKey = tuple[str, int, int]
-"""(request_id, attempt, image)."""
+"""How long work waits for a replica or language group to come back: as long as a restart takes."""
 
 
 @dataclass(slots=True)
 class Preparation:
-    """A request whose prompt is not handed to the language group yet."""
+    """A request whose prompt was not yet handed to a language group."""
 
     submit: Submit
     gateway_id: str
     received: float
     token_ids: np.ndarray | None = None
     grammar: Tensor | None = None
-    images: list[Image] = field(default_factory=list)
-    image_seconds: list[float] = field(default_factory=list)
+    items: list[PreparedItem] = field(default_factory=list)
+    item_seconds: list[float] = field(default_factory=list)
 
     @property
     def deadline(self) -> float:
         return self.received + self.submit.timeout
 
     @property
-    def needs_image(self) -> bool:
-        return len(self.images) < len(self.submit.images)
+    def needs_item(self) -> bool:
+        """Whether an item still has to be prepared."""
+        return len(self.items) < len(self.submit.items)
 
     @property
     def is_prepared(self) -> bool:
-        return self.token_ids is not None and not self.needs_image
+        return self.token_ids is not None and not self.needs_item
 
 
 @dataclass(slots=True, eq=False)
 class PendingItem:
-    """An image of a request that was handed over. Without a `vision_id` it waits for a replica."""
+    """An item of a request that was handed over, until the language group has its embeddings.
 
-    key: ImageKey
-    image: Image
+    It waits for a replica while `vision_id` is empty. It is offered once `vision_id` is set, and in
+    the replica's hands once `is_accepted`. docs/architecture.md draws these states.
+    """
+
+    key: ItemKey
+    prepared: PreparedItem
     vision_id: str = ""
-    has_pixels: bool = False
-    """The replica was sent them, or said that it needs none: what becomes of the image there is its
-    doing."""
-    dispatches: int = 0
-    """Replicas that failed with it in hand, and the one that has it in hand."""
+    is_accepted: bool = False
+    """The replica got the pixels or needs none: from now on it is responsible for the item."""
+    num_dispatches: int = 0
+    """The replicas that accepted the item so far, whatever became of it there."""
     failed_at: set[str] = field(default_factory=set)
     skip_cache: bool = False
     expected_seconds: float = 0.0
-    """In the tower, while it waits."""
+    """Expected seconds in the tower, set while the item waits."""
 
 
 @dataclass(slots=True)
 class Handover:
-    """A request whose prompt the language group has, while embeddings are still to come."""
+    """A request whose prompt a language group has, while embeddings are still to come."""
 
     gateway_id: str
     llm: Peer
     deadline: float
-    images: dict[int, PendingItem] = field(default_factory=dict)
+    items: dict[int, PendingItem] = field(default_factory=dict)
     is_reserved: bool = False
-    """The group has room for the embeddings of all of its images."""
+    """Whether the group has reserved room for the embeddings of all items."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A prompt without images: nothing comes back that would confirm its arrival."""
+class SentPrompt:
+    """A prompt without items. No message confirms its arrival."""
 
     when: float
-    key: Key
+    key: RequestKey
     gateway_id: str
     llm_id: str

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from common.messages import LlmLoad, Peer
-from services.preprocess.families.qwen2_5_vl import ExpandedPrompt
 from services.preprocess.in_flight import MISSING_SECONDS
+from services.preprocess.prepared import ExpandedPrompt
 
 PREFIX_TOKENS = 64
 """Prompts are compared in steps of so many tokens."""
@@ -76,7 +76,7 @@ class LlmGroups:
             group.is_draining = True
             self._lost = self._clock()
 
-    def take_load(self, llm_id: str, load: LlmLoad) -> None:
+    def update_load(self, llm_id: str, load: LlmLoad) -> None:
         if group := self._groups.get(llm_id):
             group.num_requests = load.running + load.waiting
             group.free_tokens = load.free_tokens
@@ -116,7 +116,7 @@ def prefix_steps(prompt: ExpandedPrompt, mm_hashes: list[str]) -> list[bytes]:
     """A name for each of the prompt's first whole steps: equal names mean equal tokens and images
     up to there."""
     names: list[bytes] = []
-    parent = b""
+    parent = prompt.cache_salt
     ids = prompt.token_ids
     images = list(zip(prompt.placeholders.tolist(), mm_hashes, strict=True))
     for start in range(

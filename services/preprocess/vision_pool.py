@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from common.buckets import bucket_of, expected_seconds
-from common.messages import VisionLoad
-from services.preprocess.in_flight import MISSING_SECONDS, ImageKey, PendingItem
+from common.messages import ItemKey, VisionLoad
+from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
 
 MAX_UNANSWERED = 2
 """Offers under way to one replica: one that is frozen keeps no more than these until its lease
@@ -36,7 +36,7 @@ REMEMBERED_IMAGES = 20_000
 
 
 @dataclass(slots=True, eq=False)
-class Replica:
+class VisionReplica:
     """One that has told what it can run."""
 
     id: str
@@ -62,16 +62,16 @@ class Replica:
 class VisionPool:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._replicas: dict[str, Replica] = {}
-        self._waiting: OrderedDict[ImageKey, PendingItem] = OrderedDict()
+        self._replicas: dict[str, VisionReplica] = {}
+        self._waiting: OrderedDict[ItemKey, PendingItem] = OrderedDict()
         self._waiting_seconds = 0.0
         self._holders: OrderedDict[str, str] = OrderedDict()
         self._lost: dict[tuple[int, ...], float] = {}
 
     # Replicas
 
-    def take_load(self, vision_id: str, load: VisionLoad) -> None:
-        replica = self._replicas.setdefault(vision_id, Replica(vision_id))
+    def update_load(self, vision_id: str, load: VisionLoad) -> None:
+        replica = self._replicas.setdefault(vision_id, VisionReplica(vision_id))
         replica.buckets = load.buckets
         replica.seconds = dict(zip(load.sizes, load.seconds, strict=False))
         replica.free_at = self._clock() + load.wait_seconds
@@ -82,9 +82,9 @@ class VisionPool:
         """An offer was answered. `has_room` False: not for another, before a vacancy."""
         if replica := self._replicas.get(vision_id):
             replica.unanswered = max(0, replica.unanswered - 1)
-            self.tell(vision_id, has_room, wait_seconds)
+            self.update_replica(vision_id, has_room, wait_seconds)
 
-    def tell(
+    def update_replica(
         self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
     ) -> None:
         if replica := self._replicas.get(vision_id):
@@ -119,29 +119,27 @@ class VisionPool:
             return ()
         return tuple(sorted({bucket for replica in usable for bucket in replica.buckets}))
 
-    def _usable(self) -> list[Replica]:
+    def _usable(self) -> list[VisionReplica]:
         return [replica for replica in self._replicas.values() if not replica.is_draining]
 
     # Images
 
-    def add(self, dispatched: PendingItem, first: bool = False) -> None:
+    def add(self, item: PendingItem, first: bool = False) -> None:
         """An image waits for a replica from now on, the `first` one of all where it waited
         already."""
-        dispatched.vision_id = ""
-        dispatched.has_pixels = False
-        dispatched.expected_seconds = self._least_seconds(dispatched.image.num_patches)
-        self._waiting[dispatched.key] = dispatched
-        self._waiting_seconds += dispatched.expected_seconds
+        item.vision_id = ""
+        item.is_accepted = False
+        item.expected_seconds = self._least_seconds(item.prepared.num_patches)
+        self._waiting[item.key] = item
+        self._waiting_seconds += item.expected_seconds
         if first:
-            self._waiting.move_to_end(dispatched.key, last=False)
+            self._waiting.move_to_end(item.key, last=False)
 
-    def remove(self, dispatched: PendingItem) -> None:
+    def remove(self, item: PendingItem) -> None:
         """It is not to be offered any more."""
-        if self._waiting.pop(dispatched.key, None):
+        if self._waiting.pop(item.key, None):
             self._waiting_seconds = (
-                max(0.0, self._waiting_seconds - dispatched.expected_seconds)
-                if self._waiting
-                else 0.0
+                max(0.0, self._waiting_seconds - item.expected_seconds) if self._waiting else 0.0
             )
 
     @property
@@ -164,19 +162,19 @@ class VisionPool:
     def forget(self, mm_hash: str) -> None:
         self._holders.pop(mm_hash, None)
 
-    def given_up(self) -> list[PendingItem]:
+    def hopeless_items(self) -> list[PendingItem]:
         """Images that no replica can take, and for which one has been missing for too long."""
         usable = self._usable()
         now = self._clock()
         hopeless = []
-        for dispatched in self._waiting.values():
-            num_patches = dispatched.image.num_patches
+        for item in self._waiting.values():
+            num_patches = item.prepared.num_patches
             if not any(replica.fits(num_patches) for replica in usable):
                 lost = [
                     when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)
                 ]
                 if now - max(lost, default=float("-inf")) > MISSING_SECONDS:
-                    hopeless.append(dispatched)
+                    hopeless.append(item)
         return hopeless
 
     def assign(self) -> list[PendingItem]:
@@ -193,50 +191,48 @@ class VisionPool:
         now = self._clock()
         offers = []
         free_at = {replica.id: max(now, replica.free_at) for replica in usable}
-        for dispatched in list(islice(self._waiting.values(), MAX_LOOKED_AT)):
-            replica = self._holder(dispatched) or (
-                self._first_to_finish(dispatched, usable, free_at, now) if open_ids else None
+        for item in list(islice(self._waiting.values(), MAX_LOOKED_AT)):
+            replica = self._holder(item) or (
+                self._first_to_finish(item, usable, free_at, now) if open_ids else None
             )
             if replica is None:
                 continue
-            if replica.id in open_ids or replica.id == self._holders.get(dispatched.image.mm_hash):
-                self._offer(dispatched, replica, now)
-                offers.append(dispatched)
+            if replica.id in open_ids or replica.id == self._holders.get(item.prepared.mm_hash):
+                self._offer(item, replica, now)
+                offers.append(item)
                 if not can_be_offered(replica):
                     open_ids.discard(replica.id)
             free_at[replica.id] = max(free_at[replica.id], now) + self._seconds(
-                replica, dispatched.image.num_patches
+                replica, item.prepared.num_patches
             )
         return offers
 
-    def _offer(self, dispatched: PendingItem, replica: Replica, now: float) -> None:
-        self.remove(dispatched)
-        dispatched.vision_id = replica.id
+    def _offer(self, item: PendingItem, replica: VisionReplica, now: float) -> None:
+        self.remove(item)
+        item.vision_id = replica.id
         replica.unanswered += 1
         replica.free_at = max(now, replica.free_at) + self._seconds(
-            replica, dispatched.image.num_patches
+            replica, item.prepared.num_patches
         )
 
-    def _holder(self, dispatched: PendingItem) -> Replica | None:
+    def _holder(self, item: PendingItem) -> VisionReplica | None:
         """The replica that has the embeddings already: it needs no room for them."""
-        replica = self._replicas.get(self._holders.get(dispatched.image.mm_hash, ""))
+        replica = self._replicas.get(self._holders.get(item.prepared.mm_hash, ""))
         if (
             replica is None
             or replica.is_draining
-            or replica.id in dispatched.failed_at
+            or replica.id in item.failed_at
             or replica.unanswered >= MAX_UNANSWERED
         ):
             return None
         return replica
 
     def _first_to_finish(
-        self, dispatched: PendingItem, usable: list[Replica], free_at: dict[str, float], now: float
-    ) -> Replica | None:
-        num_patches = dispatched.image.num_patches
+        self, item: PendingItem, usable: list[VisionReplica], free_at: dict[str, float], now: float
+    ) -> VisionReplica | None:
+        num_patches = item.prepared.num_patches
         fitting = [replica for replica in usable if replica.fits(num_patches)]
-        candidates = [
-            replica for replica in fitting if replica.id not in dispatched.failed_at
-        ] or fitting
+        candidates = [replica for replica in fitting if replica.id not in item.failed_at] or fitting
         if not candidates:
             return None
         costs = {
@@ -250,18 +246,18 @@ class VisionPool:
             if len(near) == 1
             else max(
                 near,
-                key=lambda replica: (replica.has_room, rank(dispatched.image.mm_hash, replica.id)),
+                key=lambda replica: (replica.has_room, rank(item.prepared.mm_hash, replica.id)),
             )
         )
 
-    def _cost(self, replica: Replica, num_patches: int, free_at: float, now: float) -> float:
+    def _cost(self, replica: VisionReplica, num_patches: int, free_at: float, now: float) -> float:
         """Seconds until it is expected to finish."""
         seconds = self._seconds(replica, num_patches) + FAILED_SECONDS * replica.num_failed
         if can_be_offered(replica):
             return free_at - now + seconds
         return FULL_FACTOR * (max(free_at - now, seconds) + seconds)
 
-    def _seconds(self, replica: Replica, num_patches: int) -> float:
+    def _seconds(self, replica: VisionReplica, num_patches: int) -> float:
         return replica.expected(num_patches) or self._least_seconds(num_patches)
 
     def _least_seconds(self, num_patches: int) -> float:
@@ -277,7 +273,7 @@ class VisionPool:
         )
 
 
-def can_be_offered(replica: Replica) -> bool:
+def can_be_offered(replica: VisionReplica) -> bool:
     return replica.has_room and replica.unanswered < MAX_UNANSWERED
 
 

@@ -1,33 +1,30 @@
 """A vision encoder replica: one image at a time through the vision tower, embeddings straight to
 the language group."""
 
-from collections import OrderedDict
-
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.logs import get_logger
 from common.member import Member
+from common.messages import VisionInbound
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import VisionSettings
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.metrics import VisionMetrics
-from services.vision.tower_thread import Key, Tower, TowerThread
-from services.vision.worker import Job, Worker
+from services.vision.tower_thread import Tower, TowerThread
+from services.vision.worker import Worker
 
 
 def main(settings: VisionSettings, stop: Stop) -> None:
-    buckets = parse_buckets(settings.vision_buckets)
     checkpoint = open_checkpoint(settings.model)
-    jobs: OrderedDict[Key, Job] = OrderedDict()
+    buckets = parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
     cache = EmbeddingCache(settings.embedding_cache_mib << 20)
     metrics = VisionMetrics(cache)
-    member = Member(
+    member: Member[VisionInbound] = Member(
         settings,
         "vision",
         stop,
-        lambda: load_of(jobs),
         checkpoint.fingerprint,
         drains=True,
         standby=settings.standby,
@@ -35,16 +32,20 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     )
     tower = make_tower(settings, checkpoint, member, buckets)
     progress = Progress()
-    thread = TowerThread(tower, member.tell, progress)
+    thread = TowerThread(tower, member.post, progress)
     member.progress.include(progress)
+    worker = Worker(member, thread, cache, tower.dtype, EncodeTimes(buckets), metrics)
     get_logger().info("ready", id=member.id)
     member.ready()
-    Worker(member, thread, cache, jobs, tower.dtype, EncodeTimes(buckets), metrics).run()
+    worker.run()
     member.close()
 
 
 def make_tower(
-    settings: VisionSettings, checkpoint: Checkpoint, member: Member, buckets: tuple[int, ...]
+    settings: VisionSettings,
+    checkpoint: Checkpoint,
+    member: Member[VisionInbound],
+    buckets: tuple[int, ...],
 ) -> Tower:
     """torch is imported only where it is needed: many simulated replicas fit on a small machine."""
     if settings.simulate_vision_ms is not None:
@@ -59,12 +60,6 @@ def make_tower(
     from services.vision.torch_tower import TorchTower
 
     return TorchTower(settings, checkpoint, member, buckets)
-
-
-def load_of(jobs: OrderedDict[Key, Job]) -> tuple[int, int]:
-    """Called by another thread: a copy, because the work loop changes it."""
-    granted = [job.granted_at is not None for job in jobs.copy().values()]
-    return sum(granted), len(granted) - sum(granted)
 
 
 if __name__ == "__main__":

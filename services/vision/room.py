@@ -18,7 +18,7 @@ class Room:
         offer --room--> granted --------> tower --> done: room
           |                ^                          |
           no room          | offer                    v
-          +--> in the queue --------vacancy------ invited --pass, or silence--> the next one
+          +--> in the queue --------vacancy------ invited --decline, or silence--> the next one
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,7 +38,7 @@ class Room:
     def enqueue(self, peer_id: str) -> None:
         self._queue.setdefault(peer_id)
 
-    def passes(self, peer_id: str) -> None:
+    def declined(self, peer_id: str) -> None:
         self._invited.pop(peer_id, None)
 
     def forget(self, peer_id: str) -> None:

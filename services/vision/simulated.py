@@ -10,8 +10,8 @@ import numpy as np
 from common.buckets import bucket_of
 from common.checkpoint import Checkpoint
 from common.wire import Tensor
+from services.vision.tower_thread import ItemShape
 
-EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 SAMPLED_ROWS = 2048
 NOISE_LENGTH = 2**18
 
@@ -29,8 +29,8 @@ class SimulatedTower:
     ) -> None:
         self._seconds = seconds
         self._buckets = buckets
-        self._hidden_size: int = checkpoint.text_config["hidden_size"]
-        self._merge_unit = checkpoint.vision_config.get("spatial_merge_size", 2) ** 2
+        self._hidden_size: int = checkpoint.sizes.hidden_size
+        self._patches_per_token = checkpoint.patches_per_token
         self._spread = np.float32(spread_of_token_embeddings(checkpoint))
         self._noise = (
             np.random.default_rng(0).standard_normal(NOISE_LENGTH, np.float32)
@@ -38,16 +38,17 @@ class SimulatedTower:
             / np.float32(math.sqrt(2))
         )
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """float32 [num_patches / merge_size ** 2, hidden_size]."""
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
+        """float32 [num_patches / patches_per_token, hidden_size]."""
         began = time.monotonic()
         digest = hashlib.sha256(patches.data)  # the quickest there is, on processors that have it
-        digest.update(repr(grid_thw).encode())
-        shape = (math.prod(grid_thw) // self._merge_unit, self._hidden_size)
-        embeddings = self._noise_of(digest.digest(), math.prod(shape))
+        digest.update(repr(shape.grid_thw).encode())
+        num_patches = math.prod(shape.grid_thw)
+        num_tokens = num_patches // self._patches_per_token
+        embeddings = self._noise_of(digest.digest(), num_tokens * self._hidden_size)
         embeddings -= embeddings.mean()
-        time.sleep(max(0.0, began + self.seconds_of(math.prod(grid_thw)) - time.monotonic()))
-        return Tensor.of(embeddings.reshape(shape))
+        time.sleep(max(0.0, began + self.seconds_of(num_patches) - time.monotonic()))
+        return Tensor.of(embeddings.reshape(num_tokens, self._hidden_size))
 
     def _noise_of(self, digest: bytes, count: int) -> np.ndarray:
         """The sum of two parts of what was drawn once, which the digest chooses: drawing takes
@@ -70,7 +71,11 @@ class SimulatedTower:
 
 def spread_of_token_embeddings(checkpoint: Checkpoint) -> float:
     """Standard deviation, of the first rows."""
-    info = next(checkpoint.tensors[name] for name in EMBEDDING_NAMES if name in checkpoint.tensors)
+    family = checkpoint.family
+    tensors = checkpoint.tensors.items()
+    info = next(
+        info for name, info in tensors if family.canonical_name(name) == family.embedding_name
+    )
     kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[info.dtype]
     stored = np.memmap(info.file, kind, "r", info.offset, info.shape)[:SAMPLED_ROWS]
     if info.dtype == "BF16":  # the upper half of a float32

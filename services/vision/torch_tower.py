@@ -7,6 +7,7 @@ import torch
 from common.checkpoint import Checkpoint
 from common.logs import get_logger
 from common.member import Member
+from common.messages import VisionInbound
 from common.settings import VisionSettings
 from common.wire import Tensor
 from compute.device import prepare
@@ -14,7 +15,7 @@ from compute.torch_tensors import NAMES, to_torch, to_wire
 from services.vision.families.qwen2_5_vl import VisionTower
 from services.vision.graphed_tower import GraphedVisionTower
 from services.vision.static_tower import StaticVisionTower
-from services.vision.tower_thread import DeviceLost
+from services.vision.tower_thread import DeviceLost, ItemShape
 
 
 class TorchTower:
@@ -22,7 +23,7 @@ class TorchTower:
         self,
         settings: VisionSettings,
         checkpoint: Checkpoint,
-        member: Member,
+        member: Member[VisionInbound],
         buckets: tuple[int, ...],
     ) -> None:
         device, dtype = prepare(settings, checkpoint)
@@ -30,15 +31,15 @@ class TorchTower:
             "loading",
             id=member.id,
             dtype=str(dtype),
-            device=str(device),
+            device=str(device.torch_device),
             threads=torch.get_num_threads(),
         )
-        self._tower = make_tower(checkpoint, dtype, device, member.loading, buckets)
+        self._tower = make_tower(checkpoint, dtype, device.torch_device, member.loading, buckets)
         self.dtype = NAMES[dtype]
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
         try:
-            return to_wire(self._tower.encode(to_torch(patches), grid_thw))
+            return to_wire(self._tower.encode(to_torch(patches), shape.grid_thw))
         except torch.AcceleratorError as e:
             raise DeviceLost from e
 

@@ -1,5 +1,4 @@
-"""The vision tower in a thread of its own, so that the replica answers offers at once while an
-image is in the tower."""
+"""The vision tower in a thread of its own, so that the replica answers offers while it encodes."""
 
 import queue
 import threading
@@ -8,31 +7,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.messages import ItemKey
 from common.progress import Progress, UnitTimes
 from common.wire import Tensor
 
-Key = tuple[str, int, int]
-"""(request_id, attempt, image)."""
-
 
 class DeviceLost(Exception):
-    """The device is lost to this process: it must end, and be started anew."""
+    """This process has lost the device: it must end and be started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemShape:
+    """What a tower must know of an item besides its patches."""
+
+    grid_thw: tuple[int, int, int]
+    """The grid of patches: steps in time, rows, columns."""
+    content_size: tuple[int, int]
+    """Height and width of the content in pixels. What the grid has beyond it is padding."""
 
 
 class Tower(Protocol):
-    dtype: str
-    """Of the embeddings: those of one dtype do not stand for those of another."""
+    """Encodes one item at a time."""
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """uint8 [num_patches, channels * patch_size ** 2] to [num_image_tokens, hidden_size]."""
+    dtype: str
+    """The dtype of the embeddings. Embeddings of two dtypes must not be mixed up in a cache."""
+
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
+        """uint8 [num_patches, values per patch] -> [num_item_tokens, width of the embeddings]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """The tower is through with an image."""
+    """The embeddings of an item, or the error that the tower raised."""
 
-    key: Key
+    key: ItemKey
     began: float
     seconds: float
     embeddings: Tensor | None = None
@@ -40,37 +49,36 @@ class EncodeResult:
 
 
 class TowerThread:
-    """Encodes one image at a time, and reports each from its thread."""
+    """Encodes one item at a time and reports each result from its own thread."""
 
     def __init__(
         self, tower: Tower, report: Callable[[EncodeResult], None], progress: Progress
     ) -> None:
-        """`progress` is stamped by this thread alone."""
+        """Only this thread stamps `progress`."""
         self._tower = tower
         self._report = report
         self._progress = progress
         self._times = UnitTimes()
-        self._work: queue.SimpleQueue[tuple[Key, Tensor, tuple[int, int, int]]] = (
-            queue.SimpleQueue()
-        )
+        self._work: queue.SimpleQueue[tuple[ItemKey, Tensor, ItemShape]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="tower", daemon=True).start()
 
-    def begin(self, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> None:
-        self._work.put((key, patches, grid_thw))
+    def begin(self, key: ItemKey, patches: Tensor, shape: ItemShape) -> None:
+        """Encode this item after those that were given before."""
+        self._work.put((key, patches, shape))
 
     def _run(self) -> None:
         while True:
             self._progress.idle()
-            key, patches, grid_thw = self._work.get()
+            key, patches, shape = self._work.get()
             with self._progress.unit(self._times, patches.shape[0]):
-                encoded = encode(self._tower, key, patches, grid_thw)
-            self._report(encoded)
+                result = encode(self._tower, key, patches, shape)
+            self._report(result)
 
 
-def encode(tower: Tower, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> EncodeResult:
+def encode(tower: Tower, key: ItemKey, patches: Tensor, shape: ItemShape) -> EncodeResult:
     began = time.monotonic()
     try:
-        embeddings = tower.encode(patches, grid_thw)
-    except Exception as e:  # noqa: BLE001 - the outermost loop of this thread: one image that cannot be encoded ends nothing else
+        embeddings = tower.encode(patches, shape)
+    except Exception as e:  # noqa: BLE001 - this thread's outermost loop: other items go on
         return EncodeResult(key, began, time.monotonic() - began, error=e)
     return EncodeResult(key, began, time.monotonic() - began, embeddings)

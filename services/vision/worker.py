@@ -1,16 +1,18 @@
-"""One vision replica: answers offers at once, one image at a time through the tower, embeddings
-straight to the language group."""
+"""One vision replica: it answers offers at once and encodes one item at a time.
+
+Embeddings go straight to the language group that the offer names.
+"""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import assert_never
 
 from common.buckets import bucket_of
 from common.events import PeerDown, PeerUp, Received
 from common.logs import get_logger
-from common.member import Drain, Event, Member
+from common.member import Drain, Event, Member, Posted
 from common.messages import (
     Abort,
     Busy,
@@ -19,99 +21,115 @@ from common.messages import (
     Embeddings,
     Failed,
     Grant,
+    ItemKey,
     Offer,
     Pixels,
     Vacancy,
+    VisionInbound,
     VisionLoad,
+    VisionToPreprocess,
 )
 from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED, Room
-from services.vision.tower_thread import DeviceLost, EncodeResult, Key, TowerThread
+from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread
 
 MAX_JOINED = 256
-"""Offers that wait for an equal image of another request."""
+"""Offers that may wait for an equal item of another request."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """An image that was granted, or waits for an equal one that was."""
+    """An item that was granted, or that waits for an equal item that was."""
 
     offer: Offer
     preprocess_id: str
     content: str
-    """Names the embeddings."""
+    """The name of the embeddings in the cache."""
     granted_at: float | None = None
     patches: Tensor | None = None
     offered: float = field(default_factory=time.monotonic)
 
+    @property
+    def key(self) -> ItemKey:
+        return self.offer.item_key
+
 
 class Worker:
+    """The work loop of a vision replica. It owns the items that were offered and accepted."""
+
     def __init__(
         self,
-        member: Member,
+        member: Member[VisionInbound],
         tower: TowerThread,
         cache: EmbeddingCache,
-        jobs: OrderedDict[Key, Job],
         dtype: str,
         times: EncodeTimes,
         metrics: VisionMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`jobs` is shared with the member's load report. The tower's results come as events of the
-        member."""
+        """Results of `tower` arrive as events posted to `member`."""
         self._member = member
         self._tower = tower
         self._cache = cache
-        self._jobs = jobs
         self._dtype = dtype
         self._times = times
         self._metrics = metrics
         self._clock = clock
+        self._jobs: OrderedDict[ItemKey, Job] = OrderedDict()
         self._room = Room(clock)
-        self._working: Job | None = None
-        self._began = 0.0
+        self._encoding: Job | None = None
+        self._encoding_since = 0.0
         self._peers: set[str] = set()
         self._draining = False
         self._log = get_logger()
+        member.track_load(self.load)
+
+    def load(self) -> tuple[int, int]:
+        """Return (granted items, items that wait for an equal one). Other threads call this."""
+        # A copy, because the work loop changes the dictionary meanwhile.
+        granted = [job.granted_at is not None for job in self._jobs.copy().values()]
+        return sum(granted), len(granted) - sum(granted)
 
     def run(self) -> None:
-        while (
-            events := self._member.take_events(
-                wait=True, timeout=ANSWER_SECONDS if self._awaits_answer else None
-            )
-        ) is not None:
+        """Handle events until the process must stop or has drained."""
+        while (events := self._wait_for_events()) is not None:
             for event in events:
                 self._handle(event)
-            self._drop_lapsed()
-            self._feed()
-            self._invite()
+            self._drop_lapsed_grants()
+            self._encode_next()
+            self._announce_vacancies()
             self._member.expected_delay = self._queue_seconds()
 
+    def _wait_for_events(self) -> list[Event[VisionInbound]] | None:
+        timeout = ANSWER_SECONDS if self._awaits_answer else None
+        return self._member.take_events(wait=True, timeout=timeout)
+
     def _queue_seconds(self) -> float:
-        """Until another image would begin."""
-        working = self._working
-        left = max(0.0, self._expected(working) - (self._clock() - self._began)) if working else 0.0
-        return left + sum(
-            self._expected(job)
-            for job in self._jobs.values()
-            if job.granted_at is not None and job is not working
-        )
+        """The seconds until another item would begin."""
+        encoding = self._encoding
+        left = 0.0
+        if encoding:
+            left = max(0.0, self._expected(encoding) - (self._clock() - self._encoding_since))
+        waiting = [
+            job for job in self._jobs.values() if job.granted_at is not None and job is not encoding
+        ]
+        return left + sum(map(self._expected, waiting))
 
     def _expected(self, job: Job) -> float:
         return self._times.expected(job.offer.num_patches)
 
-    def _handle(self, event: Event | EncodeResult) -> None:
+    def _handle(self, event: Event[VisionInbound]) -> None:
         match event:
-            case EncodeResult():
-                self._take_encoded(event)
+            case Posted(event=EncodeResult() as result):
+                self._handle_result(result)
             case Received(peer_id=peer_id, message=message):
-                self._take(peer_id, message)
+                self._handle_message(peer_id, message)
             case PeerUp(peer_id=peer_id, role="preprocess"):
                 self._peers.add(peer_id)
-                self._tell_load([peer_id])
+                self._send_load([peer_id])
             case PeerDown(peer_id=peer_id, role="preprocess", reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._peers.discard(peer_id)
@@ -120,36 +138,35 @@ class Worker:
             case Drain():
                 self._draining = True
 
-    def _take(self, peer_id: str, message: Any) -> None:
+    def _handle_message(self, peer_id: str, message: VisionInbound) -> None:
         match message:
             case Offer():
-                self._answer(Job(message, peer_id, f"{message.mm_hash}.{self._dtype}"))
+                self._answer_offer(Job(message, peer_id, f"{message.mm_hash}.{self._dtype}"))
             case Pixels():
-                self._take_pixels(message)
-            case Abort(request_id=request_id, attempt=attempt):
-                self._drop(
-                    lambda job: (job.offer.request_id, job.offer.attempt) == (request_id, attempt)
-                )
+                self._handle_pixels(message)
+            case Abort(key=key):
+                self._drop(lambda job: job.offer.key == key)
             case Decline():
-                self._room.passes(peer_id)
+                self._room.declined(peer_id)
+            case _:
+                assert_never(message)
 
     # Offers
 
-    def _answer(self, job: Job) -> None:
+    def _answer_offer(self, job: Job) -> None:
         offer = job.offer
-        peer_id = job.preprocess_id
         self._member.links.connect(offer.llm, "llm")
         if offer.skip_cache:
             self._cache.drop(job.content)
-        has_room = self._room.admits(peer_id, self._num_granted()) and not self._draining
+        has_room = self._room.admits(job.preprocess_id, self._num_granted()) and not self._draining
         if (embeddings := self._cache.get(job.content)) is not None:
-            self._send(job, CacheHit(**name_of(offer)))
+            self._send(job, CacheHit(**offer.item_ids))
             self._deliver(job, embeddings, "cached", queued=0.0, encoded=0.0)
         elif self._is_in_work(job.content) and len(self._jobs) < MAX_JOINED:
-            self._jobs[key_of(offer)] = job
-            self._send(job, CacheHit(**name_of(offer)))
+            self._jobs[job.key] = job
+            self._send(job, CacheHit(**offer.item_ids))
         elif has_room:
-            self._jobs[key_of(offer)] = job
+            self._jobs[job.key] = job
             self._grant(job)
         else:
             self._refuse(job)
@@ -158,136 +175,134 @@ class Worker:
         was_idle = not self._num_granted()
         job.granted_at = self._clock()
         has_room = self._room.admits(job.preprocess_id, self._num_granted())
-        self._send(
-            job, Grant(**name_of(job.offer), wait_seconds=self._queue_seconds(), has_room=has_room)
-        )
+        wait = self._queue_seconds()
+        self._send(job, Grant(**job.offer.item_ids, wait_seconds=wait, has_room=has_room))
         if not has_room:
             self._room.enqueue(job.preprocess_id)
         if was_idle:
-            self._tell_load(self._peers - {job.preprocess_id})
+            self._send_load(self._peers - {job.preprocess_id})
 
     def _refuse(self, job: Job) -> None:
         self._room.enqueue(job.preprocess_id)
-        self._send(job, Busy(**name_of(job.offer), wait_seconds=self._queue_seconds()))
+        self._send(job, Busy(**job.offer.item_ids, wait_seconds=self._queue_seconds()))
 
-    def _invite(self) -> None:
+    def _announce_vacancies(self) -> None:
         """A draining replica has room for nobody."""
-        for peer_id in [] if self._draining else self._room.invite(self._num_granted()):
+        if self._draining:
+            return
+        for peer_id in self._room.invite(self._num_granted()):
             self._member.links.send(peer_id, Vacancy(wait_seconds=self._queue_seconds()))
 
     def _num_granted(self) -> int:
-        """An image in the tower takes its room even where nobody wants it any more."""
+        """The items that take room. One in the tower does so even if nobody wants it any more."""
         granted = sum(job.granted_at is not None for job in self._jobs.values())
-        return granted + (
-            self._working is not None
-            and self._jobs.get(key_of(self._working.offer)) is not self._working
-        )
+        encoding = self._encoding
+        is_orphan = encoding is not None and self._jobs.get(encoding.key) is not encoding
+        return granted + is_orphan
 
     def _is_in_work(self, content: str) -> bool:
-        if self._working and self._working.content == content:
+        if self._encoding and self._encoding.content == content:
             return True
         return any(job.content == content for job in self._jobs.values())
 
     @property
     def _awaits_answer(self) -> bool:
-        return self._room.awaits_answer or any(
-            job.granted_at is not None and job.patches is None for job in self._jobs.values()
-        )
+        return self._room.awaits_answer or any(map(awaits_pixels, self._jobs.values()))
 
-    def _drop_lapsed(self) -> None:
-        """The pixels of a granted image did not come: its room is another's now, and its owner
-        offers it again."""
+    def _drop_lapsed_grants(self) -> None:
+        """If the pixels of a granted item did not come, its room is free; its owner offers it
+        again."""
         now = self._clock()
-        late = [
-            j
-            for j in self._jobs.values()
-            if j.granted_at is not None
-            and j.patches is None
-            and now - j.granted_at > ANSWER_SECONDS
+        lapsed = [
+            job
+            for job in self._jobs.values()
+            if job.granted_at is not None
+            and job.patches is None
+            and now - job.granted_at > ANSWER_SECONDS
         ]
-        self._drop(lambda job: job in late)
-        for job in late:
+        self._drop(lambda job: job in lapsed)
+        for job in lapsed:
             self._log.warning(
                 "a grant lapsed",
                 request_id=job.offer.request_id,
-                image=job.offer.image,
+                image=job.offer.item,
                 preprocess=job.preprocess_id,
             )
             self._refuse(job)
 
-    # Images in work
+    # Items in work
 
-    def _take_pixels(self, pixels: Pixels) -> None:
-        job = self._jobs.get((pixels.request_id, pixels.attempt, pixels.image))
+    def _handle_pixels(self, pixels: Pixels) -> None:
+        job = self._jobs.get(pixels.item_key)
         if job is None or job.granted_at is None:
             return  # it was aborted, or the grant lapsed
-        if pixels.patches.shape[:1] != (job.offer.num_patches,) or pixels.patches.dtype != "uint8":
-            self._fail(job, f"{pixels.patches} came for {job.offer.num_patches} patches")
+        patches = pixels.patches
+        if patches.shape[:1] != (job.offer.num_patches,) or patches.dtype != "uint8":
+            self._fail(job, f"{patches} came for {job.offer.num_patches} patches")
         else:
-            job.patches = pixels.patches
+            job.patches = patches
 
-    def _feed(self) -> None:
-        if self._working is None and (
-            job := next((job for job in self._jobs.values() if job.patches is not None), None)
-        ):
+    def _encode_next(self) -> None:
+        """Give the oldest item with pixels to the tower, if the tower is free."""
+        ready = (job for job in self._jobs.values() if job.patches is not None)
+        if self._encoding is None and (job := next(ready, None)):
             assert job.patches is not None
-            self._working = job
-            self._began = self._clock()
-            self._tower.begin(key_of(job.offer), job.patches, job.offer.grid_thw)
+            self._encoding = job
+            self._encoding_since = self._clock()
+            shape = ItemShape(job.offer.grid_thw, job.offer.content_size)
+            self._tower.begin(job.key, job.patches, shape)
 
-    def _take_encoded(self, encoded: EncodeResult) -> None:
-        job = self._working
-        self._working = None
-        assert job is not None and key_of(job.offer) == encoded.key
-        if isinstance(encoded.error, DeviceLost):
-            raise encoded.error
-        if encoded.embeddings is None:
+    def _handle_result(self, result: EncodeResult) -> None:
+        job = self._encoding
+        self._encoding = None
+        assert job is not None and job.key == result.key
+        if isinstance(result.error, DeviceLost):
+            raise result.error
+        if result.embeddings is None:
             self._log.error(
                 "image failed",
                 request_id=job.offer.request_id,
-                image=job.offer.image,
-                exc_info=encoded.error,
+                image=job.offer.item,
+                exc_info=result.error,
             )
-            self._fail(
-                job, f"the vision tower failed ({type(encoded.error).__name__}): see the vision log"
-            )
+            name = type(result.error).__name__
+            self._fail(job, f"the vision tower failed ({name}): see the vision log")
             return
-        self._cache.put(job.content, encoded.embeddings)
-        self._observe(job, encoded)
+        self._cache.put(job.content, result.embeddings)
+        self._observe(job, result)
         for twin in [other for other in self._jobs.values() if other.content == job.content]:
-            del self._jobs[key_of(twin.offer)]
-            outcome = "encoded" if twin is job else "joined"
+            del self._jobs[twin.key]
             self._deliver(
                 twin,
-                encoded.embeddings,
-                outcome,
-                queued=max(0.0, encoded.began - twin.offered),
-                encoded=encoded.seconds,
+                result.embeddings,
+                outcome="encoded" if twin is job else "joined",
+                queued=max(0.0, result.began - twin.offered),
+                encoded=result.seconds,
             )
 
-    def _observe(self, job: Job, encoded: EncodeResult) -> None:
+    def _observe(self, job: Job, result: EncodeResult) -> None:
+        """Record how long the item took, and report it to every preprocess if that is news."""
         num_patches = job.offer.num_patches
-        self._times.measured(num_patches, encoded.seconds)
+        self._times.measured(num_patches, result.seconds)
         self._room.size = MAX_GRANTED
-        self._metrics.encode_seconds.observe(encoded.seconds)
-        self._metrics.wait_seconds.observe(max(0.0, encoded.began - job.offered))
+        self._metrics.encode_seconds.observe(result.seconds)
+        self._metrics.wait_seconds.observe(max(0.0, result.began - job.offered))
         self._metrics.patches.inc(num_patches)
         if self._times.buckets:
-            self._metrics.padding_patches.inc(
-                bucket_of(num_patches, self._times.buckets) - num_patches
-            )
+            padding = bucket_of(num_patches, self._times.buckets) - num_patches
+            self._metrics.padding_patches.inc(padding)
         if self._times.changed_notably():
-            self._tell_load(self._peers)
+            self._send_load(self._peers)
 
     def _deliver(
         self, job: Job, embeddings: Tensor, outcome: str, queued: float, encoded: float
     ) -> None:
         offer = job.offer
         self._metrics.images.labels(outcome).inc()
-        # Anew, where the connection broke since the offer.
+        # The connection may have broken since the offer.
         self._member.links.connect(offer.llm, "llm")
         message = Embeddings(
-            **name_of(offer),
+            **offer.item_ids,
             mm_hash=offer.mm_hash,
             embeddings=embeddings,
             preprocess_id=job.preprocess_id,
@@ -299,7 +314,7 @@ class Worker:
         self._log.debug(
             "delivered",
             request_id=offer.request_id,
-            image=offer.image,
+            image=offer.item,
             patches=offer.num_patches,
             seconds=round(encoded, 4),
             how=outcome,
@@ -307,32 +322,29 @@ class Worker:
 
     def _fail(self, job: Job, reason: str) -> None:
         self._metrics.images.labels("failed").inc()
-        if self._jobs.get(key_of(job.offer)) is job:
-            self._send(
-                job, Failed(**name_of(job.offer), code="Internal", message=reason, stage="vision")
-            )
+        if self._jobs.get(job.key) is job:
+            failed = Failed(**job.offer.item_ids, code="Internal", message=reason, stage="vision")
+            self._send(job, failed)
         self._drop(lambda other: other is job)
         self._grant_twin(job.content)
 
-    def _drop(self, wanted: Callable[[Job], bool]) -> None:
-        """What is in the tower goes on: another request may have come for it."""
-        dropped = [job for job in self._jobs.values() if wanted(job)]
+    def _drop(self, is_dropped: Callable[[Job], bool]) -> None:
+        """Forget items. The tower finishes what it has begun: another request may ask for it."""
+        dropped = [job for job in self._jobs.values() if is_dropped(job)]
         for job in dropped:
-            del self._jobs[key_of(job.offer)]
+            del self._jobs[job.key]
         for content in {job.content for job in dropped if job.granted_at is not None}:
             self._grant_twin(content)
 
     def _grant_twin(self, content: str) -> None:
-        """An image that waited for an equal one takes its place where that one will not be
-        encoded."""
+        """If an item will not be encoded, one that waited for it takes its place."""
         twins = [job for job in self._jobs.values() if job.content == content]
-        is_granted = any(job.granted_at is not None for job in twins) or (
-            self._working is not None and self._working.content == content
-        )
+        is_encoding = self._encoding is not None and self._encoding.content == content
+        is_granted = is_encoding or any(job.granted_at is not None for job in twins)
         if twins and not is_granted:
             self._grant(twins[0])
 
-    def _tell_load(self, peer_ids: Iterable[str]) -> None:
+    def _send_load(self, peer_ids: Iterable[str]) -> None:
         times = self._times
         load = VisionLoad(
             buckets=times.buckets,
@@ -343,13 +355,9 @@ class Worker:
         for peer_id in peer_ids:
             self._member.links.send(peer_id, load)
 
-    def _send(self, job: Job, message: Any) -> None:
+    def _send(self, job: Job, message: VisionToPreprocess) -> None:
         self._member.links.send(job.preprocess_id, message)
 
 
-def key_of(offer: Offer) -> Key:
-    return offer.request_id, offer.attempt, offer.image
-
-
-def name_of(offer: Offer) -> dict[str, Any]:
-    return {"request_id": offer.request_id, "attempt": offer.attempt, "image": offer.image}
+def awaits_pixels(job: Job) -> bool:
+    return job.granted_at is not None and job.patches is None

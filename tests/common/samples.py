@@ -57,6 +57,10 @@ def anything(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.floats(above if least is None else least, most, exclude_min=least is None)
         case inspect.CustomType(cls=cls) if cls is Tensor:
             return tensors()
+        case inspect.BytesType(max_length=most):
+            return st.binary(max_size=most)
+        case inspect.LiteralType(values=values):
+            return st.sampled_from(values)
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():
@@ -92,6 +96,10 @@ def filled(kind: inspect.Type, tensor: Tensor, largest: bool) -> Any:
             return "\U0001f9fe" * most if largest and most else "x"
         case inspect.IntType(le=most):
             return (2**63 - 1 if most is None else most) if largest else 1
+        case inspect.BytesType(max_length=most):
+            return b"x" * (most if largest and most else 1)
+        case inspect.LiteralType(values=values):
+            return values[0]
         case inspect.CustomType():
             return tensor
     return {inspect.FloatType: 1.0, inspect.BoolType: True}[type(kind)]

@@ -25,7 +25,7 @@ def test_without_buckets_times_are_measured_by_powers_of_two(num_patches: int, s
     [("", ()), ("1024,2048,5120", (1024, 2048, 5120)), (" 64 , 16,64", (16, 64))],
 )
 def test_buckets_are_given_as_numbers_with_commas(text: str, buckets: tuple[int, ...]) -> None:
-    assert parse_buckets(text) == buckets
+    assert parse_buckets(text, 4) == buckets
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,10 @@ def test_buckets_are_given_as_numbers_with_commas(text: str, buckets: tuple[int,
 )
 def test_what_is_no_bucket_is_refused_by_name(text: str) -> None:
     with pytest.raises(BadSetting, match="--vision-buckets"):
-        parse_buckets(text)
+        parse_buckets(text, 4)
+
+
+def test_a_family_says_of_what_buckets_are_multiples() -> None:
+    assert parse_buckets("62", 2) == (62,)
+    with pytest.raises(BadSetting, match="multiples of 16"):
+        parse_buckets("64,72", 16)

@@ -77,7 +77,7 @@ def test_both_layouts_of_the_configuration_say_the_same(
         64,
         dtype,
     )
-    assert (checkpoint.name, checkpoint.family) == ("model", "qwen2_5_vl")
+    assert (checkpoint.name, checkpoint.family.model_type) == ("model", "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("cut", [lambda folder: None, shard], ids=["one file", "shards"])

@@ -32,7 +32,7 @@ from common.wire import MAX_HEADER_BYTES, Tensor, decode, encode
 ROOT = Path(__file__).parents[2]
 DEADLINE = 20.0
 TCP = "tcp://127.0.0.1:*"
-GRANT = Grant(request_id="r", attempt=1, image=0)
+GRANT = Grant(request_id="r", attempt=1, item=0)
 E = TypeVar("E", bound=Event)
 
 
@@ -175,7 +175,7 @@ def test_messages_and_their_tensors_go_both_ways_in_order(end: Make, listen: str
     preprocess.meet(vision)
     patches = np.arange(3 * 2**20, dtype=np.uint8).reshape(3, -1)
     sent = [
-        Pixels(request_id="r", attempt=1, image=i, patches=Tensor.of(patches[i])) for i in range(3)
+        Pixels(request_id="r", attempt=1, item=i, patches=Tensor.of(patches[i])) for i in range(3)
     ]
     for message in sent:
         preprocess.links.send("v", message)
@@ -217,10 +217,10 @@ def test_closing_sends_what_is_waiting(end: Make, listen: str, size: int) -> Non
     for image in range(8):
         preprocess.links.send(
             "v",
-            Pixels(request_id="r", attempt=1, image=image, patches=Tensor.of_bytes(bytes(size))),
+            Pixels(request_id="r", attempt=1, item=image, patches=Tensor.of_bytes(bytes(size))),
         )
     preprocess.links.close()
-    assert [vision.expect(Received).message.image for _ in range(8)] == list(range(8))
+    assert [vision.expect(Received).message.item for _ in range(8)] == list(range(8))
 
 
 def test_what_the_accepting_end_sent_before_it_closed_arrives_before_its_end(
@@ -230,9 +230,9 @@ def test_what_the_accepting_end_sent_before_it_closed_arrives_before_its_end(
     preprocess = end("p", "preprocess")
     preprocess.meet(vision)
     for image in range(200):
-        vision.links.send("p", Grant(request_id="r", attempt=1, image=image))
+        vision.links.send("p", Grant(request_id="r", attempt=1, item=image))
     vision.links.close()
-    assert [preprocess.expect(Received).message.image for _ in range(200)] == list(range(200))
+    assert [preprocess.expect(Received).message.item for _ in range(200)] == list(range(200))
     preprocess.expect(PeerDown)
 
 
@@ -580,7 +580,7 @@ def test_offers_arrive_whole(vision: End, preprocess: End) -> None:
     offer = Offer(
         request_id="r",
         attempt=1,
-        image=0,
+        item=0,
         mm_hash="h",
         grid_thw=(1, 4, 4),
         num_patches=16,

@@ -63,7 +63,7 @@ def received(inbox: "queue.SimpleQueue[Any]") -> dict[str, list[int]]:
 def test_threads_that_send_at_once_lose_nothing(ends: tuple[Ends, Ends]) -> None:
     (vision, at_vision), (preprocess, at_preprocess) = ends
     threads = send_many(preprocess, "v", Abort)
-    threads += send_many(vision, "p", lambda **name: Grant(**name, image=0))
+    threads += send_many(vision, "p", lambda **name: Grant(**name, item=0))
     wanted = {str(thread): list(range(NUM_MESSAGES)) for thread in range(NUM_THREADS)}
     assert received(at_vision) == wanted
     assert received(at_preprocess) == wanted
@@ -79,7 +79,7 @@ def test_a_message_whose_news_sending_took_does_not_wait_for_the_next_beat(
     monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
     (vision, at_vision), (preprocess, at_preprocess) = ends
     for n in range(NUM_MESSAGES):
-        vision.send("p", Grant(request_id="r", attempt=n, image=0))
+        vision.send("p", Grant(request_id="r", attempt=n, item=0))
         preprocess.send("v", Abort(request_id="r", attempt=n))
         assert at_preprocess.get(timeout=DEADLINE).message.attempt == n
         assert at_vision.get(timeout=DEADLINE).message.attempt == n

@@ -17,7 +17,7 @@ from common.hello import hello
 from common.links import Links
 from common.member import Drain, Member
 from common.membership import DRAINING, READY, STANDBY, STARTING
-from common.messages import Grant, Offer, Peer
+from common.messages import Grant, Offer, Peer, VisionInbound
 from common.process import Stop
 from common.settings import VisionSettings
 
@@ -25,7 +25,7 @@ DEADLINE = 20.0
 OFFER = Offer(
     request_id="r",
     attempt=0,
-    image=0,
+    item=0,
     mm_hash="h",
     grid_thw=(1, 2, 2),
     num_patches=4,
@@ -62,7 +62,10 @@ class Vision:
     def __init__(self, **options: Any) -> None:
         self.stop = Stop()
         self.load = (0, 0)
-        self.member = Member(VisionSettings(), "vision", self.stop, lambda: self.load, **options)
+        self.member: Member[VisionInbound] = Member(
+            VisionSettings(), "vision", self.stop, **options
+        )
+        self.member.track_load(lambda: self.load)
         self.states: list[int] = self.member.membership.states  # type: ignore[attr-defined]
 
 
@@ -125,7 +128,7 @@ def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision
     client.links.send(vision.member.id, OFFER)
     event = vision.member.next_event()
     assert isinstance(event, Received) and event.message == OFFER
-    vision.member.links.send("preprocess-1", Grant(request_id="r", attempt=0, image=0))
+    vision.member.links.send("preprocess-1", Grant(request_id="r", attempt=0, item=0))
     assert client.next() == PeerDraining(vision.member.id, "vision")
     assert isinstance(client.next(), Received)  # it goes on talking
     client.links.close()
@@ -144,7 +147,7 @@ def test_only_what_may_bring_work_keeps_it(
     ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 5)
     monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     for _ in range(9):
-        one.member.tell(Received("one", role, OFFER))
+        one.member.requeue([Received("one", role, OFFER)])
     one.member._last_event = next(ticks)
     heard = list(iter(one.member.next_event, None))
     assert len(heard) == num_heard

@@ -51,12 +51,12 @@ EVERY_MESSAGE = pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.
 WITH_TENSORS = [kind for kind in MESSAGES if tensors_in(sample(kind, Tensor.of_bytes(b"")))]
 
 BYTE = Tensor.of_bytes(b"x")
-GRANT = {"type": "Grant", "request_id": "r", "attempt": 1, "image": 0}
+GRANT = {"type": "Grant", "request_id": "r", "attempt": 1, "item": 0}
 PIXELS = {
     "type": "Pixels",
     "request_id": "r",
     "attempt": 1,
-    "image": 0,
+    "item": 0,
     "patches": [1, "uint8", [2]],
 }
 
@@ -109,7 +109,7 @@ def test_the_largest_message_of_a_kind_is_within_the_limits(kind: type[msgspec.S
 def test_an_array_comes_back_with_its_shape_and_values(dtype: str, shape: tuple[int, ...]) -> None:
     array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
     back = decode(
-        encode(Pixels(request_id="r", attempt=1, image=0, patches=Tensor.of(array))),
+        encode(Pixels(request_id="r", attempt=1, item=0, patches=Tensor.of(array))),
         PreprocessToVision,
     ).patches.numpy()
     assert (back.dtype, back.shape) == (array.dtype, shape)
@@ -143,7 +143,7 @@ def test_an_array_that_the_other_end_would_misread_is_not_sent(dtype: str) -> No
 
 def test_encoding_sends_the_memory_of_the_array_itself() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    frame = encode(Pixels(request_id="r", attempt=1, image=0, patches=Tensor.of(array)))[1]
+    frame = encode(Pixels(request_id="r", attempt=1, item=0, patches=Tensor.of(array)))[1]
     assert np.shares_memory(np.frombuffer(frame, np.uint8), array)
 
 
@@ -237,7 +237,7 @@ def test_nothing_at_all_is_refused() -> None:
 def test_a_frame_is_used_once() -> None:
     frames = encode(sample(Submit, BYTE))
     header = msgpack.unpackb(frames[0])
-    header["images"] = [header["prompt"]]
+    header["items"] = [{"kind": "image", "data": header["prompt"]}]
     with pytest.raises(WireError, match="used twice"):
         decode([msgpack.packb(header), *frames[1:]], GatewayToPreprocess)
 
@@ -325,7 +325,7 @@ def test_memory_is_not_taken_for_what_a_header_only_claims_to_hold(
         {"attempt": 2**64 - 1},
         {"request_id": 1},
         {"request_id": "x" * 201},
-        {"image": []},
+        {"item": []},
         {"unknown": 1},
     ],
     ids=repr,

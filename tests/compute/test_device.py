@@ -1,15 +1,16 @@
-"""Which dtype `auto` is, by the device and what computes on it."""
+"""What depends on the device: the dtype `auto`, the memory and blocks of the KV cache, the card."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from compute.device import choose_dtype
+from compute.device import Device, choose_dtype
 
-CPU = torch.device("cpu")
-CUDA = torch.device("cuda")
+CPU = Device(torch.device("cpu"))
+CUDA = Device(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ CUDA = torch.device("cuda")
 )
 def test_auto_is_what_the_device_computes_well(
     stored: str,
-    device: torch.device,
+    device: Device,
     onednn: bool,
     kernels: object,
     expected: torch.dtype,
@@ -36,3 +37,56 @@ def test_auto_is_what_the_device_computes_well(
     checkpoint: Any = SimpleNamespace(dtype=stored)
     assert choose_dtype("auto", device, checkpoint) == expected
     assert choose_dtype("float32", device, checkpoint) == torch.float32
+
+
+def test_the_cache_of_a_card_leaves_room_for_weights_and_for_a_fifth_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    assert CUDA.kv_cache_bytes(1, 300) == 500
+    assert CUDA.kv_cache_bytes(2, 300) == 500, "each rank has a card of its own"
+    assert CUDA.kv_cache_bytes(1, 900) == 0
+
+
+def test_ranks_share_the_memory_of_a_host() -> None:
+    assert CPU.kv_cache_bytes(8, 0) < CPU.kv_cache_bytes(2, 0) / 2
+
+
+def test_the_cache_takes_its_share_of_what_the_container_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.cgroup.container_memory", lambda root: [1000])
+    assert CPU.kv_cache_bytes(2, 0) == 100
+
+
+def test_blocks_are_large_only_if_the_attention_needs_it() -> None:
+    assert CUDA.default_block_size(torch.bfloat16) == 256
+    assert CUDA.default_block_size(torch.float16) == 256
+    assert CUDA.default_block_size(torch.float32) == 16
+    assert CPU.default_block_size(torch.bfloat16) == 16
+
+
+def test_ranks_take_the_cards_of_a_host_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in range(3):
+        CUDA.use_card(rank)
+        CPU.use_card(rank)
+    assert taken == [0, 1, 0]
+
+
+def test_an_npu_is_managed_by_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-npu itself was never at hand: this stands in for the calls that are made of it."""
+    taken: list[int] = []
+    cards = SimpleNamespace(
+        device_count=lambda: 2,
+        set_device=taken.append,
+        mem_get_info=lambda device: (1000, 4000),
+    )
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=cards))
+    npu = Device(SimpleNamespace(type="npu"))  # type: ignore[arg-type]
+    npu.use_card(3)
+    assert taken == [1]
+    assert npu.kv_cache_bytes(1, 300) == 500
+    assert npu.default_block_size(torch.bfloat16) == 16

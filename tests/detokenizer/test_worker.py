@@ -16,6 +16,7 @@ from common.messages import (
     Delta,
     Failed,
     Released,
+    RequestKey,
     Start,
     StopFound,
     Stopping,
@@ -24,7 +25,7 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.detokenizer.incremental import Vocabulary
-from services.detokenizer.worker import Answer, Key, Worker
+from services.detokenizer.worker import Answer, Worker
 from tests.fakes import FakeMember, received
 
 VOCABULARY = Vocabulary(
@@ -36,9 +37,15 @@ BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
 class Detokenizer:
     def __init__(self) -> None:
         self.member = FakeMember()
-        self.answers = dict[Key, Answer]()
-        self.awaited = set[str]()
-        self.worker = Worker(self.member, VOCABULARY, self.answers, self.awaited)
+        self.worker = Worker(self.member, VOCABULARY)
+
+    @property
+    def answers(self) -> dict[RequestKey, Answer]:
+        return self.worker._answers
+
+    @property
+    def awaited(self) -> set[str]:
+        return self.worker._unreleased
 
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)
@@ -281,7 +288,7 @@ def test_a_lost_language_group_is_told_to_the_gateways_of_its_answers() -> None:
         [PeerDown("llm-1", "llm", "gone")],
     )
     (failed,) = detokenizer.member.links.to("gateway-1")
-    assert isinstance(failed, Failed) and (failed.code, failed.stage, failed.image) == (
+    assert isinstance(failed, Failed) and (failed.code, failed.stage, failed.item) == (
         "Unavailable",
         "llm",
         None,

@@ -51,18 +51,18 @@ class Gateway:
             if submit.request_id.startswith(f"{client_id}~")
         ][-1]
 
-    def hear(self, *messages: Any) -> None:
+    def on_event(self, *messages: Any) -> None:
         """Messages about requests by their clients' ids, or by those that the stages know."""
         for message in messages:
             if "~" not in message.request_id:
                 message.request_id = self.id_of(message.request_id)
-            self.core.hear(Received("peer", "role", message))
+            self.core.on_event(Received("peer", "role", message))
 
     def lose(self, role: str, number: int = 1, reason: str = "killed") -> None:
-        self.core.hear(PeerDown(f"{role}-{number}", role, reason))
+        self.core.on_event(PeerDown(f"{role}-{number}", role, reason))
 
     def regain(self, role: str, number: int = 1) -> None:
-        self.core.hear(PeerUp(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
+        self.core.on_event(PeerUp(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
 
     def aborts(self) -> list[tuple[str, str]]:
         """(receiver, the client's id)."""
@@ -118,7 +118,7 @@ def failed(
     code: str = "Internal", stage: str = "llm", image: int | None = None, attempt: int = 0
 ) -> Failed:
     return Failed(
-        request_id="r", attempt=attempt, code=code, message="why", stage=stage, image=image
+        request_id="r", attempt=attempt, code=code, message="why", stage=stage, item=image
     )
 
 

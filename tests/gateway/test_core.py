@@ -37,7 +37,10 @@ async def test_a_request_goes_to_preprocess_whole() -> None:
     assert submit.request_id.startswith("r~")
     assert (submit.attempt, submit.return_prompt_token_ids) == (0, True)
     assert 4 < submit.timeout <= 5
-    assert (submit.prompt.bytes(), [image.bytes() for image in submit.images]) == (b"[]", [b"png"])
+    assert (submit.prompt.bytes(), [item.data.bytes() for item in submit.items]) == (
+        b"[]",
+        [b"png"],
+    )
     assert submit.detokenizer == Peer("detokenizer-1", "ipc:///detokenizer-1")
 
 
@@ -54,7 +57,7 @@ async def test_token_ids_travel_as_int64() -> None:
 async def test_the_events_of_an_answer_come_in_order() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(ids=[1, 2]), delta(0, [10], "He"), delta(1, [11, 12], "y", "stop"))
+        gateway.on_event(routed(ids=[1, 2]), delta(0, [10], "He"), delta(1, [11, 12], "y", "stop"))
         began, first, second, ended = await rest(events)
     assert began == Began([1, 2])
     assert (first, second) == (Piece(0, [10], "He", []), Piece(1, [11, 12], "y", []))
@@ -70,7 +73,7 @@ async def test_logprobs_come_with_their_tokens() -> None:
     message = delta(0, [10], "a")
     message.logprobs = Tensor.of_text(json.dumps([entry]))
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), message)
+        gateway.on_event(routed(), message)
         assert [await anext(events), await anext(events)] == [
             Began(None),
             Piece(0, [10], "a", [entry]),
@@ -80,7 +83,7 @@ async def test_logprobs_come_with_their_tokens() -> None:
 async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(delta(0, [10], "a"), delta(1, [11], "b", "stop"), routed(ids=[1]))
+        gateway.on_event(delta(0, [10], "a"), delta(1, [11], "b", "stop"), routed(ids=[1]))
         began, *pieces, ended = await rest(events)
     assert (began, [type(piece) for piece in pieces], type(ended)) == (
         Began([1]),
@@ -93,7 +96,7 @@ async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it
 async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(
+        gateway.on_event(
             routed(), delta(0, [10], "a"), delta(2, [12], "c"), delta(3, [13], "d", "stop")
         )
         assert [await anext(events), await anext(events)] == [Began(None), Piece(0, [10], "a", [])]
@@ -105,9 +108,9 @@ async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> N
 async def test_a_failure_is_raised_as_its_own_error_with_stage_and_image() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(failed("UnreadableImage", "preprocess", 2), failed("Internal"))
+        gateway.on_event(failed("UnreadableImage", "preprocess", 2), failed("Internal"))
         error = await error_of(events)
-    assert isinstance(error, UnreadableImage) and (error.message, error.stage, error.image) == (
+    assert isinstance(error, UnreadableImage) and (error.message, error.stage, error.item) == (
         "why",
         "preprocess",
         2,
@@ -135,7 +138,7 @@ async def test_the_bound_counts_requests_that_wait_for_their_first_token() -> No
             async with gateway.core.generate(request("r2")):
                 pass
         assert caught.value.retry_after
-        gateway.hear(routed(), delta(0, [10], "a"))
+        gateway.on_event(routed(), delta(0, [10], "a"))
         async with gateway.core.generate(request("r3")):
             assert [submit.request_id.partition("~")[0] for _, submit in gateway.submitted()] == [
                 "r",
@@ -152,7 +155,7 @@ async def test_requests_of_one_id_are_told_apart() -> None:
         ids = [submit.request_id for _, submit in gateway.submitted()]
         assert len(set(ids)) == 2
         for id, text in zip(ids, "ab", strict=True):
-            gateway.hear(routed(id), delta(0, [10], text, "stop", id))
+            gateway.on_event(routed(id), delta(0, [10], text, "stop", id))
         for events, text in ((first, "a"), (second, "b")):
             assert [event.text for event in await rest(events) if isinstance(event, Piece)] == [
                 text
@@ -162,12 +165,12 @@ async def test_requests_of_one_id_are_told_apart() -> None:
 async def test_a_reused_id_is_new_to_stages_that_still_remember_its_end() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()):
-        gateway.hear(routed(), delta(0, [10], "a", "stop"))
+        gateway.on_event(routed(), delta(0, [10], "a", "stop"))
         # The first one's client still reads its last bytes.
         async with gateway.core.generate(request()):
             old, new = [submit.request_id for _, submit in gateway.submitted()]
             assert old != new
-            gateway.hear(delta(1, [11], "late", request_id=old))
+            gateway.on_event(delta(1, [11], "late", request_id=old))
             assert gateway.core.load() == (0, 1)
     assert gateway.aborts() == [("preprocess-1", "r")]
 
@@ -175,18 +178,18 @@ async def test_a_reused_id_is_new_to_stages_that_still_remember_its_end() -> Non
 async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [10], "a"))
-        gateway.core.hear(PeerDown("preprocess-1", "preprocess", "killed"))
-        gateway.hear(delta(1, [11], "b", "stop"))
+        gateway.on_event(routed(), delta(0, [10], "a"))
+        gateway.core.on_event(PeerDown("preprocess-1", "preprocess", "killed"))
+        gateway.on_event(delta(1, [11], "b", "stop"))
         assert isinstance((await rest(events))[-1], Ended)
 
 
 async def test_a_client_that_leaves_aborts_its_request_once_wherever_it_is() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [10], "a"))
+        gateway.on_event(routed(), delta(0, [10], "a"))
         await anext(events)
-    gateway.hear(delta(1, [11], "b", "stop"), failed())
+    gateway.on_event(delta(1, [11], "b", "stop"), failed())
     assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
     assert gateway.is_idle
 
@@ -197,7 +200,7 @@ async def test_a_language_group_that_is_named_after_the_end_is_told_of_it() -> N
         pass
     id = gateway.id_of("r")
     gateway.links.take()
-    gateway.hear(routed(id, llm="llm-2"))
+    gateway.on_event(routed(id, llm="llm-2"))
     assert gateway.links.sent == [("llm-2", Abort(request_id=id, attempt=0))]
     assert gateway.links.connected == [(Peer("llm-2", "ipc:///llm-2"), "llm")]
 
@@ -205,7 +208,9 @@ async def test_a_language_group_that_is_named_after_the_end_is_told_of_it() -> N
 async def test_messages_of_another_attempt_are_dropped() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [66], "no", "stop", attempt=7), delta(0, [10], "a", "stop"))
+        gateway.on_event(
+            routed(), delta(0, [66], "no", "stop", attempt=7), delta(0, [10], "a", "stop")
+        )
         assert [event.text for event in await rest(events) if isinstance(event, Piece)] == ["a"]
 
 
@@ -213,7 +218,7 @@ async def test_a_request_ends_at_its_deadline_and_is_aborted() -> None:
     gateway = Gateway()
     with pytest.raises(DeadlineExceeded, match=r"0\.01"):
         async with gateway.core.generate(request(timeout=0.01)) as events:
-            gateway.hear(routed())
+            gateway.on_event(routed())
             await rest(events)
     assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
     assert gateway.is_idle
@@ -239,7 +244,7 @@ async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> N
         with pytest.raises(Unavailable, match="stopping"):
             async with gateway.core.generate(request("new")):
                 pass
-        gateway.hear(routed(), delta(0, [10], "a", "stop"))
+        gateway.on_event(routed(), delta(0, [10], "a", "stop"))
         assert isinstance((await rest(events))[-1], Ended)
 
     async with gateway.core.generate(request()) as events:
@@ -250,7 +255,7 @@ async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> N
 async def test_stopping_ends_what_outlives_the_grace_with_an_error() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed())
+        gateway.on_event(routed())
         await gateway.core.stop(grace=0)
         assert isinstance(await error_of(events), Unavailable)
     assert gateway.is_idle and gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
@@ -261,7 +266,7 @@ async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_rea
 ):
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request("r1")), gateway.core.generate(request("r2")):
-        gateway.hear(routed("r2"))  # preprocess is through with it, the detokenizer is not
+        gateway.on_event(routed("r2"))  # preprocess is through with it, the detokenizer is not
         async with gateway.core.generate(request("r3")), gateway.core.generate(request("r4")):
             holders = [
                 (receiver, submit.detokenizer.id) for receiver, submit in gateway.submitted()
@@ -294,7 +299,7 @@ def test_it_is_ready_with_a_ready_member_of_each_role_that_it_is_connected_to() 
     assert gateway.core.max_model_len() is None
     gateway.core.on_members(members)
     assert gateway.core.unready_reason() == "" and gateway.core.max_model_len() == 64
-    gateway.core.hear(PeerDown("llm-1", "llm", "gone"))
+    gateway.core.on_event(PeerDown("llm-1", "llm", "gone"))
     assert gateway.core.unready_reason() == "no llm is ready"
     members[-1].state = DEAD
     gateway.core.on_members(members)
@@ -314,7 +319,7 @@ async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing()
     encoded."""
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(
+        gateway.on_event(
             routed(),
             delta(0, [1], "a"),
             failed(stage="vision", image=0),

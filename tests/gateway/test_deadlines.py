@@ -30,7 +30,7 @@ async def test_a_deadline_that_passes_names_the_stage(
     async with gateway.core.generate(request(images=images, timeout=0.01)) as events:
         for message in heard:
             message.request_id = "r"
-        gateway.hear(*heard)
+        gateway.on_event(*heard)
         error = await error_of(events)
     assert (
         isinstance(error, DeadlineExceeded)
@@ -43,10 +43,10 @@ async def test_a_deadline_that_passes_names_the_stage(
 async def test_a_deadline_holds_for_a_client_that_does_not_come_for_its_answer() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(timeout=0.01)) as events:
-        gateway.hear(routed(), delta(0, [10], "a"))
+        gateway.on_event(routed(), delta(0, [10], "a"))
         await gateway.core.idle.wait()
         assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
-        gateway.hear(delta(1, [11], "too late", "stop"))
+        gateway.on_event(delta(1, [11], "too late", "stop"))
         assert isinstance(await error_of(events), DeadlineExceeded)
 
 
@@ -82,7 +82,7 @@ async def test_attempts_failovers_and_those_who_wait_are_counted() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
         assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (2, (0, 2))
-        gateway.hear(routed("a"), delta(0, [10], "a", request_id="a"))
+        gateway.on_event(routed("a"), delta(0, [10], "a", request_id="a"))
         assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (1, (1, 1))
         gateway.lose("llm")
         assert (metric(gateway, "requests_waiting"), metric(gateway, "attempts_total")) == (1, 2), (
@@ -93,6 +93,8 @@ async def test_attempts_failovers_and_those_who_wait_are_counted() -> None:
             metric(gateway, "attempts_total"),
             metric(gateway, "failovers_total", stage="llm"),
         ) == (3, 1)
-        gateway.hear(routed("a", "llm-2", attempt=1), delta(1, [11], "b", "stop", "a", attempt=1))
+        gateway.on_event(
+            routed("a", "llm-2", attempt=1), delta(1, [11], "b", "stop", "a", attempt=1)
+        )
         await rest(a)
     assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (0, (0, 0))

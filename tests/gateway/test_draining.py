@@ -80,7 +80,7 @@ async def test_a_draining_gateway_is_not_ready_and_answers_what_comes() -> None:
     gateway.core.drain()
     assert gateway.core.unready_reason() == "the gateway is draining"
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), delta(0, [10], "a", "stop"))
+        gateway.on_event(routed(), delta(0, [10], "a", "stop"))
         assert len(await rest(events)) == 3
 
 
@@ -104,7 +104,7 @@ async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(
             for preprocess, submit in gateway.submitted()
         ]
 
-    gateway.core.hear(PeerDraining(f"{role}-1", role))
+    gateway.core.on_event(PeerDraining(f"{role}-1", role))
     async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
         assert holders() == [f"{role}-2"] * 2
     gateway.lose(role, 2)
@@ -115,9 +115,9 @@ async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(
 async def test_a_request_stays_with_its_group_while_that_drains() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed())
-        gateway.core.hear(PeerDraining("llm-1", "llm"))
-        gateway.hear(delta(0, [10], "a", "stop"))
+        gateway.on_event(routed())
+        gateway.core.on_event(PeerDraining("llm-1", "llm"))
+        gateway.on_event(delta(0, [10], "a", "stop"))
         assert len(await rest(events)) == 3
     assert len(gateway.submitted()) == 1 and gateway.aborts() == []
 
@@ -130,9 +130,9 @@ async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_
     gateway = Gateway()
     async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
         gateway.regain("detokenizer", 2)
-        gateway.core.hear(PeerDraining("detokenizer-1", "detokenizer"))
+        gateway.core.on_event(PeerDraining("detokenizer-1", "detokenizer"))
         assert released(gateway) == [], "their answers have not begun, but will come to it"
-        gateway.hear(routed("a"), delta(0, [10], "a", "stop", "a"))
+        gateway.on_event(routed("a"), delta(0, [10], "a", "stop", "a"))
         await rest(a)
         assert released(gateway) == []
     assert released(gateway) == ["detokenizer-1"]
@@ -143,5 +143,5 @@ async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_
 
 async def test_a_draining_detokenizer_that_holds_nothing_of_ours_is_released_at_once() -> None:
     gateway = Gateway(replicas=2)
-    gateway.core.hear(PeerDraining("detokenizer-1", "detokenizer"))
+    gateway.core.on_event(PeerDraining("detokenizer-1", "detokenizer"))
     assert released(gateway) == ["detokenizer-1"]

@@ -27,7 +27,7 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
         gateway.core.generate(request("r1")) as lost,
         gateway.core.generate(request("r2")) as kept,
     ):
-        gateway.hear(routed("r1", "llm-1"), routed("r2", "llm-2"))
+        gateway.on_event(routed("r1", "llm-1"), routed("r2", "llm-2"))
         gateway.lose(role)
         [(preprocess, anew)] = [
             (to, submit) for to, submit in gateway.submitted() if submit.attempt == 1
@@ -35,8 +35,8 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
         assert anew.request_id == gateway.id_of("r1")
         assert preprocess != f"{role}-1" and anew.detokenizer.id != f"{role}-1"
         assert anew.avoid == ("llm-1" if role == "llm" else "")
-        gateway.hear(delta(0, [10], "old", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
-        gateway.hear(
+        gateway.on_event(delta(0, [10], "old", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
+        gateway.on_event(
             routed("r1", "llm-2", attempt=1), delta(0, [20], "new", "stop", "r1", attempt=1)
         )
         assert (await text_of(kept), await text_of(lost)) == ("a", "new")
@@ -47,7 +47,7 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
 async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed("r", "llm-1"), delta(0, [10, 11], "ab"))
+        gateway.on_event(routed("r", "llm-1"), delta(0, [10, 11], "ab"))
         gateway.lose("llm")
         anew = gateway.submitted()[-1][1]
         assert (anew.attempt, anew.avoid) == (1, "llm-1")
@@ -55,7 +55,7 @@ async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
             10,
             11,
         ]
-        gateway.hear(
+        gateway.on_event(
             delta(2, [99], "of the dead one"),
             routed("r", "llm-2", attempt=1),
             delta(2, [12], "c", "stop", attempt=1),
@@ -67,9 +67,9 @@ async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
 async def test_without_another_member_the_request_waits_for_the_restarted_one(role: str) -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed())
+        gateway.on_event(routed())
         gateway.lose(role)
-        gateway.hear(delta(0, [66], "of the dead one", "stop"))
+        gateway.on_event(delta(0, [66], "of the dead one", "stop"))
         gateway.regain("vision")
         assert len(gateway.submitted()) == 1 and gateway.core.load() == (0, 1)
         gateway.regain(role, 7)
@@ -79,7 +79,7 @@ async def test_without_another_member_the_request_waits_for_the_restarted_one(ro
             preprocess,
             anew.detokenizer.id,
         )
-        gateway.hear(routed("r", "llm-7", attempt=1), delta(0, [10], "a", "stop", attempt=1))
+        gateway.on_event(routed("r", "llm-7", attempt=1), delta(0, [10], "a", "stop", attempt=1))
         assert await text_of(events) == "a"
     assert gateway.is_idle
 
@@ -87,13 +87,13 @@ async def test_without_another_member_the_request_waits_for_the_restarted_one(ro
 async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whole() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
+        gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))
         gateway.lose("llm", 1)
-        gateway.hear(routed("r", "llm-2", attempt=1), delta(1, [11], "b", attempt=1))
+        gateway.on_event(routed("r", "llm-2", attempt=1), delta(1, [11], "b", attempt=1))
         gateway.lose("llm", 2)
         assert [submit.attempt for _, submit in gateway.submitted()] == [0, 1]
         gateway.regain("llm", 3)
-        gateway.hear(routed("r", "llm-3", attempt=2))
+        gateway.on_event(routed("r", "llm-3", attempt=2))
         gateway.lose("llm", 3)  # before its first token
         gateway.regain("llm", 4)
         anew = gateway.submitted()[-1][1]
@@ -102,7 +102,7 @@ async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whol
             and anew.output_token_ids is not None
             and anew.output_token_ids.numpy().tolist() == [10, 11]
         )
-        gateway.hear(routed("r", "llm-4", attempt=3), delta(2, [12], "c", "stop", attempt=3))
+        gateway.on_event(routed("r", "llm-4", attempt=3), delta(2, [12], "c", "stop", attempt=3))
         assert await text_of(events) == "abc"
 
 
@@ -110,7 +110,7 @@ async def test_a_group_that_is_named_when_it_is_gone_already_is_a_loss() -> None
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()):
         gateway.lose("llm", 1)
-        gateway.hear(routed("r", "llm-1"))
+        gateway.on_event(routed("r", "llm-1"))
         assert len(gateway.submitted()) == 1
         gateway.lose("llm", 1)  # which is how a connection ends that could not be made
         assert gateway.submitted()[-1][1].attempt == 1
@@ -119,7 +119,7 @@ async def test_a_group_that_is_named_when_it_is_gone_already_is_a_loss() -> None
 async def test_a_request_that_waits_is_given_up_when_its_patience_ends() -> None:
     gateway = Gateway(patience=0.01)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed())
+        gateway.on_event(routed())
         gateway.lose("llm")
         error = await error_of(events)
     assert isinstance(error, Unavailable) and (error.stage, error.retry_after) == ("llm", 1.0)
@@ -152,7 +152,7 @@ async def test_a_request_that_comes_while_a_stage_is_restarted_waits_for_it() ->
     async with gateway.core.generate(request()) as events:
         assert gateway.submitted() == []
         gateway.regain("llm", 2)
-        gateway.hear(routed("r", "llm-2"), delta(0, [10], "a", "stop"))
+        gateway.on_event(routed("r", "llm-2"), delta(0, [10], "a", "stop"))
         assert await text_of(events) == "a"
     assert gateway.is_idle
 
@@ -173,7 +173,7 @@ async def test_a_request_is_given_up_after_so_many_losses_without_a_token() -> N
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES_WITHOUT_TOKEN):
-            gateway.hear(routed("r", "llm-1", attempt=attempt))
+            gateway.on_event(routed("r", "llm-1", attempt=attempt))
             gateway.lose("llm", reason=f"killed {attempt}")
             gateway.regain("llm")
         error = await error_of(events)
@@ -188,7 +188,7 @@ async def test_tokens_between_losses_clear_the_request_of_blame_but_not_for_ever
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES):
             assert gateway.submitted()[-1][1].attempt == attempt
-            gateway.hear(
+            gateway.on_event(
                 routed("r", "llm-1", attempt=attempt),
                 delta(attempt, [attempt], "a", attempt=attempt),
             )
@@ -205,15 +205,15 @@ async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES + 1):
             assert gateway.submitted()[-1][1].attempt == attempt
-            gateway.hear(failed("Unavailable", "llm", attempt=attempt))
+            gateway.on_event(failed("Unavailable", "llm", attempt=attempt))
             gateway.regain("vision")  # whoever comes is a reason to try at once
         number = MAX_LOSSES + 1
-        gateway.hear(routed("r", "llm-1", attempt=number), delta(0, [10], "a", attempt=number))
-        gateway.hear(failed("Unavailable", "llm", attempt=number))
+        gateway.on_event(routed("r", "llm-1", attempt=number), delta(0, [10], "a", attempt=number))
+        gateway.on_event(failed("Unavailable", "llm", attempt=number))
         gateway.regain("vision")
         anew = gateway.submitted()[-1][1]
         assert (anew.attempt, anew.avoid) == (number + 1, "llm-1")
-        gateway.hear(
+        gateway.on_event(
             routed("r", "llm-2", attempt=number + 1),
             delta(1, [11], "b", "stop", attempt=number + 1),
         )
@@ -224,7 +224,7 @@ async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
 async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> None:
     gateway = Gateway(retry_seconds=0.0, patience=0.01)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(failed("Unavailable", "llm"))
+        gateway.on_event(failed("Unavailable", "llm"))
         error = await error_of(events)
     assert (
         isinstance(error, Unavailable)
@@ -236,41 +236,41 @@ async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> 
 async def test_an_image_that_nobody_could_encode_ends_the_request() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), failed("Unavailable", "vision", 1))
+        gateway.on_event(routed(), failed("Unavailable", "vision", 1))
         error = await error_of(events)
-    assert isinstance(error, Unavailable) and (error.stage, error.image) == ("vision", 1)
+    assert isinstance(error, Unavailable) and (error.stage, error.item) == ("vision", 1)
 
 
 async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> None:
     """The language group of that attempt has not begun to answer, whatever an earlier one did."""
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
+        gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))
         gateway.lose("llm")
-        gateway.hear(
+        gateway.on_event(
             Failed(
-                request_id="r", attempt=1, code="Internal", message="why", stage="vision", image=2
+                request_id="r", attempt=1, code="Internal", message="why", stage="vision", item=2
             )
         )
         error = await error_of(events)
-    assert isinstance(error, Internal) and error.image == 2
+    assert isinstance(error, Internal) and error.item == 2
 
 
 async def test_preprocess_is_not_missed_once_the_language_group_has_everything() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(images=(b"png",))) as events:
-        gateway.hear(routed(), HandedOver(request_id="r", attempt=0))
+        gateway.on_event(routed(), HandedOver(request_id="r", attempt=0))
         gateway.lose("preprocess")
-        gateway.hear(delta(0, [10], "a", "stop"))
+        gateway.on_event(delta(0, [10], "a", "stop"))
         assert await text_of(events) == "a"
 
 
-async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up() -> None:
+async def test_a_member_that_comes_back_under_its_id_is_told_what_was_hopeless_items() -> None:
     """Frozen for less than it would notice: its prompts may still lie unread on another
     connection."""
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed("r", "llm-1"), delta(0, [10], "a"))
+        gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))
         id = gateway.id_of("r")
         gateway.lose("llm", reason="frozen")
         gateway.links.take()
@@ -278,5 +278,5 @@ async def test_a_member_that_comes_back_under_its_id_is_told_what_was_given_up()
         assert gateway.links.take() == [("llm-1", Abort(request_id=id, attempt=0))]
         gateway.regain("llm")
         assert gateway.links.take() == [], "once"
-        gateway.hear(routed(id, "llm-2", attempt=1), delta(1, [11], "b", "stop", id, attempt=1))
+        gateway.on_event(routed(id, "llm-2", attempt=1), delta(1, [11], "b", "stop", id, attempt=1))
         assert await text_of(events) == "ab"

@@ -212,7 +212,7 @@ def test_a_bad_body_is_told(client: TestClient, body: bytes, status: int) -> Non
     assert answer.status_code == status and answer.json()["error"]["message"]
 
 
-async def test_a_body_without_end_is_given_up() -> None:
+async def test_a_body_without_end_is_hopeless_items() -> None:
     chunks = itertools.count()
 
     async def receive() -> dict[str, Any]:

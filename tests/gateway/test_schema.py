@@ -313,7 +313,7 @@ def test_an_image_that_cannot_be_taken_is_named(url: str, told: str) -> None:
 
 def test_an_empty_image_is_unreadable_and_has_its_index() -> None:
     told = refusal(UnreadableImage, messages=user(image_part(b"x"), image_part(b"")))
-    assert told.image == 1
+    assert told.item == 1
 
 
 def test_image_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +321,8 @@ def test_image_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal(TooLarge, messages=user(*[image_part(b"x")] * 33))
     monkeypatch.setattr(schema, "MAX_IMAGE_BYTES", 2000)
     generation(user(image_part(b"x" * 2000)))
-    assert refusal(TooLarge, messages=user(image_part(b"x" * 2001))).image == 0
-    assert refusal(TooLarge, messages=user(image_part(b"x" * 9000))).image == 0
+    assert refusal(TooLarge, messages=user(image_part(b"x" * 2001))).item == 0
+    assert refusal(TooLarge, messages=user(image_part(b"x" * 9000))).item == 0
 
 
 def test_min_tokens_fit_into_max_tokens() -> None:

@@ -146,7 +146,7 @@ async def test_a_grpc_client_that_does_not_read_is_cut_off(monkeypatch: pytest.M
 async def test_an_answer_of_which_too_much_lies_unread_ends() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.hear(routed(), *(delta(n, [n], "") for n in range(MAX_UNREAD)))
+        gateway.on_event(routed(), *(delta(n, [n], "") for n in range(MAX_UNREAD)))
         error = await error_of(events)
     assert isinstance(error, Exhausted) and "faster than its client reads" in error.message
     assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")] and gateway.is_idle

@@ -33,6 +33,10 @@ def create_prompt(
     attempt: int = 0,
     gateway_id: str = "gateway",
     sampling: dict[str, Any] | None = None,
+    cache_salt: bytes = b"",
+    rope_parameter: int = 0,
+    adapter: int = 0,
+    whole: bool = False,
     **stopping: Any,
 ) -> Prompt:
     ids = np.array(token_ids or range(1, num_tokens + 1), np.int64)
@@ -57,13 +61,17 @@ def create_prompt(
         timings=Tensor.of_text(
             '{"preprocess_seconds": 0.5, "images": [' + ", ".join(["{}"] * len(images)) + "]}"
         ),
+        cache_salt=cache_salt,
+        rope_parameter=rope_parameter,
+        adapter=adapter,
+        whole=whole,
     )
 
 
 def create_request(
     *args: Any, salt: bytes = b"", has_embeddings: bool = True, **kwargs: Any
 ) -> Request:
-    request = Request(create_prompt(*args, **kwargs), salt)
+    request = Request(create_prompt(*args, **kwargs, cache_salt=salt))
     for image in range(len(request.placeholders)) if has_embeddings else ():
         give_embeddings(request, image)
     return request

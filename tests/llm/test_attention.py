@@ -37,6 +37,8 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
         block_tables=tables,
         embedding_rows=np.zeros(0, np.int64),
         sampled_rows=np.zeros(0, np.int64),
+        rope_parameters=np.zeros(len(query_lens), np.int64),
+        adapters=np.zeros(len(query_lens), np.int64),
     )
 
 

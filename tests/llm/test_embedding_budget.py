@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.messages import RequestKey
 from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
-from services.llm.request import Key
 from tests.llm.builders import create_prompt
 from tests.llm.test_engine import create_engine, images, outputs_of
 
 
-def key(n: int) -> Key:
+def key(n: int) -> RequestKey:
     return f"r{n}", 0
 
 
@@ -72,7 +72,7 @@ def test_requests_of_many_images_that_all_want_more_than_there_is_end_one_after_
     for n in range(6):
         four = tuple((1 + 6 * image, 5, 10 * n + image) for image in range(4))
         engine.add(create_prompt(f"r{n}", num_tokens=26, max_tokens=2, images=four), "preprocess")
-    sendable: dict[Key, list[int]] = {}
+    sendable: dict[RequestKey, list[int]] = {}
     ended: list[str] = []
     for _ in range(200):
         sendable |= {
@@ -81,7 +81,7 @@ def test_requests_of_many_images_that_all_want_more_than_there_is_end_one_after_
         for k, left in sendable.items():
             if left:
                 image = left.pop(0)
-                assert engine.add_embeddings(k, image, images(image), {}, "preprocess") == ""
+                assert engine.add_embeddings((*k, image), images(image), {}, "preprocess") == ""
         ended += [
             output.request.prompt.request_id
             for output in outputs_of(engine)

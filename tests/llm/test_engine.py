@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from common.messages import RequestKey
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
-from services.llm.guided_decoding import Guides
+from services.llm.guided_decoding import GuidedDecoding
 from services.llm.model_runner import ModelRunner
-from services.llm.request import Key, Request
+from services.llm.request import Request
 from services.llm.sampler import Sampler
 from services.llm.step_plan import StepPlan
 from tests.golden import CASES_WITH_IMAGES, GoldenCase
@@ -34,7 +35,7 @@ from tests.llm.builders import (
 
 NUM_BLOCKS = 16
 POISON = 48
-"""A token after which the fake model computes no numbers."""
+"""A token after which the fake model computes not finites."""
 IMAGE = ((2, 5, 1),)
 KEY = ("r", 0)
 
@@ -63,7 +64,7 @@ def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engi
         made,
         LogitsRunner(NUM_BLOCKS).execute,
         Sampler(),
-        Guides(Path(), VOCAB_SIZE, eos_token_ids),
+        GuidedDecoding(Path(), VOCAB_SIZE, eos_token_ids),
         HIDDEN_SIZE,
         eos_token_ids,
     )
@@ -74,9 +75,9 @@ def images(content: int = 1, length: int = 5) -> torch.Tensor:
 
 
 def send_embeddings(
-    engine: Engine, tensor: torch.Tensor, image: int = 0, key: Key = KEY
+    engine: Engine, tensor: torch.Tensor, image: int = 0, key: RequestKey = KEY
 ) -> str | None:
-    return engine.add_embeddings(key, image, tensor, {"encode_seconds": 1.0}, "preprocess")
+    return engine.add_embeddings((*key, image), tensor, {"encode_seconds": 1.0}, "preprocess")
 
 
 def outputs_of(engine: Engine) -> list[Output]:
@@ -208,9 +209,9 @@ def test_several_images_may_come_around_the_prompt(order: int) -> None:
         (images(length=4), 0, "shape (4, 2), (5, 2) are wanted"),
         (torch.zeros(5, 3), 0, "shape (5, 3)"),
         (torch.zeros(10), 0, "shape (10,)"),
-        (torch.full((5, 2), torch.nan), 0, "no numbers"),
-        (torch.full((5, 2), torch.inf), 0, "no numbers"),
-        (images(), 1, "image 1 of 1"),
+        (torch.full((5, 2), torch.nan), 0, "not finite"),
+        (torch.full((5, 2), torch.inf), 0, "not finite"),
+        (images(), 1, "item 1 of 1"),
     ],
 )
 def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(
@@ -232,14 +233,14 @@ def test_one_bad_element_is_found(bad: float, dtype: torch.dtype, place: int) ->
     engine.add(create_prompt(images=IMAGE))
     tensor = torch.ones(5, 2, dtype=dtype)
     tensor.view(-1)[place] = bad
-    assert "no numbers" in send_embeddings(engine, tensor)
+    assert "not finite" in send_embeddings(engine, tensor)
 
 
 def test_bad_embeddings_before_their_prompt_are_refused_when_it_comes() -> None:
     engine = create_engine()
     send_embeddings(engine, torch.full((5, 2), torch.nan))
     ((image, objection),) = engine.add(create_prompt(images=IMAGE))
-    assert image == 0 and "no numbers" in objection
+    assert image == 0 and "not finite" in objection
     assert outputs_of(engine) == []
 
 
@@ -249,7 +250,7 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone() -> None:
     engine.add(create_prompt("good"))
     outputs = outputs_of(engine)
     (bad,) = [o for o in outputs if o.request.prompt.request_id == "bad"]
-    assert "no number" in bad.error and bad.token_ids == []
+    assert "not finite" in bad.error and bad.token_ids == []
     assert answer(outputs, "good") == (undisturbed(), "length")
     assert_nothing_is_held(engine)
 
@@ -398,9 +399,11 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
     scheduler = create_scheduler(
         num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24
     )
-    guides = Guides(case.checkpoint / "tokenizer.json", runner.vocab_size, checkpoint.eos_token_ids)
+    guides = GuidedDecoding(
+        case.checkpoint / "tokenizer.json", runner.vocab_size, checkpoint.eos_token_ids
+    )
     engine = Engine(
-        scheduler, runner.execute, Sampler(), guides, runner.hidden_size, checkpoint.eos_token_ids
+        scheduler, runner.execute, Sampler(), guides, runner.input_width, checkpoint.eos_token_ids
     )
     ranges = image_ranges(case)
     expected = case.expected["greedy_ids"]
@@ -454,14 +457,14 @@ def test_logprobs_come_with_the_token_where_they_are_asked_for() -> None:
 def test_a_request_past_its_deadline_is_freed_though_no_abort_came() -> None:
     engine = create_engine()
     engine.add(create_prompt("late", images=IMAGE))
-    engine.add_embeddings(("early", 0), 0, images(), {}, "preprocess")
+    engine.add_embeddings(("early", 0, 0), images(), {}, "preprocess")
     arrived = engine.requests["late", 0].arrived
     engine.abort(engine.expired_keys(arrived + 59))
     assert engine.requests and engine.early
     engine.abort(engine.expired_keys(arrived + 61))
     assert not engine.holds_anything
     assert_blocks_are_owned(engine.scheduler)
-    assert engine.add_embeddings(("late", 0), 0, images(), {}, "preprocess") == ""
+    assert engine.add_embeddings(("late", 0, 0), images(), {}, "preprocess") == ""
 
 
 def test_an_image_that_was_not_awaited_has_timings_all_the_same() -> None:

@@ -12,7 +12,7 @@ from common.config import BadSetting, load
 from common.process import EXIT_FAILED, EXIT_USAGE
 from common.settings import LlmSettings
 from services.llm import grouping
-from services.llm.grouping import command_of, num_ranks_here, other_ranks, place, watch
+from services.llm.grouping import command_of, num_ranks_here, other_ranks, resolve_rank, watch
 
 MEET = "tcp://llm-{leader}.llm:29500"
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -30,23 +30,23 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 def test_ordinals_count_the_ranks_of_all_groups_that_meet(
     ordinal: str, group: str, rank: int, rendezvous: str
 ) -> None:
-    placed = place(LlmSettings(tp=2, ordinal=ordinal, rendezvous=MEET))
+    placed = resolve_rank(LlmSettings(tp=2, ordinal=ordinal, rendezvous=MEET))
     assert (placed.group, placed.rank, placed.rendezvous) == (group, rank, rendezvous)
 
 
 def test_ordinals_count_groups_where_each_starts_its_own_ranks() -> None:
-    placed = place(LlmSettings(tp=4, ordinal="llm-3"))
+    placed = resolve_rank(LlmSettings(tp=4, ordinal="llm-3"))
     assert (placed.group, placed.rank, placed.rendezvous) == ("llm-3", 0, "")
 
 
 def test_an_ordinal_without_a_number_is_refused_by_its_name() -> None:
     with pytest.raises(BadSetting, match="--ordinal 'llm'"):
-        place(LlmSettings(ordinal="llm"))
+        resolve_rank(LlmSettings(ordinal="llm"))
 
 
 def test_without_an_ordinal_settings_are_as_they_are_given() -> None:
     given = LlmSettings(tp=2, rank=1, group="mine", rendezvous="file:///tmp/meet")
-    assert place(given) == given
+    assert resolve_rank(given) == given
 
 
 def test_ranks_that_meet_over_tcp_share_no_cores() -> None:
@@ -80,7 +80,7 @@ def test_a_rank_started_beside_is_told_all_that_this_one_was(
     command = command_of(mine, 2)
     assert command[:3] == [sys.executable, "-m", "services.llm"]
     told = load(LlmSettings, argparse.ArgumentParser(), command[3:], {"ordinal"})
-    assert place(told) == told
+    assert resolve_rank(told) == told
     assert (told.rank, told.listen, told.health_port) == (2, expected, 0)
     assert (told.tp, told.group, told.advertise, told.max_num_seqs, told.rendezvous) == (
         4,

@@ -3,7 +3,7 @@
 import numpy as np
 from llguidance import LLMatcher
 
-from services.llm.guided_decoding import Guides
+from services.llm.guided_decoding import GuidedDecoding
 from tests.system.running import ROOT
 
 # Of the embedded model an id below 256 is a byte.
@@ -13,11 +13,11 @@ A = ("a", 0)
 B = ("b", 0)
 
 
-def guides() -> Guides:
-    return Guides(TOKENIZER, 288, (END,))
+def guides() -> GuidedDecoding:
+    return GuidedDecoding(TOKENIZER, 288, (END,))
 
 
-def allowed(found: Guides, key: tuple[str, int]) -> set[int]:
+def allowed(found: GuidedDecoding, key: tuple[str, int]) -> set[int]:
     return set(np.flatnonzero(found.begin_masks([key])[0].result()).tolist())
 
 

@@ -29,14 +29,14 @@ def test_a_change_is_told_once_and_not_more_often_than_now_and_then() -> None:
     report = LoadReport(links, scheduler, clock)
     for peer_id in ("preprocess-1", "preprocess-2"):
         report.add(peer_id)
-    report.tell(at_once=False)
+    report.send_changes(at_once=False)
     links.take()
     scheduler.add(create_request("r"))
-    report.tell(at_once=False)
+    report.send_changes(at_once=False)
     assert links.take() == []
     clock.now += REPORT_SECONDS
-    report.tell(at_once=False)
-    report.tell(at_once=False)
+    report.send_changes(at_once=False)
+    report.send_changes(at_once=False)
     assert [(peer_id, load.waiting) for peer_id, load in sorted(links.take())] == [
         ("preprocess-1", 1),
         ("preprocess-2", 1),
@@ -49,9 +49,9 @@ def test_a_group_that_is_about_to_wait_tells_at_once() -> None:
     scheduler = create_scheduler(num_blocks=10)
     report = LoadReport(links, scheduler, clock)
     report.add("preprocess-1")
-    report.tell(at_once=True)
+    report.send_changes(at_once=True)
     scheduler.add(create_request("r"))
-    report.tell(at_once=True)
+    report.send_changes(at_once=True)
     assert [load.waiting for _, load in links.take()][-1] == 1
 
 
@@ -63,5 +63,5 @@ def test_who_is_gone_is_told_nothing() -> None:
     report.remove("preprocess-1")
     links.take()
     scheduler.add(create_request("r"))
-    report.tell(at_once=True)
+    report.send_changes(at_once=True)
     assert links.take() == []

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from compute.kernels.library import bfloat16_kernels
-from compute.weights import Weights
-from services.llm.families.qwen2_5_vl import LanguageModel, TextConfig
+from services.llm.decoder import Decoder
+from services.llm.families import load
+from services.llm.families.qwen2_5_vl import TextConfig
+from services.llm.loading import ShardLoader
 from services.llm.parallel import Shard
 from tests.golden import GoldenCase
 
@@ -32,7 +34,7 @@ def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Check
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("num_hidden_layers"), "lacks 'num_hidden_layers'"),
+        (lambda c: c.pop("num_hidden_layers"), "lacks num_hidden_layers"),
         (lambda c: c.pop("rope_scaling"), "lacks 'rope_scaling'"),
         (lambda c: c["rope_scaling"].update(type="yarn"), "rope of type 'yarn'"),
         (lambda c: c["rope_scaling"].update(mrope_section=[4, 6, 5]), "does not fill heads of 32"),
@@ -47,23 +49,15 @@ def test_a_configuration_that_is_not_understood_is_refused(
 
 
 def test_nested_and_flat_configurations_are_read_alike() -> None:
-    flat, nested = (
-        TextConfig.of(open_checkpoint(GoldenCase(name).checkpoint))
-        for name in ("a_image", "c_gqa_tp8")
-    )
-    assert (flat.num_heads, flat.num_kv_heads, flat.head_dim, flat.mrope_section) == (
-        4,
-        2,
-        32,
-        (4, 6, 6),
-    )
-    assert (nested.num_heads, nested.num_kv_heads, nested.head_dim, nested.mrope_section) == (
-        8,
-        2,
-        32,
-        (4, 6, 6),
-    )
-    assert flat.rope_theta == nested.rope_theta == 1e6
+    checkpoints = [
+        open_checkpoint(GoldenCase(name).checkpoint) for name in ("a_image", "c_gqa_tp8")
+    ]
+    flat, nested = (checkpoint.sizes for checkpoint in checkpoints)
+    configs = [TextConfig.of(checkpoint) for checkpoint in checkpoints]
+    assert (flat.num_heads, flat.num_kv_heads, flat.head_dim) == (4, 2, 32)
+    assert (nested.num_heads, nested.num_kv_heads, nested.head_dim) == (8, 2, 32)
+    assert [config.mrope_section for config in configs] == [(4, 6, 6), (4, 6, 6)]
+    assert [config.rope_theta for config in configs] == [1e6, 1e6]
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
@@ -71,7 +65,7 @@ def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(
         BadCheckpoint, match=r"4 heads, .* cannot be shared by 8 ranks: use --tp 1, 2, 4"
     ):
-        LanguageModel(checkpoint, torch.float32, CPU, Shard(0, 8))
+        load(checkpoint, torch.float32, CPU, Shard(0, 8))
 
 
 def test_a_missing_head_is_named(tmp_path: Path) -> None:
@@ -80,12 +74,12 @@ def test_a_missing_head_is_named(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(BadCheckpoint, match=r"has no tensor lm_head\.weight"):
-        LanguageModel(open_checkpoint(checkpoint.path), torch.float32, CPU)
+        load(open_checkpoint(checkpoint.path), torch.float32, CPU)
 
 
 def test_loading_tells_its_progress() -> None:
     told: list[float] = []
-    LanguageModel(
+    load(
         open_checkpoint(GoldenCase("b_two_images_tied").checkpoint),
         torch.float32,
         CPU,
@@ -99,18 +93,18 @@ def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
     """Norms and key heads that ranks share come on top; in a model this small they are more than in
     a real one."""
     checkpoint = open_checkpoint(GoldenCase("c_gqa_tp8").checkpoint)
-    whole = LanguageModel(checkpoint, torch.float32, CPU).num_bytes_read
+    whole = load(checkpoint, torch.float32, CPU).num_bytes_read
     assert whole == sum(
         info.num_bytes for name, info in checkpoint.tensors.items() if "visual" not in name
     )
-    config = TextConfig.of(checkpoint)
+    config = checkpoint.sizes
     kv_heads = (
         2 * config.num_layers * config.num_kv_heads * config.head_dim * (config.hidden_size + 1) * 2
     )
     replicated = kv_heads * max(0, world_size // config.num_kv_heads - 1) / world_size
     norms = (2 * config.num_layers + 1) * config.hidden_size * 2
     for rank in range(world_size):
-        read = LanguageModel(checkpoint, torch.float32, CPU, Shard(rank, world_size)).num_bytes_read
+        read = load(checkpoint, torch.float32, CPU, Shard(rank, world_size)).num_bytes_read
         assert read == pytest.approx((whole - norms) / world_size + norms + replicated, rel=0.001)
 
 
@@ -119,16 +113,14 @@ def test_a_vocabulary_that_embedding_and_head_share_is_held_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded: list[weakref.ref[torch.Tensor]] = []
-    load = LanguageModel._load_vocabulary
+    read = ShardLoader._vocabulary_rows
 
-    def remembered(model: LanguageModel, weights: Weights, name: str) -> torch.Tensor:
-        tensor = load(model, weights, name)
+    def remembered(loader: ShardLoader, name: str) -> torch.Tensor:
+        tensor = read(loader, name)
         loaded.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(LanguageModel, "_load_vocabulary", remembered)
-    model = LanguageModel(
-        open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU
-    )
-    assert model.head.packed is not None
+    monkeypatch.setattr(ShardLoader, "_vocabulary_rows", remembered)
+    model = load(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU)
+    assert isinstance(model, Decoder) and model.head.packed is not None
     assert [tensor() for tensor in loaded] == [None]

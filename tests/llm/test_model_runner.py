@@ -12,6 +12,7 @@ from common.checkpoint import open_checkpoint
 from compute.kernels.library import bfloat16_kernels, int8_kernels
 from compute.linear import Linear
 from compute.quantization import quantize
+from services.llm.batch import Batch
 from services.llm.fused_decode import FusedDecode
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
@@ -103,6 +104,8 @@ def step(runner: ModelRunner, work: list[tuple[Sequence, int]]) -> np.ndarray:
             ],
             np.int64,
         ),
+        rope_parameters=np.zeros(len(work), np.int64),
+        adapters=np.zeros(len(work), np.int64),
     )
     embeddings = []
     for (s, count), span, image in zip(work, spans, is_image, strict=True):
@@ -233,7 +236,7 @@ def test_int8_computes_with_the_weights_that_its_bytes_mean(
         forced_logits(runner_of(case, torch.bfloat16, quantization=q), case, 16)
         for q in ("int8", "none")
     )
-    monkeypatch.setattr("services.llm.families.qwen2_5_vl.Int8Linear", dequantised)
+    monkeypatch.setattr("services.llm.loading.Int8Linear", dequantised)
     meant = forced_logits(runner_of(case, torch.float32, quantization="int8"), case, 16)
     assert max_difference(found, meant) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
     assert max_difference(found, exact) > 0
@@ -284,6 +287,8 @@ def test_a_context_that_is_divided_gives_the_same_in_one_call() -> None:
         tables,
         np.zeros(0, np.int64),
         np.arange(2),
+        rope_parameters=np.zeros(2, np.int64),
+        adapters=np.zeros(2, np.int64),
     )
     fused = runner.execute(plan, [])
     assert runner._fused_decode is not None
@@ -296,9 +301,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, fused_decode: FusedDecode) -> l
     runs: list[int] = []
     run = fused_decode.run
 
-    def counted(plan: StepPlan, x: torch.Tensor, positions_3T: torch.Tensor) -> torch.Tensor:
+    def counted(plan: StepPlan, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         runs.append(len(x))
-        return run(plan, x, positions_3T)
+        return run(plan, x, batch)
 
     monkeypatch.setattr(fused_decode, "run", counted)
     return runs

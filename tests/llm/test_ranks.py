@@ -10,7 +10,7 @@ from common.events import Event, PeerUp, Received
 from common.messages import HOPS, ExecuteStep
 from common.progress import Progress
 from common.wire import decode, encode
-from services.llm.ranks import follow, lead, to_plan, to_step
+from services.llm.ranks import follow, lead, to_message, to_plan
 from services.llm.step_plan import StepPlan
 from tests.fakes import FakeLinks
 
@@ -45,6 +45,8 @@ def plan(num_tokens: int = 3) -> StepPlan:
         block_tables=np.array([[1, 0]]),
         embedding_rows=np.array([1]),
         sampled_rows=np.array([num_tokens - 1]),
+        rope_parameters=np.array([3]),
+        adapters=np.array([1]),
     )
 
 
@@ -54,7 +56,7 @@ def assert_equal(a: StepPlan, b: StepPlan) -> None:
 
 
 def test_a_plan_comes_out_of_the_wire_as_it_went_in() -> None:
-    sent = to_step(plan(), [torch.ones(1, 4, dtype=torch.bfloat16)])
+    sent = to_message(plan(), [torch.ones(1, 4, dtype=torch.bfloat16)])
     came = decode(encode(sent), HOPS["llm", "llm"])
     assert isinstance(came, ExecuteStep)
     assert_equal(to_plan(came), plan())
@@ -77,7 +79,7 @@ def test_rank_0_waits_for_all_ranks_and_then_sends_each_step_to_all() -> None:
 
 
 def test_the_other_ranks_execute_what_they_are_sent_in_order() -> None:
-    steps = [to_step(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 1)]
+    steps = [to_message(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 1)]
     member = ScriptedMember(
         [PeerUp("llm.0", "llm"), *(Received("llm.0", "llm", step) for step in steps)]
     )

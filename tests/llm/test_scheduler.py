@@ -319,3 +319,52 @@ def test_a_request_holds_only_the_blocks_of_the_tokens_that_are_known() -> None:
     assert len(request.block_table) == 1
     spans(scheduler)
     assert len(request.block_table) == 2 == -(-request.num_tokens // BLOCK_SIZE)
+
+
+def test_a_request_that_must_be_whole_waits_for_a_step_with_room_for_all_of_it() -> None:
+    other = create_request("other", num_tokens=12)
+    whole = create_request("whole", num_tokens=10, whole=True)
+    scheduler = create_scheduler(other, whole, max_num_batched_tokens=16)
+    assert spans(scheduler) == {"other": (0, 12)}
+    assert spans(scheduler) == {"other": (12, 13), "whole": (0, 10)}
+
+
+def test_a_request_that_must_be_whole_waits_for_all_of_its_items_and_holds_up_nobody() -> None:
+    images = ((0, 2, 1), (6, 2, 2))
+    whole = create_request("whole", 10, images=images, whole=True, has_embeddings=False)
+    scheduler = create_scheduler(whole, create_request("other", num_tokens=3))
+    assert spans(scheduler) == {"other": (0, 3)}
+    give_embeddings(whole, 0)
+    assert spans(scheduler) == {"other": (3, 4)}
+    give_embeddings(whole, 1)
+    assert spans(scheduler)["whole"] == (0, 10)
+
+
+def test_a_request_that_must_be_whole_shares_no_blocks() -> None:
+    ids = [7] * 9
+    scheduler = create_scheduler(create_request("a", token_ids=ids, whole=True))
+    spans(scheduler)
+    again = create_request("b", token_ids=ids)
+    scheduler.add(again)
+    spans(scheduler)
+    assert again.num_cached_tokens == 0, "nobody finds what a whole request computed"
+    scheduler.add(last := create_request("c", token_ids=ids, whole=True))
+    spans(scheduler)
+    assert last.num_cached_tokens == 0, "and it reuses nothing of the others"
+
+
+def test_a_preempted_request_that_must_be_whole_is_computed_whole_again() -> None:
+    whole = create_request("whole", token_ids=[9] * 7, max_tokens=9, whole=True)
+    scheduler = create_scheduler(whole, num_blocks=4)
+    spans(scheduler)
+    scheduler._preempt(whole)
+    assert spans(scheduler) == {"whole": (0, 8)}
+
+
+def test_a_plan_carries_the_rope_parameter_and_the_adapter_of_each_sequence() -> None:
+    scheduler = create_scheduler(
+        create_request("a", num_tokens=3, rope_parameter=7),
+        create_request("b", num_tokens=3, adapter=2),
+    )
+    plan = scheduler.plan(scheduler.schedule())
+    assert (plan.rope_parameters.tolist(), plan.adapters.tolist()) == ([7, 0], [0, 2])

@@ -219,7 +219,7 @@ def test_what_was_computed_for_a_bad_request_is_taken_over_by_none(distrusted: b
     runner = FakeRunner()
     run_step(scheduler, runner)
     if distrusted:
-        scheduler.distrust(first)
+        scheduler.forget_cached_blocks(first)
     scheduler.finish(first)
     scheduler.add(second)
     run(scheduler, runner)

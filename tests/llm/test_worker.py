@@ -1,6 +1,7 @@
 """What the language group tells whom, and in which order."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -58,6 +59,9 @@ class FakeMember:
         self.num_loops = 0
         self.progress = Progress()
 
+    def track_load(self, load: Callable[[], tuple[int, int]]) -> None:
+        self.load = load
+
     def take_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
         self.num_loops += 1
         assert self.num_loops < 1000, "it steps though there is nothing to compute"
@@ -87,7 +91,7 @@ def embeddings(
     name = {
         "request_id": request_id,
         "attempt": 0,
-        "image": 0,
+        "item": 0,
         "mm_hash": "00",
         "preprocess_id": owner,
     }
@@ -145,7 +149,7 @@ def test_an_image_is_acknowledged_to_its_owner_whatever_came_first(events: list[
         if isinstance(e, Received)
     ]
     sent = work(events)
-    assert [(peer, m.request_id, m.image) for peer, m in sent if isinstance(m, ItemReceived)] == [
+    assert [(peer, m.request_id, m.item) for peer, m in sent if isinstance(m, ItemReceived)] == [
         ("p2", "r", 0)
     ]
     assert len(answers(sent)) == 5
@@ -165,7 +169,7 @@ def test_bad_embeddings_are_refused_and_the_next_ones_taken() -> None:
         and isinstance(rejected, ItemRejected)
         and isinstance(taken, ItemReceived)
     )
-    assert "no numbers" in rejected.reason
+    assert "not finite" in rejected.reason
     assert answers(sent)[-1].finish_reason == "length"
 
 

@@ -13,11 +13,13 @@ from common.messages import (
     Failed,
     Grant,
     HandedOver,
+    Item,
     ItemReceived,
     ItemRejected,
     Offer,
     Peer,
     Prompt,
+    RequestKey,
     Reserved,
     Sampling,
     Stopping,
@@ -27,7 +29,7 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.in_flight import Handover, Key, Preparation
+from services.preprocess.in_flight import Handover, Preparation
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
@@ -63,19 +65,9 @@ class Preprocess:
         self.member = FakeMember()
         self.clock = Clock()
         self.encoded: list[str] = []
-        self.preparations = OrderedDict[Key, Preparation]()
-        self.handovers = dict[Key, Handover]()
         pool = VisionPool(self.clock)
         self.metrics = PreprocessMetrics(pool)
-        self.worker = Worker(
-            self.member,
-            preprocessor,
-            self.preparations,
-            self.handovers,
-            pool,
-            self.metrics,
-            self.clock,
-        )
+        self.worker = Worker(self.member, preprocessor, pool, self.metrics, self.clock)
         self.play(
             [event for vision_id in vision_ids for event in joins(vision_id, buckets)]
             + [PeerUp(LLM.id, "llm", LLM.address)] * llm
@@ -101,6 +93,14 @@ class Preprocess:
     def wait(self, seconds: float) -> Sent:
         self.clock.now += seconds
         return self.play([])
+
+    @property
+    def preparations(self) -> OrderedDict[RequestKey, Preparation]:
+        return self.worker._preparations
+
+    @property
+    def handovers(self) -> dict[RequestKey, Handover]:
+        return self.worker._dispatcher.handovers
 
     @property
     def holds_nothing(self) -> bool:
@@ -140,7 +140,7 @@ def submit(
         prompt=Tensor.of_bytes(
             prompt or json.dumps([{"role": "user", "content": content}]).encode()
         ),
-        images=tuple(map(Tensor.of_bytes, images)),
+        items=tuple(Item("image", Tensor.of_bytes(image)) for image in images),
         sampling=fields.get("sampling", Sampling()),
         stopping=fields.get("stopping", Stopping()),
         detokenizer=Peer("detokenizer-1", "ipc:///detokenizer-1"),
@@ -165,17 +165,17 @@ def grant(
     return received(
         vision_id,
         "vision",
-        Grant(request_id=request_id, attempt=0, image=image, wait_seconds=wait, has_room=has_room),
+        Grant(request_id=request_id, attempt=0, item=image, wait_seconds=wait, has_room=has_room),
     )
 
 
 def held(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
-    return received(vision_id, "vision", CacheHit(request_id=request_id, attempt=0, image=image))
+    return received(vision_id, "vision", CacheHit(request_id=request_id, attempt=0, item=image))
 
 
 def busy(vision_id: str, image: int, request_id: str = "r", wait: float = 0.1) -> list[Event]:
     return received(
-        vision_id, "vision", Busy(request_id=request_id, attempt=0, image=image, wait_seconds=wait)
+        vision_id, "vision", Busy(request_id=request_id, attempt=0, item=image, wait_seconds=wait)
     )
 
 
@@ -190,13 +190,13 @@ def failed(vision_id: str, image: int, request_id: str = "r") -> list[Event]:
         code="Internal",
         message="the tower failed",
         stage="vision",
-        image=image,
+        item=image,
     )
     return received(vision_id, "vision", message)
 
 
 def arrived(image: int, request_id: str = "r") -> list[Event]:
-    return received(LLM.id, "llm", ItemReceived(request_id=request_id, attempt=0, image=image))
+    return received(LLM.id, "llm", ItemReceived(request_id=request_id, attempt=0, item=image))
 
 
 def rejected(image: int, request_id: str = "r") -> list[Event]:
@@ -204,14 +204,14 @@ def rejected(image: int, request_id: str = "r") -> list[Event]:
         LLM.id,
         "llm",
         ItemRejected(
-            request_id=request_id, attempt=0, image=image, reason="embeddings that are no numbers"
+            request_id=request_id, attempt=0, item=image, reason="embeddings that are no numbers"
         ),
     )
 
 
 def offers(sent: Sent) -> list[tuple[str, int]]:
     """(replica, image) of each Offer."""
-    return [(receiver, message.image) for receiver, message in sent if isinstance(message, Offer)]
+    return [(receiver, message.item) for receiver, message in sent if isinstance(message, Offer)]
 
 
 def offered_to(sent: Sent) -> dict[int, str]:
@@ -221,7 +221,7 @@ def offered_to(sent: Sent) -> dict[int, str]:
 
 def failures(sent: Sent) -> list[tuple[str, str, str, int | None]]:
     return [
-        (receiver, m.request_id, m.code, m.image) for receiver, m in sent if isinstance(m, Failed)
+        (receiver, m.request_id, m.code, m.item) for receiver, m in sent if isinstance(m, Failed)
     ]
 
 

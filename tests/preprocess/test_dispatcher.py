@@ -45,7 +45,7 @@ def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_mov
 ):
     preprocess = Preprocess("vision-1")
     sent = preprocess.dispatch("r", *IMAGES[:2])
-    plans = [PREPROCESSOR.image_plan(image) for image in IMAGES[:2]]
+    plans = [PREPROCESSOR.prepare_item(image) for image in IMAGES[:2]]
     for (_, offer), plan in zip(sent, plans, strict=True):
         assert (offer.mm_hash, offer.grid_thw, offer.num_patches, offer.llm) == (
             plan.mm_hash,
@@ -54,9 +54,9 @@ def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_mov
             LLM,
         )
     [(receiver, pixels)] = preprocess.play(grant("vision-1", 1))
-    assert (receiver, pixels.image) == ("vision-1", 1)
+    assert (receiver, pixels.item) == ("vision-1", 1)
     assert (pixels.patches.numpy() == plans[1].patches()).all()
-    assert preprocess.play(arrived(1)) == [] and list(preprocess.handovers[("r", 0)].images) == [0]
+    assert preprocess.play(arrived(1)) == [] and list(preprocess.handovers[("r", 0)].items) == [0]
     assert preprocess.encoded == []
     assert preprocess.play(arrived(0), arrived(0)) == [] and preprocess.holds_nothing
     assert preprocess.encoded == ["r"], "the gateway is told once"
@@ -86,7 +86,7 @@ def test_a_picture_seen_before_is_offered_to_the_replica_that_has_it_and_no_patc
     for vision_id in others:  # they are free, the one that has it is full
         preprocess.play(vacancy(vision_id))
     preprocess.play(
-        received(first, "vision", Grant(request_id="x", attempt=0, image=0, wait_seconds=5.0))
+        received(first, "vision", Grant(request_id="x", attempt=0, item=0, wait_seconds=5.0))
     )
     monkeypatch.setattr(
         "services.preprocess.families.qwen2_5_vl.patches",
@@ -155,7 +155,7 @@ def test_an_image_that_failed_goes_to_another_replica_alone(objection: list[Even
         grant("vision-1", 0), grant("vision-1", 1), joins("vision-2", wait_seconds=30.0)
     )
     [(vision_id, offer)] = preprocess.play(objection)
-    assert (vision_id, offer.image) == ("vision-2", 1)
+    assert (vision_id, offer.item) == ("vision-2", 1)
     assert offer.skip_cache, "what a cache may have of it is no good"
     [(receiver, pixels)] = preprocess.play(grant("vision-2", 1))
     assert isinstance(pixels, Pixels) and receiver == "vision-2"

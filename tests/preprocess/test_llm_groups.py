@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from common.messages import LlmLoad, Peer
-from services.preprocess.families.qwen2_5_vl import ExpandedPrompt
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.llm_groups import CLEARLY_BUSIER, PREFIX_TOKENS, LlmGroups
+from services.preprocess.prepared import ExpandedPrompt
 
 LONG = 4 * PREFIX_TOKENS
 
@@ -39,7 +39,7 @@ def chosen(made: LlmGroups, asked: ExpandedPrompt, *mm_hashes: str, avoid: str =
 def tell(
     made: LlmGroups, name: str, running: int = 0, waiting: int = 0, free_tokens: int = 10**6
 ) -> None:
-    made.take_load(name, LlmLoad(running=running, waiting=waiting, free_tokens=free_tokens))
+    made.update_load(name, LlmLoad(running=running, waiting=waiting, free_tokens=free_tokens))
 
 
 def test_the_least_busy_group_gets_the_request_and_it_counts_until_the_group_tells_its_load() -> (

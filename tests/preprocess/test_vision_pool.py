@@ -27,7 +27,7 @@ class Pool(VisionPool):
         self, vision_id: str, seconds: float = 0.1, buckets: tuple[int, ...] = (), wait: float = 0.0
     ) -> None:
         measured = tuple(seconds * bucket / 64 for bucket in buckets or (64,))
-        self.take_load(
+        self.update_load(
             vision_id,
             VisionLoad(
                 buckets=buckets, sizes=buckets or (64,), seconds=measured, wait_seconds=wait
@@ -60,7 +60,7 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
         for one in pool.assign():
             free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[
                 one.vision_id
-            ].expected(one.image.num_patches)
+            ].expected(one.prepared.num_patches)
             ends.append((free[one.vision_id], one.vision_id))
             granted = sum(vision_id == one.vision_id for _, vision_id in ends)
             pool.answered(one.vision_id, granted < slots, free[one.vision_id] - pool.clock.now)
@@ -68,7 +68,7 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
         now, vision_id = ends.pop(0)
         pool.clock.now = max(pool.clock.now, now)
         done[vision_id] += 1
-        pool.tell(vision_id, True, max(0.0, free[vision_id] - pool.clock.now))
+        pool.update_replica(vision_id, True, max(0.0, free[vision_id] - pool.clock.now))
     return done
 
 
@@ -82,7 +82,7 @@ def test_images_wait_here_and_a_replica_gets_no_more_than_it_has_answered_for() 
     pool.answered("a", False, 0.2)
     pool.answered("a")
     assert pool.offers() == [], "there is no room until it says so"
-    pool.tell("a", True, 0.1)
+    pool.update_replica("a", True, 0.1)
     assert pool.offers() == [("a", 3), ("a", 4)]
     assert pool.num_waiting == 5
 
@@ -102,16 +102,16 @@ def test_a_faster_replica_gets_as_many_more() -> None:
 
 def test_an_image_waits_for_a_fast_replica_rather_than_going_to_a_far_slower_one() -> None:
     pool = Pool(fast=0.1, slow=10.0)
-    pool.tell("fast", False, 0.2)
+    pool.update_replica("fast", False, 0.2)
     pool.put(0)
     assert pool.offers() == []
-    pool.tell("fast", True, 0.1)
+    pool.update_replica("fast", True, 0.1)
     assert pool.offers() == [("fast", 0)]
 
 
 def test_a_slow_replica_takes_an_image_when_the_fast_one_has_too_many_before_it() -> None:
     pool = Pool(fast=1.0, slow=6.0)
-    pool.tell("fast", False, 2.0)
+    pool.update_replica("fast", False, 2.0)
     pool.put(*range(10))
     offers = pool.offers()
     assert offers[0][1] > 0, "the first wait for the fast one"
@@ -130,8 +130,8 @@ def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_
 
 def test_a_full_replica_whose_estimate_ran_out_does_not_look_better_than_one_with_room() -> None:
     pool = Pool(full=0.1, open=0.1)
-    pool.tell("full", False, 0.0)
-    pool.tell("open", True, 0.09)
+    pool.update_replica("full", False, 0.0)
+    pool.update_replica("open", True, 0.09)
     pool.put(0)
     assert pool.offers() == [("open", 0)]
 
@@ -155,11 +155,11 @@ def test_an_image_goes_where_it_was_before_even_if_there_is_no_room_until_that_p
 ):
     pool = Pool(a=0.1, b=0.1)
     [one] = pool.put(0)
-    pool.remember(one.image.mm_hash, "a")
-    pool.tell("a", False, 5.0)
+    pool.remember(one.prepared.mm_hash, "a")
+    pool.update_replica("a", False, 5.0)
     assert pool.offers() == [("a", 0)]
     pool.answered("a", False, 5.0)
-    pool.forget(one.image.mm_hash)
+    pool.forget(one.prepared.mm_hash)
     pool.add(one, first=True)
     assert pool.offers() == [("b", 0)]
 
@@ -225,21 +225,21 @@ def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_
     large = pool.put(1, num_patches=1024)[0]
     pool.lose("large")
     pool.clock.now += MISSING_SECONDS - 1
-    assert pool.given_up() == []
+    assert pool.hopeless_items() == []
     pool.clock.now += 2
-    assert pool.given_up() == [large] and small in pool._waiting.values()
+    assert pool.hopeless_items() == [large] and small in pool._waiting.values()
     pool.join("large again", buckets=(1024,))
-    assert pool.given_up() == []
+    assert pool.hopeless_items() == []
 
 
 def test_the_wait_that_the_queue_means_counts_its_work_and_its_replicas() -> None:
     pool = Pool(a=0.5, b=0.5)
-    pool.tell("a", False, 1.0)
-    pool.tell("b", False, 1.0)
+    pool.update_replica("a", False, 1.0)
+    pool.update_replica("b", False, 1.0)
     waiting = pool.put(*range(8))
     assert pool.queue_seconds == pytest.approx(2.0)
     pool.join("c", 0.5)
-    pool.tell("c", False)
+    pool.update_replica("c", False)
     assert pool.queue_seconds == pytest.approx(8 * 0.5 / 3)
     for one in waiting:
         pool.remove(one)

@@ -222,7 +222,7 @@ def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be
     monkeypatch.setattr("services.preprocess.worker.MAX_HELD_BYTES", 2 * size)
     preprocess.dispatch("first", *IMAGES[:2])
     assert prompts(preprocess.play(submit("second", IMAGES[2]) + submit("text"))) == ["text"]
-    assert [len(p.images) for p in preprocess.preparations.values()] == [0]
+    assert [len(p.items) for p in preprocess.preparations.values()] == [0]
     assert prompts(preprocess.play(arrived(0, "first"))) == ["second"]
     assert 100 * size < MAX_HELD_BYTES
 

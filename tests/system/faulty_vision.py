@@ -11,6 +11,7 @@ import numpy as np
 from common.process import run
 from common.wire import Tensor
 from services.vision import __main__ as vision
+from services.vision.tower_thread import ItemShape
 
 
 class FaultyTower:
@@ -20,7 +21,7 @@ class FaultyTower:
         self._fault = fault
         self._hidden_size = hidden_size
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
         num_tokens = patches.shape[0] // 4
         match self._fault:
             case "nan":
@@ -33,6 +34,6 @@ class FaultyTower:
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
     vision.make_tower = lambda settings, checkpoint, member, buckets: FaultyTower(
-        fault, checkpoint.text_config["hidden_size"]
+        fault, checkpoint.sizes.hidden_size
     )
     run("vision", __doc__ or "", vision.main)

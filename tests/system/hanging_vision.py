@@ -10,6 +10,7 @@ from typing import Any
 from common.process import run
 from common.wire import Tensor
 from services.vision import __main__ as vision
+from services.vision.tower_thread import ItemShape
 
 
 class HangingTower:
@@ -20,11 +21,11 @@ class HangingTower:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tower, name)
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
         self._num_encoded += 1
         if self._num_encoded > 1:
             threading.Event().wait()
-        embeddings: Tensor = self._tower.encode(patches, grid_thw)
+        embeddings: Tensor = self._tower.encode(patches, shape)
         return embeddings
 
 

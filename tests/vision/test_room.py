@@ -38,7 +38,7 @@ def test_room_that_is_kept_for_one_is_not_for_another() -> None:
     assert room.admits("a", MAX_GRANTED - 1)
 
 
-@pytest.mark.parametrize("end", ["passes", "forget"])
+@pytest.mark.parametrize("end", ["declined", "forget"])
 def test_who_does_not_want_it_or_is_gone_leaves_it_to_the_next(end: str) -> None:
     room = full_size()
     for peer_id in ("a", "b"):

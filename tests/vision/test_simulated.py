@@ -9,9 +9,10 @@ import pytest
 from common.checkpoint import open_checkpoint
 from common.wire import Tensor
 from services.vision.simulated import SimulatedTower, spread_of_token_embeddings
+from services.vision.tower_thread import ItemShape
 from tests.golden import GoldenCase
 
-GRID = (1, 4, 8)
+GRID = ItemShape((1, 4, 8), (0, 0))
 
 
 def patches(value: int) -> Tensor:
@@ -29,7 +30,8 @@ def test_equal_pixels_give_equal_embeddings_and_others_different_ones(case: Gold
     assert np.array_equal(first, other.encode(patches(1), GRID).numpy())
     assert not np.allclose(first, tower.encode(patches(2), GRID).numpy())
     assert not np.allclose(
-        first.reshape(-1)[:8], tower.encode(patches(1), (1, 8, 4)).numpy().reshape(-1)[:8]
+        first.reshape(-1)[:8],
+        tower.encode(patches(1), ItemShape((1, 8, 4), (0, 0))).numpy().reshape(-1)[:8],
     )
 
 
@@ -53,7 +55,7 @@ def test_no_two_of_many_are_alike_and_a_large_image_is_noise_too(case: GoldenCas
     }
     assert len(found) == 32
     large = Tensor.of(np.zeros((8192, 588), np.uint8))
-    assert tower.encode(large, (1, 64, 128)).numpy().std() == pytest.approx(
+    assert tower.encode(large, ItemShape((1, 64, 128), (0, 0))).numpy().std() == pytest.approx(
         spread_of_token_embeddings(checkpoint), rel=0.05
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.events import Event, PeerDown, PeerUp
-from common.member import Drain
+from common.member import Drain, Posted
 from common.messages import (
     Abort,
     Busy,
@@ -18,6 +18,7 @@ from common.messages import (
     Embeddings,
     Failed,
     Grant,
+    ItemKey,
     Offer,
     Peer,
     Pixels,
@@ -26,12 +27,11 @@ from common.messages import (
 )
 from common.progress import Progress
 from common.wire import Tensor
-from services.vision.__main__ import load_of
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.tower_thread import DeviceLost, EncodeResult, Key, TowerThread, encode
+from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread, encode
 from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
 
@@ -48,7 +48,7 @@ class FakeTower:
         self.encoded: list[int] = []
         self.error: type[Exception] = MemoryError
 
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
         total = patches.numpy().sum(dtype=np.int64)
         self.encoded.append(int(total))
         if not total:
@@ -61,11 +61,11 @@ class FakeThread:
 
     def __init__(self, tower: FakeTower) -> None:
         self.tower = tower
-        self.work: list[tuple[Key, Tensor, tuple[int, int, int]]] = []
+        self.work: list[tuple[ItemKey, Tensor, ItemShape]] = []
 
-    def begin(self, key: Key, patches: Tensor, grid_thw: tuple[int, int, int]) -> None:
+    def begin(self, key: ItemKey, patches: Tensor, shape: ItemShape) -> None:
         assert not self.work, "one image at a time"
-        self.work.append((key, patches, grid_thw))
+        self.work.append((key, patches, shape))
 
     def result(self) -> EncodeResult:
         return encode(self.tower, *self.work.pop())
@@ -84,7 +84,6 @@ class Replica:
         """Unless it is new it has encoded an image before."""
         self.member = FakeMember()
         self.tower = FakeTower()
-        self.jobs = OrderedDict[Key, Job]()
         self.thread = FakeThread(self.tower)
         self.now = 100.0
         self.cache = EmbeddingCache(cache_bytes)
@@ -95,7 +94,6 @@ class Replica:
             self.member,
             thread,
             self.cache,
-            self.jobs,
             dtype,
             self.times,
             self.metrics,
@@ -104,13 +102,16 @@ class Replica:
         if not is_new:
             self.worker._room.size = MAX_GRANTED
 
+    @property
+    def jobs(self) -> OrderedDict[ItemKey, Job]:
+        return self.worker._jobs
+
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)
 
     def finish(self) -> None:
         """The tower is through with what it has."""
-        event: Any = self.thread.result()
-        self.play([event])
+        self.play([Posted(self.thread.result())])
 
     def encode_all(self) -> None:
         while self.thread.work:
@@ -128,7 +129,7 @@ class Replica:
         return found
 
     def grants(self) -> list[tuple[str, int]]:
-        return [(grant.request_id, grant.image) for grant in self.member.links.of(Grant)]
+        return [(grant.request_id, grant.item) for grant in self.member.links.of(Grant)]
 
     def embeddings(self) -> list[tuple[str, float]]:
         """(request_id, value) of what went to the language group."""
@@ -149,7 +150,7 @@ def offer(
 ) -> list[Event]:
     given = {"num_patches": NUM_PATCHES, "llm": LLM, "timeout": 60} | fields
     message = Offer(
-        request_id=request_id, attempt=0, image=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), **given
+        request_id=request_id, attempt=0, item=image, mm_hash=mm_hash, grid_thw=(1, 2, 2), **given
     )
     return received(preprocess, "preprocess", message)
 
@@ -161,7 +162,7 @@ def pixels(request_id: str, value: int, image: int = 0, **changed: Any) -> list[
     return received(
         "preprocess-1",
         "preprocess",
-        Pixels(request_id=request_id, attempt=0, image=image, patches=tensor),
+        Pixels(request_id=request_id, attempt=0, item=image, patches=tensor),
     )
 
 
@@ -180,7 +181,7 @@ def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> 
     replica.encode_all()
     [message] = replica.member.links.of(Embeddings)
     assert replica.embeddings() == [("r", 20.0)]
-    assert (message.attempt, message.image, message.mm_hash, message.preprocess_id) == (
+    assert (message.attempt, message.item, message.mm_hash, message.preprocess_id) == (
         0,
         3,
         "a",
@@ -207,7 +208,7 @@ def test_no_more_images_are_granted_than_the_bound_whoever_offers_them() -> None
         ("preprocess-2", "r2"),
         ("preprocess-3", "r3"),
     ]
-    assert load_of(replica.jobs) == (MAX_GRANTED, 0), "nothing is held of what was refused"
+    assert replica.worker.load() == (MAX_GRANTED, 0), "nothing is held of what was refused"
 
 
 def test_a_new_replica_takes_one_image_alone_until_it_has_measured_how_long_they_take() -> None:
@@ -360,7 +361,7 @@ def test_the_second_of_two_equal_images_is_granted_where_the_first_is_aborted() 
 def test_the_second_of_two_equal_images_gets_what_is_in_the_tower_for_an_aborted_first() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "a"))
-    assert load_of(replica.jobs) == (0, 1) and [
+    assert replica.worker.load() == (0, 1) and [
         m.request_id for _, m in replica.take(CacheHit)
     ] == ["r1"]
     replica.finish()
@@ -406,7 +407,7 @@ def test_pixels_that_are_not_as_offered_fail_their_image_alone(wrong: dict[str, 
     )
     replica.encode_all()
     [failed] = replica.member.links.of(Failed)
-    assert (failed.request_id, failed.image, failed.stage, failed.code) == (
+    assert (failed.request_id, failed.item, failed.stage, failed.code) == (
         "r0",
         2,
         "vision",
@@ -426,7 +427,7 @@ def test_an_image_that_the_tower_cannot_encode_fails_alone(error: type[Exception
     )
     replica.encode_all()
     [failed] = replica.member.links.of(Failed)
-    assert (failed.request_id, failed.image, failed.stage) == ("r0", 1, "vision")
+    assert (failed.request_id, failed.item, failed.stage) == ("r0", 1, "vision")
     assert error.__name__ in failed.message
     assert replica.embeddings() == [("r1", 4.0)]
     assert not replica.jobs
@@ -505,7 +506,7 @@ def test_a_draining_replica_finishes_what_it_granted_and_takes_and_promises_noth
     assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"] and not replica.take(
         Vacancy
     )
-    assert load_of(replica.jobs) == (0, 0)
+    assert replica.worker.load() == (0, 0)
 
 
 def test_a_draining_replica_refuses_an_image_for_which_it_has_room() -> None:

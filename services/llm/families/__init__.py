@@ -1,1 +1,35 @@
-"""Language models, one file a model family."""
+"""Language models, one file per model family. Nothing outside this folder imports a family."""
+
+from collections.abc import Callable
+
+import torch
+
+from common.checkpoint import Checkpoint
+from services.llm.families import qwen2_5_vl
+from services.llm.language_model import LanguageModel
+from services.llm.loading import ShardLoader
+from services.llm.parallel import Shard
+
+FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
+    "qwen2_5_vl": qwen2_5_vl.load,
+}
+"""How the model of a family is loaded, by its `model_type`."""
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = Shard(),
+    progress: Callable[[float], None] = lambda fraction: None,
+    quantization: str = "none",
+) -> LanguageModel:
+    """Return one rank's share of the checkpoint's language model.
+
+    Raises
+    ------
+    BadCheckpoint
+        if the checkpoint cannot be served, or not by this number of ranks.
+    """
+    loader = ShardLoader(checkpoint, dtype, device, shard, progress, quantization)
+    return FAMILIES[checkpoint.family.model_type](checkpoint, loader)

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 
 from common.checkpoint import Checkpoint, read_json
 from common.errors import InvalidRequest, TooLarge
+from common.messages import ItemKind
 from services.preprocess import chat_template, images
+from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 
 MAX_ASPECT_RATIO = 200
 # No text has so many characters a token on average; tokenizing megabytes only to refuse them would
@@ -76,6 +78,16 @@ class Image:
     """64 hex digits. Equal for equal pixels in any file format, given the same model and limits."""
     patch_size: int
     merge_size: int
+    kind: ItemKind = "image"
+
+    @property
+    def content_size(self) -> tuple[int, int]:
+        height, width, _ = self.rgb.shape
+        return height, width
+
+    @property
+    def nbytes(self) -> int:
+        return self.rgb.nbytes
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -100,27 +112,6 @@ class Image:
         """uint8 [num_patches, 3 * patch_size * patch_size]: neither normalised nor doubled in time,
         which the tower does."""
         return patches(self.rgb, self.patch_size, self.merge_size)
-
-
-@dataclass(frozen=True)
-class ExpandedPrompt:
-    """A prompt as the language model takes it."""
-
-    token_ids: np.ndarray
-    """int64 [num_tokens], with as many placeholders for each image as it has tokens."""
-    positions: np.ndarray
-    """int64 [3, num_tokens]."""
-    rope_delta: int
-    placeholders: np.ndarray
-    """int64 [num_images, 2]: offset and length."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def num_image_tokens(self) -> int:
-        return int(self.placeholders[:, 1].sum())
 
 
 class Preprocessor:
@@ -148,7 +139,7 @@ class Preprocessor:
                 f"max_model_len is {max_model_len}, the model's context is "
                 f"{checkpoint.max_model_len}: give at most that"
             )
-        self.vocab_size: int = checkpoint.text_config["vocab_size"]
+        self.vocab_size: int = checkpoint.sizes.vocab_size
         self.image_token_id: int = checkpoint.config["image_token_id"]
         self.template = chat_template.load(checkpoint.path)
         self.tokenizer = load_tokenizer(checkpoint)
@@ -159,7 +150,7 @@ class Preprocessor:
         """Sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def image_plan(
+    def prepare_item(
         self, data: bytes | bytearray | memoryview, buckets: tuple[int, ...] = ()
     ) -> Image:
         """Decode, resize and hash one encoded image, which is to fit into one of the buckets
@@ -243,7 +234,7 @@ class Preprocessor:
             dtype=np.int64,
         )
 
-    def expand(self, token_ids: np.ndarray, images: list[Image]) -> ExpandedPrompt:
+    def expand(self, token_ids: np.ndarray, images: list[PreparedItem]) -> ExpandedPrompt:
         """Each image's one placeholder, int64 [n], repeated as often as the image has tokens; and
         the positions.
 
@@ -263,9 +254,9 @@ class Preprocessor:
         repeats[found] = lengths
         offsets = found + np.cumsum(lengths - 1) - (lengths - 1)
         expanded = np.repeat(token_ids, repeats)
-        positions, rope_delta = rope_positions(
-            len(expanded), offsets.tolist(), [image.merged_grid for image in images]
-        )
+        merge = self.merge_size
+        grids = [(h // merge, w // merge) for _, h, w in (image.grid_thw for image in images)]
+        positions, rope_delta = rope_positions(len(expanded), offsets.tolist(), grids)
         return ExpandedPrompt(expanded, positions, rope_delta, np.stack([offsets, lengths], axis=1))
 
 

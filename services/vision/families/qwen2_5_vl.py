@@ -57,10 +57,10 @@ class VisionConfig:
         values["fullatt_block_indexes"] = tuple(values["fullatt_block_indexes"])
         config = cls(
             num_channels=given.get("in_channels", given.get("in_chans", 3)),
-            out_hidden_size=given.get("out_hidden_size", checkpoint.text_config["hidden_size"]),
+            out_hidden_size=given.get("out_hidden_size", checkpoint.sizes.hidden_size),
             **values,
         )
-        if config.out_hidden_size != checkpoint.text_config["hidden_size"]:
+        if config.out_hidden_size != checkpoint.sizes.hidden_size:
             raise BadCheckpoint(
                 f"{checkpoint.path}: out_hidden_size of vision_config is not the language model's "
                 "hidden_size"
@@ -120,7 +120,8 @@ class VisionTower:
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
-        weights = Weights(checkpoint, ("model.visual.",), progress)
+        tower = checkpoint.family.tower_prefixes
+        weights = Weights(checkpoint, lambda name: name.startswith(tower), progress)
         self._mean, self._std = (
             self._per_value(checkpoint.preprocessor_config[key])
             for key in ("image_mean", "image_std")

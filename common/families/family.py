@@ -1,0 +1,100 @@
+"""The description of a model family: what launching, sizing and routing need to know of it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.checkpoint import Checkpoint
+
+TP_SIZES = (1, 2, 4, 8)
+
+
+class BadCheckpoint(ValueError):
+    """The model directory cannot be served; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """The sizes of a language model, as its configuration gives them."""
+
+    vocab_size: int
+    hidden_size: int
+    """The width of its inputs: of token embeddings, and of the embeddings of items."""
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """0 if the model keeps no keys and values."""
+    head_dim: int
+
+    def kv_bytes_per_token(self, world_size: int, item_bytes: int) -> int:
+        """Bytes that a token takes in the KV cache of one of `world_size` ranks."""
+        if self.num_kv_heads == 0:
+            return 0
+        num_local_kv_heads = max(self.num_kv_heads // world_size, 1)
+        return 2 * self.num_layers * num_local_kv_heads * self.head_dim * item_bytes
+
+    def fits(self, world_size: int) -> bool:
+        """Whether `world_size` ranks can share the model.
+
+        Ranks share a key head if there are fewer key heads than ranks.
+        """
+        counts = (self.num_heads, self.intermediate_size, self.vocab_size)
+        if any(count % world_size for count in counts):
+            return False
+        kv = self.num_kv_heads
+        return kv == 0 or kv % world_size == 0 or world_size % kv == 0
+
+    def check_fits(self, world_size: int) -> None:
+        """Raise BadCheckpoint if `world_size` ranks cannot share the model."""
+        if not self.fits(world_size):
+            fitting = ", ".join(str(size) for size in TP_SIZES if self.fits(size))
+            raise BadCheckpoint(
+                f"{self.num_heads} heads, {self.num_kv_heads} key heads, an MLP of "
+                f"{self.intermediate_size} and a vocabulary of {self.vocab_size} cannot be shared "
+                f"by {world_size} ranks: use --tp {fitting}"
+            )
+
+
+class Family(ABC):
+    """One model family. A method gets the opened checkpoint that it is about."""
+
+    model_type: str
+    """The `model_type` in config.json."""
+    title: str
+    """The names by which people know the models of the family."""
+    required_files: tuple[str, ...] = ("tokenizer.json", "preprocessor_config.json")
+    """What a model directory must hold besides config.json and the weights."""
+    needed_roles: tuple[str, ...] = ("vision", "llm")
+    """The stages behind preprocess that a request with items passes through."""
+    num_position_components: int = 1
+    """The rows of `Prompt.positions`."""
+    tower_prefixes: tuple[str, ...] = ()
+    """How the canonical names of the vision tower's tensors begin."""
+    embedding_name: str
+    """The canonical name of the token embedding."""
+
+    @abstractmethod
+    def canonical_name(self, name: str) -> str:
+        """Return the one name that a tensor has in our code, whichever layout its file follows."""
+
+    @abstractmethod
+    def sizes(self, checkpoint: "Checkpoint") -> ModelSizes:
+        """Return the sizes of the language model. Raises BadCheckpoint if one is missing."""
+
+    @abstractmethod
+    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
+        """Return into how many parts `world_size` ranks split the tensor of this canonical name."""
+
+    @abstractmethod
+    def patches_per_token(self, checkpoint: "Checkpoint") -> int:
+        """Return how many patches become one embedding. Items and buckets have multiples of it."""
+
+    @abstractmethod
+    def max_model_len(self, checkpoint: "Checkpoint") -> int:
+        """Return the context in tokens, prompt and answer together."""
+
+    @abstractmethod
+    def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
+        """Return the token that stands for an item in a prompt; None if there is no such token."""

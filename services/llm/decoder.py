@@ -1,0 +1,194 @@
+"""A pre-norm decoder: attention with rotary positions and a gated MLP in every layer.
+
+A family loads the weights and brings its rotary tables. It may extend a layer by low-rank pairs for
+the rows of items, and scale queries.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.families import ModelSizes
+from compute.kernels.operations import PackedWeights, rms_norm, rotate, silu_mul
+from services.llm.batch import Batch
+from services.llm.parallel import Shard
+
+RotaryTables = tuple[Tensor, Tensor]
+"""Cosines and signed sines, float32 [T, head_dim] each. The first half of the sines is negated."""
+
+
+class Product(Protocol):
+    """x [n, num_inputs] -> x @ weight.T + bias [n, num_outputs], plus `residual` if given."""
+
+    @property
+    def packed(self) -> PackedWeights | None: ...
+
+    @property
+    def max_kernel_rows(self) -> int: ...
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """x [n, num_inputs] -> x @ down.T @ up.T [n, num_outputs]."""
+
+    down: Tensor
+    """[rank, num_inputs]."""
+    up: Tensor
+    """[num_outputs, rank]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.down.T @ self.up.T
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A product, and a low-rank pair whose result is added on the rows of items."""
+
+    product: Product
+    low_rank: LowRank | None = None
+
+    def __call__(
+        self, x: Tensor, item_rows: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        y = self.product(x, residual)
+        if self.low_rank is not None and item_rows is not None:
+            y.index_add_(0, item_rows, self.low_rank(x[item_rows]))
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One rank's share of a layer."""
+
+    input_norm: Tensor
+    qkv: Projection
+    """Rows of query heads, then key heads, then value heads."""
+    o: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    """Rows of the gate, then those that it multiplies."""
+    down: Projection
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoder:
+    """One rank's share of a decoder: of its heads, of its MLP and of the vocabulary's rows."""
+
+    sizes: ModelSizes
+    norm_eps: float
+    dtype: torch.dtype
+    device: torch.device
+    shard: Shard
+    num_bytes_read: int
+    rows_of_vocabulary: Callable[[Tensor], Tensor]
+    """int64 [n] rows of this rank's share of the vocabulary -> their embeddings [n, hidden]."""
+    layers: list[Layer]
+    norm: Tensor
+    head: Product
+    rotary: Callable[[Batch], RotaryTables]
+    query_scale: Callable[[Batch], Tensor] | None = None
+    """Returns the factor of each token's queries, [T]; None if queries are not scaled."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+    @property
+    def input_width(self) -> int:
+        return self.sizes.hidden_size
+
+    @property
+    def num_local_heads(self) -> int:
+        first, last = self.shard.split(self.sizes.num_heads)
+        return last - first
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        first, last = self.shard.split_kv_heads(self.sizes.num_kv_heads)
+        return last - first
+
+    @property
+    def fits_fused_decode(self) -> bool:
+        """Whether the kernel that runs all layers at once computes what this decoder computes.
+
+        A class that changes a method is another model.
+        """
+        return type(self) is Decoder and self.query_scale is None
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        num_kv_heads = self.num_local_kv_heads
+        return len(self.layers), 2, num_blocks, block_size, num_kv_heads, self.sizes.head_dim
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden]. Placeholders may lie outside the vocabulary."""
+        first, last = self.shard.split(self.sizes.vocab_size)
+        local_ids = token_ids - first
+        x = self.rows_of_vocabulary(local_ids.clamp(0, last - first - 1))
+        if self.shard.world_size == 1:
+            return x
+        x[(local_ids < 0) | (local_ids >= last - first)] = 0
+        return self.shard.all_reduce(x)
+
+    def forward(self, x: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+        """[T, hidden] -> float32 logits [S, vocab_size]."""
+        tables = self.rotary(batch)
+        scale = None if self.query_scale is None else self.query_scale(batch).view(-1, 1, 1)
+        item_rows = batch.item_rows
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            attended = self._attend(layer, x, batch, tables, scale, cache)
+            if layer is self.layers[-1]:
+                # From here on nothing reads the other rows.
+                x = x[batch.sampled_rows]
+                attended = attended[batch.sampled_rows]
+                item_rows = batch.sampled_item_rows
+            x = self._add(x, layer.o, attended, item_rows)
+            gate_up = layer.gate_up(self._normalise(x, layer.mlp_norm), item_rows)
+            x = self._add(x, layer.down, silu_mul(gate_up), item_rows)
+        return self.shard.all_gather(self.head(self._normalise(x, self.norm)).float())
+
+    def _attend(
+        self,
+        layer: Layer,
+        x: Tensor,
+        batch: Batch,
+        tables: RotaryTables,
+        scale: Tensor | None,
+        cache: Tensor,
+    ) -> Tensor:
+        """[T, hidden] -> [T, heads of this rank * head_dim]."""
+        assert batch.attention is not None
+        num_q = self.num_local_heads
+        num_kv = self.num_local_kv_heads
+        qkv = layer.qkv(self._normalise(x, layer.input_norm), batch.item_rows)
+        qkv = qkv.view(len(x), num_q + 2 * num_kv, self.sizes.head_dim)
+        rotate(qkv, num_q + num_kv, *tables)
+        q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
+        if scale is not None:
+            q = q * scale.to(q.dtype)
+        return batch.attention.run(q, k, v, cache)
+
+    def _add(
+        self, x: Tensor, projection: Projection, part: Tensor, item_rows: Tensor | None
+    ) -> Tensor:
+        """Return x plus the sum of the ranks' products."""
+        if self.shard.world_size == 1:
+            return projection(part, item_rows, residual=x)
+        return x + self.shard.all_reduce(projection(part, item_rows))
+
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.norm_eps)
+
+
+def rotary_tables(angles: Tensor) -> RotaryTables:
+    """Return the tables of angles, float32 [T, head_dim / 2].
+
+    Entry i of a head turns together with entry i + head_dim / 2.
+    """
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

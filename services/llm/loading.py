@@ -1,0 +1,97 @@
+"""Loads one rank's share of a decoder's tensors, whatever a family calls them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import Checkpoint
+from compute.linear import Linear
+from compute.quantization import Int8Linear
+from compute.weights import Weights
+from services.llm.decoder import LowRank, Projection
+from services.llm.parallel import Shard
+
+Bounds = tuple[int, int]
+"""First row, and the row after the last one."""
+
+
+class ShardLoader:
+    """Reads what one rank needs. `bounds` of heads are in rows, which is heads * head_dim."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = Shard(),
+        progress: Callable[[float], None] = lambda fraction: None,
+        quantization: str = "none",
+    ) -> None:
+        """Raises BadCheckpoint if the ranks cannot share the model."""
+        self.sizes = checkpoint.sizes
+        self.sizes.check_fits(shard.world_size)
+        self.dtype = dtype
+        self.device = device
+        self.shard = shard
+        self._product = Int8Linear if quantization == "int8" else Linear
+        tower = checkpoint.family.tower_prefixes
+        self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), progress)
+
+    @property
+    def num_bytes_read(self) -> int:
+        return self._weights.num_bytes_read
+
+    @property
+    def q_bounds(self) -> Bounds:
+        return self._rows_of_heads(self.shard.split(self.sizes.num_heads))
+
+    @property
+    def kv_bounds(self) -> Bounds:
+        return self._rows_of_heads(self.shard.split_kv_heads(self.sizes.num_kv_heads))
+
+    @property
+    def mlp_bounds(self) -> Bounds:
+        return self.shard.split(self.sizes.intermediate_size)
+
+    def whole(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor that every rank holds whole."""
+        return self._weights.tensor(name, shape, self.dtype, self.device)
+
+    def rows(self, name: str, shape: tuple[int, ...], bounds: Bounds) -> Tensor:
+        """Return rows (outputs) of a tensor of this shape in the file."""
+        return self._weights.slice(name, shape, 0, *bounds, self.dtype, self.device)
+
+    def columns(self, name: str, shape: tuple[int, int], bounds: Bounds) -> Tensor:
+        """Return columns (inputs) of a tensor of this shape in the file."""
+        return self._weights.slice(name, shape, 1, *bounds, self.dtype, self.device)
+
+    def projection(
+        self, weight: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
+    ) -> Projection:
+        return Projection(self._product(weight, bias), low_rank)
+
+    def vocabulary(
+        self, embedding_name: str, head_name: str | None
+    ) -> tuple[Callable[[Tensor], Tensor], Linear]:
+        """Return the lookup of embeddings and the head; without `head_name` they share weights."""
+        embedding = self._vocabulary_rows(embedding_name)
+        if head_name is not None:
+            head = Linear(self._vocabulary_rows(head_name))
+            return partial(F.embedding, weight=embedding), head
+        head = Linear(embedding)
+        if head.packed is None:
+            return partial(F.embedding, weight=embedding), head
+        # The head's weights are laid out for the kernels. They serve as the embedding, too: a
+        # vocabulary is too large to be held twice.
+        return head.packed.rows, head
+
+    def _vocabulary_rows(self, name: str) -> Tensor:
+        shape = (self.sizes.vocab_size, self.sizes.hidden_size)
+        return self.rows(name, shape, self.shard.split(self.sizes.vocab_size))
+
+    def _rows_of_heads(self, heads: Bounds) -> Bounds:
+        first, last = heads
+        return first * self.sizes.head_dim, last * self.sizes.head_dim

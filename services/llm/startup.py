@@ -1,0 +1,257 @@
+"""How a rank starts: device, control plane, the other ranks, memory, weights, then its work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.checkpoint import Checkpoint
+from common.config import BadSetting
+from common.logs import get_logger
+from common.member import Member
+from common.process import EXIT_FAILED, Stop, leave
+from common.progress import LOADING_SECONDS
+from common.settings import LlmSettings
+from common.sizing import Footprint
+from compute.device import Device, prepare
+from compute.quantization import check_quantization
+from services.llm.block_pool import BlockPool
+from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
+from services.llm.engine import Engine
+from services.llm.grouping import num_ranks_here
+from services.llm.guided_decoding import GuidedDecoding
+from services.llm.model_runner import ModelRunner
+from services.llm.parallel import Shard, join_group
+from services.llm.ranks import follow, lead
+from services.llm.sampler import Sampler
+from services.llm.scheduler import Scheduler
+from services.llm.worker import Worker
+
+LlmMember = Member[Any]
+"""Rank 0 handles LlmInbound, the other ranks RankInbound."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """The size of a rank's KV cache."""
+
+    num_blocks: int
+    block_size: int
+    """Tokens of a block."""
+    bytes_per_block: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
+    """Raise BadSetting or BadCheckpoint for what no restart can mend."""
+    checkpoint.sizes.check_fits(settings.tp)
+    if not 0 <= settings.rank < settings.tp:
+        raise BadSetting(
+            f"--rank {settings.rank}: ranks of --tp {settings.tp} count from 0 to {settings.tp - 1}"
+        )
+    if settings.rank > 0 and not settings.rendezvous:
+        raise BadSetting(f"--rank {settings.rank} needs --rendezvous, the same for every rank")
+
+
+def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMember:
+    """Start this rank and work until the process must stop. Returns its member, not yet closed."""
+    num_sharing = num_ranks_here(settings) * settings.local_groups
+    device, dtype = prepare(settings, checkpoint, num_sharing)
+    check_quantization(settings.quantization, device.torch_device, dtype)
+    device.use_card(settings.rank)
+    member = join_control_plane(settings, checkpoint, stop)
+    log = get_logger().bind(id=member.id)
+    log.info(
+        "loading",
+        model=str(checkpoint.path),
+        dtype=str(dtype),
+        device=str(device.torch_device),
+        threads=torch.get_num_threads(),
+    )
+    shard = meet_other_ranks(settings, checkpoint, device, member)
+    cache = size_cache(settings, checkpoint, device, dtype, shard, num_sharing)
+    runner = make_runner(settings, checkpoint, device, dtype, shard, cache, member)
+    log.info(
+        "ready",
+        weight_mib=runner.num_bytes_read >> 20,
+        kv_cache_mib=cache.num_blocks * cache.bytes_per_block >> 20,
+        kv_cache_tokens=cache.num_tokens,
+        max_model_len=context_of(settings, checkpoint),
+    )
+    if settings.rank == 0:
+        run_leader(settings, checkpoint, stop, member, runner, cache, dtype)
+    else:
+        # The group drains as one, and ends with rank 0.
+        stop.on_drain(member.links.announce_draining)
+        member.ready()
+        follow(member, runner.execute)
+    return member
+
+
+def join_control_plane(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMember:
+    def end_group(reason: str) -> None:
+        """End this process with its group.
+
+        The I/O thread calls this, too: the work loop may wait in a collective for the rank that is
+        gone, and would wait for ever.
+        """
+        if not stop.is_set():
+            get_logger().error("a rank of the group is gone, so the group ends", reason=reason)
+            leave(EXIT_FAILED)
+
+    return Member(
+        settings,
+        "llm",
+        stop,
+        checkpoint.fingerprint,
+        group=settings.group,
+        rank=settings.rank,
+        on_group_loss=None if settings.tp == 1 else end_group,
+        drains=settings.rank == 0,
+    )
+
+
+def meet_other_ranks(
+    settings: LlmSettings, checkpoint: Checkpoint, device: Device, member: LlmMember
+) -> Shard:
+    """Wait until all ranks of the group have met, and return this rank's share."""
+    sizes = checkpoint.sizes
+    max_elements = max(
+        settings.max_num_batched_tokens * sizes.hidden_size,
+        settings.max_num_seqs * sizes.vocab_size // settings.tp,
+    )
+    # Nobody knows when the other ranks come, so this wait is no hang.
+    member.progress.idle()
+    shard = join_group(
+        settings.rank, settings.tp, settings.rendezvous, device.torch_device, max_elements
+    )
+    member.progress.begin(LOADING_SECONDS)
+    return shard
+
+
+def context_of(settings: LlmSettings, checkpoint: Checkpoint) -> int:
+    """Return the context in tokens, prompt and answer together."""
+    return settings.max_model_len or checkpoint.max_model_len
+
+
+def size_cache(
+    settings: LlmSettings,
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: torch.dtype,
+    shard: Shard,
+    num_sharing: int,
+) -> KvCache:
+    """Return the size of the KV cache, on which all ranks agree."""
+    footprint = Footprint(checkpoint, dtype.itemsize)
+    num_weight_bytes = footprint.rank_bytes(settings.tp)
+    memory = settings.kv_memory or device.kv_cache_bytes(num_sharing, num_weight_bytes)
+    block_size = settings.block_size or device.default_block_size(dtype)
+    bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, block_size, settings.tp)
+    max_model_len = context_of(settings, checkpoint)
+    num_blocks = count_blocks(
+        memory, bytes_per_block, block_size, settings.max_num_seqs, max_model_len
+    )
+    return KvCache(shard.agree(num_blocks), block_size, bytes_per_block)
+
+
+def count_blocks(
+    memory: int, bytes_per_block: int, block_size: int, max_num_seqs: int, max_model_len: int
+) -> int:
+    """Return the number of blocks that `memory` allows and the batch can use.
+
+    Raises
+    ------
+    BadSetting
+        if not even one request of full length fits.
+    """
+    per_request = -(-max_model_len // block_size)
+    most = max_num_seqs * per_request
+    if bytes_per_block == 0:  # the model keeps no keys and values
+        return most
+    blocks = min(memory // bytes_per_block, most)
+    if blocks < per_request:
+        raise BadSetting(
+            f"{memory} bytes of KV cache hold {blocks * block_size} tokens, one request may have "
+            f"{max_model_len}: give --kv-memory {per_request * bytes_per_block} or more, or a "
+            "smaller --max-model-len"
+        )
+    return blocks
+
+
+def make_runner(
+    settings: LlmSettings,
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: torch.dtype,
+    shard: Shard,
+    cache: KvCache,
+    member: LlmMember,
+) -> ModelRunner:
+    """Load this rank's weights and allocate its KV cache."""
+    if device.kind != "cuda":
+        return ModelRunner(
+            checkpoint,
+            dtype,
+            device.torch_device,
+            cache.num_blocks,
+            cache.block_size,
+            member.loading,
+            shard,
+            settings.quantization,
+        )
+    # Imported only here: what it needs of torch takes a second to import.
+    from services.llm.cuda_model_runner import CudaModelRunner
+
+    return CudaModelRunner(
+        checkpoint,
+        dtype,
+        device.torch_device,
+        cache.num_blocks,
+        cache.block_size,
+        member.loading,
+        shard,
+        settings.max_num_seqs,
+    )
+
+
+def run_leader(
+    settings: LlmSettings,
+    checkpoint: Checkpoint,
+    stop: Stop,
+    member: LlmMember,
+    runner: ModelRunner,
+    cache: KvCache,
+    dtype: torch.dtype,
+) -> None:
+    """Serve requests as rank 0: schedule steps, and have all ranks execute them."""
+    execute = lead(member, settings.tp - 1, runner.execute)
+    scheduler = Scheduler(
+        BlockPool(cache.num_blocks),
+        cache.block_size,
+        settings.max_num_seqs,
+        settings.max_num_batched_tokens,
+    )
+    max_model_len = context_of(settings, checkpoint)
+    eos_token_ids = checkpoint.eos_token_ids
+    guided_decoding = GuidedDecoding(
+        checkpoint.path / "tokenizer.json", runner.vocab_size, eos_token_ids
+    )
+    embedding_bytes = runner.input_width * dtype.itemsize
+    budget = EmbeddingBudget(embedding_tokens(cache.num_tokens, max_model_len, embedding_bytes))
+    engine = Engine(
+        scheduler,
+        execute,
+        Sampler(),
+        guided_decoding,
+        runner.input_width,
+        eos_token_ids,
+        budget,
+        num_position_components=checkpoint.family.num_position_components,
+    )
+    worker = Worker(member, engine, stop.drain)
+    member.ready(max_model_len)
+    worker.run()

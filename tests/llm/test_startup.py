@@ -1,0 +1,71 @@
+"""What a rank prepares before it works: the size of its KV cache, and the runner for its device."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from common.checkpoint import open_checkpoint
+from common.config import BadSetting
+from common.families.family import TP_SIZES
+from common.settings import LlmSettings
+from common.sizing import Footprint
+from compute.device import Device
+from compute.torch_tensors import DTYPES
+from services.llm.model_runner import ModelRunner
+from services.llm.parallel import Shard
+from services.llm.startup import KvCache, check_settings, count_blocks, make_runner
+from tests.golden import CASES, GoldenCase
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weight_bytes_are_those_that_are_loaded(name: str) -> None:
+    checkpoint = open_checkpoint(GoldenCase(name).checkpoint)
+    stored = DTYPES[checkpoint.dtype]
+    for world_size in filter(checkpoint.sizes.fits, TP_SIZES):
+        shard = Shard(world_size - 1, world_size)
+        read = ModelRunner(checkpoint, stored, CPU, 1, 16, shard=shard).num_bytes_read
+        assert Footprint(checkpoint, stored.itemsize).rank_bytes(world_size) == read
+        assert Footprint(checkpoint, 2).rank_bytes(world_size) == read // stored.itemsize * 2
+
+
+def test_the_cpu_has_the_plain_runner() -> None:
+    checkpoint = open_checkpoint(GoldenCase("d_text").checkpoint)
+    member: Any = SimpleNamespace(loading=lambda fraction: None)
+    runner = make_runner(
+        LlmSettings(max_num_seqs=8),
+        checkpoint,
+        Device(CPU),
+        torch.float32,
+        Shard(),
+        KvCache(num_blocks=4, block_size=16, bytes_per_block=1),
+        member,
+    )
+    assert type(runner) is ModelRunner
+
+
+def test_blocks_hold_at_least_one_request_of_full_length() -> None:
+    assert count_blocks(1000, 10, 16, max_num_seqs=4, max_model_len=160) == 40
+    assert count_blocks(200, 10, 16, max_num_seqs=4, max_model_len=160) == 20
+    with pytest.raises(BadSetting, match="--kv-memory 100"):
+        count_blocks(99, 10, 16, max_num_seqs=4, max_model_len=160)
+
+
+def test_a_model_without_keys_and_values_has_a_block_for_every_token() -> None:
+    assert count_blocks(0, 0, 16, max_num_seqs=4, max_model_len=160) == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp": 2, "rank": 2, "rendezvous": "tcp://h:1"}, "count from 0 to 1"),
+        ({"tp": 2, "rank": 1}, "needs --rendezvous"),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    checkpoint = open_checkpoint(GoldenCase("c_gqa_tp8").checkpoint)
+    with pytest.raises(BadSetting, match=message):
+        check_settings(LlmSettings(**settings), checkpoint)
