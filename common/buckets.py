@@ -1,13 +1,18 @@
-"""Numbers of patches at which images are encoded: a static-shape tower's own buckets; for any
-other, powers of two to measure by."""
+"""Buckets of patch counts.
+
+A static-shape tower pads items to its buckets. For any other tower, powers of two are the buckets by
+which times are measured.
+"""
 
 from common.config import BadSetting
 from common.messages import MAX_BUCKETS
 
 
 def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds the image, 0 where none does; without buckets the power of
-    two."""
+    """Return the smallest bucket that holds an item; 0 if none does.
+
+    Without buckets it is the next power of two.
+    """
     if buckets:
         return next((bucket for bucket in buckets if bucket >= num_patches), 0)
     return 1 << (num_patches - 1).bit_length()
@@ -16,8 +21,11 @@ def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
 def expected_seconds(
     measured: dict[int, float], buckets: tuple[int, ...], num_patches: int
 ) -> float:
-    """Of an image, by seconds measured by bucket: those of its own, else of the nearest one by its
-    patches; 0 where nothing was measured yet."""
+    """Return the expected seconds in the tower, from seconds `measured` by bucket.
+
+    If the item's bucket was not measured, they are extrapolated from the nearest measured bucket.
+    They are 0 if nothing was measured yet.
+    """
     bucket = bucket_of(num_patches, buckets)
     if not measured or bucket in measured:
         return measured.get(bucket, 0.0)

@@ -1,4 +1,4 @@
-"""The matrix product with weights that are laid out once, when they are loaded."""
+"""Matrix products with weights that are laid out once, when they are loaded."""
 
 import ctypes
 import sys
@@ -11,12 +11,12 @@ from torch import Tensor
 from compute.kernels.library import bfloat16_kernels, cpu_flags
 from compute.kernels.operations import PackedWeights
 
-# Up to so many rows our kernel is faster than oneDNN's on the same packed weights; one that has
-# tiles overtakes earlier.
 MAX_KERNEL_ROWS = 64
-MAX_KERNEL_ROWS_BESIDE_AMX = 16
-# Outputs of which the kernels that pack the weights themselves make one panel.
+"""Up to this number of rows our kernel is faster than oneDNN's on the same packed weights."""
+MAX_KERNEL_ROWS_WITH_AMX = 16
+"""The same number on a CPU with AMX, whose tiles oneDNN uses."""
 PANEL = 16
+"""Outputs that our kernels pack together, if they pack the weights themselves."""
 
 
 class Linear:
@@ -35,12 +35,13 @@ class Linear:
             self._pack_by_kernel(kernels)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """With `residual` added where it is given."""
+        """x [n, num_inputs] -> [n, num_outputs], plus `residual` if given."""
         if self.packed and len(x) <= self.max_kernel_rows:
             return self.packed.multiply(x, residual)
-        product = (
-            self.by_onednn(x) if self.is_packed_by_onednn else F.linear(x, self._weight, self._bias)
-        )
+        if self.is_packed_by_onednn:
+            product = self.by_onednn(x)
+        else:
+            product = F.linear(x, self._weight, self._bias)
         return product if residual is None else product.add_(residual)
 
     def by_onednn(self, x: Tensor) -> Tensor:
@@ -48,12 +49,8 @@ class Linear:
 
     def _pack_by_onednn(self) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
-        kernels = (
-            kernels_for_packed()
-            if self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0
-            else None
-        )
-        if kernels is not None:
+        is_readable = self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0
+        if is_readable and (kernels := kernels_for_packed()):
             self._use(kernels, max_kernel_rows())
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
@@ -68,17 +65,18 @@ class Linear:
 
 
 def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Of weights that a kernel packs: whole panels and pairs of inputs."""
+    """Return the shape of weights that our kernels pack: whole panels and pairs of inputs."""
     num_outputs, num_inputs = shape
     return -(-num_outputs // PANEL) * PANEL, -(-num_inputs // 2) * 2
 
 
 def max_kernel_rows() -> int:
-    """Of weights that oneDNN packed."""
-    return MAX_KERNEL_ROWS_BESIDE_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
+    """Return the most rows for which our kernel multiplies weights that oneDNN packed."""
+    return MAX_KERNEL_ROWS_WITH_AMX if "amx_bf16" in cpu_flags() else MAX_KERNEL_ROWS
 
 
 def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype is torch.float32 or (
@@ -87,19 +85,21 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def packing_kernels(weight: Tensor) -> ctypes.CDLL | None:
-    """Those that compute any number of rows, where oneDNN has no bfloat16."""
-    kernels = (
-        bfloat16_kernels()
-        if weight.device.type == "cpu" and weight.dtype is torch.bfloat16
-        else None
-    )
+    """Return the kernels that pack weights themselves, because oneDNN packs no bfloat16 here.
+
+    They multiply any number of rows.
+    """
+    is_ours = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+    kernels = bfloat16_kernels() if is_ours else None
     return kernels if hasattr(kernels, "pack_weights") else None
 
 
 @cache
 def kernels_for_packed() -> ctypes.CDLL | None:
-    """Our kernels, where oneDNN packs weights the way that they read them: nobody promises that it
-    always will."""
+    """Return our kernels if they can read weights that oneDNN packed; else None.
+
+    oneDNN does not promise a layout, so a small product is compared.
+    """
     kernels = bfloat16_kernels()
     if kernels is None:
         return None
@@ -110,8 +110,5 @@ def kernels_for_packed() -> ctypes.CDLL | None:
     if torch.ops.mkldnn._nbytes(packed) != 192 * 96 * 2:
         return None
     found = PackedWeights(kernels, packed, (136, 72)).multiply(x, None)
-    return (
-        kernels
-        if torch.allclose(found.float(), F.linear(x.float(), weight.float()), rtol=0.02, atol=0.02)
-        else None
-    )
+    expected = F.linear(x.float(), weight.float())
+    return kernels if torch.allclose(found.float(), expected, rtol=0.02, atol=0.02) else None

@@ -1,5 +1,7 @@
-"""Products with weights of eight bits: half the bytes of bfloat16, of which a decode step reads
-all."""
+"""Products with weights of eight bits.
+
+A decode step reads all weights, and these have half the bytes of bfloat16.
+"""
 
 import sys
 
@@ -15,8 +17,10 @@ GREATEST = 127
 
 
 class Int8Linear:
-    """Like `Linear`, with bfloat16 inputs and outputs on a CPU; each output has a scale of its own,
-    and sums are float32."""
+    """A `Linear` on a CPU with int8 weights, and bfloat16 inputs and outputs.
+
+    Each output has its own scale. Sums are float32.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         kernels = int8_kernels()
@@ -31,13 +35,15 @@ class Int8Linear:
         self.max_kernel_rows = sys.maxsize
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [n, num_inputs] -> [n, num_outputs], with `residual` added where it is given."""
+        """x [n, num_inputs] -> [n, num_outputs], plus `residual` if given."""
         return self.packed.multiply(x, residual)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [num_outputs, num_inputs] and float32 scales [num_outputs], whose product is near the
-    weight."""
+    """Return int8 weights [num_outputs, num_inputs] and float32 scales [num_outputs].
+
+    Their product approximates the weight.
+    """
     wide = weight.float()
     scales = wide.abs().amax(1) / GREATEST
     divisors = scales.where(scales > 0, 1.0)
@@ -45,7 +51,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_quantization(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises BadSetting where weights of this kind cannot be computed with."""
+    """Raise BadSetting if this machine cannot compute with weights of this kind."""
     if quantization == "none":
         return
     if device.type != "cpu" or dtype is not torch.bfloat16:

@@ -1,4 +1,4 @@
-"""torch tensors to wire tensors and back."""
+"""Conversion between torch tensors and wire tensors."""
 
 import torch
 
@@ -15,7 +15,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def to_wire(tensor: torch.Tensor) -> Tensor:
-    """A view of the tensor where it is contiguous and on the CPU."""
+    """Return the tensor for the wire: a view if it is contiguous and on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     return Tensor(
         NAMES[tensor.dtype], tuple(tensor.shape), tensor.flatten().view(torch.uint8).numpy().data
@@ -23,7 +23,7 @@ def to_wire(tensor: torch.Tensor) -> Tensor:
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A copy: frames are read-only, which torch has no notion of."""
+    """Return a copy. Frames are read-only, and torch does not know read-only memory."""
     return torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype]).reshape(
         tensor.shape
     )

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read one at a time or as slices, under one naming."""
+"""Reads the tensors of a checkpoint, whole or as slices, by their canonical names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +37,12 @@ class Weights:
         }
         self._total = max(sum(self._unread.values()), 1)
         self.num_bytes_read = 0
-        """As stored; a rank reads its slices only."""
+        """The bytes read so far, as stored. A rank reads only its slices."""
 
     def tensor(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """The whole tensor, whose shape in the file must be `shape`."""
+        """Return a whole tensor. Raises BadCheckpoint if its shape in the file is not `shape`."""
         return self._read(name, shape, (), dtype, device)
 
     def slice(
@@ -55,8 +55,10 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """Entries `start` to `stop` along `dim` of a tensor, whose whole shape in the file must be
-        `shape`."""
+        """Return entries `start` to `stop` along `dim`.
+
+        Raises BadCheckpoint if the shape of the whole tensor in the file is not `shape`.
+        """
         assert 0 <= start <= stop <= shape[dim], f"{name}: {start}:{stop} of {shape}"
         return self._read(name, shape, (slice(None),) * dim + (slice(start, stop),), dtype, device)
 
@@ -73,8 +75,8 @@ class Weights:
             stored = self._file(info).get_slice(stored_name)[index or ...]
         except (SafetensorError, OSError) as e:
             raise BadCheckpoint(f"{info.file}: {stored_name} cannot be read: {e}") from e
-        # A copy always: what safetensors returns is a view of the mapped file, which may be
-        # replaced while it is served.
+        # Always a copy: safetensors returns a view of the mapped file, and the file may be replaced
+        # while it is served.
         self.num_bytes_read += stored.nbytes
         loaded = stored.to(device=device, dtype=dtype, copy=True)
         self._unread.pop(name, None)

@@ -19,29 +19,33 @@ from services.llm.step_plan import StepPlan
 
 
 class StepAttention(Protocol):
+    """The attention of one step, the same for every layer."""
+
     def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        """Write the keys and values of T tokens to a layer's cache [2, num_blocks, block_size, K,
-        D]; returns [T, H * D]."""
+        """Write the keys and values of T tokens to a layer's cache, then attend to it.
+
+        `cache` is [2, num_blocks, block_size, K, D]. Returns [T, H * D].
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """All sequences of one new token."""
+    """All sequences of a step with one new token."""
 
     rows: Tensor | None
-    """int64 [B]: their rows in the batch; None where the batch has no others."""
+    """int64 [B]: the rows of these sequences in the batch; None if the batch has no others."""
     tables: Tensor
-    """int64 [B, num_blocks]: their blocks."""
+    """int64 [B, num_blocks]: the blocks of each sequence."""
     contexts: Tensor
-    """int64 [B]."""
+    """int64 [B]: the tokens of each sequence in the KV cache."""
     max_context: int
     mask: Tensor | None
-    """[B, 1, 1, max_context], added to the scores; None where all contexts are equally long."""
+    """[B, 1, 1, max_context], added to the scores; None if all contexts are equally long."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """One sequence of several new tokens, at `start` to `stop` of the batch."""
+class PrefillChunk:
+    """A sequence with several new tokens, in rows `start` to `stop` of the batch."""
 
     start: int
     stop: int
@@ -50,6 +54,8 @@ class Chunk:
 
 
 class GatheredAttention:
+    """A StepAttention for any device."""
+
     def __init__(
         self, plan: StepPlan, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -73,17 +79,20 @@ class GatheredAttention:
         for chunk in self._chunks:
             new = slice(chunk.start, chunk.stop)
             is_whole = chunk.context == chunk.stop - chunk.start
-            k, v = (
-                (k_TKD[new], v_TKD[new])
-                if is_whole
-                else self._gather(cache, chunk.blocks, chunk.context)
-            )
+            if is_whole:
+                k = k_TKD[new]
+                v = v_TKD[new]
+            else:
+                k, v = self._gather(cache, chunk.blocks, chunk.context)
             out[new] = attention(q_THD[new], k, v, causal=True)
         return out
 
     def _decode(self, q_BHD: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
-        """The query heads that share a key head take the place of query positions, so that keys are
-        never repeated."""
+        """[B, H, D] -> [B, H * D].
+
+        Query heads that share a key head take the place of query positions, so that no key is
+        repeated.
+        """
         if can_attend_blocks(q_BHD.shape[1], cache):
             return decode_attention(q_BHD, cache, decodes.tables, decodes.contexts)
         num_kv_heads, head_dim = cache.shape[-2:]
@@ -97,7 +106,7 @@ class GatheredAttention:
         return F.scaled_dot_product_attention(q, k, v, decodes.mask).flatten(1)
 
     def _gather(self, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, K, D] of one sequence."""
+        """Return the keys and the values of one sequence, [length, K, D] each."""
         k, v = (paged.index_select(0, blocks).flatten(0, 1)[:length] for paged in cache)
         return k, v
 
@@ -108,7 +117,7 @@ class GatheredAttention:
         contexts = plan.context_lens[is_decode]
         num_blocks = -(-contexts // self._block_size)
         tables = plan.block_tables[is_decode, : num_blocks.max()]
-        # Padding repeats a sequence's own first block: what is masked must be finite all the same.
+        # Padding repeats the first block of the sequence: masked values must be finite, too.
         tables = np.where(np.arange(tables.shape[1]) < num_blocks[:, None], tables, tables[:, :1])
         mask = None
         if (contexts != contexts[0]).any():
@@ -118,13 +127,13 @@ class GatheredAttention:
             rows, self._tensor(tables), self._tensor(contexts), int(contexts.max()), mask
         )
 
-    def _plan_chunks(self, plan: StepPlan) -> Iterator[Chunk]:
+    def _plan_chunks(self, plan: StepPlan) -> Iterator[PrefillChunk]:
         stops = plan.query_lens.cumsum()
         for i in np.flatnonzero(plan.query_lens > 1):
             query = int(plan.query_lens[i])
             context = int(plan.context_lens[i])
             blocks = self._tensor(plan.block_tables[i, : -(-context // self._block_size)])
-            yield Chunk(int(stops[i]) - query, int(stops[i]), context, blocks)
+            yield PrefillChunk(int(stops[i]) - query, int(stops[i]), context, blocks)
 
     def _mask(self, visible: np.ndarray) -> Tensor:
         return (

@@ -1,5 +1,7 @@
-"""The blocks of the paged KV cache: who holds them, and which computed tokens they can be found by.
-Imports no torch."""
+"""The blocks of the paged KV cache: who holds them, and by which names they are found.
+
+Imports no torch.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -27,11 +29,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, the named ones among them."""
+        """The number of blocks that nobody holds, including named ones."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks for one request alone, to be written."""
+        """Return blocks that one request alone holds and may write."""
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} are free"
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         self.forget(blocks)
@@ -39,15 +41,17 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: list[int]) -> None:
-        """One more request holds these, which were found by their names."""
+        """Let one more request hold these blocks, which were found by their names."""
         for block in blocks:
             assert block in self._names, f"block {block} may still be written"
             self._free.pop(block, None)
         self._hold(blocks)
 
     def free(self, blocks: Iterable[int]) -> None:
-        """One request less holds these, which are in its order: of a prefix, the end is forgotten
-        first."""
+        """Let one request less hold these blocks, given in the order of its tokens.
+
+        The end of a prefix is reused before its beginning.
+        """
         for block in reversed(list(blocks)):
             assert self._num_holders[block] > 0, f"block {block} was freed twice"
             self._num_holders[block] -= 1
@@ -56,8 +60,10 @@ class BlockPool:
                 self._free.move_to_end(block, last=block in self._names)
 
     def name(self, block: int, name: bytes) -> None:
-        """The block is full and computed. Where another has the name already, this one stays its
-        holder's alone."""
+        """Name a full, computed block, so that it can be found.
+
+        If another block has the name already, this one stays unnamed.
+        """
         assert self._num_holders[block] == 1 and block not in self._names
         if name not in self._by_name:
             self._by_name[name] = block
@@ -70,7 +76,7 @@ class BlockPool:
         return block in self._free
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Nobody finds these by their names any more; who holds them keeps them."""
+        """Take the names of these blocks away. Their holders keep them."""
         for block in blocks:
             if name := self._names.pop(block, None):
                 del self._by_name[name]

@@ -1,8 +1,7 @@
-"""Attention on CUDA that reads the paged KV cache where it lies: torch's varlen_attn with block
-tables.
+"""Attention on CUDA that reads the paged KV cache in place: torch's varlen_attn with block tables.
 
-Its kernel is FlashAttention 2. It takes half precision only, its pages are multiples of 256 tokens,
-and it runs from Ampere on. Untried: no CUDA device was at hand when it was written.
+Its kernel is FlashAttention 2. It needs half precision, pages of a multiple of 256 tokens, and an
+Ampere card or a newer one. Untried: no CUDA device was at hand when this was written.
 """
 
 from collections.abc import Iterator
@@ -19,15 +18,15 @@ from services.llm.step_plan import StepPlan
 PAGE_TOKENS = 256
 MAX_HEAD_DIM = 256
 AMPERE = (8, 0)
+# Windows of varlen_attn: (tokens before, tokens after), -1 for all.
 EVERYTHING = (-1, -1)
 CAUSAL = (-1, 0)
-"""Windows of varlen_attn: (tokens before, tokens after), -1 for all."""
 
 
 def objection_to_pages(
     dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device
 ) -> str:
-    """Why the kernel cannot read such a cache where it lies; "" where it can."""
+    """Return why the kernel cannot read such a cache in place; "" if it can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the paged kernel takes float16 and bfloat16, not {dtype}"
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
@@ -44,7 +43,10 @@ def objection_to_pages(
 
 
 def attempt(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> str:
-    """What the kernel says of one token: torch may be built without it."""
+    """Return the error of the kernel for one token; "" if it works.
+
+    torch may be built without the kernel.
+    """
     one = torch.ones(1, dtype=torch.int64, device=device)
     table = torch.zeros(1, 1, dtype=torch.int64, device=device)
     q = torch.zeros(1, 2, head_dim, dtype=dtype, device=device)
@@ -61,7 +63,7 @@ class Part:
     """The decodes of a plan, or its chunks of several tokens."""
 
     rows: np.ndarray
-    """int64: where their tokens are in the batch."""
+    """int64: the rows of the batch that hold the tokens of this part."""
     query_lens: np.ndarray
     context_lens: np.ndarray
     block_tables: np.ndarray
@@ -72,8 +74,11 @@ class Part:
 
 
 def parts_of(plan: StepPlan) -> Iterator[Part]:
-    """Decodes apart: only for them the kernel shares a key head's reads among its query heads and
-    splits long contexts."""
+    """Return the decodes and the chunks of a plan as separate parts.
+
+    Only for decodes does the kernel read a key head once for all its query heads, and split long
+    contexts.
+    """
     is_decode = plan.query_lens == 1
     for chosen in (is_decode, ~is_decode):
         if chosen.any():
@@ -85,13 +90,14 @@ def parts_of(plan: StepPlan) -> Iterator[Part]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one call of the kernel needs to know beside queries and cache."""
+    """What one call of the kernel needs besides queries and cache."""
 
     rows: Tensor | None
-    """int64: rows of the batch; None for all of them."""
+    """int64: rows of the batch; None for all rows."""
     query_starts: Tensor
+    """int32 [num_seqs + 1]."""
     context_starts: Tensor
-    """int32 [num_seqs + 1] both."""
+    """int32 [num_seqs + 1]."""
     context_lens: Tensor
     """int32 [num_seqs]."""
     block_tables: Tensor
@@ -122,11 +128,11 @@ class Call:
 
     def run(self, q_THD: Tensor, cache: Tensor) -> Tensor:
         is_decode = self.max_query == 1
-        # The kernel joins the parts of a split context right only where query heads share a key
+        # The kernel joins the parts of a split context correctly only if query heads share a key
         # head and each has one token.
         may_split = is_decode and q_THD.shape[1] > cache.shape[-2]
-        # A decode sees all of its context, and only without a mask the kernel takes its query heads
-        # together.
+        # A decode sees its whole context, and the kernel handles its query heads together only
+        # without a mask.
         attended = varlen_attn(
             q_THD,
             cache[0],
@@ -141,14 +147,15 @@ class Call:
             block_table=self.block_tables,
             num_splits=None if may_split else 1,
         )
-        assert isinstance(attended, Tensor), "nothing beside the result was asked for"
+        assert isinstance(attended, Tensor), "only the result was requested"
         return attended
 
 
 class PagedAttention:
-    """A StepAttention. `slots` are int64 [T]; the calls' rows together are the whole batch."""
+    """A StepAttention of one or two calls, whose rows together are the whole batch."""
 
     def __init__(self, slots: Tensor, calls: list[Call]) -> None:
+        """`slots` are int64 [T]: where the keys and values of the tokens go."""
         self._slots = slots
         self._calls = calls
 

@@ -1,7 +1,7 @@
-"""Executes step plans on CUDA: decodes as graphs, mixed steps with paged attention, float32 as
-everywhere.
+"""Executes step plans on CUDA: decodes as graphs, mixed steps with paged attention.
 
-Nothing here waits for the device. Untried: no CUDA device was at hand when it was written.
+In float32 it does what the plain runner does. Nothing here waits for the device. Untried: no CUDA
+device was at hand when this was written.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from services.llm.step_plan import StepPlan
 
 
 class CudaModelRunner(ModelRunner):
+    """A rank's weights and KV cache on a CUDA card."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -32,13 +34,13 @@ class CudaModelRunner(ModelRunner):
         shard: Shard = Shard(),
         max_num_seqs: int = 64,
     ) -> None:
-        # One block more than the scheduler knows: the rows that fill up a captured batch write
-        # there.
+        # One block more than the scheduler knows. Rows that fill up a captured batch write there.
         super().__init__(checkpoint, dtype, device, num_blocks + 1, block_size, progress, shard)
         self._graphs: DecodeGraphs | None = None
         if objection := objection_to_pages(dtype, checkpoint.sizes.head_dim, block_size, device):
             get_logger().warning(
-                "attention gathers its blocks, and decodes are no graphs", reason=objection
+                "attention gathers its blocks, and decodes are not captured as graphs",
+                reason=objection,
             )
             return
         max_context = min(checkpoint.max_model_len, num_blocks * block_size)

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch for hundreds of small kernels.
 
-A graph is captured at start for each of some batch sizes; a batch takes the next larger one. What
-fills it up computes into a scratch block and is dropped. Untried: no CUDA device was at hand when
-it was written.
+A graph is captured at start for each of several batch sizes. A batch uses the next larger graph;
+the rows that fill it up compute into a scratch block and are dropped. Untried: no CUDA device was
+at hand when this was written.
 """
 
 import math
@@ -23,7 +23,7 @@ from services.llm.step_plan import StepPlan
 
 
 def captured_sizes(max_num_seqs: int) -> list[int]:
-    """Close together where a row more is felt, and always the largest batch that there can be."""
+    """Return batch sizes, close together while small, ending with the largest possible one."""
     return [
         size
         for size in (1, 2, 4, *range(8, 64, 8), *range(64, max_num_seqs, 32))
@@ -34,8 +34,7 @@ def captured_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """Graphs of the whole forward pass for steps in which every sequence has one new token.
 
-    `kv_cache` is that of the model, `scratch_block` one of its blocks that no sequence is ever
-    given.
+    `scratch_block` is a block of `kv_cache` that no sequence ever gets.
     """
 
     @torch.inference_mode()
@@ -60,19 +59,20 @@ class DecodeGraphs:
         self._buffer = torch.zeros(num_values, dtype=torch.int64, device=model.device)
         pool = GraphPool(model.device)
         self._graphs = {}
-        # The largest first: the others find room in the memory that it took.
+        # The largest first, so that the others fit into its memory.
         for size in reversed(self._sizes):
             self._send(self._blank(size))
             self._graphs[size] = pool.capture(partial(self._compute, size))
             progress(1.0)
 
     def covers(self, plan: StepPlan) -> bool:
+        """Whether a graph can run the step."""
         num_seqs, num_blocks = plan.block_tables.shape
         is_decode = plan.num_tokens == num_seqs and len(plan.embedding_rows) == 0
         return is_decode and num_seqs <= self._sizes[-1] and num_blocks <= self._width
 
     def run(self, plan: StepPlan) -> Tensor:
-        """float32 logits [num_sampled, vocab_size], as the model computes them."""
+        """Return float32 logits [num_sampled, vocab_size], as the model computes them."""
         num_seqs = len(plan.query_lens)
         size = self._sizes[bisect_left(self._sizes, num_seqs)]
         self._send(self._filled(size, plan))

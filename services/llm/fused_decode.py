@@ -1,8 +1,8 @@
-"""A step of decodes alone in one call: a kernel of ours goes through all layers, where there is one
-for the model.
+"""Runs a step that has only decodes as one kernel call through all layers.
 
-One by one the operations are over two hundred calls, between which the other threads fall asleep
-(figures in docs/decisions.md). Ranks sum their shares twice a layer: they make two calls for each.
+As single operations it would be over two hundred calls, between which the other threads fall asleep
+(docs/performance.md has figures). Ranks sum their shares twice per layer, so they make two calls
+per layer.
 """
 
 from ctypes import CDLL, addressof, byref
@@ -19,7 +19,7 @@ from services.llm.language_model import LanguageModel
 from services.llm.step_plan import StepPlan
 
 MAX_ROWS = 64
-"""More are bound by arithmetic: what one call saves is of no matter to them."""
+"""Larger batches are bound by arithmetic, so saving calls does not matter to them."""
 
 
 class FusedDecode:
@@ -111,7 +111,10 @@ class FusedDecode:
         return self._model.shard.all_gather(logits.float())
 
     def _compute(self, step: structures.Step, x: Tensor, y: Tensor, first: int, last: int) -> None:
-        """Parts `first` up to `last`: attention and MLP of each layer in turn, then the head."""
+        """Run the parts from `first` to before `last`.
+
+        The parts are attention and MLP of each layer in turn, then the head.
+        """
         addresses = (x.data_ptr(), self._workspace.data_ptr(), y.data_ptr())
         self._kernels.decode(
             byref(self._decoder), byref(step), *addresses, first, last, torch.get_num_threads()

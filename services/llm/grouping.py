@@ -1,4 +1,4 @@
-"""Which rank of which group this process is, and the other ranks where it starts them itself."""
+"""Which rank of which group this process is, and how rank 0 starts the other ranks."""
 
 import contextlib
 import os
@@ -18,9 +18,10 @@ from common.settings import LlmSettings
 
 
 def resolve_rank(settings: LlmSettings) -> LlmSettings:
-    """Group, rank and rendezvous by the ordinal, where there is one: it counts ranks where they
-    meet from several processes that something else starts, groups where this process starts its
-    own.
+    """Return the settings with group, rank and rendezvous derived from --ordinal, if given.
+
+    With a rendezvous, something else starts every rank, and the ordinal counts ranks. Without one,
+    this process starts the other ranks of its group, and the ordinal counts groups.
 
     Raises
     ------
@@ -39,20 +40,24 @@ def resolve_rank(settings: LlmSettings) -> LlmSettings:
 
 
 def num_ranks_here(settings: LlmSettings) -> int:
-    """Of one group. Ranks that meet over TCP are taken to have hosts of their own."""
+    """Return how many ranks of one group share this host.
+
+    Ranks that meet over TCP are assumed to have a host each.
+    """
     return 1 if settings.rendezvous.startswith("tcp://") else settings.tp
 
 
 @contextlib.contextmanager
 def other_ranks(settings: LlmSettings) -> Iterator[LlmSettings]:
-    """Starts ranks 1 and up beside this one where no rendezvous says that someone else does, and
-    ends them with the block. A rank that dies ends this process, too."""
+    """Start ranks 1 and up on this host, unless a rendezvous says that something else does.
+
+    They end with the block. A rank that dies ends this process, too.
+    """
     if settings.tp == 1 or settings.rendezvous:
         yield settings
         return
     with tempfile.TemporaryDirectory(prefix="twinlens-llm-") as folder:
-        # Several such processes may be told the same name, and none is to take another's ranks for
-        # its own.
+        # Several groups may have the same name, and none may take another's ranks for its own.
         group = settings.group if settings.ordinal else new_member_id(settings.group)
         settings = replace(settings, rendezvous=f"file://{folder}/meet", group=group)
         ended = threading.Event()
@@ -87,12 +92,12 @@ def command_of(settings: LlmSettings, rank: int) -> list[str]:
 
 
 def listen_beside(listen: str, rank: int) -> str:
-    """An inbox of the rank's own on the same interface."""
+    """Return the address of a separate inbox for the rank, on the same interface."""
     return f"{listen.rpartition(':')[0]}:*" if listen.startswith("tcp://") else f"{listen}.{rank}"
 
 
 def watch(process: subprocess.Popen[bytes], ended: threading.Event) -> None:
-    """The work loop may wait for the rank that is gone, and would for ever."""
+    """End this process if a rank ends: the work loop might wait for that rank for ever."""
     status = process.wait()
     if not ended.is_set():
         get_logger().error("a rank of the group ended, so the group ends", status=status)

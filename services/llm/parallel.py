@@ -1,8 +1,8 @@
-"""Tensor parallelism: a rank's share, and how the ranks' partial results become one.
+"""Tensor parallelism: the share of a rank, and how the results of all ranks are combined.
 
-The collectives are torch.distributed's (gloo, NCCL, HCCL). Ranks that run on the CPUs of one host
-use shared memory instead: at the size of a decode step a gloo all-reduce is nearly all latency (see
-docs/decisions.md).
+The collectives are those of torch.distributed (gloo, NCCL, HCCL). Ranks on the CPUs of one host use
+shared memory instead, because a gloo all-reduce of a decode step is nearly all latency (see
+docs/performance.md).
 """
 
 import datetime
@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# A group may be idle for as long as nobody asks; a rank's death is seen by its broken connection,
-# not by a time-out.
+# A group may be idle for days. The death of a rank shows as a broken connection, not as a time-out.
 PATIENCE = datetime.timedelta(days=365)
 FLAG_BYTES = 64
 """A flag fills a cache line, so that writing one does not slow the reading of another."""
@@ -32,22 +31,27 @@ NAP_SECONDS = 50e-6
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's share of whatever is split, and the ranks' collectives. `all_gather` joins along the
-    last dimension."""
+    """The share of one rank of whatever is split, and the collectives of the ranks."""
 
     rank: int = 0
     world_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = field(default=lambda partial: partial)
+    """Sums the parts of all ranks."""
     all_gather: Callable[[Tensor], Tensor] = field(default=lambda part: part)
+    """Joins the parts of all ranks along the last dimension."""
     agree: Callable[[int], int] = field(default=lambda count: count)
-    """The least of the ranks' numbers."""
+    """Returns the least number of all ranks."""
 
     def split(self, count: int) -> tuple[int, int]:
+        """Return the bounds of this rank's share of `count` things."""
         share = count // self.world_size
         return self.rank * share, (self.rank + 1) * share
 
     def split_kv_heads(self, count: int) -> tuple[int, int]:
-        """Ranks share a key head where there are fewer heads than ranks."""
+        """Return the bounds of this rank's key heads.
+
+        Ranks share a key head if there are fewer heads than ranks.
+        """
         if count >= self.world_size:
             return self.split(count)
         first = self.rank * count // self.world_size
@@ -57,9 +61,11 @@ class Shard:
 def join_group(
     rank: int, world_size: int, rendezvous: str, device: torch.device, max_elements: int
 ) -> Shard:
-    """Meets the other ranks at the rendezvous (an init_method of torch.distributed: file://PATH or
-    tcp://HOST:PORT) and waits for all of them. `max_elements` is the most that one collective
-    moves."""
+    """Wait for all ranks at the rendezvous, and return the share of this one.
+
+    The rendezvous is an init_method of torch.distributed: file://PATH or tcp://HOST:PORT. No
+    collective moves more than `max_elements`.
+    """
     if world_size == 1:
         return Shard()
     dist.init_process_group(
@@ -114,15 +120,18 @@ class SharedMemory:
         self._tensors = torch.from_numpy(self._slots)
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """The sum over all ranks, in float32, as the part's dtype."""
+        """Sum over all ranks in float32; the result has the dtype of the part."""
         return self._exchange(part).sum(0).to(part.dtype)
 
     def all_gather(self, part: Tensor) -> Tensor:
+        """Join the parts of all ranks along the last dimension."""
         return torch.cat(self._exchange(part).to(part.dtype).unbind(0), -1)
 
     def _exchange(self, mine: Tensor) -> Tensor:
-        """float32 [world_size, *shape]: every rank's part. A view that lasts until the next
-        collective but one."""
+        """Return the parts of all ranks, float32 [world_size, *shape].
+
+        It is a view that is valid until the next collective but one.
+        """
         self._count += 1
         slot = self._tensors[self._count % NUM_SLOTS, :, : mine.numel()]
         slot[self._rank] = mine.reshape(-1)
@@ -131,7 +140,7 @@ class SharedMemory:
         return slot.view(self._world_size, *mine.shape)
 
     def _wait(self) -> None:
-        """Gives the core away between two looks: there may be more ranks than cores."""
+        """Wait for all ranks, and yield the core meanwhile: ranks may outnumber cores."""
         spins = 0
         while int(self._flags.min()) < self._count:
             spins += 1
@@ -142,8 +151,7 @@ class SharedMemory:
 
 
 def share_memory(rank: int, world_size: int, max_elements: int) -> SharedMemory | None:
-    """The mapping that all ranks have; None where one of them is on another host or cannot have
-    it."""
+    """Return memory that all ranks share; None if a rank is on another host or cannot map it."""
     mark = torch.zeros(1, dtype=torch.int64)
     if rank == 0:
         mark[0] = int.from_bytes(os.urandom(7), "big")
@@ -154,9 +162,9 @@ def share_memory(rank: int, world_size: int, max_elements: int) -> SharedMemory 
     dist.barrier()
     found = torch.tensor([path.exists()], dtype=torch.int64)
     dist.all_reduce(found)
-    shared = (
-        SharedMemory(path, rank, world_size, max_elements) if found.item() == world_size else None
-    )
+    shared = None
+    if found.item() == world_size:
+        shared = SharedMemory(path, rank, world_size, max_elements)
     dist.barrier()
     if rank == 0:
         path.unlink(missing_ok=True)

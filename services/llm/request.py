@@ -1,5 +1,7 @@
-"""A request as the language group sees it: its tokens, its images' embeddings, how far it is
-computed. Imports no torch."""
+"""A request as the language group sees it: its tokens, its items, and how far it is computed.
+
+Imports no torch.
+"""
 
 import time
 from array import array
@@ -89,8 +91,10 @@ def excess_of(prompt: Prompt, limits: Limits) -> str:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`num_computed_tokens` catches up with `num_tokens`; a preempted request starts again from 0
-    and keeps its output."""
+    """A request in the group: its `num_computed_tokens` catches up with its `num_tokens`.
+
+    A preempted request starts again from 0 computed tokens, and keeps its output.
+    """
 
     prompt: Prompt
     arrived: float = field(default_factory=time.monotonic)
@@ -98,11 +102,11 @@ class Request:
     positions: np.ndarray = field(init=False)
     placeholders: list[tuple[int, int]] = field(init=False)
     embeddings: dict[int, Any] = field(default_factory=dict)
-    """By item: [length, input width of the model]."""
+    """By item: [length, input width of the model]. Missing until the item arrives."""
     item_timings: dict[int, dict[str, Any]] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
     block_table: "array[int]" = field(default_factory=lambda: array("q"))
-    """Empty exactly while the request waits."""
+    """The blocks of the request, in order. It is empty exactly while the request waits."""
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
     """Tokens that the prefix cache had when the request was first scheduled."""
@@ -125,7 +129,7 @@ class Request:
 
     @property
     def num_resumed_tokens(self) -> int:
-        """Output tokens of earlier attempts."""
+        """The number of output tokens that earlier attempts delivered."""
         return self.prompt.output_token_ids.shape[0] if self.prompt.output_token_ids else 0
 
     @property
@@ -146,15 +150,14 @@ class Request:
 
     @property
     def num_wanted(self) -> int:
-        """Tokens that can be computed now; none while the next one is an image's that is not
-        there."""
+        """The number of tokens that can be computed now; 0 if the next one is of a missing item."""
         return self.num_computable(self.num_computed_tokens) - self.num_computed_tokens
 
     def num_computable(self, num_computed: int) -> int:
-        """How far the request can be computed from `num_computed` on: to its end, or to the first
-        image that is missing.
+        """Return how far the request can be computed from `num_computed` on.
 
-        An image whose placeholders are all computed (the prefix cache had them) is not missed.
+        That is its end, or the first missing item. An item whose placeholders are all computed,
+        because the prefix cache had them, is not missed.
         """
         if len(self.embeddings) == len(self.placeholders):
             return self.num_tokens
@@ -169,7 +172,7 @@ class Request:
         )
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Token ids of [begin, end), prompt and output."""
+        """Return the token ids of [begin, end), of prompt and output together."""
         n = self.num_prompt_tokens
         if end <= n:
             return self.token_ids[begin:end]

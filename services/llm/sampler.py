@@ -17,9 +17,9 @@ from common.messages import Sampling, Stopping
 from services.llm.noise import gumbel_noise, mix, signed
 
 GREEDY_BELOW = 1e-5
-# The noise lies between -2.9 and 22.9: what is further than that behind the best cannot win.
+# The noise lies between -2.9 and 22.9, so a token further behind the best cannot win.
 NOISE_RANGE = 26.0
-# A nucleus (top_p) is looked for among so many best tokens before the whole vocabulary is sorted.
+# A nucleus (top_p) is searched among this number of best tokens before all tokens are sorted.
 FIRST_NUCLEUS_WIDTH = 1024
 
 
@@ -28,7 +28,7 @@ class Logprobs:
     """Log-probabilities under the model's own distribution, before penalties and temperature."""
 
     logprob: float
-    """Of the token drawn."""
+    """The log-probability of the drawn token."""
     top_token_ids: np.ndarray
     """int64 [num_logprobs], most probable first."""
     top_logprobs: np.ndarray
@@ -37,16 +37,18 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
+    """The tokens drawn in one step."""
+
     token_ids: list[int]
-    """One a row; meaningless in a bad row."""
+    """One per row; meaningless in a bad row."""
     logprobs: dict[int, Logprobs]
-    """By row, for the rows that asked for them and are not bad."""
+    """By row, for rows that asked for log-probabilities and are not bad."""
     bad_rows: list[int]
     """Rows whose logits hold a NaN, +inf, or nothing finite: no token can be drawn."""
 
 
 class TokenCounts:
-    """How often each token occurred, as arrays that grow by one entry a new token."""
+    """How often each token occurred, in arrays that grow by an entry for each new token."""
 
     def __init__(self, token_ids: Iterable[int]) -> None:
         ids, counts = np.unique(np.fromiter(token_ids, np.int64), return_counts=True)
@@ -77,16 +79,18 @@ class TokenCounts:
 
 
 @dataclass(slots=True)
-class Request:
+class SamplingState:
+    """What is remembered of a request between its tokens."""
+
     sampling: Sampling
     is_greedy: bool
     min_tokens: int
     ending_ids: np.ndarray
-    """int64: tokens that end the answer, not to be drawn before `min_tokens` are there."""
+    """int64: tokens that end the answer. They are not drawn before `min_tokens` others."""
     seen: TokenCounts | None
-    """Prompt and output, for the repetition penalty."""
+    """Tokens of prompt and output, for the repetition penalty; None if there is none."""
     drawn: TokenCounts | None
-    """Output, for the presence and the frequency penalty."""
+    """Tokens of the output, for presence and frequency penalty; None if there is none."""
 
     def record(self, token_id: int) -> None:
         for counts in (self.seen, self.drawn):
@@ -95,8 +99,8 @@ class Request:
 
 
 @dataclass(slots=True)
-class Edits:
-    """Single entries [row, token] of the logits, with what is to be done to them."""
+class LogitEdits:
+    """Single entries of the logits, each with a value to apply to it."""
 
     places: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
@@ -117,10 +121,10 @@ class Edits:
 
 
 class Sampler:
-    """Draws the next token of many requests at once; remembers of each what its penalties need."""
+    """Draws the next tokens of many requests at once, and keeps what their penalties need."""
 
     def __init__(self) -> None:
-        self._requests: dict[Hashable, Request] = {}
+        self._requests: dict[Hashable, SamplingState] = {}
 
     def add(
         self,
@@ -131,8 +135,10 @@ class Sampler:
         output_token_ids: list[int],
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        """Begin a request, or go on with one that has `output_token_ids` already. All of `sampling`
-        is resolved."""
+        """Begin a request, or resume one that has `output_token_ids` already.
+
+        No field of `sampling` may be None but `num_logprobs`.
+        """
         assert sampling.temperature is not None and sampling.repetition_penalty is not None
         assert (
             sampling.top_p is not None and sampling.top_k is not None and sampling.min_p is not None
@@ -140,7 +146,7 @@ class Sampler:
         penalises_repetition = sampling.repetition_penalty != 1
         penalises_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
         ending_ids = stopping.stop_token_ids + (() if stopping.ignore_eos else eos_token_ids)
-        self._requests[key] = Request(
+        self._requests[key] = SamplingState(
             sampling,
             sampling.temperature < GREEDY_BELOW,
             stopping.min_tokens,
@@ -162,11 +168,11 @@ class Sampler:
         positions: list[int],
         masks: Mapping[int, np.ndarray] = MappingProxyType({}),
     ) -> SampledTokens:
-        """Draw one token a row of `logits`, float32 [num_rows, vocab_size].
+        """Draw one token for each row of `logits`, float32 [num_rows, vocab_size].
 
-        `positions` say which token of its request's output each row's will be, counted from 0 and
-        over all attempts. `masks` hold, by row, bool [vocab_size]: the only tokens that may be
-        drawn.
+        `positions` are the indices that the tokens will have in the outputs of their requests,
+        counted over all attempts. `masks` hold, by row, bool [vocab_size]: the only tokens that may
+        be drawn.
         """
         requests = [self._requests[key] for key in keys]
         scores = masked(self._penalised(logits, requests, positions), masks)
@@ -178,7 +184,7 @@ class Sampler:
                 [requests[row].sampling for row in drawn_rows],
                 [positions[row] for row in drawn_rows],
             )
-        # A NaN is the maximum of its row, and +inf, too; a row of -inf has no other maximum.
+        # A NaN or +inf is the maximum of its row. A row of -inf has no other maximum.
         token_ids = torch.where(best.isfinite(), choice, -1).tolist()
         bad_rows = [row for row, token_id in enumerate(token_ids) if token_id < 0]
         logprobs = self._logprobs(logits, requests, token_ids)
@@ -187,11 +193,13 @@ class Sampler:
                 request.record(token_id)
         return SampledTokens(token_ids, logprobs, bad_rows)
 
-    def _penalised(self, logits: Tensor, requests: list[Request], positions: list[int]) -> Tensor:
-        """The logits with the penalties applied; the logits themselves where there are none."""
-        banned = Edits()
-        factors = Edits()
-        terms = Edits()
+    def _penalised(
+        self, logits: Tensor, requests: list[SamplingState], positions: list[int]
+    ) -> Tensor:
+        """Return the logits with all penalties applied; the same tensor if there are none."""
+        banned = LogitEdits()
+        factors = LogitEdits()
+        terms = LogitEdits()
         vocab_size = logits.shape[1]
         for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
             sampling = request.sampling
@@ -224,7 +232,7 @@ class Sampler:
         return flat.view_as(logits)
 
     def _logprobs(
-        self, logits: Tensor, requests: list[Request], token_ids: list[int]
+        self, logits: Tensor, requests: list[SamplingState], token_ids: list[int]
     ) -> dict[int, Logprobs]:
         wanted = {
             row: n
@@ -247,10 +255,10 @@ class Sampler:
 
 
 def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum of each row and the first place where it is; a NaN is one."""
+    """Return the maximum of each row and its first index. A NaN counts as maximum."""
     if scores.device.type != "cpu":
         return scores.max(-1)
-    # torch's maximum with its index takes eight times as long.
+    # torch's maximum with its index takes eight times as long as numpy's.
     choice = torch.from_numpy(scores.numpy().argmax(-1))
     return scores.gather(1, choice[:, None])[:, 0], choice
 
@@ -265,13 +273,12 @@ def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
 
 
 def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
-    """int64 [num_rows]: a token of each row, drawn by its temperature among those that its filters
-    leave.
+    """Draw a token for each row, int64 [num_rows], by its temperature and filters.
 
-    The largest sum of score and Gumbel noise is a draw from softmax(scores).
+    The token with the largest sum of score and Gumbel noise is a draw from softmax(scores).
     """
     scaled = scores / column(samplings, "temperature", scores)
-    # Noise is dear, and most of a large vocabulary needs none.
+    # Noise is costly, and most tokens of a large vocabulary cannot win with any.
     kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
     row = kept // scores.shape[1]
     token = kept % scores.shape[1]
@@ -288,7 +295,10 @@ def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
 
 
 def threshold(scaled: Tensor, samplings: list[Sampling]) -> Tensor:
-    """[num_rows, 1]: the smallest scaled logit that can be drawn; equal ones stay together."""
+    """Return the smallest scaled logit of each row that can be drawn, [num_rows, 1].
+
+    Tokens of equal logits are kept or dropped together.
+    """
     best = scaled.amax(-1, keepdim=True)
     vocab_size = scaled.shape[1]
     lowest = torch.maximum(best - NOISE_RANGE, best + column(samplings, "min_p", scaled).log())
@@ -304,8 +314,10 @@ def threshold(scaled: Tensor, samplings: list[Sampling]) -> Tensor:
 
 
 def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """The same for top_k, and for top_p among what top_k leaves; looks at the `width` best tokens
-    where these suffice."""
+    """Return the threshold that top_k sets, and top_p among the tokens that top_k keeps.
+
+    Only the `width` best tokens are looked at, if these suffice.
+    """
     vocab_size = scaled.shape[1]
     ordered = scaled.topk(width).values
     within = torch.arange(width, device=scaled.device) < top_k
@@ -315,8 +327,8 @@ def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> T
         scaled.logsumexp(-1, True),
     )
     probabilities = (ordered - total).exp()
-    # A token stays where those before it do not reach top_p: the first always does. Rounding must
-    # not cut the tail of a row that has no top_p.
+    # A token stays if those before it do not reach top_p, so the first always stays. Rounding must
+    # not cut the tail of a row without top_p.
     kept = within & ((probabilities.cumsum(-1) - probabilities < top_p) | (top_p == 1))
     unfiltered = (top_k == vocab_size) & (top_p == 1)
     if width < vocab_size and (kept[:, -1:] & (top_k > width) & ~unfiltered).any():
@@ -326,7 +338,7 @@ def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> T
 
 
 def column(samplings: list[Sampling], name: str, like: Tensor) -> Tensor:
-    """[num_rows, 1]: one field of each row's sampling."""
+    """Return one field of the sampling of each row, [num_rows, 1]."""
     return torch.tensor(
         [[getattr(s, name)] for s in samplings], dtype=like.dtype, device=like.device
     )

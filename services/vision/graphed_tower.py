@@ -28,7 +28,7 @@ class GridGraph:
     patches: Tensor
     """Where the graph reads its input."""
     plan: GridPlan
-    """CacheHit here because the graph reads it and the tower keeps only the latest ones."""
+    """Held here because the graph reads it and the tower keeps only the latest ones."""
     captured: Captured
 
 
