@@ -1,7 +1,7 @@
 """Buckets of patch counts.
 
-A static-shape tower pads items to its buckets. For any other tower, powers of two are the buckets by
-which times are measured.
+A static-shape tower pads items to its buckets. For any other tower, times are measured by powers of
+two.
 """
 
 from common.config import BadSetting
