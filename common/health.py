@@ -20,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from common.logs import get_logger
-from common.membership import READY
+from common.membership import READY, state_name
 from common.process import CannotStart
 from proto.twinlens.control.v1 import control_pb2
 
@@ -62,7 +62,7 @@ class Health:
         state = self._member.state
         if state == READY:
             return ""
-        name = control_pb2.MemberState.Name(state).removeprefix("MEMBER_STATE_").lower()
+        name = state_name(state)
         return f"{name}: {self._member.detail}" if self._member.detail else name
 
 

@@ -35,12 +35,11 @@ from common.logs import get_logger
 from common.messages import HOPS, Beat, Goodbye, Hello, Peer
 from common.poller import Poller
 from common.process import EXIT_FAILED, CannotStart
-from common.progress import Progress
+from common.progress import LEASE_SECONDS, Progress
 from common.sockets import address_of, has_message, new_socket, receive_frames, send_frames
 from common.wire import Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
-LEASE_SECONDS = 3.0
 CLOSE_LINGER_MS = 500
 NEVER_MS = 24 * 3600 * 1000
 

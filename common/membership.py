@@ -26,6 +26,11 @@ DEAD = control_pb2.MEMBER_STATE_DEAD
 STANDBY = control_pb2.MEMBER_STATE_STANDBY
 
 
+def state_name(state: "control_pb2.MemberState.ValueType") -> str:
+    """Return the name of a member's state as users see it, such as `ready`."""
+    return control_pb2.MemberState.Name(state).removeprefix("MEMBER_STATE_").lower()
+
+
 def new_member_id(name: str) -> str:
     """The name and a part drawn at each start, so that a restarted process is another member."""
     return f"{name}-{secrets.token_hex(3)}"

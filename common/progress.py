@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+LEASE_SECONDS = 3.0
+"""A member that is silent for this long is dead to its peers and to the controller."""
 LEAST_PATIENCE_SECONDS = 3.0
 PATIENCE_FACTOR = 4.0
 PAUSE_SECONDS = 2.0

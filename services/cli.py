@@ -1,28 +1,27 @@
-"""The command `twinlens`: serve, generate, status, scale, drain."""
+"""The command `twinlens`: serve, generate, status, scale, drain and plan."""
 
 import argparse
 import os
 import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
+from common.process import EXIT_INTERRUPTED
 from common.settings import KNOWN_NAMES, PlanSettings, ServeSettings
-from services.commands.control import (
-    add_drain_arguments,
-    add_scale_arguments,
-    add_status_arguments,
-    drain,
-    scale,
-    status,
-)
-from services.commands.generate import add_generate_arguments, generate
-
-EXIT_INTERRUPTED = 130
+from services.commands import control, generate
 
 
 def main() -> None:
+    try:
+        sys.exit(run(make_parser().parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, with defaults from the TWINLENS_* variables."""
     parser = argparse.ArgumentParser(
         "twinlens",
-        description="Serves vision-language models with vision and language as separate processes.",
+        description="Serve vision-language models with vision and language in separate processes.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -30,34 +29,31 @@ def main() -> None:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
 
-    add_arguments(
-        ServeSettings, add("serve", "start every service on this machine and keep them running")
-    )
-    add_generate_arguments(
-        add("generate", "ask a running system over gRPC; the answer streams to stdout")
-    )
-    add_status_arguments(add("status", "who is a member of a running system, and how busy"))
-    add_scale_arguments(add("scale", "change how many replicas of a role run"))
-    add_drain_arguments(add("drain", "take one member out, once it has finished what it holds"))
-    add_arguments(
-        PlanSettings,
-        add(
-            "plan",
-            "what a model takes of memory, and how many vision replicas keep a language group busy",
-        ),
-    )
+    serve = add("serve", "start every service on this machine and keep it running")
+    ask = add("generate", "ask a running system over gRPC, and stream the answer to stdout")
+    status = add("status", "list the members of a running system and their load")
+    scale = add("scale", "change how many replicas of a role run")
+    drain = add("drain", "let one member finish what it holds and leave")
+    plan = add("plan", "show a model's memory and the vision replicas per language group")
+    add_arguments(ServeSettings, serve)
+    generate.add_generate_arguments(ask)
+    control.add_status_arguments(status)
+    control.add_scale_arguments(scale)
+    control.add_drain_arguments(drain)
+    add_arguments(PlanSettings, plan)
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
         except BadSetting as e:
             parser.error(str(e))
-    try:
-        sys.exit(run(parser.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the chosen command and return the exit status.
+
+    `serve` and `plan` are imported here, because the other commands should start quickly.
+    """
     match arguments.command:
         case "serve":
             from services.launcher.launcher import serve
@@ -68,13 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
 
             return plan(from_namespace(PlanSettings, arguments))
         case "generate":
-            return generate(arguments)
+            return generate.generate(arguments)
         case "scale":
-            return scale(arguments)
+            return control.scale(arguments)
         case "drain":
-            return drain(arguments)
+            return control.drain(arguments)
         case _:
-            return status(arguments)
+            return control.status(arguments)
 
 
 if __name__ == "__main__":

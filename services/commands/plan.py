@@ -1,5 +1,4 @@
-"""`twinlens plan`: what a model takes of memory, and how many vision replicas keep a language group
-busy."""
+"""`twinlens plan`: the memory that a model needs, and the vision replicas per language group."""
 
 import math
 import sys
@@ -9,18 +8,17 @@ from pathlib import Path
 from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.config import BadSetting
 from common.families.family import TP_SIZES
+from common.process import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from common.settings import PlanSettings
 from common.sizing import ITEM_BYTES, Footprint, cache_bytes
-from services.commands.generate import ClientError
+from services.commands.client import ClientError
 from services.commands.stage_times import StageTimes, measure
 
-EXIT_USAGE = 2
-EXIT_FAILED = 1
-COLUMN = 12
+COLUMN_WIDTH = 12
 
 
 def plan(settings: PlanSettings) -> int:
-    """Prints the plan; gives the exit status."""
+    """Print the plan, and return the exit status."""
     try:
         for line in lines(settings):
             print(line, flush=True)
@@ -30,24 +28,33 @@ def plan(settings: PlanSettings) -> int:
     except ClientError as e:
         print(f"twinlens plan: {e}", file=sys.stderr)
         return EXIT_FAILED
-    return 0
+    return EXIT_OK
 
 
 def lines(settings: PlanSettings) -> Iterator[str]:
+    """Yield the lines of the plan.
+
+    Raises
+    ------
+    BadSetting, BadCheckpoint
+        If a setting is wrong or the model cannot be served.
+    ClientError
+        If the stages should be measured and the running system does not answer.
+    """
     check(settings)
     checkpoint = open_checkpoint(settings.model)
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
-    sizes = Footprint(checkpoint, ITEM_BYTES[dtype])
+    footprint = Footprint(checkpoint, ITEM_BYTES[dtype])
     context = settings.max_model_len or checkpoint.max_model_len
-    yield (f"{checkpoint.name} ({checkpoint.family.title}) in {dtype}, {context} tokens of context")
+    yield f"{checkpoint.name} ({checkpoint.family.title}) in {dtype}, {context} tokens of context"
     yield (
-        f"a vision replica: {size(sizes.vision_bytes)} of weights; beside them the "
-        "activations of one image"
+        f"a vision replica: {size(footprint.vision_bytes)} of weights, and the activations of one "
+        "image"
     )
     yield ""
-    yield from table(sizes, settings.card_gib, context)
+    yield from table(footprint, settings.card_gib, context)
     yield ""
-    yield from replicas(settings, sizes)
+    yield from replicas(settings, footprint)
 
 
 def check(settings: PlanSettings) -> None:
@@ -58,28 +65,28 @@ def check(settings: PlanSettings) -> None:
         or settings.max_tokens < 1
     ):
         raise BadSetting(
-            "--images-per-request, --concurrency and --max-tokens are numbers above 0, --card-gib "
-            "is one from 0 on"
+            "--images-per-request, --concurrency and --max-tokens must be more than 0, and "
+            "--card-gib must not be less"
         )
     if settings.image and not Path(settings.image).is_file():
         raise BadSetting(f"--image {settings.image}: no such file")
     if bool(settings.vision_seconds) != bool(settings.group_rate):
         raise BadSetting(
-            "--vision-seconds and --group-rate belong together: seconds of an image, and requests "
-            "a second of a group"
+            "set both --vision-seconds (seconds per image) and --group-rate (requests per second "
+            "of a language group), or neither"
         )
 
 
-def table(sizes: Footprint, card_gib: float, context: int) -> Iterator[str]:
-    """A line for each number of ranks."""
+def table(footprint: Footprint, card_gib: float, context: int) -> Iterator[str]:
+    """Yield a header and a line for each number of tensor-parallel ranks."""
     head = ["tp", "weights/rank", "KV/token/rank", "whole context"]
     yield row([*head, f"tokens in {card_gib:g} GiB"] if card_gib else head)
     for world_size in TP_SIZES:
-        if not sizes.checkpoint.sizes.fits(world_size):
+        if not footprint.checkpoint.sizes.fits(world_size):
             yield row([str(world_size), "does not divide this model"])
             continue
-        weights = sizes.rank_bytes(world_size)
-        per_token = sizes.kv_bytes_per_token(world_size)
+        weights = footprint.rank_bytes(world_size)
+        per_token = footprint.kv_bytes_per_token(world_size)
         cells = [str(world_size), size(weights), size(per_token), size(per_token * context)]
         tokens = cache_bytes(int(card_gib * 2**30), weights) // per_token
         yield row(
@@ -89,11 +96,13 @@ def table(sizes: Footprint, card_gib: float, context: int) -> Iterator[str]:
         )
 
 
-def replicas(settings: PlanSettings, sizes: Footprint) -> Iterator[str]:
-    """How many vision replicas do as much as one language group, by times that are measured or
-    given."""
+def replicas(settings: PlanSettings, footprint: Footprint) -> Iterator[str]:
+    """Yield how many vision replicas keep up with one language group.
+
+    The stage times are measured, or those that the settings name.
+    """
     if settings.image:
-        image_token_id = sizes.checkpoint.family.placeholder_id(sizes.checkpoint)
+        image_token_id = footprint.checkpoint.family.placeholder_id(footprint.checkpoint)
         times = measure(
             settings.grpc,
             Path(settings.image),
@@ -102,26 +111,23 @@ def replicas(settings: PlanSettings, sizes: Footprint) -> Iterator[str]:
             image_token_id,
         )
         yield (
-            f"measured at {settings.grpc}, {settings.concurrency} requests at once, "
+            f"measured at {settings.grpc}, {settings.concurrency} concurrent requests of "
             f"{settings.max_tokens} tokens each:"
         )
         yield (
-            f"  preprocess {times.preprocess_seconds * 1000:.0f} ms a request, one "
-            f"process does {1 / times.preprocess_seconds:.1f} a second"
+            f"  preprocess {times.preprocess_seconds * 1000:.0f} ms a request: one process does "
+            f"{1 / times.preprocess_seconds:.1f} a second"
         )
     elif settings.vision_seconds:
         times = StageTimes(0.0, settings.vision_seconds, settings.group_rate)
-        yield "by the times given:"
+        yield "with the stage times given:"
     else:
-        yield (
-            "vision replicas for each language group: give --image FILE to measure a "
-            "running system's stages (--grpc), or give"
-        )
-        yield "--vision-seconds and --group-rate"
+        yield "To plan vision replicas, measure a running system's stages with --image FILE and"
+        yield "--grpc HOST:PORT, or set --vision-seconds and --group-rate."
         return
     busy = times.group_rate * settings.images_per_request * times.vision_seconds
     yield (
-        f"  vision {times.vision_seconds * 1000:.0f} ms an image, one replica does "
+        f"  vision {times.vision_seconds * 1000:.0f} ms an image: one replica does "
         f"{1 / times.vision_seconds:.1f} a second"
     )
     yield (
@@ -129,13 +135,13 @@ def replicas(settings: PlanSettings, sizes: Footprint) -> Iterator[str]:
         f"{settings.images_per_request:g} images each"
     )
     yield (
-        f"  it keeps {busy:.2f} vision replicas busy: {max(1, math.ceil(busy))} for "
-        "each language group"
+        f"  it keeps {busy:.2f} vision replicas busy: {max(1, math.ceil(busy))} for each language "
+        "group"
     )
 
 
 def row(cells: list[str]) -> str:
-    return "  ".join([cells[0].rjust(2), *(cell.rjust(COLUMN) for cell in cells[1:])])
+    return "  ".join([cells[0].rjust(2), *(cell.rjust(COLUMN_WIDTH) for cell in cells[1:])])
 
 
 def size(num_bytes: float) -> str:

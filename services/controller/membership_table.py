@@ -1,10 +1,10 @@
 """Who is a member, and since when they are dead. No socket, no clock of its own."""
 
+from common.membership import DEAD
+from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2
 
-LEASE_SECONDS = 3.0
 REMEMBER_DEAD_SECONDS = 60.0
-DEAD = control_pb2.MEMBER_STATE_DEAD
 
 
 class MembershipTable:

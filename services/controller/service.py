@@ -8,9 +8,10 @@ from typing import Never
 import grpc
 
 from common.logs import get_logger
-from common.membership import DEAD, DRAINING, READY
+from common.membership import DEAD, DRAINING, READY, state_name
+from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
-from services.controller.membership_table import LEASE_SECONDS, MembershipTable
+from services.controller.membership_table import MembershipTable
 from services.controller.reachability import objection_to, place_of
 from services.controller.scaling import Gone, Launcher, Superseded, bad_wish, no_launcher
 
@@ -223,7 +224,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def _take(self, request: control_pb2.JoinRequest) -> None:
         member = request.member
         if request.HasField("member") and self._table.report(member, time.monotonic()):
-            state = control_pb2.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower()
+            state = state_name(member.state)
             self._log.debug("member", id=member.id, state=state, address=member.address)
             if member.state == DRAINING:
                 self._has_begun_draining(member.id)

@@ -1,5 +1,7 @@
-"""`twinlens status`, `scale` and `drain` through a gateway's door to a real controller, with
-members and a launcher that the test plays."""
+"""`twinlens status`, `scale` and `drain` through a gateway's gRPC port to a real controller.
+
+The test plays the members and the launcher.
+"""
 
 import argparse
 import asyncio
@@ -28,21 +30,23 @@ COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int]]] = {
 
 
 class System:
-    """A gateway's door and the controller behind it."""
+    """A gateway's gRPC address, and a stub of the controller behind it."""
 
-    def __init__(self, door: str, stub: Any) -> None:
-        self.door = door
+    def __init__(self, gateway: str, stub: Any) -> None:
+        self.gateway = gateway
         self.stub = stub
 
     async def twinlens(self, command: str, *arguments: str) -> int:
         parser = argparse.ArgumentParser(f"twinlens {command}")
         add, run = COMMANDS[command]
         add(parser)
-        return await asyncio.to_thread(run, parser.parse_args([*arguments, "--grpc", self.door]))
+        return await asyncio.to_thread(run, parser.parse_args([*arguments, "--grpc", self.gateway]))
 
     async def join(self, *members: control_pb2.Member, **fields: Any) -> Any:
-        """A stream for each member, or one of a launcher. Gives the last one, which the controller
-        has answered."""
+        """Join each member, or a launcher with these fields, by a stream of its own.
+
+        Return the last stream, on which the controller has answered.
+        """
         for request in [control_pb2.JoinRequest(member=member) for member in members] or [
             control_pb2.JoinRequest(**fields)
         ]:
@@ -54,7 +58,7 @@ class System:
 
 @pytest.fixture
 def no_logs() -> Iterator[None]:
-    """Else they come to stdout, which is the client's here."""
+    """Keep logs off stdout, where the test reads the command's output."""
     with structlog.testing.capture_logs():
         yield
 
@@ -68,10 +72,10 @@ async def system(no_logs: None) -> AsyncIterator[System]:
     await server.start()
     expiry = asyncio.create_task(servicer.expire_leases())
     async with (
-        grpc_door(FakeCore(), address) as door,
+        grpc_door(FakeCore(), address) as gateway,
         grpc.aio.insecure_channel(address) as channel,
     ):
-        yield System(door, control_pb2_grpc.ControlServiceStub(channel))
+        yield System(gateway, control_pb2_grpc.ControlServiceStub(channel))
     expiry.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await expiry
@@ -86,23 +90,23 @@ def managed(**replicas: int) -> control_pb2.Managed:
     return control_pb2.Managed(replicas=replicas)
 
 
-async def hear(call: Any, found: Callable[[Any], bool]) -> Any:
-    """The first answer that is as wanted."""
+async def wait_for(call: Any, found: Callable[[Any], bool]) -> Any:
+    """Return the first response for which `found` is true."""
     while not found(answer := await call.read()):
         assert answer is not grpc.aio.EOF
     return answer
 
 
 async def play_launcher(call: Any, **replicas: int) -> None:
-    """Takes up the first wish."""
-    wish = await hear(call, lambda answer: answer.wanted)
+    """Accept the first wanted counts."""
+    response = await wait_for(call, lambda answer: answer.wanted)
     await call.write(
-        control_pb2.JoinRequest(watch=True, managed=managed(**replicas | dict(wish.wanted)))
+        control_pb2.JoinRequest(watch=True, managed=managed(**replicas | dict(response.wanted)))
     )
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-async def test_status_tells_every_member(
+async def test_status_lists_every_member(
     system: System, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     llm = control_pb2.Member(
@@ -119,14 +123,14 @@ async def test_status_tells_every_member(
     assert await system.twinlens("status", *(["--json"] if as_json else [])) == 0
     out = capsys.readouterr().out
     if as_json:
-        _, told, other = json.loads(out)["members"]
+        _, first, other = json.loads(out)["members"]
         assert (
-            told["role"],
-            told["id"],
-            told["pid"],
-            told["state"],
-            told["in_flight"],
-            told["queued"],
+            first["role"],
+            first["id"],
+            first["pid"],
+            first["state"],
+            first["in_flight"],
+            first["queued"],
         ) == (
             "llm",
             "llm-1",
@@ -136,11 +140,11 @@ async def test_status_tells_every_member(
             3,
         )
         assert (
-            told["group"],
-            told["rank"],
-            told["max_model_len"],
-            told["address"],
-            told["host"],
+            first["group"],
+            first["rank"],
+            first["max_model_len"],
+            first["address"],
+            first["host"],
         ) == ("g", 0, 4096, "", "")
         assert (other["state"], other["detail"]) == ("starting", "loading weights")
     else:
@@ -152,7 +156,7 @@ async def test_status_tells_every_member(
         ]
 
 
-async def test_a_gateway_without_its_controller_is_not_told_as_absent(
+async def test_a_gateway_without_its_controller_is_not_reported_as_absent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with grpc_door(FakeCore()) as target:
@@ -163,7 +167,7 @@ async def test_a_gateway_without_its_controller_is_not_told_as_absent(
             )
 
 
-async def test_where_nothing_listens_it_is_said_what_to_do(
+async def test_if_nothing_listens_the_error_says_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert await System("127.0.0.1:1", None).twinlens("status") == 1
@@ -173,7 +177,7 @@ async def test_where_nothing_listens_it_is_said_what_to_do(
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-async def test_scale_returns_when_the_launcher_keeps_as_many(
+async def test_scale_returns_when_the_launcher_has_accepted_the_count(
     system: System, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     launcher = await system.join(watch=True, managed=managed(vision=1, llm=1))
@@ -185,11 +189,11 @@ async def test_scale_returns_when_the_launcher_keeps_as_many(
         assert json.loads(out) == {"role": "vision", "replicas": 4, "replicas_before": 1}
     else:
         assert out == "vision: 4 wanted, 1 before\n"
-    # What it has already is no wish: no one needs to answer.
+    # The launcher keeps this count already, so it need not respond.
     assert await system.twinlens("scale", "vision", "4") == 0
 
 
-async def test_without_a_launcher_scale_names_the_commands_that_do_it(
+async def test_without_a_launcher_scale_names_the_commands_to_use(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert await system.twinlens("scale", "vision", "4") == 1
@@ -201,7 +205,7 @@ async def test_without_a_launcher_scale_names_the_commands_that_do_it(
     )
 
 
-async def test_a_launcher_that_left_is_none(
+async def test_scale_is_refused_after_the_launcher_left(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launcher = await system.join(watch=True, managed=managed(vision=1))
@@ -212,7 +216,7 @@ async def test_a_launcher_that_left_is_none(
     assert "FAILED_PRECONDITION: no launcher" in capsys.readouterr().err
 
 
-async def test_a_role_that_the_launcher_scales_by_itself_is_not_scaled_by_hand(
+async def test_an_autoscaled_role_cannot_be_scaled_by_hand(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await system.join(
@@ -227,18 +231,18 @@ async def test_a_role_that_the_launcher_scales_by_itself_is_not_scaled_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("role", "replicas", "told"),
+    ("role", "replicas", "named"),
     [("gateway", 2, "vision, preprocess, llm, detokenizer"), ("vision", 0, "1 to 256")],
 )
-async def test_what_cannot_be_scaled_is_told_over_grpc_too(
-    system: System, role: str, replicas: int, told: str
+async def test_an_invalid_scale_request_is_refused_over_grpc_too(
+    system: System, role: str, replicas: int, named: str
 ) -> None:
     await system.join(watch=True, managed=managed(vision=1))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await system.stub.Scale(
             control_pb2.ScaleRequest(role=role, replicas=replicas), timeout=DEADLINE
         )
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and told in (
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and named in (
         caught.value.details() or ""
     )
 
@@ -254,7 +258,7 @@ async def test_wrong_use_of_scale_exits_with_2(system: System, wrong: tuple[str,
     assert caught.value.code == 2
 
 
-async def test_of_two_wishes_the_later_one_stands(system: System) -> None:
+async def test_the_later_of_two_scale_requests_wins(system: System) -> None:
     launcher = await system.join(watch=True, managed=managed(vision=1))
 
     def scale(replicas):
@@ -264,9 +268,9 @@ async def test_of_two_wishes_the_later_one_stands(system: System) -> None:
 
     first = scale(3)
     same = scale(3)
-    await hear(launcher, lambda answer: answer.wanted.get("vision") == 3)
+    await wait_for(launcher, lambda answer: answer.wanted.get("vision") == 3)
     second = scale(2)
-    await hear(launcher, lambda answer: answer.wanted.get("vision") == 2)
+    await wait_for(launcher, lambda answer: answer.wanted.get("vision") == 2)
     for call in (first, same):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
@@ -275,41 +279,41 @@ async def test_of_two_wishes_the_later_one_stands(system: System) -> None:
     assert (await second).replicas == 2
 
 
-async def test_a_wish_is_said_again_until_the_launcher_has_taken_it_up(system: System) -> None:
+async def test_the_wanted_count_is_repeated_until_the_launcher_accepts_it(system: System) -> None:
     launcher = await system.join(watch=True, managed=managed(vision=1))
     call = system.stub.Scale(control_pb2.ScaleRequest(role="vision", replicas=3), timeout=DEADLINE)
     for _ in range(2):
-        await hear(launcher, lambda answer: answer.wanted.get("vision") == 3)
+        await wait_for(launcher, lambda answer: answer.wanted.get("vision") == 3)
     await launcher.write(control_pb2.JoinRequest(managed=managed(vision=3)))
     await call
-    await hear(launcher, lambda answer: not answer.wanted)
+    await wait_for(launcher, lambda answer: not answer.wanted)
 
 
-async def test_drain_asks_the_member_and_tells_how_it_is(
+async def test_drain_asks_the_member_to_drain_and_prints_its_state(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await system.join(vision(2))
     launcher = await system.join(watch=True, managed=managed(vision=2))
     member = await system.join(vision(1))
     draining = asyncio.create_task(system.twinlens("drain", "vision-1"))
-    await hear(member, lambda answer: answer.drain)
+    await wait_for(member, lambda answer: answer.drain)
     await member.write(control_pb2.JoinRequest(member=vision(1, DRAINING, in_flight=1)))
     assert await draining == 0
     assert capsys.readouterr().out == "vision-1: draining, 1 in flight, 0 queued\n"
-    assert (await hear(launcher, lambda answer: answer.drained)).drained == ["vision-1"]
-    assert await system.twinlens("drain", "vision-1") == 0  # again: it drains already
+    assert (await wait_for(launcher, lambda answer: answer.drained)).drained == ["vision-1"]
+    assert await system.twinlens("drain", "vision-1") == 0  # it is draining already
 
 
-async def test_a_member_that_leaves_instead_is_drained_too(system: System) -> None:
+async def test_a_member_that_leaves_instead_counts_as_drained(system: System) -> None:
     await system.join(vision(2))
     member = await system.join(vision(1))
     draining = asyncio.create_task(system.twinlens("drain", "vision-1"))
-    await hear(member, lambda answer: answer.drain)
+    await wait_for(member, lambda answer: answer.drain)
     await member.done_writing()
     assert await draining == 0
 
 
-async def test_the_last_ready_one_of_a_role_is_not_drained(
+async def test_the_last_ready_member_of_a_role_cannot_be_drained(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await system.join(
@@ -325,13 +329,13 @@ async def test_the_last_ready_one_of_a_role_is_not_drained(
     assert await system.twinlens("drain", "gateway-1") == 1
 
 
-async def test_two_drains_do_not_take_out_the_last_two_at_once(
+async def test_two_concurrent_drains_cannot_remove_the_last_two_members(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await system.join(vision(2))
     member = await system.join(vision(1))
     draining = asyncio.create_task(system.twinlens("drain", "vision-1"))
-    await hear(member, lambda answer: answer.drain)
+    await wait_for(member, lambda answer: answer.drain)
     assert await system.twinlens("drain", "vision-2") == 1
     assert "FAILED_PRECONDITION" in capsys.readouterr().err
     await member.write(control_pb2.JoinRequest(member=vision(1, DRAINING)))
@@ -347,7 +351,7 @@ async def test_a_group_is_drained_by_the_id_of_any_rank(system: System) -> None:
     await system.join(rank("llm-0", 0), rank("llm-1", 1))
     leader = await system.join(rank("llm-1", 0))
     draining = asyncio.create_task(system.twinlens("drain", "llm-1.1"))
-    await hear(leader, lambda answer: answer.drain)
+    await wait_for(leader, lambda answer: answer.drain)
     await leader.write(
         control_pb2.JoinRequest(
             member=control_pb2.Member(id="llm-1.0", role="llm", state=DRAINING, group="llm-1")
@@ -359,7 +363,7 @@ async def test_a_group_is_drained_by_the_id_of_any_rank(system: System) -> None:
 @pytest.mark.parametrize(
     ("member_id", "code"), [("nobody", "NOT_FOUND"), ("controller-1", "INVALID_ARGUMENT")]
 )
-async def test_who_cannot_be_drained_is_told(
+async def test_a_drain_of_an_unknown_member_or_the_controller_is_refused(
     system: System, capsys: pytest.CaptureFixture[str], member_id: str, code: str
 ) -> None:
     assert await system.twinlens("drain", member_id) == 1

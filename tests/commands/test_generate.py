@@ -12,7 +12,8 @@ import pytest
 
 from common.errors import Unavailable
 from services.commands import control
-from services.commands import generate as client
+from services.commands.generate import add_generate_arguments, generate
+from services.commands.sample import read_image
 from services.gateway.generation import Began, Piece
 from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_door
 
@@ -21,23 +22,23 @@ Command = Callable[[argparse.Namespace], int]
 
 def generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("twinlens generate")
-    client.add_generate_arguments(parser)
+    add_generate_arguments(parser)
     return parser
 
 
-async def generate(core: FakeCore, *arguments: str) -> int:
+async def run(core: FakeCore, *arguments: str) -> int:
     async with grpc_door(core) as target:
         parsed = generate_parser().parse_args([*arguments, "--grpc", target])
-        return await asyncio.to_thread(client.generate, parsed)
+        return await asyncio.to_thread(generate, parsed)
 
 
 async def test_the_answer_streams_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    assert await generate(FakeCore(), "hi") == 0
+    assert await run(FakeCore(), "hi") == 0
     assert capsys.readouterr() == ("Hello\n", "")
 
 
 async def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert await generate(FakeCore(), "hi", "--json") == 0
+    assert await run(FakeCore(), "hi", "--json") == 0
     out, err = capsys.readouterr()
     answer = json.loads(out)
     assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (
@@ -55,7 +56,7 @@ async def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture
     assert err == ""
 
 
-async def test_every_option_arrives(tmp_path: Path) -> None:
+async def test_every_option_reaches_the_gateway(tmp_path: Path) -> None:
     images = [tmp_path / "a.png", tmp_path / "b.png"]
     for image in images:
         image.write_bytes(image.name.encode())
@@ -80,8 +81,7 @@ async def test_every_option_arrives(tmp_path: Path) -> None:
         "60",
     ]
     assert (
-        await generate(core, "--image", str(images[0]), "--image", str(images[1]), "OCR:", *options)
-        == 0
+        await run(core, "--image", str(images[0]), "--image", str(images[1]), "OCR:", *options) == 0
     )
     [asked] = core.requests
     assert asked.images == (b"a.png", b"b.png")
@@ -104,9 +104,9 @@ async def test_every_option_arrives(tmp_path: Path) -> None:
     assert asked.timeout is not None and 50 < asked.timeout < 61
 
 
-async def test_options_that_are_not_given_are_left_to_the_model() -> None:
+async def test_options_that_are_not_set_are_left_to_the_model() -> None:
     core = FakeCore()
-    await generate(core, "hi")
+    await run(core, "hi")
     [asked] = core.requests
     assert (
         asked.sampling.temperature,
@@ -116,9 +116,9 @@ async def test_options_that_are_not_given_are_left_to_the_model() -> None:
     ) == (None, None, None, None)
 
 
-async def test_a_zero_temperature_is_not_an_absent_one() -> None:
+async def test_a_zero_temperature_is_sent_as_zero() -> None:
     core = FakeCore()
-    await generate(core, "hi", "--temperature", "0")
+    await run(core, "hi", "--temperature", "0")
     assert core.requests[0].sampling.temperature == 0
 
 
@@ -129,7 +129,7 @@ async def test_a_failure_is_one_line_on_stderr(
     core = FakeCore(
         Began(None), Piece(0, [1], "x", []), Unavailable("llm was lost while it held the request")
     )
-    assert await generate(core, "hi", *output) == 1
+    assert await run(core, "hi", *output) == 1
     out, err = capsys.readouterr()
     assert out == ("" if output else "x")
     assert (
@@ -137,11 +137,11 @@ async def test_a_failure_is_one_line_on_stderr(
     )
 
 
-async def test_a_missing_image_is_told_before_anything_is_asked(
+async def test_a_missing_image_is_reported_before_anything_is_sent(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     core = FakeCore()
-    assert await generate(core, "--image", str(tmp_path / "none.png"), "hi") == 1
+    assert await run(core, "--image", str(tmp_path / "none.png"), "hi") == 1
     assert (
         capsys.readouterr().err
         == f"twinlens: cannot read {tmp_path}/none.png: no such file or directory\n"
@@ -151,18 +151,16 @@ async def test_a_missing_image_is_told_before_anything_is_asked(
 
 async def test_a_timeout_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     core = FakeCore(FOREVER)
-    assert await generate(core, "hi", "--timeout", "0.2") == 1
+    assert await run(core, "hi", "--timeout", "0.2") == 1
     assert "DEADLINE_EXCEEDED" in capsys.readouterr().err
 
 
-async def test_where_nothing_listens_the_client_says_what_to_do(
+async def test_if_nothing_listens_the_error_says_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     nowhere = "127.0.0.1:1"
     assert (
-        await asyncio.to_thread(
-            client.generate, generate_parser().parse_args(["hi", "--grpc", nowhere])
-        )
+        await asyncio.to_thread(generate, generate_parser().parse_args(["hi", "--grpc", nowhere]))
         == 1
     )
     assert capsys.readouterr().err.startswith(
@@ -170,7 +168,7 @@ async def test_where_nothing_listens_the_client_says_what_to_do(
     )
 
 
-@pytest.mark.parametrize("interrupted", [client.generate, control.status])
+@pytest.mark.parametrize("interrupted", [generate, control.status])
 def test_ctrl_c_has_its_own_exit_status(
     monkeypatch: pytest.MonkeyPatch, interrupted: Command
 ) -> None:
@@ -198,12 +196,12 @@ def test_wrong_use_exits_with_2(wrong: list[str]) -> None:
     assert caught.value.code == 2
 
 
-async def test_read_image_gives_text_and_timings(tmp_path: Path) -> None:
+async def test_read_image_returns_text_and_timings(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"picture")
     core = FakeCore()
     async with grpc_door(core) as target:
-        assert await asyncio.to_thread(client.read_image, target, image, "OCR:") == (
+        assert await asyncio.to_thread(read_image, target, image, "OCR:") == (
             "Hello",
             TIMINGS,
         )

@@ -1,5 +1,4 @@
-"""`twinlens plan`: computed from the checkpoint's files, and from stage times that are given or
-measured."""
+"""`twinlens plan` computes from the checkpoint's files and from set or measured stage times."""
 
 import json
 import shutil
@@ -11,7 +10,7 @@ import pytest
 from benchmarks.checkpoints import COPIED, SHAPES, config_of, language_tensors, vision_tensors
 from common.settings import EMBEDDED_MODEL, PlanSettings
 from services.commands import plan
-from services.commands.generate import ClientError
+from services.commands.client import ClientError
 from services.commands.stage_times import StageTimes
 from tests.golden import GoldenCase
 
@@ -30,8 +29,7 @@ def planned(
 
 @pytest.fixture(scope="module")
 def published_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tensors of the 7B model by name and shape; nothing is in them, and they take no place on
-    the disk."""
+    """A checkpoint with the names and shapes of the 7B model, in a sparse file without contents."""
     path = tmp_path_factory.mktemp("7b")
     shapes = SHAPES["7b"]
     entries = {}
@@ -51,7 +49,7 @@ def published_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_7b_model_takes_what_it_is_known_to_take(
+def test_the_memory_of_a_7b_model_is_what_it_is_known_to_be(
     published_7b: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = PlanSettings(
@@ -66,7 +64,7 @@ def test_a_7b_model_takes_what_it_is_known_to_take(
     assert cells["8"] == ["8", "does", "not", "divide", "this", "model"]
 
 
-def test_a_card_that_holds_no_whole_context_is_marked(
+def test_a_card_that_cannot_hold_a_whole_context_is_marked(
     published_7b: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, lines, _ = planned(
@@ -76,7 +74,7 @@ def test_a_card_that_holds_no_whole_context_is_marked(
     assert marked == {"1"}
 
 
-def test_every_number_of_ranks_that_the_service_takes_is_told(
+def test_every_number_of_ranks_that_the_service_accepts_is_listed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, lines, _ = planned(capsys, PlanSettings(model=str(GoldenCase("c_gqa_tp8").checkpoint)))
@@ -92,7 +90,7 @@ def test_every_number_of_ranks_that_the_service_takes_is_told(
         (0.01, 1.0, 1.0, "busy: 1"),
     ],
 )
-def test_replicas_follow_from_the_times_given(
+def test_replicas_follow_from_the_times_set(
     vision_seconds: float,
     rate: float,
     images: float,
@@ -114,7 +112,7 @@ def test_replicas_follow_from_the_times_measured(
     assert "2.50 vision replicas busy: 3" in lines[-1]
 
 
-def test_without_times_it_says_how_to_get_them_and_guesses_nothing(
+def test_without_times_it_says_how_to_get_them_and_does_not_guess(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     status, lines, _ = planned(capsys, PlanSettings())
@@ -131,7 +129,7 @@ def test_without_times_it_says_how_to_get_them_and_guesses_nothing(
         (PlanSettings(concurrency=0), "--concurrency"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_by_name(
+def test_invalid_settings_are_refused_by_name(
     settings: PlanSettings, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = planned(capsys, settings)

@@ -1,4 +1,4 @@
-"""The stages of a running system, measured over gRPC."""
+"""The stages of a running system are measured over gRPC."""
 
 import io
 from collections.abc import Iterator
@@ -14,8 +14,14 @@ from common.config import BadSetting
 from common.membership import READY, STARTING
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.commands.generate import ClientError
-from services.commands.stage_times import NUM_IMAGES, NUM_ROUNDS, collapsed, measure, variants
+from services.commands.client import ClientError
+from services.commands.stage_times import (
+    NUM_IMAGES,
+    NUM_ROUNDS,
+    collapse_placeholders,
+    make_variants,
+    measure,
+)
 
 PLACEHOLDER = 7
 PROMPT_IDS = [1, PLACEHOLDER, PLACEHOLDER, PLACEHOLDER, 2, 2]
@@ -23,7 +29,7 @@ CONCURRENCY = 3
 
 
 class System(inference_pb2_grpc.InferenceServiceServicer, control_pb2_grpc.ControlServiceServicer):
-    """Answers at once, remembers what it was asked, and knows an image from its second time on."""
+    """Answers at once, records the requests, and has cached an image from its second time on."""
 
     def __init__(self, remembers: bool = True, groups: int = 2) -> None:
         self.remembers = remembers
@@ -77,7 +83,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_towers_are_measured_on_images_that_nobody_knows_and_groups_on_one_that_is_known(
+def test_towers_are_measured_on_new_images_and_groups_on_a_cached_one(
     picture: Path,
 ) -> None:
     system = System()
@@ -98,7 +104,7 @@ def test_groups_compute_every_token(picture: Path) -> None:
     groups = system.asked[NUM_IMAGES:]
     assert len(groups) == NUM_ROUNDS * CONCURRENCY
     assert len({tuple(request.token_ids.ids[:6]) for request in groups}) == len(groups), (
-        "no prompt begins as another does"
+        "no two prompts begin alike"
     )
     assert {tuple(request.token_ids.ids[6:]) for request in groups} == {(1, PLACEHOLDER, 2, 2)}
     assert {(request.stopping.max_tokens, request.stopping.ignore_eos) for request in groups} == {
@@ -107,12 +113,12 @@ def test_groups_compute_every_token(picture: Path) -> None:
 
 
 def test_two_groups_share_the_rate(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.commands.stage_times.rate_of_groups", lambda *_: 8.0)
+    monkeypatch.setattr("services.commands.stage_times.measure_rate", lambda *_: 8.0)
     with serving(System(groups=2)) as target:
         assert measure(target, picture, 9, CONCURRENCY, PLACEHOLDER).group_rate == 4.0
 
 
-def test_a_rate_that_vision_set_is_no_rate_of_the_groups(picture: Path) -> None:
+def test_a_rate_that_vision_limits_is_not_reported(picture: Path) -> None:
     with (
         serving(System(remembers=False)) as target,
         pytest.raises(ClientError, match="embedding-cache-mib"),
@@ -120,22 +126,25 @@ def test_a_rate_that_vision_set_is_no_rate_of_the_groups(picture: Path) -> None:
         measure(target, picture, 9, CONCURRENCY, PLACEHOLDER)
 
 
-def test_a_system_that_has_no_group_yet_is_not_measured(picture: Path) -> None:
-    with serving(System(groups=0)) as target, pytest.raises(ClientError, match="no language group"):
+def test_a_system_without_a_ready_group_is_not_measured(picture: Path) -> None:
+    with (
+        serving(System(groups=0)) as target,
+        pytest.raises(ClientError, match="no ready language group"),
+    ):
         measure(target, picture, 9, CONCURRENCY, PLACEHOLDER)
 
 
-def test_variants_are_pictures_of_the_same_size(picture: Path) -> None:
-    for file in variants(picture):
+def test_variants_have_the_size_of_the_picture(picture: Path) -> None:
+    for file in make_variants(picture):
         with Image.open(io.BytesIO(file)) as variant:
             assert variant.size == (8, 8)
 
 
-def test_what_is_no_picture_is_refused() -> None:
-    with pytest.raises(BadSetting, match="no image"):
-        variants(Path(__file__))
+def test_a_file_that_is_not_an_image_is_refused() -> None:
+    with pytest.raises(BadSetting, match="not a readable image"):
+        make_variants(Path(__file__))
 
 
 def test_each_image_keeps_one_placeholder() -> None:
-    assert collapsed([1, 7, 7, 2, 2, 7, 7, 7], 7) == [1, 7, 2, 2, 7]
-    assert collapsed([1, 7, 7], None) == [1, 7, 7]
+    assert collapse_placeholders([1, 7, 7, 2, 2, 7, 7, 7], 7) == [1, 7, 2, 2, 7]
+    assert collapse_placeholders([1, 7, 7], None) == [1, 7, 7]

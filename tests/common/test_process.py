@@ -1,5 +1,4 @@
-"""The life of a service: how it ends, with which status, and that it does not outlive its
-launcher."""
+"""How a service ends and with which exit status, and that it does not outlive its launcher."""
 
 import contextlib
 import os
@@ -31,7 +30,7 @@ def main(settings, stop):
 run("detokenizer", "A service.", main)
 """
 
-# Starts the service and stays; both hold the pipe that the test reads.
+# Starts the service and waits for it. Both hold the pipe that the test reads.
 PARENT = """
 import os, subprocess, sys
 subprocess.run([sys.executable, "-c", sys.argv[1], f"--die-with-parent={os.getpid()}"])
@@ -40,7 +39,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1], f"--die-with-parent={os.getpi
 
 @contextmanager
 def start(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own, of which nothing is left afterwards."""
+    """Start a process in a group of its own, and kill the whole group afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-c", *command],
         cwd=ROOT,
@@ -71,7 +70,7 @@ def service(body: str) -> str:
         ("raise KeyError('a mistake of ours')", 1, "a mistake of ours"),
     ],
 )
-def test_a_service_ends_with_a_status_and_its_reason_whatever_threads_are_left(
+def test_a_service_exits_with_a_status_and_a_reason_despite_running_threads(
     body: str, status: int, said: str
 ) -> None:
     with start(service(body), "--log-format=json") as process:
@@ -93,12 +92,12 @@ def test_a_service_dies_with_its_launcher_even_when_that_is_killed() -> None:
     with start(PARENT, service("stop.wait()")) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "up\n"
         parent.kill()
-        # The pipe's end comes when nobody is left who could write to it.
+        # The pipe closes when no process is left that could write to it.
         parent.communicate(timeout=DEADLINE)
     assert parent.returncode == -signal.SIGKILL
 
 
-def test_a_service_whose_launcher_died_before_it_could_ask_does_not_start() -> None:
+def test_a_service_whose_launcher_is_already_dead_does_not_start() -> None:
     with start(service("return"), "--die-with-parent=1") as process:
         out, _ = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (1, "")
@@ -119,8 +118,8 @@ DRAINS = """stop.on_drain(lambda: print("drains", flush=True))
     {then}"""
 
 
-def ladder(*numbers: signal.Signals, then: str = "pass") -> tuple[int, list[str]]:
-    """Status and output of a service that gets these signals, each when the last one has shown."""
+def escalate(*numbers: signal.Signals, then: str = "pass") -> tuple[int, list[str]]:
+    """Return status and output of a service that gets each signal after the last one's effect."""
     with start(service(DRAINS.format(then=then))) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline().strip() for _ in range(2)]
@@ -132,32 +131,32 @@ def ladder(*numbers: signal.Signals, then: str = "pass") -> tuple[int, list[str]
     return process.returncode, [*lines[2:], *out.split()]
 
 
-def test_sigterm_asks_a_service_that_can_drain_to_do_so_and_the_second_signal_stops_it() -> None:
-    assert ladder(signal.SIGTERM, signal.SIGTERM) == (0, ["drains", "stops"])
-    assert ladder(signal.SIGTERM, signal.SIGINT) == (0, ["drains", "stops"])
+def test_sigterm_drains_a_service_that_can_and_the_second_signal_stops_it() -> None:
+    assert escalate(signal.SIGTERM, signal.SIGTERM) == (0, ["drains", "stops"])
+    assert escalate(signal.SIGTERM, signal.SIGINT) == (0, ["drains", "stops"])
 
 
 def test_sigint_stops_a_service_that_can_drain() -> None:
-    assert ladder(signal.SIGINT) == (0, ["stops"])
+    assert escalate(signal.SIGINT) == (0, ["stops"])
 
 
-def test_a_signal_to_a_service_that_stops_ends_it_at_once() -> None:
+def test_a_signal_to_a_stopping_service_ends_it_at_once() -> None:
     hangs = "threading.Event().wait()"
-    assert ladder(signal.SIGINT, signal.SIGINT, then=hangs) == (1, ["stops", ""])
-    assert ladder(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, then=hangs) == (
+    assert escalate(signal.SIGINT, signal.SIGINT, then=hangs) == (1, ["stops", ""])
+    assert escalate(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, then=hangs) == (
         1,
         ["drains", "stops", ""],
     )
 
 
-def test_sigusr1_promotes_and_is_no_step_towards_the_end() -> None:
-    assert ladder(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) == (
+def test_sigusr1_promotes_and_does_not_escalate() -> None:
+    assert escalate(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) == (
         0,
         ["promoted", "drains", "stops"],
     )
 
 
-LOCKED_FOR_EVER = """import ctypes
+LOCKED_FOREVER = """import ctypes
     mutex = ctypes.create_string_buffer(64)
     lock = ctypes.CDLL(None).pthread_mutex_lock
     stop.on_drain(lambda: print("drains", flush=True))
@@ -166,8 +165,8 @@ LOCKED_FOR_EVER = """import ctypes
     lock(mutex)"""
 
 
-def test_a_signal_is_heard_while_the_main_thread_is_in_a_long_call() -> None:
-    with start(service(LOCKED_FOR_EVER)) as process:
+def test_a_signal_is_handled_while_the_main_thread_is_in_a_long_call() -> None:
+    with start(service(LOCKED_FOREVER)) as process:
         assert process.stdout is not None
         assert [process.stdout.readline().strip() for _ in range(2)] == ["up", "in a call"]
         process.send_signal(signal.SIGTERM)
@@ -175,16 +174,17 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_a_long_call() -> None:
         process.kill()
 
 
-def test_draining_begins_once_however_often_it_is_asked_for() -> None:
+def test_draining_begins_only_once() -> None:
     begun: list[bool] = []
     stop = Stop()
     stop.on_drain(lambda: begun.append(True))
     stop.drain()
     stop.drain()
-    assert (begun, stop.is_set()) == ([True], False)
+    assert begun == [True]
+    assert not stop.is_set()
 
 
-def test_who_cannot_drain_stops() -> None:
+def test_a_service_that_cannot_drain_stops() -> None:
     stop = Stop()
     stop.drain()
     assert stop.is_set()
