@@ -1,4 +1,4 @@
-"""What cannot work is said by `twinlens serve` before it starts anything."""
+"""The checks of its settings that `twinlens serve` makes before it starts anything."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,26 +14,29 @@ MAX_PORT = 65535
 
 
 def check(settings: ServeSettings) -> ServeSettings:
-    """The settings, completed.
+    """Return the settings with the served model's name filled in.
 
     Raises
     ------
-    BadSetting, BadCheckpoint
+    BadSetting
+        If a setting cannot work; the message names its flag.
+    BadCheckpoint
+        If the model directory cannot be served.
     """
     checkpoint = open_checkpoint(settings.model)
     for name in ("llm", "tp", "detokenizer", "preprocess", "vision"):
         if (count := getattr(settings, name)) < 1:
-            raise BadSetting(f"{flag(name)} {count}: at least 1 is needed")
+            raise BadSetting(f"{flag(name)} {count}: must be at least 1")
     check_scaling(settings)
     if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
         raise BadSetting(
-            f"--max-model-len {settings.max_model_len}: the checkpoint's context is "
-            f"{checkpoint.max_model_len}"
+            f"--max-model-len {settings.max_model_len}: the model's context has only "
+            f"{checkpoint.max_model_len} tokens"
         )
     parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
     if settings.http_port == settings.grpc_port:
         raise BadSetting(
-            f"--http-port and --grpc-port are both {settings.http_port}: give two different ones"
+            f"--http-port and --grpc-port are both {settings.http_port}: set two different ports"
         )
     for name in ("http_port", "grpc_port"):
         check_port(settings.host, getattr(settings, name), flag(name))
@@ -44,21 +47,21 @@ def check(settings: ServeSettings) -> ServeSettings:
 
 def check_scaling(settings: ServeSettings) -> None:
     if settings.vision_standby < 0:
-        raise BadSetting(f"--vision-standby {settings.vision_standby}: give 0 or more")
+        raise BadSetting(f"--vision-standby {settings.vision_standby}: must be 0 or more")
     if settings.autoscale and settings.vision > (most := parse_bounds(settings.autoscale).most):
         raise BadSetting(
-            f"--vision {settings.vision} with --autoscale {settings.autoscale}: give at most "
-            f"{most} to begin with"
+            f"--vision {settings.vision} with --autoscale {settings.autoscale}: start with at most "
+            f"{most}"
         )
 
 
 def check_port(host: str, port: int, name: str) -> None:
     if not 0 < port <= MAX_PORT:
-        raise BadSetting(f"{name} {port}: give a port from 1 to {MAX_PORT}")
+        raise BadSetting(f"{name} {port}: must be from 1 to {MAX_PORT}")
     try:
         bound_socket(host, port).close()
     except OSError as e:
         raise BadSetting(
             f"{name} {port}: cannot listen on {host_port(host, port)} ({e.strerror}); free it or "
-            "give another"
+            "set another"
         ) from e

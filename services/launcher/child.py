@@ -1,5 +1,4 @@
-"""One service as a child process of the launcher: its command, its start, its death and when it is
-due again."""
+"""One service as a child process of the launcher: its command, start, exit and restart."""
 
 import contextlib
 import os
@@ -14,58 +13,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.logs import get_logger
-from common.process import EXIT_USAGE
+from common.process import EXIT_OK, EXIT_USAGE
+from common.tuning import with_tuning
 from proto.twinlens.control.v1 import control_pb2
 
 MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 8.0
-LAST_LINES = 8
-TUNING = {
-    "OMP_WAIT_POLICY": "passive",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
-}
-"""Threads that wait sleep, because vision and language share the cores; large tensors lie on huge
-pages; torch does not keep kernels for every length of prompt that ever came (docs/decisions.md)."""
-LLM_TUNING = {"GOMP_SPINCOUNT": "1000"}
-"""A step that is not one call of a kernel is over a hundred short products: its threads look for
-the next one for a while before they sleep."""
+NUM_LAST_LINES = 8
 LONG_LIFE_SECONDS = 30.0
+"""A child that was ready and ran for this long is restarted without a delay."""
 RELAY_SECONDS = 1.0
-"""For the last words of a child that died to come through."""
+"""How long to wait for the last output of a child that exited."""
 
 
 @dataclass(slots=True)
 class Child:
-    """A service that is to run. `process` is None between a death and the next start."""
+    """A service that should run. `process` is None between an exit and the next start."""
 
     role: str
     name: str
     arguments: list[str]
     group: str = ""
-    """Of a language group: its ranks live and die together."""
+    """The language group of a rank, else empty. The ranks of a group start and end together."""
     is_standby: bool = False
     process: subprocess.Popen[bytes] | None = None
     member: control_pb2.Member | None = None
-    """What the control plane said last of this process."""
+    """The last report of the controller about this process."""
     dead_since: float | None = None
-    """When the control plane's word was first that its lease had ended, while the process is there.
-    """
-    status: int = 0
+    """When the controller first reported this live process dead."""
+    status: int = EXIT_OK
+    """The exit status of the last process."""
     was_ready: bool = False
     failed_starts: int = 0
-    early_deaths: int = 0
-    started: float = 0.0
+    early_exits: int = 0
+    started_at: float = 0.0
     start_at: float = 0.0
+    """When the next start is due."""
     num_starts: int = 0
-    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_LAST_LINES))
     relay: threading.Thread | None = None
 
     @property
-    def is_hopeless(self) -> bool:
-        """What it was told cannot be, or it fails time and again."""
+    def cannot_start(self) -> bool:
+        """Whether to give up: its settings were refused, or it failed several times in a row."""
         return self.failed_starts > 0 and (
             self.status == EXIT_USAGE or self.failed_starts >= MAX_FAILED_STARTS
         )
@@ -74,12 +65,13 @@ class Child:
         return self.process is not None and self.member is not None and self.member.state in states
 
 
-def start(child: Child, run_dir: Path, on_death: Callable[[], None]) -> None:
+def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None:
+    """Start the child's process. `on_exit` is called by another thread when it has exited."""
     child.num_starts += 1
-    # A process group of its own: Ctrl-C at the terminal is the launcher's alone, and the children
-    # end in order.
+    # In a process group of its own a child does not receive the terminal's Ctrl-C. The launcher
+    # does, and stops the children in order.
     child.process = subprocess.Popen(
-        command_of(child, run_dir),
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -87,60 +79,64 @@ def start(child: Child, run_dir: Path, on_death: Callable[[], None]) -> None:
         env=child_environment(child.role),
     )
     child.was_ready = False
-    child.started = time.monotonic()
+    child.started_at = time.monotonic()
     child.last_lines.clear()
-    child.relay = threading.Thread(target=relay, args=(child, child.process), daemon=True)
+    child.relay = threading.Thread(target=relay_logs, args=(child, child.process), daemon=True)
     child.relay.start()
-    threading.Thread(target=await_death, args=(child.process, on_death), daemon=True).start()
+    threading.Thread(target=wait_for_exit, args=(child.process, on_exit), daemon=True).start()
 
 
-def await_death(process: subprocess.Popen[bytes], on_death: Callable[[], None]) -> None:
+def wait_for_exit(process: subprocess.Popen[bytes], on_exit: Callable[[], None]) -> None:
     process.wait()
-    on_death()
+    on_exit()
 
 
 def schedule_restart(child: Child) -> float:
-    """Plans the next start: at once after a long life, later and later where it dies soon or does
-    not get ready. Gives the seconds."""
+    """Record the exit of a child, plan its next start, and return the seconds until then.
+
+    The restart is immediate after a long life or a first early exit. The delay doubles with each
+    further early exit, up to LAST_BACKOFF_SECONDS.
+    """
     assert child.process is not None and child.relay is not None
     child.relay.join(RELAY_SECONDS)
     child.status = child.process.returncode
     child.failed_starts = 0 if child.was_ready else child.failed_starts + 1
-    lived = time.monotonic() - child.started
-    child.early_deaths = (
-        0 if child.was_ready and lived > LONG_LIFE_SECONDS else child.early_deaths + 1
-    )
-    wait = (
-        min(FIRST_BACKOFF_SECONDS * 2 ** (child.early_deaths - 2), LAST_BACKOFF_SECONDS)
-        if child.early_deaths > 1
-        else 0.0
-    )
+    lived_long = time.monotonic() - child.started_at > LONG_LIFE_SECONDS
+    child.early_exits = 0 if child.was_ready and lived_long else child.early_exits + 1
+    delay = 0.0
+    if child.early_exits > 1:
+        doubled = FIRST_BACKOFF_SECONDS * 2 ** (child.early_exits - 2)
+        delay = min(doubled, LAST_BACKOFF_SECONDS)
     child.process = None
     child.member = None
     child.dead_since = None
-    child.start_at = time.monotonic() + wait
-    return wait
+    child.start_at = time.monotonic() + delay
+    return delay
 
 
 def command_of(child: Child, run_dir: Path) -> list[str]:
-    meet = (
-        [f"--rendezvous=file://{run_dir}/{child.group}.{child.num_starts}.meet"]
-        if child.group
-        else []
-    )
-    standby = ["--standby"] if child.is_standby else []
-    return [sys.executable, "-m", f"services.{child.role}", *child.arguments, *meet, *standby]
+    """Return the command that starts the child's service."""
+    command = [sys.executable, "-m", f"services.{child.role}", *child.arguments]
+    if child.group:
+        # A new file for each start: ranks must not meet those of an earlier life.
+        command.append(f"--rendezvous=file://{run_dir}/{child.group}.{child.num_starts}.meet")
+    if child.is_standby:
+        command.append("--standby")
+    return command
 
 
 def child_environment(role: str) -> dict[str, str]:
-    """Settings go by flag, so that a TWINLENS_* of the launcher's own does not reach a child; and
-    the folder that `serve` is called in must not provide a package `services`."""
+    """Return the environment of a child: the launcher's own, and the tuning of the child's role.
+
+    The launcher's TWINLENS_* variables are left out, because children get their settings by flag.
+    PYTHONSAFEPATH keeps a folder `services` in the working directory from being imported.
+    """
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
-    return TUNING | (LLM_TUNING if role == "llm" else {}) | own | {"PYTHONSAFEPATH": "1"}
+    return with_tuning(role, own) | {"PYTHONSAFEPATH": "1"}
 
 
-def relay(child: Child, process: subprocess.Popen[bytes]) -> None:
-    """The child's log lines go through, and the last ones are kept: they tell why it died."""
+def relay_logs(child: Child, process: subprocess.Popen[bytes]) -> None:
+    """Copy the child's log to stderr, and keep its last lines, which say why it exited."""
     assert process.stderr is not None
     with process.stderr:
         for line in process.stderr:
@@ -150,8 +146,11 @@ def relay(child: Child, process: subprocess.Popen[bytes]) -> None:
 
 
 def stop_child(child: Child) -> None:
-    """At once. One that has not joined may still be importing, where SIGINT would end in a
-    traceback; it holds nothing that it could drain."""
+    """Ask the child to stop now, without draining.
+
+    A child that is not yet a member holds nothing to drain, and may still be importing: SIGINT
+    would end it with a traceback, so it gets SIGTERM.
+    """
     signal_child(child, signal.SIGINT if child.member else signal.SIGTERM)
 
 
@@ -161,12 +160,13 @@ def signal_child(child: Child, number: signal.Signals) -> None:
             child.process.send_signal(number)
 
 
-def wait_for(child: Child, deadline: float) -> None:
+def wait_or_kill(child: Child, deadline: float) -> None:
+    """Wait until the child has exited, and kill it at the deadline (of the monotonic clock)."""
     if child.process is None:
         return
     try:
         child.process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        get_logger().warning("did not stop in time: killed", name=child.name)
+        get_logger().warning("killed: it did not stop in time", name=child.name)
         child.process.kill()
         child.process.wait()

@@ -1,10 +1,9 @@
-"""How many replicas of each role are to run, which of them are, and what brings the two
-together."""
+"""The replicas of each role: how many are wanted, which ones run, and the steps between the two."""
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from common.logs import get_logger
 from common.membership import DRAINING, READY, STANDBY
@@ -12,54 +11,66 @@ from services.launcher.autoscale import Sample
 from services.launcher.child import Child, signal_child
 
 STOP_SECONDS = 5.0
-"""For a replica that did not drain in time to end its work with an error."""
+"""How long a replica that did not drain in time has to fail its work and exit."""
 
-
-class Make(Protocol):
-    def __call__(self, role: str, number: int) -> list[Child]:
-        """The children of one replica: one, or the ranks of a language group."""
-        ...
+MakeChildren = Callable[[str, int], list[Child]]
+"""Makes the children of replica `number` of a role: one child, or the ranks of a language group."""
 
 
 @dataclass(slots=True)
-class Replica:
-    """What is scaled as one. The first child holds its work, and is the one that drains."""
+class ManagedReplica:
+    """One unit of scaling: a process, or a language group with a process for each rank.
+
+    The first child is the leader: it holds the work, and it is the one that drains.
+    """
 
     role: str
     number: int
     children: list[Child]
-    retired: float | None = None
-    """Since when it is to drain and not to come back."""
-    stopped: float | None = None
+    retired_at: float | None = None
+    """Since when it must drain and not be restarted."""
+    stopped_at: float | None = None
+    """When it was told to stop because it did not drain in time."""
 
     @property
-    def first(self) -> Child:
+    def leader(self) -> Child:
         return self.children[0]
 
     @property
-    def has_ended(self) -> bool:
+    def is_retired(self) -> bool:
+        return self.retired_at is not None
+
+    @property
+    def has_exited(self) -> bool:
         return all(child.process is None for child in self.children)
 
     @property
-    def work(self) -> int:
-        """Units that it holds; one that is not ready holds none that counts."""
-        member = self.first.member
-        return (
-            member.in_flight + member.queued if member and self.first.is_in(READY, DRAINING) else -1
-        )
+    def load(self) -> int:
+        """The number of requests or images that it holds; -1 if it does not serve."""
+        member = self.leader.member
+        if member is None or not self.leader.is_in(READY, DRAINING):
+            return -1
+        return member.in_flight + member.queued
 
 
 class Fleet:
-    """The replicas, and `wanted`: how many of each role take work. Changed by one thread alone."""
+    """All replicas, and `wanted`: how many of each role should serve. One thread uses it.
+
+    It signals children and makes new ones; the supervisor starts them and notices their exits.
+    """
 
     def __init__(
-        self, wanted: dict[str, int], num_standbys: int, make: Make, drain_seconds: float
+        self,
+        wanted: dict[str, int],
+        num_standbys: int,
+        make_children: MakeChildren,
+        drain_seconds: float,
     ) -> None:
         self.wanted = wanted
         self.num_standbys = num_standbys
-        self._make = make
+        self._make_children = make_children
         self._drain_seconds = drain_seconds
-        self.replicas: list[Replica] = []
+        self.replicas: list[ManagedReplica] = []
         self._log = get_logger()
         self.reconcile()
 
@@ -67,45 +78,43 @@ class Fleet:
     def children(self) -> list[Child]:
         return [child for replica in self.replicas for child in replica.children]
 
-    def kept(self, role: str) -> list[Replica]:
-        return [
-            replica for replica in self.replicas if replica.role == role and replica.retired is None
-        ]
+    def kept(self, role: str) -> list[ManagedReplica]:
+        """Return the role's replicas that are not retired, standbys included."""
+        return [r for r in self.replicas if r.role == role and not r.is_retired]
 
-    def active(self, role: str) -> list[Replica]:
-        return [replica for replica in self.kept(role) if not replica.first.is_standby]
+    def active(self, role: str) -> list[ManagedReplica]:
+        """Return the role's replicas that serve, or will once they have started."""
+        return [replica for replica in self.kept(role) if not replica.leader.is_standby]
 
-    def replica_of(self, child: Child) -> Replica:
+    def replica_of(self, child: Child) -> ManagedReplica:
         return next(replica for replica in self.replicas if child in replica.children)
 
     def reconcile(self) -> None:
-        """Takes the steps that can be taken now; the children that it adds are started by the
-        launcher."""
-        self.replicas = [
-            replica for replica in self.replicas if replica.retired is None or not replica.has_ended
-        ]
-        self._replace_dead()
+        """Take every step towards the wanted numbers that is possible now."""
+        self.replicas = [r for r in self.replicas if not (r.is_retired and r.has_exited)]
+        self._replace_dead_by_standbys()
         for role, wanted in self.wanted.items():
-            self._add(role, wanted - len(self.active(role)))
-            for replica in by_loss(self.active(role))[: max(0, len(self.active(role)) - wanted)]:
-                self.retire(replica)
-        self._keep_standbys()
+            self._grow(role, wanted - len(self.active(role)))
+            self._shrink(self.active(role), wanted)
+        self._reconcile_standbys()
         for replica in self.replicas:
             self._promote(replica)
-            self._end(replica)
+            self._finish_retirement(replica)
 
     def sample_vision(self) -> Sample:
-        """The vision pool as the control plane told it last: the least that a replica has in hand,
-        and what waits before the pool."""
+        """Return the vision pool's state by the controller's latest reports.
+
+        The delay is the shortest queue of a ready replica plus what waits in preprocess.
+        """
         members = [
-            r.first.member
+            r.leader.member
             for r in self.active("vision")
-            if r.first.member is not None and r.first.is_in(READY)
+            if r.leader.member is not None and r.leader.is_in(READY)
         ]
         waiting = sum(
-            r.first.member.expected_delay
+            r.leader.member.expected_delay
             for r in self.replicas
-            if r.role == "preprocess" and r.first.member is not None
+            if r.role == "preprocess" and r.leader.member is not None
         )
         return Sample(
             now=time.monotonic(),
@@ -115,115 +124,105 @@ class Fleet:
             wanted=self.wanted["vision"],
         )
 
-    def retire(self, replica: Replica) -> None:
-        """It drains, and does not come back."""
-        if replica.retired is None:
-            replica.retired = time.monotonic()
-            self._log.info("draining", name=replica.first.name)
-            signal_child(replica.first, signal.SIGTERM)
+    def retire(self, replica: ManagedReplica) -> None:
+        """Begin to drain the replica, which is not restarted afterwards."""
+        if not replica.is_retired:
+            replica.retired_at = time.monotonic()
+            self._log.info("draining", name=replica.leader.name)
+            signal_child(replica.leader, signal.SIGTERM)
 
-    def take_out(self, replica: Replica, least: int = 1) -> None:
-        """One fewer is wanted from now on, and it is this one; but at least so many stay wanted,
-        and another comes in its place."""
-        if not replica.first.is_standby and replica.retired is None and replica.role in self.wanted:
+    def remove(self, replica: ManagedReplica, least: int = 1) -> None:
+        """Retire this replica and want one fewer of its role, but never fewer than `least`.
+
+        If that bound holds the number up, another replica replaces this one.
+        """
+        counts = not replica.leader.is_standby and not replica.is_retired
+        if counts and replica.role in self.wanted:
             self.wanted[replica.role] = max(least, self.wanted[replica.role] - 1)
         self.retire(replica)
 
-    def can_spare(self, replica: Replica) -> bool:
-        """Whether another one of the role takes work."""
-        return any(
-            other.first.is_in(READY) for other in self.active(replica.role) if other is not replica
-        )
+    def can_spare(self, replica: ManagedReplica) -> bool:
+        """Whether another replica of the role is ready."""
+        others = [other for other in self.active(replica.role) if other is not replica]
+        return any(other.leader.is_in(READY) for other in others)
 
-    def give_up(self, replica: Replica) -> None:
-        """One that cannot be started is wanted no longer."""
-        if replica.first.is_standby:
+    def abandon(self, replica: ManagedReplica) -> None:
+        """Stop restarting a replica that cannot start, and want one fewer."""
+        if replica.leader.is_standby:
             self.num_standbys -= 1
         else:
             self.wanted[replica.role] -= 1
-        replica.retired = time.monotonic()
+        replica.retired_at = time.monotonic()
 
     def next_deadline(self) -> float | None:
-        """When the patience with a retired replica ends."""
+        """Return when the next retired replica runs out of time, or None if none will."""
         now = time.monotonic()
-        return min(
-            (
-                m
-                for replica in self.replicas
-                if (m := self._ends_at(replica)) is not None and m > now
-            ),
-            default=None,
-        )
+        deadlines = [self._deadline(r) for r in self.replicas if r.is_retired]
+        return min((deadline for deadline in deadlines if deadline > now), default=None)
 
-    def _ends_at(self, replica: Replica) -> float | None:
-        if replica.retired is None:
-            return None
-        return (
-            replica.retired + self._drain_seconds
-            if replica.stopped is None
-            else replica.stopped + STOP_SECONDS
-        )
+    def _deadline(self, replica: ManagedReplica) -> float:
+        """Return when a retired replica must have drained or, if it was stopped, exited."""
+        assert replica.retired_at is not None
+        if replica.stopped_at is None:
+            return replica.retired_at + self._drain_seconds
+        return replica.stopped_at + STOP_SECONDS
 
-    def _add(self, role: str, count: int) -> None:
-        """Standbys first, loaded ones before those that load."""
+    def _grow(self, role: str, count: int) -> None:
+        """Add replicas: first standbys, loaded ones before loading ones, then new ones."""
         standbys = sorted(
-            (r for r in self.kept(role) if r.first.is_standby),
-            key=lambda r: not r.first.is_in(STANDBY),
+            (r for r in self.kept(role) if r.leader.is_standby),
+            key=lambda r: not r.leader.is_in(STANDBY),
         )
         for standby in standbys[: max(0, count)]:
-            standby.first.is_standby = False
+            standby.leader.is_standby = False
         for _ in range(count - len(standbys)):
-            self._new(role)
+            self._add_replica(role)
 
-    def _new(self, role: str) -> Replica:
+    def _add_replica(self, role: str) -> ManagedReplica:
         taken = {replica.number for replica in self.replicas if replica.role == role}
         number = next(n for n in range(len(taken) + 1) if n not in taken)
-        replica = Replica(role, number, self._make(role, number))
+        replica = ManagedReplica(role, number, self._make_children(role, number))
         self.replicas.append(replica)
         return replica
 
-    def _replace_dead(self) -> None:
-        """A loaded standby takes the place of a replica that died, which becomes the standby."""
-        for role in self.wanted:
-            loaded = [r for r in self.kept(role) if r.first.is_standby and r.first.is_in(STANDBY)]
-            dead = [
-                r for r in self.active(role) if r.first.process is None and r.first.num_starts > 0
-            ]
-            for standby, lost in zip(loaded, dead, strict=False):
-                standby.first.is_standby = False
-                lost.first.is_standby = True
-
-    def _keep_standbys(self) -> None:
-        standbys = [replica for replica in self.kept("vision") if replica.first.is_standby]
-        for _ in range(self.num_standbys - len(standbys)):
-            self._new("vision").first.is_standby = True
-        for replica in by_loss(standbys)[: max(0, len(standbys) - self.num_standbys)]:
+    def _shrink(self, replicas: list[ManagedReplica], wanted: int) -> None:
+        """Retire what is more than `wanted`: not ready ones, then by least load, youngest first."""
+        ordered = sorted(replicas, key=lambda replica: (replica.load, -replica.number))
+        for replica in ordered[: max(0, len(replicas) - wanted)]:
             self.retire(replica)
 
-    def _promote(self, replica: Replica) -> None:
-        if (
-            replica.first.is_in(STANDBY)
-            and not replica.first.is_standby
-            and replica.retired is None
-        ):
-            signal_child(replica.first, signal.SIGUSR1)
+    def _replace_dead_by_standbys(self) -> None:
+        """Swap each dead replica with a loaded standby; the dead one restarts as a standby."""
+        for role in self.wanted:
+            loaded = [r for r in self.kept(role) if r.leader.is_standby and r.leader.is_in(STANDBY)]
+            dead = [
+                r for r in self.active(role) if r.leader.process is None and r.leader.num_starts > 0
+            ]
+            for standby, lost in zip(loaded, dead, strict=False):
+                standby.leader.is_standby = False
+                lost.leader.is_standby = True
 
-    def _end(self, replica: Replica) -> None:
-        """A retired replica whose first child is gone has drained; one that takes too long is
-        stopped, then killed."""
-        if replica.retired is None:
+    def _reconcile_standbys(self) -> None:
+        standbys = [replica for replica in self.kept("vision") if replica.leader.is_standby]
+        for _ in range(self.num_standbys - len(standbys)):
+            self._add_replica("vision").leader.is_standby = True
+        self._shrink(standbys, self.num_standbys)
+
+    def _promote(self, replica: ManagedReplica) -> None:
+        """Put a process to work that was started as a standby, unless it still should be one."""
+        leader = replica.leader
+        if leader.is_in(STANDBY) and not leader.is_standby and not replica.is_retired:
+            signal_child(leader, signal.SIGUSR1)
+
+    def _finish_retirement(self, replica: ManagedReplica) -> None:
+        """Kill what is left of a drained replica; stop, then kill one that takes too long."""
+        if not replica.is_retired:
             return
-        overdue = (ends_at := self._ends_at(replica)) is not None and time.monotonic() >= ends_at
-        if replica.first.process is None or (overdue and replica.stopped is not None):
+        is_overdue = time.monotonic() >= self._deadline(replica)
+        if replica.leader.process is None or (is_overdue and replica.stopped_at is not None):
             for child in replica.children:
                 signal_child(child, signal.SIGKILL)
-        elif overdue:
-            replica.stopped = time.monotonic()
-            self._log.warning("did not drain in time: stopped", name=replica.first.name)
-            signal_child(replica.first, signal.SIGINT)
-
-
-def by_loss(replicas: list[Replica]) -> list[Replica]:
-    """Those first that are missed least: not ready, then by the work they hold, the youngest
-    first."""
-    return sorted(replicas, key=lambda replica: (replica.work, -replica.number))
+        elif is_overdue:
+            replica.stopped_at = time.monotonic()
+            self._log.warning("stopping: it did not drain in time", name=replica.leader.name)
+            signal_child(replica.leader, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is started, by the flag that says it."""
+"""Settings that cannot work are refused before anything starts, by the name of their flag."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def settings(**changed: Any) -> ServeSettings:
     )
 
 
-def test_the_served_name_is_the_folders_unless_given() -> None:
+def test_the_served_name_is_the_name_of_the_folder_unless_set() -> None:
     assert check(settings()).served_model_name == "checkpoint"
     assert check(settings(served_model_name="mine")).served_model_name == "mine"
 
@@ -46,7 +46,9 @@ def test_the_served_name_is_the_folders_unless_given() -> None:
         ({"read": "/no/such.png"}, "--read /no/such.png"),
     ],
 )
-def test_what_cannot_work_is_refused_by_its_flag(changed: dict[str, Any], words: str) -> None:
+def test_a_setting_that_cannot_work_is_refused_by_its_flag(
+    changed: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BadSetting, match=words):
         check(settings(**changed))
 
@@ -57,7 +59,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-def test_a_port_that_is_taken_is_refused_by_its_flag(host: str) -> None:
+def test_a_port_in_use_is_refused_by_its_flag(host: str) -> None:
     with bound_socket(host, 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]

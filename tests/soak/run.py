@@ -230,7 +230,7 @@ def crashes_of(system: Running) -> list[str]:
     """Children that ended by themselves, and not by a fault of ours."""
     ended = [
         entry
-        for entry in system.logged(event="service ended, starting it anew")
+        for entry in system.logged(event="service exited, restarting it")
         if entry["status"] not in (KILLED, 0)
     ]
     return [f"{entry['name']} ended with status {entry['status']}" for entry in ended]
