@@ -75,10 +75,8 @@ FROM runtime AS slim
 COPY --from=build-slim /opt/twinlens /opt/twinlens
 
 FROM runtime AS cpu
-# Threads that wait sleep, because vision and language share the cores; large tensors lie on huge pages; torch keeps few compiled kernels.
-ENV OMP_WAIT_POLICY=passive GLIBC_TUNABLES=glibc.malloc.hugetlb=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64
 COPY --from=build-cpu /opt/twinlens /opt/twinlens
 
 FROM runtime AS cuda
-ENV OMP_WAIT_POLICY=passive GLIBC_TUNABLES=glibc.malloc.hugetlb=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/twinlens /opt/twinlens

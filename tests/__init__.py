@@ -1,9 +1,11 @@
 import os
 import signal
 
-# As the launcher has it: torch's threads that wait sleep. Spinning ones take the cores from
-# whatever else runs, tests included.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A shell's background job ignores SIGINT, and so would every process that a test starts and
-# interrupts.
+from common.tuning import with_tuning
+
+# Tests that compute run as a vision replica does. Without it torch's idle threads would spin and
+# take the cores from other tests.
+os.environ.update(with_tuning("vision", os.environ))
+# A background job of a shell ignores SIGINT. Every process that a test starts and interrupts would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

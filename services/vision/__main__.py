@@ -1,6 +1,11 @@
 """A vision encoder replica: one image at a time through the vision tower, embeddings straight to
 the language group."""
 
+from common.tuning import apply_tuning
+
+if __name__ == "__main__":
+    apply_tuning("vision")  # first, because the libraries read it when they are imported
+
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.logs import get_logger

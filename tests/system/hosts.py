@@ -53,10 +53,7 @@ class Host:
         log = self._logs / f"{role}-{next(_numbers)}.log"
         with log.open("wb") as output:
             command = self.command(sys.executable, "-m", f"services.{role}", *flags)
-            environment = own_environment() | {
-                "GLOO_SOCKET_IFNAME": self.interface,
-                "OMP_WAIT_POLICY": "passive",
-            }
+            environment = own_environment() | {"GLOO_SOCKET_IFNAME": self.interface}
             process = subprocess.Popen(command, cwd=ROOT, stderr=output, env=environment)
         self._processes.append(process)
         return process
