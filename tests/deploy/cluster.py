@@ -1,5 +1,4 @@
-"""A Kubernetes cluster to try the manifests on: the one whose kubectl context K8S_TEST_CONTEXT
-names."""
+"""The Kubernetes cluster to try the manifests on; K8S_TEST_CONTEXT names its kubectl context."""
 
 import contextlib
 import json
@@ -54,7 +53,7 @@ class Cluster:
     def apply(self, manifests: list[dict[str, Any]]) -> None:
         text = yaml.safe_dump_all(manifests)
         if self.minor_version < FIRST_MINOR_WITH_POLICY_V1:
-            # An older one is for trying only: what it does not know is dropped.
+            # An older cluster drops what it does not know, which is enough for tests.
             text = re.sub(
                 r"apiVersion: policy/v1$", "apiVersion: policy/v1beta1", text, flags=re.MULTILINE
             )
@@ -63,7 +62,7 @@ class Cluster:
             self.kubectl("apply", "-f", "-", text=text)
 
     def roll_out(self, *workloads: str) -> None:
-        """Waits until they are as they should be."""
+        """Wait until the workloads are rolled out."""
         for workload in workloads:
             self.kubectl("rollout", "status", workload, f"--timeout={ROLLOUT_SECONDS}s")
 
@@ -76,7 +75,7 @@ class Cluster:
         self.roll_out(workload)
 
     def pods(self, role: str) -> list[str]:
-        """Those that are not on their way out."""
+        """Return the names of the role's pods that are not terminating."""
         found = self.get("pods", "-l", f"app.kubernetes.io/component={role}")["items"]
         return [
             pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]
@@ -84,8 +83,10 @@ class Cluster:
 
     @contextlib.contextmanager
     def load(self, clients: int) -> Iterator[dict[str, int]]:
-        """Requests from inside of the cluster, through the Service. What it gives is filled at the
-        end: how many ended how."""
+        """Send requests from inside the cluster, through the Service.
+
+        The yielded dictionary counts the outcomes; it is filled at the end.
+        """
         outcomes: dict[str, int] = {}
         command = self.command(
             "exec",
@@ -110,7 +111,7 @@ class Cluster:
             process.communicate()
 
     def ask(self, image: Path) -> str:
-        """What the system reads in an image."""
+        """Return the text that the system reads in an image."""
         command = [
             "exec",
             "-i",
@@ -133,8 +134,7 @@ class Cluster:
 
 
 def client_pod(gateway: dict[str, Any]) -> dict[str, Any]:
-    """A pod that only sleeps, as restricted as the gateway's; what is executed in it is a
-    client."""
+    """Return a pod that sleeps, as restricted as the gateway's, to execute clients in."""
     spec = gateway["spec"]["template"]["spec"]
     (only,) = spec["containers"]
     container = {
@@ -159,8 +159,8 @@ def find_cluster() -> Cluster:
     binary = os.environ.get("KUBECTL") or shutil.which("kubectl")
     if not context or not binary:
         pytest.skip(
-            "K8S_TEST_CONTEXT names no kubectl context: give that of a cluster for trying, which "
-            "has the images of `make images`"
+            "K8S_TEST_CONTEXT is not set, or there is no kubectl: name the context of a test "
+            "cluster that has the images of `make images`"
         )
     cluster = Cluster(binary, context)
     reached = subprocess.run(
@@ -172,7 +172,7 @@ def find_cluster() -> Cluster:
         pytest.skip(f"the cluster {context} cannot be reached: {reached.stderr.strip()}")
     if f"namespace/{NAMESPACE}" in reached.stdout.split():
         pytest.skip(
-            f"the cluster {context} has a namespace {NAMESPACE}, whose contents are not ours to "
+            f"the cluster {context} already has a namespace {NAMESPACE}, which a test must not "
             "delete"
         )
     return cluster
@@ -180,7 +180,7 @@ def find_cluster() -> Cluster:
 
 @contextlib.contextmanager
 def deployed(overlay: str) -> Iterator[Cluster]:
-    """The overlay, running, with a pod for clients; and nothing of it left behind."""
+    """Deploy the overlay with a pod for clients, and delete the namespace afterwards."""
     cluster = find_cluster()
     manifests = build_overlay(overlay)
     workloads = {

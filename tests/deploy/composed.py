@@ -1,4 +1,4 @@
-"""The system as `docker compose` runs it, with a client's and an operator's view of it."""
+"""The system as `docker compose` runs it, as clients and operators see it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SCALE_SECONDS = 120
 
 
 def docker(*arguments: str) -> str:
-    """Its output. Raises AssertionError with its words where it fails."""
+    """Run docker and return its output; an AssertionError has the output of a failure."""
     done = subprocess.run(
         ["docker", *arguments],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def docker(*arguments: str) -> str:
 
 
 class Composed(Running):
-    """A project of its own beside whatever else the engine runs."""
+    """A Compose project of its own, next to whatever else the engine runs."""
 
     def __init__(self) -> None:
         self.http_port = free_port()
@@ -73,8 +73,7 @@ class Composed(Running):
         return done.stdout
 
     def scale(self, **replicas: int) -> None:
-        """Those that are not named go back to one. Returns when as many are ready, and no more are
-        there."""
+        """Scale these services, and all others to one. Return when exactly that many are ready."""
         counts = [
             part for role, count in replicas.items() for part in ("--scale", f"{role}={count}")
         ]
@@ -93,7 +92,7 @@ class Composed(Running):
         until(lambda: self.answers("/readyz") == 200, "the gateway is ready", START_SECONDS)
 
     def answers(self, path: str) -> int:
-        """The status; 0 where nobody listens."""
+        """Return the HTTP status, or 0 if nothing listens."""
         try:
             return self.get(path)[0]
         except (OSError, urllib.error.URLError):
@@ -108,8 +107,10 @@ def inspect(container: str, what: str) -> Any:
 
 
 def crash(container: str) -> None:
-    """Its process is killed, which to the engine is no stop. Returns when the engine has started it
-    again."""
+    """Kill the container's process, and return when the engine has restarted it.
+
+    Unlike a stopped container, a killed one is restarted.
+    """
     pid = inspect(container, ".State.Pid")
     restarts = inspect(container, ".RestartCount")
     assert pid > 0
@@ -118,8 +119,7 @@ def crash(container: str) -> None:
 
 
 class Load:
-    """Clients that ask about pictures never seen before, one after the other, until told to
-    stop."""
+    """Clients that ask about new pictures, one after another, until they are stopped."""
 
     def __init__(self, system: Composed) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -146,7 +146,7 @@ class Load:
         self._stop.set()
 
     def more(self, count: int = 20) -> None:
-        """Returns when so many more were answered."""
+        """Return when `count` more requests were answered."""
         wanted = self.outcomes["answered"] + count
         until(
             lambda: self.outcomes["answered"] >= wanted or self.failures(),
@@ -160,7 +160,7 @@ class Load:
 
 @contextmanager
 def under_load(system: Composed, clients: int = 6) -> Iterator[Load]:
-    """None of the requests may fail."""
+    """Keep clients busy meanwhile, and fail if any of their requests fails."""
     load = Load(system)
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(load.run) for _ in range(clients)]

@@ -1,4 +1,4 @@
-"""A real engine and the images, once for all tests; skipped where there is no engine."""
+"""A real engine and the images, once for all tests; without an engine they are skipped."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ TEXT = {"capture_output": True, "text": True}
 
 @pytest.fixture(scope="session")
 def engine() -> None:
-    """A Docker engine with Compose."""
+    """Skip the test if there is no Docker engine with Compose."""
     if not shutil.which("docker"):
         pytest.skip("no docker command here")
     for command in (["docker", "info"], ["docker", "compose", "version"]):
@@ -24,7 +24,7 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def images(engine: None) -> float:
-    """`twinlens:slim` and `twinlens:cpu` of this checkout. Gives the seconds that it took."""
+    """Build `twinlens:slim` and `twinlens:cpu` of this checkout. Return the seconds it took."""
     began = time.monotonic()
     done = subprocess.run([ROOT / "scripts" / "images", "slim", "cpu"], cwd=ROOT, **TEXT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-SHOWN:]

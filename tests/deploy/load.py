@@ -1,9 +1,8 @@
-"""A client of OpenAI HTTP without a dependency but Pillow, to be run where the gateway is reached:
-`python load.py URL CLIENTS`.
+"""A client of the OpenAI HTTP API that needs only Pillow: `python load.py URL CLIENTS`.
 
-Keeps so many requests under way, each about a picture that nobody has seen, until stdin ends; then
-prints how many ended how, as JSON. With `image` for CLIENTS it asks once about the image on stdin,
-and prints the text.
+It keeps CLIENTS requests in flight, each about a new picture, until stdin ends. Then it prints how
+many had which outcome, as JSON. With `image` for CLIENTS it sends one request about the image on
+stdin, and prints the text.
 """
 
 import base64

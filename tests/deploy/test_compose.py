@@ -1,5 +1,4 @@
-"""The whole system under Docker Compose: read, scaled, crashed and cut off under load, and taken
-down."""
+"""The whole system under Docker Compose is scaled, crashed and cut off under load."""
 
 from collections.abc import Iterator
 
@@ -74,7 +73,7 @@ def test_a_crashed_container_comes_back_and_its_requests_go_on(role: str, system
     until(lambda: system.states(role) == ["ready"], f"{role} is ready again")
 
 
-def test_a_vision_replica_that_is_cut_off_mid_encode_is_survived(system: Composed) -> None:
+def test_a_vision_replica_that_is_cut_off_mid_encode_fails_no_request(system: Composed) -> None:
     network = f"{PROJECT}_twinlens"
     with under_load(system) as load:
         system.scale(vision=2)
@@ -92,7 +91,7 @@ def test_a_vision_replica_that_is_cut_off_mid_encode_is_survived(system: Compose
         system.scale(vision=1)
 
 
-def test_a_model_directory_that_is_not_there_is_refused(system: Composed) -> None:
+def test_a_missing_model_directory_is_refused(system: Composed) -> None:
     system.environment["TWINLENS_MODEL"] = "/no/such/model"
     try:
         with pytest.raises(AssertionError, match="/no/such/model"):

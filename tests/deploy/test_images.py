@@ -1,4 +1,4 @@
-"""The images: small, without a compiler, not as root, and each able to run its services."""
+"""The images are small, have no compiler, do not run as root, and run their services."""
 
 import json
 
@@ -63,7 +63,6 @@ def test_torch_is_in_the_image_that_needs_it_and_in_no_other() -> None:
 
 
 def test_the_kernels_are_there_without_a_compiler() -> None:
-    """Compiled while the image was built; whether this machine has kernels at all, its CPU
-    decides."""
+    """They were compiled while the image was built. Not every CPU has the instructions for them."""
     loaded, expected = in_image("twinlens:cpu", "python", "-c", KERNELS).split()
     assert loaded == expected

@@ -1,5 +1,4 @@
-"""The CPU overlay on a real cluster: it gets ready, and nothing that an operator does to it under
-load fails a request."""
+"""The CPU overlay on a real cluster: nothing that an operator does under load fails a request."""
 
 from collections.abc import Iterator
 
@@ -57,7 +56,7 @@ def test_a_deployment_is_updated_under_load(cluster: Cluster, role: str) -> None
 
 
 def test_the_only_language_group_is_updated_under_load(cluster: Cluster) -> None:
-    """Requests wait for it to come back."""
+    """Requests wait until it is back."""
     with cluster.load(CLIENTS) as outcomes:
         cluster.restart("statefulset/llm")
     assert_nothing_failed(outcomes)

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests as kustomize makes them."""
+"""The Kubernetes manifests as kustomize builds them."""
 
 import functools
 import json
@@ -22,11 +22,11 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """A kubectl that can build the overlays; without one the test is skipped."""
+    """Return a kubectl that can build the overlays, or skip the test."""
     found = os.environ.get("KUSTOMIZE") or shutil.which("kubectl")
     if not found:
         pytest.skip(
-            "no kubectl here, of which `kubectl kustomize` builds the overlays; KUSTOMIZE names one"
+            "there is no kubectl, which builds the overlays; KUSTOMIZE can name another one"
         )
     told = subprocess.run(
         [found, "version", "--client", "-o", "json"],
@@ -36,7 +36,7 @@ def kubectl() -> str:
         timeout=60,
     ).stdout
     if int(json.loads(told)["clientVersion"]["minor"].rstrip("+")) < OLDEST_MINOR:
-        pytest.skip(f"{found} is older than 1.{OLDEST_MINOR}: its kustomize knows no components")
+        pytest.skip(f"{found} is older than 1.{OLDEST_MINOR}: its kustomize has no components")
     return found
 
 
@@ -54,7 +54,7 @@ def build_overlay(name: str) -> list[Manifest]:
 
 
 def build_with(folder: Path, overlay: str, *components: str) -> list[Manifest]:
-    """An operator's own overlay, in the folder: one of ours and these components."""
+    """Build an operator's own overlay, in `folder`: one of ours with these components."""
     up = os.path.relpath(ROOT / "k8s", folder)
     taken = {
         "resources": [f"{up}/overlays/{overlay}"],
@@ -65,7 +65,7 @@ def build_with(folder: Path, overlay: str, *components: str) -> list[Manifest]:
 
 
 def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
-    """By name."""
+    """Return the manifests of these kinds by name."""
     return {
         manifest["metadata"]["name"]: manifest
         for manifest in manifests
@@ -74,7 +74,7 @@ def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Each workload's pod template."""
+    """Return the pod template of each workload."""
     templates = {
         name: found["spec"]["template"]
         for name, found in of_kind(manifests, "Deployment", "StatefulSet").items()
@@ -92,8 +92,7 @@ def container(pod: Manifest) -> Manifest:
 
 
 def environment(manifests: list[Manifest], pod: Manifest) -> dict[str, str]:
-    """The variables that a container gets; those that are known only when it runs have a text of
-    their kind."""
+    """Return a container's variables; one that is known only at run time has a sample value."""
     maps = {name: found["data"] for name, found in of_kind(manifests, "ConfigMap").items()}
     given = {
         key: value

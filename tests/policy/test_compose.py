@@ -1,5 +1,7 @@
-"""compose.yaml without an engine: every service is there, watched and confined, and gets only
-settings that it knows."""
+"""compose.yaml is checked without an engine.
+
+Every service is there, probed and confined, and gets only settings that it knows.
+"""
 
 import copy
 import re
@@ -27,7 +29,7 @@ def role_of(name: str) -> str:
 
 
 def unknown_settings(services: dict[str, Service]) -> list[str]:
-    """The variables and flags that the service would refuse, or nobody would read."""
+    """Return the variables and flags that the service would refuse or ignore."""
     found = []
     for name, service in services.items():
         known = names_of(SERVICES[role_of(name)])
@@ -70,7 +72,7 @@ def unconfined(services: dict[str, Service]) -> list[str]:
 
 
 def published(services: dict[str, Service]) -> dict[str, list[str]]:
-    """The ports of the host, where nothing else is said in the environment."""
+    """Return the host ports of each service that publishes any, by compose.yaml's defaults."""
     return {
         name: [defaults(port) for port in service["ports"]]
         for name, service in services.items()
@@ -82,7 +84,7 @@ def defaults(text: str) -> str:
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
-def test_every_service_is_there_and_those_that_compute_on_cards_as_well(
+def test_every_service_is_there_and_those_that_compute_also_for_gpus(
     compose: dict[str, Any],
 ) -> None:
     assert set(compose["services"]) == set(SERVICES) | ON_CARDS
@@ -123,7 +125,7 @@ def test_every_service_is_probed_and_starts_after_the_controller_is_healthy(
 
 
 def test_the_gateway_stops_before_those_that_it_needs(compose: dict[str, Any]) -> None:
-    """Compose stops in the reverse order; which of the profiles is there is known only then."""
+    """Compose stops in reverse order of dependency. Services of a profile may be absent."""
     needed = compose["services"]["gateway"]["depends_on"]
     assert set(needed) == set(compose["services"]) - {"gateway"}
     assert {name for name, need in needed.items() if not need.get("required", True)} == {

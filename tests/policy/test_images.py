@@ -1,4 +1,4 @@
-"""The Dockerfile and its locks without an engine."""
+"""The Dockerfile and its lock files are checked without an engine."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ def dockerfile() -> str:
 
 
 def stage(name: str) -> str:
-    """The lines of one stage, from its FROM to the next."""
+    """Return the lines of one stage, from its FROM to the next."""
     (found,) = re.findall(
         rf"^(FROM \S+ AS {name}\n.*?)(?=^FROM |\Z)", dockerfile(), re.MULTILINE | re.DOTALL
     )
@@ -34,7 +34,7 @@ def stage(name: str) -> str:
 
 
 def locked(target: str) -> dict[str, str]:
-    """Name to version, of what is for CPython 3.11 on Linux."""
+    """Return the version of each locked package for CPython 3.11 on Linux."""
     environment = default_environment() | {
         "python_version": "3.11",
         "python_full_version": "3.11.9",
@@ -50,7 +50,7 @@ def locked(target: str) -> dict[str, str]:
 
 
 def unmet(wanted: list[str], lock: dict[str, str]) -> list[str]:
-    """The requirements that the lock does not hold."""
+    """Return the requirements that the lock file does not meet."""
     requirements = [Requirement(text) for text in wanted]
     names = {name.replace("_", "-").lower(): version for name, version in lock.items()}
     return [
@@ -111,8 +111,7 @@ def test_no_image_runs_as_root_or_has_a_compiler() -> None:
 
 
 def test_an_engine_without_frontends_from_a_registry_builds_it() -> None:
-    """Engine 20.10 knows neither heredocs nor linked copies, and a syntax line would fetch an
-    image."""
+    """Engine 20.10 has neither heredocs nor linked copies; a syntax line would fetch an image."""
     assert not re.search(r"^#\s*syntax|<<|--link|start-interval", dockerfile(), re.MULTILINE)
     assert set(re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)) == {
         "python:3.11-slim",

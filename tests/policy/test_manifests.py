@@ -1,5 +1,7 @@
-"""The Kubernetes manifests: every service has its own, with probes, and with settings that it
-knows; all are valid for today's Kubernetes."""
+"""The Kubernetes manifests are valid for today's Kubernetes.
+
+Every service has a workload with probes, and gets only settings that it knows.
+"""
 
 import argparse
 import copy
@@ -31,12 +33,12 @@ kubernetes_validate.utils.schema_contents = functools.cache(
 )
 
 CUSTOM_KINDS = {"ScaledObject", "LeaderWorkerSet"}
-"""Their schemas come with what they need in the cluster, not with Kubernetes."""
+"""Kinds whose schemas come with what is installed in the cluster, not with Kubernetes."""
 NODE_CPUS = 2.0
 NODE_BYTES = 8 * 2**30
 SYSTEM_CPUS = 0.2
 SYSTEM_BYTES = 2**30
-"""What a node keeps for itself."""
+"""The resources that a node reserves for itself."""
 DRAIN_SECONDS = 10
 
 
@@ -57,8 +59,7 @@ def amount(quantity: str | int) -> float:
 
 
 def refused_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The workloads whose service would not start with the variables and arguments that its
-    manifest gives."""
+    """Return the workloads whose service would refuse its manifest's variables and arguments."""
     refused = []
     for role, pod in pods(manifests).items():
         with monkeypatch.context() as patched:
@@ -76,8 +77,10 @@ def refused_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch)
 
 
 def invalid(manifests: list[Manifest]) -> list[str]:
-    """What is wrong by the schemas of the newest Kubernetes that the package knows. Pods of custom
-    kinds are looked at as pods."""
+    """Return what the schemas of the newest Kubernetes that the package knows reject.
+
+    Of custom kinds only the pod templates are checked.
+    """
     wrapped = [
         {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": role}, "template": pod}
         for role, pod in pods(manifests).items()
@@ -163,8 +166,10 @@ def test_a_pod_has_time_to_finish_what_it_holds(manifests: list[Manifest]) -> No
 
 
 def test_pods_are_restricted(manifests: list[Manifest]) -> None:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and a root file system
-    that nothing writes to."""
+    """They meet the "restricted" pod security standard, with a read-only root file system.
+
+    https://kubernetes.io/docs/concepts/security/pod-security-standards/
+    """
     for pod in pods(manifests).values():
         spec = pod["spec"]
         own = container(pod)["securityContext"]
@@ -199,7 +204,7 @@ def test_services_lead_to_pods_and_ports_that_are_there(manifests: list[Manifest
         }
 
 
-def test_no_deployment_has_fewer_pods_during_an_update_but_where_each_holds_a_card(
+def test_a_deployment_keeps_all_pods_during_an_update_unless_each_holds_a_card(
     manifests: list[Manifest],
 ) -> None:
     for name, deployment in of_kind(manifests, "Deployment").items():
@@ -317,7 +322,7 @@ def test_a_leader_worker_set_has_a_pod_for_each_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["hpa", "keda"])
-def test_where_something_scales_vision_no_manifest_says_how_many(
+def test_no_manifest_sets_the_replicas_of_vision_if_an_autoscaler_does(
     component: str, tmp_path: Path
 ) -> None:
     vision = of_kind(build_with(tmp_path, "gpu", component), "Deployment")["vision"]
@@ -328,7 +333,7 @@ def test_where_something_scales_vision_no_manifest_says_how_many(
     ("overlay", "components"),
     [("gpu", []), ("gpu", ["weights-oci"]), ("cpu", ["weights-oci"]), ("cpu", ["weights-pvc"])],
 )
-def test_weights_are_mounted_where_the_model_is_looked_for(
+def test_weights_are_mounted_at_the_model_directory(
     overlay: str, components: list[str], tmp_path: Path
 ) -> None:
     made = build_with(tmp_path, overlay, *components)
