@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compute.kernels.library import bfloat16_kernels, cpu_flags
+from compute.kernels.library import AVX2, bfloat16_kernels, cpu_flags
 from compute.kernels.operations import PackedWeights
+from compute.kernels.structures import MAX_LINEAR_ROWS
 
-MAX_KERNEL_ROWS = 64
+MAX_KERNEL_ROWS = MAX_LINEAR_ROWS
 """Up to this number of rows our kernel is faster than oneDNN's on the same packed weights."""
 MAX_KERNEL_ROWS_WITH_AMX = 16
 """The same number on a CPU with AMX, whose tiles oneDNN uses."""
-PANEL = 16
+PANEL = AVX2.panel
 """Outputs that our kernels pack together, if they pack the weights themselves."""
 
 

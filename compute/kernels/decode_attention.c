@@ -39,7 +39,7 @@ void merge_task(const Paged *paged, bf16 *y, const float *partials, long task)
     for (long s = 0; s < seq; s++) before += num_parts(paged, s);
     const float *first = partials + (before * paged->num_heads + head) * (dim + 2);
     long stride = (long)paged->num_heads * (dim + 2);
-    float greatest = first[dim + 1], total = 0, sums[MAX_DIM] = {0};
+    float greatest = first[dim + 1], total = 0, sums[MAX_HEAD_DIM] = {0};
     for (long p = 1; p < count; p++) greatest = fmaxf(greatest, first[p * stride + dim + 1]);
     for (long p = 0; p < count; p++) {
         const float *part = first + p * stride;

@@ -2,34 +2,9 @@
  * two hundred, most of them so short that waking a thread for them takes longer than they do. */
 
 #include "crew.h"
-#include "kernels.h"
+#include "decoder.h"
 
 #include <string.h>
-
-typedef struct {
-    const bf16 *input_norm, *mlp_norm;
-    Weights qkv, o, gate_up, down;
-} Layer;
-
-typedef struct {
-    const Layer *layers;
-    const bf16 *norm;
-    Weights head;
-    long num_layers, width;
-    int num_heads, num_kv_heads, dim, is_share;
-    float eps;
-} Decoder;
-
-typedef struct {
-    const float *cos, *signed_sin; /* [num_seqs, dim] */
-    const int64_t *slots;          /* [num_seqs]: where the new tokens' keys and values go */
-    const int64_t *tables, *contexts;
-    long table_stride, num_seqs;
-    bf16 *cache; /* [num_layers, 2, num_blocks, block_size, num_kv_heads, dim] */
-    long layer_stride, values_at;
-    int block_size;
-    float *partials; /* [num_heads, dim + 2] for each part of a context */
-} Step;
 
 /* What one operation leaves for the next, a row a sequence. */
 typedef struct {

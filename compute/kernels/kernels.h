@@ -9,7 +9,14 @@
 typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 
-enum { MAX_DIM = 256 };
+/* Python repeats these in structures.py. */
+enum {
+    CONTEXT_PADDING = 64, /* attention's workspace holds contexts rounded up to a multiple of this */
+    MAX_GROUP = 16,       /* query heads that share a key head */
+    MAX_HEAD_DIM = 256,
+    MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; some accept more */
+    PART_TOKENS = 512     /* a longer context is divided into parts */
+};
 
 INLINE uint32_t bits_of(float x)
 {
@@ -56,9 +63,6 @@ typedef struct {
     long table_stride;
     int num_heads, num_kv_heads, dim, block_size;
 } Paged;
-
-/* A longer context is divided, whatever the number of threads: its parts are tasks of their own, and merged. */
-enum { PART_TOKENS = 512 };
 
 /* The query heads [group, dim] of one new token of sequence `seq` that share a key head, over `count` tokens of its context from `first` on.
  * Where `partial` is given it gets what is to be merged, for each head the `dim` weighted sums, the sum of the weights, and the greatest score

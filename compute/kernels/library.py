@@ -1,7 +1,7 @@
-"""Compiles and loads the kernels; where that fails there are none, and torch does their work.
+"""Compile and load the C kernels of this CPU; without them, torch computes instead.
 
-`python -m compute.kernels.library` compiles them ahead, beside their sources, for every CPU that
-can run them: for machines without a compiler.
+`python -m compute.kernels.library` compiles the kernels of every instruction set into the source
+folders, for machines that have no compiler.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from common.logs import get_logger
+from compute.kernels.structures import EntryStruct, expected_layout
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -32,7 +33,7 @@ NATIVE = ("-march=native",)
 COMPILE_SECONDS = 60
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
-    "take_rows": [*[c_void_p] * 3, c_long, c_int],
+    "take_rows": [c_void_p, c_void_p, c_void_p, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],
@@ -47,22 +48,41 @@ SIGNATURES: dict[str, list[type]] = {
         c_long,
         c_long,
         c_long,
-        *[c_int] * 5,
+        c_int,
+        c_int,
+        c_int,
+        c_int,
+        c_int,
     ],
     "scatter": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_long],
     "decode_attention": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
-    "decode": [*[c_void_p] * 5, c_long, c_long, c_int],
+    "decode": [
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_long,
+        c_long,
+        c_int,
+    ],
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """One instruction set's kernels: what all have in common, and its own folder."""
+    """The kernels of one instruction set: the common sources and those of its own folder."""
 
     folder: Path
     needed_flags: frozenset[str]
+    """The CPU flags without which the kernels cannot run."""
+
     portable: tuple[str, ...]
-    """The compiler's flags for whatever CPU has these."""
+    """The compiler flags for every CPU that has `needed_flags`."""
+
+    panel: int
+    """The number of outputs in one panel of packed weights."""
+
     signatures: dict[str, list[type]]
 
     def files(self, pattern: str) -> list[Path]:
@@ -70,17 +90,21 @@ class Sources:
 
 
 AVX512 = Sources(
-    FOLDER / "avx512",
-    frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}),
-    ("-march=x86-64-v4", "-mavx512bf16"),
-    SIGNATURES,
+    folder=FOLDER / "avx512",
+    needed_flags=frozenset(
+        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}
+    ),
+    portable=("-march=x86-64-v4", "-mavx512bf16"),
+    panel=64,
+    signatures=SIGNATURES,
 )
-# oneDNN packs no bfloat16 for these CPUs, so the kernels do it themselves.
+# oneDNN does not pack bfloat16 weights for these CPUs, so the kernels pack them.
 AVX2 = Sources(
-    FOLDER / "avx2",
-    frozenset({"avx2", "fma", "bmi1", "bmi2"}),
-    ("-march=x86-64-v3",),
-    SIGNATURES
+    folder=FOLDER / "avx2",
+    needed_flags=frozenset({"avx2", "fma", "bmi1", "bmi2"}),
+    portable=("-march=x86-64-v3",),
+    panel=16,
+    signatures=SIGNATURES
     | {
         "pack_weights": [c_void_p, c_void_p, c_long, c_long],
         "pack_int8": [c_void_p, c_void_p, c_long, c_long],
@@ -90,14 +114,20 @@ AVX2 = Sources(
 
 @cache
 def bfloat16_kernels() -> ctypes.CDLL | None:
-    """None where there are none for this CPU, or no compiler is at hand and none was before."""
+    """Return the bfloat16 kernels of this CPU.
+
+    None if the CPU has none, or if they were not compiled before and there is no compiler.
+    """
     sources = sources_for(cpu_flags())
     return None if sources is None else load(sources)
 
 
 @cache
 def int8_kernels() -> ctypes.CDLL | None:
-    """Those of the weights of eight bits, which are the same for every CPU with AVX2."""
+    """Return the kernels for int8 weights, which are the AVX2 kernels on every CPU.
+
+    None if the CPU lacks AVX2, or if they were not compiled before and there is no compiler.
+    """
     flags = cpu_flags()
     if sources_for(flags) is AVX2:
         return bfloat16_kernels()
@@ -105,11 +135,19 @@ def int8_kernels() -> ctypes.CDLL | None:
 
 
 def load(sources: Sources) -> ctypes.CDLL | None:
+    """Return the library of these sources, with the types of its functions' arguments set.
+
+    None if it can neither be found nor compiled. Raises AssertionError if the Python mirror of its
+    structures is wrong.
+    """
     try:
-        library = ctypes.CDLL(str(library_of(sources)))
+        library = ctypes.CDLL(str(find_or_compile(sources)))
     except (OSError, subprocess.SubprocessError) as e:
-        get_logger().warning("the kernels cannot be loaded, torch does their work", reason=str(e))
+        get_logger().warning(
+            "the C kernels cannot be loaded; torch computes instead", reason=str(e)
+        )
         return None
+    check_layout(library, sources)
     for name, arguments in sources.signatures.items():
         function = getattr(library, name)
         function.argtypes = arguments
@@ -117,8 +155,30 @@ def load(sources: Sources) -> ctypes.CDLL | None:
     return library
 
 
+def check_layout(library: ctypes.CDLL, sources: Sources) -> None:
+    """Raise AssertionError, naming each difference, if C and structures.py do not agree."""
+    compiled = exported_layout(library)
+    expected = expected_layout() | {"PANEL": sources.panel}
+    differences = [
+        f"{name} is {in_c} in C and {in_python} in Python"
+        for name in sorted(compiled.keys() | expected.keys())
+        if (in_c := compiled.get(name, "absent")) != (in_python := expected.get(name, "absent"))
+    ]
+    assert not differences, f"the C kernels and structures.py disagree: {'; '.join(differences)}"
+
+
+def exported_layout(library: ctypes.CDLL) -> dict[str, int]:
+    """Return the table of layout.c: sizes, offsets and constants by name."""
+    num_entries = c_long.in_dll(library, "num_layout_entries").value
+    entries = (EntryStruct * num_entries).in_dll(library, "layout")
+    return {entry.name.decode(): entry.value for entry in entries}
+
+
 def sources_for(flags: frozenset[str]) -> Sources | None:
-    """AVX-512 without bfloat16 has none of ours: oneDNN does well there."""
+    """Return the kernels for a CPU with these flags.
+
+    None for AVX-512 without bfloat16 as well, because oneDNN is fast there.
+    """
     if AVX512.needed_flags <= flags:
         return AVX512
     return AVX2 if AVX2.needed_flags <= flags and "avx512f" not in flags else None
@@ -126,6 +186,7 @@ def sources_for(flags: frozenset[str]) -> Sources | None:
 
 @cache
 def cpu_flags() -> frozenset[str]:
+    """Return this CPU's flags as /proc/cpuinfo names them, or nothing if it cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -133,20 +194,23 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def library_of(sources: Sources) -> Path:
-    """For this CPU, from the cache or made now (several processes may do so at once); without a
-    compiler the one made ahead."""
+def find_or_compile(sources: Sources) -> Path:
+    """Return the path of the library for this CPU, compiled now if the cache does not have it.
+
+    Several processes may call this at once. Without a compiler it is the path of the library that
+    was compiled ahead, which may not exist.
+    """
     compiler = shutil.which("gcc")
     if compiler is None:
-        return library_file(sources.folder, sources, sources.portable)
-    path = library_file(cache_folder(), sources, (*NATIVE, *sorted(cpu_flags())))
+        return library_path(sources.folder, sources, sources.portable)
+    path = library_path(cache_folder(), sources, (*NATIVE, *sorted(cpu_flags())))
     if not path.exists():
         compile_library(compiler, sources, NATIVE, path)
     return path
 
 
-def library_file(folder: Path, sources: Sources, variant: tuple[str, ...]) -> Path:
-    """Where the library of these sources lies: another source or variant has another name."""
+def library_path(folder: Path, sources: Sources, variant: tuple[str, ...]) -> Path:
+    """Return where the library lies in `folder`; other sources or flags have another name."""
     content = (
         b"".join(file.read_bytes() for file in sources.files("*.[ch]"))
         + " ".join((*FLAGS, *variant)).encode()
@@ -155,12 +219,17 @@ def library_file(folder: Path, sources: Sources, variant: tuple[str, ...]) -> Pa
 
 
 def compile_library(compiler: str, sources: Sources, target: tuple[str, ...], path: Path) -> None:
+    """Compile the sources for the CPUs that the `target` flags name, and move the result to `path`.
+
+    Raises subprocess.SubprocessError if the compiler fails or takes too long.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [
             compiler,
             *map(str, sources.files("*.c")),
             f"-I{FOLDER}",
+            f"-I{sources.folder}",
             *target,
             *FLAGS,
             "-o",
@@ -171,7 +240,7 @@ def compile_library(compiler: str, sources: Sources, target: tuple[str, ...], pa
 
 
 def cache_folder() -> Path:
-    """One that nobody else can write to, as what lies there is executed."""
+    """Return the folder of compiled libraries; only its owner can write to it, as they are run."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinlens"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
@@ -179,4 +248,4 @@ def cache_folder() -> Path:
 
 if __name__ == "__main__":
     for each in (AVX512, AVX2):
-        compile_library("gcc", each, each.portable, library_file(each.folder, each, each.portable))
+        compile_library("gcc", each, each.portable, library_path(each.folder, each, each.portable))

@@ -1,5 +1,7 @@
-"""The small operations between products, by a kernel of our own where there is one for the tensor,
-by torch elsewhere."""
+"""The operations of a model besides its products.
+
+Each uses a C kernel if there is one for the tensor, and torch otherwise.
+"""
 
 import ctypes
 from ctypes import byref
@@ -10,26 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compute.kernels.library import bfloat16_kernels
-from compute.kernels.structures import Paged, Weights
+from compute.kernels.structures import (
+    CONTEXT_PADDING,
+    MAX_GROUP,
+    MAX_HEAD_DIM,
+    PART_TOKENS,
+    PagedStruct,
+    WeightsStruct,
+)
 
-# Below so many entries waking other threads takes longer than the work.
 MIN_ENTRIES_PER_THREAD = 16384
-# Keys are packed for the kernel in panels of so many.
-PANEL = 64
-MAX_HEAD_DIM = 256
-# A decode's context is divided into parts of so many tokens, as kernels.h has it.
-PART_TOKENS = 512
-# So many query heads may share a key head.
-MAX_GROUP = 16
+"""With fewer entries a thread takes longer to wake than to do its share."""
 
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
+    """Return the C kernels for this tensor, or None if torch must compute with it."""
     return bfloat16_kernels() if x.dtype is torch.bfloat16 and x.device.type == "cpu" else None
 
 
 class PackedWeights:
-    """A product's weights [num_outputs, num_inputs], laid out as the kernels read them, by one of
-    them or by oneDNN."""
+    """Weights [num_outputs, num_inputs] of a product, packed as the kernels read them.
+
+    A kernel or oneDNN packed them.
+    """
 
     def __init__(
         self,
@@ -39,17 +44,27 @@ class PackedWeights:
         bias: Tensor | None = None,
         scales: Tensor | None = None,
     ) -> None:
-        """`bias` is bfloat16; `scales`, float32, belong to weights of int8."""
+        """Keep the tensors alive whose addresses the kernels get.
+
+        `shape` is (num_outputs, num_inputs). `bias` is bfloat16 [num_outputs]. Only int8 weights
+        have `scales`, float32 [num_outputs].
+        """
         self.kernels = kernels
         self._kept = (packed, bias, scales)
-        address = torch.ops.mkldnn.data_ptr(packed) if packed.is_mkldnn else packed.data_ptr()
-        bias_address, scales_address = (
-            None if tensor is None else tensor.data_ptr() for tensor in (bias, scales)
+        num_outputs, num_inputs = shape
+        self.structure = WeightsStruct(
+            packed=torch.ops.mkldnn.data_ptr(packed) if packed.is_mkldnn else packed.data_ptr(),
+            scales=None if scales is None else scales.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            num_outputs=num_outputs,
+            num_inputs=num_inputs,
         )
-        self.structure = Weights(address, scales_address, bias_address, *shape)
 
     def multiply(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """bfloat16 [n, num_inputs] -> [n, num_outputs], with `residual` added where it is given."""
+        """Return x @ weights.T + bias, plus `residual` if there is one.
+
+        All are bfloat16: x [n, num_inputs], `residual` and the result [n, num_outputs].
+        """
         x = x if x.stride(1) == 1 else x.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = x.new_empty(len(x), self.structure.num_outputs)
@@ -65,22 +80,30 @@ class PackedWeights:
         return out
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """The weights of some outputs, int64 [n] -> bfloat16 [n, num_inputs]; not for weights of
-        int8."""
+        """Return the weights of the given outputs, int64 [n] -> bfloat16 [n, num_inputs].
+
+        The weights must be bfloat16, not int8.
+        """
         outputs = outputs.contiguous()
         width = self.structure.num_inputs
         taken = torch.empty(len(outputs), width, dtype=torch.bfloat16)
-        addresses = (byref(self.structure), outputs.data_ptr(), taken.data_ptr())
-        self.kernels.take_rows(*addresses, len(outputs), num_threads_for(taken.numel()))
+        self.kernels.take_rows(
+            byref(self.structure),
+            outputs.data_ptr(),
+            taken.data_ptr(),
+            len(outputs),
+            num_threads_for(taken.numel()),
+        )
         return taken
 
 
 def num_threads_for(num_entries: int) -> int:
+    """Return the number of threads that an operation on this many entries is worth."""
     return max(1, min(torch.get_num_threads(), num_entries // MIN_ENTRIES_PER_THREAD))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [n, width] / rms(x) * weight."""
+    """Return x / rms(x) * weight, for x [n, width] and weight [width]."""
     kernels = kernels_for(x)
     if kernels is None:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -100,7 +123,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """[n, 2 * width], gate and up side by side -> silu(gate) * up."""
+    """Return silu(gate) * up [n, width], for gate and up side by side in [n, 2 * width]."""
     kernels = kernels_for(gate_up)
     if kernels is None:
         gate, up = gate_up.chunk(2, -1)
@@ -115,9 +138,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> None:
-    """Rotary embedding in float32 and in place of the first `num_heads` heads of [n, heads,
-    head_dim]: entry i of a head turns with entry i + head_dim / 2. `cos` and `signed_sin` are
-    float32 [n, head_dim], the first half of the sines negated."""
+    """Apply the rotary embedding to the first `num_heads` heads of [n, heads, head_dim], in place.
+
+    It is computed in float32. Entry i of a head turns with entry i + head_dim / 2. `cos` and
+    `signed_sin` are float32 [n, head_dim]; the first half of the sines is negated.
+    """
     kernels = kernels_for(heads)
     if kernels is None:
         turning = heads[:, :num_heads]
@@ -130,7 +155,6 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
         )
         return
     num_rows, _, dim = heads.shape
-    threads = num_threads_for(heads.numel())
     kernels.rotate(
         heads.data_ptr(),
         heads.stride(0),
@@ -139,23 +163,27 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
         num_rows,
         num_heads,
         dim,
-        threads,
+        num_threads_for(heads.numel()),
     )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, num_seqs: int = 1, causal: bool = False) -> Tensor:
-    """Of sequences of equal lengths that follow each other: q [num_seqs * Q, num_heads, D], k and v
-    [num_seqs * C, num_kv_heads, D] -> [num_seqs * Q, num_heads * D]. Where `causal`, the last Q
-    of a sequence's C keys are the queries' own."""
+    """Return the attention of sequences of equal lengths, which follow each other in the tensors.
+
+    q [num_seqs * Q, num_heads, D], k and v [num_seqs * C, num_kv_heads, D]
+    -> [num_seqs * Q, num_heads * D].
+    If `causal`, the last Q of a sequence's C keys belong to the queries themselves.
+    """
     kernels = kernels_for(q)
     if kernels is None or q.shape[2] % 16 or q.shape[2] > MAX_HEAD_DIM:
         return attention_by_torch(q, k, v, num_seqs, causal)
-    (num_rows, num_heads, dim) = q.shape
-    (num_keys, num_kv_heads, _) = k.shape
+    num_rows, num_heads, dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
     query_len = num_rows // num_seqs
     context_len = num_keys // num_seqs
+    padded_len = -(-context_len // CONTEXT_PADDING) * CONTEXT_PADDING
     out = q.new_empty(num_rows, num_heads * dim)
-    workspace = q.new_empty(2 * num_seqs * num_kv_heads * -(-context_len // PANEL) * PANEL * dim)
+    workspace = q.new_empty(2 * num_seqs * num_kv_heads * padded_len * dim)
     kernels.attention(
         q.data_ptr(),
         q.stride(0),
@@ -177,12 +205,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_seqs: int = 1, causal: bool =
 
 
 def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, num_seqs: int, causal: bool) -> Tensor:
+    """Return the same as `attention`, on any device and in any dtype."""
     q, k, v = (x.unflatten(0, (num_seqs, -1)).transpose(1, 2) for x in (q, k, v))
-    (_, num_heads, query_len, dim) = q.shape
-    (_, num_kv_heads, context_len, _) = k.shape
+    _, num_heads, query_len, dim = q.shape
+    _, num_kv_heads, context_len, _ = k.shape
     if num_heads > num_kv_heads:
-        # Key heads become the batch and the query heads that share one its heads, so that keys are
-        # viewed, not repeated.
+        # Each key head becomes a batch entry, and the query heads that share it become its heads.
+        # So the keys are expanded as views and not copied.
         groups = num_heads // num_kv_heads
         q = q.unflatten(1, (num_kv_heads, groups)).flatten(0, 1)
         k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
@@ -200,8 +229,11 @@ def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, num_seqs: int, causal: b
 
 
 def store_rows(rows: Tensor, paged: Tensor, slots: Tensor) -> None:
-    """Copies rows [n, K, D] to their slots in one layer's keys or values [num_blocks, block_size,
-    K, D]."""
+    """Copy rows [n, K, D] to their slots, int64 [n], in one layer's keys or values.
+
+    `paged` is [num_blocks, block_size, K, D]. Slot s is entry s % block_size of block
+    s // block_size.
+    """
     kernels = kernels_for(paged)
     if kernels is None:
         paged.flatten(0, 1).index_copy_(0, slots, rows)
@@ -217,7 +249,7 @@ def store_rows(rows: Tensor, paged: Tensor, slots: Tensor) -> None:
 
 
 def can_attend_blocks(num_heads: int, cache: Tensor) -> bool:
-    """Whether `decode_attention` is for so many query heads and such a cache."""
+    """Return whether `decode_attention` supports this number of query heads with this cache."""
     num_kv_heads, dim = cache.shape[-2:]
     return (
         kernels_for(cache) is not None
@@ -228,14 +260,18 @@ def can_attend_blocks(num_heads: int, cache: Tensor) -> bool:
 
 
 def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
-    """Of one query a sequence, q [B, num_heads, D], over the first `contexts` tokens in the blocks
-    of its table, in one layer's cache [2, num_blocks, block_size, K, D] -> [B, num_heads * D]."""
+    """Return the attention of one new token per sequence over the tokens in the KV cache.
+
+    q [B, num_heads, D], cache [2, num_blocks, block_size, K, D] of one layer
+    -> [B, num_heads * D].
+    Sequence b has contexts[b] tokens, in the blocks that row b of `tables` lists in order.
+    """
     kernels = kernels_for(q)
     assert kernels is not None
-    (num_seqs, num_heads, dim) = q.shape
-    (_, _, block_size, num_kv_heads, _) = cache.shape
+    num_seqs, num_heads, dim = q.shape
+    _, _, block_size, num_kv_heads, _ = cache.shape
     out = q.new_empty(num_seqs, num_heads * dim)
-    paged = Paged(
+    paged = PagedStruct(
         keys=cache.data_ptr(),
         values=cache[1].data_ptr(),
         tables=tables.data_ptr(),
@@ -247,11 +283,23 @@ def decode_attention(q: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor)
         block_size=block_size,
     )
     partials = new_partials(contexts.numpy(), num_heads, dim)
-    addresses = (q.data_ptr(), q.stride(0), out.data_ptr(), partials.data_ptr())
-    kernels.decode_attention(byref(paged), *addresses, num_seqs, torch.get_num_threads())
+    kernels.decode_attention(
+        byref(paged),
+        q.data_ptr(),
+        q.stride(0),
+        out.data_ptr(),
+        partials.data_ptr(),
+        num_seqs,
+        torch.get_num_threads(),
+    )
     return out
 
 
 def new_partials(contexts: np.ndarray, num_heads: int, dim: int) -> Tensor:
-    """Room for what the parts of divided contexts leave to be merged."""
-    return torch.empty(int((-(-contexts // PART_TOKENS)).sum()) * num_heads * (dim + 2))
+    """Return room for the partial results of divided contexts, float32.
+
+    `contexts` has the number of tokens of each sequence. A part leaves, for each head, `dim`
+    weighted sums, the sum of the weights and the greatest score.
+    """
+    num_parts = int((-(-contexts // PART_TOKENS)).sum())
+    return torch.empty(num_parts * num_heads * (dim + 2))

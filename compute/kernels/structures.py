@@ -1,9 +1,29 @@
-"""What the kernels take by address: the structures of kernels.h and decoder.c, field by field."""
+"""The C structures and constants that Python repeats: those of kernels.h and decoder.h.
 
-from ctypes import Structure, c_float, c_int, c_long, c_void_p
+The compiled library exports its own sizes, offsets and constants (layout.c). `library.load`
+compares them with `expected_layout`, because a field that only one side has corrupts memory.
+"""
+
+from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_long, c_void_p, sizeof
+
+CONTEXT_PADDING = 64
+"""The workspace of `attention` holds each context rounded up to a multiple of this."""
+
+MAX_GROUP = 16
+"""The greatest number of query heads that share a key head in `decode_attention`."""
+
+MAX_HEAD_DIM = 256
+
+MAX_LINEAR_ROWS = 64
+"""The number of rows that every instruction set's product accepts."""
+
+PART_TOKENS = 512
+"""The context of a decode is divided into parts of this many tokens."""
 
 
-class Weights(Structure):
+class WeightsStruct(Structure):
+    """The weights of one product, packed for the kernels."""
+
     _fields_ = [
         ("packed", c_void_p),
         ("scales", c_void_p),
@@ -13,37 +33,100 @@ class Weights(Structure):
     ]
 
 
-class Paged(Structure):
+class PagedStruct(Structure):
+    """One layer's KV cache, and the blocks in it that belong to each sequence."""
+
     _fields_ = [
-        *((name, c_void_p) for name in ("keys", "values", "tables", "contexts")),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("tables", c_void_p),
+        ("contexts", c_void_p),
         ("table_stride", c_long),
-        *((name, c_int) for name in ("num_heads", "num_kv_heads", "dim", "block_size")),
+        ("num_heads", c_int),
+        ("num_kv_heads", c_int),
+        ("dim", c_int),
+        ("block_size", c_int),
     ]
 
 
-class Layer(Structure):
+class LayerStruct(Structure):
+    """The weights of one decoder layer."""
+
     _fields_ = [
-        *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
-        *((name, Weights) for name in ("qkv", "o", "gate_up", "down")),
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", WeightsStruct),
+        ("o", WeightsStruct),
+        ("gate_up", WeightsStruct),
+        ("down", WeightsStruct),
     ]
 
 
-class Decoder(Structure):
+class DecoderStruct(Structure):
+    """The layers, the last norm and the head of a model, or of one rank's share of it."""
+
     _fields_ = [
-        *((name, c_void_p) for name in ("layers", "norm")),
-        ("head", Weights),
-        *((name, c_long) for name in ("num_layers", "width")),
-        *((name, c_int) for name in ("num_heads", "num_kv_heads", "dim", "is_share")),
+        ("layers", c_void_p),
+        ("norm", c_void_p),
+        ("head", WeightsStruct),
+        ("num_layers", c_long),
+        ("width", c_long),
+        ("num_heads", c_int),
+        ("num_kv_heads", c_int),
+        ("dim", c_int),
+        ("is_share", c_int),
         ("eps", c_float),
     ]
 
 
-class Step(Structure):
+class StepStruct(Structure):
+    """The positions and KV cache of one step in which every sequence has one new token."""
+
     _fields_ = [
-        *((name, c_void_p) for name in ("cos", "signed_sin", "slots", "tables", "contexts")),
-        *((name, c_long) for name in ("table_stride", "num_seqs")),
+        ("cos", c_void_p),
+        ("signed_sin", c_void_p),
+        ("slots", c_void_p),
+        ("tables", c_void_p),
+        ("contexts", c_void_p),
+        ("table_stride", c_long),
+        ("num_seqs", c_long),
         ("cache", c_void_p),
-        *((name, c_long) for name in ("layer_stride", "values_at")),
+        ("layer_stride", c_long),
+        ("values_at", c_long),
         ("block_size", c_int),
         ("partials", c_void_p),
     ]
+
+
+class EntryStruct(Structure):
+    """One entry of the table that layout.c exports."""
+
+    _fields_ = [
+        ("name", c_char_p),
+        ("value", c_int64),
+    ]
+
+
+def expected_layout() -> dict[str, int]:
+    """Return what layout.c must export for every instruction set, by name."""
+    layout = {
+        "CONTEXT_PADDING": CONTEXT_PADDING,
+        "MAX_GROUP": MAX_GROUP,
+        "MAX_HEAD_DIM": MAX_HEAD_DIM,
+        "MAX_LINEAR_ROWS": MAX_LINEAR_ROWS,
+        "PART_TOKENS": PART_TOKENS,
+    }
+    for structure in (WeightsStruct, PagedStruct, LayerStruct, DecoderStruct, StepStruct):
+        layout |= layout_of(structure)
+    return layout
+
+
+def layout_of(structure: type[Structure]) -> dict[str, int]:
+    """Return a structure's size and each field's offset and size, named as in layout.c."""
+    name = structure.__name__.removesuffix("Struct")
+    layout = {f"sizeof {name}": sizeof(structure)}
+    for field, *_ in structure._fields_:
+        place = getattr(structure, field)
+        layout[f"offset of {name}.{field}"] = place.offset
+        layout[f"size of {name}.{field}"] = place.size
+    return layout

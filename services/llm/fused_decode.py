@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compute.kernels import structures
 from compute.kernels.operations import can_attend_blocks, kernels_for, new_partials
+from compute.kernels.structures import DecoderStruct, LayerStruct, StepStruct, WeightsStruct
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, Product
 from services.llm.language_model import LanguageModel
@@ -29,9 +29,9 @@ class FusedDecode:
         self._kernels = kernels
         self._model = model
         self._kv_cache = kv_cache
-        self._layers = (structures.Layer * len(model.layers))(*map(structure_of, model.layers))
+        self._layers = (LayerStruct * len(model.layers))(*map(structure_of, model.layers))
         layer = model.layers[0]
-        self._decoder = structures.Decoder(
+        self._decoder = DecoderStruct(
             layers=addressof(self._layers),
             norm=model.norm.data_ptr(),
             head=weights_of(model.head),
@@ -84,7 +84,7 @@ class FusedDecode:
             for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
         )
         partials = new_partials(contexts, self._model.num_local_heads, self._model.sizes.head_dim)
-        step = structures.Step(
+        step = StepStruct(
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
             slots=slots.ctypes.data,
@@ -110,7 +110,7 @@ class FusedDecode:
         self._compute(step, x, logits, num_parts, num_parts + 1)
         return self._model.shard.all_gather(logits.float())
 
-    def _compute(self, step: structures.Step, x: Tensor, y: Tensor, first: int, last: int) -> None:
+    def _compute(self, step: StepStruct, x: Tensor, y: Tensor, first: int, last: int) -> None:
         """Run the parts from `first` to before `last`.
 
         The parts are attention and MLP of each layer in turn, then the head.
@@ -132,13 +132,13 @@ def products_of(model: Decoder) -> list[Product]:
     ]
 
 
-def weights_of(product: Product) -> structures.Weights:
+def weights_of(product: Product) -> WeightsStruct:
     assert product.packed is not None
     return product.packed.structure
 
 
-def structure_of(layer: Layer) -> structures.Layer:
-    return structures.Layer(
+def structure_of(layer: Layer) -> LayerStruct:
+    return LayerStruct(
         input_norm=layer.input_norm.data_ptr(),
         mlp_norm=layer.mlp_norm.data_ptr(),
         qkv=weights_of(layer.qkv.product),

@@ -5,6 +5,8 @@
 #include "bfloat16.h"
 
 enum { CHUNK = 256, BLOCK_ROWS = 60 };
+_Static_assert(CHUNK % CONTEXT_PADDING == 0 && CONTEXT_PADDING % PANEL == 0, "packed chunks fill the workspace without gaps");
+_Static_assert(MAX_GROUP <= BLOCK_ROWS, "the heads of a group are one block");
 
 /* Eight rows of eight pairs become eight columns. */
 INLINE void transpose(__m256i r[8])
@@ -25,7 +27,7 @@ INLINE void transpose(__m256i r[8])
     }
 }
 
-static const bf16 NONE[MAX_DIM];
+static const bf16 NONE[MAX_HEAD_DIM];
 
 INLINE int padded(long count) { return (int)((count < CHUNK ? count : CHUNK) + PANEL - 1) / PANEL * PANEL; }
 
@@ -54,8 +56,8 @@ static void pack(const bf16 *keys, const bf16 *values, const long *places, int c
 }
 
 typedef struct {
-    float sums[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
-    float q[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float q[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
     float totals[BLOCK_ROWS], greatest[BLOCK_ROWS];
 } Running;
 
@@ -123,7 +125,7 @@ static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 
 void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride, bf16 *y, bf16 *workspace, long num_seqs,
                long query_len, long context_len, int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
 {
-    long size = (context_len + 63) / 64 * 64 * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
 #pragma omp for collapse(3) schedule(static)
@@ -165,7 +167,7 @@ static void end_part(const Running *running, int num_rows, int dim, float *parti
 void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial)
 {
     Running running;
-    bf16 packed[2 * CHUNK * MAX_DIM] __attribute__((aligned(64)));
+    bf16 packed[2 * CHUNK * MAX_HEAD_DIM] __attribute__((aligned(64)));
     int dim = paged->dim, group = paged->num_heads / paged->num_kv_heads, block_size = paged->block_size;
     long stride = (long)paged->num_kv_heads * dim, last = first + count;
     const bf16 *keys = paged->keys + kv_head * dim, *values = paged->values + kv_head * dim;

@@ -3,6 +3,7 @@
 #include "bfloat16.h"
 
 enum { CHUNK = 256, BLOCK_ROWS = 48 };
+_Static_assert(CONTEXT_PADDING == PANEL, "a head's packed keys fill their part of the workspace");
 
 /* Keys as weights: panels of 64 keys, [panels][dim / 2][64][2]; what is beyond the last key is zero. */
 static void pack_keys(const bf16 *keys, long stride, long length, int dim, bf16 *packed)
@@ -29,7 +30,7 @@ static void pack_values(const bf16 *values, long stride, long length, int dim, b
 }
 
 typedef struct {
-    float sums[BLOCK_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
     __m512 totals[BLOCK_ROWS];
     float greatest[BLOCK_ROWS];
 } Running;
@@ -120,7 +121,7 @@ static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 
 void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride, bf16 *y, bf16 *workspace, long num_seqs,
                long query_len, long context_len, int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
 {
-    long size = (context_len + PANEL - 1) / PANEL * PANEL * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
 #pragma omp for collapse(2) schedule(static)

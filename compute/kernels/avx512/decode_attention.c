@@ -2,7 +2,7 @@
 
 #include "bfloat16.h"
 
-enum { MAX_HEADS = 16, KEYS = 64 };
+enum { KEYS = 64 };
 
 typedef struct {
     const bf16 *keys, *values;
@@ -23,7 +23,7 @@ INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int
             for (int d = 0; d < dim; d += 2 * LANES) _mm_prefetch((const char *)(keys + ahead[t + j] + d), _MM_HINT_T0);
         }
         for (int d = 0; d < dim / 2; d++) {
-            __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_HEADS);
+            __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_GROUP);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) sums[j] = _mm512_dpbf16_ps(sums[j], query, pair_of(keys + places[t + j] + 2 * d));
         }
@@ -62,7 +62,7 @@ INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int
                 _mm_prefetch((const char *)(values + ahead[2 * t + 1] + d), _MM_HINT_T0);
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; i++) {
-                    __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[t * MAX_HEADS + h + i]);
+                    __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[t * MAX_GROUP + h + i]);
                     c[i][0] = _mm512_dpbf16_ps(c[i][0], low, weight);
                     c[i][1] = _mm512_dpbf16_ps(c[i][1], high, weight);
                 }
@@ -93,16 +93,16 @@ INLINE void locate(const Context *context, long first, long *places)
 /* One key head of one sequence: the queries of its heads against the context from `first` to `last`, with a running maximum. */
 static void attend(const Context *context, long first, long last, const bf16 *queries, int num_heads, int dim, bf16 *y, float *partial)
 {
-    int32_t q[MAX_DIM / 2 * MAX_HEADS] __attribute__((aligned(64)));
-    float sums[MAX_HEADS * MAX_DIM] __attribute__((aligned(64)));
-    float shrink[MAX_HEADS] __attribute__((aligned(64)));
+    int32_t q[MAX_HEAD_DIM / 2 * MAX_GROUP] __attribute__((aligned(64)));
+    float sums[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float shrink[MAX_GROUP] __attribute__((aligned(64)));
     long places[2][KEYS];
-    int32_t weights[KEYS / 2 * MAX_HEADS] __attribute__((aligned(64)));
+    int32_t weights[KEYS / 2 * MAX_GROUP] __attribute__((aligned(64)));
     __m512 scores[KEYS + 1], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    memset(q, 0, dim / 2 * MAX_HEADS * sizeof *q);
-    memset(sums, 0, MAX_HEADS * dim * sizeof *sums);
+    memset(q, 0, dim / 2 * MAX_GROUP * sizeof *q);
+    memset(sums, 0, MAX_GROUP * dim * sizeof *sums);
     for (int h = 0; h < num_heads; h++)
-        for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_HEADS + h, queries + h * dim + 2 * d, 4);
+        for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_GROUP + h, queries + h * dim + 2 * d, 4);
     locate(context, first, places[first / KEYS % 2]);
     for (; first < last; first += KEYS) {
         int count = last - first < KEYS ? (int)(last - first) : KEYS;
@@ -118,11 +118,11 @@ static void attend(const Context *context, long first, long last, const bf16 *qu
         }
         scores[count] = _mm512_setzero_ps();
         int num_pairs = (count + 1) / 2;
-        for (int t = 0; t < num_pairs; t++) _mm512_store_si512(weights + t * MAX_HEADS, pair_weights(scores[2 * t], scores[2 * t + 1]));
+        for (int t = 0; t < num_pairs; t++) _mm512_store_si512(weights + t * MAX_GROUP, pair_weights(scores[2 * t], scores[2 * t + 1]));
         _mm512_store_ps(shrink, factor);
         weigh(context->values, here, ahead, num_pairs, weights, shrink, num_heads, dim, sums);
     }
-    float totals[MAX_HEADS], bests[MAX_HEADS];
+    float totals[MAX_GROUP], bests[MAX_GROUP];
     _mm512_storeu_ps(totals, total);
     _mm512_storeu_ps(bests, greatest);
     for (int h = 0; h < num_heads; h++)

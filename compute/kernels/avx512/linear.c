@@ -2,7 +2,7 @@
 
 #include "bfloat16.h"
 
-enum { MAX_ROWS = 64, TASKS_PER_THREAD = 4 };
+enum { TASKS_PER_THREAD = 4 };
 
 /* Sums [num_rows][64] of one panel: a stretch of weights small enough for the first-level cache is used by all rows before the next. */
 static void panel(const bf16 *x, long x_stride, const bf16 *w, long num_pairs, int num_rows, float *sums)
@@ -45,7 +45,7 @@ void linear_task(const Weights *weights, const Rows *rows, int num_threads, long
     long panel_size = size_of_panel(weights->num_inputs), num_outputs = weights->num_outputs;
     long count = panels_per_task(weights, num_threads);
     for (long p = task * count; p < (task + 1) * count && p * PANEL < num_outputs; p++) {
-        float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));
+        float sums[MAX_LINEAR_ROWS * PANEL] __attribute__((aligned(64)));
         panel(rows->x, rows->x_stride, (const bf16 *)weights->packed + p * panel_size, weights->num_inputs / 2, (int)rows->num_rows, sums);
         for (long n = p * PANEL; n < num_outputs && n < (p + 1) * PANEL; n += LANES) {
             __mmask16 mask = mask_of(num_outputs - n);
