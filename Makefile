@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: run test install check proto images image-cuda lock soak
+.PHONY: run test sanitize install check proto images image-cuda lock soak
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -18,6 +18,10 @@ check: install
 
 test: check
 	$(VENV)/bin/python -m pytest
+
+# The tests of the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer: about two minutes.
+sanitize: install
+	scripts/sanitize
 
 soak: install
 	$(VENV)/bin/python -m tests.soak

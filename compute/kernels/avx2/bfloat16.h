@@ -63,6 +63,7 @@ INLINE void accumulate(const int rows, const int vectors, vec c[TILE_ROWS][4], c
 {
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
+        touch(x + i * x_stride);
         vec a = _mm256_broadcast_ss(x + i * x_stride);
         /* Keeps the loads of other rows from being moved here, for which no registers are left. */
         __asm__ volatile("" : "+x"(a));

@@ -13,7 +13,9 @@ static void pack_keys(const bf16 *keys, long stride, long length, int dim, bf16 
         for (int t = 0; t < PANEL; t += LANES) {
             __mmask16 mask = first + t < length ? mask_of(length - first - t) : 0;
             for (int d = 0; d < dim / 2; d++) {
-                __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, rows, keys + (first + t) * stride + 2 * d, 2);
+                const bf16 *place = keys + (first + t) * stride + 2 * d;
+                touch_lanes(place, stride * sizeof *place, mask);
+                __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, rows, place, 2);
                 _mm512_storeu_si512(packed + d * 2 * PANEL + 2 * t, pairs);
             }
         }

@@ -24,9 +24,30 @@ INLINE __mmask16 mask_of(long left) { return left >= LANES ? 0xffff : (__mmask16
 
 INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-INLINE __m512 load(const bf16 *x, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, x)); }
+/* Touches the lanes that a masked instruction accesses; they lie `stride` bytes apart. */
+INLINE void touch_lanes(const void *x, long stride, __mmask16 mask)
+{
+    for (int i = 0; i < LANES; i++)
+        if (mask >> i & 1) touch((const char *)x + i * stride);
+}
 
-INLINE void store(bf16 *y, __mmask16 mask, __m512 x) { _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(x)); }
+INLINE __m512 load(const bf16 *x, __mmask16 mask)
+{
+    touch_lanes(x, sizeof *x, mask);
+    return widen(_mm256_maskz_loadu_epi16(mask, x));
+}
+
+INLINE __m512 load_floats(const float *x, __mmask16 mask)
+{
+    touch_lanes(x, sizeof *x, mask);
+    return _mm512_maskz_loadu_ps(mask, x);
+}
+
+INLINE void store(bf16 *y, __mmask16 mask, __m512 x)
+{
+    touch_lanes(y, sizeof *y, mask);
+    _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
 
 INLINE __m512bh pair_of(const bf16 *x)
 {

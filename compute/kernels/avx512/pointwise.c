@@ -36,8 +36,8 @@ void rotate_row(bf16 *x, const float *cos, const float *signed_sin, int num_head
             const float *c = cos + j, *s = signed_sin + j;
             __mmask16 mask = mask_of(half - j);
             __m512 a = load(low, mask), b = load(high, mask);
-            __m512 turned_b = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(mask, s + half));
-            store(low, mask, _mm512_fmadd_ps(a, _mm512_maskz_loadu_ps(mask, c), _mm512_mul_ps(b, _mm512_maskz_loadu_ps(mask, s))));
-            store(high, mask, _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, c + half), turned_b));
+            __m512 turned_b = _mm512_mul_ps(a, load_floats(s + half, mask));
+            store(low, mask, _mm512_fmadd_ps(a, load_floats(c, mask), _mm512_mul_ps(b, load_floats(s, mask))));
+            store(high, mask, _mm512_fmadd_ps(b, load_floats(c + half, mask), turned_b));
         }
 }
