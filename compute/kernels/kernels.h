@@ -1,5 +1,8 @@
-/* What each instruction set computes for itself, one task at a time; which thread does which of them is decided in operations.c and
- * decoder.c. A task's result does not depend on the others. Rows of `x` are `x_stride` entries long, other matrices are contiguous. */
+/* What each instruction set implements, one task at a time. operations.c and decoder.c decide
+ * which thread does which task; the result of a task does not depend on the other tasks.
+ *
+ * Shapes are in brackets, the last dimension contiguous. The rows of an `x` that has an `x_stride`
+ * begin that many entries apart; all other matrices are contiguous. */
 
 #pragma once
 
@@ -9,13 +12,13 @@
 typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 
-/* Python repeats these in structures.py. */
+/* Python repeats these constants, and the structures below, in structures.py. */
 enum {
-    CONTEXT_PADDING = 64, /* attention's workspace holds contexts rounded up to a multiple of this */
+    CONTEXT_PADDING = 64, /* the workspace of attention rounds contexts up to this */
     MAX_GROUP = 16,       /* query heads that share a key head */
     MAX_HEAD_DIM = 256,
-    MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; some accept more */
-    PART_TOKENS = 512     /* a longer context is divided into parts */
+    MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; AVX2 accepts more */
+    PART_TOKENS = 512     /* a longer context is divided into parts of this many tokens */
 };
 
 /* Reads a byte for AddressSanitizer, which does not see what some vector instructions access.
@@ -36,62 +39,78 @@ INLINE uint32_t bits_of(float x)
     return bits;
 }
 
-/* To the nearest, ties to even; what is no number stays none. */
+/* Rounds to the nearest bfloat16, ties to even. A NaN stays a NaN. */
 INLINE bf16 narrow(float x)
 {
     uint32_t bits = bits_of(x);
     return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* A product's weights [num_outputs, num_inputs], laid out for the kernels: bfloat16, or int8 with a scale for each output. */
+/* The weights [num_outputs, num_inputs] of a product, packed in the order in which the kernels
+ * read them. */
 typedef struct {
-    const void *packed;
-    const float *scales;
-    const bf16 *bias;
-    long num_outputs, num_inputs;
+    const void *packed;  /* bfloat16, or int8 if there are scales */
+    const float *scales; /* [num_outputs], or null */
+    const bf16 *bias;    /* [num_outputs], or null */
+    long num_outputs;
+    long num_inputs;
 } Weights;
 
-/* x [num_rows, num_inputs]; y and residual [num_rows, num_outputs]. Bias and residual are added where they are given; y may be the residual. */
+/* The rows that a product reads and writes. y may be the same matrix as the residual. */
 typedef struct {
-    const bf16 *x;
+    const bf16 *x; /* [num_rows, num_inputs] */
     long x_stride;
-    const bf16 *residual;
-    bf16 *y;
+    const bf16 *residual; /* [num_rows, num_outputs], or null; added to the product */
+    bf16 *y;              /* [num_rows, num_outputs] */
     long num_rows;
 } Rows;
 
 long num_linear_tasks(const Weights *weights, long num_rows, int num_threads);
-/* The pairs of inputs of one output of bfloat16 weights; they lie `stride` entries apart. */
+
+/* Returns the first pair of inputs of one output; the next pairs lie `stride` entries apart. The
+ * weights must be bfloat16. */
 const bf16 *packed_row(const Weights *weights, long output, long *stride);
 
 void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task);
 
-/* One layer's keys and values, each [num_blocks, block_size, num_kv_heads, dim], and where in them the sequences' are: sequence s has
- * `contexts[s]` tokens in the blocks from `tables[s * table_stride]`. */
+/* One layer's keys and values, and where in them those of the sequences are. Sequence s has
+ * contexts[s] tokens, in the blocks from tables[s * table_stride] on. */
 typedef struct {
-    const bf16 *keys, *values;
-    const int64_t *tables, *contexts;
+    const bf16 *keys;   /* [num_blocks, block_size, num_kv_heads, dim] */
+    const bf16 *values; /* the same shape */
+    const int64_t *tables;
+    const int64_t *contexts;
     long table_stride;
-    int num_heads, num_kv_heads, dim, block_size;
+    int num_heads;
+    int num_kv_heads;
+    int dim;
+    int block_size;
 } Paged;
 
-/* The query heads [group, dim] of one new token of sequence `seq` that share a key head, over `count` tokens of its context from `first` on.
- * Where `partial` is given it gets what is to be merged, for each head the `dim` weighted sums, the sum of the weights, and the greatest score
- * as a power of two; else y gets the result. */
-void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial);
+/* Attention of the query heads q [group, dim] of one new token of sequence `seq` that share a key
+ * head, over `count` tokens of its context from `first` on.
+ *
+ * If `partial` is null, y [group, dim] becomes the result. Otherwise `partial` [group, dim + 2]
+ * becomes what must be merged: for each head `dim` weighted sums, the sum of the weights, and the
+ * greatest score. The weight of a score is 2^(score - greatest). How a context is divided does not
+ * depend on the number of threads. */
+void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q,
+                 bf16 *y, float *partial);
 
 long num_attention_tasks(const Paged *paged, long num_seqs);
-void attention_task(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, float *partials, long task);
+void attention_task(const Paged *paged, const bf16 *q, long q_stride, bf16 *y, float *partials,
+                    long task);
 
-/* None where no context is divided. */
+/* Merging the parts of divided contexts: no tasks if no context is divided. */
 long num_merge_tasks(const Paged *paged, long num_seqs);
 void merge_task(const Paged *paged, bf16 *y, const float *partials, long task);
 
-/* y = x / rms(x) * weight */
+/* y [width] = x / rms(x) * weight */
 void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width);
 
-/* y [width] = silu(gate) * up, where x is gate and up side by side. */
+/* y [width] = silu(gate) * up, for gate and up side by side in x [2 * width] */
 void silu_mul_row(const bf16 *x, bf16 *y, long width);
 
-/* Turns heads in place: entry i with entry i + dim / 2. cos and signed_sin are [dim]. */
+/* Rotates the heads x [num_heads, dim] in place: entry i of a head together with entry
+ * i + dim / 2. cos and signed_sin are [dim]. */
 void rotate_row(bf16 *x, const float *cos, const float *signed_sin, int num_heads, int dim);

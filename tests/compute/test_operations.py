@@ -1,4 +1,4 @@
-"""Each small operation gives what torch gives, with a kernel of ours and without."""
+"""Each small operation returns what torch returns, with a C kernel and without."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 def softmaxed(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One sequence, written out: q [Q, H, D], k and v [C, K, D]."""
+    """Return the attention of one sequence by its definition: q [Q, H, D], k and v [C, K, D]."""
     k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qhd,chd->hqc", q.float(), k) * q.shape[2] ** -0.5
     if causal:
@@ -58,18 +58,16 @@ def test_rms_norm_and_gate(num_rows: int, width: int, dtype: torch.dtype) -> Non
     assert_near(silu_mul(gate_up), F.silu(gate) * up)
 
 
-def test_gates_far_from_zero_neither_overflow_nor_hide_what_is_no_number(
-    dtype: torch.dtype,
-) -> None:
+def test_gates_far_from_zero_neither_overflow_nor_hide_a_nan(dtype: torch.dtype) -> None:
     gate_up = torch.tensor([[1e30, -1e30, -100.0, torch.nan, 1.0, 1.0, 1.0, 1.0]], dtype=dtype)
     found = silu_mul(gate_up)[0]
     assert found[0] > 1e29 and found[1] == 0 and abs(found[2]) < 1e-30 and found[3].isnan()
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
-def test_rotation_turns_the_first_heads_in_place(head_dim: int, dtype: torch.dtype) -> None:
+def test_rotation_changes_only_the_first_heads(head_dim: int, dtype: torch.dtype) -> None:
     heads = random(7, 5, head_dim, dtype=dtype)
-    (cos, sin) = random(2, 7, head_dim, dtype=torch.float32)
+    cos, sin = random(2, 7, head_dim, dtype=torch.float32)
     given = heads.clone()
     rotate(heads, 3, cos, sin)
     turning = given[:, :3].float()
@@ -128,7 +126,7 @@ def test_decodes_read_blocks_where_they_lie(
     contexts = torch.tensor(lengths)
     num_blocks = -(-max(lengths) // BLOCK_SIZE)
     tables = torch.arange(4 * num_blocks).view(4, num_blocks).mul(7).remainder(NUM_BLOCKS - 1)
-    cache[:, NUM_BLOCKS - 1] = torch.nan  # nobody's
+    cache[:, NUM_BLOCKS - 1] = torch.nan  # belongs to no sequence
     q = random(4, num_heads + 2, head_dim, dtype=torch.bfloat16)[:, 1:-1]
     assert can_attend_blocks(num_heads, cache)
     found = decode_attention(q, cache, tables, contexts)
@@ -137,7 +135,7 @@ def test_decodes_read_blocks_where_they_lie(
         assert_near(found[row : row + 1], softmaxed(q[row : row + 1], k, v, causal=False))
 
 
-def test_rows_go_to_their_slots(dtype: torch.dtype) -> None:
+def test_rows_are_stored_in_their_slots(dtype: torch.dtype) -> None:
     paged = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, 2, 8, dtype=dtype)
     rows = random(3, 5, 8, dtype=dtype)[:, 1:3]
     store_rows(rows, paged, torch.tensor([9, 0, 30]))

@@ -1,4 +1,4 @@
-/* The small operations between products: loops that the compiler makes vectors of. */
+/* The small operations between products, one row at a time. The compiler vectorizes the loops. */
 
 #include "bfloat16.h"
 
@@ -25,10 +25,12 @@ void rotate_row(bf16 *x, const float *cos, const float *signed_sin, int num_head
 {
     int half = dim / 2;
     for (int h = 0; h < num_heads; h++) {
-        bf16 *low = x + h * dim, *high = low + half;
+        bf16 *low = x + h * dim;
+        bf16 *high = low + half;
 #pragma omp simd
         for (int j = 0; j < half; j++) {
-            float a = widen(low[j]), b = widen(high[j]);
+            float a = widen(low[j]);
+            float b = widen(high[j]);
             low[j] = narrow(a * cos[j] + b * signed_sin[j]);
             high[j] = narrow(b * cos[half + j] + a * signed_sin[half + j]);
         }

@@ -1,27 +1,32 @@
-/* Attention of many queries a sequence: keys and values are laid out as weights once, then blocks of queries pass over them. */
+/* Attention of many queries per sequence. Keys and values are packed as weights once; then blocks
+ * of queries pass over them in chunks, with a running softmax. */
 
 #include "bfloat16.h"
 
 enum { CHUNK = 256, BLOCK_ROWS = 48 };
-_Static_assert(CONTEXT_PADDING == PANEL, "a head's packed keys fill their part of the workspace");
+_Static_assert(CONTEXT_PADDING == PANEL, "packed keys fill their part of the workspace");
 
-/* Keys as weights: panels of 64 keys, [panels][dim / 2][64][2]; what is beyond the last key is zero. */
+/* Packs keys as weights, in panels of 64 keys: [panels][dim / 2][64][2]. After the last key there
+ * are zeros. */
 static void pack_keys(const bf16 *keys, long stride, long length, int dim, bf16 *packed)
 {
-    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)stride));
+    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i rows = _mm512_mullo_epi32(numbers, _mm512_set1_epi32((int)stride));
     for (long first = 0; first < length; first += PANEL, packed += PANEL * dim)
         for (int t = 0; t < PANEL; t += LANES) {
             __mmask16 mask = first + t < length ? mask_of(length - first - t) : 0;
             for (int d = 0; d < dim / 2; d++) {
-                const bf16 *place = keys + (first + t) * stride + 2 * d;
-                touch_lanes(place, stride * sizeof *place, mask);
-                __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, rows, place, 2);
+                const bf16 *source = keys + (first + t) * stride + 2 * d;
+                touch_lanes(source, stride * sizeof *source, mask);
+                __m512i pairs =
+                    _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, rows, source, 2);
                 _mm512_storeu_si512(packed + d * 2 * PANEL + 2 * t, pairs);
             }
         }
 }
 
-/* Values as weights, tokens being the inputs: [padded length / 2][dim][2]. */
+/* Packs values as weights whose inputs are the tokens: [padded length / 2][dim][2]. After the last
+ * token there are zeros. */
 static void pack_values(const bf16 *values, long stride, long length, int dim, bf16 *packed)
 {
     for (long t = 0; t < (length + PANEL - 1) / PANEL * PANEL; t += 2, packed += 2 * dim)
@@ -31,27 +36,34 @@ static void pack_values(const bf16 *values, long stride, long length, int dim, b
         }
 }
 
+/* The state of the running softmax of a block of rows. */
 typedef struct {
-    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));
-    __m512 totals[BLOCK_ROWS];
+    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64))); /* [rows][dim] */
+    __m512 totals[BLOCK_ROWS]; /* the sum of a row's weights is the sum of the lanes */
     float greatest[BLOCK_ROWS];
 } Running;
 
-/* Makes weights of one row's scores, of which `visible` count, and shrinks what the row has so far to the new maximum. */
-INLINE void soften(float *scores, int num_panels, int visible, float scale, int dim, Running *running, int row, bf16 *weights)
+/* Turns one row's scores, of which the first `visible` count, into weights. Rescales the row's
+ * state to the new greatest score. */
+INLINE void softmax_row(float *scores, int num_panels, int visible, float scale, int dim,
+                        Running *running, int row, bf16 *weights)
 {
-    __m512 best = _mm512_set1_ps(running->greatest[row]), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+    __m512 best = _mm512_set1_ps(running->greatest[row]);
+    __m512 total = _mm512_setzero_ps();
+    __m512 factor = _mm512_set1_ps(scale);
     for (int j = 0; j < num_panels * PANEL; j += LANES) {
         float *place = scores + j / PANEL * TILE_ROWS * PANEL + j % PANEL;
         __mmask16 mask = j < visible ? mask_of(visible - j) : 0;
-        __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask, _mm512_load_ps(place), factor);
+        __m512 score =
+            _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask, _mm512_load_ps(place), factor);
         _mm512_store_ps(place, score);
         best = _mm512_max_ps(best, score);
     }
     float greatest = _mm512_reduce_max_ps(best);
     best = _mm512_set1_ps(greatest);
     for (int j = 0; j < num_panels * PANEL; j += LANES) {
-        __m512 weight = power_of_two(_mm512_sub_ps(_mm512_load_ps(scores + j / PANEL * TILE_ROWS * PANEL + j % PANEL), best));
+        const float *place = scores + j / PANEL * TILE_ROWS * PANEL + j % PANEL;
+        __m512 weight = power_of_two(_mm512_sub_ps(_mm512_load_ps(place), best));
         total = _mm512_add_ps(total, weight);
         store(weights + j, 0xffff, weight);
     }
@@ -64,33 +76,42 @@ INLINE void soften(float *scores, int num_panels, int visible, float scale, int 
     }
 }
 
-/* Up to six query rows from `row` of the block against one chunk of keys; row r sees `visible` + r * `step` of them. */
-static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const bf16 *keys, const bf16 *values, int num_panels, int dim,
-                        float scale, long visible, int step, Running *running)
+/* Up to six query rows from `row` of the block on, against one chunk of keys. Row r of the block
+ * sees `visible` + r * `step` keys of the chunk. */
+static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const bf16 *keys,
+                        const bf16 *values, int num_panels, int dim, float scale, long visible,
+                        int step, Running *running)
 {
     float scores[CHUNK * TILE_ROWS] __attribute__((aligned(64)));
     bf16 weights[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
     for (int p = 0; p < num_panels; p++)
-        any_tile(rows, 4, q + row * q_stride, q_stride, keys + p * PANEL * dim, 2 * PANEL, dim / 2, scores + p * TILE_ROWS * PANEL, PANEL, 1, 0, 0);
+        any_tile(rows, 4, q + row * q_stride, q_stride, keys + p * PANEL * dim, 2 * PANEL, dim / 2,
+                 scores + p * TILE_ROWS * PANEL, PANEL, 1, 0, 0);
     for (int i = 0; i < rows; i++) {
         long seen = visible + (long)(row + i) * step;
         seen = seen < 0 ? 0 : seen > num_panels * PANEL ? num_panels * PANEL : seen;
-        soften(scores + i * PANEL, num_panels, (int)seen, scale, dim, running, row + i, weights + i * CHUNK);
+        softmax_row(scores + i * PANEL, num_panels, (int)seen, scale, dim, running, row + i,
+                    weights + i * CHUNK);
     }
     long num_pairs = num_panels * PANEL / 2;
     float *sums = running->sums + row * dim;
     int d = 0;
-    /* 80 entries are tiles of 48 and 32, as one of 64 and one of 16 would be slower. */
-    for (; d + 4 * LANES <= dim && dim - d != 5 * LANES; d += 4 * LANES)
-        any_tile(rows, 4, weights, CHUNK, values + 2 * d, 2 * dim, num_pairs, sums + d, dim, 0, 0, 0);
-    for (; d + 3 * LANES <= dim; d += 3 * LANES) any_tile(rows, 3, weights, CHUNK, values + 2 * d, 2 * dim, num_pairs, sums + d, dim, 0, 0, 0);
-    for (; d + 2 * LANES <= dim; d += 2 * LANES) any_tile(rows, 2, weights, CHUNK, values + 2 * d, 2 * dim, num_pairs, sums + d, dim, 0, 0, 0);
-    for (; d < dim; d += LANES) any_tile(rows, 1, weights, CHUNK, values + 2 * d, 2 * dim, num_pairs, sums + d, dim, 0, 0, 0);
+#define WEIGH(vectors)                                                                            \
+    any_tile(rows, vectors, weights, CHUNK, values + 2 * d, 2 * dim, num_pairs, sums + d, dim, 0, \
+             0, 0)
+    /* 80 entries are tiles of 48 and 32, because one of 64 and one of 16 would be slower. */
+    for (; d + 4 * LANES <= dim && dim - d != 5 * LANES; d += 4 * LANES) WEIGH(4);
+    for (; d + 3 * LANES <= dim; d += 3 * LANES) WEIGH(3);
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) WEIGH(2);
+    for (; d < dim; d += LANES) WEIGH(1);
+#undef WEIGH
 }
 
-/* A block of query rows of one head against all packed keys and values that it sees: row r sees `visible` + r * `step` of them. */
-static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 *keys, const bf16 *values, long length, int dim,
-                         long visible, int step, bf16 *y, long y_stride)
+/* A block of query rows of one head against all packed keys and values that it sees. Row r sees
+ * `visible` + r * `step` keys. */
+static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 *keys,
+                         const bf16 *values, long length, int dim, long visible, int step, bf16 *y,
+                         long y_stride)
 {
     Running running;
     memset(running.sums, 0, (long)num_rows * dim * sizeof *running.sums);
@@ -105,44 +126,56 @@ static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 
         int num_panels = (int)(count + PANEL - 1) / PANEL;
         for (int row = 0; row < num_rows; row += TILE_ROWS) {
             int rows = num_rows - row < TILE_ROWS ? num_rows - row : TILE_ROWS;
-            attend_tile(q, q_stride, row, rows, keys + first * dim, values + first * dim, num_panels, dim, LOG2_E / sqrtf(dim),
-                        visible - first, step, &running);
+            attend_tile(q, q_stride, row, rows, keys + first * dim, values + first * dim,
+                        num_panels, dim, LOG2_E / sqrtf(dim), visible - first, step, &running);
         }
     }
     for (int i = 0; i < num_rows; i++) {
         __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(running.totals[i]));
         for (int d = 0; d < dim; d += LANES)
-            store(y + i * y_stride + d, 0xffff, _mm512_div_ps(_mm512_load_ps(running.sums + i * dim + d), total));
+            store(y + i * y_stride + d, 0xffff,
+                  _mm512_div_ps(_mm512_load_ps(running.sums + i * dim + d), total));
     }
 }
 
-/* Attention of `num_seqs` sequences, whose rows follow each other: `query_len` rows of q and y each and `context_len` of keys and values, or,
- * where `causal`, the last `query_len` of these being the queries' own. q, keys and values are [.., heads, dim] with strides between rows,
- * y [num_seqs * query_len, num_heads, dim] is contiguous; dim is a multiple of 16 up to 256. The workspace holds keys and values of all
- * heads with lengths rounded up to 64. */
-void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride, bf16 *y, bf16 *workspace, long num_seqs,
-               long query_len, long context_len, int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
+/* Attention of `num_seqs` sequences of equal lengths, whose rows follow each other. A sequence has
+ * `query_len` rows of q and y and `context_len` of keys and values. If `causal`, the last
+ * `query_len` keys belong to the queries themselves.
+ *
+ * q, keys and values are [.., heads, dim] with strides between rows, y [num_seqs * query_len,
+ * num_heads, dim] is contiguous. dim is a multiple of 16 up to MAX_HEAD_DIM. The workspace holds
+ * keys and values of all heads, with contexts rounded up to CONTEXT_PADDING. */
+void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride,
+               bf16 *y, bf16 *workspace, long num_seqs, long query_len, long context_len,
+               int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
 {
-    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * dim, num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * dim;
+    long num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
 #pragma omp for collapse(2) schedule(static)
         for (long s = 0; s < num_seqs; s++)
             for (long h = 0; h < num_kv_heads; h++) {
                 bf16 *packed = workspace + (s * num_kv_heads + h) * 2 * size;
-                pack_keys(keys + s * context_len * kv_stride + h * dim, kv_stride, context_len, dim, packed);
-                pack_values(values + s * context_len * kv_stride + h * dim, kv_stride, context_len, dim, packed + size);
+                pack_keys(keys + s * context_len * kv_stride + h * dim, kv_stride, context_len, dim,
+                          packed);
+                pack_values(values + s * context_len * kv_stride + h * dim, kv_stride, context_len,
+                            dim, packed + size);
             }
 #pragma omp for collapse(3) schedule(dynamic)
         for (long s = 0; s < num_seqs; s++)
             for (long h = 0; h < num_heads; h++)
                 for (long b = 0; b < num_blocks; b++) {
-                    const bf16 *packed = workspace + (s * num_kv_heads + h * num_kv_heads / num_heads) * 2 * size;
-                    long row = b * BLOCK_ROWS, left = query_len - row, at = s * query_len + row;
+                    long kv_head = h * num_kv_heads / num_heads;
+                    const bf16 *packed = workspace + (s * num_kv_heads + kv_head) * 2 * size;
+                    long row = b * BLOCK_ROWS;
+                    long left = query_len - row;
+                    long at = s * query_len + row;
                     int rows = left < BLOCK_ROWS ? (int)left : BLOCK_ROWS;
                     long visible = causal ? context_len - query_len + row + 1 : context_len;
-                    attend_block(q + at * q_stride + h * dim, q_stride, rows, packed, packed + size, context_len, dim, visible, causal,
-                                 y + (at * num_heads + h) * dim, (long)num_heads * dim);
+                    attend_block(q + at * q_stride + h * dim, q_stride, rows, packed, packed + size,
+                                 context_len, dim, visible, causal, y + (at * num_heads + h) * dim,
+                                 (long)num_heads * dim);
                 }
     }
 }

@@ -1,8 +1,7 @@
-/* bfloat16 on CPUs that have its dot product (AVX512_BF16): what the kernels share.
+/* What the kernels share on CPUs that have the bfloat16 dot product (AVX512_BF16).
  *
- * Sums are float32 and rounded once. A matrix of weights lies in panels of 64 outputs, in each of them its inputs in pairs:
- * [outputs / 64][inputs / 2][64][2].
- */
+ * Sums are float32 and rounded once. A matrix of weights lies in panels of 64 outputs, in each of
+ * them the inputs in pairs: [outputs / 64][inputs / 2][64][2]. This is oneDNN's packing. */
 
 #pragma once
 
@@ -18,17 +17,29 @@
 
 #define LOG2_E 1.44269504f
 
-enum { LANES = 16, PANEL = 64, TILE_ROWS = 6, TILE_PAIRS = 32, AHEAD = 2 };
+enum {
+    LANES = 16,
+    PANEL = 64,
+    TILE_ROWS = 6,
+    TILE_PAIRS = 32, /* input pairs that stay in the first-level cache while all rows use them */
+    AHEAD = 2        /* how many times TILE_PAIRS pairs ahead weights are prefetched */
+};
 
-INLINE __mmask16 mask_of(long left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
-
-INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+INLINE __mmask16 mask_of(long left)
+{
+    return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+}
 
 /* Touches the lanes that a masked instruction accesses; they lie `stride` bytes apart. */
 INLINE void touch_lanes(const void *x, long stride, __mmask16 mask)
 {
     for (int i = 0; i < LANES; i++)
         if (mask >> i & 1) touch((const char *)x + i * stride);
+}
+
+INLINE __m512 widen(__m256i x)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
 INLINE __m512 load(const bf16 *x, __mmask16 mask)
@@ -49,6 +60,7 @@ INLINE void store(bf16 *y, __mmask16 mask, __m512 x)
     _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+/* One pair of entries, in every lane. */
 INLINE __m512bh pair_of(const bf16 *x)
 {
     int32_t pair;
@@ -56,12 +68,14 @@ INLINE __m512bh pair_of(const bf16 *x)
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* 2^x: a polynomial for the fraction, nearly as exact as float32 itself. In this order of max a NaN stays one. */
+/* 2^x, nearly as exact as float32 itself: a polynomial for the fraction, the exponent for the
+ * rest. In this order of the arguments of max a NaN stays a NaN. */
 INLINE __m512 power_of_two(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(-127), x);
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.540353e-4f);
+    __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.540353e-4f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291e-3f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504109e-2f));
@@ -70,21 +84,30 @@ INLINE __m512 power_of_two(__m512 x)
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), n);
 }
 
-/* Adds `count` input pairs to the sums of a tile of rows by vectors of outputs. Lines `from` to `to` of what every pair's four will be some
- * steps later are fetched: where several tiles work on the same weights, each fetches its part of the next. */
-INLINE void tile(const int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w, long w_stride, long count,
-                 float *sums, long sums_stride, int first, int from, int to)
+/* Adds `count` input pairs to the sums of a tile of rows by vectors of outputs, or begins the sums
+ * if `first`.
+ *
+ * Each pair of inputs has four cache lines of weights. The tile prefetches the lines `from` up to
+ * `to` of the pairs that come some steps later. Several tiles that work on the same weights
+ * each prefetch a share of the next ones. */
+INLINE void tile(const int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w,
+                 long w_stride, long count, float *sums, long sums_stride, int first, int from,
+                 int to)
 {
     __m512 c[TILE_ROWS][4];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) c[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * sums_stride + j * LANES);
+        for (int j = 0; j < vectors; j++)
+            c[i][j] =
+                first ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * sums_stride + j * LANES);
     for (long k = 0; k < count; k++, w += w_stride, x += 2) {
         __m512bh b[4];
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) b[j] = (__m512bh)_mm512_loadu_si512(w + j * 2 * LANES);
-        for (int line = from; line < to; line++) _mm_prefetch((const char *)(w + AHEAD * TILE_PAIRS * w_stride) + line * 64, _MM_HINT_T0);
+        for (int line = from; line < to; line++)
+            _mm_prefetch((const char *)(w + AHEAD * TILE_PAIRS * w_stride) + line * 64,
+                         _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
             __m512bh a = pair_of(x + i * x_stride);
@@ -95,19 +118,24 @@ INLINE void tile(const int rows, const int vectors, const bf16 *x, long x_stride
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) _mm512_store_ps(sums + i * sums_stride + j * LANES, c[i][j]);
+        for (int j = 0; j < vectors; j++)
+            _mm512_store_ps(sums + i * sums_stride + j * LANES, c[i][j]);
 }
 
-/* The same for any number of rows up to six. */
-INLINE void any_tile(int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w, long w_stride, long count,
-                     float *sums, long sums_stride, int first, int from, int to)
+/* `tile` for any number of rows up to six. */
+INLINE void any_tile(int rows, const int vectors, const bf16 *x, long x_stride, const bf16 *w,
+                     long w_stride, long count, float *sums, long sums_stride, int first, int from,
+                     int to)
 {
+#define TILE(rows) \
+    tile(rows, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to)
     switch (rows) {
-    case 1: tile(1, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
-    case 2: tile(2, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
-    case 3: tile(3, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
-    case 4: tile(4, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
-    case 5: tile(5, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to); break;
-    default: tile(6, vectors, x, x_stride, w, w_stride, count, sums, sums_stride, first, from, to);
+    case 1: TILE(1); break;
+    case 2: TILE(2); break;
+    case 3: TILE(3); break;
+    case 4: TILE(4); break;
+    case 5: TILE(5); break;
+    default: TILE(6);
     }
+#undef TILE
 }

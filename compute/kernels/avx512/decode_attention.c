@@ -1,31 +1,39 @@
-/* Attention of one new token a sequence, which reads keys and values in the blocks where they lie. */
+/* Attention of one new token per sequence, which reads keys and values in the blocks where they
+ * lie. */
 
 #include "bfloat16.h"
 
-enum { KEYS = 64 };
+enum { KEYS = 64 }; /* keys that are worked on at a time */
 
+/* One sequence's keys and values of one key head. */
 typedef struct {
-    const bf16 *keys, *values;
+    const bf16 *keys;
+    const bf16 *values;
     const int64_t *blocks;
     uint32_t block_size;
-    long stride, length;
+    long stride; /* from one token to the next */
+    long length;
 } Context;
 
-/* Scores of up to 64 keys, one vector a key with a query head in each lane; returns the greatest of each head. Eight keys at a time
- * share the loads of the queries and hide the latency of the product; those at the places `ahead` are fetched meanwhile. */
-INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int count, const int32_t *q, int dim, float scale, __m512 *scores)
+/* Computes the scores of up to 64 keys, a vector per key with a query head in each lane, and
+ * returns the greatest score of each head. Eight keys at a time share the loads of the queries and
+ * hide the latency of the product. Meanwhile the keys at the places `ahead` are prefetched. */
+INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int count,
+                    const int32_t *q, int dim, float scale, __m512 *scores)
 {
     __m512 greatest = _mm512_set1_ps(-INFINITY);
     for (int t = 0; t < count; t += 8) {
         __m512 sums[8];
         for (int j = 0; j < 8; j++) {
             sums[j] = _mm512_setzero_ps();
-            for (int d = 0; d < dim; d += 2 * LANES) _mm_prefetch((const char *)(keys + ahead[t + j] + d), _MM_HINT_T0);
+            for (int d = 0; d < dim; d += 2 * LANES)
+                _mm_prefetch((const char *)(keys + ahead[t + j] + d), _MM_HINT_T0);
         }
         for (int d = 0; d < dim / 2; d++) {
             __m512bh query = (__m512bh)_mm512_load_si512(q + d * MAX_GROUP);
 #pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) sums[j] = _mm512_dpbf16_ps(sums[j], query, pair_of(keys + places[t + j] + 2 * d));
+            for (int j = 0; j < 8; j++)
+                sums[j] = _mm512_dpbf16_ps(sums[j], query, pair_of(keys + places[t + j] + 2 * d));
         }
         for (int j = 0; j < 8; j++) {
             scores[t + j] = _mm512_mul_ps(sums[j], _mm512_set1_ps(scale));
@@ -35,17 +43,19 @@ INLINE __m512 score(const bf16 *keys, const long *places, const long *ahead, int
     return greatest;
 }
 
-/* Weights of two keys side by side, as the product of pairs wants them. */
+/* Places the weights of two keys side by side, as the product of pairs needs them. */
 INLINE __m512i pair_weights(__m512 first, __m512 second)
 {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* Adds the values of pairs of keys, weighted, to the sums [heads][dim], which are scaled first. Eight heads by 32 entries at a time stay in
- * registers; interleaving two values leaves every four of their entries at another place, see `in_order`. */
-INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int num_pairs, const int32_t *weights, const float *shrink,
-                  int num_heads, int dim, float *sums)
+/* Scales the sums [heads][dim] by `shrink`, then adds the weighted values of pairs of keys. Eight
+ * heads by 32 entries at a time stay in registers. Interleaving two values moves every four of
+ * their entries to another place, which `in_order` undoes. */
+INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int num_pairs,
+                  const int32_t *weights, const float *shrink, int num_heads, int dim, float *sums)
 {
     for (int h = 0; h < num_heads; h += 8)
         for (int d = 0; d < dim; d += 2 * LANES) {
@@ -54,10 +64,13 @@ INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int
             for (int i = 0; i < 8; i++)
 #pragma GCC unroll 2
                 for (int j = 0; j < 2; j++)
-                    c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES), _mm512_set1_ps(shrink[h + i]));
+                    c[i][j] = _mm512_mul_ps(_mm512_load_ps(sums + (h + i) * dim + d + j * LANES),
+                                            _mm512_set1_ps(shrink[h + i]));
             for (int t = 0; t < num_pairs; t++) {
-                __m512i first = _mm512_loadu_si512(values + places[2 * t] + d), second = _mm512_loadu_si512(values + places[2 * t + 1] + d);
-                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second), high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+                __m512i first = _mm512_loadu_si512(values + places[2 * t] + d);
+                __m512i second = _mm512_loadu_si512(values + places[2 * t + 1] + d);
+                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
+                __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
                 _mm_prefetch((const char *)(values + ahead[2 * t] + d), _MM_HINT_T0);
                 _mm_prefetch((const char *)(values + ahead[2 * t + 1] + d), _MM_HINT_T0);
 #pragma GCC unroll 8
@@ -70,45 +83,57 @@ INLINE void weigh(const bf16 *values, const long *places, const long *ahead, int
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++)
 #pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) _mm512_store_ps(sums + (h + i) * dim + d + j * LANES, c[i][j]);
+                for (int j = 0; j < 2; j++)
+                    _mm512_store_ps(sums + (h + i) * dim + d + j * LANES, c[i][j]);
         }
 }
 
-/* Undoes the interleaving: which of 32 sums belong to 16 entries that follow each other. */
+/* Undoes the interleaving of `weigh`: returns the first or the second half of 32 sums in the order
+ * of their entries. */
 INLINE __m512 in_order(const float *sums, int half)
 {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    return _mm512_permutex2var_ps(_mm512_load_ps(sums), _mm512_add_epi32(order, _mm512_set1_epi32(8 * half)), _mm512_load_ps(sums + LANES));
+    __m512i chosen = _mm512_add_epi32(order, _mm512_set1_epi32(8 * half));
+    return _mm512_permutex2var_ps(_mm512_load_ps(sums), chosen, _mm512_load_ps(sums + LANES));
 }
 
-/* Where the keys and values from `first` lie; beyond the last it is the last one's place. */
+/* Finds the places of the next 64 keys and values from token `first` on. After the last token its
+ * own place is repeated. */
 INLINE void locate(const Context *context, long first, long *places)
 {
     for (int t = 0; t < KEYS; t++) {
-        uint32_t token = (uint32_t)(first + t < context->length ? first + t : context->length - 1), size = context->block_size;
+        uint32_t token = (uint32_t)(first + t < context->length ? first + t : context->length - 1);
+        uint32_t size = context->block_size;
         places[t] = (context->blocks[token / size] * size + token % size) * context->stride;
     }
 }
 
-/* One key head of one sequence: the queries of its heads against the context from `first` to `last`, with a running maximum. */
-static void attend(const Context *context, long first, long last, const bf16 *queries, int num_heads, int dim, bf16 *y, float *partial)
+/* The queries of one key head's query heads against the tokens from `first` up to `last`, with a
+ * running softmax. */
+static void attend(const Context *context, long first, long last, const bf16 *queries,
+                   int num_heads, int dim, bf16 *y, float *partial)
 {
     int32_t q[MAX_HEAD_DIM / 2 * MAX_GROUP] __attribute__((aligned(64)));
     float sums[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
     float shrink[MAX_GROUP] __attribute__((aligned(64)));
     long places[2][KEYS];
     int32_t weights[KEYS / 2 * MAX_GROUP] __attribute__((aligned(64)));
-    __m512 scores[KEYS + 1], greatest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    __m512 scores[KEYS + 1];
+    __m512 greatest = _mm512_set1_ps(-INFINITY);
+    __m512 total = _mm512_setzero_ps();
     memset(q, 0, dim / 2 * MAX_GROUP * sizeof *q);
     memset(sums, 0, MAX_GROUP * dim * sizeof *sums);
     for (int h = 0; h < num_heads; h++)
-        for (int d = 0; d < dim / 2; d++) memcpy(q + d * MAX_GROUP + h, queries + h * dim + 2 * d, 4);
+        for (int d = 0; d < dim / 2; d++)
+            memcpy(q + d * MAX_GROUP + h, queries + h * dim + 2 * d, 4);
     locate(context, first, places[first / KEYS % 2]);
     for (; first < last; first += KEYS) {
         int count = last - first < KEYS ? (int)(last - first) : KEYS;
-        long *here = places[first / KEYS % 2], *ahead = places[(first / KEYS + 1) % 2];
+        long *here = places[first / KEYS % 2];
+        long *ahead = places[(first / KEYS + 1) % 2];
         locate(context, first + KEYS, ahead);
-        __m512 best = _mm512_max_ps(greatest, score(context->keys, here, ahead, count, q, dim, LOG2_E / sqrtf(dim), scores));
+        __m512 best = _mm512_max_ps(greatest, score(context->keys, here, ahead, count, q, dim,
+                                                    LOG2_E / sqrtf(dim), scores));
         __m512 factor = power_of_two(_mm512_sub_ps(greatest, best));
         greatest = best;
         total = _mm512_mul_ps(total, factor);
@@ -118,11 +143,14 @@ static void attend(const Context *context, long first, long last, const bf16 *qu
         }
         scores[count] = _mm512_setzero_ps();
         int num_pairs = (count + 1) / 2;
-        for (int t = 0; t < num_pairs; t++) _mm512_store_si512(weights + t * MAX_GROUP, pair_weights(scores[2 * t], scores[2 * t + 1]));
+        for (int t = 0; t < num_pairs; t++)
+            _mm512_store_si512(weights + t * MAX_GROUP,
+                               pair_weights(scores[2 * t], scores[2 * t + 1]));
         _mm512_store_ps(shrink, factor);
         weigh(context->values, here, ahead, num_pairs, weights, shrink, num_heads, dim, sums);
     }
-    float totals[MAX_GROUP], bests[MAX_GROUP];
+    float totals[MAX_GROUP];
+    float bests[MAX_GROUP];
     _mm512_storeu_ps(totals, total);
     _mm512_storeu_ps(bests, greatest);
     for (int h = 0; h < num_heads; h++)
@@ -139,11 +167,19 @@ static void attend(const Context *context, long first, long last, const bf16 *qu
     }
 }
 
-/* dim is a multiple of 32, and up to 16 query heads share a key head. */
-void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q, bf16 *y, float *partial)
+/* dim is a multiple of 32, and at most MAX_GROUP query heads share a key head. */
+void attend_part(const Paged *paged, long seq, int kv_head, long first, long count, const bf16 *q,
+                 bf16 *y, float *partial)
 {
     int dim = paged->dim;
-    Context context = {paged->keys + kv_head * dim, paged->values + kv_head * dim, paged->tables + seq * paged->table_stride,
-                       paged->block_size, (long)paged->num_kv_heads * dim, paged->contexts[seq]};
-    attend(&context, first, first + count, q, paged->num_heads / paged->num_kv_heads, dim, y, partial);
+    Context context = {
+        .keys = paged->keys + kv_head * dim,
+        .values = paged->values + kv_head * dim,
+        .blocks = paged->tables + seq * paged->table_stride,
+        .block_size = paged->block_size,
+        .stride = (long)paged->num_kv_heads * dim,
+        .length = paged->contexts[seq],
+    };
+    int group = paged->num_heads / paged->num_kv_heads;
+    attend(&context, first, first + count, q, group, dim, y, partial);
 }
