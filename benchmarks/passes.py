@@ -19,8 +19,8 @@ from compute.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
 from services.llm.model_runner import ModelRunner
 from services.llm.step_plan import StepPlan
+from services.vision.eager_tower import EagerTower
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
-from services.vision.tower import EagerTower
 from services.vision.tower_thread import ItemShape
 from services.vision.windows import window_order
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compute.cuda_graphs import Captured, GraphPool
-from services.vision.tower import EagerTower, Plan, VisionTower, check_patches
+from services.vision.eager_tower import EagerTower
+from services.vision.tower import Plan, VisionTower, check_patches
 from services.vision.tower_thread import ItemShape
 
 MAX_GRAPHS = 8

@@ -12,10 +12,11 @@ from common.settings import VisionSettings
 from common.wire import Tensor
 from compute.device import prepare
 from compute.torch_tensors import NAMES, to_torch, to_wire
+from services.vision.eager_tower import EagerTower
 from services.vision.families import load
 from services.vision.graphed_tower import GraphedTower
 from services.vision.static_tower import StaticTower
-from services.vision.tower import EagerTower, Encoder
+from services.vision.tower import Encoder
 from services.vision.tower_thread import DeviceLost, ItemShape
 
 

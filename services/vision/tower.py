@@ -1,11 +1,10 @@
-"""What every family's vision tower implements, and `EagerTower`, which runs one as it is.
+"""What every family's vision tower implements.
 
-`StaticTower` and `GraphedTower` wrap a tower in the same way. None of them knows a family.
+`EagerTower`, `StaticTower` and `GraphedTower` run any such tower. None of them knows a family.
 """
 
 import math
-from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from services.vision.tower_thread import ItemShape
 
 MAX_CACHED_PLANS = 16
+"""The plans that a way to run a tower keeps for the shapes that came last."""
 
 Plan = TypeVar("Plan")
 
@@ -76,20 +76,6 @@ class Encoder(Protocol):
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
         """uint8 [num_patches, values per patch] on any device -> [num_tokens, output width]."""
         ...
-
-
-class EagerTower(Generic[Plan]):
-    """Runs a tower at each item's own length."""
-
-    def __init__(self, tower: VisionTower[Plan]) -> None:
-        self._tower = tower
-        self._plan = lru_cache(MAX_CACHED_PLANS)(tower.plan)
-
-    @torch.inference_mode()
-    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
-        """uint8 [num_patches, values_per_patch] on any device -> [num_tokens, output_width]."""
-        check_patches(patches, shape, self._tower.values_per_patch)
-        return self._tower.forward(patches.to(self._tower.device), self._plan(shape))
 
 
 def check_patches(patches: Tensor, shape: ItemShape, values_per_patch: int) -> None:

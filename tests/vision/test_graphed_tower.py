@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from services.vision import graphed_tower as graphed_tower_module
+from services.vision.eager_tower import EagerTower
 from services.vision.graphed_tower import GraphedTower
-from services.vision.tower import EagerTower
 from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 from tests.llm.cuda_on_cpu import ReplayedPool

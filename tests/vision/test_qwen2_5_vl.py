@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
+from services.vision.eager_tower import EagerTower
 from services.vision.families import load
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
-from services.vision.tower import EagerTower, Encoder
+from services.vision.tower import Encoder
 from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from services.vision.eager_tower import EagerTower
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 from services.vision.static_tower import StaticTower
 from services.vision.torch_tower import make_encoder
-from services.vision.tower import EagerTower
 from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 from tests.vision.test_qwen2_5_vl import CPU, embed, patches_of, shape_of, tower_of

@@ -1,4 +1,4 @@
-"""Eager, static and graphed towers run a family of which they know nothing.
+"""Eager, static and graphed towers run a family that they do not know.
 
 The toy family has its own patch size and number of patches per token, has no windows, and masks
 what an item has beyond its content.
@@ -13,11 +13,12 @@ from torch import Tensor
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.families import FAMILIES as DESCRIPTIONS
 from services.vision import graphed_tower as graphed_tower_module
+from services.vision.eager_tower import EagerTower
 from services.vision.families import FAMILIES, AnyTower
 from services.vision.graphed_tower import GraphedTower
 from services.vision.static_tower import StaticTower
 from services.vision.torch_tower import make_encoder
-from services.vision.tower import EagerTower, Encoder
+from services.vision.tower import Encoder
 from services.vision.tower_thread import ItemShape
 from tests.llm.cuda_on_cpu import CPU, ReplayedPool
 from tests.toy_family import tower as toy_tower
@@ -38,7 +39,7 @@ SHAPES = [
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    """A checkpoint of the toy family, which is in the tables of families meanwhile."""
+    """A checkpoint of the toy family, which is registered for this test."""
     monkeypatch.setitem(DESCRIPTIONS, MODEL_TYPE, Toy())
     monkeypatch.setitem(FAMILIES, MODEL_TYPE, toy_tower.load)
     monkeypatch.setattr(graphed_tower_module, "GraphPool", ReplayedPool)

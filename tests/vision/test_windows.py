@@ -1,4 +1,4 @@
-"""The windows of a grid are those of the definition."""
+"""The windows of a grid hold every unit once."""
 
 import pytest
 
