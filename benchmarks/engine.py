@@ -29,7 +29,7 @@ from compute.device import Device, choose_dtype
 from compute.kernels.library import bfloat16_kernels, cpu_flags
 from compute.quantization import check_quantization
 from services.llm.model_runner import ModelRunner
-from services.vision.families.qwen2_5_vl import VisionTower
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 
 BIG = 10**9
 ROUNDS = 7
@@ -218,7 +218,7 @@ def main() -> None:
         timed_passes = timed_passes[: len(passes.BATCHES)]
     else:
         pictures = list(PICTURES)[: 1 if options.quick else None]
-        timed_passes += passes.of_vision(VisionTower(checkpoint, dtype, CPU), dtype, pictures)
+        timed_passes += passes.of_vision(Qwen25VisionTower(checkpoint, dtype, CPU), dtype, pictures)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {
         case.name: case for each in timed_passes for case in each.cases()

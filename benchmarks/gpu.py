@@ -25,8 +25,10 @@ from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.step_plan import StepPlan
+from services.vision.families import load
 from services.vision.families.qwen2_5_vl import VisionConfig
-from services.vision.graphed_tower import GraphedVisionTower
+from services.vision.graphed_tower import GraphedTower
+from services.vision.tower_thread import ItemShape
 
 DTYPE = torch.bfloat16
 ROUNDS = 20
@@ -198,16 +200,13 @@ def of_language(
 
 def of_vision(checkpoint: Checkpoint, device: torch.device, limits: Limits) -> list[Row]:
     """From pixels on the host to embeddings on the host. The warm-up captures the grid."""
-    tower = GraphedVisionTower(checkpoint, DTYPE, device)
+    tower = GraphedTower(load(checkpoint, DTYPE, device))
+    size = VisionConfig.of(checkpoint).patch_size
     rows = []
     for name, grid in PICTURES.items():
-        patches = torch.randint(
-            0,
-            256,
-            (math.prod(grid), 3 * VisionConfig.of(checkpoint).patch_size ** 2),
-            dtype=torch.uint8,
-        )
-        taken = median_seconds(lambda patches=patches, grid=grid: tower.encode(patches, grid).cpu())
+        patches = torch.randint(0, 256, (math.prod(grid), 3 * size**2), dtype=torch.uint8)
+        shape = ItemShape(grid, (size * grid[1], size * grid[2]))
+        taken = median_seconds(lambda x=patches, shape=shape: tower.encode(x, shape).cpu())
         least = vision_operations(checkpoint, len(patches)) / limits.operations_per_second
         rows.append(Row(f"vision, {name}", taken, least / taken, "products", WANTED_OF_MATRIX_RATE))
     return rows

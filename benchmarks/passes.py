@@ -19,7 +19,10 @@ from compute.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
 from services.llm.model_runner import ModelRunner
 from services.llm.step_plan import StepPlan
-from services.vision.families.qwen2_5_vl import VisionConfig, VisionTower, window_order
+from services.vision.eager_tower import EagerTower
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
+from services.vision.tower_thread import ItemShape
+from services.vision.windows import window_order
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -259,21 +262,24 @@ def decoder_parts(
     return [*parts, linear_part("head", 1, num_sampled, sizes.vocab_size, hidden, dtype)]
 
 
-def of_vision(tower: VisionTower, dtype: torch.dtype, pictures: list[str]) -> list[Pass]:
+def of_vision(tower: Qwen25VisionTower, dtype: torch.dtype, pictures: list[str]) -> list[Pass]:
+    encoder = EagerTower(tower)
     found = []
     for name in pictures:
         height, width = PICTURES[name]
-        patches = torch.randint(
-            0, 256, (height * width, 3 * tower.config.patch_size**2), dtype=torch.uint8
-        )
-        run = partial(tower.encode, patches, (1, height, width))
+        size = tower.config.patch_size
+        patches = torch.randint(0, 256, (height * width, 3 * size**2), dtype=torch.uint8)
+        shape = ItemShape((1, height, width), (size * height, size * width))
+        run = partial(encoder.encode, patches, shape)
         found.append(
             Pass(f"vision encode of {name}", run, vision_parts(tower, height, width, dtype))
         )
     return found
 
 
-def vision_parts(tower: VisionTower, height: int, width: int, dtype: torch.dtype) -> list[Part]:
+def vision_parts(
+    tower: Qwen25VisionTower, height: int, width: int, dtype: torch.dtype
+) -> list[Part]:
     c: VisionConfig = tower.config
     rows = height * width
     merged = c.hidden_size * c.merge_unit

@@ -1,5 +1,4 @@
-"""A vision encoder replica: one image at a time through the vision tower, embeddings straight to
-the language group."""
+"""A vision replica: encodes one item at a time and sends embeddings to the language group."""
 
 from common.tuning import apply_tuning
 
@@ -52,7 +51,10 @@ def make_tower(
     member: Member[VisionInbound],
     buckets: tuple[int, ...],
 ) -> Tower:
-    """torch is imported only where it is needed: many simulated replicas fit on a small machine."""
+    """Return the real tower, or a simulated one if the settings ask for it.
+
+    torch is imported only if needed, so that many simulated replicas fit on a small machine.
+    """
     if settings.simulate_vision_ms is not None:
         from services.vision.simulated import SimulatedTower
 

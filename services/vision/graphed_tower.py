@@ -1,83 +1,78 @@
-"""The vision tower with CUDA graphs: one launch for hundreds of small kernels.
+"""A vision tower with CUDA graphs: one launch instead of hundreds of small kernels.
 
-A grid decides how many windows of which size there are, so a graph serves one grid and no other of
-the same number of patches. One is captured when a grid comes for the second time: pictures of one
-size, pages of one document. The rest run as they do elsewhere. Untried: no CUDA device was at hand
-when it was written.
+A plan depends on the item's shape, so a graph serves one shape and no other with the same number of
+patches. The graph is captured when a shape comes for the second time, as images of one size and
+pages of one document do. Items of all other shapes run eagerly. This has never run on CUDA.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from compute.cuda_graphs import Captured, GraphPool
-from services.vision.families.qwen2_5_vl import GridPlan, VisionTower
+from services.vision.eager_tower import EagerTower
+from services.vision.tower import Plan, VisionTower, check_patches
+from services.vision.tower_thread import ItemShape
 
 MAX_GRAPHS = 8
-MAX_REMEMBERED_GRIDS = 256
-
-Grid = tuple[int, int, int]
+MAX_REMEMBERED_SHAPES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class GridGraph:
+class ShapeGraph(Generic[Plan]):
+    """The graph of one shape, and the memory that it reads."""
+
     patches: Tensor
-    """Where the graph reads its input."""
-    plan: GridPlan
-    """Held here because the graph reads it and the tower keeps only the latest ones."""
+    plan: Plan
     captured: Captured
 
 
-class GraphedVisionTower(VisionTower):
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Callable[[float], None] = lambda fraction: None,
-    ) -> None:
-        super().__init__(checkpoint, dtype, device, progress)
-        self._pool = GraphPool(device)
-        self._graphs: OrderedDict[Grid, GridGraph] = OrderedDict()
-        self._seen: OrderedDict[Grid, None] = OrderedDict()
+class GraphedTower(Generic[Plan]):
+    """Runs any family's tower, by a CUDA graph if the item's shape came before."""
+
+    def __init__(self, tower: VisionTower[Plan]) -> None:
+        self._tower = tower
+        self._eager = EagerTower(tower)
+        self._pool = GraphPool(tower.device)
+        self._graphs: OrderedDict[ItemShape, ShapeGraph[Plan]] = OrderedDict()
+        self._seen: OrderedDict[ItemShape, None] = OrderedDict()
 
     @torch.inference_mode()
-    def encode(self, patches: Tensor, grid_thw: Grid) -> Tensor:
-        if grid_thw not in self._graphs and not self._is_known(grid_thw):
-            return super().encode(patches, grid_thw)
-        graph = self._graph(patches, grid_thw)
-        # Pinned, so that the host can go on; torch keeps that memory until the copy is done.
-        source = patches.pin_memory() if self.device.type == "cuda" else patches
+    def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
+        """uint8 [num_patches, values_per_patch] on any device -> [num_tokens, output_width]."""
+        if shape not in self._graphs and not self._came_before(shape):
+            return self._eager.encode(patches, shape)
+        check_patches(patches, shape, self._tower.values_per_patch)
+        graph = self._graph(patches, shape)
+        # Pinned, so that the host need not wait. torch keeps that memory until the copy is done.
+        source = patches.pin_memory() if self._tower.device.type == "cuda" else patches
         graph.patches.copy_(source, non_blocking=True)
         graph.captured.replay()
         return graph.captured.result.clone()
 
-    def _is_known(self, grid_thw: Grid) -> bool:
-        """Whether the grid came before; remembers it."""
-        is_known = grid_thw in self._seen
-        self._seen[grid_thw] = None
-        self._seen.move_to_end(grid_thw)
-        if len(self._seen) > MAX_REMEMBERED_GRIDS:
+    def _came_before(self, shape: ItemShape) -> bool:
+        """Whether an item of this shape came before. Remembers the shape."""
+        came_before = shape in self._seen
+        self._seen[shape] = None
+        self._seen.move_to_end(shape)
+        if len(self._seen) > MAX_REMEMBERED_SHAPES:
             self._seen.popitem(last=False)
-        return is_known
+        return came_before
 
-    def _graph(self, patches: Tensor, grid_thw: Grid) -> GridGraph:
-        if grid_thw not in self._graphs:
+    def _graph(self, patches: Tensor, shape: ItemShape) -> ShapeGraph[Plan]:
+        if shape not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[grid_thw] = self._capture(patches, grid_thw)
-        self._graphs.move_to_end(grid_thw)
-        return self._graphs[grid_thw]
+            self._graphs[shape] = self._capture(patches, shape)
+        self._graphs.move_to_end(shape)
+        return self._graphs[shape]
 
-    def _capture(self, patches: Tensor, grid_thw: Grid) -> GridGraph:
-        _, height, width = grid_thw
-        merge = self.config.spatial_merge_size
-        plan = self._grid_plan(height // merge, width // merge)
-        static = patches.to(self.device, copy=True)
-        # By the class's name: `super()` means nothing in a function that is called later.
-        captured = self._pool.capture(lambda: VisionTower.encode(self, static, grid_thw))
-        return GridGraph(static, plan, captured)
+    def _capture(self, patches: Tensor, shape: ItemShape) -> ShapeGraph[Plan]:
+        tower = self._tower
+        static = patches.to(tower.device, copy=True)
+        plan = tower.plan(shape)
+        captured = self._pool.capture(lambda: tower.forward(static, plan))
+        return ShapeGraph(static, plan, captured)

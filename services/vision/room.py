@@ -1,19 +1,26 @@
-"""Who may send an image next. Knows no socket."""
+"""Which preprocess may send an item next. This file knows no socket."""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-# One image in the tower and one whose pixels come meanwhile: more would only hold memory, and keep
-# images from other replicas.
 MAX_GRANTED = 2
+"""One item is in the tower while the pixels of the next one arrive.
+
+More would only hold memory, and keep items from other replicas.
+"""
 ANSWER_SECONDS = 2.0
-"""For pixels to follow their grant, or an offer its vacancy: after that the room is another's."""
+"""The time for pixels to follow their grant, or for an offer to follow a vacancy.
+
+After that the room goes to the next peer.
+"""
 
 
 class Room:
-    """One budget for all producers. Who found no room is in a queue; room that comes is offered to
-    the first in it and kept for a moment, so that nobody asks twice and nobody is passed over.
+    """One budget of items for all producers.
+
+    A peer that finds no room joins a queue. When room becomes free, it is reserved for the first
+    peer in the queue for a moment. So no peer has to poll, and none is passed over.
 
         offer --room--> granted --------> tower --> done: room
           |                ^                          |
@@ -24,34 +31,45 @@ class Room:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.size = 1
-        """Images granted at once: one alone while nobody knows how long they take here, and so how
-        long a second would wait."""
+        """The items granted at once.
+
+        It is 1 until one was measured, because nobody knows how long a second would wait.
+        """
         self._queue: OrderedDict[str, None] = OrderedDict()
         self._invited: dict[str, float] = {}
 
     def admits(self, peer_id: str, num_granted: int) -> bool:
-        """Whether the peer may have an image more, where `num_granted` are granted to all together.
-        Answers its invitation."""
+        """Whether the peer may have another item while `num_granted` are granted in total.
+
+        This answers the peer's invitation, if it has one.
+        """
         self._invited.pop(peer_id, None)
         return num_granted + len(self._invited) < self.size
 
     def enqueue(self, peer_id: str) -> None:
+        """Let the peer wait for room. A peer that waits already keeps its place."""
         self._queue.setdefault(peer_id)
 
     def declined(self, peer_id: str) -> None:
+        """Release the room that was reserved for the peer."""
         self._invited.pop(peer_id, None)
 
     def forget(self, peer_id: str) -> None:
+        """Remove a peer that is gone."""
         self._invited.pop(peer_id, None)
         self._queue.pop(peer_id, None)
 
     def invite(self, num_granted: int) -> list[str]:
-        """Whom to tell of a vacancy now."""
+        """Reserve free room for the first peers in the queue, and return them.
+
+        Invitations that were not answered in time end.
+        """
         now = self._clock()
-        for peer_id in [
-            peer_id for peer_id, invited in self._invited.items() if now - invited > ANSWER_SECONDS
-        ]:
-            del self._invited[peer_id]
+        self._invited = {
+            peer_id: since
+            for peer_id, since in self._invited.items()
+            if now - since <= ANSWER_SECONDS
+        }
         invited = []
         while self._queue and num_granted + len(self._invited) < self.size:
             peer_id, _ = self._queue.popitem(last=False)
@@ -61,4 +79,5 @@ class Room:
 
     @property
     def awaits_answer(self) -> bool:
+        """Whether an invited peer has not answered yet."""
         return bool(self._invited)

@@ -1,5 +1,7 @@
-"""A vision tower that only takes its time: for measuring and testing everything around it without
-its cost. Imports no torch."""
+"""A vision tower that only waits. It serves to measure and test everything around a tower.
+
+It imports no torch.
+"""
 
 import hashlib
 import math
@@ -13,20 +15,26 @@ from common.wire import Tensor
 from services.vision.tower_thread import ItemShape
 
 SAMPLED_ROWS = 2048
+"""The rows of the token embedding from which its spread is estimated."""
 NOISE_LENGTH = 2**18
 
 
 class SimulatedTower:
-    """Each image takes `seconds`; with buckets, the largest takes so long and the others their part
-    of it. Its embeddings are noise drawn from its pixels: equal for equal pixels, else
-    different; of zero mean, and as widely spread as the language model's own token embeddings,
-    so that the model answers each image differently."""
+    """Waits, and returns noise that depends on the pixels alone.
+
+    The noise has zero mean and the spread of the language model's own token embeddings, so that the
+    model answers each image differently.
+    """
 
     dtype = "float32"
 
     def __init__(
         self, checkpoint: Checkpoint, seconds: float, buckets: tuple[int, ...] = ()
     ) -> None:
+        """Each item takes `seconds`.
+
+        With buckets, the largest takes that long, and a smaller one its share.
+        """
         self._seconds = seconds
         self._buckets = buckets
         self._hidden_size: int = checkpoint.sizes.hidden_size
@@ -39,9 +47,9 @@ class SimulatedTower:
         )
 
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
-        """float32 [num_patches / patches_per_token, hidden_size]."""
+        """Return noise, float32 [num_patches / patches_per_token, hidden_size]."""
         began = time.monotonic()
-        digest = hashlib.sha256(patches.data)  # the quickest there is, on processors that have it
+        digest = hashlib.sha256(patches.data)  # the fastest hash on CPUs with SHA instructions
         digest.update(repr(shape.grid_thw).encode())
         num_patches = math.prod(shape.grid_thw)
         num_tokens = num_patches // self._patches_per_token
@@ -51,8 +59,11 @@ class SimulatedTower:
         return Tensor.of(embeddings.reshape(num_tokens, self._hidden_size))
 
     def _noise_of(self, digest: bytes, count: int) -> np.ndarray:
-        """The sum of two parts of what was drawn once, which the digest chooses: drawing takes
-        several times as long."""
+        """Return `count` values: the sum of two parts of the stored noise, chosen by the digest.
+
+        Drawing new values would take several times as long. It is done if the stored ones are too
+        few.
+        """
         if count > NOISE_LENGTH // 2:
             drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
             return drawn.standard_normal(count, np.float32) * self._spread
@@ -62,6 +73,7 @@ class SimulatedTower:
         return self._noise[first : first + count] + self._noise[second : second + count]
 
     def seconds_of(self, num_patches: int) -> float:
+        """Return the time an item takes. Raises ValueError if it fits into no bucket."""
         if not self._buckets:
             return self._seconds
         if (bucket := bucket_of(num_patches, self._buckets)) == 0:
@@ -70,7 +82,7 @@ class SimulatedTower:
 
 
 def spread_of_token_embeddings(checkpoint: Checkpoint) -> float:
-    """Standard deviation, of the first rows."""
+    """Return the standard deviation of the token embedding's first rows."""
     family = checkpoint.family
     tensors = checkpoint.tensors.items()
     info = next(
@@ -78,6 +90,6 @@ def spread_of_token_embeddings(checkpoint: Checkpoint) -> float:
     )
     kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[info.dtype]
     stored = np.memmap(info.file, kind, "r", info.offset, info.shape)[:SAMPLED_ROWS]
-    if info.dtype == "BF16":  # the upper half of a float32
+    if info.dtype == "BF16":  # a bfloat16 is the upper half of a float32
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     return float(stored.astype(np.float32).std())

@@ -1,4 +1,4 @@
-"""The real tower: wire tensors to torch and back around a family's vision tower."""
+"""The vision tower that computes: converts between tensors of the wire and those of torch."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,17 @@ from common.settings import VisionSettings
 from common.wire import Tensor
 from compute.device import prepare
 from compute.torch_tensors import NAMES, to_torch, to_wire
-from services.vision.families.qwen2_5_vl import VisionTower
-from services.vision.graphed_tower import GraphedVisionTower
-from services.vision.static_tower import StaticVisionTower
+from services.vision.eager_tower import EagerTower
+from services.vision.families import load
+from services.vision.graphed_tower import GraphedTower
+from services.vision.static_tower import StaticTower
+from services.vision.tower import Encoder
 from services.vision.tower_thread import DeviceLost, ItemShape
 
 
 class TorchTower:
+    """The vision tower of a checkpoint, as the replica's settings ask for it."""
+
     def __init__(
         self,
         settings: VisionSettings,
@@ -26,6 +30,7 @@ class TorchTower:
         member: Member[VisionInbound],
         buckets: tuple[int, ...],
     ) -> None:
+        """Load the weights. `member` reports the progress of that."""
         device, dtype = prepare(settings, checkpoint)
         get_logger().info(
             "loading",
@@ -34,25 +39,40 @@ class TorchTower:
             device=str(device.torch_device),
             threads=torch.get_num_threads(),
         )
-        self._tower = make_tower(checkpoint, dtype, device.torch_device, member.loading, buckets)
+        self._encoder = make_encoder(
+            checkpoint, dtype, device.torch_device, member.loading, buckets
+        )
         self.dtype = NAMES[dtype]
 
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
+        """uint8 [num_patches, values per patch] -> [num_tokens, width of the embeddings].
+
+        Raises
+        ------
+        DeviceLost
+            if the process must be restarted before it can use the device again.
+        """
         try:
-            return to_wire(self._tower.encode(to_torch(patches), shape.grid_thw))
+            return to_wire(self._encoder.encode(to_torch(patches), shape))
         except torch.AcceleratorError as e:
             raise DeviceLost from e
 
 
-def make_tower(
+def make_encoder(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[float], None],
+    report: Callable[[float], None],
     buckets: tuple[int, ...],
-) -> VisionTower:
+) -> Encoder:
+    """Load the checkpoint's vision tower and choose how to run it.
+
+    Buckets make it static. Without them, a CUDA device gets graphs. `report` is called with the
+    fraction that is loaded.
+    """
+    tower = load(checkpoint, dtype, device, report)
     if buckets:
-        return StaticVisionTower(checkpoint, dtype, device, buckets, progress)
-    return (GraphedVisionTower if device.type == "cuda" else VisionTower)(
-        checkpoint, dtype, device, progress
-    )
+        return StaticTower(tower, buckets)
+    if device.type == "cuda":
+        return GraphedTower(tower)
+    return EagerTower(tower)

@@ -283,7 +283,7 @@ class Worker:
     def _observe(self, job: Job, result: EncodeResult) -> None:
         """Record how long the item took, and report it to every preprocess if that is news."""
         num_patches = job.offer.num_patches
-        self._times.measured(num_patches, result.seconds)
+        self._times.record(num_patches, result.seconds)
         self._room.size = MAX_GRANTED
         self._metrics.encode_seconds.observe(result.seconds)
         self._metrics.wait_seconds.observe(max(0.0, result.began - job.offered))

@@ -5,15 +5,16 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from services.vision.graphed_tower import GraphedVisionTower
+from services.vision.families import load
+from services.vision.graphed_tower import GraphedTower
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 from tests.gpu import CUDA, needs_cuda
-from tests.vision.test_qwen2_5_vl import patches_of
+from tests.vision.test_qwen2_5_vl import patches_of, shape_of
 
 pytestmark = needs_cuda
 
 
-def embed(tower: GraphedVisionTower, case: GoldenCase) -> np.ndarray:
+def embed(tower: GraphedTower, case: GoldenCase) -> np.ndarray:
     return torch.cat([tower.encode(*picture) for picture in patches_of(case)]).float().cpu().numpy()
 
 
@@ -24,7 +25,7 @@ def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
 ) -> None:
     """Eagerly at the first, by a new graph at the second, by a known one at the third."""
     case = GoldenCase(name)
-    tower = GraphedVisionTower(open_checkpoint(case.checkpoint), dtype, CUDA)
+    tower = GraphedTower(load(open_checkpoint(case.checkpoint), dtype, CUDA))
     expected = case.tensors["image_embeds"]
     scale = 1 if dtype is torch.float32 else np.abs(expected).max()
     for _ in range(3):
@@ -34,14 +35,14 @@ def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
 
 def test_graphs_of_many_grids_do_not_disturb_each_other() -> None:
     """More grids than graphs are kept, and than the tower keeps plans for."""
-    tower = GraphedVisionTower(
-        open_checkpoint(GoldenCase("a_image").checkpoint), torch.bfloat16, CUDA
-    )
+    checkpoint = open_checkpoint(GoldenCase("a_image").checkpoint)
+    tower = GraphedTower(load(checkpoint, torch.bfloat16, CUDA))
     random = torch.Generator().manual_seed(0)
     grids = [(1, 4 + 2 * (i % 3), 4 + 2 * i) for i in range(20)]
     pictures = [
-        (torch.randint(0, 256, (h * w, 588), dtype=torch.uint8, generator=random), (1, h, w))
-        for _, h, w in grids
+        (torch.randint(0, 256, (h * w, 588), dtype=torch.uint8, generator=random), shape_of(grid))
+        for grid in grids
+        for _, h, w in [grid]
     ]
     eager = [tower.encode(*picture).float() for picture in pictures]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The embedding cache is bounded in bytes and forgets what was not used for longest."""
+"""The embedding cache is bounded in bytes and forgets the least recently used entries."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from services.vision.cache import EmbeddingCache
 
 
 def rows(count: int) -> Tensor:
-    """As many times 16 bytes."""
+    """Return embeddings of `count` times 16 bytes."""
     return Tensor.of(np.full((count, 4), count, np.float32))
 
 
-def test_what_was_put_comes_back_and_the_rest_is_absent() -> None:
+def test_an_entry_is_found_and_another_is_not() -> None:
     cache = EmbeddingCache(100)
     embeddings = rows(2)
     cache.put("a", embeddings)
@@ -19,7 +19,7 @@ def test_what_was_put_comes_back_and_the_rest_is_absent() -> None:
     assert cache.get("b") is None
 
 
-def test_the_least_recently_used_go_first_until_the_rest_fits() -> None:
+def test_the_least_recently_used_are_dropped_until_the_rest_fits() -> None:
     cache = EmbeddingCache(4 * 16)
     for name in "abcd":
         cache.put(name, rows(1))
@@ -29,7 +29,7 @@ def test_the_least_recently_used_go_first_until_the_rest_fits() -> None:
     assert cache.num_bytes == 4 * 16
 
 
-def test_what_is_larger_than_the_cache_is_not_kept_and_displaces_nothing() -> None:
+def test_an_entry_larger_than_the_cache_is_not_kept_and_displaces_nothing() -> None:
     cache = EmbeddingCache(2 * 16)
     cache.put("a", rows(2))
     cache.put("b", rows(3))
@@ -50,7 +50,7 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     assert cache.get("a") is None and cache.num_bytes == 0
 
 
-def test_what_is_dropped_is_absent_and_takes_no_room() -> None:
+def test_a_dropped_entry_is_absent_and_takes_no_room() -> None:
     cache = EmbeddingCache(100)
     cache.put("a", rows(2))
     cache.drop("a")

@@ -1,5 +1,4 @@
-"""The vision tower equals the reference for every grid, and its windows are those of the
-definition."""
+"""The vision tower of Qwen2.5-VL equals the reference for every grid."""
 
 import json
 import shutil
@@ -10,7 +9,11 @@ import pytest
 import torch
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
-from services.vision.families.qwen2_5_vl import VisionConfig, VisionTower, window_order
+from services.vision.eager_tower import EagerTower
+from services.vision.families import load
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
+from services.vision.tower import Encoder
+from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
 
 CPU = torch.device("cpu")
@@ -21,13 +24,18 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(request.param)
 
 
-def tower_of(case: GoldenCase, dtype: torch.dtype = torch.float32) -> VisionTower:
-    return VisionTower(open_checkpoint(case.checkpoint), dtype, CPU)
+def tower_of(case: GoldenCase, dtype: torch.dtype = torch.float32) -> Qwen25VisionTower:
+    return Qwen25VisionTower(open_checkpoint(case.checkpoint), dtype, CPU)
 
 
-def patches_of(case: GoldenCase) -> list[tuple[torch.Tensor, tuple[int, int, int]]]:
-    """Each picture's bytes in patch rows and its grid: the expected pixel values, neither
-    normalised nor doubled in time."""
+def shape_of(grid_thw: tuple[int, int, int]) -> ItemShape:
+    """The shape of an image that fills its grid of 14 x 14 pixels."""
+    _, height, width = grid_thw
+    return ItemShape(grid_thw, (14 * height, 14 * width))
+
+
+def patches_of(case: GoldenCase) -> list[tuple[torch.Tensor, ItemShape]]:
+    """Return the patches and the shape of each image: pixels from 0 to 255, one frame."""
     preprocessor = open_checkpoint(case.checkpoint).preprocessor_config
     mean, std = (np.array(preprocessor[key])[:, None] for key in ("image_mean", "image_std"))
     normalised = case.tensors["pixel_values"].reshape(-1, 3, 2, 14 * 14)
@@ -36,50 +44,60 @@ def patches_of(case: GoldenCase) -> list[tuple[torch.Tensor, tuple[int, int, int
     assert max_difference(values, values.round()) < 1e-3
     patches = torch.from_numpy(values.round().astype(np.uint8)).flatten(1)
     grids = [tuple(grid) for grid in case.expected["image_grid_thw"]]
-    return list(zip(patches.split([int(np.prod(grid)) for grid in grids]), grids, strict=True))
+    parts = patches.split([int(np.prod(grid)) for grid in grids])
+    return list(zip(parts, map(shape_of, grids), strict=True))
 
 
-def embed(tower: VisionTower, case: GoldenCase) -> np.ndarray:
-    return torch.cat([tower.encode(*picture) for picture in patches_of(case)]).float().numpy()
+def embed(encoder: Encoder, case: GoldenCase) -> np.ndarray:
+    """Return the embeddings of all images of the case, one after the other."""
+    return torch.cat([encoder.encode(*image) for image in patches_of(case)]).float().numpy()
 
 
 def test_embeddings_equal_the_reference(case: GoldenCase) -> None:
     tower = tower_of(case)
-    assert max_difference(embed(tower, case), case.tensors["image_embeds"]) < 1e-4
-    assert tower.hidden_size == case.tensors["image_embeds"].shape[1]
+    expected = case.tensors["image_embeds"]
+    assert max_difference(embed(EagerTower(tower), case), expected) < 1e-4
+    assert tower.output_width == expected.shape[1]
 
 
-def test_a_grid_seen_before_gives_the_same(case: GoldenCase) -> None:
-    tower = tower_of(case)
-    assert max_difference(embed(tower, case), embed(tower, case)) == 0
+def test_a_grid_seen_before_gives_the_same_embeddings(case: GoldenCase) -> None:
+    encoder = EagerTower(tower_of(case))
+    assert max_difference(embed(encoder, case), embed(encoder, case)) == 0
 
 
 def test_bfloat16_stays_near_the_reference(case: GoldenCase) -> None:
     tower = tower_of(case, torch.bfloat16)
+    encoder = EagerTower(tower)
     expected = case.tensors["image_embeds"]
-    assert tower.encode(*patches_of(case)[0]).dtype == tower.dtype == torch.bfloat16
-    assert max_difference(embed(tower, case), expected) < 0.05 * np.abs(expected).max()
+    assert encoder.encode(*patches_of(case)[0]).dtype == tower.dtype == torch.bfloat16
+    assert max_difference(embed(encoder, case), expected) < 0.05 * np.abs(expected).max()
 
 
-def test_loading_tells_its_progress(case: GoldenCase) -> None:
-    told: list[float] = []
-    VisionTower(open_checkpoint(case.checkpoint), torch.float32, CPU, told.append)
-    assert told == sorted(told) and len(told) > 10 and told[-1] == 1
+def test_loading_reports_its_progress(case: GoldenCase) -> None:
+    reported: list[float] = []
+    load(open_checkpoint(case.checkpoint), torch.float32, CPU, reported.append)
+    assert reported == sorted(reported) and len(reported) > 10 and reported[-1] == 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (5, 7), (8, 8), (2, 13), (16, 9)])
-def test_windows_hold_every_unit_once_and_none_crosses_a_border(height: int, width: int) -> None:
-    order, windows = window_order(height, width, 4)
-    assert sorted(order.tolist()) == list(range(height * width))
-    assert len(windows) <= 4
-    parts = order.split([units for count, units in windows for _ in range(count)])
-    assert len(parts) == -(-height // 4) * -(-width // 4)
-    for part in parts:
-        assert len({(unit // width // 4, unit % width // 4) for unit in part.tolist()}) == 1
+@pytest.mark.parametrize("grid", [(2, 4, 4), (1, 3, 4), (1, 4, 3)])
+def test_a_grid_that_is_not_that_of_a_still_image_is_refused(grid: tuple[int, int, int]) -> None:
+    patches = torch.zeros((int(np.prod(grid)), 588), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="is not that of a still image"):
+        EagerTower(tower_of(GoldenCase("a_image"))).encode(patches, shape_of(grid))
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [torch.zeros((16, 588)), torch.zeros((16, 587), dtype=torch.uint8), torch.zeros((12, 588))],
+    ids=["dtype", "width", "count"],
+)
+def test_patches_that_do_not_fit_their_grid_are_refused(patches: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"needs uint8 \(16, 588\)"):
+        EagerTower(tower_of(GoldenCase("a_image"))).encode(patches, shape_of((1, 4, 4)))
 
 
 def checkpoint_with(tmp_path: Path, **vision: object) -> Path:
-    """A copy of a golden checkpoint with other values in its vision_config; None removes a key."""
+    """Copy a golden checkpoint with other values in its vision_config. None removes a key."""
     shutil.copytree(GoldenCase("a_image").checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"] = {
@@ -100,9 +118,7 @@ def test_sizes_that_the_3b_checkpoint_leaves_out_have_defaults(tmp_path: Path) -
 
 def test_a_tower_that_does_not_fit_its_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="out_hidden_size"):
-        VisionTower(
-            open_checkpoint(checkpoint_with(tmp_path, out_hidden_size=64)), torch.float32, CPU
-        )
+        load(open_checkpoint(checkpoint_with(tmp_path, out_hidden_size=64)), torch.float32, CPU)
 
 
 def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path: Path) -> None:
@@ -110,6 +126,4 @@ def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path: Path) -> 
         BadCheckpoint,
         match=r"gate_proj.weight has shape \(96, 64\), config.json makes it \(97, 64\)",
     ):
-        VisionTower(
-            open_checkpoint(checkpoint_with(tmp_path, intermediate_size=97)), torch.float32, CPU
-        )
+        load(open_checkpoint(checkpoint_with(tmp_path, intermediate_size=97)), torch.float32, CPU)

@@ -1,4 +1,4 @@
-"""One budget for all: room is kept for who waited longest, and nobody is passed over."""
+"""Room is reserved for the peer that waited longest, and no peer is passed over."""
 
 import time
 from collections.abc import Callable
@@ -23,14 +23,14 @@ def full_size(clock: Callable[[], float] = time.monotonic) -> Room:
     return room
 
 
-def test_there_is_room_up_to_the_bound() -> None:
+def test_peers_are_admitted_up_to_the_bound() -> None:
     room = full_size()
     assert [room.admits("a", granted) for granted in range(MAX_GRANTED + 1)] == [
         True
     ] * MAX_GRANTED + [False]
 
 
-def test_room_that_is_kept_for_one_is_not_for_another() -> None:
+def test_room_that_is_reserved_for_one_peer_is_refused_to_another() -> None:
     room = full_size()
     room.enqueue("a")
     assert room.invite(MAX_GRANTED - 1) == ["a"]
@@ -39,7 +39,7 @@ def test_room_that_is_kept_for_one_is_not_for_another() -> None:
 
 
 @pytest.mark.parametrize("end", ["declined", "forget"])
-def test_who_does_not_want_it_or_is_gone_leaves_it_to_the_next(end: str) -> None:
+def test_a_peer_that_declines_or_is_gone_leaves_its_room_to_the_next(end: str) -> None:
     room = full_size()
     for peer_id in ("a", "b"):
         room.enqueue(peer_id)
@@ -48,7 +48,7 @@ def test_who_does_not_want_it_or_is_gone_leaves_it_to_the_next(end: str) -> None
     assert room.invite(MAX_GRANTED - 1) == ["b"]
 
 
-def test_silence_is_a_no() -> None:
+def test_an_invitation_that_is_not_answered_in_time_ends() -> None:
     clock = Clock()
     room = full_size(clock)
     for peer_id in ("a", "b"):
@@ -59,9 +59,10 @@ def test_silence_is_a_no() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=60))
-def test_who_keeps_asking_gets_a_turn_within_as_many_as_there_are(asking: list[str]) -> None:
-    """Each that finds no room is in the queue once, and is served in the order in which it came
-    there."""
+def test_peers_that_keep_asking_are_served_in_the_order_of_their_first_refusal(
+    asking: list[str],
+) -> None:
+    """A peer that finds no room is in the queue once."""
     room = full_size()
     expected = list[str]()
     for peer_id in asking:

@@ -1,4 +1,4 @@
-"""Embeddings without a tower: a function of the pixels that a language model tells apart."""
+"""The simulated tower returns embeddings that a language model can tell apart."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(request.param)
 
 
-def test_equal_pixels_give_equal_embeddings_and_others_different_ones(case: GoldenCase) -> None:
+def test_embeddings_are_equal_for_equal_pixels_and_grids_only(case: GoldenCase) -> None:
     tower, other = (SimulatedTower(open_checkpoint(case.checkpoint), 0) for _ in range(2))
     first = tower.encode(patches(1), GRID).numpy()
     assert np.array_equal(first, other.encode(patches(1), GRID).numpy())
@@ -35,7 +35,7 @@ def test_equal_pixels_give_equal_embeddings_and_others_different_ones(case: Gold
     )
 
 
-def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase) -> None:
+def test_embeddings_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase) -> None:
     checkpoint = open_checkpoint(case.checkpoint)
     found = SimulatedTower(checkpoint, 0).encode(patches(3), GRID)
     assert found.shape == (8, checkpoint.text_config["hidden_size"]) and found.dtype == "float32"
@@ -45,7 +45,7 @@ def test_they_have_the_shape_and_the_spread_of_token_embeddings(case: GoldenCase
     )
 
 
-def test_no_two_of_many_are_alike_and_a_large_image_is_noise_too(case: GoldenCase) -> None:
+def test_no_two_of_many_images_are_alike_and_a_large_image_is_noise_too(case: GoldenCase) -> None:
     checkpoint = open_checkpoint(case.checkpoint)
     tower = SimulatedTower(checkpoint, 0)
     found = {
@@ -70,7 +70,7 @@ def test_the_spread_is_that_of_the_weights(case: GoldenCase) -> None:
     assert spread_of_token_embeddings(checkpoint) == pytest.approx(expected, rel=1e-4)
 
 
-def test_no_torch_is_imported_for_it() -> None:
+def test_the_simulated_tower_imports_no_torch() -> None:
     code = (
         "import sys, services.vision.__main__, services.vision.simulated; "
         "sys.exit('torch' in sys.modules)"
@@ -78,7 +78,7 @@ def test_no_torch_is_imported_for_it() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_with_buckets_an_image_takes_its_buckets_part_of_the_time(case: GoldenCase) -> None:
+def test_with_buckets_an_image_takes_its_buckets_share_of_the_time(case: GoldenCase) -> None:
     tower = SimulatedTower(open_checkpoint(case.checkpoint), 0.4, (64, 256))
     assert [tower.seconds_of(n) for n in (4, 64, 68, 256)] == [0.1, 0.1, 0.4, 0.4]
     with pytest.raises(ValueError, match="260 patches"):

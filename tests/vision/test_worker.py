@@ -1,5 +1,7 @@
-"""The vision worker's bargain with preprocess and the language group, with a tower that only
-adds."""
+"""What the vision worker agrees with preprocess and sends to the language group.
+
+Its tower only adds numbers.
+"""
 
 import queue
 from collections import OrderedDict
@@ -40,7 +42,7 @@ NUM_PATCHES = 4
 
 
 class FakeTower:
-    """An image's embedding is the sum of its patches; where that is 0, it has no memory for it."""
+    """Returns the sum of the patches as the only embedding, and raises an error if it is 0."""
 
     dtype = "float32"
 
@@ -57,7 +59,7 @@ class FakeTower:
 
 
 class FakeThread:
-    """Keeps what is in the tower until it is told to be through with it."""
+    """Holds an item until the test asks for its result."""
 
     def __init__(self, tower: FakeTower) -> None:
         self.tower = tower
@@ -72,7 +74,7 @@ class FakeThread:
 
 
 class Replica:
-    """A worker and what is around it."""
+    """A worker with fakes around it."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class Replica:
         dtype: str = "float32",
         is_new: bool = False,
     ) -> None:
-        """Unless it is new it has encoded an image before."""
+        """Unless it is new, the replica has encoded an image before."""
         self.member = FakeMember()
         self.tower = FakeTower()
         self.thread = FakeThread(self.tower)
@@ -110,7 +112,7 @@ class Replica:
         self.member.play(self.worker, *batches)
 
     def finish(self) -> None:
-        """The tower is through with what it has."""
+        """Let the tower finish its item."""
         self.play([Posted(self.thread.result())])
 
     def encode_all(self) -> None:
@@ -118,7 +120,7 @@ class Replica:
             self.finish()
 
     def take(self, kind: type[Any]) -> list[Any]:
-        """What was sent of the kind since this was last asked."""
+        """Return (receiver, message) of this kind since the last call."""
         links = self.member.links
         found = [
             (receiver, message) for receiver, message in links.sent if isinstance(message, kind)
@@ -132,7 +134,7 @@ class Replica:
         return [(grant.request_id, grant.item) for grant in self.member.links.of(Grant)]
 
     def embeddings(self) -> list[tuple[str, float]]:
-        """(request_id, value) of what went to the language group."""
+        """Return (request_id, value) of the embeddings sent to the language group."""
         assert self.member.links.of(Embeddings) == [
             m for m in self.member.links.to(LLM.id) if isinstance(m, Embeddings)
         ]
@@ -170,7 +172,7 @@ def abort(request_id: str) -> list[Event]:
     return received("preprocess-1", "preprocess", Abort(request_id=request_id, attempt=0))
 
 
-def passes(preprocess: str) -> list[Event]:
+def declines(preprocess: str) -> list[Event]:
     return received(preprocess, "preprocess", Decline())
 
 
@@ -195,7 +197,7 @@ def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> 
 # Offers
 
 
-def test_no_more_images_are_granted_than_the_bound_whoever_offers_them() -> None:
+def test_no_more_images_are_granted_than_the_bound_by_however_many_peers() -> None:
     replica = Replica()
     replica.play(
         *(offer(f"r{n}", f"hash {n}", preprocess=f"preprocess-{n}") for n in range(MAX_GRANTED + 2))
@@ -211,7 +213,7 @@ def test_no_more_images_are_granted_than_the_bound_whoever_offers_them() -> None
     assert replica.worker.load() == (MAX_GRANTED, 0), "nothing is held of what was refused"
 
 
-def test_a_new_replica_takes_one_image_alone_until_it_has_measured_how_long_they_take() -> None:
+def test_a_new_replica_grants_one_image_alone_until_it_has_measured_one() -> None:
     replica = Replica(is_new=True)
     replica.play(offer("r0", "a") + offer("r1", "b"), pixels("r0", 1))
     assert replica.grants() == [("r0", 0)] and len(replica.take(Busy)) == 1
@@ -220,7 +222,7 @@ def test_a_new_replica_takes_one_image_alone_until_it_has_measured_how_long_they
     assert replica.grants() == [("r0", 0), ("r1", 0), ("r2", 0)]
 
 
-def test_who_found_no_room_is_told_of_the_next_in_order_and_it_is_kept_for_them() -> None:
+def test_vacancies_are_announced_in_order_and_reserved() -> None:
     replica = Replica()
     replica.play(
         offer("a0", "a0") + offer("a1", "a1"),
@@ -232,17 +234,17 @@ def test_who_found_no_room_is_told_of_the_next_in_order_and_it_is_kept_for_them(
     replica.finish()
     [(receiver, _)] = replica.take(Vacancy)
     assert receiver == "preprocess-1", (
-        "it took the last room, and so is before those who came after that"
+        "it took the last room, so it comes before the peers that were refused later"
     )
     replica.play(offer("d", "d", preprocess="preprocess-3"))
     assert [m.request_id for _, m in replica.take(Busy)] == ["b", "c", "d"]
-    replica.play(passes("preprocess-1"))
+    replica.play(declines("preprocess-1"))
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
     replica.play(offer("b", "b", preprocess="preprocess-2"))
     assert replica.grants()[-1] == ("b", 0)
 
 
-def test_room_that_its_keeper_does_not_take_in_time_goes_to_the_next_one() -> None:
+def test_reserved_room_that_is_not_taken_in_time_goes_to_the_next_peer() -> None:
     replica = Replica()
     replica.play(
         offer("a0", "a0") + offer("a1", "a1"),
@@ -257,7 +259,7 @@ def test_room_that_its_keeper_does_not_take_in_time_goes_to_the_next_one() -> No
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
 
 
-def test_the_room_that_was_kept_for_a_lost_preprocess_goes_to_the_next_one() -> None:
+def test_room_reserved_for_a_lost_preprocess_goes_to_the_next_peer() -> None:
     replica = Replica()
     replica.play(
         offer("a0", "a0") + offer("a1", "a1"),
@@ -269,7 +271,7 @@ def test_the_room_that_was_kept_for_a_lost_preprocess_goes_to_the_next_one() -> 
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1", "preprocess-2"]
 
 
-def test_offers_are_answered_while_the_tower_works_and_the_next_pixels_come_meanwhile() -> None:
+def test_offers_are_answered_and_pixels_accepted_while_the_tower_works() -> None:
     replica = Replica()
     replica.play(
         offer("r0", "a"), pixels("r0", 1), offer("r1", "b"), pixels("r1", 2), offer("r2", "c")
@@ -281,7 +283,7 @@ def test_offers_are_answered_while_the_tower_works_and_the_next_pixels_come_mean
     assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
 
 
-def test_a_grant_lapses_where_no_pixels_follow_and_the_room_is_anothers() -> None:
+def test_a_grant_lapses_if_no_pixels_follow_and_its_room_is_free() -> None:
     replica = Replica()
     replica.play(
         offer("r0", "a") + offer("r1", "b"),
@@ -315,7 +317,7 @@ def test_an_image_in_the_cache_needs_no_pixels_and_no_room() -> None:
     assert replica.count("twinlens_vision_images_total", outcome="cached") == 1
 
 
-def test_embeddings_that_were_refused_are_encoded_anew() -> None:
+def test_embeddings_that_were_rejected_are_encoded_again() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5))
     replica.finish()
@@ -350,7 +352,7 @@ def test_an_image_that_is_in_work_twice_is_sent_and_encoded_once(cache_bytes: in
     assert [key[0] for key in replica.jobs] == ["r2"]
 
 
-def test_the_second_of_two_equal_images_is_granted_where_the_first_is_aborted() -> None:
+def test_the_second_of_two_equal_images_is_granted_if_the_first_is_aborted() -> None:
     replica = Replica()
     replica.play(offer("r0", "a") + offer("r1", "a"), abort("r0"), pixels("r1", 5))
     replica.encode_all()
@@ -358,17 +360,16 @@ def test_the_second_of_two_equal_images_is_granted_where_the_first_is_aborted() 
     assert replica.embeddings() == [("r1", 20.0)]
 
 
-def test_the_second_of_two_equal_images_gets_what_is_in_the_tower_for_an_aborted_first() -> None:
+def test_the_second_of_two_equal_images_gets_the_embeddings_of_an_aborted_first() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "a"))
-    assert replica.worker.load() == (0, 1) and [
-        m.request_id for _, m in replica.take(CacheHit)
-    ] == ["r1"]
+    assert replica.worker.load() == (0, 1)
+    assert [m.request_id for _, m in replica.take(CacheHit)] == ["r1"]
     replica.finish()
     assert replica.embeddings() == [("r1", 20.0)] and replica.grants() == [("r0", 0)]
 
 
-def test_the_second_of_two_equal_images_is_granted_where_the_first_fails() -> None:
+def test_the_second_of_two_equal_images_is_granted_if_the_first_fails() -> None:
     replica = Replica()
     replica.play(offer("r0", "a") + offer("r1", "a"), pixels("r0", 0))
     replica.finish()
@@ -387,7 +388,7 @@ def test_no_more_equal_images_wait_than_the_bound() -> None:
     replica = Replica()
     replica.play([event for n in range(MAX_JOINED + 5) for event in offer(f"r{n}", "a")])
     assert len(replica.jobs) == MAX_JOINED + 1, (
-        "the last place in the room is granted to one of them"
+        "one of the offers above the bound is granted the last room"
     )
     assert len(replica.take(Busy)) == 4
 
@@ -450,12 +451,11 @@ def test_an_abort_drops_all_images_of_its_request_and_their_room_is_free() -> No
     assert not replica.jobs
 
 
-def test_an_aborted_image_in_the_tower_takes_its_room_until_the_tower_is_through() -> None:
+def test_an_aborted_image_in_the_tower_takes_room_until_the_tower_has_finished() -> None:
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 5), abort("r0"), offer("r1", "b"), offer("r2", "c"))
-    assert replica.grants() == [("r0", 0), ("r1", 0)] and [
-        m.request_id for _, m in replica.take(Busy)
-    ] == ["r2"]
+    assert replica.grants() == [("r0", 0), ("r1", 0)]
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2"]
     replica.finish()
     assert replica.embeddings() == []
     assert len(replica.take(Vacancy)) == 1
@@ -482,7 +482,7 @@ def test_the_images_of_a_lost_preprocess_are_dropped_and_no_others() -> None:
     assert not replica.jobs
 
 
-def test_a_connection_to_the_language_group_that_broke_since_the_offer_is_made_anew() -> None:
+def test_a_connection_to_the_language_group_that_broke_since_the_offer_is_restored() -> None:
     replica = Replica()
     replica.play(offer("r", "a"), pixels("r", 5))
     replica.member.links.connected.clear()
@@ -490,7 +490,7 @@ def test_a_connection_to_the_language_group_that_broke_since_the_offer_is_made_a
     assert replica.member.links.connected == [(LLM, "llm")]
 
 
-def test_a_draining_replica_finishes_what_it_granted_and_takes_and_promises_nothing_more() -> None:
+def test_a_draining_replica_finishes_what_it_granted_and_grants_nothing_more() -> None:
     replica = Replica()
     drain: Any = Drain()
     replica.play(
@@ -503,32 +503,31 @@ def test_a_draining_replica_finishes_what_it_granted_and_takes_and_promises_noth
     )
     replica.encode_all()
     assert [request_id for request_id, _ in replica.embeddings()] == ["r0", "r1"]
-    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"] and not replica.take(
-        Vacancy
-    )
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "r3"]
+    assert not replica.take(Vacancy)
     assert replica.worker.load() == (0, 0)
 
 
-def test_a_draining_replica_refuses_an_image_for_which_it_has_room() -> None:
+def test_a_draining_replica_refuses_an_image_even_if_it_has_room() -> None:
     replica = Replica()
     drain: Any = Drain()
     replica.play([drain], offer("r0", "a"))
     assert replica.grants() == [] and len(replica.take(Busy)) == 1
 
 
-# What it tells of itself
+# Reports of its load
 
 
-def test_a_preprocess_that_connects_is_told_what_the_replica_runs_and_how_fast() -> None:
+def test_a_preprocess_that_connects_receives_the_buckets_and_their_times() -> None:
     replica = Replica(buckets=(64, 256))
-    replica.times.measured(100, 0.5)
+    replica.times.record(100, 0.5)
     replica.play([PeerUp("preprocess-1", "preprocess")])
     assert replica.take(VisionLoad) == [
         ("preprocess-1", VisionLoad(buckets=(64, 256), sizes=(256,), seconds=(0.5,)))
     ]
 
 
-def test_the_others_hear_when_one_preprocess_makes_it_busy_and_all_when_it_has_measured() -> None:
+def test_the_first_grant_is_reported_to_the_others_and_a_measurement_to_all() -> None:
     replica = Replica()
     replica.play([PeerUp("preprocess-1", "preprocess"), PeerUp("preprocess-2", "preprocess")])
     replica.take(VisionLoad)
@@ -536,15 +535,14 @@ def test_the_others_hear_when_one_preprocess_makes_it_busy_and_all_when_it_has_m
     assert [receiver for receiver, _ in replica.take(VisionLoad)] == ["preprocess-2"]
     replica.play(pixels("r0", 1))
     replica.finish()
-    told = replica.take(VisionLoad)
-    assert sorted(receiver for receiver, _ in told) == ["preprocess-1", "preprocess-2"] and told[0][
-        1
-    ].sizes == (4,)
+    reports = replica.take(VisionLoad)
+    assert sorted(receiver for receiver, _ in reports) == ["preprocess-1", "preprocess-2"]
+    assert reports[0][1].sizes == (4,)
 
 
-def test_the_wait_for_a_new_image_is_what_is_granted_less_what_the_tower_has_done_of_it() -> None:
+def test_the_wait_is_the_time_of_all_granted_images_less_the_time_already_spent() -> None:
     replica = Replica()
-    replica.times.measured(NUM_PATCHES, 2.0)
+    replica.times.record(NUM_PATCHES, 2.0)
     replica.play(offer("r0", "a") + offer("r1", "b"), pixels("r0", 1))
     assert [m.wait_seconds for _, m in replica.take(Grant)] == [2.0, 4.0]
     assert replica.member.expected_delay == 4.0
@@ -553,7 +551,7 @@ def test_the_wait_for_a_new_image_is_what_is_granted_less_what_the_tower_has_don
     assert [m.wait_seconds for _, m in replica.take(Busy)] == [2.5]
 
 
-def test_padding_is_counted_where_there_are_buckets() -> None:
+def test_padding_is_counted_if_there_are_buckets() -> None:
     replica = Replica(buckets=(64, 256))
     replica.play(offer("r0", "a"), pixels("r0", 1))
     replica.finish()
@@ -576,7 +574,8 @@ def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
 
     thread = TowerThread(FakeTower(), reports.put, Watched())
     for n in (3, 0):
-        thread.begin((f"r{n}", 0, 0), Tensor.of(np.full((NUM_PATCHES, 1), n, np.uint8)), (1, 2, 2))
+        patches = Tensor.of(np.full((NUM_PATCHES, 1), n, np.uint8))
+        thread.begin((f"r{n}", 0, 0), patches, ItemShape((1, 2, 2), (2, 2)))
     first = reports.get(timeout=10)
     second = reports.get(timeout=10)
     assert (
@@ -585,4 +584,4 @@ def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
         and first.embeddings.numpy().item() == 12
     )
     assert second.embeddings is None and isinstance(second.error, MemoryError)
-    assert began[0] > 0 and len(began) >= 3, "each image is a unit with its expected time"
+    assert began[0] > 0 and len(began) >= 3, "each image is a unit of work with an expected time"

@@ -1,1 +1,35 @@
-"""Vision towers, one file a model family."""
+"""Vision towers, one file per model family. Nothing outside this folder imports a family."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from common.checkpoint import Checkpoint
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower
+from services.vision.tower import VisionTower
+
+# Each family has a type of plan of its own, which nobody else looks into.
+AnyTower: TypeAlias = VisionTower[Any]
+Report: TypeAlias = Callable[[float], None]
+
+FAMILIES: dict[str, Callable[[Checkpoint, torch.dtype, torch.device, Report], AnyTower]] = {
+    "qwen2_5_vl": Qwen25VisionTower,
+}
+"""How the vision tower of a family is loaded, by its `model_type`."""
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Report = lambda fraction: None,
+) -> AnyTower:
+    """Return the checkpoint's vision tower. `report` is called with the fraction that is loaded.
+
+    Raises
+    ------
+    BadCheckpoint
+        if the checkpoint cannot be served.
+    """
+    return FAMILIES[checkpoint.family.model_type](checkpoint, dtype, device, report)

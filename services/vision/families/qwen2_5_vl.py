@@ -1,13 +1,11 @@
 """The vision tower of Qwen2.5-VL: patches of one still image to embeddings.
 
-Most blocks attend inside windows of 8 x 8 patches. Windows of equal size are put next to each other
-before the first block, so that all of one size are one batched attention; the order is undone after
-the merger.
+Most blocks attend inside windows of 8 x 8 patches. Patches are sorted by window before the first
+block, and their order is restored after the merger.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from compute.kernels.operations import attention, rms_norm, rotate, silu_mul
+from compute.kernels.operations import rms_norm, rotate, silu_mul
 from compute.linear import Linear
 from compute.weights import Weights
+from services.vision.tower_thread import ItemShape
+from services.vision.windows import (
+    PADDING,
+    attend_by_size,
+    attend_to_chunks,
+    attend_to_unpadded,
+    chunk_mask,
+    window_numbers,
+    window_order,
+)
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
-MAX_CACHED_GRIDS = 16
 # The published 3B checkpoint leaves these out of its vision_config.
 DEFAULTS = {
     "depth": 32,
@@ -38,6 +45,8 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
+    """The sizes of the tower, by their names in `vision_config`."""
+
     depth: int
     hidden_size: int
     num_heads: int
@@ -52,6 +61,7 @@ class VisionConfig:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "VisionConfig":
+        """Read the sizes. Raises BadCheckpoint if the language model has another width."""
         given = checkpoint.vision_config
         values: dict[str, Any] = {key: given.get(key, default) for key, default in DEFAULTS.items()}
         values["fullatt_block_indexes"] = tuple(values["fullatt_block_indexes"])
@@ -73,31 +83,43 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one embedding."""
+        """The number of patches that become one embedding."""
         return self.spatial_merge_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """The number of patches in a whole window."""
+        return (self.window_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True, slots=True)
 class GridPlan:
-    """What depends on an image's grid alone. A unit is a block of 2 x 2 patches, which the merger
-    makes one embedding."""
+    """Everything that depends on an image's grid alone.
+
+    A unit is a square of 2 x 2 patches, which the merger turns into one embedding. In a padded plan
+    the padding stands last.
+    """
 
     order: Tensor
-    """int64 [num_units]: raster index of the unit at each place; windows of equal size follow each
-    other."""
+    """int64 [num_units]: the raster index of the unit at each place, sorted by window."""
     inverse: Tensor
     """int64 [num_units]: the place of each unit in raster order."""
-    windows: tuple[tuple[int, int], ...]
-    """(number of windows, patches in each), in order."""
     cos: Tensor
     """float32 [num_patches, head_dim]."""
     signed_sin: Tensor
-    """float32 [num_patches, head_dim]: the first half is negated, so that a rotation needs no
-    negation."""
+    """float32 [num_patches, head_dim]. The first half is negated, which saves a negation."""
+    windows: tuple[tuple[int, int], ...]
+    """(number of windows, patches in each), in order. Empty in a padded plan."""
+    window_mask: Tensor | None = None
+    """bool [num_chunks, 1, chunk, 3 * chunk] of a padded plan: see `chunk_mask`."""
+    full_mask: Tensor | None = None
+    """bool [1, 1, 1, length] of a padded plan: False for padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
+    """The weights of one transformer block."""
+
     full_attention: bool
     norm1: Tensor
     qkv: Linear
@@ -107,21 +129,22 @@ class Block:
     down: Linear
 
 
-class VisionTower:
-    """Encodes one still image at a time."""
+class Qwen25VisionTower:
+    """Encodes one still image at a time. Implements `VisionTower[GridPlan]`."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        progress: Callable[[float], None] = lambda fraction: None,
+        report: Callable[[float], None] = lambda fraction: None,
     ) -> None:
+        """Load the weights. `report` is called with the fraction that is loaded."""
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
-        tower = checkpoint.family.tower_prefixes
-        weights = Weights(checkpoint, lambda name: name.startswith(tower), progress)
+        prefixes = checkpoint.family.tower_prefixes
+        weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report)
         self._mean, self._std = (
             self._per_value(checkpoint.preprocessor_config[key])
             for key in ("image_mean", "image_std")
@@ -133,30 +156,36 @@ class VisionTower:
         self._merger_norm = self._load(weights, "merger.ln_q.weight", self.config.hidden_size)
         self._merger_in = Linear(*self._load_linear(weights, "merger.mlp.0", merged, merged))
         self._merger_out = Linear(*self._load_linear(weights, "merger.mlp.2", out, merged))
-        self._grid_plan = lru_cache(MAX_CACHED_GRIDS)(self._make_grid_plan)
 
     @property
-    def hidden_size(self) -> int:
-        """Width of the embeddings."""
+    def output_width(self) -> int:
         return self.config.out_hidden_size
 
-    @torch.inference_mode()
-    def encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """uint8 [num_patches, channels * patch * patch] in merge-block order -> [num_patches / 4,
-        hidden_size].
+    @property
+    def values_per_patch(self) -> int:
+        """A patch is neither normalised nor doubled in time."""
+        return len(self._mean)
 
-        Patches are neither normalised nor doubled in time.
-        """
-        frames, height, width = grid_thw
+    def num_tokens(self, shape: ItemShape) -> int:
+        _, height, width = shape.grid_thw
+        return height * width // self.config.merge_unit
+
+    def padded_length(self, num_patches: int) -> int:
+        """Return a length of whole windows."""
+        chunk = self.config.window_patches
+        return -(-num_patches // chunk) * chunk
+
+    def plan(self, shape: ItemShape, length: int | None = None) -> GridPlan:
+        frames, height, width = shape.grid_thw
         merge = self.config.spatial_merge_size
-        assert frames == 1 and height % merge == 0 and width % merge == 0, (
-            f"grid {grid_thw} is not that of a still image"
-        )
-        assert (
-            patches.shape == (height * width, len(self._mean)) and patches.dtype == torch.uint8
-        ), patches.shape
+        if frames != 1 or height % merge or width % merge:
+            raise ValueError(f"the grid {shape.grid_thw} is not that of a still image")
         plan = self._grid_plan(height // merge, width // merge)
-        x = self._embed_patches(patches.to(self.device), plan.order)
+        return plan if length is None else self._padded(plan, length)
+
+    def forward(self, patches: Tensor, plan: GridPlan) -> Tensor:
+        """uint8 [num_patches, values_per_patch] in merge-block order -> [num_units, width]."""
+        x = self._embed_patches(patches, plan.order)
         for block in self._blocks:
             x = self._run_block(block, x, plan)
         return self._merge(x).index_select(0, plan.inverse)
@@ -175,19 +204,15 @@ class VisionTower:
 
     def _attend(self, qkv: Tensor, plan: GridPlan, full_attention: bool) -> Tensor:
         """[num_patches, 3 * hidden] -> [num_patches, hidden]."""
-        windows = ((1, len(qkv)),) if full_attention else plan.windows
         heads = self.config.num_heads
-        dim = self.config.head_dim
-        qkv = qkv.view(len(qkv), 3 * heads, dim)
+        qkv = qkv.view(len(qkv), 3 * heads, self.config.head_dim)
         rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)
-        outputs = []
-        start = 0
-        for count, length in windows:
-            stop = start + count * length
-            q, k, v = qkv[start:stop].split(heads, 1)
-            outputs.append(attention(q, k, v, num_seqs=count))
-            start = stop
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        mask = plan.full_mask if full_attention else plan.window_mask
+        if mask is None:
+            return attend_by_size(qkv, heads, ((1, len(qkv)),) if full_attention else plan.windows)
+        if full_attention:
+            return attend_to_unpadded(qkv, heads, mask)
+        return attend_to_chunks(qkv, heads, mask)
 
     def _merge(self, x: Tensor) -> Tensor:
         merged = rms_norm(x, self._merger_norm, NORM_EPS).view(
@@ -195,29 +220,45 @@ class VisionTower:
         )
         return self._merger_out(F.gelu(self._merger_in(merged)))
 
-    def _make_grid_plan(self, height: int, width: int) -> GridPlan:
-        """`height` and `width` count units."""
-        merge = self.config.spatial_merge_size
-        side = self.config.window_size // self.config.patch_size // merge
+    def _grid_plan(self, height: int, width: int) -> GridPlan:
+        """Return the plan of a grid of `height` x `width` units."""
+        unit = self.config.merge_unit
+        side = self.config.window_size // self.config.patch_size // self.config.spatial_merge_size
         order, windows = window_order(height, width, side)
-        angles = (
-            self._rotary_angles(height, width)
-            .view(height * width, self.config.merge_unit, -1)[order]
-            .flatten(0, 1)
-        )
+        angles = self._rotary_angles(height, width)
+        angles = angles.view(height * width, unit, -1)[order].flatten(0, 1)
         cos = angles.cos()
         sin = angles.sin()
         return GridPlan(
-            order.to(self.device),
-            order.argsort().to(self.device),
-            tuple((count, units * self.config.merge_unit) for count, units in windows),
-            torch.cat((cos, cos), -1).to(self.device),
-            torch.cat((-sin, sin), -1).to(self.device),
+            order=order.to(self.device),
+            inverse=order.argsort().to(self.device),
+            cos=torch.cat((cos, cos), -1).to(self.device),
+            signed_sin=torch.cat((-sin, sin), -1).to(self.device),
+            windows=tuple((count, units * unit) for count, units in windows),
+        )
+
+    def _padded(self, plan: GridPlan, length: int) -> GridPlan:
+        """Return the plan with room for `length` patches, in which no image attends to padding."""
+        unit = self.config.merge_unit
+        padding = torch.arange(len(plan.order), length // unit, device=self.device)
+        rows = length - len(plan.cos)
+        numbers = window_numbers(plan.windows, length)
+        return replace(
+            plan,
+            order=torch.cat((plan.order, padding)),
+            inverse=torch.cat((plan.inverse, padding)),
+            cos=F.pad(plan.cos, (0, 0, 0, rows)),
+            signed_sin=F.pad(plan.signed_sin, (0, 0, 0, rows)),
+            windows=(),
+            window_mask=chunk_mask(numbers, self.config.window_patches).to(self.device),
+            full_mask=(numbers != PADDING)[None, None, None].to(self.device),
         )
 
     def _rotary_angles(self, height: int, width: int) -> Tensor:
-        """float32 [num_patches, head_dim / 2] in merge-block order: the first half turns by the
-        row, the second by the column."""
+        """Return float32 [num_patches, head_dim / 2] in merge-block order.
+
+        The first half turns by the row of a patch, the second by its column.
+        """
         merge = self.config.spatial_merge_size
         dim = self.config.head_dim // 2
         frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2).float() / dim)
@@ -233,7 +274,7 @@ class VisionTower:
         return (blocks[..., None].float() * frequencies).flatten(1)
 
     def _per_value(self, per_channel: list[float]) -> Tensor:
-        """One number for each value of a patch row."""
+        """Repeat a number per channel for every value of a patch."""
         return torch.tensor(per_channel, dtype=torch.float32, device=self.device).repeat_interleave(
             self.config.patch_size**2
         )
@@ -249,8 +290,10 @@ class VisionTower:
         )
 
     def _load_patch_embed(self, weights: Weights) -> Linear:
-        """The temporal taps of the 3-d convolution are summed: a still image is the same frame at
-        each of them."""
+        """Return the 3-d convolution as a product with one frame.
+
+        Its temporal taps are summed, because a still image is the same frame at each of them.
+        """
         c = self.config
         shape = (c.hidden_size, c.num_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         taps = weights.tensor(
@@ -273,19 +316,3 @@ class VisionTower:
             gate_up=Linear(torch.cat((gate[0], up[0])), torch.cat((gate[1], up[1]))),
             down=Linear(*self._load_linear(weights, f"{name}.mlp.down_proj", size, inner)),
         )
-
-
-def window_order(height: int, width: int, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The units of a grid sorted by window, windows by size; and (number of windows, units in each)
-    for every size.
-
-    Windows at the right and lower edge are smaller where `side` does not divide the grid: nothing
-    is padded.
-    """
-    units = torch.arange(height * width).view(height, width)
-    by_size: dict[int, list[Tensor]] = {}
-    for rows in units.split(side):
-        for window in rows.split(side, dim=1):
-            by_size.setdefault(window.numel(), []).append(window.flatten())
-    order = torch.cat([window for same in by_size.values() for window in same])
-    return order, [(len(same), size) for size, same in by_size.items()]
