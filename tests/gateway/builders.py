@@ -12,7 +12,7 @@ from common.events import PeerDown, PeerUp, Received
 from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
 from common.wire import Tensor
 from services.gateway.core import GatewayCore
-from services.gateway.generation import Event, GenerationRequest
+from services.gateway.generation import GenerationEvent, GenerationRequest
 from services.gateway.peers import CONNECTED_STAGES
 from tests.fakes import FakeLinks, aborts
 
@@ -122,11 +122,11 @@ def failed(
     )
 
 
-async def rest(events: AsyncIterator[Event]) -> list[Event]:
+async def rest(events: AsyncIterator[GenerationEvent]) -> list[GenerationEvent]:
     return [event async for event in events]
 
 
-async def error_of(events: AsyncIterator[Event]) -> ServingError:
+async def error_of(events: AsyncIterator[GenerationEvent]) -> ServingError:
     with pytest.raises(ServingError) as caught:
         await rest(events)
     return caught.value

@@ -11,11 +11,11 @@ import grpc
 
 from common.errors import NotFound
 from common.messages import Usage
-from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
-from services.gateway.servers import Http
+from services.gateway.servers import HttpServer
 
 TIMINGS = {
     "preprocess_seconds": 0.25,
@@ -41,7 +41,10 @@ class Forever:
 
 FOREVER = Forever()
 
-HELLO: tuple[Event | Exception | Forever, ...] = (
+Step = GenerationEvent | Exception | Forever | asyncio.Event
+"""What the script of a FakeCore consists of. An asyncio.Event is waited for."""
+
+HELLO: tuple[Step, ...] = (
     Began([1, 2, 3]),
     Piece(0, [10], "Hel", [logprob(10, "Hel")]),
     Piece(1, [11], "", [logprob(11, "l")]),
@@ -55,9 +58,7 @@ HELLO: tuple[Event | Exception | Forever, ...] = (
 
 
 class FakeCore:
-    def __init__(
-        self, *script: Event | Exception | Forever | asyncio.Event, refusal: Exception | None = None
-    ) -> None:
+    def __init__(self, *script: Step, refusal: Exception | None = None) -> None:
         self.model_name = "org/tiny"
         self.script = script or HELLO
         self.refusal = refusal
@@ -68,13 +69,15 @@ class FakeCore:
         self.is_draining = False
 
     @asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         self.requests.append(request)
         if self.refusal:
             raise self.refusal
         ended = False
 
-        async def events() -> AsyncIterator[Event]:
+        async def events() -> AsyncIterator[GenerationEvent]:
             nonlocal ended
             for step in self.script:
                 if isinstance(step, Forever):
@@ -115,7 +118,7 @@ async def http_door(core: FakeCore) -> AsyncIterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         app = create_app(MeasuredCore(core), max_body_bytes=10**6)
-        server = Http(app)
+        server = HttpServer(app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]

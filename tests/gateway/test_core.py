@@ -22,7 +22,7 @@ from common.membership import DEAD, READY
 from common.messages import Abort, Peer
 from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
-from services.gateway.generation import Began, Ended, Event, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import USAGE, Gateway, delta, error_of, failed, request, rest, routed
 
@@ -240,7 +240,7 @@ async def test_a_request_that_cannot_be_sent_leaves_nothing() -> None:
 async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> None:
     gateway = Gateway()
 
-    async def answer(events: AsyncIterator[Event]) -> None:
+    async def answer(events: AsyncIterator[GenerationEvent]) -> None:
         with pytest.raises(Unavailable, match="stopping"):
             async with gateway.core.generate(request("new")):
                 pass
@@ -336,7 +336,7 @@ async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing()
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_when_to_come_back() -> None:
     gateway = Gateway(max_waiting=100)
     for n in range(3):
-        gateway.core._admission.pace.first_token(10.0 * n, num_waiting=1)
+        gateway.core._admission.pace.on_first_token(10.0 * n, num_waiting=1)
     async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
         with pytest.raises(Exhausted, match="about 20 s") as refused:
             async with gateway.core.generate(request("c", timeout=15.0)):

@@ -65,8 +65,8 @@ async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
 
 async def test_refusals_are_counted_by_cause() -> None:
     gateway = Gateway(max_waiting=1)
-    gateway.core._admission.pace.first_token(0.0, num_waiting=1)
-    gateway.core._admission.pace.first_token(10.0, num_waiting=1)
+    gateway.core._admission.pace.on_first_token(0.0, num_waiting=1)
+    gateway.core._admission.pace.on_first_token(10.0, num_waiting=1)
     async with gateway.core.generate(request()):
         assert isinstance(await refusal(gateway), Exhausted)
         gateway.core._admission._max_waiting = 2

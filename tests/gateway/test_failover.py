@@ -7,13 +7,13 @@ import pytest
 
 from common.errors import DeadlineExceeded, Internal, Unavailable
 from common.messages import Abort, Failed, HandedOver
-from services.gateway.core import MAX_LOSSES, MAX_LOSSES_WITHOUT_TOKEN
-from services.gateway.generation import Began, Ended, Event, Piece
+from services.gateway.failover import MAX_LOSSES, MAX_LOSSES_WITHOUT_TOKEN
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import Gateway, delta, error_of, failed, request, rest, routed
 
 
-async def text_of(events: AsyncIterator[Event]) -> str:
+async def text_of(events: AsyncIterator[GenerationEvent]) -> str:
     """Of an answer that ends well."""
     found = await rest(events)
     assert isinstance(found[0], Began) and isinstance(found[-1], Ended)

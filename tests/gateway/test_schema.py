@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidRequest, TooLarge, UnreadableImage
-from services.gateway import schema
+from services.gateway import images
 from services.gateway.generation import GenerationRequest
 from services.gateway.schema import chat_to_generation, parse_chat
 from services.gateway.unsupported import IN_REQUEST
@@ -210,7 +210,9 @@ UNSUPPORTED_VALUES = {
 @pytest.mark.parametrize("name", IN_REQUEST)
 def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
     told = refusal(**{name: UNSUPPORTED_VALUES.get(name, "something")})
-    assert told.param == name and told.message.startswith(f"{name}: this is not supported")
+    subject = "value" if IN_REQUEST[name] else "field"
+    assert told.param == name
+    assert told.message.startswith(f"{name}: this {subject} is not supported")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ("stop_token_ids", [-1], "stop_token_ids[0]: expected int >= 0"),
         ("logprobs", 5, "logprobs: input should be a valid boolean"),
         ("top_logprobs", 21, "top_logprobs: input should be less than or equal to 20"),
-        ("top_logprobs", 1, "top_logprobs: needs logprobs: true beside it"),
+        ("top_logprobs", 1, "top_logprobs: requires logprobs: true"),
         ("messages", [], "messages: list should have at least 1 item after validation, not 0"),
         ("messages", None, "messages: input should be a valid array"),
         ("messages", [{"content": "x"}], "messages[0].role: field required"),
@@ -275,7 +277,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         (
             "messages",
             [{"role": "assistant", "content": None, "tool_calls": [{}]}],
-            "messages[0].tool_calls: this is not supported; only [] is; leave it out",
+            "messages[0].tool_calls: this value is not supported; send [] or leave it out",
         ),
         (
             "messages",
@@ -296,11 +298,17 @@ def test_a_refusal_names_the_field_and_what_is_wrong(name: str, value: Any, told
         ("HTTP://example.org/a.png", "by-URL images are not enabled; send a data: URI"),
         ("file:///etc/passwd", "only images inside the request are accepted; send a data: URI"),
         ("/etc/passwd", "only images inside the request are accepted; send a data: URI"),
-        ("data:image/png,abc", "a data: URI must read data:<type>;base64,<the file in base64>"),
-        ("data:image/png;base64", "a data: URI must read data:<type>;base64,<the file in base64>"),
-        ("data:image/png;base64,abc", "what follows ;base64, is not valid base64"),
-        ("data:image/png;base64,ab\ncd", "what follows ;base64, is not valid base64"),
-        ("data:image/png;base64,é===", "what follows ;base64, is not valid base64"),
+        (
+            "data:image/png,abc",
+            "a data: URI must have the form data:<type>;base64,<file in base64>",
+        ),
+        (
+            "data:image/png;base64",
+            "a data: URI must have the form data:<type>;base64,<file in base64>",
+        ),
+        ("data:image/png;base64,abc", "the data after ;base64, is not valid base64"),
+        ("data:image/png;base64,ab\ncd", "the data after ;base64, is not valid base64"),
+        ("data:image/png;base64,é===", "the data after ;base64, is not valid base64"),
     ],
 )
 def test_an_image_that_cannot_be_taken_is_named(url: str, told: str) -> None:
@@ -319,7 +327,7 @@ def test_an_empty_image_is_unreadable_and_has_its_index() -> None:
 def test_image_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     generation(user(*[image_part(b"x")] * 32))
     refusal(TooLarge, messages=user(*[image_part(b"x")] * 33))
-    monkeypatch.setattr(schema, "MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 2000)
     generation(user(image_part(b"x" * 2000)))
     assert refusal(TooLarge, messages=user(image_part(b"x" * 2001))).item == 0
     assert refusal(TooLarge, messages=user(image_part(b"x" * 9000))).item == 0
