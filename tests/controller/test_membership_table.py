@@ -58,7 +58,7 @@ def test_a_report_renews_the_lease() -> None:
     for now in range(10):
         table.report(member(), now)
         assert table.expire(now + LEASE_SECONDS) == []
-    assert table.lives("v-1")
+    assert table.is_alive("v-1")
 
 
 def test_a_silent_member_is_dead_after_the_lease_and_holds_nothing() -> None:
@@ -66,7 +66,7 @@ def test_a_silent_member_is_dead_after_the_lease_and_holds_nothing() -> None:
     table.report(member(in_flight=2, queued=3), 10)
     assert table.expire(10 + LEASE_SECONDS) == []
     assert table.expire(10 + LEASE_SECONDS + 0.01) == ["v-1"]
-    assert not table.lives("v-1")
+    assert not table.is_alive("v-1")
     (found,) = table.members()
     assert (found.state, found.in_flight, found.queued) == (DEAD, 0, 0)
 
@@ -84,15 +84,15 @@ def test_a_death_is_told_once() -> None:
     table.report(member(), 0)
     assert table.expire(LEASE_SECONDS + 1) == ["v-1"]
     assert table.expire(LEASE_SECONDS + 2) == []
-    assert not table.end("v-1", LEASE_SECONDS + 2)
+    assert not table.mark_dead("v-1", LEASE_SECONDS + 2)
 
 
 def test_the_end_of_a_stream_is_a_death_and_is_told_once() -> None:
     table = MembershipTable()
     table.report(member(), 0)
-    assert table.end("v-1", 1)
-    assert not table.end("v-1", 1)
-    assert not table.end("nobody", 1)
+    assert table.mark_dead("v-1", 1)
+    assert not table.mark_dead("v-1", 1)
+    assert not table.mark_dead("nobody", 1)
     assert states(table) == {"v-1": DEAD}
 
 
@@ -101,7 +101,7 @@ def test_a_dead_member_is_remembered_for_a_minute(by_lease: bool) -> None:
     table = MembershipTable()
     table.report(member(), 0)
     died = LEASE_SECONDS + 1
-    assert table.expire(died) == ["v-1"] if by_lease else table.end("v-1", died)
+    assert table.expire(died) == ["v-1"] if by_lease else table.mark_dead("v-1", died)
     table.expire(died + REMEMBER_DEAD_SECONDS)
     assert states(table) == {"v-1": DEAD}
     table.expire(died + REMEMBER_DEAD_SECONDS + 0.01)
@@ -112,11 +112,11 @@ def test_a_dead_member_is_remembered_for_a_minute(by_lease: bool) -> None:
 def test_a_member_that_joins_again_lives_again_and_is_news() -> None:
     table = MembershipTable()
     table.report(member(), 0)
-    table.end("v-1", 1)
+    table.mark_dead("v-1", 1)
     assert table.report(member(state=STARTING), 2)
     assert states(table) == {"v-1": STARTING}
     table.expire(2 + LEASE_SECONDS)
-    assert table.lives("v-1")
+    assert table.is_alive("v-1")
 
 
 def test_members_are_listed_by_role_then_id() -> None:

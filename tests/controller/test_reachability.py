@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from proto.twinlens.control.v1 import control_pb2
-from services.controller.reachability import HERE, objection_to, place_of
+from services.controller.reachability import LOCAL, location_of, unreachable_reason
 from tests.loopback import LOOPBACKS
 
 THERE = "10.0.0.7"
@@ -21,7 +21,7 @@ def member(role: str = "vision", address: str = "tcp://10.0.0.7:5555") -> contro
     ["unix:", "unix:/run/control.sock", "ipv4:127.0.0.1:5", "ipv4:127.1.2.3:5", "ipv6:%5B::1%5D:5"],
 )
 def test_loopback_and_unix_sockets_are_here(peer: str) -> None:
-    assert place_of(peer) == HERE
+    assert location_of(peer) == LOCAL
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,12 @@ def test_loopback_and_unix_sockets_are_here(peer: str) -> None:
     ],
 )
 def test_an_address_that_is_not_ours_is_another_place(peer: str, place: str) -> None:
-    assert place_of(peer) == place
+    assert location_of(peer) == place
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 def test_our_own_addresses_are_here_however_they_are_written(host: str) -> None:
-    assert place_of(f"ipv6:[{host}]:1" if ":" in host else f"ipv6:[::ffff:{host}]:1") == HERE
+    assert location_of(f"ipv6:[{host}]:1" if ":" in host else f"ipv6:[::ffff:{host}]:1") == LOCAL
 
 
 @pytest.mark.parametrize(
@@ -53,38 +53,47 @@ def test_our_own_addresses_are_here_however_they_are_written(host: str) -> None:
     ],
 )
 def test_from_another_host_no_address_of_its_own_only_will_do(address: str) -> None:
-    told = objection_to(member(address=address), THERE, [])
+    told = unreachable_reason(member(address=address), THERE, [])
     assert address in told and "--listen tcp://0.0.0.0:5555 --advertise HOSTNAME" in told
-    assert objection_to(member(address=address), HERE, []) == ""
+    assert unreachable_reason(member(address=address), LOCAL, []) == ""
 
 
 def test_a_real_address_or_none_is_welcome_from_anywhere() -> None:
-    assert objection_to(member(), THERE, [(member("preprocess"), HERE)]) == ""
+    assert unreachable_reason(member(), THERE, [(member("preprocess"), LOCAL)]) == ""
     assert (
-        objection_to(member(address="tcp://vision-host:5555"), THERE, [(member("llm"), ELSEWHERE)])
+        unreachable_reason(
+            member(address="tcp://vision-host:5555"), THERE, [(member("llm"), ELSEWHERE)]
+        )
         == ""
     )
-    assert objection_to(member("gateway", ""), THERE, [(member("preprocess"), ELSEWHERE)]) == ""
+    assert (
+        unreachable_reason(member("gateway", ""), THERE, [(member("preprocess"), ELSEWHERE)]) == ""
+    )
 
 
 @pytest.mark.parametrize(
     ("joining", "place", "other", "other_place", "culprit"),
     [
-        (member("vision", "ipc:///v"), HERE, member("preprocess"), THERE, "vision-1"),
-        (member("preprocess"), THERE, member("vision", "tcp://127.0.0.1:5"), HERE, "vision-1"),
-        (member("gateway", ""), THERE, member("llm", "tcp://127.0.0.1:5"), HERE, "llm-1"),
+        (member("vision", "ipc:///v"), LOCAL, member("preprocess"), THERE, "vision-1"),
+        (member("preprocess"), THERE, member("vision", "tcp://127.0.0.1:5"), LOCAL, "vision-1"),
+        (member("gateway", ""), THERE, member("llm", "tcp://127.0.0.1:5"), LOCAL, "llm-1"),
     ],
 )
 def test_whoever_comes_second_is_told_which_of_the_two_must_be_set(
     joining: Any, place: str, other: Any, other_place: str, culprit: str
 ) -> None:
-    told = objection_to(joining, place, [(other, other_place)])
+    told = unreachable_reason(joining, place, [(other, other_place)])
     assert told.startswith(f"{culprit} advertises") and f"start the {culprit[:-2]}" in told
 
 
 def test_those_of_one_host_or_that_never_talk_may_have_any_address() -> None:
     assert (
-        objection_to(member("vision", "ipc:///v"), HERE, [(member("preprocess", "ipc:///p"), HERE)])
+        unreachable_reason(
+            member("vision", "ipc:///v"), LOCAL, [(member("preprocess", "ipc:///p"), LOCAL)]
+        )
         == ""
     )
-    assert objection_to(member("vision", "ipc:///v"), HERE, [(member("detokenizer"), THERE)]) == ""
+    assert (
+        unreachable_reason(member("vision", "ipc:///v"), LOCAL, [(member("detokenizer"), THERE)])
+        == ""
+    )
