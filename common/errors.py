@@ -31,8 +31,8 @@ class ServingError(ValueError):
         """Create an error.
 
         `message` says what is wrong and what to do. `stage` is the role of the service that failed,
-        and `item` the index of the item that failed. `retry_after` is in seconds. `cause` tells
-        errors of the same class apart in metrics.
+        and `item` the index of the item that failed. `retry_after` is in seconds. `cause`
+        distinguishes errors of the same class in metrics.
         """
         super().__init__(message)
         self.message = message

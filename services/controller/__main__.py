@@ -1,5 +1,7 @@
-"""The controller is the control plane: membership, health, scaling and statistics. Its state is
-soft: it may stop and come back, and members join again."""
+"""The controller is the control plane: membership, health, scaling and statistics.
+
+Its state is soft: it may stop and come back, and members then join again.
+"""
 
 import asyncio
 import contextlib

@@ -27,7 +27,7 @@ class Drains:
         return member_id in self._requests
 
     def on_started(self, member_id: str) -> None:
-        """Note that the member drains or is dead: nobody need wait for it any more."""
+        """Note that the member drains or is dead: no caller must wait for it any more."""
         if started := self._requests.pop(member_id, None):
             started.set()
 

@@ -1,5 +1,7 @@
-"""The gateway serves the OpenAI HTTP API and the gRPC API. It admits requests, enforces deadlines,
-and owns every request until its end."""
+"""The gateway serves the OpenAI HTTP API and the gRPC API.
+
+It admits requests, enforces their deadlines, and owns every request until its end.
+"""
 
 import asyncio
 from collections import deque

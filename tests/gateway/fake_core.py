@@ -1,5 +1,4 @@
-"""A core that answers by script, remembers what it was asked and what was aborted; and the doors
-before it."""
+"""A core that answers by a script and records its requests, and real API servers in front of it."""
 
 import asyncio
 import socket
@@ -36,7 +35,7 @@ def logprob(token_id: int, token: str) -> dict[str, Any]:
 
 
 class Forever:
-    """In a script: nothing more comes until the client has enough."""
+    """A step of a script after which nothing comes until the client leaves."""
 
 
 FOREVER = Forever()
@@ -58,6 +57,8 @@ HELLO: tuple[Step, ...] = (
 
 
 class FakeCore:
+    """A core that plays the same script for every request, or refuses all of them."""
+
     def __init__(self, *script: Step, refusal: Exception | None = None) -> None:
         self.model_name = "org/tiny"
         self.script = script or HELLO
@@ -112,8 +113,7 @@ class FakeCore:
 
 @asynccontextmanager
 async def http_door(core: FakeCore) -> AsyncIterator[int]:
-    """A real server on a free port, which is given; it listens before it is served, so nobody need
-    wait for it."""
+    """Run a real HTTP server and return its port. It listens already, so no caller must wait."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -130,7 +130,7 @@ async def http_door(core: FakeCore) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def grpc_door(core: FakeCore, controller: str = "127.0.0.1:1") -> AsyncIterator[str]:
-    """A real gRPC server on a free port; gives its address."""
+    """Run a real gRPC server and return its address."""
     async with grpc.aio.insecure_channel(controller) as channel:
         server = create_server(MeasuredCore(core), channel, max_message_bytes=10**6)
         port = server.add_insecure_port("127.0.0.1:0")
