@@ -97,8 +97,8 @@ class Member(_message.Message):
     hung: _builtins.bool
     """Whether the work loop makes no progress. Peers have disconnected from the member by then."""
     expected_delay: _builtins.float
-    """vision: seconds until the member would start another image. preprocess: the seconds that the
-    images that wait there add to it.
+    """For vision, the seconds until the member would start another image. For preprocess, the seconds
+    that the images waiting there add to that.
     """
     def __init__(
         self,
