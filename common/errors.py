@@ -1,22 +1,21 @@
 """The errors that reach a client, as one tree.
 
-ServingError                 what a client may be told: a code, the stage, perhaps an item's index
-├── InvalidRequest           400 / INVALID_ARGUMENT: the client's mistake; says what to do
-│   ├── UnreadableImage      422 / INVALID_ARGUMENT: the bytes of one image cannot be used
-│   └── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count beyond a limit
-├── NotFound                 404 / NOT_FOUND: no such model
-├── Exhausted                429 / RESOURCE_EXHAUSTED: the bound of a queue is reached
-├── Unavailable              503 / UNAVAILABLE: a stage is not there, or died with the work in hand
-├── DeadlineExceeded         504 / DEADLINE_EXCEEDED
-└── Internal                 500 / INTERNAL: our own mistake
+ServingError                 the base, with a code, a stage and perhaps the index of an item
+├── InvalidRequest           400 / INVALID_ARGUMENT: the request is wrong; the message says how
+│   ├── UnreadableImage      422 / INVALID_ARGUMENT: an image cannot be decoded
+│   └── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count is over a limit
+├── NotFound                 404 / NOT_FOUND: the model does not exist
+├── Exhausted                429 / RESOURCE_EXHAUSTED: a queue is full
+├── Unavailable              503 / UNAVAILABLE: a stage is missing, or was lost with the request
+├── DeadlineExceeded         504 / DEADLINE_EXCEEDED: the deadline has passed
+└── Internal                 500 / INTERNAL: there is a bug in Twinlens
 
-The names of the classes are what travels in a Failed message, so every process raises and reads the
-same errors.
+A Failed message carries the name of the class, so every process knows the same errors.
 """
 
 
 class ServingError(ValueError):
-    """Base of all errors that a client is told."""
+    """The base of all errors that a client may see."""
 
     http_status = 500
     grpc_code = "INTERNAL"
@@ -29,7 +28,12 @@ class ServingError(ValueError):
         retry_after: float | None = None,
         cause: str = "",
     ) -> None:
-        """`cause` tells refusals of one code apart in metrics."""
+        """Create an error.
+
+        `message` says what is wrong and what to do. `stage` is the role of the service that failed,
+        and `item` the index of the item that failed. `retry_after` is in seconds. `cause`
+        distinguishes errors of the same class in metrics.
+        """
         super().__init__(message)
         self.message = message
         self.stage = stage
@@ -39,44 +43,59 @@ class ServingError(ValueError):
 
     @property
     def code(self) -> str:
+        """The name of the class, which travels in messages and metrics."""
         return type(self).__name__
 
 
 class InvalidRequest(ServingError):
+    """The request is wrong."""
+
     http_status = 400
     grpc_code = "INVALID_ARGUMENT"
 
 
 class UnreadableImage(InvalidRequest):
+    """An image cannot be decoded."""
+
     http_status = 422
 
 
 class TooLarge(InvalidRequest):
+    """A body, an image or a count is over a limit."""
+
     http_status = 413
 
 
 class NotFound(ServingError):
+    """The model that the client asks for is not served."""
+
     http_status = 404
     grpc_code = "NOT_FOUND"
 
 
 class Exhausted(ServingError):
+    """A queue is full, or cannot be worked off before the deadline."""
+
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class Unavailable(ServingError):
+    """A stage is missing, or was lost while it held the request."""
+
     http_status = 503
     grpc_code = "UNAVAILABLE"
 
 
 class DeadlineExceeded(ServingError):
+    """The deadline of the request has passed."""
+
     http_status = 504
     grpc_code = "DEADLINE_EXCEEDED"
 
 
 class Internal(ServingError):
-    pass
+    """There is a bug in Twinlens."""
 
 
 BY_CODE = {
@@ -101,5 +120,5 @@ def from_code(
     item: int | None = None,
     retry_after: float | None = None,
 ) -> ServingError:
-    """The error that a Failed message tells of; an unknown code is Internal."""
+    """Return the error that a Failed message reports; an unknown code means Internal."""
     return BY_CODE.get(code, Internal)(message, stage, item, retry_after)

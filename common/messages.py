@@ -289,7 +289,7 @@ class Pixels(ItemMessage):
 
 
 class Decline(Message):
-    """Answers a Vacancy: nothing that waits here is for this replica now."""
+    """The answer to a Vacancy if no item waits for this replica."""
 
 
 PreprocessToVision = Offer | Pixels | Abort | Decline
@@ -299,7 +299,7 @@ PreprocessToVision = Offer | Pixels | Abort | Decline
 
 
 class Grant(ItemMessage):
-    """Send the pixels within two seconds; the room is kept for that long."""
+    """The item is accepted. Send the pixels within two seconds; the room is kept that long."""
 
     wait_seconds: Seconds = 0.0
     """Seconds until the replica would start another item."""
@@ -308,11 +308,11 @@ class Grant(ItemMessage):
 
 
 class CacheHit(ItemMessage):
-    """No pixels are needed: the embeddings are cached, or in work for an equal item."""
+    """No pixels are needed: the embeddings are cached, or being computed for an equal item."""
 
 
 class Busy(ItemMessage):
-    """The item is not accepted, or given back. A Vacancy follows when there is room."""
+    """The item is not accepted, or is returned. A Vacancy follows when there is room."""
 
     wait_seconds: Seconds = 0.0
 
@@ -395,11 +395,11 @@ class ItemRejected(ItemMessage):
 
 
 class Reserved(RequestMessage):
-    """There is room for the embeddings of all of the request's items: they may be encoded."""
+    """The embeddings of all items of the request have room, so the items may be encoded."""
 
 
 class LlmLoad(Message):
-    """How busy the group is, by which preprocess chooses among groups.
+    """How busy a language group is. Preprocess chooses among groups by these figures.
 
     Sent when a preprocess connects, and when the figures change.
     """
@@ -459,7 +459,7 @@ LlmToLlm = ExecuteStep
 
 
 class Start(RequestMessage):
-    """The first token exists: an answer begins, whose deltas go to this gateway."""
+    """An answer begins, because its first token exists. Its deltas go to `gateway_id`."""
 
     gateway_id: Name
     stopping: Stopping
@@ -494,7 +494,7 @@ LlmToDetokenizer = Start | Tokens | Abort | Failed
 
 
 class StopFound(RequestMessage):
-    """A stop string ends the answer: free what the request holds."""
+    """A stop string ends the answer, so the language group frees what the request holds."""
 
 
 DetokenizerToLlm = StopFound
@@ -525,7 +525,7 @@ DetokenizerToGateway = Delta | Failed
 
 
 class Released(Message):
-    """Tells a draining detokenizer that no more answers of the sender will come to it."""
+    """The receiver, a draining detokenizer, will get no more answers of the sender."""
 
 
 GatewayToDetokenizer = Released

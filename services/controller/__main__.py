@@ -1,5 +1,7 @@
-"""The control plane: membership, health, stats. Soft state: it may go and come back, and members
-join again."""
+"""The controller is the control plane: membership, health, scaling and statistics.
+
+Its state is soft: it may stop and come back, and members then join again.
+"""
 
 import asyncio
 import contextlib
@@ -20,7 +22,9 @@ from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.service import ControlServicer
 
 STOP_SECONDS = 1.0
-PULSE_SECONDS = 1.0
+"""How long calls in flight may take to end when the controller stops."""
+TICK_SECONDS = 1.0
+"""Interval at which the asyncio loop proves that it makes progress."""
 
 
 def main(settings: ControllerSettings, stop: threading.Event) -> None:
@@ -28,29 +32,25 @@ def main(settings: ControllerSettings, stop: threading.Event) -> None:
 
 
 async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
-    member = control_pb2.Member(
-        id=new_member_id(settings.name or "controller"), role="controller", state=READY
-    )
-    member.pid = os.getpid()
-    member.host = socket.gethostname()
+    """Serve until `stop` is set.
+
+    Raises
+    ------
+    CannotStart
+        if the port cannot be opened.
+    """
+    member = describe_controller(settings.name)
     servicer = ControlServicer(member)
-    # Else a second controller would share the port, and the members, with the first.
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
-    healthy = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    try:
-        server.add_insecure_port(settings.control_listen)
-    except RuntimeError as e:
-        raise CannotStart(f"cannot listen on {settings.control_listen}: is the port taken?") from e
-    await server.start()
-    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    server = await start_server(servicer, settings.control_listen)
     progress = Progress()
     health_port = serve_health(
         settings.health_port, member, lambda: (0, 0), progress.is_hung, watch=progress.watch
     )
     get_logger().info("listening", grpc=settings.control_listen, id=member.id)
-    tasks = [asyncio.create_task(servicer.expire_leases()), asyncio.create_task(pulse(progress))]
+    tasks = [
+        asyncio.create_task(servicer.expire_leases()),
+        asyncio.create_task(keep_ticking(progress)),
+    ]
     await asyncio.to_thread(stop.wait)
     for task in tasks:
         task.cancel()
@@ -61,12 +61,41 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
     await server.stop(STOP_SECONDS)
 
 
-async def pulse(progress: Progress) -> None:
-    """This loop's signs of life."""
+def describe_controller(name: str) -> control_pb2.Member:
+    """Return the controller as a member. It lists itself, and does not join."""
+    return control_pb2.Member(
+        id=new_member_id(name or "controller"),
+        role="controller",
+        state=READY,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+    )
+
+
+async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Server:
+    # Without so_reuseport=0, a second controller would share the port, and thereby the members.
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as e:
+        raise CannotStart(
+            f"cannot listen on {address}: the port may be taken; free it, or set another "
+            "--control-listen"
+        ) from e
+    await server.start()
+    await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    return server
+
+
+async def keep_ticking(progress: Progress) -> None:
+    """Report the loop's progress for ever. A loop that does not get here in time is hung."""
     progress.begin()
     while True:
         progress.tick()
-        await asyncio.sleep(PULSE_SECONDS)
+        await asyncio.sleep(TICK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,80 @@
-"""Who is a member, and since when they are dead. No socket, no clock of its own."""
+"""The table of members and their leases. It has no socket and no clock of its own."""
 
 from common.membership import DEAD
 from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2
 
 REMEMBER_DEAD_SECONDS = 60.0
+"""How long a dead member stays in the table."""
 
 
 class MembershipTable:
-    """Times are seconds of a monotonic clock, given by the caller."""
+    """All members by id, including those that died recently.
+
+    Times are seconds of a monotonic clock, which the caller passes in.
+    """
 
     def __init__(self) -> None:
         self._members: dict[str, control_pb2.Member] = {}
-        self._heard: dict[str, float] = {}
+        self._last_seen: dict[str, float] = {}
+        """When each member reported last; for a dead member, when it was marked dead."""
 
     def report(self, member: control_pb2.Member, now: float) -> bool:
-        """Takes a member's report. True where others should hear of it: it is new, or more than its
-        load changed."""
+        """Store a member's report and renew its lease.
+
+        Return whether watchers should be notified: the member is new, or something other than its
+        load has changed.
+        """
         old = self._members.get(member.id)
         self._members[member.id] = member
-        self._heard[member.id] = now
-        return old is None or identity(old) != identity(member)
+        self._last_seen[member.id] = now
+        return old is None or without_load(old) != without_load(member)
 
-    def end(self, member_id: str, now: float) -> bool:
-        """Its stream broke or its lease ended. True where it lived until now."""
+    def mark_dead(self, member_id: str, now: float) -> bool:
+        """Mark a member as dead, and return whether it was alive until now."""
         member = self._members.get(member_id)
         if member is None or member.state == DEAD:
             return False
         member.state = DEAD
         member.in_flight = 0
         member.queued = 0
-        self._heard[member_id] = now
+        self._last_seen[member_id] = now
         return True
 
     def expire(self, now: float) -> list[str]:
-        """Ends the leases that are due and forgets those long dead; gives the ids whose lease
-        ended."""
-        late = [
-            i for i, heard in self._heard.items() if self.lives(i) and now - heard > LEASE_SECONDS
-        ]
-        for member_id in late:
-            self.end(member_id, now)
-        for member_id in [
-            i
-            for i, heard in self._heard.items()
-            if not self.lives(i) and now - heard > REMEMBER_DEAD_SECONDS
-        ]:
-            del self._members[member_id], self._heard[member_id]
-        return late
+        """Mark members with an expired lease as dead, and return their ids.
 
-    def lives(self, member_id: str) -> bool:
+        Members that have been dead for REMEMBER_DEAD_SECONDS are removed.
+        """
+        silence = {member_id: now - seen for member_id, seen in self._last_seen.items()}
+        expired = [i for i, s in silence.items() if s > LEASE_SECONDS and self.is_alive(i)]
+        removed = [i for i, s in silence.items() if s > REMEMBER_DEAD_SECONDS and self.is_dead(i)]
+        for member_id in expired:
+            self.mark_dead(member_id, now)
+        for member_id in removed:
+            del self._members[member_id]
+            del self._last_seen[member_id]
+        return expired
+
+    def is_alive(self, member_id: str) -> bool:
         return member_id in self._members and self._members[member_id].state != DEAD
+
+    def is_dead(self, member_id: str) -> bool:
+        return member_id in self._members and self._members[member_id].state == DEAD
 
     def get(self, member_id: str) -> control_pb2.Member | None:
         return self._members.get(member_id)
 
     def members(self) -> list[control_pb2.Member]:
+        """Return all members, sorted by role and id."""
         return sorted(self._members.values(), key=lambda m: (m.role, m.id))
 
 
-def identity(member: control_pb2.Member) -> bytes:
-    """Everything but the load, which changes all the time."""
-    known = control_pb2.Member()
-    known.CopyFrom(member)
-    known.in_flight = known.queued = 0
-    known.expected_delay = 0.0
-    return known.SerializeToString(deterministic=True)
+def without_load(member: control_pb2.Member) -> bytes:
+    """Return everything about the member but its load, in a form that can be compared."""
+    copy = control_pb2.Member()
+    copy.CopyFrom(member)
+    copy.in_flight = 0
+    copy.queued = 0
+    copy.expected_delay = 0.0
+    return copy.SerializeToString(deterministic=True)

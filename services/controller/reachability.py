@@ -1,5 +1,4 @@
-"""Where members are as the network shows it, and whether they can reach each other's inboxes
-there."""
+"""Where members run, as the network shows it, and whether they can reach each other's inboxes."""
 
 import ipaddress
 import socket
@@ -10,29 +9,31 @@ from common.address import is_local_only
 from common.messages import HOPS
 from proto.twinlens.control.v1 import control_pb2
 
-HERE = ""
-"""The controller's own host, or rather its network namespace: two containers of one machine are two
-places."""
+LOCAL = ""
+"""The location of the controller: its network namespace. Each container has a namespace of its own,
+so two containers on one machine have different locations."""
 
 
-def place_of(peer: str) -> str:
-    """The peer of a gRPC call as its place: HERE, or the IP address that it comes from."""
+def location_of(peer: str) -> str:
+    """Return where a gRPC peer runs: LOCAL, or the IP address that it calls from.
+
+    `peer` has the form of `ServicerContext.peer()`, such as `ipv4:10.0.0.7:41234`.
+    """
     kind, _, rest = unquote(peer).partition(":")
     if kind not in ("ipv4", "ipv6"):
-        return HERE
+        return LOCAL
     address = ipaddress.ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    return HERE if is_ours(address) else str(address)
+    return LOCAL if is_own_address(address) else str(address)
 
 
-def is_ours(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Only an address of this network namespace can be bound to."""
+def is_own_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Return whether the address belongs to this network namespace: only then it can be bound."""
     if address.is_loopback:
         return True
-    with socket.socket(
-        socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM
-    ) as probe:
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((str(address), 0))
         except OSError:
@@ -40,28 +41,32 @@ def is_ours(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return True
 
 
-def objection_to(
-    member: control_pb2.Member, place: str, others: Iterable[tuple[control_pb2.Member, str]]
+def unreachable_reason(
+    member: control_pb2.Member, location: str, others: Iterable[tuple[control_pb2.Member, str]]
 ) -> str:
-    """Why a member must not join from this place; empty where nothing is wrong. `others` are the
-    members that live, with theirs."""
-    if place != HERE and is_local_only(member.address):
-        return unreachable(member, f"from the controller's host ({place} asks to join)")
-    for other, other_place in others:
-        if place != other_place and (other.role, member.role) in HOPS:
-            if is_local_only(member.address):
-                return unreachable(
-                    member, f"from {other_place or 'its controller'}, where {other.id} is"
-                )
-            if is_local_only(other.address):
-                return unreachable(other, f"from {place or 'its controller'}, where {member.id} is")
+    """Return why a member must not join: it and a peer could not reach each other.
+
+    The result is empty if nothing is wrong. `others` are the live members with their locations.
+    """
+    if location != LOCAL and is_local_only(member.address):
+        return describe_unreachable(
+            member, f"from the controller's host (the member joins from {location})"
+        )
+    for other, other_location in others:
+        if location == other_location or (other.role, member.role) not in HOPS:
+            continue
+        if is_local_only(member.address):
+            host = other_location or "the controller's host"
+            return describe_unreachable(member, f"from {host}, where {other.id} runs")
+        if is_local_only(other.address):
+            host = location or "the controller's host"
+            return describe_unreachable(other, f"from {host}, where {member.id} runs")
     return ""
 
 
-def unreachable(member: control_pb2.Member, whence: str) -> str:
+def describe_unreachable(member: control_pb2.Member, from_where: str) -> str:
     return (
-        f"{member.id} advertises {member.address}, which cannot be reached {whence}: start the "
-        f"{member.role} with an address that all "
-        "hosts reach, as by --listen tcp://0.0.0.0:5555 --advertise HOSTNAME (TWINLENS_LISTEN, "
-        "TWINLENS_ADVERTISE)"
+        f"{member.id} advertises {member.address}, which cannot be reached {from_where}: start the "
+        f"{member.role} with an address that all hosts can reach, for example --listen "
+        "tcp://0.0.0.0:5555 --advertise HOSTNAME (TWINLENS_LISTEN, TWINLENS_ADVERTISE)"
     )

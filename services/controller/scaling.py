@@ -1,5 +1,7 @@
-"""What the launcher keeps running, and what it is asked to keep: wishes stand until it reports
-them."""
+"""The launcher that has joined, and the replica counts that it has been asked to keep.
+
+The controller repeats a wanted count to the launcher until the launcher reports that it keeps it.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -9,78 +11,82 @@ from proto.twinlens.control.v1 import control_pb2
 
 
 class Superseded(Exception):
-    """Another wish for the same role took this one's place; the message says which."""
+    """A later call asked for another replica count of the same role; the message says which."""
 
 
-class Gone(Exception):
-    """The launcher left before it took the wish up."""
+class LauncherGone(Exception):
+    """The launcher left before it accepted the replica count."""
 
 
-class Launcher:
-    """A launcher that joined. `tell` has it hear of `wanted`."""
+class JoinedLauncher:
+    """A launcher that has joined the controller.
 
-    def __init__(self, managed: control_pb2.Managed, tell: Callable[[], None]) -> None:
+    `managed` is what the launcher reported last. `notify` makes its stream send it `wanted`.
+    """
+
+    def __init__(self, managed: control_pb2.Managed, notify: Callable[[], None]) -> None:
         self.managed = managed
-        self.tell = tell
+        self.notify = notify
         self.wanted: dict[str, int] = {}
-        self._waiting: dict[str, asyncio.Future[None]] = {}
+        """Replica counts by role that the launcher has not accepted yet."""
+        self._accepted: dict[str, asyncio.Future[None]] = {}
 
-    def ask(self, role: str, replicas: int) -> asyncio.Future[None]:
-        """Done when the launcher keeps so many; raises Superseded or Gone."""
-        if role in self._waiting and self.wanted[role] == replicas:
-            return self._waiting[role]
-        if old := self._waiting.pop(role, None):
-            old.set_exception(Superseded(f"{role} is to be scaled to {replicas} by a later call"))
+    def request_replicas(self, role: str, replicas: int) -> asyncio.Future[None]:
+        """Ask for a replica count, and return a future that is done once the launcher keeps it.
+
+        The future raises Superseded or LauncherGone if that does not happen.
+        """
+        if role in self._accepted and self.wanted[role] == replicas:
+            return self._accepted[role]
+        if old := self._accepted.pop(role, None):
+            old.set_exception(Superseded(f"a later call scales {role} to {replicas}"))
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.wanted[role] = replicas
-        self._waiting[role] = asyncio.get_running_loop().create_future()
-        self._settle()
-        self.tell()
-        return self._waiting.get(role) or done()
+        self._accepted[role] = accepted
+        self._resolve()
+        self.notify()
+        return accepted
 
     def report(self, managed: control_pb2.Managed) -> None:
+        """Store what the launcher keeps now."""
         self.managed = managed
-        self._settle()
+        self._resolve()
 
-    def end(self) -> None:
-        for waiting in self._waiting.values():
-            waiting.set_exception(Gone("the launcher is gone"))
-        self._waiting.clear()
+    def leave(self) -> None:
+        """End all requests, because the launcher has left."""
+        for accepted in self._accepted.values():
+            accepted.set_exception(LauncherGone("the launcher has left"))
+        self._accepted.clear()
 
-    def _settle(self) -> None:
-        for role in [
-            role
-            for role, replicas in self.wanted.items()
-            if self.managed.replicas.get(role) == replicas
-        ]:
-            del self.wanted[role]
-            if waiting := self._waiting.pop(role, None):
-                waiting.set_result(None)
-
-
-def done() -> asyncio.Future[None]:
-    future = asyncio.get_running_loop().create_future()
-    future.set_result(None)
-    return future
+    def _resolve(self) -> None:
+        """End the requests that the launcher has fulfilled."""
+        for role, replicas in list(self.wanted.items()):
+            if self.managed.replicas.get(role) == replicas:
+                del self.wanted[role]
+                if accepted := self._accepted.pop(role, None):
+                    accepted.set_result(None)
 
 
-def bad_wish(role: str, replicas: int) -> str:
-    """Why no launcher could do it; empty where one could."""
+def invalid_scale_reason(role: str, replicas: int) -> str:
+    """Return why no launcher could keep this many replicas; empty if one could."""
     if role not in SCALABLE_ROLES:
         return (
-            f"role {role!r} cannot be scaled here: give one of "
-            f"{', '.join(SCALABLE_ROLES)} (one gateway and one controller run at a time)"
+            f"role {role!r} cannot be scaled: use one of {', '.join(SCALABLE_ROLES)} "
+            "(there is always one gateway and one controller)"
         )
     if not 1 <= replicas <= MAX_REPLICAS:
         return (
-            f"{role} {replicas}: give 1 to {MAX_REPLICAS} replicas; to have none, stop the system"
+            f"{role} cannot have {replicas} replicas: use 1 to {MAX_REPLICAS}; "
+            "to have none, stop the system"
         )
     return ""
 
 
-def no_launcher(role: str, replicas: int) -> str:
+def no_launcher_reason(role: str, replicas: int) -> str:
+    """Return how to scale a system that no launcher manages."""
     kind = "statefulset" if role == "llm" else "deployment"
     return (
-        "no launcher manages these members: where Compose runs them, use "
-        f"`docker compose up -d --no-recreate --scale {role}={replicas}`; on Kubernetes `kubectl "
-        f"scale {kind}/{role} --replicas={replicas}`"
+        "no launcher manages these members: on Docker Compose, use "
+        f"`docker compose up -d --no-recreate --scale {role}={replicas}`; on Kubernetes, use "
+        f"`kubectl scale {kind}/{role} --replicas={replicas}`"
     )

@@ -1,4 +1,4 @@
-"""ControlService over gRPC: a membership table fed by one stream a member."""
+"""ControlService over gRPC: a membership table that is fed by one stream per member."""
 
 import asyncio
 import time
@@ -8,29 +8,55 @@ from typing import Never
 import grpc
 
 from common.logs import get_logger
-from common.membership import DEAD, DRAINING, READY, state_name
+from common.membership import DEAD, DRAINING, state_name
 from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+from services.controller.draining import Drains
 from services.controller.membership_table import MembershipTable
-from services.controller.reachability import objection_to, place_of
-from services.controller.scaling import Gone, Launcher, Superseded, bad_wish, no_launcher
+from services.controller.reachability import location_of, unreachable_reason
+from services.controller.scaling import (
+    JoinedLauncher,
+    LauncherGone,
+    Superseded,
+    invalid_scale_reason,
+    no_launcher_reason,
+)
 
 TICK_SECONDS = 1.0
+"""How often leases are checked and the launcher gets the load of all members."""
 ANSWER_SECONDS = 5.0
-"""For a member to begin draining, or a launcher to take a wish up."""
+"""How long a member may take to start draining, and the launcher to accept a replica count."""
+
+
+class JoinStream:
+    """One call of Join, by a member, a watcher, a launcher, or one that is several of these."""
+
+    def __init__(self, first: control_pb2.JoinRequest) -> None:
+        self.member_id = first.member.id if first.HasField("member") else ""
+        self.is_watching = first.watch
+        self.changed = asyncio.Event()
+        """Set when there is something to send."""
+        self.launcher: JoinedLauncher | None = None
+        if first.HasField("managed"):
+            self.launcher = JoinedLauncher(first.managed, self.changed.set)
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, myself: control_pb2.Member) -> None:
+    """The control plane. Its state is soft: after a restart, members join again."""
+
+    def __init__(self, controller: control_pb2.Member) -> None:
         self._table = MembershipTable()
-        self._myself = myself
-        self._watchers: set[asyncio.Event] = set()
-        self._streams: dict[str, asyncio.Event] = {}
-        self._places: dict[str, str] = {}
-        self._draining: dict[str, asyncio.Event] = {}
-        self._drained: set[str] = set()
-        self._launcher: Launcher | None = None
+        self._controller = controller
+        self._watchers: set[JoinStream] = set()
+        self._streams: dict[str, JoinStream] = {}
+        """The latest stream of each member by its id."""
+        self._locations: dict[str, str] = {}
+        """Where each member runs, by its id."""
+        self._drains = Drains(self._table)
+        self._launcher: JoinedLauncher | None = None
         self._log = get_logger()
+
+    # The RPCs
 
     async def Join(
         self, requests: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
@@ -38,33 +64,21 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         first = await anext(requests, None)
         if first is None:
             return
-        member_id = first.member.id if first.HasField("member") else None
-        await self._admit(first, context)
-        news = asyncio.Event()
-        launcher = Launcher(first.managed, news.set) if first.HasField("managed") else None
-        self._launcher = launcher or self._launcher
-        self._take(first)
-        if member_id:
-            self._streams[member_id] = news
-        reports = asyncio.create_task(self._take_reports(requests, news, launcher))
-        if first.watch:
-            self._watchers.add(news)
+        await self._check_reachable(first, context)
+        stream = JoinStream(first)
+        self._open(stream, first)
+        reports = asyncio.create_task(self._read_reports(requests, stream))
         try:
-            yield self._response(first.watch, member_id, launcher)
+            yield self._response(stream)
             while True:
-                await news.wait()
-                news.clear()
-                if reports.done() or (member_id and not self._table.lives(member_id)):
+                await stream.changed.wait()
+                stream.changed.clear()
+                if reports.done() or self._has_died(stream):
                     return
-                yield self._response(first.watch, member_id, launcher)
+                yield self._response(stream)
         finally:
             reports.cancel()
-            self._watchers.discard(news)
-            self._forget_launcher(launcher)
-            # A member may have joined anew before the break of its old stream is seen.
-            if member_id and self._streams.get(member_id) is news:
-                del self._streams[member_id]
-                self._end(member_id, "it left")
+            self._close(stream)
 
     async def ListMembers(
         self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
@@ -74,42 +88,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def Drain(
         self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.DrainResponse:
-        if request.member_id == self._myself.id:
-            reason = "the controller holds no requests: stop it, and the others go on without it"
-            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
-        member = self._leader_of(self._table.get(request.member_id))
-        if member is None or member.state == DEAD:
-            await refuse(
-                context,
-                grpc.StatusCode.NOT_FOUND,
-                f"no member {request.member_id!r}: `twinlens status` lists them",
-            )
-        if (
-            member.state == READY
-            and member.id not in self._draining
-            and not self._others_ready(member)
-        ):
-            wish = (
-                f"`twinlens scale {member.role} 2`"
-                if member.role != "gateway"
-                else "another gateway"
-            )
-            reason = (
-                f"{member.id} is the last ready {member.role}: requests would "
-                f"wait for the next one; start one first, by {wish}"
-            )
-            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
-        self._drained.add(member.id)
-        if self._launcher:
-            self._launcher.tell()
+        member = await self._find_drainable(request.member_id, context)
+        self._drains.drained.add(member.id)
+        self._notify_launcher()
         if member.state != DRAINING:
-            begun = self._draining.setdefault(member.id, asyncio.Event())
-            self._streams[member.id].set()
-            try:
-                await asyncio.wait_for(begun.wait(), ANSWER_SECONDS)
-            except TimeoutError:
-                reason = f"{member.id} does not answer; it drains as soon as it does"
-                await refuse(context, grpc.StatusCode.ABORTED, reason)
+            await self._request_drain(member.id, context)
         return control_pb2.DrainResponse(member=self._table.get(member.id))
 
     async def Scale(
@@ -117,148 +100,190 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.ScaleResponse:
         role = request.role
         replicas = request.replicas
-        launcher = self._launcher
-        if reason := bad_wish(role, replicas):
-            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
-        if launcher is None:
-            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, no_launcher(role, replicas))
-        if bounds := launcher.managed.autoscaled.get(role):
-            reason = (
-                f"{role} is scaled by the launcher itself (--autoscale "
-                f"{role}={bounds}): start it without, to scale by hand"
-            )
-            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+        launcher = await self._find_launcher(role, replicas, context)
         before = launcher.managed.replicas[role]
+        accepted = launcher.request_replicas(role, replicas)
         try:
-            await asyncio.wait_for(asyncio.shield(launcher.ask(role, replicas)), ANSWER_SECONDS)
+            await asyncio.wait_for(asyncio.shield(accepted), ANSWER_SECONDS)
         except Superseded as e:
             await refuse(context, grpc.StatusCode.ABORTED, str(e))
-        except (Gone, TimeoutError):
-            await refuse(
-                context, grpc.StatusCode.ABORTED, "the launcher does not answer: ask again"
-            )
+        except (LauncherGone, TimeoutError):
+            reason = "the launcher does not answer: try again"
+            await refuse(context, grpc.StatusCode.ABORTED, reason)
         self._log.info("scaled", role=role, replicas=replicas, before=before)
         return control_pb2.ScaleResponse(replicas=replicas, replicas_before=before)
 
+    # Leases
+
     async def expire_leases(self) -> None:
-        """For ever: ends the leases of members that are connected and silent, as a frozen process
-        is. A launcher hears of all every second, load included."""
+        """End the leases of silent members, for ever.
+
+        A frozen process is silent though its connection is open. Each tick also sends the launcher
+        all members, because a change of load alone does not notify it.
+        """
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for member_id in self._table.expire(time.monotonic()):
-                self._log.warning(
-                    "member dead", id=member_id, reason=f"silent for {LEASE_SECONDS:.0f} s"
-                )
-                self._has_begun_draining(member_id)
-                self._tell()
-            self._places = {
-                member_id: place
-                for member_id, place in self._places.items()
-                if self._table.get(member_id)
-            }
-            self._drained = {member_id for member_id in self._drained if self._table.get(member_id)}
-            if self._launcher:
-                self._launcher.tell()
+                reason = f"silent for {LEASE_SECONDS:.0f} s"
+                self._log.warning("member dead", id=member_id, reason=reason)
+                self._on_member_dead(member_id)
+            self._forget_removed_members()
+            self._notify_launcher()
 
-    async def _take_reports(
-        self,
-        requests: AsyncIterator[control_pb2.JoinRequest],
-        news: asyncio.Event,
-        launcher: Launcher | None,
-    ) -> None:
-        try:
-            async for request in requests:
-                if request.HasField("member") and not self._table.lives(request.member.id):
-                    break  # thawed after its lease ended: it must join anew
-                self._take(request)
-                if launcher:
-                    launcher.report(request.managed)
-        except (grpc.RpcError, asyncio.CancelledError):
-            pass  # the stream broke
-        finally:
-            news.set()
+    def _forget_removed_members(self) -> None:
+        known = {member.id for member in self._table.members()}
+        self._drains.keep(known)
+        for member_id in self._locations.keys() - known:
+            del self._locations[member_id]
 
-    async def _admit(
+    # The streams of Join
+
+    async def _check_reachable(
         self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Refuses a member that the others could not reach where it says it is."""
-        place = place_of(context.peer())
+        """Refuse a member if it and a peer of it could not reach each other."""
+        if not first.HasField("member"):
+            return
+        location = location_of(context.peer())
         others = [
-            (m, self._places[m.id])
-            for m in self._table.members()
-            if m.state != DEAD and m.id != first.member.id
+            (other, self._locations[other.id])
+            for other in self._table.members()
+            if other.state != DEAD and other.id != first.member.id
         ]
-        if first.HasField("member"):
-            if reason := objection_to(first.member, place, others):
-                self._log.warning("refused a member", id=first.member.id, reason=reason)
-                await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
-            self._places[first.member.id] = place
+        if reason := unreachable_reason(first.member, location, others):
+            self._log.warning("refused a member", id=first.member.id, reason=reason)
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+        self._locations[first.member.id] = location
 
-    def _leader_of(self, member: control_pb2.Member | None) -> control_pb2.Member | None:
-        """A language group drains from its rank 0, which holds the requests."""
-        if member is None or member.rank == 0:
-            return member
-        same = [
-            m
-            for m in self._table.members()
-            if (m.role, m.group, m.rank, m.host) == (member.role, member.group, 0, member.host)
-        ]
-        return next((m for m in same if m.state != DEAD), member)
+    def _open(self, stream: JoinStream, first: control_pb2.JoinRequest) -> None:
+        """Register a new stream. Its own first report does not notify it."""
+        self._launcher = stream.launcher or self._launcher
+        self._handle_report(first)
+        if stream.member_id:
+            self._streams[stream.member_id] = stream
+        if stream.is_watching:
+            self._watchers.add(stream)
 
-    def _others_ready(self, member: control_pb2.Member) -> bool:
-        return any(
-            m.role == member.role
-            and m.rank == 0
-            and m.state == READY
-            and m.id != member.id
-            and m.id not in self._draining
-            for m in self._table.members()
-        )
-
-    def _forget_launcher(self, launcher: Launcher | None) -> None:
-        if launcher:
-            launcher.end()
-            if self._launcher is launcher:
+    def _close(self, stream: JoinStream) -> None:
+        self._watchers.discard(stream)
+        if stream.launcher:
+            stream.launcher.leave()
+            if self._launcher is stream.launcher:
                 self._launcher = None
+        # A member may have joined again before the controller sees that its old stream broke.
+        if stream.member_id and self._streams.get(stream.member_id) is stream:
+            del self._streams[stream.member_id]
+            if self._table.mark_dead(stream.member_id, time.monotonic()):
+                self._log.info("member gone", id=stream.member_id, reason="it left")
+                self._on_member_dead(stream.member_id)
 
-    def _take(self, request: control_pb2.JoinRequest) -> None:
+    async def _read_reports(
+        self, requests: AsyncIterator[control_pb2.JoinRequest], stream: JoinStream
+    ) -> None:
+        """Handle the reports of a stream until it ends or its member is dead."""
+        try:
+            async for request in requests:
+                if request.HasField("member") and not self._table.is_alive(request.member.id):
+                    break  # Its lease ended while it was frozen, so it must join again.
+                self._handle_report(request)
+                if stream.launcher:
+                    stream.launcher.report(request.managed)
+        except (grpc.RpcError, asyncio.CancelledError):
+            pass  # The stream broke.
+        finally:
+            stream.changed.set()
+
+    def _handle_report(self, request: control_pb2.JoinRequest) -> None:
         member = request.member
         if request.HasField("member") and self._table.report(member, time.monotonic()):
             state = state_name(member.state)
             self._log.debug("member", id=member.id, state=state, address=member.address)
             if member.state == DRAINING:
-                self._has_begun_draining(member.id)
-            self._tell()
+                self._drains.on_started(member.id)
+            self._notify_watchers()
 
-    def _has_begun_draining(self, member_id: str) -> None:
-        if begun := self._draining.pop(member_id, None):
-            begun.set()
+    def _has_died(self, stream: JoinStream) -> bool:
+        return bool(stream.member_id) and not self._table.is_alive(stream.member_id)
 
-    def _end(self, member_id: str, reason: str) -> None:
-        if self._table.end(member_id, time.monotonic()):
-            self._log.info("member gone", id=member_id, reason=reason)
-            self._has_begun_draining(member_id)
-            self._tell()
+    def _on_member_dead(self, member_id: str) -> None:
+        self._drains.on_started(member_id)
+        self._notify_watchers()
 
-    def _tell(self) -> None:
+    def _notify_watchers(self) -> None:
         for watcher in self._watchers:
-            watcher.set()
+            watcher.changed.set()
 
-    def _response(
-        self, watch: bool, member_id: str | None, launcher: Launcher | None
-    ) -> control_pb2.JoinResponse:
+    def _response(self, stream: JoinStream) -> control_pb2.JoinResponse:
+        launcher = stream.launcher
         return control_pb2.JoinResponse(
             lease_seconds=LEASE_SECONDS,
-            members=self._members() if watch else [],
-            drain=member_id in self._draining,
+            members=self._members() if stream.is_watching else [],
+            drain=self._drains.is_requested(stream.member_id),
             wanted=launcher.wanted if launcher else None,
-            drained=self._drained if launcher else None,
+            drained=self._drains.drained if launcher else None,
         )
 
     def _members(self) -> list[control_pb2.Member]:
-        return [self._myself, *self._table.members()]
+        return [self._controller, *self._table.members()]
+
+    # Draining
+
+    async def _find_drainable(
+        self, member_id: str, context: grpc.aio.ServicerContext
+    ) -> control_pb2.Member:
+        """Return the member that must drain, or refuse the call if no member can."""
+        if member_id == self._controller.id:
+            reason = "the controller has nothing to drain: stop it; requests go on without it"
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+        member = self._table.get(member_id)
+        if member:
+            member = self._drains.leader_of(member)
+        if member is None or member.state == DEAD:
+            reason = f"there is no member {member_id!r}: `twinlens status` lists the members"
+            await refuse(context, grpc.StatusCode.NOT_FOUND, reason)
+        if self._drains.is_last_ready(member):
+            is_gateway = member.role == "gateway"
+            how = "start another gateway" if is_gateway else f"run `twinlens scale {member.role} 2`"
+            reason = f"{member.id} is the last ready {member.role}, and requests need it: {how}"
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"{reason} first")
+        return member
+
+    async def _request_drain(self, member_id: str, context: grpc.aio.ServicerContext) -> None:
+        """Ask the member to drain, and wait until it has started."""
+        started = self._drains.request(member_id)
+        self._streams[member_id].changed.set()
+        try:
+            await asyncio.wait_for(started.wait(), ANSWER_SECONDS)
+        except TimeoutError:
+            reason = f"{member_id} does not answer yet; it will drain when it does"
+            await refuse(context, grpc.StatusCode.ABORTED, reason)
+
+    # Scaling
+
+    async def _find_launcher(
+        self, role: str, replicas: int, context: grpc.aio.ServicerContext
+    ) -> JoinedLauncher:
+        """Return the launcher, or refuse the call if it cannot keep this many replicas."""
+        if reason := invalid_scale_reason(role, replicas):
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+        launcher = self._launcher
+        if launcher is None:
+            reason = no_launcher_reason(role, replicas)
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+        if bounds := launcher.managed.autoscaled.get(role):
+            reason = (
+                f"the launcher scales {role} by itself (--autoscale {role}={bounds}): "
+                "to scale it by hand, restart the launcher without that flag"
+            )
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+        return launcher
+
+    def _notify_launcher(self) -> None:
+        if self._launcher:
+            self._launcher.notify()
 
 
 async def refuse(context: grpc.aio.ServicerContext, code: grpc.StatusCode, reason: str) -> Never:
+    """End the call with an error. `context.abort` raises, so this never returns."""
     await context.abort(code, reason)
     raise AssertionError("abort raises")

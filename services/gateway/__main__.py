@@ -1,10 +1,10 @@
-"""The front door: OpenAI HTTP and gRPC Generate; admission, deadlines; owns every request until its
-end."""
+"""The gateway serves the OpenAI HTTP API and the gRPC API.
+
+It admits requests, enforces their deadlines, and owns every request until its end.
+"""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 from common.address import host_port
 from common.events import Event
@@ -25,8 +25,9 @@ from services.gateway.peers import CONNECTED_STAGES
 from services.gateway.servers import ApiServers, start_api_servers
 
 GRACE_SECONDS = 2.0
-"""For what is under way to end by itself when the gateway is to stop now."""
-STAMP_SECONDS = 0.5
+"""How long requests in flight may take to end when the gateway must stop now."""
+TICK_SECONDS = 0.5
+"""Interval at which the asyncio loop proves that it makes progress."""
 
 
 def main(settings: GatewaySettings, stop: Stop) -> None:
@@ -34,111 +35,135 @@ def main(settings: GatewaySettings, stop: Stop) -> None:
 
 
 async def serve(settings: GatewaySettings, stop: Stop) -> None:
-    await Gateway(settings).serve(settings, stop)
+    await Gateway(settings).serve(stop)
 
 
 class Gateway:
-    """The core with its connections and its place in the control plane."""
+    """The gateway process: the core, its connections, its API servers and its membership."""
 
     def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.core = GatewayCore(
             settings.served_model_name, settings.max_waiting, settings.request_timeout
         )
+        self.measured_core = MeasuredCore(self.core, self.core.metrics)
         self.member = control_pb2.Member(
             id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
         )
         self.progress = Progress()
-        self.draining = asyncio.Event()
-        self.news: deque[Event[GatewayInbound]] = deque()
-        self.core.links = self.links = Links(
-            hello(self.member.id, "gateway"), "", "", self.news.append, self.progress
+        self.drain_requested = asyncio.Event()
+        self.events: deque[Event[GatewayInbound]] = deque()
+        """Events of the connections that the core has not seen yet."""
+        self.links = Links(
+            hello(self.member.id, "gateway"), "", "", self.events.append, self.progress
         )
+        self.core.links = self.links
         self.loop.add_reader(self.links.fileno(), self.receive)
 
-    async def serve(self, settings: GatewaySettings, stop: Stop) -> None:
-        core = self.core
-        measured = MeasuredCore(self.core, self.core.metrics)
-        serve_health(
-            settings.health_port,
-            self.member,
-            core.load,
-            self.progress.is_hung,
-            measured.metrics.registry,
-        )
-        stamping = asyncio.create_task(self.stamp())
-        async with start_api_servers(settings, measured) as doors:
-            self.membership = Membership(
-                settings.controller,
-                self.member,
-                core.load,
-                self.on_members,
-                stop.drain,
-                is_hung=self.progress.is_hung,
-            )
-            http, grpc_address = (
-                host_port(settings.host, port) for port in (settings.http_port, settings.grpc_port)
-            )
-            get_logger().info(
-                "listening", http=f"http://{http}", grpc=grpc_address, id=self.member.id
-            )
-            stop.on_drain(self.begin_drain)
+    async def serve(self, stop: Stop) -> None:
+        """Serve until `stop` is set or the gateway has drained."""
+        self.serve_health()
+        ticking = asyncio.create_task(self.keep_ticking())
+        async with start_api_servers(self.settings, self.measured_core) as servers:
+            self.membership = self.join(stop)
+            self.log_addresses()
+            stop.on_drain(self.request_drain)
             stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
-            drained = asyncio.create_task(self.drain(doors, settings))
-            await asyncio.wait({stopping, drained}, return_when=asyncio.FIRST_COMPLETED)
-            if not drained.done():
-                drained.cancel()
-                await core.stop(GRACE_SECONDS)
-        stop.set()  # which its thread waits for
-        stamping.cancel()
+            draining = asyncio.create_task(self.drain_when_requested(servers))
+            await asyncio.wait({stopping, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done():
+                draining.cancel()
+                await self.core.stop(GRACE_SECONDS)
+        stop.set()  # ends the thread that waits for it
+        ticking.cancel()
         self.membership.leave()
         self.loop.remove_reader(self.links.fileno())
         self.links.close()
 
-    async def drain(self, doors: ApiServers, settings: GatewaySettings) -> None:
-        """Once asked to: unready at once, but open until everyone who looks has seen it; then what
-        is under way is finished."""
-        await self.draining.wait()
+    def serve_health(self) -> None:
+        serve_health(
+            self.settings.health_port,
+            self.member,
+            self.core.load,
+            self.progress.is_hung,
+            self.core.metrics.registry,
+        )
+
+    def join(self, stop: Stop) -> Membership:
+        return Membership(
+            self.settings.controller,
+            self.member,
+            self.core.load,
+            self.on_members,
+            stop.drain,
+            is_hung=self.progress.is_hung,
+        )
+
+    def log_addresses(self) -> None:
+        http_address = host_port(self.settings.host, self.settings.http_port)
+        grpc_address = host_port(self.settings.host, self.settings.grpc_port)
+        get_logger().info(
+            "listening", http=f"http://{http_address}", grpc=grpc_address, id=self.member.id
+        )
+
+    async def drain_when_requested(self, servers: ApiServers) -> None:
+        """Drain the gateway once that is requested.
+
+        The gateway reports at once that it is not ready. It keeps accepting requests for the drain
+        delay, until load balancers have noticed. Then it finishes the requests in flight.
+        """
+        await self.drain_requested.wait()
         self.core.drain()
         self.membership.set_state(DRAINING)
-        await asyncio.sleep(settings.drain_delay)
-        await doors.drain(self.core.idle)
+        await asyncio.sleep(self.settings.drain_delay)
+        await servers.drain(self.core.idle)
 
-    async def stamp(self) -> None:
-        """The loop is never idle for long, so it is hung when it does not come here."""
+    async def keep_ticking(self) -> None:
+        """Report the loop's progress for ever. A loop that does not get here in time is hung."""
         self.progress.begin()
         while True:
-            await asyncio.sleep(STAMP_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             self.progress.tick()
-            self.receive()  # so that the I/O thread leaves it to us
+            self.receive()  # keeps the I/O thread from receiving in place of this loop
 
     def receive(self) -> None:
+        """Take the new events from the connections and pass them to the core."""
         self.links.wait(0.0)
-        while self.news:
-            self.loop.call_soon(self.take, self.core.on_event, self.news.popleft())
+        while self.events:
+            self.loop.call_soon(self.handle_event, self.events.popleft())
 
-    # Called by other threads
+    def handle_event(self, event: Event[GatewayInbound]) -> None:
+        self.core.on_event(event)
+        self.report_state()
 
-    def begin_drain(self) -> None:
-        self.loop.call_soon_threadsafe(self.draining.set)
+    def handle_members(self, members: list[control_pb2.Member]) -> None:
+        self.core.on_members(members)
+        self.report_state()
 
-    def on_members(self, members: list[control_pb2.Member]) -> None:
-        offered = [
-            (Peer(m.id, m.address), m.role)
-            for m in members
-            if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
-        ]
-        self.links.keep_connected(offered)
-        self.loop.call_soon_threadsafe(self.take, self.core.on_members, members)
+    def report_state(self) -> None:
+        """Report a change of readiness to the controller.
 
-    def take(self, hearer: Callable[[Any], None], news: Any) -> None:
-        """What changes who is there may change whether an answer can be given, which is what ready
-        means here."""
-        hearer(news)
+        The gateway is ready while it can answer requests, so its state depends on its peers.
+        """
         missing = self.core.unready_reason()
         state = DRAINING if self.core.is_draining else STARTING if missing else READY
         if (state, missing) != (self.member.state, self.member.detail):
             self.membership.set_state(state, missing)
+
+    # Called by other threads
+
+    def request_drain(self) -> None:
+        self.loop.call_soon_threadsafe(self.drain_requested.set)
+
+    def on_members(self, members: list[control_pb2.Member]) -> None:
+        peers = [
+            (Peer(m.id, m.address), m.role)
+            for m in members
+            if m.role in CONNECTED_STAGES and m.rank == 0 and m.state in CONNECTABLE
+        ]
+        self.links.keep_connected(peers)
+        self.loop.call_soon_threadsafe(self.handle_members, members)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,59 @@
-"""Who is let in: while few enough wait, and their deadlines can be met."""
+"""Which requests are admitted: those that find room in the queue and can meet their deadline."""
 
-from common.errors import Exhausted, Unavailable
+from common.errors import Exhausted, ServingError, Unavailable
 from services.gateway.pace import Pace
 from services.gateway.peers import Peers
 
 OUTAGE_SECONDS = 30.0
-"""A stage whose last member went so recently is being restarted: a request may as well wait for it
-here."""
+"""A request is admitted and waits if a stage lost its last member more recently than this, because
+the launcher is probably restarting that member."""
 
 
 class Admission:
+    """Refuses the requests that the system could not answer in time."""
+
     def __init__(self, peers: Peers, max_waiting: int) -> None:
+        self.pace = Pace()
         self._peers = peers
         self._max_waiting = max_waiting
-        self.pace = Pace()
-        self.closed = ""
-        """Why nothing new is taken, for clients; empty while it is."""
+        self._closed_reason = ""
+
+    def close(self, reason: str) -> None:
+        """Refuse all requests from now on, with this reason."""
+        self._closed_reason = reason
 
     def check(self, waiting: int, timeout: float) -> None:
-        """`waiting` counts the requests without their first token.
+        """Raise an error if a request with this timeout (seconds) must be refused.
+
+        `waiting` is the number of admitted requests that have no token yet.
 
         Raises
         ------
         Unavailable
-            where a stage is not there and was not lost just now, or the gateway is leaving.
+            if the gateway is stopping, or a stage is missing that was not lost just now.
         Exhausted
-            where too many wait, or too many for the deadline in `timeout` seconds.
+            if too many requests wait, either in total or to meet the deadline.
         """
-        if self.closed:
-            raise Unavailable(self.closed, stage="gateway", retry_after=1.0, cause="stopping")
-        if missing := self._peers.missing(since=OUTAGE_SECONDS):
-            raise Unavailable(
-                f"no {' and no '.join(missing)} is connected: try again in a moment",
-                "gateway",
-                retry_after=1.0,
-                cause="stage_missing",
-            )
+        if self._closed_reason:
+            raise unavailable(self._closed_reason, "stopping")
+        if missing := self._peers.missing(min_seconds=OUTAGE_SECONDS):
+            reason = f"no {' and no '.join(missing)} is connected: try again in a moment"
+            raise unavailable(reason, "stage_missing")
         wait = self.pace.expected_wait(waiting)
         if waiting >= self._max_waiting:
             reason = f"{waiting} requests are waiting, which is the limit: try again later"
-            raise Exhausted(reason, "gateway", retry_after=max(1.0, wait), cause="too_many_waiting")
+            raise exhausted(reason, "too_many_waiting", max(1.0, wait))
         if wait > timeout:
             reason = (
-                f"{waiting} requests are waiting and take about {wait:.0f} s, the "
-                f"deadline is in {timeout:g} s: try again later"
+                f"{waiting} requests are waiting, which takes about {wait:.0f} s, but the "
+                f"deadline is in {timeout:g} s: try again later, or allow more time"
             )
-            raise Exhausted(
-                reason,
-                "gateway",
-                retry_after=max(1.0, wait - timeout),
-                cause="deadline_unreachable",
-            )
+            raise exhausted(reason, "deadline_unreachable", max(1.0, wait - timeout))
+
+
+def unavailable(reason: str, cause: str) -> ServingError:
+    return Unavailable(reason, "gateway", retry_after=1.0, cause=cause)
+
+
+def exhausted(reason: str, cause: str, retry_after: float) -> ServingError:
+    return Exhausted(reason, "gateway", retry_after=retry_after, cause=cause)

@@ -1,4 +1,4 @@
-"""What the two front doors (OpenAI HTTP, gRPC) hand to the gateway's core, and what comes back."""
+"""The interface between the API servers (OpenAI HTTP and gRPC) and the gateway's core."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -10,28 +10,32 @@ from common.messages import Sampling, Stopping, Usage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One validated request. `prompt` is UTF-8 JSON of chat messages whose image parts are {"type":
-    "image"}, in the order of `images` (encoded files); or little-endian int64 token ids with one
-    placeholder an image."""
+    """One validated request.
+
+    `prompt_kind` says what `prompt` holds. "messages" is UTF-8 JSON of chat messages, in which an
+    image stands as {"type": "image"}, in the order of `images`. "token_ids" is little-endian int64
+    token ids with one placeholder for each image.
+    """
 
     request_id: str
     prompt_kind: str
     prompt: bytes
     images: tuple[bytes, ...] = ()
+    """The encoded image files."""
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     timeout: float | None = None
-    """Seconds until the deadline; None means the gateway's own."""
+    """Seconds until the deadline; None means the gateway's own default."""
     return_prompt_token_ids: bool = False
     guide_kind: str = ""
-    """json_object, json_schema or regex, with its text in `guide`; empty where the answer is free.
-    """
+    """json_object, json_schema or regex; empty if the answer is not constrained."""
     guide: str = ""
+    """The JSON schema or regular expression that the answer must follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """The first event: the prompt is being answered."""
+    """The first event of an answer: the first token exists."""
 
     prompt_token_ids: list[int] | None
 
@@ -41,54 +45,61 @@ class Piece:
     """New tokens and the text that became certain with them; either may be empty."""
 
     offset: int
+    """The number of tokens before this piece."""
     token_ids: list[int]
     text: str
     logprobs: list[dict[str, Any]]
-    """One OpenAI `logprobs.content` entry a token, each with its `token_id` and the `token_id`s of
-    `top_logprobs` added; empty where none were asked for."""
+    """One OpenAI `logprobs.content` entry for each token; empty if the client asked for none.
+
+    The entries and their `top_logprobs` also have a `token_id`, which OpenAI's do not have.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The last event."""
+    """The last event of an answer that succeeds."""
 
     finish_reason: str
     usage: Usage
     timings: dict[str, Any]
-    """`preprocess_seconds`, `images` (list of `preprocess_seconds`, `queue_seconds`,
-    `encode_seconds`, `cached`), `queue_seconds`, `prefill_seconds`, `decode_seconds`,
-    `time_to_first_token_seconds`, `total_seconds`."""
+    """The fields of the proto message Timings, by name."""
 
 
-Event = Began | Piece | Ended
+GenerationEvent = Began | Piece | Ended
 
 
 class Core(Protocol):
-    """What the doors need. `common.errors.ServingError` is raised on refusal (by `generate`'s
-    entry) and on failure (by iterating)."""
+    """What the API servers need from the gateway's core."""
 
     model_name: str
 
     @property
     def is_draining(self) -> bool:
-        """Whether clients had better connect to another gateway for their next request."""
+        """Whether clients should connect to another gateway for their next request."""
         ...
 
     def generate(
         self, request: GenerationRequest
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """Admits the request and gives its events: Began, Pieces, Ended. Leaving the context before
-        Ended aborts it everywhere."""
+    ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
+        """Admit the request and return its events: Began, any number of Pieces, Ended.
+
+        Leaving the context before Ended aborts the request in every stage.
+
+        Raises
+        ------
+        ServingError
+            on entering the context if the request is refused; on iterating if it fails later.
+        """
         ...
 
     def check_model(self, model: str | None) -> None:
-        """Raises NotFound for a name that is not served."""
+        """Raise NotFound if `model` is neither empty nor the name of the served model."""
         ...
 
     def max_model_len(self) -> int | None:
-        """Of the connected language groups; None while there is none."""
+        """Return the context length in tokens, or None while no language group is ready."""
         ...
 
     def unready_reason(self) -> str:
-        """Why no answer can be given now; empty when one can."""
+        """Return why no request can be answered at present; empty if the gateway is ready."""
         ...

@@ -1,52 +1,48 @@
-"""The gRPC door: InferenceService over the core, ControlService passed on to the controller, health
-and reflection."""
+"""The gRPC API: inference, the control plane of the controller, health and reflection."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TypeVar
 
 import grpc
-import numpy as np
 import structlog
-from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from common.errors import Exhausted, InvalidRequest, ServingError, Unavailable
-from common.messages import Usage
+from common.errors import Exhausted, ServingError, Unavailable
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
-from services.gateway.metrics import serving_errors_only
-from services.gateway.schema import (
-    MAX_TIMEOUT,
-    check_images,
-    make_sampling,
-    make_stopping,
-    messages_prompt,
-    new_request_id,
+from services.gateway.grpc_messages import (
+    GenerateRequest,
+    end_fields,
+    error_status,
+    stream_response,
+    to_generation,
+    token_logprob,
 )
+from services.gateway.metrics import serving_errors_only
+from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import READ_SECONDS
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
-FINISH_REASONS = {
-    "stop": inference_pb2.FINISH_REASON_STOP,
-    "length": inference_pb2.FINISH_REASON_LENGTH,
-}
 READINESS_NAMES = ("", "readiness", INFERENCE_SERVICE, CONTROL_SERVICE)
+"""Names under which a health check asks for readiness."""
 WATCH_SECONDS = 0.5
-CONTROLLER_PATIENCE = 5.0
-CHANGE_PATIENCE = 10.0
-"""The controller itself waits for the member or the launcher."""
-SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""How often readiness is checked for a client that watches it."""
+LIST_TIMEOUT = 5.0
+"""Seconds that the controller may take to list the members."""
+CHANGE_TIMEOUT = 10.0
+"""Seconds that the controller may take for a change. It waits for a member or the launcher."""
+NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""Codes of a call that the controller did not answer."""
 
-# The pings of a client that waits long for a unary answer are not abuse. A port that is taken is an
-# error, not shared.
+# A client that waits long for a unary answer may ping as often as it likes. A port that is taken is
+# an error, not shared.
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_ping_strikes", 0),
@@ -55,13 +51,13 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+A = TypeVar("A", bound=Message)
 
 
 def create_server(
     core: Core, controller: grpc.aio.Channel, max_message_bytes: int = 64 * 2**20
 ) -> grpc.aio.Server:
-    """The caller adds a port and starts it."""
+    """Return a server with all services. The caller adds a port and starts it."""
     server = grpc.aio.server(
         options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
     )
@@ -75,6 +71,8 @@ def create_server(
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generate and GenerateStream, answered by the core."""
+
     def __init__(self, core: Core) -> None:
         self.core = core
 
@@ -83,8 +81,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GenerateResponse:
         response = inference_pb2.GenerateResponse()
         texts: list[str] = []
-        async with errors_told(context):
-            generation = await self.accept(request, context)
+        async with abort_on_error(context):
+            generation = await self._read(request, context)
             response.request_id = generation.request_id
             async with self.core.generate(generation) as events:
                 async for event in events:
@@ -94,155 +92,47 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         case Piece():
                             texts.append(event.text)
                             response.token_ids.extend(event.token_ids)
-                            response.logprobs.extend(map(logprob_message, event.logprobs))
+                            response.logprobs.extend(map(token_logprob, event.logprobs))
                         case Ended():
                             response.MergeFrom(inference_pb2.GenerateResponse(**end_fields(event)))
         response.text = "".join(texts)
         return response
 
-    async def GenerateStream(  # type: ignore[override]  # A coroutine that writes: all of a call happens in one task.
+    # A coroutine that writes, and not a generator: then one task does everything for the call.
+    async def GenerateStream(  # type: ignore[override]
         self, request: inference_pb2.GenerateStreamRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        async with errors_told(context):
-            generation = await self.accept(request, context)
+        async with abort_on_error(context):
+            generation = await self._read(request, context)
             async with self.core.generate(generation) as events:
                 async for event in events:
-                    await write_in_time(context, stream_message(event, generation.request_id))
+                    await write_in_time(context, stream_response(event, generation.request_id))
 
-    async def accept(
+    async def _read(
         self, request: GenerateRequest, context: grpc.aio.ServicerContext
     ) -> GenerationRequest:
+        """Return the request as the core takes it, and send its id to the client as metadata."""
         metadata = dict(context.invocation_metadata() or ())
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
-        return read_generation(
-            request, request_id, context.time_remaining(), self.core.max_model_len()
-        )
+        timeout = context.time_remaining()
+        return to_generation(request, request_id, timeout, self.core.max_model_len())
 
 
 async def write_in_time(context: grpc.aio.ServicerContext, message: Message) -> None:
+    """Write a message, or raise Exhausted if the client does not read for READ_SECONDS."""
     try:
         async with asyncio.timeout(READ_SECONDS):
             await context.write(message)
     except TimeoutError:
-        raise Exhausted(
-            f"the client read nothing for {READ_SECONDS:g} s", stage="gateway"
-        ) from None
-
-
-def read_generation(
-    request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None
-) -> GenerationRequest:
-    images = tuple(image.data for image in request.images)
-    check_images(images)
-    prompt_kind, prompt = read_prompt(request)
-    response = given(request.response)
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_kind=prompt_kind,
-        prompt=prompt,
-        images=images,
-        sampling=make_sampling(
-            {**given(request.sampling), "num_logprobs": response.get("num_logprobs")}
-        ),
-        stopping=make_stopping(
-            {**given(request.stopping), "skip_special_tokens": response.get("skip_special_tokens")},
-            max_model_len,
-        ),
-        timeout=None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT),
-        return_prompt_token_ids=request.response.return_prompt_token_ids,
-        **read_guide(request.guide),
-    )
-
-
-def read_guide(params: inference_pb2.GuideParams) -> dict[str, str]:
-    kind = params.WhichOneof("guide")
-    if kind is None or (kind == "json_object" and not params.json_object):
-        return {}
-    return {"guide_kind": kind, "guide": "" if kind == "json_object" else getattr(params, kind)}
-
-
-def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
-    """Text is one user turn, with the images before it."""
-    if request.WhichOneof("prompt") == "token_ids":
-        if not request.token_ids.ids:
-            raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
-        return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
-    if not request.text and not request.images:
-        raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
-    if not request.images:
-        return "messages", messages_prompt([{"role": "user", "content": request.text}])
-    texts = [{"type": "text", "text": request.text}] if request.text else []
-    return "messages", messages_prompt(
-        [{"role": "user", "content": [{"type": "image"}] * len(request.images) + texts}]
-    )
-
-
-def given(message: Message) -> dict[str, Any]:
-    """The fields that were sent."""
-    return {
-        field.name: list(value) if field.is_repeated else as_written(value)
-        for field, value in message.ListFields()
-    }
-
-
-def as_written(value: Any) -> Any:
-    """A 32-bit float is the nearest to the number that the client wrote: seven digits give that
-    number back."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
-def stream_message(
-    event: Began | Piece | Ended, request_id: str
-) -> inference_pb2.GenerateStreamResponse:
-    match event:
-        case Began(prompt_token_ids=ids):
-            return inference_pb2.GenerateStreamResponse(
-                begin=inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ())
-            )
-        case Piece():
-            logprobs = map(logprob_message, event.logprobs)
-            delta = inference_pb2.Delta(
-                offset=event.offset, token_ids=event.token_ids, text=event.text, logprobs=logprobs
-            )
-            return inference_pb2.GenerateStreamResponse(delta=delta)
-        case Ended():
-            return inference_pb2.GenerateStreamResponse(end=inference_pb2.End(**end_fields(event)))
-
-
-def end_fields(ended: Ended) -> dict[str, Any]:
-    return {
-        "finish_reason": FINISH_REASONS[ended.finish_reason],
-        "usage": usage_message(ended.usage),
-        "timings": inference_pb2.Timings(**ended.timings),
-    }
-
-
-def usage_message(usage: Usage) -> inference_pb2.Usage:
-    return inference_pb2.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        image_tokens=usage.image_tokens,
-        completion_tokens=usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-    )
-
-
-def logprob_message(entry: dict[str, Any]) -> inference_pb2.TokenLogprob:
-    top = [
-        inference_pb2.TopLogprob(**token_fields(candidate)) for candidate in entry["top_logprobs"]
-    ]
-    return inference_pb2.TokenLogprob(**token_fields(entry), top=top)
-
-
-def token_fields(entry: dict[str, Any]) -> dict[str, Any]:
-    token = entry["token"].encode() if entry.get("bytes") is None else bytes(entry["bytes"])
-    return {"token_id": entry["token_id"], "token": token, "logprob": entry["logprob"]}
+        reason = f"the client read nothing for {READ_SECONDS:g} s"
+        raise Exhausted(reason, stage="gateway") from None
 
 
 class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
-    """Membership as the controller tells it. Members join there, not here."""
+    """Passes calls on to the controller, except Join, which members call there themselves."""
 
     def __init__(self, controller: grpc.aio.Channel) -> None:
         self.controller = control_pb2_grpc.ControlServiceStub(controller)
@@ -250,34 +140,17 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
     async def ListMembers(
         self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ListMembersResponse:
-        return await self._pass_on(
-            self.controller.ListMembers, request, CONTROLLER_PATIENCE, context
-        )
+        return await forward(self.controller.ListMembers, request, LIST_TIMEOUT, context)
 
     async def Drain(
         self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.DrainResponse:
-        return await self._pass_on(self.controller.Drain, request, CHANGE_PATIENCE, context)
+        return await forward(self.controller.Drain, request, CHANGE_TIMEOUT, context)
 
     async def Scale(
         self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext
     ) -> control_pb2.ScaleResponse:
-        return await self._pass_on(self.controller.Scale, request, CHANGE_PATIENCE, context)
-
-    async def _pass_on(
-        self, call: Any, request: Any, patience: float, context: grpc.aio.ServicerContext
-    ) -> Any:
-        try:
-            return await call(request, timeout=min(context.time_remaining() or patience, patience))
-        except grpc.aio.AioRpcError as error:
-            if error.code() in SILENT:
-                await abort(
-                    context,
-                    Unavailable(
-                        f"the controller does not answer: {error.details()}", stage="controller"
-                    ),
-                )
-            await context.abort(error.code(), error.details() or "")
+        return await forward(self.controller.Scale, request, CHANGE_TIMEOUT, context)
 
     async def Join(  # type: ignore[override]
         self,
@@ -285,13 +158,32 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> None:
         await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not here"
+            grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not at the gateway"
         )
 
 
+async def forward(
+    call: Callable[..., Awaitable[A]],
+    request: Message,
+    timeout: float,
+    context: grpc.aio.ServicerContext,
+) -> A:
+    """Return the controller's answer, or abort the client's call with the controller's error."""
+    try:
+        return await call(request, timeout=min(context.time_remaining() or timeout, timeout))
+    except grpc.aio.AioRpcError as error:
+        if error.code() in NO_ANSWER:
+            reason = f"the controller does not answer: {error.details()}"
+            await abort(context, Unavailable(reason, stage="controller"))
+        await context.abort(error.code(), error.details() or "")
+        raise
+
+
 class ReadinessServicer(health_pb2_grpc.HealthServicer):
-    """Whether an answer can be given now, looked at anew each time. "liveness" is SERVING as long
-    as the process answers."""
+    """Reports whether requests can be answered at present, which each call checks again.
+
+    The service "liveness" is SERVING while the process answers.
+    """
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -301,11 +193,9 @@ class ReadinessServicer(health_pb2_grpc.HealthServicer):
             return health_pb2.HealthCheckResponse.SERVING
         if service not in READINESS_NAMES:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        return (
-            health_pb2.HealthCheckResponse.NOT_SERVING
-            if self.core.unready_reason()
-            else health_pb2.HealthCheckResponse.SERVING
-        )
+        if self.core.unready_reason():
+            return health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse.SERVING
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
@@ -318,17 +208,18 @@ class ReadinessServicer(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        told = None
+        reported = None
         while True:
             status = self.status(request.service)
-            if status != told:
+            if status != reported:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
-            told = status
+            reported = status
             await asyncio.sleep(WATCH_SECONDS)
 
 
 @asynccontextmanager
-async def errors_told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def abort_on_error(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Abort the call with the status of the error that the block raises."""
     try:
         with serving_errors_only():
             yield
@@ -337,24 +228,4 @@ async def errors_told(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
-    metadata = {"stage": error.stage} if error.stage else {}
-    if error.item is not None:
-        metadata["image"] = str(error.item)
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=error.code, domain="twinlens", metadata=metadata)
-    ]
-    if error.retry_after is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(
-        code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details)
-    )
-    await context.abort_with_status(rpc_status.to_status(status))
-
-
-def packed(details: Sequence[Message]) -> list[any_pb2.Any]:
-    boxes = [any_pb2.Any() for _ in details]
-    for box, detail in zip(boxes, details, strict=True):
-        box.Pack(detail)
-    return boxes
+    await context.abort_with_status(rpc_status.to_status(error_status(error)))

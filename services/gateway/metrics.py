@@ -1,14 +1,15 @@
-"""What the gateway counts, and the one place where it is observed: around core.generate."""
+"""The gateway's metrics, and the one place that observes them: around `Core.generate`."""
 
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from common.errors import Internal, ServingError
 from common.logs import get_logger
-from services.gateway.generation import Core, Ended, Event, GenerationRequest, Piece
+from services.gateway.generation import Core, Ended, GenerationEvent, GenerationRequest, Piece
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -16,108 +17,97 @@ LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 
 class Metrics:
-    """The collectors, on a registry of their own."""
+    """All metrics of the gateway, in one registry."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self) -> None:
         disable_created_metrics()
-        self.registry = registry = registry or CollectorRegistry()
-        self.requests = Counter(
-            "twinlens_requests",
-            "Admitted requests, by how they ended.",
-            ["outcome"],
-            registry=registry,
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter(
+            "twinlens_requests", "Admitted requests, by how they ended.", ["outcome"]
         )
-        self.rejections = Counter(
-            "twinlens_rejections",
-            "Requests that were not admitted, by cause.",
-            ["reason"],
-            registry=registry,
+        self.rejections = counter(
+            "twinlens_rejections", "Requests that were refused at admission, by cause.", ["reason"]
         )
-        self.waiting = Gauge(
-            "twinlens_requests_waiting",
-            "Requests admitted and without their first token.",
-            registry=registry,
+        self.waiting = gauge(
+            "twinlens_requests_waiting", "Admitted requests that have no token yet."
         )
-        self.attempts = Counter(
-            "twinlens_attempts", "Ways through the stages that requests began.", registry=registry
+        self.in_flight = gauge(
+            "twinlens_requests_in_flight", "Admitted requests that have not ended."
         )
-        self.failovers = Counter(
+        self.attempts = counter(
+            "twinlens_attempts", "Attempts started: one for each request, and one for each retry."
+        )
+        self.failovers = counter(
             "twinlens_failovers",
-            "Attempts that were lost and begun anew, by the stage that was gone.",
+            "Attempts that were lost and retried, by the stage that was lost or not reachable.",
             ["stage"],
-            registry=registry,
         )
-        self.in_flight = Gauge(
-            "twinlens_requests_in_flight", "Requests admitted and not ended.", registry=registry
-        )
-        self.first_token = Histogram(
+        self.first_token = histogram(
             "twinlens_time_to_first_token_seconds",
-            "From the door to the first token.",
+            "Seconds from the arrival of a request to its first token.",
             buckets=FIRST_TOKEN_BUCKETS,
-            registry=registry,
         )
-        self.duration = Histogram(
+        self.duration = histogram(
             "twinlens_request_duration_seconds",
-            "From the door to the end.",
+            "Seconds from the arrival of a request to its end.",
             buckets=DURATION_BUCKETS,
-            registry=registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token = histogram(
             "twinlens_inter_token_latency_seconds",
-            "Between pieces, per token.",
+            "Seconds between two pieces of an answer, per token of the later piece.",
             buckets=LATENCY_BUCKETS,
-            registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "twinlens_prompt_tokens", "Prompt tokens of answered requests.", registry=registry
+        self.prompt_tokens = counter(
+            "twinlens_prompt_tokens", "Prompt tokens of answered requests."
         )
-        self.generation_tokens = Counter(
-            "twinlens_generation_tokens", "Tokens generated.", registry=registry
-        )
-        self.image_tokens = Counter(
-            "twinlens_image_tokens", "Prompt tokens that stand for images.", registry=registry
-        )
+        self.generation_tokens = counter("twinlens_generation_tokens", "Output tokens generated.")
+        self.image_tokens = counter("twinlens_image_tokens", "Prompt tokens that stand for images.")
 
 
-class Observed:
-    """A request's events, observed as they pass."""
+class ObservedEvents:
+    """The events of one request, which are measured as they pass."""
 
-    def __init__(self, events: AsyncIterator[Event], metrics: Metrics, began: float) -> None:
-        self.events = events
-        self.metrics = metrics
+    def __init__(
+        self, events: AsyncIterator[GenerationEvent], metrics: Metrics, began: float
+    ) -> None:
         self.began = began
-        self.last_token: float | None = None
         self.outcome = "aborted"
+        self._events = events
+        self._metrics = metrics
+        self._last_token: float | None = None
 
-    def __aiter__(self) -> "Observed":
+    def __aiter__(self) -> "ObservedEvents":
         return self
 
-    async def __anext__(self) -> Event:
-        event = await self.events.__anext__()
+    async def __anext__(self) -> GenerationEvent:
+        event = await self._events.__anext__()
         match event:
             case Piece(token_ids=ids) if ids:
-                self.observe_tokens(len(ids))
+                self._observe_tokens(len(ids))
             case Ended():
-                self.observe_end(event)
+                self._observe_end(event)
         return event
 
-    def observe_tokens(self, count: int) -> None:
+    def _observe_tokens(self, count: int) -> None:
         now = time.monotonic()
-        if self.last_token is None:
-            self.metrics.first_token.observe(now - self.began)
+        if self._last_token is None:
+            self._metrics.first_token.observe(now - self.began)
         else:
-            self.metrics.inter_token.observe((now - self.last_token) / count)
-        self.last_token = now
-        self.metrics.generation_tokens.inc(count)
+            self._metrics.inter_token.observe((now - self._last_token) / count)
+        self._last_token = now
+        self._metrics.generation_tokens.inc(count)
 
-    def observe_end(self, event: Ended) -> None:
+    def _observe_end(self, event: Ended) -> None:
         self.outcome = event.finish_reason
-        self.metrics.prompt_tokens.inc(event.usage.prompt_tokens)
-        self.metrics.image_tokens.inc(event.usage.image_tokens)
+        self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
+        self._metrics.image_tokens.inc(event.usage.image_tokens)
 
 
 class MeasuredCore:
-    """A Core whose every request is counted, and whose only errors are ServingErrors."""
+    """A Core that counts every request and raises only ServingErrors."""
 
     def __init__(self, core: Core, metrics: Metrics | None = None) -> None:
         self.core = core
@@ -132,7 +122,9 @@ class MeasuredCore:
         return self.core.is_draining
 
     @asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         began = time.monotonic()
         async with AsyncExitStack() as stack:
             try:
@@ -141,13 +133,15 @@ class MeasuredCore:
             except ServingError as error:
                 self.metrics.rejections.labels(error.cause or error.code).inc()
                 raise
-            with self.counted(Observed(events, self.metrics, began)) as observed:
+            with self._counted(ObservedEvents(events, self.metrics, began)) as observed:
                 yield observed
 
     @contextmanager
-    def counted(self, observed: Observed) -> Iterator[Observed]:
-        """From admission to the end, whichever it is; what the reader of the events raises passes
-        here, too."""
+    def _counted(self, observed: ObservedEvents) -> Iterator[ObservedEvents]:
+        """Count an admitted request as in flight inside the block, and its outcome after it.
+
+        An error that the reader of the events raises counts as the outcome, too.
+        """
         self.metrics.in_flight.inc()
         try:
             with serving_errors_only():
@@ -163,14 +157,11 @@ class MeasuredCore:
 
 @contextmanager
 def serving_errors_only() -> Iterator[None]:
-    """An unexpected error, which is our own mistake, is logged and becomes Internal: a client is
-    told that there was one."""
+    """Log any other error, which is a bug in the gateway, and raise Internal in its place."""
     try:
         yield
     except ServingError:
         raise
     except Exception as error:
         get_logger().exception("unexpected error")
-        raise Internal(
-            "an unexpected error in the gateway; its log tells more", stage="gateway"
-        ) from error
+        raise Internal("unexpected error in the gateway; see its log", stage="gateway") from error

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP door."""
+"""The OpenAI-compatible HTTP API."""
 
 import asyncio
 import math
@@ -33,7 +33,7 @@ STREAM_HEADERS = {
 
 
 def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlette:
-    info = Information(core)
+    info = InfoEndpoints(core)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(core, max_body_bytes), methods=["POST"]),
@@ -45,7 +45,7 @@ def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlett
             Route("/metrics", info.metrics),
             Route("/version", info.version),
         ],
-        middleware=[Middleware(RequestBoundary, core=core)],
+        middleware=[Middleware(RequestMiddleware, core=core)],
         exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False
@@ -65,21 +65,20 @@ async def on_serving_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """No such route, or not with this method."""
+    """Return the error of a path that does not exist, or that does not accept the method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
+    detail = error.detail.lower()
     body = {
-        "message": message,
+        "message": f"{request.method} {request.scope['path']}: {detail}",
         "type": "invalid_request_error",
         "param": None,
-        "code": error.detail.lower().replace(" ", "_"),
+        "code": detail.replace(" ", "_"),
     }
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
-class RequestBoundary:
-    """Around every request: it gets an id, which every answer carries, and what nobody expected
-    becomes an answer, too."""
+class RequestMiddleware:
+    """Gives each request an id, which every response carries, and responds to unexpected errors."""
 
     def __init__(self, app: ASGIApp, core: MeasuredCore) -> None:
         self.app = app
@@ -111,21 +110,21 @@ class RequestBoundary:
                 await error_response(error)(scope, receive, send_with_id)
 
 
-class Information:
-    """What can be asked beside completions."""
+class InfoEndpoints:
+    """The endpoints that describe the model and the gateway."""
 
     def __init__(self, core: MeasuredCore) -> None:
         self.core = core
         self.created = int(time.time())
 
     def describe_model(self) -> dict[str, Any]:
-        described = {
+        return {
             "id": self.core.model_name,
             "object": "model",
             "created": self.created,
             "owned_by": "twinlens",
+            "max_model_len": self.core.max_model_len(),
         }
-        return described | {"max_model_len": self.core.max_model_len()}
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.describe_model()]})
@@ -153,42 +152,44 @@ class Information:
 
 
 class ChatCompletions:
-    """POST /v1/chat/completions as an ASGI application: one task enters the core's context,
-    answers, and leaves it, and that task is cancelled when the client hangs up, whatever it
-    waits for."""
+    """POST /v1/chat/completions as an ASGI application.
+
+    One task enters the core's context, sends the response and leaves the context. The task is
+    cancelled when the client disconnects, whatever it waits for.
+    """
 
     def __init__(self, core: Core, max_body_bytes: int) -> None:
         self.core = core
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation, answer, streamed = await self.read(Request(scope, receive))
-        if streamed:
-            work = self.stream(generation, answer, send)
+        generation, writer, is_streamed = await self._read(Request(scope, receive))
+        if is_streamed:
+            work = self._send_stream(generation, writer, send)
         else:
-            work = self.whole(generation, answer, scope, receive, send)
-        await unless_disconnected(work, receive)
+            work = self._send_whole(generation, writer, scope, receive, send)
+        await cancel_on_disconnect(work, receive)
 
-    async def read(self, request: Request) -> tuple[GenerationRequest, sse.Answer, bool]:
-        """The body is not kept: beside the generation's images it may be tens of megabytes."""
+    async def _read(self, request: Request) -> tuple[GenerationRequest, sse.CompletionWriter, bool]:
+        """Read the request. Its body is not kept, because it may have tens of megabytes."""
         timeout = read_timeout(request.headers.get("x-request-timeout"))
         chat = parse_chat(await read_body(request, self.max_body_bytes))
         self.core.check_model(chat.model)
         request_id = request.scope["request_id"]
         generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
-        answer = sse.Answer(
+        writer = sse.CompletionWriter(
             request_id,
             self.core.model_name,
             with_ids=bool(chat.return_token_ids),
             with_logprobs=bool(chat.logprobs),
             with_usage=chat.include_usage,
         )
-        return generation, answer, bool(chat.stream)
+        return generation, writer, bool(chat.stream)
 
-    async def whole(
+    async def _send_whole(
         self,
         generation: GenerationRequest,
-        answer: sse.Answer,
+        writer: sse.CompletionWriter,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -202,12 +203,17 @@ class ChatCompletions:
                     case Piece():
                         pieces.append(event)
                     case Ended():
-                        body = answer.whole(began, pieces, event)
+                        body = writer.whole(began, pieces, event)
         await JSONResponse(body)(scope, receive, send)
 
-    async def stream(self, generation: GenerationRequest, answer: sse.Answer, send: Send) -> None:
-        """Nothing is sent before Began, so that whatever fails until then is an HTTP error; later
-        it is an event."""
+    async def _send_stream(
+        self, generation: GenerationRequest, writer: sse.CompletionWriter, send: Send
+    ) -> None:
+        """Send the events of an answer.
+
+        Nothing is sent before Began, so an earlier failure is an HTTP error. A later one is an
+        event of the stream.
+        """
         started = False
         try:
             async with self.core.generate(generation) as events:
@@ -216,15 +222,15 @@ class ChatCompletions:
                         case Began():
                             started = True
                             await start_stream(send)
-                            await send_body(send, answer.first(event))
+                            await send_body(send, writer.first_chunk(event))
                         case Piece():
-                            await send_body(send, answer.piece(event))
+                            await send_body(send, writer.piece_chunk(event))
                         case Ended():
-                            tail = answer.last(event)
+                            tail = writer.last_chunks(event)
         except ServingError as error:
             if not started:
                 raise
-            tail = sse.event(sse.error_body(error))
+            tail = sse.sse_event(sse.error_body(error))
         await send({"type": "http.response.body", "body": tail + sse.DONE})
 
 
@@ -239,8 +245,16 @@ async def send_body(send: Send, body: bytes) -> None:
 
 
 async def read_body(request: Request, limit: int) -> bytearray:
-    """What is somewhat too long is read to its end and dropped: a client that still sends would not
-    see the answer."""
+    """Return the body of the request.
+
+    A body of up to four times the limit is read to its end and dropped, because a client that still
+    sends would not see the response. Reading stops beyond that.
+
+    Raises
+    ------
+    TooLarge
+        if the body has more than `limit` bytes.
+    """
     body = bytearray()
     size = 0
     async for chunk in request.stream():
@@ -257,6 +271,7 @@ async def read_body(request: Request, limit: int) -> bytearray:
 
 
 def read_timeout(header: str | None) -> float | None:
+    """Return the seconds in the X-Request-Timeout header, or None if it is absent."""
     if header is None:
         return None
     try:
@@ -270,21 +285,23 @@ def read_timeout(header: str | None) -> float | None:
     return seconds
 
 
-async def unless_disconnected(work: Awaitable[None], receive: Receive) -> None:
-    """Ends with the work, or cancels it when the client hangs up first. The request's body must
-    have been read."""
-    answering = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(disconnected(receive))
+async def cancel_on_disconnect(work: Awaitable[None], receive: Receive) -> None:
+    """Wait for the work, and cancel it if the client disconnects first.
+
+    The body of the request must have been read before.
+    """
+    working = asyncio.ensure_future(work)
+    disconnecting = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            answering.result()
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
     finally:
-        for task in (answering, leaving):
+        for task in (working, disconnecting):
             task.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnecting, return_exceptions=True)
 
 
-async def disconnected(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,25 +1,31 @@
-"""How fast waiting requests come to their first token: what a Retry-After is computed from."""
+"""How fast waiting requests get their first token. Retry-After is computed from it."""
 
 SHARE_OF_NEWEST = 0.1
+"""Weight of the newest interval in the moving average."""
 
 
 class Pace:
-    """Times are seconds of a monotonic clock, given by the caller."""
+    """A moving average of the interval between two first tokens.
+
+    Times are seconds of a monotonic clock, which the caller passes in.
+    """
 
     def __init__(self) -> None:
         self._interval: float | None = None
         self._last: float | None = None
+        """When the last first token came; None if no request has waited since."""
 
-    def first_token(self, now: float, num_waiting: int) -> None:
-        """One that waited has its first token, and so many still wait. Only what passes while some
-        wait is the system's pace."""
+    def on_first_token(self, now: float, num_waiting: int) -> None:
+        """Record that a request got its first token while `num_waiting` others still wait.
+
+        Time in which no request waits does not count, because it says nothing about the pace.
+        """
         if self._last is not None:
-            passed = now - self._last
-            old = passed if self._interval is None else self._interval
-            self._interval = old + SHARE_OF_NEWEST * (passed - old)
+            newest = now - self._last
+            average = newest if self._interval is None else self._interval
+            self._interval = average + SHARE_OF_NEWEST * (newest - average)
         self._last = now if num_waiting else None
 
     def expected_wait(self, num_waiting: int) -> float:
-        """Seconds until so many waiting requests have their first tokens; 0 while nothing was
-        measured."""
+        """Return the seconds until this many requests have their first token; 0 if unknown."""
         return num_waiting * (self._interval or 0.0)

@@ -11,68 +11,97 @@ from proto.twinlens.control.v1 import control_pb2
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
-REMEMBERED_PEERS = 32
+MAX_PEERS_WITH_UNSENT_ABORTS = 32
+"""The gateway keeps aborts for at most this many disconnected members."""
 
 
 class Peers:
+    """What the gateway knows about other members, from its connections and from the controller."""
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._up: dict[str, PeerUp] = {}
+        self._connected: dict[str, PeerUp] = {}
         self._draining: set[str] = set()
         self._released: set[str] = set()
-        self._lost_at: dict[str, float] = {}
-        """By role: when the last one of it went."""
+        self._last_lost_at: dict[str, float] = {}
+        """By role: when the last connected member of the role was lost."""
         self._members: list[control_pb2.Member] = []
-        self._unheard: dict[str, list[Abort]] = {}
+        """Every live member that the controller knows."""
+        self._unsent_aborts: dict[str, list[Abort]] = {}
+        """By member: the aborts that were due while it was disconnected."""
         self.links: Sender[GatewayOutbound]
 
-    # What the connections tell
+    # Events of the connections and of the controller
 
     def on_members(self, members: list[control_pb2.Member]) -> None:
+        """Store the members that the controller knows."""
         self._members = [m for m in members if m.state != DEAD]
 
-    def add(self, up: PeerUp) -> None:
-        self._up[up.peer_id] = up
-        for abort in self._unheard.pop(up.peer_id, []):
+    def on_peer_up(self, up: PeerUp) -> None:
+        """Store a connected member and send it the aborts that it missed."""
+        self._connected[up.peer_id] = up
+        for abort in self._unsent_aborts.pop(up.peer_id, []):
             self.links.send(up.peer_id, abort)
 
-    def remove(self, down: PeerDown) -> None:
+    def on_peer_down(self, down: PeerDown) -> None:
+        """Forget a disconnected member."""
         self._draining.discard(down.peer_id)
         self._released.discard(down.peer_id)
-        if self._up.pop(down.peer_id, None) and not self.connected(down.role):
-            self._lost_at[down.role] = self._clock()
+        if self._connected.pop(down.peer_id, None) and not self.connected(down.role):
+            self._last_lost_at[down.role] = self._clock()
 
-    def drain(self, peer_id: str) -> None:
-        if peer_id in self._up:
+    def on_peer_draining(self, peer_id: str) -> None:
+        """Mark a member as draining: it gets new work only if no other member can take it."""
+        if peer_id in self._connected:
             self._draining.add(peer_id)
 
-    def release(self, peer_id: str) -> None:
-        """It drains, and is told once that it need not wait for us."""
+    # Messages
+
+    def send_released(self, peer_id: str) -> None:
+        """Tell a draining member, once, that it need not wait for this gateway."""
         if peer_id not in self._released:
             self._released.add(peer_id)
             self.links.send(peer_id, Released())
 
-    # What is asked
+    def send_abort(self, peer_id: str, abort: Abort) -> None:
+        """Send an abort to a member, and once more if it is disconnected and comes back.
+
+        A member that froze for a moment comes back under the same id. By then it may hold what the
+        gateway has given up, or receive it late over another connection.
+        """
+        if peer_id not in self._connected:
+            self._unsent_aborts.setdefault(peer_id, []).append(abort)
+            if len(self._unsent_aborts) > MAX_PEERS_WITH_UNSENT_ABORTS:
+                del self._unsent_aborts[next(iter(self._unsent_aborts))]
+        self.links.send(peer_id, abort)
+
+    # Queries
 
     def connected(self, role: str) -> list[str]:
-        return [peer_id for peer_id, up in self._up.items() if up.role == role]
+        """Return the ids of the connected members of a role."""
+        return [peer_id for peer_id, up in self._connected.items() if up.role == role]
 
     def draining(self, role: str) -> list[str]:
+        """Return the ids of the connected members of a role that are draining."""
         return [peer_id for peer_id in self.connected(role) if peer_id in self._draining]
 
-    def missing(self, since: float | None = None) -> list[str]:
-        """The stages without anyone to give work to; with `since`, those for so many seconds or
-        from the start on."""
+    def missing(self, min_seconds: float | None = None) -> list[str]:
+        """Return the stages without a connected member.
+
+        With `min_seconds`, a stage that lost its last member more recently than that is left out.
+        """
         missing = [role for role in CONNECTED_STAGES if not self.connected(role)]
-        if since is None:
+        if min_seconds is None:
             return missing
+        now = self._clock()
         return [
             role
             for role in missing
-            if role not in self._lost_at or self._clock() - self._lost_at[role] > since
+            if role not in self._last_lost_at or now - self._last_lost_at[role] > min_seconds
         ]
 
     def unready_reason(self) -> str:
+        """Return which stages are not ready or not connected; empty if every stage is."""
         missing = [
             role
             for role in STAGES
@@ -82,35 +111,24 @@ class Peers:
         return f"no {' and no '.join(missing)} is ready" if missing else ""
 
     def max_model_len(self) -> int | None:
-        return (
-            max(
-                (m.max_model_len for m in self._members if m.role == "llm" and m.state == READY),
-                default=0,
-            )
-            or None
-        )
+        """Return the longest context of all ready language groups, or None if none is ready."""
+        lengths = [m.max_model_len for m in self._members if m.role == "llm" and m.state == READY]
+        return max(lengths, default=0) or None
 
     def choose(self, role: str, holders: Iterable[str]) -> Peer:
-        """Of the connected ones, the one that holds the fewest of our requests; not one that
-        drains, and ready ones first."""
+        """Return the connected member of the role that holds the fewest of this gateway's requests.
+
+        `holders` has the id of a member for each request that the member holds. A draining member
+        is the last resort, and a ready member is preferred to one that is not.
+        """
         connected = self.connected(role)
-        held = Counter(holders)
+        num_held = Counter(holders)
         lasting = [peer_id for peer_id in connected if peer_id not in self._draining] or connected
         ready = {m.id for m in self._members if m.state == READY}
-        best = min(
-            [peer_id for peer_id in lasting if peer_id in ready] or lasting, key=held.__getitem__
-        )
-        return Peer(best, self._up[best].address)
+        candidates = [peer_id for peer_id in lasting if peer_id in ready] or lasting
+        best = min(candidates, key=num_held.__getitem__)
+        return Peer(best, self._connected[best].address)
 
-    def to_avoid(self, lost: str) -> str:
-        """Another language group than this one, where there is another."""
+    def group_to_avoid(self, lost: str) -> str:
+        """Return `lost` if another language group is connected; empty if there is no choice."""
         return lost if any(peer_id != lost for peer_id in self.connected("llm")) else ""
-
-    def abort(self, peer_id: str, abort: Abort) -> None:
-        """A member that was frozen for a moment comes back under its id, and may hold, or still
-        get, what we gave up."""
-        if peer_id not in self._up:
-            self._unheard.setdefault(peer_id, []).append(abort)
-            if len(self._unheard) > REMEMBERED_PEERS:
-                del self._unheard[next(iter(self._unheard))]
-        self.links.send(peer_id, abort)

@@ -1,4 +1,4 @@
-"""What the gateway knows of a request under way."""
+"""What the gateway knows about each request in flight."""
 
 import asyncio
 import json
@@ -8,33 +8,41 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import ServingError, Unavailable
-from common.messages import Delta, Item, Peer, Submit
+from common.messages import Abort, Delta, Item, Peer, Submit
 from common.wire import Tensor
-from services.gateway.generation import Ended, Event, GenerationRequest, Piece
+from services.gateway.generation import Ended, GenerationEvent, GenerationRequest, Piece
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One way of a request through the stages. `preprocess`, `detokenizer` and `llm` are the ids of
-    those who hold it; none holds it while it waits for one of each."""
+    """One pass of a request through the stages.
+
+    `preprocess`, `detokenizer` and `llm` are the ids of the members that hold the request. They are
+    empty while the request waits for a member of each stage.
+    """
 
     number: int
     preprocess: str = ""
     detokenizer: str = ""
     llm: str = ""
-    early: list[Delta] = field(default_factory=list)
-    """Came before Routed, by another connection."""
+    early_deltas: list[Delta] = field(default_factory=list)
+    """Deltas that arrived before Routed, which comes over another connection."""
     is_encoded: bool = False
-    """The language group has the prompt and every image."""
+    """Whether the language group has the prompt and the embeddings of every image."""
     is_answering: bool = False
+    """Whether a token of this attempt has arrived."""
 
     @property
     def needs_preprocess(self) -> bool:
-        """It keeps the images until they are taken, which they all are when the first token is
-        there."""
+        """Whether the loss of preprocess would lose the attempt.
+
+        Preprocess keeps the images until the language group has their embeddings. The first token
+        proves that it has all of them.
+        """
         return not (self.is_encoded or self.is_answering)
 
     def depends_on(self, peer_id: str) -> bool:
+        """Return whether the attempt is lost if this member is lost."""
         return peer_id in (self.llm, self.detokenizer) or (
             peer_id == self.preprocess and self.needs_preprocess
         )
@@ -42,34 +50,39 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """All that the gateway knows of a request under way: enough to begin it anew anywhere, after
-    the tokens the client has."""
+    """Everything needed to retry a request on other members after the tokens already delivered."""
 
     request: GenerationRequest
     id: str
-    """Among the stages, which serve several gateways: the client's own may be another's, too."""
+    """The name of the request in the stages. It is unique among all gateways, which the id that
+    the client chose need not be."""
     timeout: float
+    """Seconds from admission to the deadline."""
     attempt: Attempt = field(default_factory=lambda: Attempt(0))
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] = field(default_factory=list)
-    events: asyncio.Queue[Event | ServingError] = field(default_factory=asyncio.Queue)
+    """Every output token received so far, from all attempts."""
+    events: asyncio.Queue[GenerationEvent | ServingError] = field(default_factory=asyncio.Queue)
+    """Events that the API server has not taken yet. An error is the last one."""
     admitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
+    """The time of the first token, on the monotonic clock."""
     avoid: str = ""
     """The language group that the last attempt was lost with."""
     losses: int = 0
-    """Members that were lost with the request in hand."""
+    """The number of attempts lost because a member was lost."""
     losses_without_token: int = 0
-    """Of them those since the last token."""
+    """The number of such losses since the last token."""
     retries: int = 0
-    """Since the last token, because one stage could not reach another."""
+    """The number of retries since the last token because a stage could not reach its peer."""
     interruption: Unavailable | None = None
-    """Why there is no answer just now, until the next token."""
+    """Why the answer was interrupted; None once a token of the new attempt arrives."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    """Pending timers by name: deadline, patience and retry."""
 
     @property
     def stage(self) -> str:
-        """Where the request is, as far as the gateway was told."""
+        """The stage that works on the request, as far as the gateway knows."""
         attempt = self.attempt
         if not attempt.preprocess:
             return "gateway"
@@ -77,8 +90,13 @@ class Record:
             return "preprocess"
         return "vision" if self.request.images and attempt.needs_preprocess else "llm"
 
-    def submit(self, detokenizer: Peer, avoid: str) -> Submit:
+    def submit_message(self, detokenizer: Peer, avoid: str) -> Submit:
+        """Return the message that starts the current attempt.
+
+        `avoid` is the id of a language group that preprocess should not choose; it may be empty.
+        """
         request = self.request
+        delivered = Tensor.of(np.array(self.token_ids, np.int64)) if self.token_ids else None
         return Submit(
             request_id=self.id,
             attempt=self.attempt.number,
@@ -92,38 +110,42 @@ class Record:
             return_prompt_token_ids=request.return_prompt_token_ids,
             guide_kind=request.guide_kind,
             guide=Tensor.of_text(request.guide) if request.guide else None,
-            output_token_ids=Tensor.of(np.array(self.token_ids, np.int64))
-            if self.token_ids
-            else None,
+            output_token_ids=delivered,
             avoid=avoid,
         )
 
-    def extend(self, delta: Delta) -> None:
+    def abort_message(self) -> Abort:
+        """Return the message that cancels the current attempt."""
+        return Abort(request_id=self.id, attempt=self.attempt.number)
+
+    def add_tokens(self, delta: Delta) -> None:
+        """Store the tokens of the delta and pass them to the client."""
         ids = delta.token_ids.numpy().tolist()
         self.token_ids += ids
         logprobs = json.loads(delta.logprobs.bytes()) if delta.logprobs else []
         self.events.put_nowait(Piece(delta.offset, ids, delta.text.text(), logprobs))
 
-    def end(self, delta: Delta) -> float:
-        """Gives the seconds since the admission."""
+    def finish(self, delta: Delta) -> float:
+        """Pass the end of the answer to the client and return the seconds since admission."""
         assert delta.timings is not None and self.first_token is not None
         total = time.monotonic() - self.admitted
         own = {
             "time_to_first_token_seconds": self.first_token - self.admitted,
             "total_seconds": total,
         }
-        self.events.put_nowait(
-            Ended(delta.finish_reason, delta.usage, json.loads(delta.timings.bytes()) | own)
-        )
+        timings = json.loads(delta.timings.bytes()) | own
+        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, timings))
         return total
 
     def cancel_timers(self, *names: str) -> None:
+        """Cancel the timers with these names, or all timers if no name is passed."""
         for name in names or tuple(self.timers):
             if timer := self.timers.pop(name, None):
                 timer.cancel()
 
 
 def prompt_tensor(request: GenerationRequest) -> Tensor:
+    """Return the prompt as it travels: int64 [n] for token ids, uint8 [bytes] for messages."""
     if request.prompt_kind == "token_ids":
         return Tensor("int64", (len(request.prompt) // 8,), request.prompt)
     return Tensor.of_bytes(request.prompt)

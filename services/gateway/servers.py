@@ -1,4 +1,4 @@
-"""The two ports: opened together, drained together, closed together."""
+"""The HTTP and gRPC servers of the gateway, which are started, drained and closed together."""
 
 import asyncio
 import contextlib
@@ -16,22 +16,24 @@ from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.schema import MAX_TIMEOUT
-from services.gateway.slow_readers import READ_SECONDS, ReadersWatched
+from services.gateway.slow_readers import READ_SECONDS, ReadDeadlineProtocol
 
 CLOSE_SECONDS = 1.0
-"""For the last bytes of answers to leave."""
+"""How long the last bytes of answers may take to leave when the servers close."""
 
 
-class Http(uvicorn.Server):
-    """uvicorn inside our loop: the process's signals are not its business. It closes idle
-    connections at its end, waits for the others, and is cancelled where that takes too long."""
+class HttpServer(uvicorn.Server):
+    """uvicorn inside the gateway's asyncio loop; it leaves signals to the process.
+
+    When it ends, it closes idle connections and waits for the others. The caller cancels it if that
+    takes too long.
+    """
 
     def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, http=ReadersWatched, lifespan="off", log_config=None, access_log=False
-            )
+        config = uvicorn.Config(
+            app, http=ReadDeadlineProtocol, lifespan="off", log_config=None, access_log=False
         )
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,70 +41,80 @@ class Http(uvicorn.Server):
 
 
 class ApiServers:
-    def __init__(self, http: Http, serving: asyncio.Task[None], server: grpc.aio.Server) -> None:
+    """The running servers. `http_task` ends when the HTTP server has ended."""
+
+    def __init__(
+        self, http: HttpServer, http_task: asyncio.Task[None], grpc_server: grpc.aio.Server
+    ) -> None:
         self._http = http
-        self._serving = serving
-        self._server = server
+        self._http_task = http_task
+        self._grpc_server = grpc_server
 
     async def drain(self, idle: asyncio.Event) -> None:
-        """Nobody new comes in; returns when everybody has been answered, but for who does not read
-        his answer. `idle` is set while no request is under way."""
+        """Accept no more requests, and return once every request has been answered.
+
+        Clients that do not read their answers are not waited for. `idle` is set while no request is
+        in flight.
+        """
         self._http.should_exit = True
-        leaving = {self._serving, asyncio.create_task(self._server.stop(MAX_TIMEOUT))}
-        while leaving:
+        ending = {self._http_task, asyncio.create_task(self._grpc_server.stop(MAX_TIMEOUT))}
+        while ending:
             await idle.wait()
-            _, leaving = await asyncio.wait(leaving, timeout=READ_SECONDS)
+            _, ending = await asyncio.wait(ending, timeout=READ_SECONDS)
             if idle.is_set():
                 return
 
     async def close(self) -> None:
+        """End both servers and the calls in flight."""
         self._http.should_exit = True
-        await asyncio.wait(
-            {self._serving, asyncio.create_task(self._server.stop(CLOSE_SECONDS))},
-            timeout=CLOSE_SECONDS,
-        )
-        self._serving.cancel()
-        await self._server.stop(None)
+        stopping = asyncio.create_task(self._grpc_server.stop(CLOSE_SECONDS))
+        await asyncio.wait({self._http_task, stopping}, timeout=CLOSE_SECONDS)
+        self._http_task.cancel()
+        await self._grpc_server.stop(None)
 
 
 @contextlib.asynccontextmanager
 async def start_api_servers(
     settings: GatewaySettings, core: MeasuredCore
 ) -> AsyncIterator[ApiServers]:
-    """Listens on both ports until the block is left.
+    """Serve HTTP and gRPC on their ports until the block is left.
 
     Raises
     ------
     CannotStart
-        where a port cannot be had.
+        if one of the ports cannot be opened.
     """
     async with grpc.aio.insecure_channel(settings.controller) as channel:
         max_body_bytes = settings.max_body_mib << 20
-        server = create_server(core, channel, max_body_bytes)
-        address = host_port(settings.host, settings.grpc_port)
-        try:
-            assert server.add_insecure_port(address)
-        except RuntimeError as e:
-            raise CannotStart(
-                f"cannot listen on {address}: free it, or give another --grpc-port"
-            ) from e
+        grpc_server = create_server(core, channel, max_body_bytes)
+        add_port(grpc_server, host_port(settings.host, settings.grpc_port))
         listener = listen(settings.host, settings.http_port)
-        await server.start()
-        http = Http(create_app(core, max_body_bytes))
-        doors = ApiServers(http, asyncio.create_task(http.serve([listener])), server)
+        await grpc_server.start()
+        http = HttpServer(create_app(core, max_body_bytes))
+        servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server)
         try:
-            yield doors
+            yield servers
         finally:
-            await doors.close()
+            await servers.close()
+
+
+def add_port(grpc_server: grpc.aio.Server, address: str) -> None:
+    try:
+        assert grpc_server.add_insecure_port(address)
+    except RuntimeError as e:
+        raise CannotStart(
+            f"cannot listen on {address}: free the port, or set another --grpc-port"
+        ) from e
 
 
 def listen(host: str, port: int) -> socket.socket:
     try:
         listener = bound_socket(host, port)
-        listener.listen()  # before it is served, so that nobody who knows of the door is refused
+        # Listening before serving means that no client is refused once the port is known.
+        listener.listen()
         return listener
     except OSError as e:
         raise CannotStart(
-            f"cannot listen on {host_port(host, port)} ({e.strerror}): free it, or give another "
-            "--http-port"
+            f"cannot listen on {host_port(host, port)} ({e.strerror}): free the port, or set "
+            "another --http-port"
         ) from e

@@ -1,5 +1,8 @@
-"""Clients that do not read what they asked for are cut off, so that nothing is kept for them for
-ever."""
+"""Cuts off HTTP clients that do not read their answers, so that what is kept for them is bounded.
+
+uvicorn stops writing while bytes are unread. What is then kept for a client is one write and what
+the kernel's socket buffer holds, because the transport asks for a pause as soon as a byte waits.
+"""
 
 import asyncio
 import socket
@@ -11,24 +14,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from common.logs import get_logger
 
 READ_SECONDS = 30.0
-READ_BYTES = 16 * 1024
-"""A client that leaves bytes waiting must take so many in READ_SECONDS, or all of them."""
+"""How long a client may leave bytes unread before it is cut off."""
+MIN_READ_BYTES = 16 * 1024
+"""A client that reads this many bytes in READ_SECONDS, or all of them, is not cut off."""
+
+LINGER_ZERO = struct.pack("ii", 1, 0)
+"""Value of SO_LINGER with which closing a socket also drops what the kernel holds for it."""
 
 
-RESET = struct.pack("ii", 1, 0)
-"""Closing the socket drops what the kernel holds for it, too."""
-
-
-class ReadersWatched(HttpToolsProtocol):
-    """uvicorn's HTTP, which writes no more while bytes lie unread, and here ends a connection on
-    which they lie too long.
-
-    What is kept for a client is what the kernel takes and one write: the transport calls for a
-    pause as soon as anything waits.
-    """
+class ReadDeadlineProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with a deadline for clients that leave bytes unread."""
 
     read_seconds = READ_SECONDS
-    _watch: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -36,31 +34,30 @@ class ReadersWatched(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._look_again(self.transport.get_write_buffer_size())
+        self._start_read_timer(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_watch()
+        self._cancel_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._cancel_watch()
+        self._cancel_read_timer()
 
-    def _look_again(self, unread: int) -> None:
-        self._watch = self.loop.call_later(self.read_seconds, self._look, unread)
+    def _start_read_timer(self, unread: int) -> None:
+        self._read_timer = self.loop.call_later(self.read_seconds, self._check_progress, unread)
 
-    def _look(self, unread_before: int) -> None:
+    def _check_progress(self, unread_before: int) -> None:
         unread = self.transport.get_write_buffer_size()
-        if unread_before - unread < READ_BYTES:
+        if unread_before - unread < MIN_READ_BYTES:
             get_logger().warning("cut off a client that does not read", unread=unread)
-            self.transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, RESET
-            )
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ZERO)
             self.transport.abort()
         else:
-            self._look_again(unread)
+            self._start_read_timer(unread)
 
-    def _cancel_watch(self) -> None:
-        if self._watch:
-            self._watch.cancel()
-            self._watch = None
+    def _cancel_read_timer(self) -> None:
+        if self._read_timer:
+            self._read_timer.cancel()
+            self._read_timer = None

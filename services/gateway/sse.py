@@ -1,4 +1,4 @@
-"""An answer as OpenAI's clients read it: whole, or as server-sent events."""
+"""The bodies of chat completions and errors as OpenAI's clients read them, whole or streamed."""
 
 import json
 import time
@@ -8,8 +8,8 @@ from common.errors import ServingError
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
 
-# "\n\n" and nothing else between events: a widely used benchmark splits there and loses what comes
-# with "\r\n".
+# Events end with "\n\n" only: a widely used benchmark splits there and loses events that end with
+# "\r\n\r\n".
 DONE = b"data: [DONE]\n\n"
 
 ERROR_CODES = {
@@ -22,32 +22,35 @@ ERROR_CODES = {
     "DeadlineExceeded": "deadline_exceeded",
     "Internal": "internal_error",
 }
+"""The `code` of an error body by the class in common.errors."""
 
 
-def event(data: dict[str, Any]) -> bytes:
-    return (
-        b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+def sse_event(data: dict[str, Any]) -> bytes:
+    """Return one server-sent event with the data as JSON."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
+
+
+def error_type(error: ServingError) -> str:
+    """Return OpenAI's name for the class of the error."""
+    if error.http_status == 429:
+        return "rate_limit_error"
+    return "server_error" if error.http_status >= 500 else "invalid_request_error"
 
 
 def error_body(error: ServingError) -> dict[str, Any]:
-    kind = (
-        "rate_limit_error"
-        if error.http_status == 429
-        else "server_error"
-        if error.http_status >= 500
-        else "invalid_request_error"
-    )
-    body = {
+    """Return OpenAI's error object, with `stage` and `image` if the error names them."""
+    body: dict[str, Any] = {
         "message": error.message,
-        "type": kind,
+        "type": error_type(error),
         "param": getattr(error, "param", None),
         "code": ERROR_CODES[error.code],
     }
-    where = {"stage": error.stage, "image": error.item}
-    return {
-        "error": body | {name: value for name, value in where.items() if value not in ("", None)}
-    }
+    if error.stage:
+        body["stage"] = error.stage
+    if error.item is not None:
+        body["image"] = error.item
+    return {"error": body}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -64,22 +67,24 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def logprobs_body(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """OpenAI's entries know no token ids."""
+    """Return OpenAI's `logprobs` object: the entries of Piece.logprobs without token ids."""
 
-    def public(entry: dict[str, Any]) -> dict[str, Any]:
+    def without_id(entry: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in entry.items() if name != "token_id"}
 
     return {
         "content": [
-            public(entry) | {"top_logprobs": [public(top) for top in entry["top_logprobs"]]}
+            without_id(entry) | {"top_logprobs": [without_id(top) for top in entry["top_logprobs"]]}
             for entry in entries
         ]
     }
 
 
-class Answer:
-    """One completion's bodies. `with_ids` and `with_logprobs` say what the client asked for beside
-    the text."""
+class CompletionWriter:
+    """Writes the bodies of one completion.
+
+    `with_ids`, `with_logprobs` and `with_usage` say what the client asked for besides the text.
+    """
 
     def __init__(
         self, request_id: str, model: str, *, with_ids: bool, with_logprobs: bool, with_usage: bool
@@ -90,6 +95,7 @@ class Answer:
         self.with_usage = with_usage
 
     def whole(self, began: Began, pieces: list[Piece], ended: Ended) -> dict[str, Any]:
+        """Return the body of a completion that is not streamed."""
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         choice = {
             "index": 0,
@@ -105,15 +111,17 @@ class Answer:
             "usage": usage_body(ended.usage),
             "timings": ended.timings,
         }
-        return body | self.prompt_ids(began)
+        return body | self._prompt_ids(began)
 
-    def first(self, began: Began) -> bytes:
-        """The role comes before any text, in a chunk of its own."""
-        return self.chunk({"role": "assistant", "content": ""}, **self.prompt_ids(began))
+    def first_chunk(self, began: Began) -> bytes:
+        """Return the first chunk of a stream, which has the role and no text."""
+        return self._chunk({"role": "assistant", "content": ""}, **self._prompt_ids(began))
 
-    def piece(self, piece: Piece) -> bytes:
-        """Empty where the client would learn nothing: some count every chunk without text as a
-        token."""
+    def piece_chunk(self, piece: Piece) -> bytes:
+        """Return the chunk of a piece, or nothing if it has nothing that the client asked for.
+
+        Some clients count every chunk without text as a token.
+        """
         if not (
             piece.text
             or (self.with_logprobs and piece.logprobs)
@@ -121,16 +129,17 @@ class Answer:
         ):
             return b""
         logprobs = logprobs_body(piece.logprobs) if self.with_logprobs else None
-        return self.chunk({"content": piece.text}, logprobs=logprobs, token_ids=piece.token_ids)
+        return self._chunk({"content": piece.text}, logprobs=logprobs, token_ids=piece.token_ids)
 
-    def last(self, ended: Ended) -> bytes:
-        end = self.chunk({}, finish_reason=ended.finish_reason)
+    def last_chunks(self, ended: Ended) -> bytes:
+        """Return the chunk with the finish reason, and one with the usage if it is asked for."""
+        end = self._chunk({}, finish_reason=ended.finish_reason)
         if not self.with_usage:
             return end
         totals = {"choices": [], "usage": usage_body(ended.usage), "timings": ended.timings}
-        return end + event(self.head | {"object": "chat.completion.chunk"} | totals)
+        return end + sse_event(self.head | {"object": "chat.completion.chunk"} | totals)
 
-    def chunk(
+    def _chunk(
         self,
         delta: dict[str, str],
         logprobs: dict[str, Any] | None = None,
@@ -142,9 +151,9 @@ class Answer:
         if self.with_ids and token_ids is not None:
             choice["token_ids"] = token_ids
         usage = {"usage": None} if self.with_usage else {}
-        return event(
+        return sse_event(
             self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | extra
         )
 
-    def prompt_ids(self, began: Began) -> dict[str, Any]:
+    def _prompt_ids(self, began: Began) -> dict[str, Any]:
         return {"prompt_token_ids": began.prompt_token_ids} if self.with_ids else {}

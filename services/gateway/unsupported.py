@@ -1,10 +1,16 @@
-"""What OpenAI's clients, and those of servers like this one, may ask for and do not get here."""
+"""Fields of OpenAI's clients, and of similar servers' clients, that are not supported here.
 
+Each of these fields would change the answer, so it is refused by name. A field that is named
+neither here nor in `schema.py` does not change the answer. It is accepted, because clients send
+many such fields.
+"""
+
+import json
+from collections.abc import Mapping
 from typing import Any
 
-# Each of these asks for another answer than the one we would give, so it is refused by name. The
-# values listed (and null) ask for nothing. Whatever is named neither here nor in schema.py changes
-# no answer and is accepted: clients send many such keys.
+from services.gateway.invalid_field import InvalidField
+
 IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -48,9 +54,29 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "lora_path": (),
 }
+"""Fields of a request. The values in the tuple, and null, are accepted: they ask for nothing."""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),
     "audio": (),
     "prefix": (False,),
 }
+"""Fields of a message, with the values that are accepted."""
+
+
+def refuse_unsupported(
+    given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], path: str = ""
+) -> None:
+    """Raise InvalidField if a field is not supported and its value is not one of those accepted.
+
+    `path` is put before the field's name in the error.
+    """
+    for name in unsupported.keys() & given.keys():
+        accepted = unsupported[name]
+        if given[name] is None or given[name] in accepted:
+            continue
+        if accepted:
+            problem = f"this value is not supported; send {json.dumps(accepted[0])} or leave it out"
+        else:
+            problem = "this field is not supported; leave it out"
+        raise InvalidField(path + name, problem)

@@ -1,15 +1,15 @@
-"""Where a member is by its connection, and which addresses the others could not reach it by."""
+"""The location of a member, and whether its peers can reach its address from theirs."""
 
 from typing import Any
 
 import pytest
 
 from proto.twinlens.control.v1 import control_pb2
-from services.controller.reachability import HERE, objection_to, place_of
+from services.controller.reachability import LOCAL, location_of, unreachable_reason
 from tests.loopback import LOOPBACKS
 
-THERE = "10.0.0.7"
-ELSEWHERE = "10.0.0.8"
+HOST_A = "10.0.0.7"
+HOST_B = "10.0.0.8"
 
 
 def member(role: str = "vision", address: str = "tcp://10.0.0.7:5555") -> control_pb2.Member:
@@ -20,25 +20,25 @@ def member(role: str = "vision", address: str = "tcp://10.0.0.7:5555") -> contro
     "peer",
     ["unix:", "unix:/run/control.sock", "ipv4:127.0.0.1:5", "ipv4:127.1.2.3:5", "ipv6:%5B::1%5D:5"],
 )
-def test_loopback_and_unix_sockets_are_here(peer: str) -> None:
-    assert place_of(peer) == HERE
+def test_loopback_and_unix_sockets_are_local(peer: str) -> None:
+    assert location_of(peer) == LOCAL
 
 
 @pytest.mark.parametrize(
-    ("peer", "place"),
+    ("peer", "location"),
     [
         ("ipv4:203.0.113.9:41234", "203.0.113.9"),
         ("ipv6:%5B2001:db8::9%5D:41234", "2001:db8::9"),
         ("ipv6:[::ffff:203.0.113.9]:41234", "203.0.113.9"),
     ],
 )
-def test_an_address_that_is_not_ours_is_another_place(peer: str, place: str) -> None:
-    assert place_of(peer) == place
+def test_an_address_of_another_host_is_the_location(peer: str, location: str) -> None:
+    assert location_of(peer) == location
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-def test_our_own_addresses_are_here_however_they_are_written(host: str) -> None:
-    assert place_of(f"ipv6:[{host}]:1" if ":" in host else f"ipv6:[::ffff:{host}]:1") == HERE
+def test_an_own_address_is_local_in_either_notation(host: str) -> None:
+    assert location_of(f"ipv6:[{host}]:1" if ":" in host else f"ipv6:[::ffff:{host}]:1") == LOCAL
 
 
 @pytest.mark.parametrize(
@@ -52,39 +52,46 @@ def test_our_own_addresses_are_here_however_they_are_written(host: str) -> None:
         "ipc:///run/v.sock",
     ],
 )
-def test_from_another_host_no_address_of_its_own_only_will_do(address: str) -> None:
-    told = objection_to(member(address=address), THERE, [])
-    assert address in told and "--listen tcp://0.0.0.0:5555 --advertise HOSTNAME" in told
-    assert objection_to(member(address=address), HERE, []) == ""
+def test_a_member_on_another_host_must_not_advertise_a_local_address(address: str) -> None:
+    reason = unreachable_reason(member(address=address), HOST_A, [])
+    assert address in reason and "--listen tcp://0.0.0.0:5555 --advertise HOSTNAME" in reason
+    assert unreachable_reason(member(address=address), LOCAL, []) == ""
 
 
-def test_a_real_address_or_none_is_welcome_from_anywhere() -> None:
-    assert objection_to(member(), THERE, [(member("preprocess"), HERE)]) == ""
+def test_a_member_with_a_reachable_address_or_none_may_join_from_anywhere() -> None:
+    assert unreachable_reason(member(), HOST_A, [(member("preprocess"), LOCAL)]) == ""
     assert (
-        objection_to(member(address="tcp://vision-host:5555"), THERE, [(member("llm"), ELSEWHERE)])
+        unreachable_reason(
+            member(address="tcp://vision-host:5555"), HOST_A, [(member("llm"), HOST_B)]
+        )
         == ""
     )
-    assert objection_to(member("gateway", ""), THERE, [(member("preprocess"), ELSEWHERE)]) == ""
+    assert unreachable_reason(member("gateway", ""), HOST_A, [(member("preprocess"), HOST_B)]) == ""
 
 
 @pytest.mark.parametrize(
-    ("joining", "place", "other", "other_place", "culprit"),
+    ("joining", "location", "other", "other_location", "culprit"),
     [
-        (member("vision", "ipc:///v"), HERE, member("preprocess"), THERE, "vision-1"),
-        (member("preprocess"), THERE, member("vision", "tcp://127.0.0.1:5"), HERE, "vision-1"),
-        (member("gateway", ""), THERE, member("llm", "tcp://127.0.0.1:5"), HERE, "llm-1"),
+        (member("vision", "ipc:///v"), LOCAL, member("preprocess"), HOST_A, "vision-1"),
+        (member("preprocess"), HOST_A, member("vision", "tcp://127.0.0.1:5"), LOCAL, "vision-1"),
+        (member("gateway", ""), HOST_A, member("llm", "tcp://127.0.0.1:5"), LOCAL, "llm-1"),
     ],
 )
-def test_whoever_comes_second_is_told_which_of_the_two_must_be_set(
-    joining: Any, place: str, other: Any, other_place: str, culprit: str
+def test_the_second_of_two_unreachable_members_learns_which_address_is_wrong(
+    joining: Any, location: str, other: Any, other_location: str, culprit: str
 ) -> None:
-    told = objection_to(joining, place, [(other, other_place)])
-    assert told.startswith(f"{culprit} advertises") and f"start the {culprit[:-2]}" in told
+    reason = unreachable_reason(joining, location, [(other, other_location)])
+    assert reason.startswith(f"{culprit} advertises") and f"start the {culprit[:-2]}" in reason
 
 
-def test_those_of_one_host_or_that_never_talk_may_have_any_address() -> None:
+def test_members_that_share_a_host_or_never_talk_may_have_any_address() -> None:
     assert (
-        objection_to(member("vision", "ipc:///v"), HERE, [(member("preprocess", "ipc:///p"), HERE)])
+        unreachable_reason(
+            member("vision", "ipc:///v"), LOCAL, [(member("preprocess", "ipc:///p"), LOCAL)]
+        )
         == ""
     )
-    assert objection_to(member("vision", "ipc:///v"), HERE, [(member("detokenizer"), THERE)]) == ""
+    assert (
+        unreachable_reason(member("vision", "ipc:///v"), LOCAL, [(member("detokenizer"), HOST_A)])
+        == ""
+    )

@@ -1,4 +1,4 @@
-"""The control plane over real gRPC: members join by a stream and are dead when it breaks or falls
+"""The control plane over real gRPC: members join with a stream, and are dead when it breaks or is
 silent."""
 
 import asyncio
@@ -34,7 +34,7 @@ def member(member_id: str = "v-1", **fields: Any) -> control_pb2.Member:
 
 
 class Joined:
-    """A stream that the test speaks on as a member or a watcher."""
+    """A Join stream that the test uses as a member or a watcher."""
 
     def __init__(self, stub: Any) -> None:
         self.call = stub.Join(timeout=DEADLINE)
@@ -42,14 +42,14 @@ class Joined:
     async def report(self, reported: control_pb2.Member | None, watch: bool = False) -> None:
         await self.call.write(control_pb2.JoinRequest(member=reported, watch=watch))
 
-    async def hear(self) -> dict[str, int]:
-        """The members' states in the next answer, but for the controller."""
+    async def read_states(self) -> dict[str, int]:
+        """Return the states of all members but the controller in the next response."""
         answer = await self.call.read()
         assert answer is not grpc.aio.EOF, "the stream ended"
         return {m.id: m.state for m in answer.members if m.role != "controller"}
 
-    async def hear_until(self, wanted: dict[str, int]) -> None:
-        while await self.hear() != wanted:
+    async def read_until(self, wanted: dict[str, int]) -> None:
+        while await self.read_states() != wanted:
             pass
 
     async def ends(self) -> bool:
@@ -84,7 +84,7 @@ async def stub(address: str) -> AsyncIterator[Any]:
 async def watcher(stub: Any) -> Joined:
     watching = Joined(stub)
     await watching.report(None, watch=True)
-    assert await watching.hear() == {}
+    assert await watching.read_states() == {}
     return watching
 
 
@@ -101,12 +101,12 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "TICK_SECONDS", 0.05)
 
 
-async def test_the_controller_is_a_member_itself(stub: Any) -> None:
+async def test_the_controller_lists_itself(stub: Any) -> None:
     assert await listed(stub) == [CONTROLLER]
 
 
-async def test_a_member_that_joins_is_listed_with_all_it_said(stub: Any) -> None:
-    said = member(
+async def test_a_member_that_joins_is_listed_with_all_its_fields(stub: Any) -> None:
+    reported_member = member(
         pid=7,
         address="ipc:///run/v",
         fingerprint="ff",
@@ -117,45 +117,47 @@ async def test_a_member_that_joins_is_listed_with_all_it_said(stub: Any) -> None
         host="h",
     )
     joined = Joined(stub)
-    await joined.report(said)
-    assert await joined.hear() == {}  # it does not watch
-    assert await listed(stub) == [CONTROLLER, said]
+    await joined.report(reported_member)
+    assert await joined.read_states() == {}  # it does not watch
+    assert await listed(stub) == [CONTROLLER, reported_member]
 
 
-async def test_the_lease_is_told_to_who_joins(stub: Any) -> None:
+async def test_a_member_that_joins_learns_the_lease(stub: Any) -> None:
     joined = Joined(stub)
     await joined.report(member())
     assert (await joined.call.read()).lease_seconds == membership_table.LEASE_SECONDS == 3
 
 
-async def test_a_watcher_hears_of_the_members_at_once_and_of_every_change(
+async def test_a_watcher_gets_the_members_at_once_and_after_every_change(
     stub: Any, watcher: Joined
 ) -> None:
     joined = Joined(stub)
     await joined.report(member(state=STARTING), watch=True)
-    assert await joined.hear() == {"v-1": STARTING}
-    assert await watcher.hear() == {"v-1": STARTING}
+    assert await joined.read_states() == {"v-1": STARTING}
+    assert await watcher.read_states() == {"v-1": STARTING}
     await joined.report(member())
-    assert await watcher.hear() == {"v-1": READY}
+    assert await watcher.read_states() == {"v-1": READY}
 
 
-async def test_a_watcher_is_no_member(stub: Any, watcher: Joined) -> None:
+async def test_a_watcher_is_not_a_member(stub: Any, watcher: Joined) -> None:
     assert await listed(stub) == [CONTROLLER]
     watcher.call.cancel()
     joined = Joined(stub)
     await joined.report(member())
-    await joined.hear()
+    await joined.read_states()
     assert [m.id for m in await listed(stub)] == ["controller-1", "v-1"]
 
 
-async def test_load_is_listed_and_not_told_to_watchers(stub: Any, watcher: Joined) -> None:
+async def test_a_change_of_load_is_listed_but_does_not_notify_watchers(
+    stub: Any, watcher: Joined
+) -> None:
     joined = Joined(stub)
     await joined.report(member())
-    assert await watcher.hear() == {"v-1": READY}
+    assert await watcher.read_states() == {"v-1": READY}
     for in_flight in range(1, 6):
         await joined.report(member(in_flight=in_flight))
     await joined.report(member(in_flight=9, address="moved"))
-    # The next thing that the watcher hears is the move: the five reports before it were not told.
+    # The watcher is notified of the move next: the five reports before it did not notify it.
     answer = await watcher.call.read()
     (moved,) = (m for m in answer.members if m.id == "v-1")
     assert (moved.address, moved.in_flight) == ("moved", 9)
@@ -167,13 +169,13 @@ async def test_a_member_is_dead_as_soon_as_its_stream_ends(
 ) -> None:
     joined = Joined(stub)
     await joined.report(member(in_flight=4))
-    await watcher.hear_until({"v-1": READY})
+    await watcher.read_until({"v-1": READY})
     ended = getattr(joined.call, how)()
     if asyncio.iscoroutine(ended):
         await ended
-    # No lease is awaited: it is longer.
+    # This is shorter than the lease.
     async with asyncio.timeout(2.5):
-        assert await watcher.hear() == {"v-1": DEAD}
+        assert await watcher.read_states() == {"v-1": DEAD}
     (_, dead) = await listed(stub)
     assert (dead.state, dead.in_flight) == (DEAD, 0)
 
@@ -184,28 +186,28 @@ async def test_a_member_is_dead_as_soon_as_its_connection_breaks(
     channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
     joined = Joined(control_pb2_grpc.ControlServiceStub(channel))
     await joined.report(member())
-    await watcher.hear_until({"v-1": READY})
+    await watcher.read_until({"v-1": READY})
     await channel.close()
     async with asyncio.timeout(2.5):
-        assert await watcher.hear() == {"v-1": DEAD}
+        assert await watcher.read_states() == {"v-1": DEAD}
 
 
 @pytest.mark.usefixtures("short_lease")
 async def test_a_silent_member_is_dead_after_its_lease(stub: Any, watcher: Joined) -> None:
     joined = Joined(stub)
     await joined.report(member())
-    await watcher.hear_until({"v-1": READY})
-    assert await watcher.hear() == {"v-1": DEAD}
+    await watcher.read_until({"v-1": READY})
+    assert await watcher.read_states() == {"v-1": DEAD}
 
 
 @pytest.mark.usefixtures("short_lease")
 @pytest.mark.parametrize("watch", [True, False], ids=["watching", "not watching"])
-async def test_a_member_that_speaks_after_its_lease_must_join_anew(
+async def test_a_member_that_reports_after_its_lease_must_join_again(
     stub: Any, watcher: Joined, watch: bool
 ) -> None:
     joined = Joined(stub)
     await joined.report(member(), watch)
-    await watcher.hear_until({"v-1": DEAD})
+    await watcher.read_until({"v-1": DEAD})
     if not watch:  # a watcher's stream ends by itself
         await joined.report(member())
     assert await joined.ends()
@@ -213,19 +215,19 @@ async def test_a_member_that_speaks_after_its_lease_must_join_anew(
 
     again = Joined(stub)
     await again.report(member())
-    assert await watcher.hear() == {"v-1": READY}
+    assert await watcher.read_states() == {"v-1": READY}
 
 
-async def test_the_end_of_an_old_stream_does_not_end_the_member_that_has_a_new_one(
+async def test_a_member_with_a_new_stream_survives_the_end_of_its_old_stream(
     stub: Any, watcher: Joined
 ) -> None:
-    """A connection breaks, the member joins by another, and only then is the break seen."""
+    """A connection breaks, the member joins again, and then the controller sees the break."""
     old = Joined(stub)
     new = Joined(stub)
     await old.report(member(address="old"))
-    await watcher.hear()
+    await watcher.read_states()
     await new.report(member(address="new"))
-    await watcher.hear()
+    await watcher.read_states()
     await old.call.done_writing()
     assert await old.ends()
     await new.report(member(address="newer"))
@@ -240,33 +242,31 @@ async def test_two_streams_of_one_member_may_end_in_either_order(
     new = Joined(stub)
     for stream, address in ((old, "old"), (new, "new")):
         await stream.report(member(address=address))
-        await watcher.hear()
+        await watcher.read_states()
     for stream in (new, old):
         await stream.call.done_writing()
         assert await stream.ends()
-    assert await watcher.hear() == {"v-1": DEAD}
+    assert await watcher.read_states() == {"v-1": DEAD}
 
 
-async def test_a_report_that_cannot_be_ends_its_own_stream_alone(
-    stub: Any, watcher: Joined
-) -> None:
+async def test_an_invalid_report_ends_only_its_own_stream(stub: Any, watcher: Joined) -> None:
     joined = Joined(stub)
     await joined.report(member())
-    await watcher.hear_until({"v-1": READY})
+    await watcher.read_until({"v-1": READY})
     await joined.report(member(state=99))
     assert await joined.ends()
     await Joined(stub).report(member("v-2"))
-    await watcher.hear_until({"v-1": DEAD, "v-2": READY})
+    await watcher.read_until({"v-1": DEAD, "v-2": READY})
 
 
-async def test_a_stream_that_says_nothing_leaves_no_trace(stub: Any) -> None:
+async def test_a_stream_without_a_message_leaves_no_trace(stub: Any) -> None:
     joined = Joined(stub)
     await joined.call.done_writing()
     assert await joined.ends()
     assert await listed(stub) == [CONTROLLER]
 
 
-async def test_a_port_that_is_taken_is_told_as_such() -> None:
+async def test_a_taken_port_is_an_error_that_names_the_port() -> None:
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -275,7 +275,7 @@ async def test_a_port_that_is_taken_is_told_as_such() -> None:
     await server.stop(None)
 
 
-async def test_the_whole_controller_is_healthy_and_stops_when_told(tmp_path: Path) -> None:
+async def test_the_controller_process_is_healthy_and_stops_when_asked(tmp_path: Path) -> None:
     stop = threading.Event()
     address = f"unix:{tmp_path}/control"
     port = free_port()

@@ -1,4 +1,4 @@
-"""A gateway core on fake links, and what its stages and clients send it."""
+"""A gateway core on fake links, and builders for the messages that it receives."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +12,7 @@ from common.events import PeerDown, PeerUp, Received
 from common.messages import Delta, Failed, Peer, Routed, Submit, Usage
 from common.wire import Tensor
 from services.gateway.core import GatewayCore
-from services.gateway.generation import Event, GenerationRequest
+from services.gateway.generation import GenerationEvent, GenerationRequest
 from services.gateway.peers import CONNECTED_STAGES
 from tests.fakes import FakeLinks, aborts
 
@@ -20,7 +20,7 @@ USAGE = Usage(prompt_tokens=9, completion_tokens=3)
 
 
 class Gateway:
-    """A core and the links that it sends by."""
+    """A core with fake links, and replicas that are connected."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Gateway:
         ]
 
     def id_of(self, client_id: str) -> str:
-        """The name that the stages know the request by."""
+        """Return the id of the client's latest request as the stages know it."""
         return [
             submit.request_id
             for _, submit in self.submitted()
@@ -52,7 +52,7 @@ class Gateway:
         ][-1]
 
     def on_event(self, *messages: Any) -> None:
-        """Messages about requests by their clients' ids, or by those that the stages know."""
+        """Pass messages to the core. They may name a request by its client's id."""
         for message in messages:
             if "~" not in message.request_id:
                 message.request_id = self.id_of(message.request_id)
@@ -65,7 +65,7 @@ class Gateway:
         self.core.on_event(PeerUp(f"{role}-{number}", role, f"ipc:///{role}-{number}"))
 
     def aborts(self) -> list[tuple[str, str]]:
-        """(receiver, the client's id)."""
+        """Return (receiver, client's id) of each abort that was sent."""
         return [(receiver, id.partition("~")[0]) for receiver, id in aborts(self.links.sent)]
 
     @property
@@ -122,11 +122,11 @@ def failed(
     )
 
 
-async def rest(events: AsyncIterator[Event]) -> list[Event]:
+async def rest(events: AsyncIterator[GenerationEvent]) -> list[GenerationEvent]:
     return [event async for event in events]
 
 
-async def error_of(events: AsyncIterator[Event]) -> ServingError:
+async def error_of(events: AsyncIterator[GenerationEvent]) -> ServingError:
     with pytest.raises(ServingError) as caught:
         await rest(events)
     return caught.value

@@ -1,5 +1,4 @@
-"""A core that answers by script, remembers what it was asked and what was aborted; and the doors
-before it."""
+"""A core that answers by a script and records its requests, and real API servers in front of it."""
 
 import asyncio
 import socket
@@ -11,11 +10,11 @@ import grpc
 
 from common.errors import NotFound
 from common.messages import Usage
-from services.gateway.generation import Began, Ended, Event, GenerationRequest, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
-from services.gateway.servers import Http
+from services.gateway.servers import HttpServer
 
 TIMINGS = {
     "preprocess_seconds": 0.25,
@@ -36,12 +35,15 @@ def logprob(token_id: int, token: str) -> dict[str, Any]:
 
 
 class Forever:
-    """In a script: nothing more comes until the client has enough."""
+    """A step of a script after which nothing comes until the client leaves."""
 
 
 FOREVER = Forever()
 
-HELLO: tuple[Event | Exception | Forever, ...] = (
+Step = GenerationEvent | Exception | Forever | asyncio.Event
+"""What the script of a FakeCore consists of. An asyncio.Event is waited for."""
+
+HELLO: tuple[Step, ...] = (
     Began([1, 2, 3]),
     Piece(0, [10], "Hel", [logprob(10, "Hel")]),
     Piece(1, [11], "", [logprob(11, "l")]),
@@ -55,9 +57,9 @@ HELLO: tuple[Event | Exception | Forever, ...] = (
 
 
 class FakeCore:
-    def __init__(
-        self, *script: Event | Exception | Forever | asyncio.Event, refusal: Exception | None = None
-    ) -> None:
+    """A core that plays the same script for every request, or refuses all of them."""
+
+    def __init__(self, *script: Step, refusal: Exception | None = None) -> None:
         self.model_name = "org/tiny"
         self.script = script or HELLO
         self.refusal = refusal
@@ -68,13 +70,15 @@ class FakeCore:
         self.is_draining = False
 
     @asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         self.requests.append(request)
         if self.refusal:
             raise self.refusal
         ended = False
 
-        async def events() -> AsyncIterator[Event]:
+        async def events() -> AsyncIterator[GenerationEvent]:
             nonlocal ended
             for step in self.script:
                 if isinstance(step, Forever):
@@ -109,13 +113,12 @@ class FakeCore:
 
 @asynccontextmanager
 async def http_door(core: FakeCore) -> AsyncIterator[int]:
-    """A real server on a free port, which is given; it listens before it is served, so nobody need
-    wait for it."""
+    """Run a real HTTP server and return its port. It listens already, so no caller must wait."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         app = create_app(MeasuredCore(core), max_body_bytes=10**6)
-        server = Http(app)
+        server = HttpServer(app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
@@ -127,7 +130,7 @@ async def http_door(core: FakeCore) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def grpc_door(core: FakeCore, controller: str = "127.0.0.1:1") -> AsyncIterator[str]:
-    """A real gRPC server on a free port; gives its address."""
+    """Run a real gRPC server and return its address."""
     async with grpc.aio.insecure_channel(controller) as channel:
         server = create_server(MeasuredCore(core), channel, max_message_bytes=10**6)
         port = server.add_insecure_port("127.0.0.1:0")

@@ -1,5 +1,4 @@
-"""The gateway's core: admission, one end for every request, and aborts wherever something is
-held."""
+"""The gateway's core: admission, one end for every request, and aborts in every stage."""
 
 import asyncio
 import json
@@ -22,12 +21,12 @@ from common.membership import DEAD, READY
 from common.messages import Abort, Peer
 from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
-from services.gateway.generation import Began, Ended, Event, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import USAGE, Gateway, delta, error_of, failed, request, rest, routed
 
 
-async def test_a_request_goes_to_preprocess_whole() -> None:
+async def test_preprocess_gets_the_whole_request() -> None:
     gateway = Gateway()
     async with gateway.core.generate(
         request(images=(b"png",), timeout=5, return_prompt_token_ids=True)
@@ -51,10 +50,10 @@ async def test_token_ids_travel_as_int64() -> None:
     ):
         [(_, submit)] = gateway.submitted()
     assert submit.prompt.numpy().tolist() == [5, 2**40]
-    assert 59 < submit.timeout <= 60, "the gateway's own, where the client brings none"
+    assert 59 < submit.timeout <= 60, "the gateway's default, because the client sets none"
 
 
-async def test_the_events_of_an_answer_come_in_order() -> None:
+async def test_an_answer_is_began_then_pieces_then_ended() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed(ids=[1, 2]), delta(0, [10], "He"), delta(1, [11, 12], "y", "stop"))
@@ -67,7 +66,7 @@ async def test_the_events_of_an_answer_come_in_order() -> None:
     assert gateway.is_idle and gateway.aborts() == []
 
 
-async def test_logprobs_come_with_their_tokens() -> None:
+async def test_a_piece_has_the_logprobs_of_its_tokens() -> None:
     gateway = Gateway()
     entry = {"token": "a", "logprob": -0.5}
     message = delta(0, [10], "a")
@@ -80,7 +79,7 @@ async def test_logprobs_come_with_their_tokens() -> None:
         ]
 
 
-async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it() -> None:
+async def test_deltas_that_arrive_before_routed_are_kept_until_it_arrives() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(delta(0, [10], "a"), delta(1, [11], "b", "stop"), routed(ids=[1]))
@@ -93,7 +92,7 @@ async def test_tokens_that_overtake_the_word_of_their_language_group_wait_for_it
     assert gateway.is_idle
 
 
-async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> None:
+async def test_a_missing_token_fails_and_aborts_the_request() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(
@@ -105,7 +104,7 @@ async def test_a_gap_in_the_tokens_is_an_error_and_the_request_is_aborted() -> N
     assert gateway.is_idle
 
 
-async def test_a_failure_is_raised_as_its_own_error_with_stage_and_image() -> None:
+async def test_a_failed_message_is_raised_as_its_error_with_stage_and_item() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(failed("UnreadableImage", "preprocess", 2), failed("Internal"))
@@ -120,7 +119,7 @@ async def test_a_failure_is_raised_as_its_own_error_with_stage_and_image() -> No
 
 
 @pytest.mark.parametrize("absent", CONNECTED_STAGES)
-async def test_without_a_stage_that_was_never_there_a_request_is_refused(absent: str) -> None:
+async def test_a_request_is_refused_if_a_stage_has_never_been_connected(absent: str) -> None:
     gateway = Gateway(replicas=0)
     for role in CONNECTED_STAGES:
         if role != absent:
@@ -131,7 +130,7 @@ async def test_without_a_stage_that_was_never_there_a_request_is_refused(absent:
     assert caught.value.retry_after and gateway.links.sent == [] and gateway.is_idle
 
 
-async def test_the_bound_counts_requests_that_wait_for_their_first_token() -> None:
+async def test_only_requests_without_a_token_count_as_waiting() -> None:
     gateway = Gateway(max_waiting=1)
     async with gateway.core.generate(request("r")):
         with pytest.raises(Exhausted) as caught:
@@ -146,7 +145,7 @@ async def test_the_bound_counts_requests_that_wait_for_their_first_token() -> No
             ]
 
 
-async def test_requests_of_one_id_are_told_apart() -> None:
+async def test_two_requests_with_the_same_client_id_do_not_mix() -> None:
     gateway = Gateway()
     async with (
         gateway.core.generate(request()) as first,
@@ -162,11 +161,11 @@ async def test_requests_of_one_id_are_told_apart() -> None:
             ]
 
 
-async def test_a_reused_id_is_new_to_stages_that_still_remember_its_end() -> None:
+async def test_a_reused_client_id_gets_a_new_id_in_the_stages() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()):
         gateway.on_event(routed(), delta(0, [10], "a", "stop"))
-        # The first one's client still reads its last bytes.
+        # The client of the first request still reads its last bytes.
         async with gateway.core.generate(request()):
             old, new = [submit.request_id for _, submit in gateway.submitted()]
             assert old != new
@@ -175,7 +174,7 @@ async def test_a_reused_id_is_new_to_stages_that_still_remember_its_end() -> Non
     assert gateway.aborts() == [("preprocess-1", "r")]
 
 
-async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:
+async def test_losing_preprocess_after_the_first_token_does_not_interrupt_the_answer() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed(), delta(0, [10], "a"))
@@ -184,7 +183,7 @@ async def test_preprocess_is_not_missed_once_the_first_token_is_there() -> None:
         assert isinstance((await rest(events))[-1], Ended)
 
 
-async def test_a_client_that_leaves_aborts_its_request_once_wherever_it_is() -> None:
+async def test_a_request_whose_client_leaves_is_aborted_once_in_every_stage() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed(), delta(0, [10], "a"))
@@ -194,7 +193,7 @@ async def test_a_client_that_leaves_aborts_its_request_once_wherever_it_is() -> 
     assert gateway.is_idle
 
 
-async def test_a_language_group_that_is_named_after_the_end_is_told_of_it() -> None:
+async def test_a_language_group_that_is_routed_after_the_end_gets_an_abort() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()):
         pass
@@ -224,7 +223,7 @@ async def test_a_request_ends_at_its_deadline_and_is_aborted() -> None:
     assert gateway.is_idle
 
 
-async def test_a_request_that_cannot_be_sent_leaves_nothing() -> None:
+async def test_a_request_that_cannot_be_sent_leaves_no_record() -> None:
     gateway = Gateway()
 
     def refuse(*_: Any) -> None:
@@ -237,10 +236,10 @@ async def test_a_request_that_cannot_be_sent_leaves_nothing() -> None:
     assert gateway.is_idle
 
 
-async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> None:
+async def test_stopping_waits_for_requests_in_flight_and_refuses_new_ones() -> None:
     gateway = Gateway()
 
-    async def answer(events: AsyncIterator[Event]) -> None:
+    async def answer(events: AsyncIterator[GenerationEvent]) -> None:
         with pytest.raises(Unavailable, match="stopping"):
             async with gateway.core.generate(request("new")):
                 pass
@@ -252,7 +251,7 @@ async def test_stopping_waits_for_what_is_under_way_and_takes_nothing_new() -> N
     assert gateway.is_idle and gateway.aborts() == []
 
 
-async def test_stopping_ends_what_outlives_the_grace_with_an_error() -> None:
+async def test_stopping_fails_the_requests_that_outlive_the_grace() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed())
@@ -261,12 +260,10 @@ async def test_stopping_ends_what_outlives_the_grace_with_an_error() -> None:
     assert gateway.is_idle and gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")]
 
 
-async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_ready_ones_first() -> (
-    None
-):
+async def test_a_request_goes_to_a_ready_replica_that_holds_the_fewest_requests() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request("r1")), gateway.core.generate(request("r2")):
-        gateway.on_event(routed("r2"))  # preprocess is through with it, the detokenizer is not
+        gateway.on_event(routed("r2"))  # preprocess has finished with it, the detokenizer has not
         async with gateway.core.generate(request("r3")), gateway.core.generate(request("r4")):
             holders = [
                 (receiver, submit.detokenizer.id) for receiver, submit in gateway.submitted()
@@ -286,7 +283,7 @@ async def test_work_goes_to_the_replica_that_holds_the_fewest_of_ours_and_to_rea
             assert gateway.submitted()[-1][0] == "preprocess-2"
 
 
-def test_it_is_ready_with_a_ready_member_of_each_role_that_it_is_connected_to() -> None:
+def test_the_gateway_is_ready_if_each_role_has_a_ready_connected_member() -> None:
     gateway = Gateway()
     members = [
         control_pb2.Member(id=f"{role}-1", role=role, state=READY, max_model_len=64)
@@ -306,7 +303,7 @@ def test_it_is_ready_with_a_ready_member_of_each_role_that_it_is_connected_to() 
     assert gateway.core.unready_reason() == "no vision and no llm is ready"
 
 
-def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_one() -> None:
+def test_an_unknown_model_is_not_found_and_a_missing_one_means_the_served_model() -> None:
     core = Gateway().core
     core.check_model(None)
     core.check_model("tiny")
@@ -314,9 +311,8 @@ def test_another_model_than_the_served_one_is_not_found_and_none_is_the_served_o
         core.check_model("large")
 
 
-async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing() -> None:
-    """The prefix cache had its keys and values, so the answer began before the image was
-    encoded."""
+async def test_an_image_that_fails_after_the_first_token_does_not_end_the_answer() -> None:
+    """The prefix cache had the image's keys and values, so the answer did not wait for it."""
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(
@@ -333,10 +329,10 @@ async def test_an_image_that_fails_when_it_is_not_needed_any_more_ends_nothing()
         ]
 
 
-async def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_when_to_come_back() -> None:
+async def test_a_deadline_that_cannot_be_met_is_refused_with_a_retry_after() -> None:
     gateway = Gateway(max_waiting=100)
     for n in range(3):
-        gateway.core._admission.pace.first_token(10.0 * n, num_waiting=1)
+        gateway.core._admission.pace.on_first_token(10.0 * n, num_waiting=1)
     async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
         with pytest.raises(Exhausted, match="about 20 s") as refused:
             async with gateway.core.generate(request("c", timeout=15.0)):

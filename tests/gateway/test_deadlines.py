@@ -1,5 +1,4 @@
-"""A deadline that passes names where the request was, whoever reads; and what is counted on the
-way."""
+"""The error of a missed deadline names the stage, and metrics count refusals and attempts."""
 
 from typing import Any
 
@@ -14,7 +13,7 @@ ENCODED = HandedOver(request_id="r", attempt=0)
 
 
 @pytest.mark.parametrize(
-    ("images", "heard", "stage"),
+    ("images", "received", "stage"),
     [
         ((), [], "preprocess"),
         ((), [routed()], "llm"),
@@ -24,13 +23,13 @@ ENCODED = HandedOver(request_id="r", attempt=0)
     ],
 )
 async def test_a_deadline_that_passes_names_the_stage(
-    images: tuple[bytes, ...], heard: list[Any], stage: str
+    images: tuple[bytes, ...], received: list[Any], stage: str
 ) -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(images=images, timeout=0.01)) as events:
-        for message in heard:
+        for message in received:
             message.request_id = "r"
-        gateway.on_event(*heard)
+        gateway.on_event(*received)
         error = await error_of(events)
     assert (
         isinstance(error, DeadlineExceeded)
@@ -40,7 +39,7 @@ async def test_a_deadline_that_passes_names_the_stage(
     assert gateway.is_idle
 
 
-async def test_a_deadline_holds_for_a_client_that_does_not_come_for_its_answer() -> None:
+async def test_a_request_ends_at_its_deadline_even_if_nobody_reads_its_events() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(timeout=0.01)) as events:
         gateway.on_event(routed(), delta(0, [10], "a"))
@@ -65,8 +64,8 @@ async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
 
 async def test_refusals_are_counted_by_cause() -> None:
     gateway = Gateway(max_waiting=1)
-    gateway.core._admission.pace.first_token(0.0, num_waiting=1)
-    gateway.core._admission.pace.first_token(10.0, num_waiting=1)
+    gateway.core._admission.pace.on_first_token(0.0, num_waiting=1)
+    gateway.core._admission.pace.on_first_token(10.0, num_waiting=1)
     async with gateway.core.generate(request()):
         assert isinstance(await refusal(gateway), Exhausted)
         gateway.core._admission._max_waiting = 2
@@ -78,7 +77,7 @@ async def test_refusals_are_counted_by_cause() -> None:
         assert metric(gateway, "rejections_total", reason=reason) == 1, reason
 
 
-async def test_attempts_failovers_and_those_who_wait_are_counted() -> None:
+async def test_attempts_failovers_and_waiting_requests_are_counted() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
         assert (metric(gateway, "requests_waiting"), gateway.core.load()) == (2, (0, 2))

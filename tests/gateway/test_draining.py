@@ -1,5 +1,4 @@
-"""A gateway that is to leave, and stages that are: nothing new where another is, and what is under
-way ends well."""
+"""A draining gateway and draining stages get no new work and finish the requests in flight."""
 
 import asyncio
 from typing import Any
@@ -21,7 +20,7 @@ from tests.loopback import free_port
 
 
 async def refused(port: int) -> None:
-    """Returns when nobody listens any more."""
+    """Return when the port refuses connections."""
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -30,10 +29,10 @@ async def refused(port: int) -> None:
         except ConnectionRefusedError:
             return
         except ConnectionError:
-            pass  # it was let in and sent away
+            pass  # The connection was accepted and then closed.
 
 
-async def test_drained_doors_let_nobody_in_and_everybody_finish() -> None:
+async def test_drained_servers_refuse_new_clients_and_finish_the_others() -> None:
     gate = asyncio.Event()
     idle = asyncio.Event()
     core = FakeCore(*HELLO[:2], gate, *HELLO[2:])
@@ -42,7 +41,7 @@ async def test_drained_doors_let_nobody_in_and_everybody_finish() -> None:
     )
     async with (
         asyncio.timeout(30),
-        start_api_servers(settings, MeasuredCore(core)) as doors,
+        start_api_servers(settings, MeasuredCore(core)) as servers,
         grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", settings.http_port)
@@ -52,7 +51,7 @@ async def test_drained_doors_let_nobody_in_and_everybody_finish() -> None:
         )
         while len(core.requests) < 2:
             await asyncio.sleep(0)
-        drained = asyncio.create_task(doors.drain(idle))
+        drained = asyncio.create_task(servers.drain(idle))
         await asyncio.gather(refused(settings.http_port), refused(settings.grpc_port))
         assert not drained.done()
         gate.set()
@@ -63,7 +62,7 @@ async def test_drained_doors_let_nobody_in_and_everybody_finish() -> None:
         writer.close()
 
 
-async def test_clients_of_a_draining_gateway_are_told_to_connect_anew() -> None:
+async def test_a_draining_gateway_asks_clients_to_close_their_connections() -> None:
     core = FakeCore()
     async with http_door(core) as port, asyncio.timeout(10):
         for core.is_draining in (False, True):
@@ -75,7 +74,7 @@ async def test_clients_of_a_draining_gateway_are_told_to_connect_anew() -> None:
             await writer.wait_closed()
 
 
-async def test_a_draining_gateway_is_not_ready_and_answers_what_comes() -> None:
+async def test_a_draining_gateway_is_not_ready_but_answers_requests() -> None:
     gateway = Gateway()
     gateway.core.drain()
     assert gateway.core.unready_reason() == "the gateway is draining"
@@ -84,7 +83,7 @@ async def test_a_draining_gateway_is_not_ready_and_answers_what_comes() -> None:
         assert len(await rest(events)) == 3
 
 
-async def test_a_stopping_gateway_refuses_what_comes() -> None:
+async def test_a_stopping_gateway_refuses_requests() -> None:
     gateway = Gateway()
     await gateway.core.stop(grace=0)
     with pytest.raises(Unavailable, match="stopping"):
@@ -93,7 +92,7 @@ async def test_a_stopping_gateway_refuses_what_comes() -> None:
 
 
 @pytest.mark.parametrize(("role", "holder"), [("preprocess", 0), ("detokenizer", 1)])
-async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(
+async def test_a_draining_member_gets_no_new_request_while_there_is_another(
     role: str, holder: int
 ) -> None:
     gateway = Gateway(replicas=2)
@@ -112,7 +111,7 @@ async def test_a_draining_stage_is_given_nothing_new_while_there_is_another(
         assert holders()[-1] == f"{role}-1"
 
 
-async def test_a_request_stays_with_its_group_while_that_drains() -> None:
+async def test_a_request_stays_with_its_draining_language_group() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed())
@@ -126,7 +125,7 @@ def released(gateway: Gateway) -> list[str]:
     return [peer_id for peer_id, message in gateway.links.sent if isinstance(message, Released)]
 
 
-async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_to_it() -> None:
+async def test_a_draining_detokenizer_is_released_once_after_its_last_answer() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request("a")) as a, gateway.core.generate(request("b")):
         gateway.regain("detokenizer", 2)
@@ -141,7 +140,7 @@ async def test_a_draining_detokenizer_is_released_once_when_no_answer_will_come_
     assert released(gateway) == ["detokenizer-1"]
 
 
-async def test_a_draining_detokenizer_that_holds_nothing_of_ours_is_released_at_once() -> None:
+async def test_a_draining_detokenizer_without_requests_is_released_at_once() -> None:
     gateway = Gateway(replicas=2)
     gateway.core.on_event(PeerDraining("detokenizer-1", "detokenizer"))
     assert released(gateway) == ["detokenizer-1"]

@@ -1,5 +1,5 @@
-"""A member that is lost with requests in hand: they go on elsewhere, after the tokens their clients
-have, or wait for who can."""
+"""The loss of a member: its requests continue on other members after the tokens already delivered,
+or wait for a new member."""
 
 from collections.abc import AsyncIterator
 
@@ -7,21 +7,23 @@ import pytest
 
 from common.errors import DeadlineExceeded, Internal, Unavailable
 from common.messages import Abort, Failed, HandedOver
-from services.gateway.core import MAX_LOSSES, MAX_LOSSES_WITHOUT_TOKEN
-from services.gateway.generation import Began, Ended, Event, Piece
+from services.gateway.failover import MAX_LOSSES, MAX_LOSSES_WITHOUT_TOKEN
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import Gateway, delta, error_of, failed, request, rest, routed
 
 
-async def text_of(events: AsyncIterator[Event]) -> str:
-    """Of an answer that ends well."""
+async def text_of(events: AsyncIterator[GenerationEvent]) -> str:
+    """Return the text of an answer that must succeed."""
     found = await rest(events)
     assert isinstance(found[0], Began) and isinstance(found[-1], Ended)
     return "".join(event.text for event in found if isinstance(event, Piece))
 
 
 @pytest.mark.parametrize("role", CONNECTED_STAGES)
-async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -> None:
+async def test_exactly_the_requests_of_a_lost_member_are_retried_on_other_members(
+    role: str,
+) -> None:
     gateway = Gateway(replicas=2)
     async with (
         gateway.core.generate(request("r1")) as lost,
@@ -29,12 +31,12 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
     ):
         gateway.on_event(routed("r1", "llm-1"), routed("r2", "llm-2"))
         gateway.lose(role)
-        [(preprocess, anew)] = [
+        [(preprocess, retry)] = [
             (to, submit) for to, submit in gateway.submitted() if submit.attempt == 1
         ]
-        assert anew.request_id == gateway.id_of("r1")
-        assert preprocess != f"{role}-1" and anew.detokenizer.id != f"{role}-1"
-        assert anew.avoid == ("llm-1" if role == "llm" else "")
+        assert retry.request_id == gateway.id_of("r1")
+        assert preprocess != f"{role}-1" and retry.detokenizer.id != f"{role}-1"
+        assert retry.avoid == ("llm-1" if role == "llm" else "")
         gateway.on_event(delta(0, [10], "old", "stop", "r1"), delta(0, [10], "a", "stop", "r2"))
         gateway.on_event(
             routed("r1", "llm-2", attempt=1), delta(0, [20], "new", "stop", "r1", attempt=1)
@@ -44,19 +46,19 @@ async def test_exactly_the_requests_of_a_lost_stage_go_on_elsewhere(role: str) -
     assert gateway.is_idle
 
 
-async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
+async def test_a_retry_continues_after_the_tokens_that_the_client_has() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed("r", "llm-1"), delta(0, [10, 11], "ab"))
         gateway.lose("llm")
-        anew = gateway.submitted()[-1][1]
-        assert (anew.attempt, anew.avoid) == (1, "llm-1")
-        assert anew.output_token_ids is not None and anew.output_token_ids.numpy().tolist() == [
+        retry = gateway.submitted()[-1][1]
+        assert (retry.attempt, retry.avoid) == (1, "llm-1")
+        assert retry.output_token_ids is not None and retry.output_token_ids.numpy().tolist() == [
             10,
             11,
         ]
         gateway.on_event(
-            delta(2, [99], "of the dead one"),
+            delta(2, [99], "from the dead group"),
             routed("r", "llm-2", attempt=1),
             delta(2, [12], "c", "stop", attempt=1),
         )
@@ -64,27 +66,27 @@ async def test_an_answer_goes_on_after_the_tokens_that_the_client_has() -> None:
 
 
 @pytest.mark.parametrize("role", CONNECTED_STAGES)
-async def test_without_another_member_the_request_waits_for_the_restarted_one(role: str) -> None:
+async def test_a_request_waits_for_the_restart_of_the_only_member_of_a_role(role: str) -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed())
         gateway.lose(role)
-        gateway.on_event(delta(0, [66], "of the dead one", "stop"))
+        gateway.on_event(delta(0, [66], "from the dead group", "stop"))
         gateway.regain("vision")
         assert len(gateway.submitted()) == 1 and gateway.core.load() == (0, 1)
         gateway.regain(role, 7)
-        (_, first), (preprocess, anew) = gateway.submitted()
-        assert (first.attempt, anew.attempt) == (0, 1)
+        (_, first), (preprocess, retry) = gateway.submitted()
+        assert (first.attempt, retry.attempt) == (0, 1)
         assert role not in ("preprocess", "detokenizer") or f"{role}-7" in (
             preprocess,
-            anew.detokenizer.id,
+            retry.detokenizer.id,
         )
         gateway.on_event(routed("r", "llm-7", attempt=1), delta(0, [10], "a", "stop", attempt=1))
         assert await text_of(events) == "a"
     assert gateway.is_idle
 
 
-async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whole() -> None:
+async def test_an_answer_survives_the_loss_of_one_language_group_after_the_other() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))
@@ -96,27 +98,27 @@ async def test_both_groups_may_die_one_after_the_other_and_the_answer_stays_whol
         gateway.on_event(routed("r", "llm-3", attempt=2))
         gateway.lose("llm", 3)  # before its first token
         gateway.regain("llm", 4)
-        anew = gateway.submitted()[-1][1]
+        retry = gateway.submitted()[-1][1]
         assert (
-            anew.attempt == 3
-            and anew.output_token_ids is not None
-            and anew.output_token_ids.numpy().tolist() == [10, 11]
+            retry.attempt == 3
+            and retry.output_token_ids is not None
+            and retry.output_token_ids.numpy().tolist() == [10, 11]
         )
         gateway.on_event(routed("r", "llm-4", attempt=3), delta(2, [12], "c", "stop", attempt=3))
         assert await text_of(events) == "abc"
 
 
-async def test_a_group_that_is_named_when_it_is_gone_already_is_a_loss() -> None:
+async def test_a_language_group_that_died_before_routed_counts_as_a_loss() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()):
         gateway.lose("llm", 1)
         gateway.on_event(routed("r", "llm-1"))
         assert len(gateway.submitted()) == 1
-        gateway.lose("llm", 1)  # which is how a connection ends that could not be made
+        gateway.lose("llm", 1)  # A connection that could not be made ends this way.
         assert gateway.submitted()[-1][1].attempt == 1
 
 
-async def test_a_request_that_waits_is_given_up_when_its_patience_ends() -> None:
+async def test_a_waiting_request_fails_when_its_patience_ends() -> None:
     gateway = Gateway(patience=0.01)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed())
@@ -128,7 +130,7 @@ async def test_a_request_that_waits_is_given_up_when_its_patience_ends() -> None
     assert len(gateway.submitted()) == 1 and gateway.is_idle
 
 
-async def test_a_request_that_waits_is_given_up_at_its_deadline() -> None:
+async def test_a_waiting_request_fails_at_its_deadline() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(timeout=0.01)) as events:
         gateway.lose("llm")
@@ -138,7 +140,7 @@ async def test_a_request_that_waits_is_given_up_at_its_deadline() -> None:
     assert gateway.is_idle
 
 
-async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing() -> None:
+async def test_a_waiting_request_whose_client_leaves_is_forgotten() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()):
         gateway.lose("preprocess")
@@ -146,7 +148,7 @@ async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing() -> 
     assert len(gateway.submitted()) == 1 and gateway.is_idle
 
 
-async def test_a_request_that_comes_while_a_stage_is_restarted_waits_for_it() -> None:
+async def test_a_new_request_waits_for_a_stage_that_restarts() -> None:
     gateway = Gateway()
     gateway.lose("llm")
     async with gateway.core.generate(request()) as events:
@@ -157,7 +159,7 @@ async def test_a_request_that_comes_while_a_stage_is_restarted_waits_for_it() ->
     assert gateway.is_idle
 
 
-async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_requests(
+async def test_a_new_request_is_refused_if_a_stage_has_been_missing_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gateway = Gateway()
@@ -169,7 +171,7 @@ async def test_a_stage_that_is_missing_for_longer_is_not_waited_for_by_new_reque
     assert refused.value.retry_after and gateway.is_idle
 
 
-async def test_a_request_is_given_up_after_so_many_losses_without_a_token() -> None:
+async def test_a_request_fails_after_too_many_losses_without_a_token() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES_WITHOUT_TOKEN):
@@ -183,7 +185,7 @@ async def test_a_request_is_given_up_after_so_many_losses_without_a_token() -> N
     assert gateway.is_idle
 
 
-async def test_tokens_between_losses_clear_the_request_of_blame_but_not_for_ever() -> None:
+async def test_a_token_between_losses_resets_their_count_but_not_the_total() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES):
@@ -198,21 +200,21 @@ async def test_tokens_between_losses_clear_the_request_of_blame_but_not_for_ever
     assert gateway.is_idle
 
 
-async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
-    """Preprocess may not know the restarted group yet, and a group may have lost a detokenizer that
-    the gateway has not."""
+async def test_a_request_is_retried_if_a_stage_cannot_reach_another() -> None:
+    """Preprocess may not know the restarted group yet, and a group may have lost a detokenizer to
+    which the gateway is still connected."""
     gateway = Gateway(replicas=2, retry_seconds=0.0)
     async with gateway.core.generate(request()) as events:
         for attempt in range(MAX_LOSSES + 1):
             assert gateway.submitted()[-1][1].attempt == attempt
             gateway.on_event(failed("Unavailable", "llm", attempt=attempt))
-            gateway.regain("vision")  # whoever comes is a reason to try at once
+            gateway.regain("vision")  # A new member of any role makes the gateway retry at once.
         number = MAX_LOSSES + 1
         gateway.on_event(routed("r", "llm-1", attempt=number), delta(0, [10], "a", attempt=number))
         gateway.on_event(failed("Unavailable", "llm", attempt=number))
         gateway.regain("vision")
-        anew = gateway.submitted()[-1][1]
-        assert (anew.attempt, anew.avoid) == (number + 1, "llm-1")
+        retry = gateway.submitted()[-1][1]
+        assert (retry.attempt, retry.avoid) == (number + 1, "llm-1")
         gateway.on_event(
             routed("r", "llm-2", attempt=number + 1),
             delta(1, [11], "b", "stop", attempt=number + 1),
@@ -221,7 +223,7 @@ async def test_a_stage_that_cannot_reach_another_is_asked_again() -> None:
     assert gateway.is_idle
 
 
-async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> None:
+async def test_a_request_fails_if_a_stage_cannot_reach_another_for_long() -> None:
     gateway = Gateway(retry_seconds=0.0, patience=0.01)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(failed("Unavailable", "llm"))
@@ -233,7 +235,7 @@ async def test_a_stage_that_cannot_reach_another_for_long_ends_the_request() -> 
     )
 
 
-async def test_an_image_that_nobody_could_encode_ends_the_request() -> None:
+async def test_an_image_that_no_replica_could_encode_fails_the_request() -> None:
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed(), failed("Unavailable", "vision", 1))
@@ -242,7 +244,7 @@ async def test_an_image_that_nobody_could_encode_ends_the_request() -> None:
 
 
 async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> None:
-    """The language group of that attempt has not begun to answer, whatever an earlier one did."""
+    """The language group of this attempt has not sent a token, though an earlier one has."""
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))
@@ -256,7 +258,7 @@ async def test_an_image_that_fails_in_a_later_attempt_fails_the_request() -> Non
     assert isinstance(error, Internal) and error.item == 2
 
 
-async def test_preprocess_is_not_missed_once_the_language_group_has_everything() -> None:
+async def test_losing_preprocess_after_the_handover_does_not_interrupt_the_answer() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request(images=(b"png",))) as events:
         gateway.on_event(routed(), HandedOver(request_id="r", attempt=0))
@@ -265,9 +267,9 @@ async def test_preprocess_is_not_missed_once_the_language_group_has_everything()
         assert await text_of(events) == "a"
 
 
-async def test_a_member_that_comes_back_under_its_id_is_told_what_was_hopeless_items() -> None:
-    """Frozen for less than it would notice: its prompts may still lie unread on another
-    connection."""
+async def test_a_member_that_comes_back_gets_the_aborts_that_it_missed() -> None:
+    """A member may freeze so shortly that it does not notice its expired lease. Prompts of aborted
+    requests may then still be unread on its connection to preprocess."""
     gateway = Gateway(replicas=2)
     async with gateway.core.generate(request()) as events:
         gateway.on_event(routed("r", "llm-1"), delta(0, [10], "a"))

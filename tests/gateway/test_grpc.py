@@ -1,4 +1,4 @@
-"""The gRPC door, through real calls."""
+"""The gRPC API, through real calls."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ async def failure(call: Any) -> grpc.aio.AioRpcError:
 
 
 def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
-    """The details by the name of their type."""
+    """Return the details of the error by the names of their types."""
     status = rpc_status.from_call(error)
     found = {}
     for box in status.details:
@@ -90,7 +90,7 @@ async def test_a_whole_answer(stub: Any) -> None:
     )
 
 
-async def test_a_stream_begins_and_ends(stub: Any) -> None:
+async def test_a_stream_is_one_begin_then_deltas_then_one_end(stub: Any) -> None:
     events = [event async for event in stub.GenerateStream(stream_request())]
     assert [event.WhichOneof("event") for event in events] == [
         "begin",
@@ -110,7 +110,7 @@ async def test_a_stream_begins_and_ends(stub: Any) -> None:
     )
 
 
-async def test_text_is_one_user_turn_with_its_images_first(stub: Any, core: FakeCore) -> None:
+async def test_text_becomes_one_user_turn_with_the_images_first(stub: Any, core: FakeCore) -> None:
     images = [inference_pb2.Image(data=b"one"), inference_pb2.Image(data=b"two")]
     await stub.Generate(request(images=images))
     await stub.Generate(request())
@@ -127,7 +127,7 @@ async def test_text_is_one_user_turn_with_its_images_first(stub: Any, core: Fake
     assert core.requests[0].images == (b"one", b"two")
 
 
-async def test_token_ids_are_taken_as_they_are(stub: Any, core: FakeCore) -> None:
+async def test_token_ids_are_passed_on_unchanged(stub: Any, core: FakeCore) -> None:
     await stub.Generate(
         inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1, 2**31]))
     )
@@ -136,7 +136,7 @@ async def test_token_ids_are_taken_as_they_are(stub: Any, core: FakeCore) -> Non
     assert asked.prompt == (1).to_bytes(8, "little") + (2**31).to_bytes(8, "little")
 
 
-async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(
+async def test_sampling_and_stopping_values_are_passed_on_as_written(
     stub: Any, core: FakeCore
 ) -> None:
     sampling = inference_pb2.SamplingParams(temperature=0.7, top_p=0.9, top_k=0, seed=2**64 - 1)
@@ -165,7 +165,7 @@ async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(
 
 
 @pytest.mark.parametrize(
-    ("fields", "code", "told"),
+    ("fields", "code", "expected"),
     [
         ({"model": "other"}, "NOT_FOUND", "no model 'other' is served"),
         ({"text": ""}, "INVALID_ARGUMENT", "prompt: missing"),
@@ -207,18 +207,20 @@ async def test_sampling_and_stopping_arrive_as_the_client_wrote_them(
         ),
     ],
 )
-async def test_bad_requests_are_told(
-    stub: Any, core: FakeCore, fields: dict[str, Any], code: str, told: str
+async def test_a_bad_request_is_refused_with_a_code_and_a_message(
+    stub: Any, core: FakeCore, fields: dict[str, Any], code: str, expected: str
 ) -> None:
     for error in (
         await failure(stub.Generate(request(**fields))),
         await failure(anext(aiter(stub.GenerateStream(stream_request(**fields))))),
     ):
-        assert error.code().name == code and told in error.details()
+        assert error.code().name == code and expected in error.details()
     assert core.requests == []
 
 
-async def test_an_error_has_its_reason_stage_image_and_delay(stub: Any, core: FakeCore) -> None:
+async def test_an_error_has_reason_stage_image_and_retry_delay_as_details(
+    stub: Any, core: FakeCore
+) -> None:
     core.script = (UnreadableImage("image 1 is no image", "preprocess", 1),)
     error = await failure(stub.Generate(request()))
     assert (error.code().name, error.details()) == ("INVALID_ARGUMENT", "image 1 is no image")
@@ -238,7 +240,7 @@ async def test_an_error_has_its_reason_stage_image_and_delay(stub: Any, core: Fa
     ("error", "code"),
     [(Unavailable("llm died", "llm"), "UNAVAILABLE"), (RuntimeError("a secret"), "INTERNAL")],
 )
-async def test_a_stream_that_fails_ends_with_a_status(
+async def test_a_stream_that_fails_ends_with_an_error_status(
     stub: Any, core: FakeCore, error: Exception, code: str
 ) -> None:
     core.script = (Began(None), Piece(0, [1], "x", []), error)
@@ -278,7 +280,7 @@ async def test_a_deadline_reaches_the_core_and_ends_the_request(stub: Any, core:
     assert core.requests[0].timeout is not None and 0 < core.requests[0].timeout < 0.4
 
 
-async def test_without_a_deadline_the_gateways_own_is_taken(stub: Any, core: FakeCore) -> None:
+async def test_without_a_deadline_the_gateway_uses_its_default(stub: Any, core: FakeCore) -> None:
     await stub.Generate(request())
     assert core.requests[0].timeout is None
 
@@ -287,7 +289,7 @@ async def test_without_a_deadline_the_gateways_own_is_taken(stub: Any, core: Fak
     ("field", "metadata", "expected"),
     [("", "meta-1", "meta-1"), ("field-1", "meta-1", "field-1"), ("two words", "meta-1", None)],
 )
-async def test_the_request_id_is_taken_and_echoed(
+async def test_the_request_id_is_used_and_echoed(
     stub: Any, core: FakeCore, field: str, metadata: str, expected: str | None
 ) -> None:
     call = stub.Generate(request(request_id=field), metadata=(("x-request-id", metadata),))
@@ -315,7 +317,7 @@ async def test_health_follows_the_core(channel: grpc.aio.Channel, core: FakeCore
     assert (await failure(check("other"))).code().name == "NOT_FOUND"
 
 
-async def test_who_watches_health_hears_of_changes(
+async def test_a_health_watcher_is_notified_of_changes(
     channel: grpc.aio.Channel, core: FakeCore
 ) -> None:
     async with asyncio.timeout(10):
@@ -348,10 +350,10 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.ListMembersResponse(members=[control_pb2.Member(id="llm-1", role="llm")])
 
     async def Join(self, request_iterator: Any, context: Any) -> None:
-        raise AssertionError("nobody joins through the gateway")
+        raise AssertionError("members must not join through the gateway")
 
 
-async def test_members_are_the_controllers() -> None:
+async def test_listing_members_is_forwarded_to_the_controller_and_joining_is_refused() -> None:
     controller = grpc.aio.server()
     control_pb2_grpc.add_ControlServiceServicer_to_server(Controller(), controller)
     address = f"127.0.0.1:{controller.add_insecure_port('127.0.0.1:0')}"
@@ -373,7 +375,7 @@ async def test_members_are_the_controllers() -> None:
     await controller.stop(None)
 
 
-async def test_without_its_controller_the_gateway_says_so(channel: grpc.aio.Channel) -> None:
+async def test_a_missing_controller_is_reported_as_unavailable(channel: grpc.aio.Channel) -> None:
     error = await failure(
         control_pb2_grpc.ControlServiceStub(channel).ListMembers(control_pb2.ListMembersRequest())
     )

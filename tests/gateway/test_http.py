@@ -1,4 +1,4 @@
-"""The OpenAI door, request by request."""
+"""The OpenAI HTTP API, request by request."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def test_a_whole_answer_with_ids_and_logprobs(client: TestClient, core: FakeCore
     assert choice["logprobs"]["content"][0] == entry | {"top_logprobs": [entry]}
 
 
-def test_a_stream_is_the_role_then_text_then_the_end(client: TestClient) -> None:
+def test_a_stream_is_the_role_then_text_then_the_finish_reason(client: TestClient) -> None:
     answer = client.post(CHAT, json=ASK | {"stream": True})
     choices = [chunk["choices"][0] for chunk in events(answer.text)]
     assert [choice["delta"] for choice in choices] == [
@@ -93,7 +93,7 @@ def test_a_stream_is_the_role_then_text_then_the_end(client: TestClient) -> None
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
-def test_usage_has_a_chunk_of_its_own(client: TestClient) -> None:
+def test_usage_comes_in_a_separate_last_chunk(client: TestClient) -> None:
     *chunks, last = events(
         client.post(
             CHAT, json=ASK | {"stream": True, "stream_options": {"include_usage": True}}
@@ -107,7 +107,7 @@ def test_usage_has_a_chunk_of_its_own(client: TestClient) -> None:
     )
 
 
-def test_a_stream_with_ids_and_logprobs_tells_every_token(client: TestClient) -> None:
+def test_a_stream_with_ids_and_logprobs_has_a_chunk_for_every_token(client: TestClient) -> None:
     chunks = events(
         client.post(
             CHAT, json=ASK | {"stream": True, "return_token_ids": True, "logprobs": True}
@@ -120,7 +120,7 @@ def test_a_stream_with_ids_and_logprobs_tells_every_token(client: TestClient) ->
     assert "token_id" not in pieces[0]["logprobs"]["content"][0]
 
 
-def test_all_chunks_of_an_answer_have_its_id(client: TestClient) -> None:
+def test_all_chunks_of_an_answer_have_the_same_id(client: TestClient) -> None:
     answer = client.post(CHAT, json=ASK | {"stream": True}, headers={"x-request-id": "mine-1"})
     assert {chunk["id"] for chunk in events(answer.text)} == {"chatcmpl-mine-1"}
     assert answer.headers["x-request-id"] == "mine-1"
@@ -130,7 +130,7 @@ def test_all_chunks_of_an_answer_have_its_id(client: TestClient) -> None:
     ("path", "status"),
     [("/livez", 200), ("/no-such-path", 404), (CHAT, 405), ("/v1/models/other", 404)],
 )
-def test_every_answer_echoes_the_request_id(client: TestClient, path: str, status: int) -> None:
+def test_every_response_echoes_the_request_id(client: TestClient, path: str, status: int) -> None:
     answer = client.get(path, headers={"x-request-id": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
 
@@ -164,14 +164,14 @@ ERRORS: list[tuple[Exception, int, dict[str, Any]]] = [
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("admitted", [True, False])
 @pytest.mark.parametrize(("error", "status", "body"), ERRORS)
-def test_what_fails_before_the_first_token_is_an_http_error(
+def test_a_failure_before_the_first_token_is_an_http_error(
     error: Exception, status: int, body: dict[str, Any], admitted: bool, stream: bool
 ) -> None:
     core = FakeCore(error) if admitted else FakeCore(refusal=error)
     answer = TestClient(create_app(MeasuredCore(core))).post(CHAT, json=ASK | {"stream": stream})
-    told = answer.json()["error"]
+    found = answer.json()["error"]
     assert answer.status_code == status
-    assert told.items() >= body.items() and told.keys() >= {"message", "type", "param", "code"}
+    assert found.items() >= body.items() and found.keys() >= {"message", "type", "param", "code"}
     assert "secret" not in answer.text
     assert core.aborted.is_set() is admitted
 
@@ -180,13 +180,13 @@ def test_what_fails_before_the_first_token_is_an_http_error(
     ("error", "seconds"),
     [(Exhausted("full", retry_after=2.1), "3"), (Unavailable("soon", retry_after=0.0), "1")],
 )
-def test_retry_after_is_told_in_whole_seconds(error: ServingError, seconds: str) -> None:
+def test_retry_after_is_rounded_up_to_whole_seconds(error: ServingError, seconds: str) -> None:
     answer = TestClient(create_app(MeasuredCore(FakeCore(refusal=error)))).post(CHAT, json=ASK)
     assert answer.headers["retry-after"] == seconds
 
 
 @pytest.mark.parametrize("error", [Unavailable("llm died", "llm"), RuntimeError("a secret")])
-def test_what_fails_in_mid_stream_is_an_event_and_then_the_end(error: Exception) -> None:
+def test_a_failure_in_mid_stream_is_an_event_and_then_done(error: Exception) -> None:
     core = FakeCore(Began(None), Piece(0, [1], "x", []), error)
     answer = TestClient(create_app(MeasuredCore(core))).post(CHAT, json=ASK | {"stream": True})
     *_, piece, last = events(answer.text)
@@ -207,12 +207,12 @@ def test_what_fails_in_mid_stream_is_an_event_and_then_the_end(error: Exception)
         (b"x" * 10**6, 413),
     ],
 )
-def test_a_bad_body_is_told(client: TestClient, body: bytes, status: int) -> None:
+def test_a_bad_body_is_refused_with_a_message(client: TestClient, body: bytes, status: int) -> None:
     answer = client.post(CHAT, content=body)
     assert answer.status_code == status and answer.json()["error"]["message"]
 
 
-async def test_a_body_without_end_is_hopeless_items() -> None:
+async def test_reading_an_endless_body_stops_at_four_times_the_limit() -> None:
     chunks = itertools.count()
 
     async def receive() -> dict[str, Any]:
@@ -224,7 +224,7 @@ async def test_a_body_without_end_is_hopeless_items() -> None:
     assert next(chunks) == 41
 
 
-def test_the_param_of_an_error_is_the_field(client: TestClient) -> None:
+def test_the_param_of_an_error_is_the_wrong_field(client: TestClient) -> None:
     assert (
         client.post(CHAT, json=ASK | {"temperature": -1}).json()["error"]["param"] == "temperature"
     )
@@ -244,14 +244,14 @@ def test_the_model_may_be_left_out(client: TestClient, body: dict[str, Any]) -> 
     ("header", "status"),
     [("2.5", 200), ("0", 400), ("-1", 400), ("soon", 400), ("nan", 400), ("inf", 400)],
 )
-def test_the_client_may_say_how_long_it_waits(
+def test_a_client_can_set_a_timeout_by_header(
     client: TestClient, core: FakeCore, header: str, status: int
 ) -> None:
     assert client.post(CHAT, json=ASK, headers={"x-request-timeout": header}).status_code == status
     assert [request.timeout for request in core.requests] == ([2.5] if status == 200 else [])
 
 
-def test_models(client: TestClient) -> None:
+def test_models_are_listed_and_described(client: TestClient) -> None:
     [model] = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("org/tiny", "model", 4096)
     assert client.get("/v1/models/org/tiny").json() == model
@@ -266,7 +266,7 @@ def test_readiness_follows_the_core_and_liveness_does_not(
     assert client.get("/readyz").json()["error"]["message"] == core.reason
 
 
-def test_unknown_paths_and_methods_are_errors_of_the_same_shape(client: TestClient) -> None:
+def test_unknown_paths_and_methods_are_errors_of_the_same_form(client: TestClient) -> None:
     for answer, status in [
         (client.get("/nothing"), 404),
         (client.get(CHAT), 405),
@@ -276,7 +276,7 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_shape(client: TestClie
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
-def test_metrics_tell_how_requests_ended() -> None:
+def test_metrics_count_how_requests_ended() -> None:
     core = FakeCore()
     client = TestClient(create_app(MeasuredCore(core)))
     client.post(CHAT, json=ASK)

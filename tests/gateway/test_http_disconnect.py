@@ -1,4 +1,4 @@
-"""Clients that hang up: the core is told at once, whatever the request was waiting for."""
+"""A request is aborted as soon as its client disconnects, whatever it waits for."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def request(**body: Any) -> bytes:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", [BEFORE_THE_FIRST_TOKEN, IN_THE_MIDDLE])
-async def test_a_client_that_hangs_up_aborts_its_request(
+async def test_a_request_is_aborted_when_its_client_disconnects(
     script: tuple[Any, ...], stream: bool
 ) -> None:
     core = FakeCore(*script)
@@ -51,7 +51,7 @@ async def test_the_status_of_a_stream_comes_with_the_first_token() -> None:
         await core.aborted.wait()
 
 
-async def test_a_body_that_never_ends_asks_the_core_for_nothing() -> None:
+async def test_an_incomplete_body_does_not_reach_the_core() -> None:
     core = FakeCore()
     async with http_door(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -62,7 +62,7 @@ async def test_a_body_that_never_ends_asks_the_core_for_nothing() -> None:
     assert core.requests == []
 
 
-async def test_the_next_request_of_a_connection_is_served() -> None:
+async def test_a_connection_serves_one_request_after_the_other() -> None:
     async with http_door(FakeCore()) as port, asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the doors accept, what they refuse, and how a refusal reads."""
+"""What a chat completion may ask for, and the texts of refusals."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidRequest, TooLarge, UnreadableImage
-from services.gateway import schema
+from services.gateway import images
 from services.gateway.generation import GenerationRequest
 from services.gateway.schema import chat_to_generation, parse_chat
 from services.gateway.unsupported import IN_REQUEST
@@ -40,7 +40,7 @@ def refusal(kind: type[InvalidRequest] = InvalidRequest, **body: Any) -> Any:
     return caught.value
 
 
-def test_images_leave_their_places_in_the_messages() -> None:
+def test_images_are_replaced_by_placeholders_in_the_messages() -> None:
     text = {"type": "text", "text": "é?"}
     plain = {"type": "image_url", "image_url": uri(b"second")}
     asked = generation(user(image_part(b"first"), text, plain))
@@ -51,7 +51,7 @@ def test_images_leave_their_places_in_the_messages() -> None:
     assert asked.prompt_kind == "messages"
 
 
-def test_roles_and_absent_content() -> None:
+def test_developer_becomes_system_and_missing_content_becomes_empty() -> None:
     roles = [
         {"role": role, "content": None} for role in ("system", "developer", "user", "assistant")
     ]
@@ -64,8 +64,7 @@ def test_roles_and_absent_content() -> None:
     assert json.loads(generation([{"role": "user"}]).prompt) == [{"role": "user", "content": ""}]
 
 
-def test_sampling_and_stopping_values_arrive() -> None:
-    # Fmt: skip.
+def test_sampling_and_stopping_values_are_passed_on() -> None:
     asked = generation(
         temperature=0,
         top_p=0.5,
@@ -109,7 +108,7 @@ def test_sampling_and_stopping_values_arrive() -> None:
     assert asked.return_prompt_token_ids
 
 
-def test_what_is_absent_or_null_is_left_to_the_model() -> None:
+def test_a_value_that_is_absent_or_null_means_the_default() -> None:
     names = (
         "temperature",
         "top_p",
@@ -135,16 +134,18 @@ def test_what_is_absent_or_null_is_left_to_the_model() -> None:
         assert (stopping.max_tokens, stopping.stop, stopping.min_tokens) == (None, (), 0)
 
 
-def test_max_completion_tokens_wins() -> None:
+def test_max_completion_tokens_has_priority_over_max_tokens() -> None:
     assert generation(max_tokens=5, max_completion_tokens=6).stopping.max_tokens == 6
 
 
-def test_logprobs_without_a_number_are_those_of_the_tokens_alone() -> None:
+def test_logprobs_without_top_logprobs_means_zero_alternatives() -> None:
     assert generation(logprobs=True).sampling.num_logprobs == 0
 
 
-def test_seeds() -> None:
-    assert generation().sampling.seed != generation().sampling.seed, "a seed must be drawn"
+def test_a_missing_seed_is_drawn_and_a_seed_is_reduced_to_63_bits() -> None:
+    assert generation().sampling.seed != generation().sampling.seed, (
+        "each request gets a seed of its own"
+    )
     assert generation(seed=-1).sampling.seed == 2**63 - 1
     assert generation(seed=-(2**63)).sampling.seed == 0
     assert refusal(seed=2**64).param == "seed"
@@ -177,7 +178,7 @@ def test_seeds() -> None:
         dict.fromkeys(IN_REQUEST),
     ],
 )
-def test_keys_that_change_no_answer_are_accepted(harmless: dict[str, Any]) -> None:
+def test_fields_that_do_not_change_the_answer_are_accepted(harmless: dict[str, Any]) -> None:
     generation(**harmless)
 
 
@@ -196,7 +197,6 @@ UNSUPPORTED_VALUES = {
     "tools": [{"type": "function"}],
     "tool_choice": "required",
     "functions": [{}],
-    "response_format": {"type": "json_object"},
     "logit_bias": {"5": 1},
     "modalities": ["text", "audio"],
     "best_of": 2,
@@ -208,13 +208,15 @@ UNSUPPORTED_VALUES = {
 
 
 @pytest.mark.parametrize("name", IN_REQUEST)
-def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
-    told = refusal(**{name: UNSUPPORTED_VALUES.get(name, "something")})
-    assert told.param == name and told.message.startswith(f"{name}: this is not supported")
+def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(name: str) -> None:
+    error = refusal(**{name: UNSUPPORTED_VALUES.get(name, "something")})
+    subject = "value" if IN_REQUEST[name] else "field"
+    assert error.param == name
+    assert error.message.startswith(f"{name}: this {subject} is not supported")
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "expected"),
     [
         ("temperature", -1, "temperature: expected float >= 0.0, got -1.0"),
         ("temperature", "hot", "temperature: input should be a valid number"),
@@ -241,7 +243,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ("stop_token_ids", [-1], "stop_token_ids[0]: expected int >= 0"),
         ("logprobs", 5, "logprobs: input should be a valid boolean"),
         ("top_logprobs", 21, "top_logprobs: input should be less than or equal to 20"),
-        ("top_logprobs", 1, "top_logprobs: needs logprobs: true beside it"),
+        ("top_logprobs", 1, "top_logprobs: requires logprobs: true"),
         ("messages", [], "messages: list should have at least 1 item after validation, not 0"),
         ("messages", None, "messages: input should be a valid array"),
         ("messages", [{"content": "x"}], "messages[0].role: field required"),
@@ -275,7 +277,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         (
             "messages",
             [{"role": "assistant", "content": None, "tool_calls": [{}]}],
-            "messages[0].tool_calls: this is not supported; only [] is; leave it out",
+            "messages[0].tool_calls: this value is not supported; send [] or leave it out",
         ),
         (
             "messages",
@@ -285,54 +287,60 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ),
     ],
 )
-def test_a_refusal_names_the_field_and_what_is_wrong(name: str, value: Any, told: str) -> None:
-    assert refusal(**{name: value}).message == told
+def test_a_refusal_names_the_field_and_what_is_wrong(name: str, value: Any, expected: str) -> None:
+    assert refusal(**{name: value}).message == expected
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("https://example.org/a.png", "by-URL images are not enabled; send a data: URI"),
         ("HTTP://example.org/a.png", "by-URL images are not enabled; send a data: URI"),
         ("file:///etc/passwd", "only images inside the request are accepted; send a data: URI"),
         ("/etc/passwd", "only images inside the request are accepted; send a data: URI"),
-        ("data:image/png,abc", "a data: URI must read data:<type>;base64,<the file in base64>"),
-        ("data:image/png;base64", "a data: URI must read data:<type>;base64,<the file in base64>"),
-        ("data:image/png;base64,abc", "what follows ;base64, is not valid base64"),
-        ("data:image/png;base64,ab\ncd", "what follows ;base64, is not valid base64"),
-        ("data:image/png;base64,é===", "what follows ;base64, is not valid base64"),
+        (
+            "data:image/png,abc",
+            "a data: URI must have the form data:<type>;base64,<file in base64>",
+        ),
+        (
+            "data:image/png;base64",
+            "a data: URI must have the form data:<type>;base64,<file in base64>",
+        ),
+        ("data:image/png;base64,abc", "the data after ;base64, is not valid base64"),
+        ("data:image/png;base64,ab\ncd", "the data after ;base64, is not valid base64"),
+        ("data:image/png;base64,é===", "the data after ;base64, is not valid base64"),
     ],
 )
-def test_an_image_that_cannot_be_taken_is_named(url: str, told: str) -> None:
-    where = "messages[0].content[0].image_url"
+def test_a_wrong_image_url_is_refused_with_its_path(url: str, expected: str) -> None:
+    path = "messages[0].content[0].image_url"
     assert (
         refusal(messages=user({"type": "image_url", "image_url": url})).message
-        == f"{where}: {told}"
+        == f"{path}: {expected}"
     )
 
 
-def test_an_empty_image_is_unreadable_and_has_its_index() -> None:
-    told = refusal(UnreadableImage, messages=user(image_part(b"x"), image_part(b"")))
-    assert told.item == 1
+def test_an_empty_image_is_refused_with_its_index() -> None:
+    error = refusal(UnreadableImage, messages=user(image_part(b"x"), image_part(b"")))
+    assert error.item == 1
 
 
-def test_image_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_or_too_large_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     generation(user(*[image_part(b"x")] * 32))
     refusal(TooLarge, messages=user(*[image_part(b"x")] * 33))
-    monkeypatch.setattr(schema, "MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 2000)
     generation(user(image_part(b"x" * 2000)))
     assert refusal(TooLarge, messages=user(image_part(b"x" * 2001))).item == 0
     assert refusal(TooLarge, messages=user(image_part(b"x" * 9000))).item == 0
 
 
-def test_min_tokens_fit_into_max_tokens() -> None:
+def test_min_tokens_above_max_tokens_is_refused() -> None:
     assert (
         refusal(min_tokens=3, max_tokens=2).message
         == "min_tokens: 3 is more than max_tokens, which is 2"
     )
 
 
-def test_the_context_is_not_judged_while_it_is_unknown() -> None:
+def test_max_tokens_is_not_checked_while_the_context_length_is_unknown() -> None:
     assert generation(max_model_len=None, max_tokens=10**6).stopping.max_tokens == 10**6
 
 
@@ -349,7 +357,7 @@ def test_the_context_is_not_judged_while_it_is_unknown() -> None:
         b'{"seed":NaN}',
     ],
 )
-def test_a_body_that_is_no_object_is_refused_in_words(body: bytes) -> None:
+def test_a_body_that_is_not_a_valid_object_is_refused_with_a_message(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_chat(body)
     assert caught.value.message

@@ -1,4 +1,4 @@
-"""Both doors listen where they are told to, on IPv6 too."""
+"""The HTTP and gRPC servers listen on their configured addresses, IPv6 included."""
 
 import asyncio
 import urllib.request
@@ -17,7 +17,7 @@ from tests.loopback import LOOPBACKS, free_port
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-async def test_both_doors_answer_at_their_addresses(host: str) -> None:
+async def test_both_servers_answer_at_their_addresses(host: str) -> None:
     settings = GatewaySettings(
         controller="127.0.0.1:1", host=host, http_port=free_port(host), grpc_port=free_port(host)
     )
@@ -32,7 +32,7 @@ async def test_both_doors_answer_at_their_addresses(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
-async def test_a_taken_grpc_port_is_named_with_its_host(host: str) -> None:
+async def test_a_taken_grpc_port_is_an_error_that_names_host_and_port(host: str) -> None:
     settings = GatewaySettings(
         controller="127.0.0.1:1", host=host, http_port=free_port(host), grpc_port=free_port(host)
     )

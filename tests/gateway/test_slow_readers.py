@@ -1,5 +1,5 @@
-"""Clients that ask and do not read: what is kept for them is bounded, they hold up nobody, and they
-are cut off."""
+"""Clients that do not read their answers are cut off. What is kept for them is bounded, and they do
+not block other clients."""
 
 import asyncio
 import select
@@ -15,16 +15,16 @@ import pytest
 from common.errors import Exhausted
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway import grpc_api
-from services.gateway.core import MAX_UNREAD
+from services.gateway.core import MAX_UNREAD_EVENTS
 from services.gateway.generation import Began, Piece
-from services.gateway.slow_readers import READ_BYTES, READ_SECONDS, ReadersWatched
+from services.gateway.slow_readers import MIN_READ_BYTES, READ_SECONDS, ReadDeadlineProtocol
 from tests.gateway.builders import Gateway, delta, error_of, request, routed
 from tests.gateway.fake_core import HELLO, FakeCore, grpc_door, http_door
 from tests.gateway.test_http_disconnect import request as http_request
 
 LARGE = "x" * 100_000
 ENDLESS = (Began(None), *(Piece(n, [1], LARGE, []) for n in range(1000)))
-"""100 MB: more than sockets and flow control take."""
+"""100 MB, which is more than sockets and flow control hold."""
 
 
 @asynccontextmanager
@@ -40,7 +40,7 @@ async def client_with_little_room(port: int) -> AsyncIterator[socket.socket]:
 async def test_an_http_client_that_does_not_read_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr(ReadersWatched, "read_seconds", 0.05)
+    monkeypatch.setattr(ReadDeadlineProtocol, "read_seconds", 0.05)
     core = FakeCore(*(ENDLESS if stream else [*ENDLESS[:101], HELLO[-1]]))
     async with (
         http_door(core) as port,
@@ -59,7 +59,7 @@ async def test_an_http_client_that_does_not_read_is_cut_off(
 
 
 class Transport:
-    """Tells so many unread bytes, one number a question."""
+    """A transport that reports the next number of unread bytes at each call."""
 
     def __init__(self, *unread: int) -> None:
         self.unread = list(unread)
@@ -79,15 +79,15 @@ class Transport:
 @pytest.mark.parametrize(
     ("unread", "cut_off"),
     [
-        ((9 * READ_BYTES, 8 * READ_BYTES, 7 * READ_BYTES, 5), False),
-        ((9 * READ_BYTES, 8 * READ_BYTES, 7 * READ_BYTES + 1), True),
-        ((READ_BYTES - 1, READ_BYTES - 2), True),
+        ((9 * MIN_READ_BYTES, 8 * MIN_READ_BYTES, 7 * MIN_READ_BYTES, 5), False),
+        ((9 * MIN_READ_BYTES, 8 * MIN_READ_BYTES, 7 * MIN_READ_BYTES + 1), True),
+        ((MIN_READ_BYTES - 1, MIN_READ_BYTES - 2), True),
     ],
 )
-def test_a_client_must_read_so_much_in_so_many_seconds(
+def test_a_client_must_read_a_minimum_of_bytes_per_interval(
     unread: tuple[int, ...], cut_off: bool
 ) -> None:
-    protocol = ReadersWatched.__new__(ReadersWatched)
+    protocol = ReadDeadlineProtocol.__new__(ReadDeadlineProtocol)
     transport = Transport(*unread)
     later = Mock()
     protocol.transport = transport
@@ -103,7 +103,7 @@ def test_a_client_must_read_so_much_in_so_many_seconds(
     later.call_later.return_value.cancel.assert_called_once()
 
 
-async def test_an_http_client_that_does_not_read_holds_up_no_other() -> None:
+async def test_an_http_client_that_does_not_read_does_not_block_others() -> None:
     core = FakeCore(*ENDLESS)
     async with (
         http_door(core) as port,
@@ -143,10 +143,10 @@ async def test_a_grpc_client_that_does_not_read_is_cut_off(monkeypatch: pytest.M
         )
 
 
-async def test_an_answer_of_which_too_much_lies_unread_ends() -> None:
+async def test_an_answer_with_too_many_unread_events_fails() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request()) as events:
-        gateway.on_event(routed(), *(delta(n, [n], "") for n in range(MAX_UNREAD)))
+        gateway.on_event(routed(), *(delta(n, [n], "") for n in range(MAX_UNREAD_EVENTS)))
         error = await error_of(events)
     assert isinstance(error, Exhausted) and "faster than its client reads" in error.message
     assert gateway.aborts() == [("preprocess-1", "r"), ("llm-1", "r")] and gateway.is_idle

@@ -60,31 +60,34 @@ class ControlServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request_iterator, context):
-        """Membership for as long as the stream lives: the member's first message registers it, each later one renews its lease
-        (every second; without one for `lease_seconds` it is dead) and tells its load. The controller answers with the members,
-        at once and after every change, to those that asked to watch.
+        """Registers a member while the stream is open. The first message registers the member. Each later
+        message, about one a second, renews its lease and reports its load. A member that is silent for
+        `lease_seconds` is dead. The controller sends all members to those that watch, at once and
+        after every change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListMembers(self, request, context):
-        """Every member, and for a minute the dead ones.
+        """Lists all members. Dead members are listed for a minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """One member finishes what it holds and leaves. FAILED_PRECONDITION for the last ready one of its role.
+        """Makes one member finish what it holds and leave. Fails with FAILED_PRECONDITION for the last
+        ready member of a role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """How many replicas of a role the launcher is to keep from now on; more start, those with the least work are drained. Answers as
-        soon as the launcher has taken it up. FAILED_PRECONDITION where no launcher manages the members.
+        """Changes how many replicas of a role the launcher keeps. It starts new replicas, or drains those
+        with the least work. Returns once the launcher has accepted the change. Fails with
+        FAILED_PRECONDITION if no launcher manages the members.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

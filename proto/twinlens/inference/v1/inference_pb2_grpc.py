@@ -50,14 +50,15 @@ class InferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """The whole answer at once.
+        """Returns the whole answer at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """The answer as it is made: deltas, then one end. An error is the call's status, never an empty end.
+        """Streams the answer: one begin, then deltas, then one end. A failure ends the call with an error
+        status, never with an empty end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,188 @@
+"""gRPC messages of the inference API to and from the types of `generation.py`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from common.errors import InvalidRequest, ServingError
+from common.messages import Usage
+from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.images import check_images
+from services.gateway.parameters import make_sampling, make_stopping
+from services.gateway.schema import MAX_TIMEOUT, encode_messages
+
+FINISH_REASONS = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+}
+
+GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+
+# Requests
+
+
+def to_generation(
+    request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None
+) -> GenerationRequest:
+    """Return the request of either method as a GenerationRequest.
+
+    `timeout` is in seconds, and None without a deadline. `max_model_len` is the context length in
+    tokens, or None if it is not known.
+
+    Raises
+    ------
+    InvalidRequest
+        if a value is missing or wrong.
+    """
+    images = tuple(image.data for image in request.images)
+    check_images(images)
+    prompt_kind, prompt = read_prompt(request)
+    sampling = fields_set(request.sampling)
+    stopping = fields_set(request.stopping)
+    response = fields_set(request.response)
+    sampling["num_logprobs"] = response.get("num_logprobs")
+    stopping["skip_special_tokens"] = response.get("skip_special_tokens")
+    guide_kind, guide = read_guide(request.guide)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_kind=prompt_kind,
+        prompt=prompt,
+        images=images,
+        sampling=make_sampling(sampling),
+        stopping=make_stopping(stopping, max_model_len),
+        timeout=None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT),
+        return_prompt_token_ids=request.response.return_prompt_token_ids,
+        guide_kind=guide_kind,
+        guide=guide,
+    )
+
+
+def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
+    """Return the kind and the text of the guide; both are empty for a free answer."""
+    match params.WhichOneof("guide"):
+        case "json_object" if params.json_object:
+            return "json_object", ""
+        case "json_schema":
+            return "json_schema", params.json_schema
+        case "regex":
+            return "regex", params.regex
+    return "", ""
+
+
+def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
+    """Return the kind and the bytes of the prompt, as GenerationRequest has them.
+
+    Text becomes one user turn, with the images before it.
+    """
+    if request.WhichOneof("prompt") == "token_ids":
+        if not request.token_ids.ids:
+            raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
+        return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
+    if not request.text and not request.images:
+        raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
+    if not request.images:
+        return "messages", encode_messages([{"role": "user", "content": request.text}])
+    texts = [{"type": "text", "text": request.text}] if request.text else []
+    content = [{"type": "image"}] * len(request.images) + texts
+    return "messages", encode_messages([{"role": "user", "content": content}])
+
+
+def fields_set(message: Message) -> dict[str, Any]:
+    """Return the fields that the client has set, as Python values by name."""
+    return {
+        field.name: list(value) if field.is_repeated else as_written(value)
+        for field, value in message.ListFields()
+    }
+
+
+def as_written(value: Any) -> Any:
+    """Return the number that the client wrote, for example 0.7 instead of 0.699999988079071.
+
+    A 32-bit float holds the number nearest to it; seven digits are enough to get it back.
+    """
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+# Answers
+
+
+def stream_response(
+    event: GenerationEvent, request_id: str
+) -> inference_pb2.GenerateStreamResponse:
+    """Return the message of a streamed answer for an event of the core."""
+    match event:
+        case Began(prompt_token_ids=ids):
+            begin = inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ())
+            return inference_pb2.GenerateStreamResponse(begin=begin)
+        case Piece():
+            delta = inference_pb2.Delta(
+                offset=event.offset,
+                token_ids=event.token_ids,
+                text=event.text,
+                logprobs=map(token_logprob, event.logprobs),
+            )
+            return inference_pb2.GenerateStreamResponse(delta=delta)
+        case Ended():
+            end = inference_pb2.End(**end_fields(event))
+            return inference_pb2.GenerateStreamResponse(end=end)
+
+
+def end_fields(ended: Ended) -> dict[str, Any]:
+    """Return the fields that both End and GenerateResponse have."""
+    return {
+        "finish_reason": FINISH_REASONS[ended.finish_reason],
+        "usage": usage_message(ended.usage),
+        "timings": inference_pb2.Timings(**ended.timings),
+    }
+
+
+def usage_message(usage: Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        image_tokens=usage.image_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def token_logprob(entry: dict[str, Any]) -> inference_pb2.TokenLogprob:
+    """Return one entry of Piece.logprobs as a message."""
+    top = [inference_pb2.TopLogprob(**token_fields(other)) for other in entry["top_logprobs"]]
+    return inference_pb2.TokenLogprob(**token_fields(entry), top=top)
+
+
+def token_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    token = entry["token"].encode() if entry.get("bytes") is None else bytes(entry["bytes"])
+    return {"token_id": entry["token_id"], "token": token, "logprob": entry["logprob"]}
+
+
+# Errors
+
+
+def error_status(error: ServingError) -> status_pb2.Status:
+    """Return the error as google.rpc.Status, with an ErrorInfo and perhaps a RetryInfo."""
+    metadata = {"stage": error.stage} if error.stage else {}
+    if error.item is not None:
+        metadata["image"] = str(error.item)
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.code, domain="twinlens", metadata=metadata)
+    ]
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details)
+    )
+
+
+def packed(details: Sequence[Message]) -> list[any_pb2.Any]:
+    boxes = [any_pb2.Any() for _ in details]
+    for box, detail in zip(boxes, details, strict=True):
+        box.Pack(detail)
+    return boxes
