@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from common.chat import ROLES
 from common.errors import InvalidRequest, TooLarge, UnreadableImage
 from common.messages import Sampling, Stopping
 from services.gateway.generation import GenerationRequest
@@ -21,9 +22,6 @@ MAX_IMAGE_BYTES = 20 * 10**6
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT = 1e9
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
-# A checkpoint's chat template knows no developer: it is the later name of the same role.
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 StructT = TypeVar("StructT", Sampling, Stopping)
 
