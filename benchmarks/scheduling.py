@@ -7,6 +7,7 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.messages import Peer, Prompt, Sampling, Stopping
+from common.vocabulary import open_vocabulary
 from common.wire import Tensor as WireTensor
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
@@ -40,7 +41,7 @@ def overhead(
         scheduler,
         execute,
         Sampler(),
-        GuidedDecoding(checkpoint.path, runner.vocab_size, eos),
+        GuidedDecoding(open_vocabulary(checkpoint), runner.vocab_size, eos),
         runner.input_width,
         eos,
     )

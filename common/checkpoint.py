@@ -1,5 +1,4 @@
-"""A model directory in Hugging Face layout: its configuration, where its tensors lie, and its
-fingerprint. Imports no torch."""
+"""A model directory in Hugging Face layout: its configuration, tensors and fingerprint."""
 
 import hashlib
 import json
@@ -16,8 +15,8 @@ FINGERPRINTED = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
 )
@@ -27,14 +26,15 @@ SAMPLE_BYTES = 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` as safetensors names it (BF16, F32, ...)."""
+    """The place of a tensor in its file, its type and its shape."""
 
     file: Path
     dtype: str
+    """The name of the type in safetensors: BF16, F32, ..."""
     shape: tuple[int, ...]
     num_bytes: int
     offset: int
-    """Where its first byte is in the file."""
+    """The position of its first byte in the file."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Checkpoint:
     def family(self) -> Family:
         return FAMILIES[self.config["model_type"]]
 
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """What the directory must hold besides config.json and the weights."""
+        return self.family.vocabulary_file, *self.family.required_files
+
     @cached_property
     def sizes(self) -> ModelSizes:
         """The sizes of the language model. Raises BadCheckpoint if config.json lacks one."""
@@ -59,13 +64,15 @@ class Checkpoint:
 
     @property
     def patches_per_token(self) -> int:
-        """How many patches of an item become one embedding."""
+        """The number of an item's patches that become one embedding."""
         return self.family.patches_per_token(self)
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
-        """The language model's configuration, whether the file is flat (published) or nested
-        (transformers 5)."""
+        """The language model's configuration.
+
+        Published files are flat. transformers 5 nests it in `text_config`.
+        """
         flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
         return flat | self.config.get("text_config", {})
 
@@ -94,24 +101,25 @@ class Checkpoint:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """The checkpoint's own sampling defaults; empty where it brings none."""
-        file = self.path / "generation_config.json"
-        return read_json(file) if file.exists() else {}
+        """The checkpoint's own sampling defaults; empty if it has none."""
+        return read_optional_json(self.path / "generation_config.json")
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
         ids = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of every safetensors file, by its name in the file."""
+        """All tensors of all safetensors files, by their names in the files."""
         return {
             name: info for file in self.weight_files for name, info in read_header(file).items()
         }
 
     @cached_property
     def weight_files(self) -> list[Path]:
+        """The safetensors files. They need not exist."""
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             return [self.path / "model.safetensors"]
@@ -124,11 +132,14 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the model: two directories of one fingerprint hold the same configuration and the
-        same tensors by name, type and place. The weights are too large to be read by every
-        process: a few bytes of each tensor tell a fine-tuned model from its base."""
+        """A name of the model.
+
+        Two directories with one fingerprint hold the same configuration, and the same tensors by
+        name, type and place. The weights are too large to be read by every process: a few bytes of
+        each tensor distinguish a fine-tuned model from its base.
+        """
         digest = hashlib.sha256()
-        for name in dict.fromkeys((*FINGERPRINTED, *self.family.required_files)):
+        for name in dict.fromkeys((*FINGERPRINTED, *self.required_files)):
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
         for name, info in sorted(self.tensors.items()):
@@ -144,7 +155,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises
     ------
     BadCheckpoint
-        where it is missing, incomplete, or of a family that is not supported.
+        if it is missing or incomplete, or its family is not supported.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -154,7 +165,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if not (path / "config.json").exists():
         raise BadCheckpoint(
-            f"{path} has no config.json: it is no model directory in Hugging Face layout"
+            f"{path} has no config.json: it is not a model directory in Hugging Face layout"
         )
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
     model_type = checkpoint.config.get("model_type")
@@ -163,7 +174,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise BadCheckpoint(
             f"{path} is of the family {model_type!r}, which is not supported; supported: {known}"
         )
-    for name in checkpoint.family.required_files:
+    for name in checkpoint.required_files:
         if not (path / name).exists():
             raise BadCheckpoint(
                 f"{path} is incomplete: {name} is missing; download the whole repository"
@@ -179,52 +190,67 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_sample(info: TensorInfo) -> bytes:
-    """From the tensor's middle: its beginning may be the embeddings of tokens that no training
-    touches."""
+    """Read some bytes from the middle of a tensor.
+
+    Its beginning may hold the embeddings of tokens that no training changes.
+    """
     with info.file.open("rb", buffering=0) as f:
         f.seek(info.offset + info.num_bytes // 2)
         return f.read(min(SAMPLE_BYTES, info.num_bytes - info.num_bytes // 2))
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a file with a JSON object. Raises BadCheckpoint if it is missing or not one."""
     try:
         found = json.loads(file.read_text())
     except OSError as e:
         raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
     except ValueError as e:
-        raise BadCheckpoint(f"{file} is no JSON: {e}") from e
+        raise BadCheckpoint(f"{file} is not valid JSON: {e}") from e
     if not isinstance(found, dict):
-        raise BadCheckpoint(f"{file} holds no JSON object")
+        raise BadCheckpoint(f"{file} does not hold a JSON object")
     return found
 
 
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object, which is empty if there is no such file."""
+    return read_json(file) if file.exists() else {}
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The table of contents of a safetensors file: 8 bytes of length, then JSON
-    (https://huggingface.co/docs/safetensors)."""
+    """Read the table of contents of a safetensors file.
+
+    The file begins with the length of the table in 8 bytes, and the table itself in JSON
+    (https://huggingface.co/docs/safetensors).
+    """
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise BadCheckpoint(f"{file} is no safetensors file, or is cut off: download it again")
+            raise BadCheckpoint(
+                f"{file} is not a safetensors file, or is cut off: download it again"
+            )
         try:
             header = json.loads(f.read(length))
         except ValueError as e:
-            raise BadCheckpoint(f"{file} is no safetensors file: {e}") from e
+            raise BadCheckpoint(f"{file} is not a safetensors file: {e}") from e
     if not isinstance(header, dict):
-        raise BadCheckpoint(f"{file} is no safetensors file")
+        raise BadCheckpoint(f"{file} is not a safetensors file")
     header.pop("__metadata__", None)
     return {name: read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
 def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
-    """One tensor of a file of `size` bytes, whose data begins at `start`."""
+    """Return one tensor of a file of `size` bytes. The file's data begins at byte `start`."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
             0 <= begin <= end
         ):
             pass
         case _:
-            raise BadCheckpoint(f"{file} is no safetensors file: its entry of {name} is malformed")
+            raise BadCheckpoint(
+                f"{file} is not a safetensors file: its entry of {name} is malformed"
+            )
     if start + end > size:
         raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
     return TensorInfo(file, dtype, tuple(shape), end - begin, start + begin)

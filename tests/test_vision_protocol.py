@@ -128,7 +128,7 @@ class Net:
         for pair in [pair for pair in self.queues if name in pair]:
             del self.queues[pair]
         for producer in self.producers.values():
-            producer.dispatcher.lose_replica(name, "killed")
+            producer.dispatcher.on_replica_down(name, "killed")
             producer.dispatcher.offer_waiting()
 
     def submit(self) -> None:
@@ -152,7 +152,7 @@ class Net:
         producer = self.random.choice(list(self.producers.values()))
         self.queues.pop((replica.name, producer.name), None)
         self.queues.pop((producer.name, replica.name), None)
-        producer.dispatcher.lose_replica(replica.name, "its lease ended")
+        producer.dispatcher.on_replica_down(replica.name, "its lease ended")
         replica.play(PeerDown(producer.name, "preprocess", "its lease ended"))
         replica.play(PeerUp(producer.name, "preprocess"))
         producer.dispatcher.offer_waiting()

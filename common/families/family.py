@@ -1,4 +1,4 @@
-"""The description of a model family: what launching, sizing and routing need to know of it."""
+"""The description of a model family: what launching, sizing and routing need to know."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,12 +15,22 @@ class BadCheckpoint(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class TiktokenRules:
+    """What a tokenizer needs besides its tiktoken file, which holds only bytes and ranks."""
+
+    split_pattern: str
+    """The regular expression that cuts a text into pieces. No token crosses their borders."""
+    special_tokens: tuple[str, ...]
+    """The tokens whose ids follow the ranks, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """The sizes of a language model, as its configuration gives them."""
+    """The sizes of a language model, read from its configuration."""
 
     vocab_size: int
     hidden_size: int
-    """The width of its inputs: of token embeddings, and of the embeddings of items."""
+    """The width of the inputs: token embeddings, and the embeddings of items."""
     intermediate_size: int
     num_layers: int
     num_heads: int
@@ -29,7 +39,7 @@ class ModelSizes:
     head_dim: int
 
     def kv_bytes_per_token(self, world_size: int, item_bytes: int) -> int:
-        """Bytes that a token takes in the KV cache of one of `world_size` ranks."""
+        """Return the bytes that a token takes in the KV cache of one of `world_size` ranks."""
         if self.num_kv_heads == 0:
             return 0
         num_local_kv_heads = max(self.num_kv_heads // world_size, 1)
@@ -58,26 +68,31 @@ class ModelSizes:
 
 
 class Family(ABC):
-    """One model family. A method gets the opened checkpoint that it is about."""
+    """One model family. It is the same for all its checkpoints, which methods get as arguments."""
 
     model_type: str
     """The `model_type` in config.json."""
     title: str
-    """The names by which people know the models of the family."""
-    required_files: tuple[str, ...] = ("tokenizer.json", "preprocessor_config.json")
-    """What a model directory must hold besides config.json and the weights."""
+    """The common names of the family's models."""
+    vocabulary_file: str = "tokenizer.json"
+    """The file with the tokens: a tokenizer.json, a tiktoken file (`*.tiktoken`), or a
+    SentencePiece model (`*.model`)."""
+    tiktoken: TiktokenRules | None = None
+    """What completes a tiktoken file; None for other kinds of vocabulary file."""
+    required_files: tuple[str, ...] = ("preprocessor_config.json",)
+    """What a model directory must hold besides config.json, the vocabulary and the weights."""
     needed_roles: tuple[str, ...] = ("vision", "llm")
-    """The stages behind preprocess that a request with items passes through."""
+    """The stages after preprocess that a request with items passes through."""
     num_position_components: int = 1
-    """The rows of `Prompt.positions`."""
+    """The number of rows of `Prompt.positions`."""
     tower_prefixes: tuple[str, ...] = ()
-    """How the canonical names of the vision tower's tensors begin."""
+    """The prefixes of the canonical names of the vision tower's tensors."""
     embedding_name: str
     """The canonical name of the token embedding."""
 
     @abstractmethod
     def canonical_name(self, name: str) -> str:
-        """Return the one name that a tensor has in our code, whichever layout its file follows."""
+        """Return the one name of a tensor in our code, whichever layout its file follows."""
 
     @abstractmethod
     def sizes(self, checkpoint: "Checkpoint") -> ModelSizes:
@@ -85,15 +100,21 @@ class Family(ABC):
 
     @abstractmethod
     def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
-        """Return into how many parts `world_size` ranks split the tensor of this canonical name."""
+        """Return the number of parts into which `world_size` ranks split a tensor.
+
+        `name` is its canonical name.
+        """
 
     @abstractmethod
     def patches_per_token(self, checkpoint: "Checkpoint") -> int:
-        """Return how many patches become one embedding. Items and buckets have multiples of it."""
+        """Return the number of patches that become one embedding.
+
+        The patch counts of items and buckets are multiples of it.
+        """
 
     @abstractmethod
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
-        """Return the context in tokens, prompt and answer together."""
+        """Return the model's context in tokens, prompt and answer together."""
 
     @abstractmethod
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:

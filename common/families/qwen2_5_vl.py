@@ -73,6 +73,6 @@ class Qwen25VL(Family):
 
 
 def merge_size(vision_config: dict[str, Any]) -> int:
-    """Patches on a side of the square that becomes one embedding."""
+    """Return the patches on a side of the square that becomes one embedding."""
     size: int = vision_config.get("spatial_merge_size", DEFAULT_MERGE_SIZE)
     return size

@@ -1,4 +1,4 @@
-"""Token ids to text, incrementally, with stop strings."""
+"""Turns token ids into text while they arrive, and finds stop strings."""
 
 from common.checkpoint import open_checkpoint
 from common.logs import get_logger
@@ -6,7 +6,7 @@ from common.member import Member
 from common.messages import DetokenizerInbound
 from common.process import Stop, run
 from common.settings import DetokenizerSettings
-from services.detokenizer.incremental import Vocabulary
+from common.vocabulary import open_vocabulary
 from services.detokenizer.worker import Worker
 
 
@@ -15,7 +15,7 @@ def main(settings: DetokenizerSettings, stop: Stop) -> None:
     member: Member[DetokenizerInbound] = Member(
         settings, "detokenizer", stop, checkpoint.fingerprint, drains=True
     )
-    worker = Worker(member, Vocabulary(checkpoint.path / "tokenizer.json"))
+    worker = Worker(member, open_vocabulary(checkpoint))
     get_logger().info("ready", id=member.id)
     member.ready()
     worker.run()

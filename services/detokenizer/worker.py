@@ -1,5 +1,8 @@
-"""Token ids to text: each answer's deltas to its gateway, its end exactly once, stop strings back
-to the language group."""
+"""The detokenizer's work loop: token ids of answers in, their text out.
+
+It sends each answer's deltas and its one end to the answer's gateway. It reports stop strings to
+the language group.
+"""
 
 import json
 import time
@@ -24,13 +27,14 @@ from common.messages import (
     Usage,
     request_ids,
 )
+from common.vocabulary import Vocabulary
 from common.wire import Tensor
-from services.detokenizer.incremental import IncrementalDecoder, Vocabulary, logprob_entry
+from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
 
 
 @dataclass(slots=True)
 class Answer:
-    """One answer under way."""
+    """An answer in progress."""
 
     start: Start
     llm_id: str
@@ -39,13 +43,15 @@ class Answer:
 
 
 class Worker:
+    """Decodes the answers that language groups generate."""
+
     def __init__(self, member: Member[DetokenizerInbound], vocabulary: Vocabulary) -> None:
         self._member = member
         self._vocabulary = vocabulary
         self._answers: dict[RequestKey, Answer] = {}
         self._gateways: set[str] = set()
         self._unreleased: set[str] = set()
-        """While this member drains: the gateways that may still have answers coming here."""
+        """The gateways that may still have answers coming here, while this member drains."""
         self._draining = False
         self._log = get_logger()
         member.track_load(self.load)
@@ -55,6 +61,7 @@ class Worker:
         return len(self._answers), len(self._unreleased)
 
     def run(self) -> None:
+        """Handle events until the process stops."""
         for event in self._member.events():
             self._handle(event)
 
@@ -70,14 +77,19 @@ class Worker:
                 self._handle_message(peer_id, message)
             case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
-                self._lose(peer_id, role, reason)
+                self._on_peer_down(peer_id, role, reason)
 
-    def _lose(self, peer_id: str, role: str, reason: str) -> None:
-        """A gateway may not see what we see of a language group: its connection to it may stand."""
+    def _on_peer_down(self, peer_id: str, role: str, reason: str) -> None:
+        """Drop the answers of a dead peer.
+
+        If it is a language group, report this to their gateways. A gateway may not notice it: its
+        own connection to the group may stand.
+        """
         self._gateways.discard(peer_id)
         self._unreleased.discard(peer_id)
+        answers = self._answers.items()
         for key, answer in [
-            (k, a) for k, a in self._answers.items() if peer_id in (a.llm_id, a.start.gateway_id)
+            (k, a) for k, a in answers if peer_id in (a.llm_id, a.start.gateway_id)
         ]:
             del self._answers[key]
             if role == "llm":
@@ -115,17 +127,19 @@ class Worker:
         self._log.debug("answer begins", request_id=start.request_id)
 
     def _extend(self, key: RequestKey, tokens: Tokens) -> None:
+        """Send the text that new tokens add to an answer, and its end if they end it."""
         answer = self._answers[key]
+        decoder = answer.decoder
         ids = tokens.token_ids.numpy().tolist()
-        text = answer.decoder.push(ids)
+        text = decoder.push(ids)
         finish_reason = tokens.finish_reason
-        if answer.decoder.stopped:
-            ids = ids[: answer.decoder.num_tokens - tokens.offset]
+        if decoder.stopped:
+            ids = ids[: decoder.num_tokens - tokens.offset]
             finish_reason = "stop"
         if finish_reason:
-            text += answer.decoder.finish()
+            text += decoder.finish()
             del self._answers[key]
-        if answer.decoder.stopped and not tokens.finish_reason:
+        if decoder.stopped and not tokens.finish_reason:
             self._member.links.send(answer.llm_id, StopFound(**tokens.ids))
         end = self._end(answer, tokens.offset + len(ids), finish_reason) if finish_reason else {}
         delta = Delta(
@@ -139,6 +153,7 @@ class Worker:
         self._member.links.send(answer.start.gateway_id, delta)
 
     def _end(self, answer: Answer, completion_tokens: int, finish_reason: str) -> dict[str, Any]:
+        """Return the fields of a Delta that ends an answer."""
         prompt = answer.start.usage
         usage = Usage(
             prompt_tokens=prompt.prompt_tokens,
@@ -156,6 +171,7 @@ class Worker:
         }
 
     def _logprobs(self, tokens: Tokens, count: int) -> Tensor | None:
+        """Return the entries of the first `count` tokens as JSON, if they were asked for."""
         if tokens.logprobs is None:
             return None
         assert tokens.top_token_ids is not None and tokens.top_logprobs is not None
@@ -171,10 +187,10 @@ class Worker:
     def _entry(
         self, token_id: int, logprob: float, top_ids: list[int], top_logprobs: list[float]
     ) -> dict[str, Any]:
-        """OpenAI's entry and the ids, which gRPC clients get."""
-        entry = logprob_entry(
-            self._vocabulary, token_id, logprob, zip(top_ids, top_logprobs, strict=True)
-        ) | {"token_id": token_id}
+        """Return OpenAI's entry with the token ids, which gRPC clients get."""
+        top = zip(top_ids, top_logprobs, strict=True)
+        entry = logprob_entry(self._vocabulary, token_id, logprob, top)
+        entry["token_id"] = token_id
         for candidate, candidate_id in zip(entry["top_logprobs"], top_ids, strict=True):
             candidate["token_id"] = candidate_id
         return entry

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from common.chat import ROLES
 from common.messages import Sampling, Stopping
 from services.gateway.generation import GenerationRequest
 from services.gateway.images import check_image_count, read_data_uri
@@ -17,9 +18,6 @@ from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsuppor
 MAX_TIMEOUT = 1e9
 """The longest deadline of a request, in seconds."""
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
-# A checkpoint's chat template knows no developer: it is the later name of the same role.
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 SAMPLING_FIELDS = {
     "temperature",

@@ -1,52 +1,61 @@
-"""Answers that must follow a grammar: which tokens may come next, computed beside the forward pass.
-llguidance does the work."""
+"""Answers that follow a grammar: which tokens may come next, computed during the forward pass.
+
+llguidance does the work.
+"""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.messages import RequestKey
+from common.vocabulary import Vocabulary
 
 Mask = np.ndarray
 """bool [vocab_size]: the tokens that may come next."""
 
 
 class GuidedDecoding:
-    """The grammars of the requests under way. Preprocess has validated each, and refused those of
-    services without llguidance."""
+    """The grammars of the requests in progress.
+
+    Preprocess has validated each grammar. Without llguidance it has refused the request.
+    """
 
     def __init__(
-        self, tokenizer_file: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
+        self, vocabulary: Vocabulary, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> None:
-        self._tokenizer_file = tokenizer_file
+        """`vocab_size` is the number of logits, which may exceed the number of tokens."""
+        self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: Any = None
         self._matchers: dict[RequestKey, Any] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="guides")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="guided-decoding")
 
     def add(self, key: RequestKey, grammar: str) -> None:
-        from llguidance import (  # an extra, and only wanted by requests that bring a grammar
+        """Have a request follow a grammar."""
+        from llguidance import (  # an extra, and only needed for requests with a grammar
             LLMatcher,
             LLTokenizer,
         )
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                self._tokenizer_file.read_text(),
+                self._vocabulary.tokenizer_json,
                 n_vocab=self._vocab_size,
                 eos_token=list(self._eos_token_ids),
             )
         self._matchers[key] = LLMatcher(self._tokenizer, grammar)
 
     def remove(self, key: RequestKey) -> None:
+        """Forget a request, which need not have a grammar."""
         self._matchers.pop(key, None)
 
     def begin_masks(self, keys: list[RequestKey]) -> dict[int, "Future[Mask]"]:
-        """Starts to compute the masks of the next tokens; by row of `keys`, for the requests that
-        have a grammar."""
+        """Start to compute the masks of the next tokens of the requests that have a grammar.
+
+        Returns them by their row in `keys`.
+        """
         return {
             row: self._pool.submit(self._mask, self._matchers[key])
             for row, key in enumerate(keys)
@@ -54,8 +63,7 @@ class GuidedDecoding:
         }
 
     def accept(self, key: RequestKey, token_id: int) -> bool:
-        """Takes the token that was drawn. False where the grammar says that the answer is
-        complete."""
+        """Advance by the token that was drawn. Returns False if the answer is now complete."""
         matcher = self._matchers.get(key)
         if matcher is None:
             return True

@@ -13,6 +13,7 @@ from common.process import EXIT_FAILED, Stop, leave
 from common.progress import LOADING_SECONDS
 from common.settings import LlmSettings
 from common.sizing import Footprint
+from common.vocabulary import open_vocabulary
 from compute.device import Device, prepare
 from compute.quantization import check_quantization
 from services.llm.block_pool import BlockPool
@@ -237,9 +238,7 @@ def run_leader(
     )
     max_model_len = context_of(settings, checkpoint)
     eos_token_ids = checkpoint.eos_token_ids
-    guided_decoding = GuidedDecoding(
-        checkpoint.path / "tokenizer.json", runner.vocab_size, eos_token_ids
-    )
+    guided_decoding = GuidedDecoding(open_vocabulary(checkpoint), runner.vocab_size, eos_token_ids)
     embedding_bytes = runner.input_width * dtype.itemsize
     budget = EmbeddingBudget(embedding_tokens(cache.num_tokens, max_model_len, embedding_bytes))
     engine = Engine(

@@ -1,5 +1,7 @@
-"""Chat template, tokenizer, images to patches, positions; chooses the language group and each
-image's vision replica."""
+"""Prepares prompts and images, and chooses a language group and vision replicas for them.
+
+It applies the chat template, tokenizes, cuts images into patches and computes positions.
+"""
 
 from common.checkpoint import open_checkpoint
 from common.config import BadSetting
@@ -8,8 +10,10 @@ from common.member import Member
 from common.messages import PreprocessInbound
 from common.process import Stop, run
 from common.settings import PreprocessSettings
-from services.preprocess.families.qwen2_5_vl import Preprocessor
+from services.preprocess import families
+from services.preprocess.families import ItemLimits
 from services.preprocess.metrics import PreprocessMetrics
+from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 
@@ -17,10 +21,10 @@ from services.preprocess.worker import Worker
 def main(settings: PreprocessSettings, stop: Stop) -> None:
     checkpoint = open_checkpoint(settings.model)
     resizes = settings.oversized_images == "resize"
+    limits = ItemLimits(settings.min_pixels, settings.max_pixels, resizes)
     try:
-        preprocessor = Preprocessor(
-            checkpoint, settings.min_pixels, settings.max_pixels, settings.max_model_len, resizes
-        )
+        rules = families.load(checkpoint, limits)
+        preprocessor = Preprocessor(checkpoint, rules, settings.max_model_len)
     except ValueError as e:
         raise BadSetting(str(e)) from e
     pool = VisionPool()

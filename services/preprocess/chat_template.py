@@ -1,4 +1,4 @@
-"""The checkpoint's own chat template: messages to the prompt's text."""
+"""The checkpoint's own chat template, which turns messages into the prompt's text."""
 
 import json
 from datetime import datetime
@@ -8,16 +8,18 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.checkpoint import BadCheckpoint, read_json
+from common.chat import ROLES
+from common.checkpoint import BadCheckpoint, read_optional_json
 from common.errors import InvalidRequest
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatTemplate:
-    """A compiled template. It runs in a sandbox: a checkpoint comes from elsewhere and may not run
-    code here."""
+    """A compiled template.
+
+    It runs in a sandbox: a checkpoint comes from elsewhere and must not run code here.
+    """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -34,12 +36,12 @@ class ChatTemplate:
         self.special_tokens = special_tokens
 
     def render(self, messages: Any) -> str:
-        """The prompt of a conversation, up to where the assistant begins to speak.
+        """Return the prompt of a conversation, up to where the assistant begins to speak.
 
         Raises
         ------
         InvalidRequest
-            where the messages are malformed, or the template refuses them.
+            if the messages are malformed, or the template refuses them.
         """
         try:
             return self.template.render(
@@ -52,9 +54,12 @@ class ChatTemplate:
 
 
 def load(path: Path) -> ChatTemplate:
-    """The template of a model directory: chat_template.jinja, chat_template.json or
-    tokenizer_config.json, whichever is first."""
-    tokenizer_config = optional_json(path / "tokenizer_config.json")
+    """Read the template of a model directory.
+
+    It is in chat_template.jinja, chat_template.json or tokenizer_config.json; the first one counts.
+    Raises BadCheckpoint if there is none, or it cannot be compiled.
+    """
+    tokenizer_config = read_optional_json(path / "tokenizer_config.json")
     source = find_source(path, tokenizer_config)
     if source is None:
         raise BadCheckpoint(
@@ -71,23 +76,21 @@ def load(path: Path) -> ChatTemplate:
 
 
 def find_source(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """Return the text of the template, if there is one."""
     if (file := path / "chat_template.jinja").exists():
         return file.read_text()
-    found = optional_json(path / "chat_template.json").get("chat_template") or tokenizer_config.get(
-        "chat_template"
-    )
-    if isinstance(found, list):
+    own_file = read_optional_json(path / "chat_template.json")
+    found = own_file.get("chat_template") or tokenizer_config.get("chat_template")
+    if isinstance(found, list):  # several named templates
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
 
 
-def optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
-
-
 def normalise(messages: Any) -> list[dict[str, Any]]:
-    """Only what templates may rely on: a known role, and content that is text or a list of text and
-    image parts."""
+    """Return messages with only what templates may rely on.
+
+    That is a known role, and content that is text or a list of text and image parts.
+    """
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message")
     return [normalise_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -123,7 +126,7 @@ def normalise_part(part: Any, where: str) -> dict[str, str]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Unlike jinja2's own filter it does not escape for HTML."""
+    """Format a value as JSON. Unlike jinja2's own filter, it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

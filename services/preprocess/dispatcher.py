@@ -82,14 +82,14 @@ class Dispatcher:
                 if peer_id not in self.offer_waiting():
                     self._links.send(peer_id, Decline())
             case Grant(wait_seconds=wait, has_room=has_room):
-                self.pool.answered(peer_id, has_room, wait)
+                self.pool.on_answer(peer_id, has_room, wait)
                 self._send_pixels(message, peer_id)
             case CacheHit():
-                self.pool.answered(peer_id)
+                self.pool.on_answer(peer_id)
                 if item := self._find(message, peer_id):
                     self._mark_accepted(item)
             case Busy(wait_seconds=wait):
-                self.pool.answered(peer_id, False, wait)
+                self.pool.on_answer(peer_id, False, wait)
                 self._requeue_refused(message, peer_id)
             case Failed(message=reason):
                 self._retry(self._find_failed(message, peer_id), reason, skip_cache=True)
@@ -109,9 +109,9 @@ class Dispatcher:
             self._links.send(item.vision_id, self._offer_of(item))
         return {item.vision_id for item in offered}
 
-    def lose_replica(self, vision_id: str, reason: str) -> None:
+    def on_replica_down(self, vision_id: str, reason: str) -> None:
         """Give each item of a dead replica to another one."""
-        self.pool.lose(vision_id)
+        self.pool.remove_replica(vision_id)
         for item in [item for item in self._all_items() if item.vision_id == vision_id]:
             if request_of(item.key) not in self.handovers:
                 continue  # the failure of another item has just ended this request
@@ -220,7 +220,7 @@ class Dispatcher:
         item.failed_at.add(item.vision_id)
         item.skip_cache |= skip_cache
         self.pool.forget(item.prepared.mm_hash)
-        self.pool.ended(item.vision_id, failed=True)
+        self.pool.on_item_end(item.vision_id, failed=True)
         if item.num_dispatches >= MAX_DISPATCHES:
             name = f"{item.prepared.kind} {index}"
             text = f"{name} was given up after {MAX_DISPATCHES} attempts: {reason}"
@@ -248,7 +248,7 @@ class Dispatcher:
         """The language group has the embeddings of this item."""
         if handover := self.handovers.get(key):
             if item := handover.items.pop(index, None):
-                self.pool.ended(item.vision_id, failed=False)
+                self.pool.on_item_end(item.vision_id, failed=False)
                 self._free(item)
             if not handover.items:
                 del self.handovers[key]

@@ -1,55 +1,60 @@
-"""Response formats and regular expressions to grammars of llguidance, checked before anything is
-computed for them."""
+"""Response formats and regular expressions as grammars of llguidance.
+
+They are checked here, before anything is computed for a request.
+"""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from common.errors import InvalidRequest
+from common.vocabulary import Vocabulary
 
 ANY_OBJECT = '{"type": "object"}'
 # A model that is forced into JSON it would not write may indent for ever.
 JSON_STYLE = {"whitespace_pattern": r"[ \n\t]{0,20}"}
 
 
-class Guides:
-    def __init__(self, tokenizer_file: Path) -> None:
-        self._tokenizer_file = tokenizer_file
+class Grammars:
+    """Makes the grammars that answers of one model can follow."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
         self._tokenizer: Any = None
 
     def grammar(self, kind: str, text: str) -> str:
-        """The grammar of "json_object", or of a "json_schema" or "regex" given as `text`.
+        """Return the grammar of "json_object", or of a "json_schema" or "regex" in `text`.
 
         Raises
         ------
         InvalidRequest
-            where it cannot be followed, or llguidance is not installed.
+            if no answer can follow it, or llguidance is not installed.
         """
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError as e:
             raise InvalidRequest(
-                "guided answers need the extra `guided` (llguidance) on the preprocess and llm "
-                "services"
+                "guided answers need the extra `guided` (llguidance): install it for the "
+                "preprocess and llm services"
             ) from e
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._tokenizer_file.read_text())
+            self._tokenizer = LLTokenizer(self._vocabulary.tokenizer_json)
         if kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(
-                checked_schema(text) if kind == "json_schema" else ANY_OBJECT, overrides=JSON_STYLE
-            )
+            schema = checked_schema(text) if kind == "json_schema" else ANY_OBJECT
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
         if problem := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise InvalidRequest(f"the {kind} cannot be followed: {problem.splitlines()[0][:300]}")
+            reason = problem.splitlines()[0][:300]
+            raise InvalidRequest(f"the {kind} cannot be followed: {reason}")
         return grammar
 
 
 def checked_schema(text: str) -> str:
+    """Return a JSON schema in one form. Raises InvalidRequest if the text is not one."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InvalidRequest("the JSON schema is no JSON") from e
+        raise InvalidRequest("the JSON schema is not valid JSON") from e
     if not isinstance(schema, dict | bool):
         raise InvalidRequest("the JSON schema must be an object")
     return json.dumps(schema)

@@ -1,4 +1,4 @@
-"""Encoded image files to RGB pixels, whatever the bytes are; and bicubic resizing."""
+"""Encoded image files to RGB pixels, and bicubic resizing."""
 
 import struct
 import warnings
@@ -13,8 +13,7 @@ from common.errors import TooLarge, UnreadableImage
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
 
-# Pillow's readers parse hostile bytes in Python and raise whatever the broken part of the file
-# leads to.
+# Pillow's readers parse hostile bytes in Python. Any of these may result from a broken file.
 READER_ERRORS = (
     OSError,
     ValueError,
@@ -32,20 +31,21 @@ READER_ERRORS = (
 
 
 def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels of a PNG, JPEG, WEBP or GIF file (its first frame): uint8 [height, width, 3].
+    """Return the pixels of a PNG, JPEG, WEBP or GIF file (its first frame).
 
-    The size is checked in the header, before any pixel is decoded. As where the reference loads a
-    file, the orientation noted in EXIF is applied, and transparency is dropped and not blended.
+    They are uint8 [height, width, 3]. The size is checked in the header, before any pixel is
+    decoded. As in the reference, the orientation noted in EXIF is applied, and transparency is
+    dropped and not blended.
 
     Raises
     ------
     UnreadableImage
-        if the bytes are not such an image, or a broken one. Pillow's own words, which may hold
-        addresses, are not passed on.
+        if the bytes are not such an image, or the image is broken. Pillow's own text is not passed
+        on, because it may contain memory addresses.
     TooLarge
-        beyond `max_pixels`.
+        if the image has more than `max_pixels` pixels.
     """
-    # Pillow warns of large and of slightly broken files; the limit here is lower, and broken files
+    # Pillow warns of large and of slightly broken files. The limit here is lower, and broken files
     # that decode are welcome.
     with warnings.catch_warnings(action="ignore"):
         image = open_checked(data, max_pixels)
@@ -59,6 +59,7 @@ def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -
 
 
 def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image:
+    """Read the header of an image file and check its size."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as e:
@@ -66,7 +67,9 @@ def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image
             f"the image has more than the {max_pixels} pixels allowed; send it smaller"
         ) from e
     except READER_ERRORS as e:
-        raise UnreadableImage(f"the bytes are no image of the formats {', '.join(FORMATS)}") from e
+        raise UnreadableImage(
+            f"the bytes are not an image in one of the formats {', '.join(FORMATS)}"
+        ) from e
     if image.width * image.height > max_pixels:
         raise TooLarge(
             f"the image has {image.width}x{image.height} pixels, at most {max_pixels} are allowed; "
@@ -76,7 +79,7 @@ def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image
 
 
 def resize(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialiasing, as Pillow does it: uint8 [height, width, 3]."""
+    """Resize uint8 [height, width, 3] as Pillow does: bicubic, with antialiasing."""
     if rgb.shape[:2] == (height, width):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))

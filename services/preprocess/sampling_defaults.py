@@ -1,5 +1,4 @@
-"""What a request leaves open, filled in from the model: sampling values, and how long the answer
-may be."""
+"""Fills in what a request leaves open: sampling values, and how long the answer may be."""
 
 from typing import Any
 
@@ -10,7 +9,7 @@ from common.messages import Sampling, Stopping
 
 
 def resolve_sampling(sampling: Sampling, generation_config: dict[str, Any]) -> Sampling:
-    """Every None replaced by the checkpoint's own default; what the client gave always wins."""
+    """Replace every None by the checkpoint's own default. The client's values always win."""
     config = {key: value for key, value in generation_config.items() if value is not None}
     defaults = {
         "temperature": 0.0
@@ -27,7 +26,10 @@ def resolve_sampling(sampling: Sampling, generation_config: dict[str, Any]) -> S
 
 
 def resolve_stopping(stopping: Stopping, num_prompt_tokens: int, max_model_len: int) -> Stopping:
-    """`max_tokens` filled in with what the prompt leaves of the context, or checked against it."""
+    """Fill `max_tokens` in with what the prompt leaves of the context, or check it against that.
+
+    Raises InvalidRequest if the context is too short.
+    """
     left = max_model_len - num_prompt_tokens
     if left <= 0:
         raise InvalidRequest(

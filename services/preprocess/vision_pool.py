@@ -1,7 +1,7 @@
-"""Which vision replica gets which image, and when. Knows no socket.
+"""Chooses the vision replica of each item, and when the item is offered to it. Uses no socket.
 
-An image waits here, not at a replica, until a replica grants it: so the one that is free first
-takes the oldest that suits it, whether it was there before, came back, or is new.
+An item waits here, not at a replica, until a replica grants it. So the replica that is free first
+gets the oldest item that fits, whether the replica was there before, came back, or is new.
 """
 
 import time
@@ -16,50 +16,59 @@ from common.messages import ItemKey, VisionLoad
 from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
 
 MAX_UNANSWERED = 2
-"""Offers under way to one replica: one that is frozen keeps no more than these until its lease
-ends."""
+"""How many offers to one replica may be unanswered. A frozen replica delays at most these until its
+lease ends."""
 MAX_LOOKED_AT = 32
-"""Waiting images for which a replica is chosen at once."""
+"""How many waiting items get a replica chosen at once."""
 NEAR_FACTOR = 1.25
 NEAR_SECONDS = 0.005
-"""Replicas that are expected to finish within this of the first are as good; which one it is, the
-image decides."""
+"""Replicas that are expected to finish within this factor and time of the first are equally good.
+The item's content decides between them."""
 FULL_FACTOR = 1.5
-"""A replica that is full is waited for where it is expected to finish so much sooner than one with
-room."""
-UNMEASURED_SECONDS_A_PATCH = 1e-4
+"""An item waits for a full replica if the replica is expected to finish sooner by this factor than
+one with room."""
+UNMEASURED_SECONDS_PER_PATCH = 1e-4
 FAILED_SECONDS = 1.0
-"""A replica that fails with its images is taken for so much slower for each: one that is quick to
-fail would draw all images."""
+"""The time that each failure in a row adds to a replica's expected times. Otherwise a replica that
+fails quickly would draw all items."""
 MAX_FAILED = 10
-REMEMBERED_IMAGES = 20_000
+REMEMBERED_ITEMS = 20_000
 
 
 @dataclass(slots=True, eq=False)
 class VisionReplica:
-    """One that has told what it can run."""
+    """A replica that has reported what it can run."""
 
     id: str
     buckets: tuple[int, ...] = ()
     seconds: dict[int, float] = field(default_factory=dict)
-    """Measured, an image, by bucket."""
+    """The measured time of an item, by bucket."""
     free_at: float = 0.0
-    """When it would begin another image: as last told, and what was offered since."""
+    """When it would begin another item, by its last report and what it was offered since."""
     has_room: bool = True
     unanswered: int = 0
+    """The offers that it has not answered yet."""
     is_draining: bool = False
     num_failed: int = 0
-    """Images in a row that it failed with."""
+    """The number of items in a row that it failed with."""
 
     def expected(self, num_patches: int) -> float:
-        """Seconds in the tower; 0 where it measured nothing yet."""
+        """Return the expected seconds in the tower; 0 if nothing was measured yet."""
         return expected_seconds(self.seconds, self.buckets, num_patches)
 
     def fits(self, num_patches: int) -> bool:
+        """Whether it can run an item of this size."""
         return bucket_of(num_patches, self.buckets) > 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be offered another item now."""
+        return self.has_room and self.unanswered < MAX_UNANSWERED
 
 
 class VisionPool:
+    """The vision replicas, and the items that wait for one."""
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._replicas: dict[str, VisionReplica] = {}
@@ -71,15 +80,19 @@ class VisionPool:
     # Replicas
 
     def update_load(self, vision_id: str, load: VisionLoad) -> None:
+        """Handle a replica's report, its first one or a later one."""
         replica = self._replicas.setdefault(vision_id, VisionReplica(vision_id))
         replica.buckets = load.buckets
         replica.seconds = dict(zip(load.sizes, load.seconds, strict=False))
         replica.free_at = self._clock() + load.wait_seconds
 
-    def answered(
+    def on_answer(
         self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
     ) -> None:
-        """An offer was answered. `has_room` False: not for another, before a vacancy."""
+        """Handle the answer to an offer.
+
+        If `has_room` is False, the replica takes no other item before it reports a vacancy.
+        """
         if replica := self._replicas.get(vision_id):
             replica.unanswered = max(0, replica.unanswered - 1)
             self.update_replica(vision_id, has_room, wait_seconds)
@@ -87,22 +100,28 @@ class VisionPool:
     def update_replica(
         self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
     ) -> None:
+        """Note whether a replica has room, and when it would begin another item.
+
+        What is None has not changed.
+        """
         if replica := self._replicas.get(vision_id):
             replica.has_room = replica.has_room if has_room is None else has_room
             if wait_seconds is not None:
                 replica.free_at = self._clock() + wait_seconds
 
-    def ended(self, vision_id: str, failed: bool) -> None:
-        """What became of an image that the replica had in hand."""
+    def on_item_end(self, vision_id: str, failed: bool) -> None:
+        """Count an item that the replica has failed with, or reset the count after a success."""
         if replica := self._replicas.get(vision_id):
             replica.num_failed = min(replica.num_failed + 1, MAX_FAILED) if failed else 0
 
     def drain(self, vision_id: str) -> None:
+        """Offer nothing more to a replica."""
         if replica := self._replicas.get(vision_id):
             replica.is_draining = True
             self._lost[replica.buckets] = self._clock()
 
-    def lose(self, vision_id: str) -> None:
+    def remove_replica(self, vision_id: str) -> None:
+        """Forget a dead replica."""
         if replica := self._replicas.pop(vision_id, None):
             self._lost[replica.buckets] = self._clock()
 
@@ -112,8 +131,7 @@ class VisionPool:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """All that some replica has; none where there is a replica that takes any image, or no
-        replica."""
+        """The buckets of all replicas; none if a replica takes any item, or there is no replica."""
         usable = self._usable()
         if not all(replica.buckets for replica in usable):
             return ()
@@ -122,11 +140,10 @@ class VisionPool:
     def _usable(self) -> list[VisionReplica]:
         return [replica for replica in self._replicas.values() if not replica.is_draining]
 
-    # Images
+    # Items
 
     def add(self, item: PendingItem, first: bool = False) -> None:
-        """An image waits for a replica from now on, the `first` one of all where it waited
-        already."""
+        """Queue an item for a replica. An item that has waited before goes `first`."""
         item.vision_id = ""
         item.is_accepted = False
         item.expected_seconds = self._least_seconds(item.prepared.num_patches)
@@ -136,7 +153,7 @@ class VisionPool:
             self._waiting.move_to_end(item.key, last=False)
 
     def remove(self, item: PendingItem) -> None:
-        """It is not to be offered any more."""
+        """Take an item out of the queue, if it is there."""
         if self._waiting.pop(item.key, None):
             self._waiting_seconds = (
                 max(0.0, self._waiting_seconds - item.expected_seconds) if self._waiting else 0.0
@@ -144,48 +161,51 @@ class VisionPool:
 
     @property
     def num_waiting(self) -> int:
+        """The number of items in the queue."""
         return len(self._waiting)
 
     @property
     def queue_seconds(self) -> float:
-        """What the images that wait here add to the time until another would begin. May be read by
-        any thread."""
+        """The time that the queue adds before another item would begin.
+
+        Any thread may read it.
+        """
         return self._waiting_seconds / max(1, len(self._replicas))
 
     def remember(self, mm_hash: str, vision_id: str) -> None:
-        """The replica has the image's embeddings, or will have them."""
+        """Note that the replica has an item's embeddings, or will have them."""
         self._holders[mm_hash] = vision_id
         self._holders.move_to_end(mm_hash)
-        if len(self._holders) > REMEMBERED_IMAGES:
+        if len(self._holders) > REMEMBERED_ITEMS:
             self._holders.popitem(last=False)
 
     def forget(self, mm_hash: str) -> None:
+        """Note that no replica is known to have an item's embeddings."""
         self._holders.pop(mm_hash, None)
 
     def hopeless_items(self) -> list[PendingItem]:
-        """Images that no replica can take, and for which one has been missing for too long."""
+        """Return the items that no replica can run, if a fitting replica is gone for too long."""
         usable = self._usable()
         now = self._clock()
         hopeless = []
         for item in self._waiting.values():
             num_patches = item.prepared.num_patches
-            if not any(replica.fits(num_patches) for replica in usable):
-                lost = [
-                    when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)
-                ]
-                if now - max(lost, default=float("-inf")) > MISSING_SECONDS:
-                    hopeless.append(item)
+            if any(replica.fits(num_patches) for replica in usable):
+                continue
+            lost = [when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)]
+            if now - max(lost, default=float("-inf")) > MISSING_SECONDS:
+                hopeless.append(item)
         return hopeless
 
     def assign(self) -> list[PendingItem]:
-        """Chooses replicas for waiting images, and takes those out that are to be offered now, each
-        with its `vision_id`.
+        """Choose replicas for waiting items, and dequeue the items that can be offered now.
 
-        Images are placed one after the other, each where it is expected to finish first. Where that
-        replica is full the image goes on waiting for it, and those behind it count with it.
+        Returns these items, with their `vision_id` set. Items are placed one after the other, each
+        where it is expected to finish first. If that replica is full, the item keeps waiting for
+        it, and the items behind it take its time into account.
         """
         usable = self._usable()
-        open_ids = {replica.id for replica in usable if can_be_offered(replica)}
+        open_ids = {replica.id for replica in usable if replica.is_open}
         if not self._waiting or not usable:
             return []
         now = self._clock()
@@ -198,16 +218,17 @@ class VisionPool:
             if replica is None:
                 continue
             if replica.id in open_ids or replica.id == self._holders.get(item.prepared.mm_hash):
-                self._offer(item, replica, now)
+                self._dequeue(item, replica, now)
                 offers.append(item)
-                if not can_be_offered(replica):
+                if not replica.is_open:
                     open_ids.discard(replica.id)
             free_at[replica.id] = max(free_at[replica.id], now) + self._seconds(
                 replica, item.prepared.num_patches
             )
         return offers
 
-    def _offer(self, item: PendingItem, replica: VisionReplica, now: float) -> None:
+    def _dequeue(self, item: PendingItem, replica: VisionReplica, now: float) -> None:
+        """Give an item to a replica, which will begin it after what it has already."""
         self.remove(item)
         item.vision_id = replica.id
         replica.unanswered += 1
@@ -216,7 +237,7 @@ class VisionPool:
         )
 
     def _holder(self, item: PendingItem) -> VisionReplica | None:
-        """The replica that has the embeddings already: it needs no room for them."""
+        """Return the replica that has the embeddings already. It needs no room for them."""
         replica = self._replicas.get(self._holders.get(item.prepared.mm_hash, ""))
         if (
             replica is None
@@ -230,6 +251,10 @@ class VisionPool:
     def _first_to_finish(
         self, item: PendingItem, usable: list[VisionReplica], free_at: dict[str, float], now: float
     ) -> VisionReplica | None:
+        """Return the replica that is expected to finish the item first, if any can run it.
+
+        Among equally good ones it is the same for every preprocess.
+        """
         num_patches = item.prepared.num_patches
         fitting = [replica for replica in usable if replica.fits(num_patches)]
         candidates = [replica for replica in fitting if replica.id not in item.failed_at] or fitting
@@ -241,19 +266,13 @@ class VisionPool:
         }
         limit = NEAR_FACTOR * min(costs.values()) + NEAR_SECONDS
         near = [replica for replica in candidates if costs[replica.id] <= limit]
-        return (
-            near[0]
-            if len(near) == 1
-            else max(
-                near,
-                key=lambda replica: (replica.has_room, rank(item.prepared.mm_hash, replica.id)),
-            )
-        )
+        mm_hash = item.prepared.mm_hash
+        return max(near, key=lambda replica: (replica.has_room, rank(mm_hash, replica.id)))
 
     def _cost(self, replica: VisionReplica, num_patches: int, free_at: float, now: float) -> float:
-        """Seconds until it is expected to finish."""
+        """Return the seconds until it is expected to finish."""
         seconds = self._seconds(replica, num_patches) + FAILED_SECONDS * replica.num_failed
-        if can_be_offered(replica):
+        if replica.is_open:
             return free_at - now + seconds
         return FULL_FACTOR * (max(free_at - now, seconds) + seconds)
 
@@ -261,7 +280,7 @@ class VisionPool:
         return replica.expected(num_patches) or self._least_seconds(num_patches)
 
     def _least_seconds(self, num_patches: int) -> float:
-        """In the tower of the fastest replica, as far as measured."""
+        """Return the seconds in the tower of the fastest replica, as far as measured."""
         measured: Iterable[float] = (
             replica.expected(num_patches)
             for replica in self._replicas.values()
@@ -269,15 +288,13 @@ class VisionPool:
         )
         return min(
             (seconds for seconds in measured if seconds),
-            default=UNMEASURED_SECONDS_A_PATCH * num_patches,
+            default=UNMEASURED_SECONDS_PER_PATCH * num_patches,
         )
 
 
-def can_be_offered(replica: VisionReplica) -> bool:
-    return replica.has_room and replica.unanswered < MAX_UNANSWERED
-
-
 def rank(mm_hash: str, vision_id: str) -> int:
-    """The same for every preprocess, so that equal images meet at one replica, and different ones
-    spread."""
+    """Return a number that orders the replicas for an item.
+
+    It is the same for every preprocess, so equal items meet at one replica. Different items spread.
+    """
     return zlib.crc32(f"{mm_hash}{vision_id}".encode())

@@ -28,12 +28,12 @@ from common.messages import (
 from common.progress import UnitTimes
 from common.wire import Tensor
 from services.preprocess.dispatcher import Dispatcher
-from services.preprocess.families.qwen2_5_vl import Preprocessor
-from services.preprocess.grammars import Guides
+from services.preprocess.grammars import Grammars
 from services.preprocess.in_flight import Handover, PendingItem, Preparation, SentPrompt
 from services.preprocess.llm_groups import LlmGroups
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
+from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.vision_pool import VisionPool
 
@@ -65,7 +65,7 @@ class Worker:
         self._pool = pool
         self._dispatcher = Dispatcher(member.links, pool, self._fail, metrics, clock)
         self._groups = LlmGroups(clock)
-        self._guides = Guides(preprocessor.checkpoint.path / "tokenizer.json")
+        self._grammars = Grammars(preprocessor.vocabulary)
         # The size of a file says little about the size of its picture.
         self._times = UnitTimes(least_seconds=2.5)
         self._unconfirmed: deque[SentPrompt] = deque()
@@ -137,11 +137,11 @@ class Worker:
     def _on_peer_down(self, peer_id: str, role: str, reason: str) -> None:
         match role:
             case "vision":
-                self._dispatcher.lose_replica(peer_id, reason)
+                self._dispatcher.on_replica_down(peer_id, reason)
             case "gateway":
                 self._drop_requests_of(peer_id)
             case "llm":
-                self._groups.lose(peer_id)
+                self._groups.remove(peer_id)
                 self._report_lost_requests(peer_id, reason)
 
     def _report_lost_requests(self, llm_id: str, reason: str) -> None:
@@ -223,7 +223,7 @@ class Worker:
         preparation.token_ids = self._preprocessor.tokenize(submit.prompt_kind, prompt_of(submit))
         if submit.guide_kind:
             guide = submit.guide.text() if submit.guide else ""
-            grammar = self._guides.grammar(submit.guide_kind, guide)
+            grammar = self._grammars.grammar(submit.guide_kind, guide)
             preparation.grammar = Tensor.of_text(grammar)
 
     def _prepare_item(self, preparation: Preparation) -> None:
@@ -231,7 +231,9 @@ class Worker:
         index = len(preparation.items)
         item = preparation.submit.items[index]
         try:
-            prepared = self._preprocessor.prepare_item(item.data.data, self._pool.buckets)
+            prepared = self._preprocessor.prepare_item(
+                item.kind, item.data.data, self._pool.buckets
+            )
         except InvalidRequest as e:
             raise type(e)(f"{item.kind} {index}: {e.message}", item=index) from e
         preparation.items.append(prepared)

@@ -18,7 +18,7 @@ from common.membership import DRAINING, READY, STARTING
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.commands import control
 from services.controller.service import ControlServicer
-from tests.gateway.fake_core import FakeCore, grpc_door
+from tests.gateway.fake_core import FakeCore, grpc_server
 
 DEADLINE = 20.0
 CONTROLLER = control_pb2.Member(id="controller-1", role="controller", state=READY)
@@ -72,7 +72,7 @@ async def system(no_logs: None) -> AsyncIterator[System]:
     await server.start()
     expiry = asyncio.create_task(servicer.expire_leases())
     async with (
-        grpc_door(FakeCore(), address) as gateway,
+        grpc_server(FakeCore(), address) as gateway,
         grpc.aio.insecure_channel(address) as channel,
     ):
         yield System(gateway, control_pb2_grpc.ControlServiceStub(channel))
@@ -159,7 +159,7 @@ async def test_status_lists_every_member(
 async def test_a_gateway_without_its_controller_is_not_reported_as_absent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async with grpc_door(FakeCore()) as target:
+    async with grpc_server(FakeCore()) as target:
         for command in (["status"], ["scale", "vision", "2"], ["drain", "vision-1"]):
             assert await System(target, None).twinlens(*command) == 1
             assert capsys.readouterr().err.startswith(

@@ -15,7 +15,7 @@ from services.commands import control
 from services.commands.generate import add_generate_arguments, generate
 from services.commands.sample import read_image
 from services.gateway.generation import Began, Piece
-from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_door
+from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_server
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -27,7 +27,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 async def run(core: FakeCore, *arguments: str) -> int:
-    async with grpc_door(core) as target:
+    async with grpc_server(core) as target:
         parsed = generate_parser().parse_args([*arguments, "--grpc", target])
         return await asyncio.to_thread(generate, parsed)
 
@@ -200,7 +200,7 @@ async def test_read_image_returns_text_and_timings(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"picture")
     core = FakeCore()
-    async with grpc_door(core) as target:
+    async with grpc_server(core) as target:
         assert await asyncio.to_thread(read_image, target, image, "OCR:") == (
             "Hello",
             TIMINGS,

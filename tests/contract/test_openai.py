@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import Exhausted, Unavailable
 from services.gateway.generation import Began, Piece
-from tests.gateway.fake_core import FOREVER, HELLO, FakeCore, http_door
+from tests.gateway.fake_core import FOREVER, HELLO, FakeCore, http_server
 
 PICTURE = "data:image/png;base64," + base64.b64encode(b"picture").decode()
 SEE: Any = [
@@ -35,7 +35,7 @@ def core() -> FakeCore:
 
 @pytest.fixture
 async def port(core: FakeCore) -> AsyncIterator[int]:
-    async with http_door(core) as port:
+    async with http_server(core) as port:
         yield port
 
 

@@ -1,4 +1,4 @@
-"""Pieces of text joined are the decoded answer, up to a stop string."""
+"""The pieces of an answer, joined, are its decoded text up to a stop string."""
 
 import itertools
 import json
@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from common.checkpoint import BadCheckpoint
-from services.detokenizer.incremental import IncrementalDecoder, Vocabulary, logprob_entry
+from common.vocabulary.tokenizer_json import read_tokenizer_json
+from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
+from tests import golden_vocabularies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("a_image", "b_two_images_tied", "c_gqa_tp8", "d_text")
 FILES = {case: GOLDEN / case / "checkpoint" / "tokenizer.json" for case in CASES}
 TOKENIZERS = {case: Tokenizer.from_file(str(file)) for case, file in FILES.items()}
-VOCABULARIES = {case: Vocabulary(file) for case, file in FILES.items()}
+VOCABULARIES = {case: read_tokenizer_json(file) for case, file in FILES.items()}
 TOKENIZER = TOKENIZERS["a_image"]
 VOCABULARY = VOCABULARIES["a_image"]
 
 
 def ids_of(text: str) -> list[int]:
-    """One token a byte, so that every border is a token border."""
+    """Return one token per byte, so that every border is a token border."""
     by_bytes = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
     return [by_bytes[bytes([byte])] for byte in text.encode()]
 
@@ -105,7 +107,7 @@ def test_added_tokens_with_odd_characters_decode_as_in_the_tokenizer(tmp_path: P
     tokenizer.add_tokens(["Ġfoo", "a b", "naïve", "ð", "图"])
     tokenizer.add_special_tokens(["Ġsp", "s p"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = Vocabulary(tmp_path / "tokenizer.json")
+    vocabulary = read_tokenizer_json(tmp_path / "tokenizer.json")
     added = [
         tokenizer.token_to_id(token) for token in ("Ġfoo", "a b", "naïve", "ð", "图", "Ġsp", "s p")
     ]
@@ -161,7 +163,7 @@ def test_text_before_a_stop_string_comes_out_and_the_completing_token_counts() -
     assert decoder.num_tokens == 6
 
 
-def test_what_only_began_like_a_stop_string_comes_out_in_full() -> None:
+def test_text_that_only_began_like_a_stop_string_comes_out_in_full() -> None:
     assert pieces(IncrementalDecoder(VOCABULARY, ("END",)), ids_of("EEN!E")) == [
         "",
         "E",
@@ -172,7 +174,7 @@ def test_what_only_began_like_a_stop_string_comes_out_in_full() -> None:
     ]
 
 
-def test_a_stop_string_may_begin_anew_inside_its_own_false_start() -> None:
+def test_a_stop_string_may_begin_inside_its_own_false_start() -> None:
     decoder = IncrementalDecoder(VOCABULARY, ("aab",))
     assert decoder.push(ids_of("aaaab")) == "aa" and decoder.stopped
 
@@ -210,7 +212,7 @@ ab = st.text("ab", min_size=1, max_size=4)
 @given(
     st.text("abé", max_size=20), st.lists(ab, max_size=3), st.lists(st.integers(1, 5), max_size=8)
 )
-def test_stop_strings_cut_the_text_where_a_search_of_the_whole_text_does(
+def test_stop_strings_cut_as_a_search_of_the_whole_text_does(
     text: str, stop: list[str], sizes: list[int]
 ) -> None:
     ids = ids_of(text)
@@ -234,12 +236,56 @@ def test_stop_strings_cut_the_text_where_a_search_of_the_whole_text_does(
     assert decoder.num_tokens == num_tokens
 
 
-def test_what_is_held_back_stays_bounded() -> None:
+def test_the_text_that_is_held_back_stays_bounded() -> None:
     decoder = IncrementalDecoder(VOCABULARY, ("a" * 255 + "b",))
     given = ids_of("a")[0]
     found = decoder.push([given] * 10_000)
     assert len(found) == 10_000 - 255
     assert found + decoder.finish() == "a" * 10_000
+
+
+@pytest.mark.parametrize("case", golden_vocabularies.CASES)
+def test_answers_come_out_exactly_from_every_kind_of_vocabulary(case: str) -> None:
+    answers = golden_vocabularies.expected(case)["answers"]
+    assert len(answers) > 50
+    for answer in answers:
+        vocabulary = golden_vocabularies.vocabulary(case)
+        found = pieces(IncrementalDecoder(vocabulary, skip_special_tokens=False), answer["ids"])
+        assert "".join(found) == answer["text"]
+
+
+def test_only_the_space_at_the_start_of_an_answer_is_the_tokenizers() -> None:
+    vocabulary = golden_vocabularies.vocabulary("sentencepiece_bpe_prefix")
+    ids = vocabulary.encode("a b")
+    assert pieces(IncrementalDecoder(vocabulary), [1, *ids])[:3] == ["", "a", " b"]
+    assert "".join(pieces(IncrementalDecoder(vocabulary), [*ids, *ids])) == "a b a b"
+    shown = pieces(IncrementalDecoder(vocabulary, skip_special_tokens=False), [1, *ids])
+    assert "".join(shown) == "<s> a b"
+
+
+def test_all_spaces_at_the_start_may_be_the_tokenizers() -> None:
+    vocabulary = golden_vocabularies.vocabulary("sentencepiece_bpe_trim")
+    space = vocabulary.id_of("\u2581")
+    assert space is not None
+    ids = [space, space, *vocabulary.encode("a b"), space]
+    assert "".join(pieces(IncrementalDecoder(vocabulary), ids)) == "a b "
+
+
+def test_a_stop_string_is_found_without_the_tokenizers_space() -> None:
+    vocabulary = golden_vocabularies.vocabulary("sentencepiece_bpe_prefix")
+    decoder = IncrementalDecoder(vocabulary, (" a",))
+    assert decoder.push(vocabulary.encode("a a")) == "a" and decoder.stopped
+
+
+def test_each_byte_of_a_broken_character_is_marked_as_in_sentencepiece() -> None:
+    vocabulary = golden_vocabularies.vocabulary("wemm")
+    ids = vocabulary.encode("😀")
+    assert len(ids) == 4
+    assert pieces(IncrementalDecoder(vocabulary), ids) == ["", "", "", "😀", ""]
+    cut = pieces(IncrementalDecoder(vocabulary), ids[:3])
+    assert cut == ["", "", "", "\ufffd" * 3]
+    other = vocabulary.encode("world")[-1:]
+    assert "".join(pieces(IncrementalDecoder(vocabulary), [*ids[:2], *other])) == "\ufffd\ufffdd"
 
 
 def test_a_tokenizer_with_another_decoder_is_refused_by_name(tmp_path: Path) -> None:
@@ -250,7 +296,7 @@ def test_a_tokenizer_with_another_decoder_is_refused_by_name(tmp_path: Path) -> 
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(config | {"decoder": decoder}))
         with pytest.raises(BadCheckpoint, match=told):
-            Vocabulary(tmp_path / "tokenizer.json")
+            read_tokenizer_json(tmp_path / "tokenizer.json")
 
 
 def test_logprob_entries_have_openais_form() -> None:

@@ -1,5 +1,4 @@
-"""The detokenizer worker: what the language group sends becomes deltas, and each answer ends
-once."""
+"""The detokenizer worker turns tokens into deltas, and each answer ends once."""
 
 import json
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from common.messages import (
     Tokens,
     Usage,
 )
+from common.vocabulary.tokenizer_json import read_tokenizer_json
 from common.wire import Tensor
-from services.detokenizer.incremental import Vocabulary
 from services.detokenizer.worker import Answer, Worker
 from tests.fakes import FakeMember, received
 
-VOCABULARY = Vocabulary(
+VOCABULARY = read_tokenizer_json(
     Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json"
 )
 BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
@@ -90,7 +89,7 @@ def tokens(
     attempt: int = 0,
     logprobs: bool = False,
 ) -> list[Event]:
-    """Log-probabilities tell their token: -id/1000, and the best candidate is always "a"."""
+    """Return tokens with log-probability -id/1000, whose best candidate is always "a"."""
     of = np.array(ids, np.int64)
     told = {
         "logprobs": Tensor.of((-of / 1000).astype(np.float32)),
@@ -128,7 +127,7 @@ def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
     assert detokenizer.deltas[0].text.text() == "", "half a character is held back"
 
 
-def test_the_last_delta_alone_carries_the_end_with_usage_and_timings() -> None:
+def test_only_the_last_delta_carries_the_end_with_usage_and_timings() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(
         start(),
@@ -149,7 +148,7 @@ def test_the_last_delta_alone_carries_the_end_with_usage_and_timings() -> None:
     assert not detokenizer.answers
 
 
-def test_what_was_held_back_comes_with_the_end() -> None:
+def test_text_that_was_held_back_comes_with_the_end() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(
         start(stop=("END",)), tokens(0, ids_of("abEN")), tokens(4, ids_of("😀")[:2], "length")
@@ -179,7 +178,7 @@ def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
     assert not detokenizer.answers
 
 
-def test_a_stop_string_in_the_last_token_wins_and_the_language_group_is_not_told() -> None:
+def test_a_stop_string_in_the_last_token_wins_without_a_message_to_the_group() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(start(stop=("END",)), tokens(0, ids_of("aEND"), "length"))
     [last] = detokenizer.deltas
@@ -225,7 +224,7 @@ def test_a_failure_of_the_language_group_is_passed_on_as_the_end() -> None:
     [named(Abort), [PeerDown("llm-1", "llm", "gone")], [PeerDown("gateway-1", "gateway", "gone")]],
     ids=["abort", "llm", "gateway"],
 )
-def test_an_answer_nobody_gives_or_wants_any_more_is_freed_and_others_are_not(
+def test_an_answer_whose_group_or_gateway_is_gone_is_freed_and_no_other(
     event: list[Event],
 ) -> None:
     detokenizer = Detokenizer()
@@ -258,8 +257,10 @@ def test_tokens_before_any_start_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("num_delivered", range(1, 9))
-def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_delivered: int) -> None:
-    """A character may be cut by the change, and a stop string may begin before it."""
+def test_an_answer_continues_at_another_detokenizer_without_a_difference(
+    num_delivered: int,
+) -> None:
+    """The change may cut a character, and a stop string may begin before it."""
     ids = ids_of("a\u00e9b\u20acSTOP and more")
     whole = Detokenizer()
     whole.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids)])
@@ -279,8 +280,8 @@ def test_an_answer_goes_on_at_another_detokenizer_as_it_would_have_here(num_deli
     assert second.deltas[-1].usage == whole.deltas[-1].usage
 
 
-def test_a_lost_language_group_is_told_to_the_gateways_of_its_answers() -> None:
-    """Their own connections to it may stand, and then nobody else would tell them."""
+def test_a_lost_language_group_is_reported_to_the_gateways_of_its_answers() -> None:
+    """Their own connections to the group may stand. Then only the detokenizer notices."""
     detokenizer = Detokenizer()
     detokenizer.play(
         start(),
@@ -296,7 +297,7 @@ def test_a_lost_language_group_is_told_to_the_gateways_of_its_answers() -> None:
     assert detokenizer.member.links.to("gateway-2") == []
 
 
-def test_a_draining_detokenizer_awaits_the_gateways_that_have_not_released_it() -> None:
+def test_a_draining_detokenizer_waits_until_every_gateway_has_released_it() -> None:
     detokenizer = Detokenizer()
     detokenizer.play(
         [

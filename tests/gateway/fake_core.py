@@ -112,7 +112,7 @@ class FakeCore:
 
 
 @asynccontextmanager
-async def http_door(core: FakeCore) -> AsyncIterator[int]:
+async def http_server(core: FakeCore) -> AsyncIterator[int]:
     """Run a real HTTP server and return its port. It listens already, so no caller must wait."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -129,7 +129,7 @@ async def http_door(core: FakeCore) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def grpc_door(core: FakeCore, controller: str = "127.0.0.1:1") -> AsyncIterator[str]:
+async def grpc_server(core: FakeCore, controller: str = "127.0.0.1:1") -> AsyncIterator[str]:
     """Run a real gRPC server and return its address."""
     async with grpc.aio.insecure_channel(controller) as channel:
         server = create_server(MeasuredCore(core), channel, max_message_bytes=10**6)

@@ -14,7 +14,7 @@ from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.metrics import MeasuredCore
 from services.gateway.servers import start_api_servers
 from tests.gateway.builders import Gateway, delta, request, rest, routed
-from tests.gateway.fake_core import HELLO, FakeCore, http_door
+from tests.gateway.fake_core import HELLO, FakeCore, http_server
 from tests.gateway.test_http_disconnect import request as http_request
 from tests.loopback import free_port
 
@@ -64,7 +64,7 @@ async def test_drained_servers_refuse_new_clients_and_finish_the_others() -> Non
 
 async def test_a_draining_gateway_asks_clients_to_close_their_connections() -> None:
     core = FakeCore()
-    async with http_door(core) as port, asyncio.timeout(10):
+    async with http_server(core) as port, asyncio.timeout(10):
         for core.is_draining in (False, True):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(http_request(stream=True))

@@ -17,7 +17,7 @@ from common.errors import Exhausted, Unavailable, UnreadableImage
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.gateway.generation import Began, Piece
-from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_door
+from tests.gateway.fake_core import FOREVER, TIMINGS, FakeCore, grpc_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -32,7 +32,7 @@ def core() -> FakeCore:
 
 @pytest.fixture
 async def channel(core: FakeCore) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc_door(core) as target, grpc.aio.insecure_channel(target) as channel:
+    async with grpc_server(core) as target, grpc.aio.insecure_channel(target) as channel:
         yield channel
 
 
@@ -359,7 +359,7 @@ async def test_listing_members_is_forwarded_to_the_controller_and_joining_is_ref
     address = f"127.0.0.1:{controller.add_insecure_port('127.0.0.1:0')}"
     await controller.start()
     async with (
-        grpc_door(FakeCore(), address) as target,
+        grpc_server(FakeCore(), address) as target,
         grpc.aio.insecure_channel(target) as channel,
     ):
         stub = control_pb2_grpc.ControlServiceStub(channel)

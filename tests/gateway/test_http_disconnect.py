@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.gateway.generation import Began, Piece
-from tests.gateway.fake_core import FOREVER, FakeCore, http_door
+from tests.gateway.fake_core import FOREVER, FakeCore, http_server
 
 BEFORE_THE_FIRST_TOKEN = (FOREVER,)
 IN_THE_MIDDLE = (Began(None), Piece(0, [1], "x", []), FOREVER)
@@ -28,7 +28,7 @@ async def test_a_request_is_aborted_when_its_client_disconnects(
     script: tuple[Any, ...], stream: bool
 ) -> None:
     core = FakeCore(*script)
-    async with http_door(core) as port, asyncio.timeout(10):
+    async with http_server(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(stream=stream))
         await core.waiting.wait()
@@ -40,7 +40,7 @@ async def test_a_request_is_aborted_when_its_client_disconnects(
 
 async def test_the_status_of_a_stream_comes_with_the_first_token() -> None:
     core = FakeCore(*IN_THE_MIDDLE)
-    async with http_door(core) as port, asyncio.timeout(10):
+    async with http_server(core) as port, asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(stream=True))
         head = await reader.readuntil(b"\r\n\r\n")
@@ -53,7 +53,7 @@ async def test_the_status_of_a_stream_comes_with_the_first_token() -> None:
 
 async def test_an_incomplete_body_does_not_reach_the_core() -> None:
     core = FakeCore()
-    async with http_door(core) as port, asyncio.timeout(10):
+    async with http_server(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request()[:-5])
         await writer.drain()
@@ -63,7 +63,7 @@ async def test_an_incomplete_body_does_not_reach_the_core() -> None:
 
 
 async def test_a_connection_serves_one_request_after_the_other() -> None:
-    async with http_door(FakeCore()) as port, asyncio.timeout(10):
+    async with http_server(FakeCore()) as port, asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(2):
             writer.write(request(stream=True))

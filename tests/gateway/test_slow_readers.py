@@ -19,7 +19,7 @@ from services.gateway.core import MAX_UNREAD_EVENTS
 from services.gateway.generation import Began, Piece
 from services.gateway.slow_readers import MIN_READ_BYTES, READ_SECONDS, ReadDeadlineProtocol
 from tests.gateway.builders import Gateway, delta, error_of, request, routed
-from tests.gateway.fake_core import HELLO, FakeCore, grpc_door, http_door
+from tests.gateway.fake_core import HELLO, FakeCore, grpc_server, http_server
 from tests.gateway.test_http_disconnect import request as http_request
 
 LARGE = "x" * 100_000
@@ -43,7 +43,7 @@ async def test_an_http_client_that_does_not_read_is_cut_off(
     monkeypatch.setattr(ReadDeadlineProtocol, "read_seconds", 0.05)
     core = FakeCore(*(ENDLESS if stream else [*ENDLESS[:101], HELLO[-1]]))
     async with (
-        http_door(core) as port,
+        http_server(core) as port,
         asyncio.timeout(20),
         client_with_little_room(port) as client,
     ):
@@ -106,7 +106,7 @@ def test_a_client_must_read_a_minimum_of_bytes_per_interval(
 async def test_an_http_client_that_does_not_read_does_not_block_others() -> None:
     core = FakeCore(*ENDLESS)
     async with (
-        http_door(core) as port,
+        http_server(core) as port,
         asyncio.timeout(20),
         client_with_little_room(port) as client,
     ):
@@ -126,7 +126,7 @@ async def test_a_grpc_client_that_does_not_read_is_cut_off(monkeypatch: pytest.M
     monkeypatch.setattr(grpc_api, "READ_SECONDS", 0.5)
     core = FakeCore(*ENDLESS)
     async with (
-        grpc_door(core) as address,
+        grpc_server(core) as address,
         asyncio.timeout(20),
         grpc.aio.insecure_channel(address) as channel,
     ):

@@ -12,6 +12,7 @@ import torch
 
 from common.checkpoint import open_checkpoint
 from common.messages import RequestKey
+from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.guided_decoding import GuidedDecoding
@@ -38,6 +39,7 @@ POISON = 48
 """A token after which the fake model computes not finites."""
 IMAGE = ((2, 5, 1),)
 KEY = ("r", 0)
+NO_VOCABULARY = Vocabulary(Path(), "{}", {}, frozenset())
 
 
 class LogitsRunner(FakeRunner):
@@ -64,7 +66,7 @@ def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engi
         made,
         LogitsRunner(NUM_BLOCKS).execute,
         Sampler(),
-        GuidedDecoding(Path(), VOCAB_SIZE, eos_token_ids),
+        GuidedDecoding(NO_VOCABULARY, VOCAB_SIZE, eos_token_ids),
         HIDDEN_SIZE,
         eos_token_ids,
     )
@@ -400,7 +402,7 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
         num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24
     )
     guides = GuidedDecoding(
-        case.checkpoint / "tokenizer.json", runner.vocab_size, checkpoint.eos_token_ids
+        open_vocabulary(checkpoint), runner.vocab_size, checkpoint.eos_token_ids
     )
     engine = Engine(
         scheduler, runner.execute, Sampler(), guides, runner.input_width, checkpoint.eos_token_ids

@@ -1,27 +1,29 @@
-"""Grammars: masks let through what follows them and nothing else."""
+"""Masks let through only the tokens that follow a grammar."""
 
 import numpy as np
 from llguidance import LLMatcher
 
+from common.checkpoint import open_checkpoint
+from common.vocabulary import open_vocabulary
 from services.llm.guided_decoding import GuidedDecoding
 from tests.system.running import ROOT
 
-# Of the embedded model an id below 256 is a byte.
-TOKENIZER = ROOT / "models" / "tiny-ocr" / "tokenizer.json"
+# The embedded model has a token for each byte; the id is the byte.
+VOCABULARY = open_vocabulary(open_checkpoint(ROOT / "models" / "tiny-ocr"))
 END = 258
 A = ("a", 0)
 B = ("b", 0)
 
 
 def guides() -> GuidedDecoding:
-    return GuidedDecoding(TOKENIZER, 288, (END,))
+    return GuidedDecoding(VOCABULARY, 288, (END,))
 
 
 def allowed(found: GuidedDecoding, key: tuple[str, int]) -> set[int]:
     return set(np.flatnonzero(found.begin_masks([key])[0].result()).tolist())
 
 
-def test_only_what_the_grammar_lets_through_may_be_drawn() -> None:
+def test_only_tokens_that_follow_the_grammar_may_be_drawn() -> None:
     found = guides()
     found.add(A, LLMatcher.grammar_from_regex("(ab|ac)"))
     assert allowed(found, A) == {ord("a")}
@@ -30,7 +32,7 @@ def test_only_what_the_grammar_lets_through_may_be_drawn() -> None:
     assert not found.accept(A, ord("b")), "nothing can follow: the answer is complete"
 
 
-def test_requests_without_a_grammar_are_free() -> None:
+def test_requests_without_a_grammar_have_no_mask() -> None:
     found = guides()
     found.add(A, LLMatcher.grammar_from_regex("x"))
     masks = found.begin_masks([B, A])
@@ -46,7 +48,7 @@ def test_a_request_that_ended_is_forgotten() -> None:
     assert found.begin_masks([A]) == {}
 
 
-def test_each_request_is_at_its_own_place() -> None:
+def test_each_request_has_its_own_place_in_its_grammar() -> None:
     found = guides()
     for key in (A, B):
         found.add(key, LLMatcher.grammar_from_regex("[0-9]x"))

@@ -1,10 +1,10 @@
-"""Messages to preprocess, a worker with what is around it, and what it sent."""
+"""Builds messages to preprocess and a worker with fake peers, and reads what it sent."""
 
 import json
 from collections import OrderedDict
 from typing import Any
 
-from common.checkpoint import open_checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from common.events import Event, PeerUp
 from common.messages import (
     Abort,
@@ -28,15 +28,29 @@ from common.messages import (
     VisionLoad,
 )
 from common.wire import Tensor
-from services.preprocess.families.qwen2_5_vl import Preprocessor
+from services.preprocess import families
+from services.preprocess.families import ItemLimits
 from services.preprocess.in_flight import Handover, Preparation
 from services.preprocess.metrics import PreprocessMetrics
+from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 from tests.fakes import FakeMember, received
 from tests.preprocess.cases import checkpoint_path, encoded, noise
 
-PREPROCESSOR = Preprocessor(open_checkpoint(str(checkpoint_path("a_image"))))
+
+def create_preprocessor(
+    checkpoint: Checkpoint,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    max_model_len: int | None = None,
+    resizes_oversized: bool = True,
+) -> Preprocessor:
+    limits = ItemLimits(min_pixels, max_pixels, resizes_oversized)
+    return Preprocessor(checkpoint, families.load(checkpoint, limits), max_model_len)
+
+
+PREPROCESSOR = create_preprocessor(open_checkpoint(str(checkpoint_path("a_image"))))
 LLM = Peer("llm-1", "ipc:///llm-1")
 IMAGES = [encoded(noise(56, 56, seed)) for seed in range(8)]
 
@@ -53,7 +67,7 @@ class Clock:
 
 
 class Preprocess:
-    """A worker, connected to these replicas, which take 100 ms an image, and a language group."""
+    """A worker that is connected to a language group and these replicas (100 ms per image)."""
 
     def __init__(
         self,
@@ -74,8 +88,10 @@ class Preprocess:
         )
 
     def play(self, *batches: list[Event]) -> Sent:
-        """Gives what was sent meanwhile; of requests whose images have all arrived only `encoded`
-        tells."""
+        """Handle batches of events, and return what was sent meanwhile.
+
+        `encoded` collects the ids of the requests whose images have all arrived.
+        """
         self.member.play(self.worker, *batches)
         sent = self.member.links.take()
         self.encoded += [
@@ -86,7 +102,7 @@ class Preprocess:
         ]
 
     def dispatch(self, request_id: str, *images: bytes, **fields: Any) -> Sent:
-        """A request whose embeddings the group has room for; gives what was sent from then on."""
+        """Submit a request, reserve room for its embeddings, and return what was sent then."""
         self.play(submit(request_id, *images, **fields))
         return self.play(reserved(request_id))
 
@@ -114,13 +130,13 @@ class Preprocess:
 
 
 def joins(vision_id: str, buckets: tuple[int, ...] = (), **load: Any) -> list[Event]:
-    told = VisionLoad(
+    report = VisionLoad(
         buckets=buckets,
         **({"sizes": buckets or (16,), "seconds": (0.1,) * max(1, len(buckets))} | load),
     )
     return [
         PeerUp(vision_id, "vision", f"ipc:///{vision_id}"),
-        *received(vision_id, "vision", told),
+        *received(vision_id, "vision", report),
     ]
 
 
@@ -210,12 +226,12 @@ def rejected(image: int, request_id: str = "r") -> list[Event]:
 
 
 def offers(sent: Sent) -> list[tuple[str, int]]:
-    """(replica, image) of each Offer."""
+    """Return (replica, image) of each Offer."""
     return [(receiver, message.item) for receiver, message in sent if isinstance(message, Offer)]
 
 
 def offered_to(sent: Sent) -> dict[int, str]:
-    """Image -> replica."""
+    """Return the replica that each image was offered to."""
     return {image: vision_id for vision_id, image in offers(sent)}
 
 

@@ -1,4 +1,4 @@
-"""The golden cases, and encoded images made on the spot."""
+"""Reads the golden cases, and makes encoded images."""
 
 import json
 from io import BytesIO
@@ -22,8 +22,7 @@ def expected(case: str) -> dict[str, Any]:
 
 
 def request(case: str) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The case's messages, image parts as preprocess gets them, and the image files in their
-    order."""
+    """Return a case's messages as preprocess gets them, and its image files in their order."""
     messages = json.loads((GOLDEN / case / "inputs" / "messages.json").read_text())
     files = []
     for message in messages:
@@ -35,7 +34,7 @@ def request(case: str) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]"""
+    """Return random pixels, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

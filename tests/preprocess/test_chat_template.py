@@ -1,4 +1,4 @@
-"""Chat templates give the same text as in transformers, and refuse by name."""
+"""Chat templates render the same text as in transformers, and errors name their cause."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_helpers_and_whitespace_are_as_in_transformers() -> None:
     assert ChatTemplate(HELPERS, {"eos_token": reference.eos_token}).render(messages) == want
 
 
-def test_strftime_now_gives_the_date() -> None:
+def test_strftime_now_formats_the_date() -> None:
     found = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", {}).render(
         [{"role": "user", "content": ""}]
     )
@@ -92,7 +92,7 @@ def test_a_developer_speaks_as_the_system_and_no_content_is_empty_text() -> None
     )
 
 
-def test_what_a_template_raises_is_told_to_the_client() -> None:
+def test_what_a_template_raises_is_reported_to_the_client() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
     with pytest.raises(
         InvalidRequest, match="chat template refuses the messages: roles must alternate"
@@ -110,7 +110,7 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "message"),
     [
         ([], "at least one message"),
         ({"role": "user"}, "must be a list"),
@@ -124,8 +124,8 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\]"),
     ],
 )
-def test_malformed_messages_are_refused_by_name(messages: Any, told: str) -> None:
-    with pytest.raises(InvalidRequest, match=told):
+def test_malformed_messages_are_refused_by_name(messages: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
         load(checkpoint_path("a_image")).render(messages)
 
 

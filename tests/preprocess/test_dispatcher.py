@@ -1,5 +1,4 @@
-"""Who owns an image from the hand-over until the language group has its embeddings, and what
-becomes of it when a replica fails."""
+"""An image has an owner until the language group has its embeddings, whatever replica fails."""
 
 from typing import Any
 
@@ -8,8 +7,8 @@ import pytest
 from common.events import Event, PeerDown, PeerDraining
 from common.messages import Abort, Decline, Grant, Pixels
 from services.preprocess.dispatcher import MAX_DISPATCHES
-from services.preprocess.families.qwen2_5_vl import Preprocessor
 from services.preprocess.in_flight import MISSING_SECONDS
+from services.preprocess.preprocessor import Preprocessor
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
     IMAGES,
@@ -19,6 +18,7 @@ from tests.preprocess.builders import (
     abort,
     arrived,
     busy,
+    create_preprocessor,
     failed,
     failures,
     grant,
@@ -40,12 +40,10 @@ def test_no_image_is_offered_before_the_group_has_room_for_the_embeddings_of_all
     assert offers(preprocess.play(reserved("r"))) == [("vision-1", 0), ("vision-1", 1)]
 
 
-def test_an_image_is_kept_until_its_embeddings_have_arrived_and_only_a_grant_moves_its_pixels() -> (
-    None
-):
+def test_an_image_is_kept_until_its_embeddings_arrive_and_only_a_grant_moves_it() -> None:
     preprocess = Preprocess("vision-1")
     sent = preprocess.dispatch("r", *IMAGES[:2])
-    plans = [PREPROCESSOR.prepare_item(image) for image in IMAGES[:2]]
+    plans = [PREPROCESSOR.prepare_item("image", image) for image in IMAGES[:2]]
     for (_, offer), plan in zip(sent, plans, strict=True):
         assert (offer.mm_hash, offer.grid_thw, offer.num_patches, offer.llm) == (
             plan.mm_hash,
@@ -76,7 +74,7 @@ def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:
     [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)],
     ids=["same file", "other format"],
 )
-def test_a_picture_seen_before_is_offered_to_the_replica_that_has_it_and_no_patches_are_made(
+def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
     data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preprocess = Preprocess("vision-1", "vision-2", "vision-3")
@@ -97,7 +95,7 @@ def test_a_picture_seen_before_is_offered_to_the_replica_that_has_it_and_no_patc
     assert preprocess.holds_nothing
 
 
-def test_an_image_that_a_replica_has_no_room_for_goes_to_the_next_one_that_has() -> None:
+def test_an_image_refused_for_lack_of_room_goes_to_a_replica_with_room() -> None:
     preprocess = Preprocess("vision-1", "vision-2")
     [(first, _)] = offers(preprocess.dispatch("r", IMAGES[0]))
     [(second, _)] = offers(preprocess.play(busy(first, 0, wait=5.0)))
@@ -106,7 +104,7 @@ def test_an_image_that_a_replica_has_no_room_for_goes_to_the_next_one_that_has()
     assert offers(preprocess.play(vacancy(first))) == [(first, 0)]
 
 
-def test_a_replica_that_granted_its_last_room_is_not_asked_before_it_tells_of_a_vacancy() -> None:
+def test_a_full_replica_gets_no_offer_before_it_reports_a_vacancy() -> None:
     preprocess = Preprocess("vision-1")
     assert offers(preprocess.dispatch("r", *IMAGES[:3])) == [("vision-1", 0), ("vision-1", 1)]
     assert (
@@ -115,7 +113,7 @@ def test_a_replica_that_granted_its_last_room_is_not_asked_before_it_tells_of_a_
     assert offers(preprocess.play(vacancy("vision-1"))) == [("vision-1", 2)]
 
 
-def test_a_vacancy_that_finds_nothing_waiting_is_passed_on() -> None:
+def test_a_vacancy_is_declined_if_no_image_waits() -> None:
     assert Preprocess("vision-1").play(vacancy("vision-1")) == [("vision-1", Decline())]
 
 
@@ -126,7 +124,7 @@ def test_waiting_images_go_to_a_replica_that_appears() -> None:
     assert offers(preprocess.play(joins("vision-2"))) == [("vision-2", 1), ("vision-2", 2)]
 
 
-def test_the_images_of_a_lost_replica_that_have_not_arrived_go_to_another() -> None:
+def test_unfinished_images_of_a_lost_replica_go_to_another() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
     preprocess.play(grant("vision-1", 0), grant("vision-1", 1), joins("vision-2"), arrived(0))
@@ -135,7 +133,7 @@ def test_the_images_of_a_lost_replica_that_have_not_arrived_go_to_another() -> N
     assert preprocess.play(arrived(1)) == [] and preprocess.holds_nothing
 
 
-def test_the_loss_of_a_replica_counts_against_an_image_only_where_it_had_the_pixels() -> None:
+def test_a_lost_replica_counts_as_an_attempt_only_if_it_had_the_pixels() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", IMAGES[0])
     for n in range(2 * MAX_DISPATCHES):
@@ -148,7 +146,7 @@ def test_the_loss_of_a_replica_counts_against_an_image_only_where_it_had_the_pix
 @pytest.mark.parametrize(
     "objection", [rejected(1), failed("vision-1", 1)], ids=["rejected", "failed"]
 )
-def test_an_image_that_failed_goes_to_another_replica_alone(objection: list[Event]) -> None:
+def test_only_the_image_that_failed_goes_to_another_replica(objection: list[Event]) -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
     preprocess.play(
@@ -180,7 +178,7 @@ def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -
     assert preprocess.holds_nothing and preprocess.play(failed("vision-1", 0)) == []
 
 
-def test_a_lost_replica_that_was_the_last_try_of_several_images_ends_their_request_once() -> None:
+def test_a_request_ends_once_if_several_images_lose_their_last_attempt() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", *IMAGES[:2])
     for n in range(MAX_DISPATCHES):
@@ -198,7 +196,7 @@ def test_a_lost_replica_that_was_the_last_try_of_several_images_ends_their_reque
     [failed("vision-1", 0), busy("vision-1", 0), grant("vision-1", 0)],
     ids=["failed", "busy", "grant"],
 )
-def test_what_a_replica_says_of_an_image_that_went_elsewhere_changes_nothing(
+def test_reports_about_an_image_that_went_elsewhere_are_ignored(
     late: list[Event],
 ) -> None:
     preprocess = Preprocess("vision-1")
@@ -218,7 +216,7 @@ def test_an_image_whose_pixels_came_too_late_is_offered_again_and_not_counted() 
         assert offers(preprocess.play(vacancy("vision-1"))) == [("vision-1", 0)]
 
 
-def test_without_a_replica_from_the_beginning_an_image_fails_at_once() -> None:
+def test_an_image_fails_at_once_if_there_never_was_a_replica() -> None:
     preprocess = Preprocess()
     preprocess.play(submit("r", *IMAGES[:2]))
     sent = preprocess.play(reserved("r")) + preprocess.wait(1)
@@ -295,13 +293,14 @@ def test_a_late_grant_does_not_take_the_requests_other_images_from_the_replica()
 
 
 def resizing(resizes: bool) -> Preprocessor:
-    return Preprocessor(PREPROCESSOR.checkpoint, 28 * 28, 28 * 28 * 1000, resizes_oversized=resizes)
+    checkpoint = PREPROCESSOR.checkpoint
+    return create_preprocessor(checkpoint, 28 * 28, 28 * 28 * 1000, resizes_oversized=resizes)
 
 
 LARGE = encoded(noise(28 * 8, 28 * 8))
 
 
-def test_an_image_that_is_too_large_for_every_bucket_is_resized() -> None:
+def test_an_image_too_large_for_every_bucket_is_resized() -> None:
     preprocess = Preprocess("vision-1", buckets=(64, 128), preprocessor=resizing(True))
     [(_, offer)] = preprocess.dispatch("r", LARGE)
     assert 64 < offer.num_patches <= 128
@@ -318,8 +317,8 @@ def test_an_image_too_large_for_every_bucket_is_refused_by_name_unless_resized()
     )
 
 
-def test_an_image_that_would_have_to_be_smaller_than_the_model_takes_is_refused() -> None:
-    preprocessor = Preprocessor(PREPROCESSOR.checkpoint, 28 * 28 * 40, 28 * 28 * 1000)
+def test_an_image_is_refused_if_no_bucket_holds_the_models_smallest_size() -> None:
+    preprocessor = create_preprocessor(PREPROCESSOR.checkpoint, 28 * 28 * 40, 28 * 28 * 1000)
     sent = Preprocess("vision-1", buckets=(64, 128), preprocessor=preprocessor).play(
         submit("r", LARGE)
     )
@@ -333,7 +332,7 @@ def test_an_image_goes_where_it_fits() -> None:
     assert offers(preprocess.dispatch("r2", encoded(noise(28 * 8, 28 * 8, 1)))) == [("vision-2", 0)]
 
 
-def test_an_image_for_which_no_bucket_is_left_fails_by_name_of_the_buckets() -> None:
+def test_an_image_whose_bucket_is_gone_fails_and_the_error_names_the_buckets() -> None:
     preprocess = Preprocess("vision-1", buckets=(1024,), preprocessor=resizing(True))
     preprocess.play(joins("vision-2", (64,)))
     preprocess.dispatch("r", LARGE, timeout=600)

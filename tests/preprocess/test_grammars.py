@@ -2,33 +2,35 @@
 
 import pytest
 
+from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest
-from services.preprocess.grammars import Guides
+from common.vocabulary import open_vocabulary
+from services.preprocess.grammars import Grammars
 from tests.system.running import ROOT
 
 
-def guides() -> Guides:
-    return Guides(ROOT / "models" / "tiny-ocr" / "tokenizer.json")
+def grammars() -> Grammars:
+    return Grammars(open_vocabulary(open_checkpoint(ROOT / "models" / "tiny-ocr")))
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [("json_object", ""), ("json_schema", '{"type": "integer"}'), ("regex", "[a-z]+")],
 )
-def test_what_can_be_followed_becomes_a_grammar(kind: str, text: str) -> None:
-    assert guides().grammar(kind, text)
+def test_a_valid_guide_becomes_a_grammar(kind: str, text: str) -> None:
+    assert grammars().grammar(kind, text)
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "words"),
     [
         ("json_schema", '{"type": "nonsense"}', "nonsense"),
-        ("json_schema", "{", "no JSON"),
-        ("json_schema", "[" * 100_000, "no JSON"),
+        ("json_schema", "{", "not valid JSON"),
+        ("json_schema", "[" * 100_000, "not valid JSON"),
         ("json_schema", "3", "must be an object"),
         ("regex", "[a-", "regex"),
     ],
 )
-def test_what_cannot_is_refused_with_the_reason(kind: str, text: str, words: str) -> None:
+def test_an_invalid_guide_is_refused_with_the_reason(kind: str, text: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        guides().grammar(kind, text)
+        grammars().grammar(kind, text)

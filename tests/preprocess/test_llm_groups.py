@@ -1,5 +1,4 @@
-"""The language group of a request: the least busy one, or the one that has computed the prompt's
-beginning before."""
+"""A request goes to the least busy language group, or to one that has computed its prefix."""
 
 import numpy as np
 import pytest
@@ -22,8 +21,10 @@ def groups(*names: str) -> LlmGroups:
 def prompt(
     start: int = 0, num_tokens: int = LONG, tail: int = 0, image: bool = False
 ) -> ExpandedPrompt:
-    """Tokens that count up from `start`, the last step's from `tail`; an image in the first
-    step."""
+    """Return a prompt of tokens that count up from `start`.
+
+    Those of the last step are shifted by `tail`. The image, if any, is in the first step.
+    """
     ids = np.arange(start, start + num_tokens)
     ids[-PREFIX_TOKENS:] += tail
     placeholders = np.array([[4, 8]] if image else [], np.int64).reshape(-1, 2)
@@ -42,9 +43,7 @@ def tell(
     made.update_load(name, LlmLoad(running=running, waiting=waiting, free_tokens=free_tokens))
 
 
-def test_the_least_busy_group_gets_the_request_and_it_counts_until_the_group_tells_its_load() -> (
-    None
-):
+def test_the_least_busy_group_is_chosen_and_the_request_counts_until_its_next_report() -> None:
     made = groups("a", "b")
     tell(made, "a", running=2, waiting=1)
     assert [chosen(made, prompt(1000 * n)) for n in range(3)] == ["b", "b", "b"]
@@ -64,7 +63,7 @@ def test_equally_busy_groups_take_turns() -> None:
     ]
 
 
-def test_a_prompt_goes_where_its_beginning_was_computed_before() -> None:
+def test_a_prompt_goes_where_its_prefix_was_computed_before() -> None:
     made = groups("a", "b", "c")
     first = chosen(made, prompt())
     assert [chosen(made, prompt(tail=n)) for n in range(1, CLEARLY_BUSIER + 1)] == [
@@ -72,26 +71,26 @@ def test_a_prompt_goes_where_its_beginning_was_computed_before() -> None:
     ] * CLEARLY_BUSIER
 
 
-def test_unless_that_group_is_clearly_busier() -> None:
+def test_a_prompt_leaves_the_group_with_its_prefix_if_that_is_clearly_busier() -> None:
     made = groups("a", "b")
     first = chosen(made, prompt())
     tell(made, first, running=20)
     assert chosen(made, prompt(tail=1)) != first
 
 
-def test_equal_tokens_with_another_image_are_another_beginning() -> None:
+def test_equal_tokens_with_another_image_are_another_prefix() -> None:
     made = groups("a", "b")
     first = chosen(made, prompt(image=True), "aa")
     assert chosen(made, prompt(image=True), "bb") != first
     assert chosen(made, prompt(image=True), "aa") == first
 
 
-def test_short_prompts_have_no_beginning_to_share() -> None:
+def test_short_prompts_have_no_prefix_to_share() -> None:
     made = groups("a", "b")
     assert {chosen(made, prompt(num_tokens=PREFIX_TOKENS - 1)) for _ in range(2)} == {"a", "b"}
 
 
-def test_a_group_without_room_for_the_prompt_is_taken_last() -> None:
+def test_a_group_without_room_for_the_prompt_is_chosen_last() -> None:
     made = groups("a", "b")
     tell(made, "a", free_tokens=LONG - 1)
     tell(made, "b", running=30)
@@ -101,34 +100,34 @@ def test_a_group_without_room_for_the_prompt_is_taken_last() -> None:
 def test_a_group_to_be_avoided_or_that_is_lost_is_not_chosen() -> None:
     made = groups("a", "b")
     assert {chosen(made, prompt(1000 * n), avoid="a") for n in range(4)} == {"b"}
-    made.lose("b")
+    made.remove("b")
     assert made.choose(prompt(), [], "a") is None
     assert chosen(made, prompt()) == "a"
 
 
-def test_a_draining_group_is_chosen_only_where_there_is_no_other() -> None:
+def test_a_draining_group_is_chosen_only_if_there_is_no_other() -> None:
     made = groups("a", "b")
     made.drain("a")
     assert {chosen(made, prompt(1000 * n)) for n in range(4)} == {"b"}
-    made.lose("b")
+    made.remove("b")
     assert chosen(made, prompt()) == "a"
 
 
-def test_the_successor_of_the_only_group_is_waited_for_while_it_drains() -> None:
+def test_requests_wait_for_a_successor_while_the_only_group_drains() -> None:
     now = 100.0
     made = LlmGroups(lambda: now)
     made.add(Peer("a", "ipc:///a"))
     made.drain("a")
     assert not made.has_other("") and not made.missing_too_long()
     now += MISSING_SECONDS - 1
-    made.lose("a")
+    made.remove("a")
     now += 2
     assert not made.missing_too_long(), "from its end on as long again"
     made.add(Peer("b", "ipc:///b"))
     assert made.has_other("")
 
 
-def test_a_group_that_drains_for_long_gets_what_is_new_again() -> None:
+def test_a_group_that_drains_for_long_gets_new_requests_again() -> None:
     now = 100.0
     made = LlmGroups(lambda: now)
     made.add(Peer("a", "ipc:///a"))
@@ -138,9 +137,9 @@ def test_a_group_that_drains_for_long_gets_what_is_new_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "unknown"])
-def test_what_is_told_of_a_group_that_is_gone_changes_nothing(name: str) -> None:
+def test_reports_about_a_group_that_is_gone_are_ignored(name: str) -> None:
     made = groups("a")
-    made.lose("a")
+    made.remove("a")
     tell(made, name)
     made.drain(name)
     assert len(made) == 0 and made.choose(prompt(), []) is None

@@ -9,7 +9,7 @@ from services.preprocess.families.qwen2_5_vl import rope_positions
 def slow_positions(
     token_ids: list[int], grids: list[tuple[int, int]], placeholder: int
 ) -> list[list[int]]:
-    """One token after the other, straight from the rule."""
+    """Return the positions by following the rule one token after the other."""
     found: list[list[int]] = []
     remaining = list(grids)
     cell = 0

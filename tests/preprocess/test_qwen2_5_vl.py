@@ -1,23 +1,21 @@
 """Qwen2.5-VL's preprocessing equals the reference's, on the golden cases and beyond."""
 
-import shutil
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tokenizers.processors import TemplateProcessing
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as reference_smart_resize,
 )
 
 from common.checkpoint import open_checkpoint
-from common.errors import InvalidRequest, UnreadableImage
-from services.preprocess.families.qwen2_5_vl import Image, Preprocessor, patches, smart_resize
+from common.errors import InvalidRequest
+from services.preprocess.families import ItemLimits
+from services.preprocess.families.qwen2_5_vl import Qwen25VLRules, patches, smart_resize
+from services.preprocess.preprocessor import Preprocessor
+from tests.preprocess.builders import create_preprocessor
 from tests.preprocess.cases import (
     CASES,
     GOLDEN,
@@ -36,28 +34,26 @@ HUB_LIMITS = {"factor": 28, "min_pixels": 3136, "max_pixels": 12845056}
 
 @pytest.fixture(scope="module")
 def preprocessor() -> Preprocessor:
-    return Preprocessor(open_checkpoint(checkpoint_path("a_image")))
+    return create_preprocessor(open_checkpoint(checkpoint_path("a_image")))
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
-    """What the tower makes of patch rows uint8 [n, 3 * 14 * 14]: float32 [n, 1176], channel, time,
-    y, x."""
+    """Return what the tower makes of patches uint8 [n, 3 * 14 * 14].
+
+    It is float32 [n, 1176], ordered by channel, time, y, x.
+    """
     pixels = rows.reshape(len(rows), 3, 1, 196).astype(np.float32) / 255
     pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
     return pixels.repeat(2, axis=2).reshape(len(rows), 1176)
 
 
-def image_of(preprocessor: Preprocessor, height: int, width: int) -> Image:
-    return preprocessor.prepare_item(encoded(noise(height, width)))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden_requests_give_the_references_tensors(case: str) -> None:
-    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
+def test_golden_requests_become_the_references_tensors(case: str) -> None:
+    preprocessor = create_preprocessor(open_checkpoint(checkpoint_path(case)))
     want = expected(case)
     tensors = load_file(GOLDEN / case / "expected" / "tensors.safetensors")
     messages, files = request(case)
-    plans = [preprocessor.prepare_item(data) for data in files]
+    plans = [preprocessor.prepare_item("image", data) for data in files]
     assert len(plans) == {"a_image": 1, "b_two_images_tied": 2, "c_gqa_tp8": 1, "d_text": 0}[case]
     assert [list(plan.grid_thw) for plan in plans] == want.get("image_grid_thw", [])
 
@@ -68,12 +64,12 @@ def test_golden_requests_give_the_references_tensors(case: str) -> None:
         found.positions, tensors["position_ids"]
     )
     assert found.rope_delta == want["rope_delta"]
-    assert found.placeholders.tolist() == runs(want["input_ids"], preprocessor.image_token_id)
+    assert found.placeholders.tolist() == runs(want["input_ids"], preprocessor.placeholder_id)
     assert found.placeholders[:, 1].sum() == sum(plan.num_tokens for plan in plans)
 
 
 def runs(token_ids: list[int], wanted: int) -> list[list[int]]:
-    """[offset, length] of each run of one id."""
+    """Return [offset, length] of each run of one id."""
     starts = [i for i, id in enumerate(token_ids) if id == wanted and token_ids[i - 1] != wanted]
     return [
         [i, next(n for n in range(len(token_ids)) if token_ids[i + n] != wanted)] for i in starts
@@ -82,24 +78,15 @@ def runs(token_ids: list[int], wanted: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("case", WITH_IMAGES)
 def test_golden_pixels_equal_the_references(case: str) -> None:
-    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
+    preprocessor = create_preprocessor(open_checkpoint(checkpoint_path(case)))
     want = load_file(GOLDEN / case / "expected" / "tensors.safetensors")["pixel_values"]
-    plans = [preprocessor.prepare_item(data) for data in request(case)[1]]
+    plans = [preprocessor.prepare_item("image", data) for data in request(case)[1]]
     rows = [plan.patches() for plan in plans]
     assert [part.shape for part in rows] == [(plan.num_patches, 588) for plan in plans]
     assert all(part.dtype == np.uint8 and part.flags.c_contiguous for part in rows)
     found = normalised(np.concatenate(rows))
     assert found.shape == want.shape and len(want) > 0
     assert np.abs(found - want).max() <= 1e-5
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_golden_texts_tokenize_as_in_the_reference(case: str) -> None:
-    preprocessor = Preprocessor(open_checkpoint(checkpoint_path(case)))
-    probes = expected(case)["tokenizer_probes"]
-    assert probes
-    for probe in probes:
-        assert preprocessor.encode(probe["text"]).tolist() == probe["ids"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +98,7 @@ def test_pixels_of_any_size_equal_the_references(
     rgb = noise(height, width)
     reference = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
     want = reference(images=[rgb], return_tensors="np")
-    plan = preprocessor.prepare_item(encoded(rgb))
+    plan = preprocessor.prepare_item("image", encoded(rgb))
     assert [list(plan.grid_thw)] == want["image_grid_thw"].tolist()
     assert np.abs(normalised(plan.patches()) - want["pixel_values"]).max() <= 1e-5
 
@@ -180,146 +167,13 @@ def test_patches_stand_in_blocks_that_are_merged() -> None:
     assert np.array_equal(found, want)
 
 
-def test_equal_pixels_have_one_hash_in_any_file_format(preprocessor: Preprocessor) -> None:
-    rgb = noise(60, 90)
-    png, webp = (
-        preprocessor.prepare_item(encoded(rgb, format, lossless=True)) for format in ("PNG", "WEBP")
-    )
-    small = preprocessor.prepare_item(encoded(rgb, "PNG", compress_level=0))
-    assert png.mm_hash == webp.mm_hash == small.mm_hash
-    assert len(bytes.fromhex(png.mm_hash)) == 32
-
-
-def test_other_pixels_shapes_limits_and_models_have_other_hashes(
-    preprocessor: Preprocessor,
-) -> None:
-    rgb = noise(60, 90)
-    changed = rgb.copy()
-    changed[30, 40, 1] ^= 1
-    checkpoint = preprocessor.checkpoint
-    hashes = [
-        preprocessor.prepare_item(encoded(rgb)).mm_hash,
-        preprocessor.prepare_item(encoded(changed)).mm_hash,
-        preprocessor.prepare_item(encoded(rgb.reshape(90, 60, 3))).mm_hash,
-        Preprocessor(checkpoint, max_pixels=3136).prepare_item(encoded(rgb)).mm_hash,
-        Preprocessor(open_checkpoint(checkpoint_path("d_text"))).prepare_item(encoded(rgb)).mm_hash,
-    ]
-    assert len(set(hashes)) == 5
-
-
 def test_limits_are_read_in_both_layouts_and_may_be_overridden() -> None:
     flat, nested = (open_checkpoint(checkpoint_path(case)) for case in ("a_image", "c_gqa_tp8"))
-    assert [(p.min_pixels, p.max_pixels) for p in map(Preprocessor, (flat, nested))] == [
-        (3136, 12845056),
-        (3136, 31360),
-    ]
-    given = Preprocessor(nested, min_pixels=78400, max_pixels=921600)
-    assert given.prepare_item(encoded(noise(720, 1280))).grid_thw == (1, 50, 90)
+    rules = [Qwen25VLRules(checkpoint, ItemLimits()) for checkpoint in (flat, nested)]
+    assert [(r.min_pixels, r.max_pixels) for r in rules] == [(3136, 12845056), (3136, 31360)]
+    given = create_preprocessor(nested, min_pixels=78400, max_pixels=921600)
+    assert given.prepare_item("image", encoded(noise(720, 1280))).grid_thw == (1, 50, 90)
     with pytest.raises(ValueError, match="min_pixels is 5000 and max_pixels 4000"):
-        Preprocessor(flat, min_pixels=5000, max_pixels=4000)
+        create_preprocessor(flat, min_pixels=5000, max_pixels=4000)
     with pytest.raises(ValueError, match="at least 784"):
-        Preprocessor(flat, min_pixels=10, max_pixels=783)
-
-
-def test_max_model_len_is_the_models_or_less() -> None:
-    checkpoint = open_checkpoint(checkpoint_path("a_image"))
-    assert Preprocessor(checkpoint).max_model_len == 4096
-    assert Preprocessor(checkpoint, max_model_len=100).max_model_len == 100
-    for refused in (4097, 0):
-        with pytest.raises(
-            ValueError, match=f"max_model_len is {refused}, the model's context is 4096"
-        ):
-            Preprocessor(checkpoint, max_model_len=refused)
-
-
-@pytest.mark.parametrize(
-    ("data", "error"), [(b"x", UnreadableImage), (encoded(noise(1, 201)), InvalidRequest)]
-)
-def test_unusable_images_are_refused_by_name(
-    preprocessor: Preprocessor, data: bytes, error: type
-) -> None:
-    with pytest.raises(error) as caught:
-        preprocessor.prepare_item(data)
-    assert type(caught.value) is error
-
-
-def test_token_ids_are_taken_as_they_are(preprocessor: Preprocessor) -> None:
-    found = preprocessor.tokenize("token_ids", np.array([513, preprocessor.image_token_id, 0, 543]))
-    assert found.tolist() == [513, 524, 0, 543]
-
-
-@pytest.mark.parametrize(
-    ("ids", "told"),
-    [
-        ([1, 544], "token id 544 is outside the model's vocabulary of 544"),
-        ([-1], "token id -1"),
-        ([], "empty"),
-    ],
-)
-def test_token_ids_that_are_not_the_models_are_refused(
-    preprocessor: Preprocessor, ids: list[int], told: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=told):
-        preprocessor.tokenize("token_ids", np.array(ids, dtype=np.int64))
-
-
-def test_half_a_surrogate_pair_is_refused(preprocessor: Preprocessor) -> None:
-    with pytest.raises(InvalidRequest, match="surrogate"):
-        preprocessor.tokenize("messages", [{"role": "user", "content": "\ud83d"}])
-
-
-def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> None:
-    short = Preprocessor(open_checkpoint(checkpoint_path("a_image")), max_model_len=10)
-    assert len(short.encode("a" * 160)) == 160
-    with pytest.raises(
-        InvalidRequest, match="161 characters, far more than the model's context of 10 tokens"
-    ):
-        short.encode("a" * 161)
-
-
-def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
-    image = image_of(preprocessor, 56, 56)
-    two = preprocessor.tokenize(
-        "messages", [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    )
-    with pytest.raises(InvalidRequest, match="2 image placeholders for 1 images"):
-        preprocessor.expand(two, [image])
-    with pytest.raises(InvalidRequest, match="2 image placeholders for 3 images"):
-        preprocessor.expand(two, [image] * 3)
-    assert preprocessor.expand(two, [image] * 2).placeholders[:, 1].sum() == 8
-
-
-def test_a_placeholder_written_in_the_text_is_refused(preprocessor: Preprocessor) -> None:
-    parts = [{"type": "image"}, {"type": "text", "text": "what is <|image_pad|>?"}]
-    token_ids = preprocessor.tokenize("messages", [{"role": "user", "content": parts}])
-    with pytest.raises(InvalidRequest, match=r"leave <\|image_pad\|> out of the text"):
-        preprocessor.expand(token_ids, [image_of(preprocessor, 56, 56)])
-
-
-def test_the_tokenizers_own_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
-    shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
-    preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
-    preprocessor.tokenizer.enable_truncation(2)
-    preprocessor.tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    assert len(preprocessor.encode("a b c d e f")) == 2
-    assert len(Preprocessor(open_checkpoint(tmp_path / "model")).encode("a b c d e f")) > 2
-
-
-def test_a_tokenizer_that_would_add_tokens_adds_none_to_a_finished_prompt(tmp_path: Path) -> None:
-    shutil.copytree(checkpoint_path("a_image"), tmp_path / "model")
-    preprocessor = Preprocessor(open_checkpoint(tmp_path / "model"))
-    want = preprocessor.encode("a b").tolist()
-    preprocessor.tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)]
-    )
-    assert preprocessor.tokenizer.encode("a b").ids == [512, *want]
-    assert preprocessor.encode("a b").tolist() == want
-
-
-def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Preprocessor) -> None:
-    image = image_of(preprocessor, 504, 504)
-    token_ids = np.tile(np.array([1, 2, 521, preprocessor.image_token_id, 522]), 30)
-    started = time.perf_counter()
-    found = preprocessor.expand(token_ids, [image] * 30)
-    assert time.perf_counter() - started < 0.5
-    assert found.num_tokens == 30 * (4 + 324)
+        create_preprocessor(flat, min_pixels=10, max_pixels=783)

@@ -29,12 +29,12 @@ def test_absent_values_come_from_the_checkpoint() -> None:
     )
 
 
-def test_given_values_win_even_where_they_are_zero() -> None:
+def test_given_values_win_even_if_they_are_zero() -> None:
     given = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.1, repetition_penalty=1.0)
     assert resolve_sampling(given, CONFIG) == given
 
 
-def test_without_a_configuration_nothing_is_changed_about_the_distribution() -> None:
+def test_the_distribution_is_unchanged_without_a_configuration() -> None:
     want = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
     assert resolve_sampling(Sampling(), {}) == want
     assert resolve_sampling(Sampling(), {"temperature": None, "top_k": -1}) == want

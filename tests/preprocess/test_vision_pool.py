@@ -1,5 +1,4 @@
-"""Which replica gets which image: by where it fits, by when it is expected to be done, by where it
-was before."""
+"""A replica is chosen by where an image fits, finishes first, and was encoded before."""
 
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ from tests.preprocess.builders import Clock
 
 
 class Pool(VisionPool):
-    """With replicas that take so many seconds for 64 patches, and images named by numbers."""
+    """A pool of replicas with given seconds per 64 patches. Images are named by numbers."""
 
     def __init__(self, **seconds: float) -> None:
         self.clock = Clock()
@@ -41,7 +40,7 @@ class Pool(VisionPool):
         return made
 
     def offers(self) -> list[tuple[str, int]]:
-        """(replica, content)."""
+        """Return (replica, content) of the items that are offered now."""
         return [(one.vision_id, one.key[2]) for one in self.assign()]
 
 
@@ -51,8 +50,10 @@ def dispatched(content: int, num_patches: int = 64) -> PendingItem:
 
 
 def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
-    """Plays replicas that take the time they tell, each with so many images granted at once; how
-    many images each got."""
+    """Play replicas that take the time they report, and count the images of each.
+
+    Each grants `slots` images at once.
+    """
     done: Counter[str] = Counter()
     ends: list[tuple[float, str]] = []
     free = dict.fromkeys(pool._replicas, pool.clock.now)
@@ -63,7 +64,7 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
             ].expected(one.prepared.num_patches)
             ends.append((free[one.vision_id], one.vision_id))
             granted = sum(vision_id == one.vision_id for _, vision_id in ends)
-            pool.answered(one.vision_id, granted < slots, free[one.vision_id] - pool.clock.now)
+            pool.on_answer(one.vision_id, granted < slots, free[one.vision_id] - pool.clock.now)
         ends.sort()
         now, vision_id = ends.pop(0)
         pool.clock.now = max(pool.clock.now, now)
@@ -72,28 +73,28 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
     return done
 
 
-def test_images_wait_here_and_a_replica_gets_no_more_than_it_has_answered_for() -> None:
+def test_images_wait_here_and_few_offers_to_a_replica_are_unanswered() -> None:
     pool = Pool(a=0.1)
     pool.put(*range(10))
     assert pool.offers() == [("a", 0), ("a", 1)] and MAX_UNANSWERED == 2
     assert pool.offers() == []
-    pool.answered("a", True, 0.1)
+    pool.on_answer("a", True, 0.1)
     assert pool.offers() == [("a", 2)]
-    pool.answered("a", False, 0.2)
-    pool.answered("a")
+    pool.on_answer("a", False, 0.2)
+    pool.on_answer("a")
     assert pool.offers() == [], "there is no room until it says so"
     pool.update_replica("a", True, 0.1)
     assert pool.offers() == [("a", 3), ("a", 4)]
     assert pool.num_waiting == 5
 
 
-def test_images_that_come_together_are_spread_over_all_replicas() -> None:
+def test_images_that_arrive_together_are_spread_over_all_replicas() -> None:
     pool = Pool(**{f"v{n}": 0.1 for n in range(8)})
     pool.put(*range(8))
     assert sorted(vision_id for vision_id, _ in pool.offers()) == [f"v{n}" for n in range(8)]
 
 
-def test_a_faster_replica_gets_as_many_more() -> None:
+def test_a_replica_gets_images_in_proportion_to_its_speed() -> None:
     pool = Pool(fast=0.1, slow=0.4)
     pool.put(*range(100))
     done = serve(pool, 100)
@@ -118,9 +119,7 @@ def test_a_slow_replica_takes_an_image_when_the_fast_one_has_too_many_before_it(
     assert {vision_id for vision_id, _ in offers} == {"slow"}
 
 
-def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_one_is_idle() -> (
-    None
-):
+def test_images_go_to_an_idle_replica_not_to_one_that_others_keep_busy() -> None:
     pool = Pool()
     pool.join("busy", wait=3.0)
     pool.join("idle")
@@ -128,7 +127,7 @@ def test_images_do_not_go_to_a_replica_that_another_preprocess_keeps_busy_while_
     assert {vision_id for vision_id, _ in pool.offers()} == {"idle"}
 
 
-def test_a_full_replica_whose_estimate_ran_out_does_not_look_better_than_one_with_room() -> None:
+def test_a_full_replica_that_is_late_is_not_preferred_to_one_with_room() -> None:
     pool = Pool(full=0.1, open=0.1)
     pool.update_replica("full", False, 0.0)
     pool.update_replica("open", True, 0.09)
@@ -136,7 +135,7 @@ def test_a_full_replica_whose_estimate_ran_out_does_not_look_better_than_one_wit
     assert pool.offers() == [("open", 0)]
 
 
-def test_two_preprocesses_send_equal_images_to_one_replica_and_different_ones_to_many() -> None:
+def test_two_preprocesses_send_equal_images_to_one_replica_and_spread_others() -> None:
     names = {f"v{n}": 0.1 for n in range(8)}
     first = Pool(**names)
     second = Pool(**names)
@@ -145,44 +144,42 @@ def test_two_preprocesses_send_equal_images_to_one_replica_and_different_ones_to
         for pool in (first, second):
             pool.put(content)
             [(vision_id, _)] = pool.offers()
-            pool.answered(vision_id, True, 0.0)
+            pool.on_answer(vision_id, True, 0.0)
             assert chosen.setdefault(content, vision_id) == vision_id
     assert max(Counter(chosen.values()).values()) <= 20 and len(set(chosen.values())) == 8
 
 
-def test_an_image_goes_where_it_was_before_even_if_there_is_no_room_until_that_proves_wrong() -> (
-    None
-):
+def test_an_image_goes_where_its_embeddings_are_even_if_there_is_no_room() -> None:
     pool = Pool(a=0.1, b=0.1)
     [one] = pool.put(0)
     pool.remember(one.prepared.mm_hash, "a")
     pool.update_replica("a", False, 5.0)
     assert pool.offers() == [("a", 0)]
-    pool.answered("a", False, 5.0)
+    pool.on_answer("a", False, 5.0)
     pool.forget(one.prepared.mm_hash)
     pool.add(one, first=True)
     assert pool.offers() == [("b", 0)]
 
 
-def test_an_image_avoids_where_it_failed_unless_no_other_is_there() -> None:
+def test_an_image_avoids_a_replica_where_it_failed_unless_there_is_no_other() -> None:
     pool = Pool(a=0.1, b=5.0)
     [one] = pool.put(0)
     one.failed_at = {"a"}
     assert pool.offers() == [("b", 0)]
-    pool.lose("b")
+    pool.remove_replica("b")
     pool.add(one, first=True)
     assert pool.offers() == [("a", 0)]
 
 
-def test_a_quickly_failing_replica_does_not_draw_all_images_and_is_trusted_again() -> None:
+def test_a_quickly_failing_replica_does_not_draw_all_images_and_may_recover() -> None:
     pool = Pool(broken=0.001, sound=0.1)
     pool.put(0)
     assert pool.offers() == [("broken", 0)]
-    pool.answered("broken", True, 0.0)
-    pool.ended("broken", failed=True)
+    pool.on_answer("broken", True, 0.0)
+    pool.on_item_end("broken", failed=True)
     pool.put(1, 2)
     assert pool.offers() == [("sound", 1), ("sound", 2)]
-    pool.ended("broken", failed=False)
+    pool.on_item_end("broken", failed=False)
     pool.put(3)
     assert pool.offers() == [("broken", 3)]
 
@@ -201,13 +198,13 @@ def test_an_image_goes_to_the_replica_whose_bucket_costs_least(
     assert pool.buckets == (64, 1024)
 
 
-def test_where_one_replica_takes_any_image_there_are_no_buckets() -> None:
+def test_there_are_no_buckets_if_one_replica_takes_any_image() -> None:
     pool = Pool(any=0.1)
     pool.join("static", buckets=(64,))
     assert pool.buckets == ()
 
 
-def test_an_image_that_fits_nowhere_keeps_no_other_waiting() -> None:
+def test_an_image_that_fits_nowhere_does_not_delay_others() -> None:
     pool = Pool()
     pool.join("static", buckets=(64,))
     pool.put(0, num_patches=128)
@@ -215,15 +212,13 @@ def test_an_image_that_fits_nowhere_keeps_no_other_waiting() -> None:
     assert pool.offers() == [("static", 1)]
 
 
-def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_only_those() -> (
-    None
-):
+def test_only_images_whose_replicas_are_gone_for_too_long_are_given_up() -> None:
     pool = Pool()
     pool.join("small", buckets=(64,))
     pool.join("large", buckets=(1024,))
     small = pool.put(0)[0]
     large = pool.put(1, num_patches=1024)[0]
-    pool.lose("large")
+    pool.remove_replica("large")
     pool.clock.now += MISSING_SECONDS - 1
     assert pool.hopeless_items() == []
     pool.clock.now += 2
@@ -232,7 +227,7 @@ def test_images_are_given_up_when_what_could_take_them_is_gone_for_too_long_and_
     assert pool.hopeless_items() == []
 
 
-def test_the_wait_that_the_queue_means_counts_its_work_and_its_replicas() -> None:
+def test_the_queues_wait_is_its_work_shared_by_the_replicas() -> None:
     pool = Pool(a=0.5, b=0.5)
     pool.update_replica("a", False, 1.0)
     pool.update_replica("b", False, 1.0)
@@ -247,7 +242,7 @@ def test_the_wait_that_the_queue_means_counts_its_work_and_its_replicas() -> Non
 
 
 def test_choosing_among_many_replicas_is_cheap() -> None:
-    """A bound far above what it takes, by the processor's time of this process alone."""
+    """The bound is far above what it takes, in CPU time of this process."""
     pool = Pool(**{f"v{n}": 0.1 for n in range(32)})
     pool.put(*range(2000))
     began = time.process_time()

@@ -1,5 +1,4 @@
-"""The preprocess worker: from a submitted request to a prompt, and what ends a request before its
-images are on their way."""
+"""The preprocess worker turns requests into prompts, and ends those that cannot become one."""
 
 import json
 
@@ -38,7 +37,8 @@ def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
         "detokenizer-1",
     )
     ids = prompt.token_ids.numpy()
-    assert PREPROCESSOR.tokenizer.decode(ids.tolist()).count("Read it.") == 1
+    text = b"".join(PREPROCESSOR.vocabulary.token_bytes(id) for id in ids.tolist())
+    assert text.count(b"Read it.") == 1
     assert (prompt.positions.numpy() == np.arange(len(ids))).all() and prompt.rope_delta == 0
     assert (prompt.placeholders.shape, prompt.mm_hashes.shape) == ((0, 2), (0, 32))
     assert prompt.stopping.max_tokens == PREPROCESSOR.max_model_len - len(ids)
@@ -52,12 +52,12 @@ def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
     assert preprocess.holds_nothing
 
 
-def test_the_gateway_gets_the_expanded_prompt_where_it_asks_for_it() -> None:
+def test_the_gateway_gets_the_expanded_prompt_if_it_asks_for_it() -> None:
     sent = Preprocess("vision-1").play(submit("r", IMAGES[0], return_prompt_token_ids=True))
     (_, routed), (_, prompt) = sent[:2]
     assert routed.prompt_token_ids == prompt.token_ids
     assert (
-        (prompt.token_ids.numpy() == PREPROCESSOR.image_token_id).sum()
+        (prompt.token_ids.numpy() == PREPROCESSOR.placeholder_id).sum()
         == prompt.placeholders.numpy()[0, 1]
         > 1
     )
@@ -83,16 +83,14 @@ def test_an_unreadable_image_fails_its_request_by_index_and_the_next_request_wor
     assert prompts(sent) == ["next"]
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_the_language_group_hears_of_it() -> (
-    None
-):
+def test_a_prompt_longer_than_the_context_never_reaches_the_language_group() -> None:
     sent = Preprocess("vision-1").play(
         submit("r", stopping=Stopping(max_tokens=PREPROCESSOR.max_model_len))
     )
     assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
 
 
-def test_what_nobody_foresaw_fails_one_request_alone() -> None:
+def test_an_unforeseen_error_fails_only_its_request() -> None:
     preprocess = Preprocess("vision-1")
     sent = preprocess.play(submit("bad", prompt=b"{no json") + submit("next"))
     assert failures(sent) == [("gateway-1", "bad", "Internal", None)]
@@ -119,7 +117,7 @@ def test_a_request_beyond_its_deadline_is_dropped() -> None:
     assert preprocess.wait(11) == [] and preprocess.holds_nothing
 
 
-def test_a_lost_gateways_requests_are_freed_at_every_stage_of_theirs() -> None:
+def test_the_requests_of_a_lost_gateway_are_freed_in_every_state() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("taken", IMAGES[0], gateway="gateway-2")
     preprocess.dispatch("kept", IMAGES[1])
@@ -129,7 +127,7 @@ def test_a_lost_gateways_requests_are_freed_at_every_stage_of_theirs() -> None:
     assert not preprocess.preparations and list(preprocess.handovers) == [("kept", 0)]
 
 
-def test_a_lost_language_group_frees_what_was_on_its_way_there_and_the_gateway_is_told() -> None:
+def test_requests_of_a_lost_language_group_are_freed_and_reported() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
     sent = preprocess.play([PeerDown(LLM.id, "llm", "gone")])
@@ -154,7 +152,7 @@ def test_a_prompt_that_may_not_have_arrived_is_reported_to_its_gateway_once() ->
     )
 
 
-def test_without_a_language_group_from_the_beginning_a_request_fails_at_once() -> None:
+def test_a_request_fails_at_once_if_there_never_was_a_language_group() -> None:
     preprocess = Preprocess("vision-1", llm=False)
     sent = preprocess.play(submit("r", *IMAGES[:2]))
     assert failures(sent) == [("gateway-1", "r", "Unavailable", None)] and sent[0][1].stage == "llm"
@@ -168,7 +166,7 @@ def test_a_request_waits_for_a_language_group_that_was_there_a_moment_ago() -> N
     assert prompts(preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2")])) == ["r"]
 
 
-def test_a_request_waits_for_another_group_than_the_lost_one_and_holds_up_no_other() -> None:
+def test_a_request_waits_for_another_group_than_the_lost_one_and_delays_no_other() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.play([PeerUp("llm-2", "llm", "ipc:///llm-2"), PeerDown("llm-2", "llm", "gone")])
     assert prompts(preprocess.play(submit("lost", avoid=LLM.id) + submit("other"))) == ["other"]
@@ -187,7 +185,7 @@ def test_a_request_does_not_wait_for_a_language_group_for_ever() -> None:
     ]
 
 
-def test_it_is_ready_with_a_vision_replica_that_told_what_it_can_run_and_a_language_group() -> None:
+def test_it_is_ready_with_a_language_group_and_a_vision_replica_that_has_reported() -> None:
     preprocess = Preprocess(llm=False)
     assert preprocess.member.missing == ["vision", "llm"] or preprocess.member.missing is None
     told = joins("vision-1")
@@ -214,7 +212,7 @@ def test_a_grant_is_served_between_the_images_of_a_long_request() -> None:
     ]
 
 
-def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be_encoded(
+def test_decoding_pauses_while_too_many_bytes_wait_to_be_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     preprocess = Preprocess("vision-1")
@@ -227,7 +225,7 @@ def test_no_more_images_are_decoded_than_the_bound_while_those_before_wait_to_be
     assert 100 * size < MAX_HELD_BYTES
 
 
-def test_the_group_that_is_least_busy_gets_the_next_request() -> None:
+def test_the_least_busy_group_gets_the_next_request() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.play(
         [PeerUp("llm-2", "llm", "ipc:///llm-2")],

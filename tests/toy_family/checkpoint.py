@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.toy_family.description import LOW_RANK, MODEL_TYPE, VOCABULARY_FILE
+from tests.toy_family.description import (
+    LOW_RANK,
+    MODEL_TYPE,
+    SPECIAL_TOKENS,
+    VOCABULARY_FILE,
+)
 
 WIDTH = 32
 INNER = 48
@@ -21,10 +26,8 @@ CONTEXT = 512
 PATCH = 8
 PATCHES_PER_TOKEN = 3
 EYE_WIDTH = 24
-END_ID = 301
-PICTURE_ID = 302
 MERGES = ("th", "he", "in", "er", "an", "re", " t", " a", "the", " the", "ing", "and")
-SPECIAL_TOKENS = {"<end>": END_ID, "<picture>": PICTURE_ID, "<turn>": 303}
+END_ID, PICTURE_ID, _ = (256 + len(MERGES) + i for i in range(len(SPECIAL_TOKENS)))
 TEMPLATE = (
     "{%- for message in messages %}<turn>{{ message.role }}: "
     "{%- if message.content is string %}{{ message.content }}{% else %}"

@@ -4,9 +4,11 @@ from typing import Any
 
 from common.checkpoint import Checkpoint
 from common.families import Family, ModelSizes
+from common.families.family import TiktokenRules
 
 MODEL_TYPE = "toy"
 VOCABULARY_FILE = "toy.tiktoken"
+SPECIAL_TOKENS = ("<end>", "<picture>", "<turn>")
 LOW_RANK = 4
 
 
@@ -15,7 +17,9 @@ class Toy(Family):
 
     model_type = MODEL_TYPE
     title = "Toy"
-    required_files = (VOCABULARY_FILE,)
+    vocabulary_file = VOCABULARY_FILE
+    tiktoken = TiktokenRules(r"\s?\w+|\s|[^\s\w]+", SPECIAL_TOKENS)
+    required_files = ()
     num_position_components = 2
     tower_prefixes = ("eye.",)
     embedding_name = "stem.words"

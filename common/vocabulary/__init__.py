@@ -1,0 +1,29 @@
+"""Tokens as ids, text and bytes, read from any of three kinds of vocabulary file."""
+
+from common.checkpoint import Checkpoint
+from common.families import BadCheckpoint
+from common.vocabulary.sentencepiece import read_sentencepiece
+from common.vocabulary.tiktoken import read_tiktoken
+from common.vocabulary.tokenizer_json import read_tokenizer_json
+from common.vocabulary.vocabulary import Vocabulary
+
+__all__ = ["Vocabulary", "open_vocabulary"]
+
+
+def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    """Read the vocabulary file that the checkpoint's family names.
+
+    Raises
+    ------
+    BadCheckpoint
+        if the file is damaged, or uses something that is not supported.
+    """
+    file = checkpoint.path / checkpoint.family.vocabulary_file
+    match file.suffix:
+        case ".json":
+            return read_tokenizer_json(file)
+        case ".tiktoken":
+            return read_tiktoken(file, checkpoint.family.tiktoken)
+        case ".model":
+            return read_sentencepiece(file)
+    raise BadCheckpoint(f"{file} is not a vocabulary file of a known kind")

@@ -1,0 +1,89 @@
+"""The vocabulary of a model: text to token ids, and token ids to bytes."""
+
+import codecs
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from common.families.family import BadCheckpoint
+
+ONE_MARK_PER_BYTE = "one_mark_per_byte"
+"""The error handler of `codecs` that replaces each byte of a broken character by U+FFFD.
+
+Python's own "replace" puts one mark in the place of all bytes of a cut-off character.
+"""
+
+
+def mark_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Handle a decoding error as SentencePiece does."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(ONE_MARK_PER_BYTE, mark_each_byte)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All tokens of a model. It does not depend on the kind of file that they were read from."""
+
+    file: Path
+    """The file that it was read from. Error messages name it."""
+    tokenizer_json: str
+    """The tokenizer as a tokenizer.json of Hugging Face describes it."""
+    bytes_by_id: dict[int, bytes]
+    """The bytes that each token adds to an answer. Special tokens have those of their name."""
+    special_ids: frozenset[int]
+    decode_errors: str = "replace"
+    """The error handler of `codecs` for answers that are not UTF-8."""
+    max_stripped_spaces: int = 0
+    """How many spaces at the start of an answer are the tokenizer's, and not part of the text."""
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        except Exception as e:
+            raise BadCheckpoint(
+                f"{self.file} is damaged, or needs a newer tokenizers package: {e}; "
+                "download it again"
+            ) from e
+        # A file may ask for padding or truncation, which would change prompts silently.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @property
+    def size(self) -> int:
+        """The number of token ids, unused ids below the largest one included."""
+        return max(self.bytes_by_id, default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text.
+
+        The names of special tokens in it become these tokens. No other special tokens are added.
+        """
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name in the file, or None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def token_of(self, token_id: int) -> str | None:
+        """Return the name of a token in the file, or None if the id is unused."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token, or none if the id is unused.
+
+        Models have more output rows than their tokenizer has tokens.
+        """
+        return self.bytes_by_id.get(token_id, b"")
+
+    def visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        """Return the bytes that a token adds to an answer with or without special tokens."""
+        if skip_special_tokens and token_id in self.special_ids:
+            return b""
+        return self.token_bytes(token_id)

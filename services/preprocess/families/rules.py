@@ -1,0 +1,54 @@
+"""What preprocess needs of a model family."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.messages import ItemKind
+from services.preprocess.prepared import PreparedItem
+
+
+class FamilyRules(Protocol):
+    """The rules by which one family prepares items and places tokens."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels that the tower sees, apart from the size. JSON values only."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether a prompt must be computed in one step, without chunks and prefix cache."""
+        ...
+
+    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
+        """Return the (height, width) to which decoded pixels are resized.
+
+        `pixels` are uint8 [height, width, 3]. The item must have at most `max_patches` patches, if
+        that is not 0.
+
+        Raises
+        ------
+        InvalidRequest
+            if the family does not take such an item. It is TooLarge if a smaller one would fit.
+        """
+        ...
+
+    def prepare_item(
+        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
+    ) -> PreparedItem:
+        """Resize decoded pixels to (height, width). `mm_hash` names the result."""
+        ...
+
+    def positions(
+        self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
+    ) -> tuple[np.ndarray, int]:
+        """Return the positions of a prompt, int64 [num_components, num_tokens], and its rope delta.
+
+        `items[i]` has its tokens from index `offsets[i]` on.
+        """
+        ...
+
+    def rope_parameter(self, num_tokens: int) -> int:
+        """Return the rotary embedding's parameter for a prompt; 0 if the family has none."""
+        ...

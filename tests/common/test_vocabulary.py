@@ -1,0 +1,313 @@
+"""One vocabulary from three kinds of file: ids, bytes, special tokens, and what damages a file."""
+
+import base64
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
+
+from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.families import FAMILIES, Family
+from common.families.family import TiktokenRules
+from common.vocabulary import Vocabulary, open_vocabulary
+from common.vocabulary.protobuf import BadProtobuf, read_fields
+from common.vocabulary.sentencepiece import ALL_SPACES, read_sentencepiece
+from common.vocabulary.tiktoken import read_tiktoken
+from tests import golden, golden_vocabularies
+from tests.golden_vocabularies import CASES, QWEN, SENTENCEPIECE, expected, vocabulary
+
+TINY_OCR = Path(__file__).parents[2] / "models" / "tiny-ocr"
+EVERYTHING = TiktokenRules(r"[\s\S]+", ())
+"""The whole text is one piece."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_texts_become_the_references_tokens(case: str) -> None:
+    probes = expected(case)["texts"]
+    assert len(probes) > 20
+    for probe in probes:
+        assert vocabulary(case).encode(probe["text"]) == probe["ids"], probe["text"]
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_texts_become_the_tokens_of_transformers(case: str) -> None:
+    found = open_vocabulary(open_checkpoint(golden.ROOT / case / "checkpoint"))
+    probes = golden.GoldenCase(case).expected["tokenizer_probes"]
+    assert probes
+    for probe in probes:
+        assert found.encode(probe["text"]) == probe["ids"]
+
+
+@pytest.mark.parametrize("case", ["qwen_vl", "wemm"])
+def test_special_tokens_have_the_references_ids(case: str) -> None:
+    found = vocabulary(case)
+    wanted: dict[str, int] = expected(case)["special_tokens"]
+    assert wanted
+    for token, token_id in wanted.items():
+        assert found.id_of(token) == token_id and found.token_of(token_id) == token
+        assert found.encode(f"a{token}")[-1] == token_id
+        assert found.token_bytes(token_id) == token.encode()
+        assert found.visible_bytes(token_id, skip_special_tokens=True) == b""
+        assert token_id in found.special_ids
+
+
+def test_unused_ids_have_no_bytes_and_no_name() -> None:
+    found = vocabulary("qwen_vl")
+    assert found.size == 303 + len(QWEN.special_tokens)
+    assert found.token_bytes(found.size) == b"" and found.token_of(found.size) is None
+    assert found.id_of("no such token") is None
+
+
+def test_the_family_names_the_vocabulary_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case, file, rules in (
+        ("qwen_vl", "qwen.tiktoken", QWEN),
+        ("wemm", "tokenizer.model", None),
+    ):
+        family: Family = FAMILIES["qwen2_5_vl"]
+        monkeypatch.setattr(family, "vocabulary_file", file)
+        monkeypatch.setattr(family, "tiktoken", rules)
+        found = open_vocabulary(
+            Checkpoint(golden_vocabularies.ROOT / case, {"model_type": "qwen2_5_vl"})
+        )
+        assert found.bytes_by_id == vocabulary(case).bytes_by_id
+
+
+# Grammars
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llguidance_knows_the_same_tokens(case: str) -> None:
+    found = vocabulary(case)
+    theirs = LLTokenizer(found.tokenizer_json)
+    # llguidance marks special tokens with the byte 0xFF. Alone it counts as one of them.
+    ids = [id for id, data in found.bytes_by_id.items() if data != b"\xff"]
+    assert [id for id in ids if theirs.is_special_token(id)] == sorted(found.special_ids)
+    assert all(theirs.decode_bytes([id]) == found.token_bytes(id) for id in ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_answer_that_follows_a_grammar_is_accepted(case: str) -> None:
+    found = vocabulary(case)
+    matcher = LLMatcher(LLTokenizer(found.tokenizer_json), LLMatcher.grammar_from_regex(" ?[a-z]+"))
+    assert matcher.validate_tokens(found.encode("token")) == len(found.encode("token"))
+    assert matcher.validate_tokens(found.encode("7")[-1:]) == 0
+
+
+# tiktoken
+
+
+def tiktoken_file(folder: Path, tokens: list[bytes], end: bytes = b"\n") -> Path:
+    file = folder / "x.tiktoken"
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    file.write_bytes(end.join(lines) + end)
+    return file
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+MERGED = [b"aa", b"ab", b" a", b"aab", b"ba", b"aaa", b"bab", b" aab", b"abab", b"aaaa"]
+
+
+@pytest.fixture(scope="module")
+def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """A vocabulary in which most texts can be cut in many ways."""
+    return read_tiktoken(
+        tiktoken_file(tmp_path_factory.mktemp("vocabulary"), BYTES + MERGED), EVERYTHING
+    )
+
+
+def join_by_rank(data: bytes, tokens: list[bytes]) -> list[int]:
+    """tiktoken's rule: join the neighbours whose bytes have the lowest rank, the leftmost first."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if data in ranks:
+        return [ranks[data]]
+    parts = [data[i : i + 1] for i in range(len(data))]
+    while True:
+        joined = [
+            (ranks[a + b], i)
+            for i, (a, b) in enumerate(itertools.pairwise(parts))
+            if a + b in ranks
+        ]
+        if not joined:
+            return [ranks[part] for part in parts]
+        _, i = min(joined)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.text("ab ", min_size=1, max_size=16))
+def test_tokens_are_joined_as_in_tiktoken(repetitive: Vocabulary, text: str) -> None:
+    assert repetitive.encode(text) == join_by_rank(text.encode(), BYTES + MERGED)
+
+
+def test_lines_may_end_as_in_windows(tmp_path: Path) -> None:
+    file = tmp_path / "x.tiktoken"
+    original = golden_vocabularies.vocabulary_file("qwen_vl").read_bytes()
+    file.write_bytes(original.replace(b"\n", b"\r\n") + b"\r\n")
+    assert read_tiktoken(file, QWEN).bytes_by_id == vocabulary("qwen_vl").bytes_by_id
+
+
+def test_texts_are_normalized_before_they_are_split() -> None:
+    found = vocabulary("qwen_vl")
+    assert found.encode("e\u0301") == found.encode("\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not a token in base64 and its rank"),
+        (b"IQ== one\n", "is not a token in base64"),
+        (b"I*Q= 0\n", "is not a token in base64"),
+        (b"IQ== 0\nIg== 2\n", "it lacks ranks"),
+        (b"IQ== 0\nIg== 1\n", "it lacks single bytes"),
+        (b"", "it lacks single bytes"),
+    ],
+)
+def test_a_damaged_tiktoken_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.tiktoken").write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=rf"x\.tiktoken .*{words}.*download it again"):
+        read_tiktoken(tmp_path / "x.tiktoken", QWEN)
+
+
+# SentencePiece
+
+
+@pytest.fixture
+def wemm(tmp_path: Path) -> Path:
+    """A folder with a model file and the files next to it."""
+    return shutil.copytree(golden_vocabularies.ROOT / "wemm", tmp_path / "wemm")
+
+
+def test_special_tokens_come_from_either_file(wemm: Path) -> None:
+    (wemm / "tokenizer_config.json").unlink()
+    found = read_sentencepiece(wemm / "tokenizer.model")
+    original = vocabulary("wemm")
+    assert found.size == original.size + 6, "six tokens have no piece of their name: they follow"
+    ids = [found.id_of(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert ids == [original.size, original.size + 1]
+    assert found.encode("a<|im_end|>")[-1] == ids[1] in found.special_ids
+    (wemm / "special_tokens_map.json").unlink()
+    assert read_sentencepiece(wemm / "tokenizer.model").special_ids == {0, 1, 2}
+
+
+def test_special_tokens_may_be_objects(wemm: Path) -> None:
+    (wemm / "tokenizer_config.json").unlink()
+    tokens = {"eos_token": {"content": "<end>"}, "additional_special_tokens": [{"content": "</s>"}]}
+    (wemm / "special_tokens_map.json").write_text(json.dumps(tokens))
+    found = read_sentencepiece(wemm / "tokenizer.model")
+    assert found.id_of("<end>") == found.size - 1 in found.special_ids and 2 in found.special_ids
+
+
+def entry(content: str) -> dict[str, Any]:
+    return {"content": content, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ({"600": entry("<far>")}, "an id has no token"),
+        ({"509": entry("<s>")}, "a token has two ids"),
+        ({"509": {"content": "x"}}, "malformed added_tokens_decoder"),
+        ({"x": entry("<s>")}, "malformed added_tokens_decoder"),
+        (["<s>"], "malformed added_tokens_decoder"),
+    ],
+)
+def test_special_tokens_that_cannot_be_are_refused(wemm: Path, added: Any, words: str) -> None:
+    (wemm / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(BadCheckpoint, match=rf"tokenizer_config\.json.*{words}"):
+        read_sentencepiece(wemm / "tokenizer.model")
+
+
+def test_how_many_spaces_of_an_answer_are_the_tokenizers() -> None:
+    counts = {case: vocabulary(case).max_stripped_spaces for case in CASES}
+    assert counts == {
+        "qwen_vl": 0,
+        "wemm": 0,
+        "sentencepiece_bpe_prefix": 1,
+        "sentencepiece_bpe_trim": ALL_SPACES,
+        "sentencepiece_unigram": 1,
+    }
+
+
+def cut_off(data: bytes) -> bytes:
+    return data[:-3]
+
+
+def word_model(data: bytes) -> bytes:
+    """The same model with another type: field 3 of the trainer's message, which is field 2."""
+    return data + b"\x12\x02\x18\x03"
+
+
+def unknown_model(data: bytes) -> bytes:
+    return data + b"\x12\x02\x18\x09"
+
+
+@pytest.mark.parametrize("case", SENTENCEPIECE)
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut_off, "not a SentencePiece model: it is cut off; download it again"),
+        (lambda data: b"version https://git-lfs", "not a SentencePiece model"),
+        (lambda data: b"", "it has no pieces"),
+        (lambda data: b"\x0a\x02\x08\x01", "field 1 is a number"),
+        (lambda data: b"\x08\x01", "a number where a message is expected"),
+        (lambda data: b"\x0a\x04\x0a\x02\xff\xff", "not a SentencePiece model"),
+        (lambda data: b"\x0a\x03\x12\x01x", "the score of a piece"),
+        (word_model, "type WORD, which is not supported; supported: BPE, UNIGRAM"),
+        (unknown_model, "not a SentencePiece model"),
+    ],
+)
+def test_a_damaged_model_file_is_refused(
+    case: str, tmp_path: Path, damage: Callable[[bytes], bytes], words: str
+) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(damage(golden_vocabularies.vocabulary_file(case).read_bytes()))
+    with pytest.raises(BadCheckpoint, match=rf"tokenizer\.model is .*{words}"):
+        read_sentencepiece(file)
+
+
+@settings(max_examples=500)
+@given(st.binary(max_size=40))
+def test_any_bytes_are_fields_or_refused(data: bytes) -> None:
+    try:
+        fields = list(read_fields(data))
+    except BadProtobuf:
+        return
+    assert sum(len(value) for _, value in fields if isinstance(value, bytes)) <= len(data)
+
+
+def test_every_wire_type_is_read() -> None:
+    data = b"\x08\xac\x02" + b"\x11" + bytes(8) + b"\x1a\x02ab" + b"\x25" + bytes(4)
+    assert list(read_fields(data)) == [(1, 300), (2, bytes(8)), (3, b"ab"), (4, bytes(4))]
+
+
+# tokenizer.json
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not valid JSON"),
+        (b"{}", "decoder None, which is not supported yet"),
+        (b'{"decoder": {"type": "ByteLevel"}}', "not a tokenizer.json: download it again"),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": []}', "not a tokenizer.json"),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    model = shutil.copytree(golden.ROOT / "a_image" / "checkpoint", tmp_path / "model")
+    (model / "tokenizer.json").write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=rf"tokenizer\.json .*{words}"):
+        open_vocabulary(open_checkpoint(model))
+
+
+def test_what_the_tokenizers_package_refuses_is_a_bad_checkpoint() -> None:
+    found = replace(open_vocabulary(open_checkpoint(TINY_OCR)), tokenizer_json="{}")
+    with pytest.raises(BadCheckpoint, match=r"tokenizer\.json is damaged, or needs a newer"):
+        found.encode("a")
