@@ -16,7 +16,8 @@ from common.membership import DRAINING, READY, STARTING
 from common.process import CannotStart
 from proto.twinlens.control.v1 import control_pb2
 from tests.policy.sources import ROOT
-from tests.system.running import free_port, lives
+from tests.loopback import free_port
+from tests.system.running import lives
 
 
 class Asked:
