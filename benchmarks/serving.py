@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+from common.membership import DEAD
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,10 @@ RETRY_SECONDS = 0.05
 
 
 class Serving:
-    """The real processes, started as a user starts them. The end of the with block interrupts them."""
+    """The real processes, started as a user starts them.
+
+    The end of the with block interrupts the launcher and waits until it has ended.
+    """
 
     def __init__(self, *arguments: str) -> None:
         self.http_port = free_port()
@@ -86,8 +90,7 @@ class Serving:
 
         Waits while the gateway or the controller is restarted.
         """
-        dead = control_pb2.MEMBER_STATE_DEAD
-        return [m for m in self._list_members() if role in ("", m.role) and m.state != dead]
+        return [m for m in self._list_members() if role in ("", m.role) and m.state != DEAD]
 
     def _list_members(self) -> Iterable[control_pb2.Member]:
         deadline = time.monotonic() + READY_SECONDS

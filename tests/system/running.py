@@ -17,8 +17,6 @@ from proto.twinlens.control.v1 import control_pb2
 
 GOLDEN = ROOT / "tests" / "golden"
 RECEIPT = ROOT / "examples" / "receipt.png"
-READY = control_pb2.MEMBER_STATE_READY
-STANDBY = control_pb2.MEMBER_STATE_STANDBY
 
 
 class Running(Serving):

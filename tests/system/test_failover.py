@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from common.membership import READY
 from tests.system.running import (
     GOLDEN,
-    READY,
     Running,
     golden_messages,
     piece_of,
@@ -97,7 +97,7 @@ def undisturbed(system: Running, n: int) -> tuple[str, float]:
 
 
 class Victims:
-    """The members of a role. The first call of `hit_one` hits one of them, later calls do nothing."""
+    """The members of a role, of which `hit_one` hits one at its first call."""
 
     def __init__(self, system: Running, role: str, number: signal.Signals) -> None:
         self.pids = [member.pid for member in system.members(role)]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from common.membership import READY
 from tests.system.running import (
-    READY,
     RECEIPT,
     Running,
     ask_about,
