@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import checkpoints, hop
 from benchmarks.picture_load import IMAGES_A_REQUEST, Load, Measured, make_requests
 from benchmarks.processes import Cpu, cpu_of, resident_bytes
-from tests.system.running import Running
+from benchmarks.serving import Serving
 
 REPLICAS = (1, 2, 4, 8, 16, 32)
 ENCODE_SECONDS = 0.1
@@ -40,14 +40,14 @@ LOOK_SECONDS = 0.5
 ARGUMENTS = ("--preprocess", "2", "--embedding-cache-mib", "0", "--log-level", "warning")
 
 
-def serving(model: Path, replicas: int, *more: str) -> Running:
+def serving(model: Path, replicas: int, *more: str) -> Serving:
     vision = ("--vision", str(replicas), "--simulate-vision-ms", str(1000 * ENCODE_SECONDS))
-    return Running("--model", str(model), *vision, *ARGUMENTS, *more)
+    return Serving("--model", str(model), *vision, *ARGUMENTS, *more)
 
 
-def roles_of(system: Running) -> dict[int, str]:
+def roles_of(system: Serving) -> dict[int, str]:
     """By pid, the launcher and ourselves included."""
-    return {m["pid"]: m["role"] for m in system.members()} | {system.process.pid: "launcher"}
+    return {m.pid: m.role for m in system.members()} | {system.process.pid: "launcher"}
 
 
 async def measure(model: Path, replicas: int, seconds: float) -> dict[str, Any]:

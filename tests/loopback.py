@@ -11,7 +11,7 @@ def is_there(host: str) -> bool:
     return True
 
 
-def free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     with bound_socket(host, 0) as probe:
         return probe.getsockname()[1]
 

@@ -19,7 +19,8 @@ from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller import membership_table, service
 from services.controller.__main__ import serve
 from services.controller.service import ControlServicer
-from tests.system.running import fetch, free_port
+from tests.loopback import free_port
+from tests.system.running import fetch
 
 READY = control_pb2.MEMBER_STATE_READY
 STARTING = control_pb2.MEMBER_STATE_STARTING

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from common.membership import state_name
 from tests.deploy.load import picture
+from tests.loopback import free_port
 from tests.policy.sources import ROOT
-from tests.system.running import Running, ask_about, free_port, own_environment, until
+from tests.system.running import Running, ask_about, own_environment, until
 
 PROJECT = "twinlens-test"
 START_SECONDS = 180
@@ -99,7 +101,7 @@ class Composed(Running):
             return 0
 
     def states(self, role: str) -> list[str]:
-        return [member["state"] for member in self.members(role)]
+        return [state_name(member.state) for member in self.members(role)]
 
 
 def inspect(container: str, what: str) -> Any:

@@ -78,12 +78,12 @@ def test_a_vision_replica_that_is_cut_off_mid_encode_fails_no_request(system: Co
     with under_load(system) as load:
         system.scale(vision=2)
         busy = until(
-            lambda: next((m for m in system.members("vision") if m["in_flight"]), None),
+            lambda: next((m for m in system.members("vision") if m.in_flight), None),
             "a replica encodes",
         )
-        docker("network", "disconnect", network, busy["host"])
+        docker("network", "disconnect", network, busy.host)
         load.more()
-        docker("network", "connect", network, busy["host"])
+        docker("network", "connect", network, busy.host)
         until(
             lambda: system.states("vision") == ["ready"] * 2, "the replica that was cut off is back"
         )

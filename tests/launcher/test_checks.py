@@ -11,8 +11,8 @@ from common.checkpoint import BadCheckpoint
 from common.config import BadSetting
 from common.settings import ServeSettings
 from services.launcher.checks import check
-from tests.loopback import LOOPBACKS
-from tests.system.running import GOLDEN, free_port
+from tests.loopback import LOOPBACKS, free_port
+from tests.system.running import GOLDEN
 
 MODEL = GOLDEN / "a_image" / "checkpoint"
 

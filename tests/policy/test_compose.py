@@ -167,7 +167,7 @@ def test_a_stop_leaves_time_for_the_longest_request(compose: dict[str, Any]) -> 
         assert seconds >= GatewaySettings().request_timeout + DRAIN_DELAY_SECONDS
 
 
-@pytest.mark.parametrize("name", [*SERVICES, *ON_CARDS])
+@pytest.mark.parametrize("name", [*SERVICES, *sorted(ON_CARDS)])
 def test_a_mistake_in_any_entry_is_seen(name: str, compose: dict[str, Any]) -> None:
     planted = copy.deepcopy(compose["services"])
     planted[name]["environment"] = {**planted[name]["environment"], "TWINLENS_LOG_LEVLE": "debug"}

@@ -1,4 +1,4 @@
-"""One running system with the embedded model for all tests that leave it as they found it."""
+"""A running system that the tests of several modules share. Each leaves it as it found it."""
 
 from collections.abc import Iterator
 
@@ -9,5 +9,6 @@ from tests.system.running import Running
 
 @pytest.fixture(scope="session")
 def embedded() -> Iterator[Running]:
+    """The embedded model, with two replicas of each role that has replicas."""
     with Running("--vision", "2", "--preprocess", "2", "--detokenizer", "2") as system:
         yield system

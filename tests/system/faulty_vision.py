@@ -1,5 +1,4 @@
-"""A vision replica whose embeddings cannot be used: joins a running system like any other, and is
-as quick to take work.
+"""A vision replica whose embeddings cannot be used, and that accepts work like any other.
 
 python -m tests.system.faulty_vision FAULT --controller ADDRESS ...
 """

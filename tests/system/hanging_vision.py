@@ -1,5 +1,4 @@
-"""A vision replica that encodes one image and hangs in the second, while its connections live:
-joins a running system like any other.
+"""A vision replica that encodes one image and hangs in the second, while its connections live.
 
 python -m tests.system.hanging_vision --controller ADDRESS ...
 """

@@ -1,5 +1,7 @@
-"""Two hosts: network namespaces joined by a veth pair. The services in them share no network, and
-no memory of /dev/shm."""
+"""Two hosts, made of network namespaces that a veth pair joins.
+
+The services in them share neither a network nor the memory of /dev/shm.
+"""
 
 import itertools
 import json
@@ -29,7 +31,7 @@ def ip(*arguments: str) -> None:
 
 
 class Host:
-    """One namespace, with an address that the other reaches."""
+    """One namespace, with an address that the other host reaches."""
 
     def __init__(self, name: str, address: str, interface: str, logs: Path) -> None:
         self.name = name
@@ -59,7 +61,7 @@ class Host:
         return process
 
     def begin(self, *arguments: str) -> "subprocess.Popen[str]":
-        """A call of the command line, under way."""
+        """Start a command of `twinlens` and do not wait for it."""
         command = self.command(
             sys.executable,
             "-m",
@@ -87,7 +89,7 @@ class Host:
         return json.loads(shown.stdout)["members"] if shown.returncode == 0 else []
 
     def cut_off(self) -> None:
-        """Nothing comes or goes any more, and nobody is told."""
+        """Let no packet in or out any more. Connections are not closed."""
         ip("-n", self.name, "link", "set", self.interface, "down")
 
     def stop(self) -> None:
@@ -103,7 +105,7 @@ class Host:
 
 @contextmanager
 def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
-    """Skips the test where this process may not make network namespaces."""
+    """Make two hosts; skip the test if this process may not make network namespaces."""
     if not shutil.which("ip"):
         pytest.skip("there is no `ip` here (Debian: iproute2)")
     prefix = f"tl{os.getpid()}"
@@ -142,7 +144,7 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def start_front(host: Host, model: Path | str) -> None:
-    """What holds no weights: controller, gateway, preprocess, detokenizer."""
+    """Start the services that hold no weights: controller, gateway, preprocess, detokenizer."""
     host.start("controller", host, f"--control-listen={host.address}:{CONTROLLER_PORT}")
     host.start(
         "gateway", host, f"--host={host.address}", f"--grpc-port={GRPC_PORT}", "--drain-delay=0"
@@ -157,4 +159,4 @@ def await_ready(host: Host) -> None:
             member["role"] == "gateway" and member["state"] == "ready" for member in host.members()
         )
 
-    until(ready, "the gateway can give answers", READY_SECONDS)
+    until(ready, "the gateway is ready", READY_SECONDS)

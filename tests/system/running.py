@@ -1,104 +1,33 @@
-"""The real processes, started by the local launcher as a user would start them."""
+"""A running system, and what a client sees of it."""
 
 import base64
 import json
-import os
-import queue
 import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.serving import READY_SECONDS, ROOT, Serving, own_environment
+from proto.twinlens.control.v1 import control_pb2
+
 GOLDEN = ROOT / "tests" / "golden"
 RECEIPT = ROOT / "examples" / "receipt.png"
-READY_SECONDS = 120
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Running:
-    """`twinlens serve` with a client's view of it. Leaving the with block interrupts it and waits
-    for its end."""
+class Running(Serving):
+    """`twinlens serve`, and the requests of its clients."""
 
     def __init__(self, *arguments: str) -> None:
-        self.http_port = free_port()
-        self.grpc_port = free_port()
-        ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        command = [
-            sys.executable,
-            "-m",
-            "services.cli",
-            "serve",
-            *ports,
-            "--log-level",
-            "debug",
-            *arguments,
-        ]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=own_environment(),
-        )
-        self.lines: list[str] = []
-        self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._readers = [
-            threading.Thread(target=self._read, args=(stream,))
-            for stream in (self.process.stdout, self.process.stderr)
-        ]
-        for reader in self._readers:
-            reader.start()
+        super().__init__("--log-level", "debug", *arguments)
 
     def __enter__(self) -> "Running":
-        self.wait_for_line("Twinlens serves")
+        super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(30)
-        finally:
-            self.process.kill()
-            for reader in self._readers:
-                reader.join()
-            for stream in (self.process.stdout, self.process.stderr):
-                stream.close()
-
-    def _read(self, stream: Any) -> None:
-        for line in stream:
-            self.lines.append(line)
-            self._news.put(line)
-        self._news.put(None)
-
-    def wait_for_line(self, wanted: str) -> str:
-        """The next line of output that holds the text; fails as soon as the launcher ends."""
-        ended = 0
-        while ended < len(self._readers):
-            line = self._news.get(timeout=READY_SECONDS)
-            if line is None:
-                ended += 1
-            elif wanted in line:
-                return line
-        raise AssertionError("serve ended:\n" + "".join(self.lines[-30:]))
-
-    # As a client
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.http_port}{path}"
@@ -106,50 +35,37 @@ class Running:
     def get(self, path: str) -> tuple[int, Any]:
         return fetch(urllib.request.Request(self.url(path)))
 
+    @property
+    def model(self) -> str:
+        return self.get("/v1/models")[1]["data"][0]["id"]
+
     def chat(self, messages: list[dict[str, Any]], **body: Any) -> tuple[int, Any]:
-        whole = {"model": self.model, "messages": messages, "temperature": 0, **body}
-        return fetch(
-            urllib.request.Request(
-                self.url("/v1/chat/completions"),
-                json.dumps(whole).encode(),
-                {"content-type": "application/json"},
-            )
-        )
+        """Return the status and the answer as a whole; greedy unless the body says otherwise."""
+        return fetch(self._chat_request(messages, body))
 
     def stream(self, messages: list[dict[str, Any]], **body: Any) -> Iterator[dict[str, Any]]:
-        """Each event of a streamed answer; closing it hangs up."""
-        whole = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": 0,
-            "stream": True,
-            **body,
-        }
-        request = urllib.request.Request(
-            self.url("/v1/chat/completions"),
-            json.dumps(whole).encode(),
-            {"content-type": "application/json"},
-        )
+        """Yield each event of a streamed answer. Closing the iterator hangs up."""
+        request = self._chat_request(messages, {"stream": True, **body})
         with urllib.request.urlopen(request, timeout=READY_SECONDS) as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[6:])
 
-    @property
-    def model(self) -> str:
-        return self.get("/v1/models")[1]["data"][0]["id"]
+    def _chat_request(
+        self, messages: list[dict[str, Any]], body: dict[str, Any]
+    ) -> urllib.request.Request:
+        whole = {"model": self.model, "messages": messages, "temperature": 0, **body}
+        return urllib.request.Request(
+            self.url("/v1/chat/completions"),
+            json.dumps(whole).encode(),
+            {"content-type": "application/json"},
+        )
 
     def twinlens(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "services.cli",
-            *arguments,
-            "--grpc",
-            f"127.0.0.1:{self.grpc_port}",
-        ]
+        """Run a command of `twinlens` against this system."""
+        grpc = ["--grpc", f"127.0.0.1:{self.grpc_port}"]
         return subprocess.run(
-            command,
+            [sys.executable, "-m", "services.cli", *arguments, *grpc],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -157,36 +73,49 @@ class Running:
             env=own_environment(),
         )
 
-    def members(self, role: str = "") -> list[dict[str, Any]]:
-        """Those that are not dead."""
-        found = json.loads(self.twinlens("status", "--json").stdout)["members"]
-        return [m for m in found if role in ("", m["role"]) and m["state"] != "dead"]
+    def pids(self) -> dict[str, int]:
+        """Return the process id of each role, for a system with one member of each."""
+        return {member.role: member.pid for member in self.members()}
+
+    def in_state(self, role: str, state: int) -> list[control_pb2.Member]:
+        return [member for member in self.members(role) if member.state == state]
+
+    def is_reachable(self) -> bool:
+        """Whether the gateway answers and reports the system ready."""
+        try:
+            return self.get("/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def await_idle(self) -> None:
+        until(
+            lambda: all(m.in_flight + m.queued == 0 for m in self.members()),
+            "no member holds anything",
+        )
 
     def logged(self, **wanted: Any) -> list[dict[str, Any]]:
-        """The JSON log lines that have these values."""
+        """Return the JSON log lines that have these values."""
         entries = [json.loads(line) for line in self.lines if line.startswith("{")]
         return [entry for entry in entries if wanted.items() <= entry.items()]
 
 
-def own_environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
-
-
 def fetch(request: urllib.request.Request) -> tuple[int, Any]:
+    """Return the status and the body, parsed if it is JSON."""
     try:
         with urllib.request.urlopen(request, timeout=READY_SECONDS) as response:
             body = response.read()
-            return response.status, json.loads(body) if response.headers["content-type"].startswith(
-                "application/json"
-            ) else body.decode()
+            is_json = response.headers["content-type"].startswith("application/json")
+            return response.status, json.loads(body) if is_json else body.decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.loads(error.read())
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """Asks again and again, because what another process does sends no event here; fails after many
-    seconds."""
+    """Poll a condition until it is true, and return its value; fail after the given seconds.
+
+    Polling is needed because what another process does sends no event here.
+    """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -224,8 +153,14 @@ def text_of(answer: dict[str, Any]) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
+def piece_of(event: dict[str, Any]) -> str:
+    """Return the text that an event of a stream adds; fail if the event is an error."""
+    assert "error" not in event, event
+    return (event["choices"][0]["delta"].get("content") or "") if event["choices"] else ""
+
+
 def processes_of(launcher: int) -> set[int]:
-    """The launcher's living children."""
+    """Return the process ids of the launcher's living children."""
     return {
         int(stat.parent.name)
         for stat in Path("/proc").glob("[0-9]*/stat")
@@ -239,7 +174,7 @@ def lives(pid: int) -> bool:
 
 
 def read_stat(stat: Path) -> list[str]:
-    """State and parent of a process, as /proc tells; empty where it is gone."""
+    """Return state, parent and more of a process, as /proc lists them; empty if it is gone."""
     try:
         return re.sub(r"^\d+ \(.*\) ", "", stat.read_text()).split()
     except OSError:

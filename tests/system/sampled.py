@@ -1,5 +1,7 @@
-"""Sampled answers over gRPC, and how near their draws were: below some gap, another batch may
-choose another token."""
+"""Sampled answers over gRPC, and the gap between the two best candidates of each draw.
+
+If a gap is small, another batch may choose the other token.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -15,8 +17,10 @@ NUM_CANDIDATES = 20
 
 
 def sampled_request(n: int, max_tokens: int) -> inference_pb2.GenerateRequest:
-    """Every draw is among the best 20, whose log-probabilities are asked for: so its gap can be
-    computed."""
+    """Return a request whose draws are all among the 20 best tokens.
+
+    It asks for the log-probabilities of these tokens, so that the gap of each draw can be computed.
+    """
     return inference_pb2.GenerateRequest(
         text=f"Question {n}.",
         images=[inference_pb2.Image(data=path.read_bytes()) for path in IMAGES],
@@ -35,8 +39,8 @@ def sampled_request(n: int, max_tokens: int) -> inference_pb2.GenerateRequest:
 
 def sampled_whole(
     system: Running, request: inference_pb2.GenerateRequest
-) -> tuple[list[int], str, float]:
-    """Token ids, text, and the smallest gap of a draw."""
+) -> tuple[tuple[list[int], str], float]:
+    """Return the answer's token ids and text, and the smallest gap of a draw."""
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
         answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
             request, timeout=READY_SECONDS
@@ -45,7 +49,7 @@ def sampled_whole(
         gap_of(entry, request.sampling.seed, position)
         for position, entry in enumerate(answer.logprobs)
     ]
-    return list(answer.token_ids), answer.text, min(gaps)
+    return (list(answer.token_ids), answer.text), min(gaps)
 
 
 def sampled_stream(
@@ -53,7 +57,10 @@ def sampled_stream(
     request: inference_pb2.GenerateRequest,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[int], str]:
-    """Calls with the number of tokens so far; each delta begins where the last one ended."""
+    """Return the token ids and the text of a streamed answer.
+
+    Calls `on_tokens` with the number of tokens so far. Each delta must begin where the last ended.
+    """
     ids: list[int] = []
     texts: list[str] = []
     for delta in deltas(system, request):
@@ -67,7 +74,7 @@ def sampled_stream(
 def deltas(
     system: Running, request: inference_pb2.GenerateRequest
 ) -> Iterator[inference_pb2.Delta]:
-    # Equal fields with equal numbers.
+    # The two messages have the same fields with the same numbers.
     streamed = inference_pb2.GenerateStreamRequest.FromString(request.SerializeToString())
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
         for response in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
@@ -78,7 +85,10 @@ def deltas(
 
 
 def gap_of(entry: inference_pb2.TokenLogprob, seed: int, position: int) -> float:
-    """Between the two best sums of log-probability and noise; the best one is what was drawn."""
+    """Return the gap between the two best sums of log-probability and noise.
+
+    The best sum must be that of the drawn token.
+    """
     ids = torch.tensor([top.token_id for top in entry.top])
     key = torch.tensor(signed(mix(mix(seed) + position))).expand(len(ids))
     sums = torch.tensor([top.logprob for top in entry.top]) + gumbel_noise(key, ids)

@@ -1,16 +1,16 @@
-"""Faults with work in hand: every accepted request ends once, with the undisturbed answer, and
-nothing is left over."""
+"""Faults of members with work in hand.
+
+Every accepted request ends once, with the undisturbed answer, and no work or process is left over.
+"""
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,13 +18,13 @@ from tests.soak.faults import Faults
 from tests.soak.reference import Reference
 from tests.soak.verdicts import Tally
 from tests.soak.workload import Call, Question
-from tests.system.running import ROOT, Running, own_environment, processes_of, until
+from tests.system.running import ROOT, Running, own_environment, until
 from tests.system.under_load import (
     REPLICAS,
     ask_all,
     assert_at_rest,
     busiest,
-    list_members,
+    control_address,
     num_ended,
     patient_calls,
     references_of,
@@ -42,7 +42,7 @@ LOSSES = [
     ("llm", signal.SIGKILL),
     ("controller", signal.SIGKILL),
 ]
-"""tests/system/test_failover.py has the others, with an answer under way."""
+"""The other losses are in test_failover.py, with streams in progress."""
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,21 @@ def calls() -> list[Call]:
 
 
 @pytest.fixture(scope="module")
-def references(calls: list[Call]) -> dict[Question, Reference]:
-    return asyncio.run(references_of(calls))
+def started() -> Iterator[Running]:
+    with simulated(80.0, *REPLICAS) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def system(calls: list[Call], references: dict[Question, Reference]) -> Iterator[Running]:
-    with simulated(80.0, *REPLICAS) as running:
-        # What grows with first use has grown.
-        assert_all_answered(asyncio.run(ask_all(running, calls, references)))
-        yield running
+def references(started: Running, calls: list[Call]) -> dict[Question, Reference]:
+    return asyncio.run(references_of(started, calls))
+
+
+@pytest.fixture(scope="module")
+def system(started: Running, calls: list[Call], references: dict[Question, Reference]) -> Running:
+    """The system after a first load: what grows with first use has grown."""
+    assert_all_answered(asyncio.run(ask_all(started, calls, references)))
+    return started
 
 
 def assert_all_answered(tally: Tally) -> None:
@@ -102,26 +107,25 @@ def wake(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
-        pass  # it was found hung, and started anew
+        pass  # it was found hung, and restarted
 
 
 @contextmanager
 def faulty_vision(system: Running, fault: str) -> Iterator[None]:
-    """One more vision replica, which gives nothing that can be used."""
-    control = control_address(system)
+    """Keep one more vision replica in the system, whose embeddings cannot be used."""
     command = [
         sys.executable,
         "-m",
         "tests.system.faulty_vision",
         fault,
-        f"--controller={control}",
+        f"--controller={control_address(system)}",
         "--simulate-vision-ms=1",
         "--name=faulty",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=own_environment())
     try:
         until(
-            lambda: any(m.id.startswith("faulty") for m in list_members(system)),
+            lambda: any(m.id.startswith("faulty") for m in system.members()),
             "the faulty replica is a member",
         )
         yield
@@ -130,15 +134,8 @@ def faulty_vision(system: Running, fault: str) -> Iterator[None]:
         process.communicate()
 
 
-def control_address(system: Running) -> str:
-    for pid in processes_of(system.process.pid):
-        if found := re.search(r"--controller=([^\0]+)", Path(f"/proc/{pid}/cmdline").read_text()):
-            return found[1]
-    raise AssertionError("no child knows the controller's address")
-
-
 @pytest.mark.parametrize("fault", ["nan", "shape", "error"])
-async def test_images_of_a_replica_that_gives_nothing_usable_go_to_another(
+async def test_images_of_a_replica_that_returns_nothing_usable_go_to_another(
     system: Running, calls: list[Call], references: dict[Question, Reference], fault: str
 ) -> None:
     before = state_of(system)
@@ -159,8 +156,10 @@ def faulty_images(system: Running) -> int:
 async def test_clients_that_hang_up_anywhere_leave_nothing_behind(
     system: Running, calls: list[Call], references: dict[Question, Reference]
 ) -> None:
-    """From the moment of asking to the last piece, in steps of some milliseconds; and deadlines in
-    such steps, too."""
+    """Clients hang up at any time between the request and the last piece, in steps of 20 ms.
+
+    Other requests have deadlines in the same steps.
+    """
     before = state_of(system)
     by_time = [
         replace(call, manner="hangs_up", hang_up_pieces=0, hang_up_seconds=0.02 * n)

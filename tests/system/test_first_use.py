@@ -1,17 +1,17 @@
-"""What a new user does first, against one running system."""
+"""What a new user does first, and how the system reports mistakes."""
 
 import json
 import urllib.request
 
 import pytest
 
-from tests.system.running import RECEIPT, ROOT, Running, ask_about, text_of, until
+from tests.system.running import RECEIPT, ROOT, Running, ask_about, piece_of, text_of, until
 
 pytestmark = pytest.mark.system
 
 
 def error_rate(read: str, true: str) -> float:
-    """Edit distance over the characters of the true text."""
+    """Return the edit distance per character of the true text."""
     row = list(range(len(true) + 1))
     for i, a in enumerate(read, 1):
         previous = row[0]
@@ -30,13 +30,13 @@ def test_the_sample_is_read(embedded: Running) -> None:
     )
 
 
-def test_the_command_line_gives_what_http_gives(embedded: Running) -> None:
-    told = embedded.twinlens(
+def test_the_command_line_returns_what_http_returns(embedded: Running) -> None:
+    ended = embedded.twinlens(
         "generate", "--image", str(RECEIPT), "OCR:", "--temperature", "0", "--json"
     )
-    answer = json.loads(told.stdout)
+    answer = json.loads(ended.stdout)
     _, over_http = embedded.chat(ask_about(RECEIPT), return_token_ids=True)
-    assert (told.returncode, answer["finish_reason"]) == (0, "stop")
+    assert (ended.returncode, answer["finish_reason"]) == (0, "stop")
     assert (answer["text"], answer["token_ids"]) == (
         text_of(over_http),
         over_http["choices"][0]["token_ids"],
@@ -59,14 +59,10 @@ def test_the_command_line_gives_what_http_gives(embedded: Running) -> None:
 
 def test_streamed_pieces_make_the_whole_answer(embedded: Running) -> None:
     whole = text_of(embedded.chat(ask_about(RECEIPT))[1])
-    events = list(embedded.stream(ask_about(RECEIPT)))
-    assert (
-        "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"])
-        == whole
-    )
+    assert "".join(map(piece_of, embedded.stream(ask_about(RECEIPT)))) == whole
 
 
-def test_several_images_between_texts_are_taken_in_order(embedded: Running) -> None:
+def test_several_images_between_texts_are_read_in_order(embedded: Running) -> None:
     image = ask_about(RECEIPT)[0]["content"][0]
     messages = [
         {
@@ -88,8 +84,8 @@ def test_several_images_between_texts_are_taken_in_order(embedded: Running) -> N
     )
 
 
-def test_every_member_is_told(embedded: Running) -> None:
-    members = embedded.members()
+def test_the_status_lists_every_member(embedded: Running) -> None:
+    members = json.loads(embedded.twinlens("status", "--json").stdout)["members"]
     assert {m["state"] for m in members} == {"ready"}
     roles = sorted(m["role"] for m in members)
     assert roles == sorted(
@@ -108,24 +104,22 @@ def test_one_request_id_goes_through_every_service(embedded: Running) -> None:
     ) as response:
         assert response.headers["x-request-id"] == "trace-me"
     services = {"gateway", "preprocess", "vision", "llm", "detokenizer"}
+    until(lambda: services_that_logged(embedded, "trace-me") >= services, "a line of each service")
 
-    def about_it():
-        return [e for e in embedded.logged() if e.get("request_id", "").startswith("trace-me~")]
 
-    until(lambda: {e["service"] for e in about_it()} >= services, "a line of each service")
+def services_that_logged(system: Running, request_id: str) -> set[str]:
+    entries = system.logged()
+    return {e["service"] for e in entries if e.get("request_id", "").startswith(f"{request_id}~")}
 
 
 def test_a_client_that_hangs_up_frees_everything(embedded: Running) -> None:
     events = embedded.stream(ask_about(RECEIPT), max_tokens=3500, ignore_eos=True)
     next(events)
     events.close()
-    until(
-        lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()),
-        "nothing is held",
-    )
+    embedded.await_idle()
 
 
-def test_a_deadline_that_passes_is_told(embedded: Running) -> None:
+def test_a_deadline_that_passes_ends_the_request_with_504(embedded: Running) -> None:
     body = {
         "model": embedded.model,
         "messages": ask_about(RECEIPT),
@@ -141,10 +135,7 @@ def test_a_deadline_that_passes_is_told(embedded: Running) -> None:
         urllib.request.urlopen(request)
     with error.value:
         assert error.value.code == 504
-    until(
-        lambda: all(m["in_flight"] + m["queued"] == 0 for m in embedded.members()),
-        "nothing is held",
-    )
+    embedded.await_idle()
 
 
 @pytest.mark.parametrize(
@@ -199,8 +190,7 @@ def test_a_schema_that_cannot_be_followed_is_refused(embedded: Running) -> None:
 def test_a_second_question_about_the_same_image_computes_only_what_differs(
     embedded: Running,
 ) -> None:
-    """The image comes first in the prompt, so all its tokens are in the prefix that both questions
-    share."""
+    """The image comes first in the prompt, so its tokens are in the prefix that both share."""
     embedded.chat(ask_about(RECEIPT, "What is the total?"), max_tokens=1)
     usage = embedded.chat(ask_about(RECEIPT, "Who is it from?"), max_tokens=1)[1]["usage"]
     details = usage["prompt_tokens_details"]

@@ -10,7 +10,7 @@ from tests.soak.run import Soak
 pytestmark = pytest.mark.system
 
 
-async def test_nothing_is_lost_doubled_or_changed_while_members_come_and_go() -> None:
+async def test_no_answer_is_lost_doubled_or_changed_while_members_come_and_go() -> None:
     options = argparse.Namespace(
         requests=300,
         questions=100,

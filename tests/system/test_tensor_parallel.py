@@ -3,53 +3,81 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
-from tests.system.running import GOLDEN, Running, golden_messages, until
+from tests.system.running import GOLDEN, Running, golden_messages, piece_of, text_of, until
 
 pytestmark = pytest.mark.system
 CASE = GOLDEN / "c_gqa_tp8"
+LONG = {"max_tokens": 200, "ignore_eos": True, "repetition_penalty": 1.0}
 
 
-@pytest.mark.parametrize("tp", [2, 8])
-def test_the_answer_is_the_reference_whatever_the_number_of_ranks(tp: int) -> None:
+def serving(tp: int) -> Running:
+    return Running("--model", str(CASE / "checkpoint"), "--dtype", "float32", "--tp", str(tp))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Running]:
+    """A system whose language group has two ranks."""
+    with serving(tp=2) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def long_text(pair: Running) -> str:
+    """The undisturbed long answer."""
+    return text_of(pair.chat(golden_messages(CASE), **LONG)[1])
+
+
+def assert_reference(system: Running, tp: int) -> None:
     expected = json.loads((CASE / "expected" / "expected.json").read_text())
-    with Running(
-        "--model", str(CASE / "checkpoint"), "--dtype", "float32", "--tp", str(tp)
-    ) as system:
-        assert sorted(m["rank"] for m in system.members("llm")) == list(range(tp))
-        body = {
-            "ignore_eos": True,
-            "repetition_penalty": 1.0,
-            "skip_special_tokens": False,
-            "return_token_ids": True,
-        }
-        _, answer = system.chat(
-            golden_messages(CASE), max_tokens=len(expected["greedy_ids"]), **body
-        )
-        assert answer["choices"][0]["token_ids"] == expected["greedy_ids"]
+    assert sorted(m.rank for m in system.members("llm")) == list(range(tp))
+    body = {
+        "ignore_eos": True,
+        "repetition_penalty": 1.0,
+        "skip_special_tokens": False,
+        "return_token_ids": True,
+    }
+    _, answer = system.chat(golden_messages(CASE), max_tokens=len(expected["greedy_ids"]), **body)
+    assert answer["choices"][0]["token_ids"] == expected["greedy_ids"]
 
 
-def test_a_rank_that_dies_takes_its_group_down_and_the_group_comes_back() -> None:
-    with Running("--model", str(CASE / "checkpoint"), "--dtype", "float32", "--tp", "2") as system:
-        ranks = {m["rank"]: m["pid"] for m in system.members("llm")}
-        others = {m["pid"] for m in system.members() if m["role"] != "llm"}
-        events = system.stream(golden_messages(CASE), max_tokens=200, ignore_eos=True)
-        next(events)
-        os.kill(ranks[1], signal.SIGKILL)
-        assert not any("error" in event for event in events)
-        until(lambda: system.get("/readyz")[0] == 200, "the group is back")
-        assert not {m["pid"] for m in system.members("llm")} & set(ranks.values())
-        assert {m["pid"] for m in system.members() if m["role"] != "llm"} == others, (
-            "no other service was restarted"
-        )
-        assert system.chat(golden_messages(CASE), max_tokens=2)[0] == 200
+def test_the_answer_of_two_ranks_is_the_reference(pair: Running) -> None:
+    assert_reference(pair, tp=2)
 
 
-def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    from tests.system.test_faults import serve
+def test_the_answer_of_eight_ranks_is_the_reference() -> None:
+    with serving(tp=8) as system:
+        assert_reference(system, tp=8)
 
-    ended = serve("--model", str(GOLDEN / "a_image" / "checkpoint"), "--tp", "8")
-    assert ended.returncode == 2
-    assert "use --tp 1, 2, 4" in ended.stderr
+
+def pids(system: Running) -> tuple[dict[int, int], set[int]]:
+    """Return the process ids of the group by rank, and those of all other members."""
+    members = system.members()
+    ranks = {m.rank: m.pid for m in members if m.role == "llm"}
+    return ranks, {m.pid for m in members if m.role != "llm"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_group_is_lost_with_any_of_its_ranks_and_restarted_and_its_streams_go_on(
+    pair: Running, long_text: str, rank: int, number: signal.Signals
+) -> None:
+    ranks, others = pids(pair)
+    events = pair.stream(golden_messages(CASE), **LONG)
+    text = ""
+    while not text:
+        text = piece_of(next(events))
+    os.kill(ranks[rank], number)
+    assert text + "".join(map(piece_of, events)) == long_text
+    until(lambda: is_restarted(pair, ranks), "both ranks of the group are back")
+    assert pids(pair)[1] == others, "no other service was restarted"
+    assert pair.chat(golden_messages(CASE), max_tokens=2)[0] == 200
+
+
+def is_restarted(system: Running, before: dict[int, int]) -> bool:
+    now, _ = pids(system)
+    is_new = now.keys() == before.keys() and not set(now.values()) & set(before.values())
+    return is_new and system.is_reachable()

@@ -1,6 +1,7 @@
-"""Stages, and the ranks of one language group, on different hosts."""
+"""The stages run on different hosts, and so do the ranks of one language group."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Host, Host]:
 
 
 def read_sample(host: Host) -> str:
-    told = host.twinlens(
+    answered = host.twinlens(
         "generate",
         "--image",
         str(RECEIPT),
@@ -30,8 +31,8 @@ def read_sample(host: Host) -> str:
         "--max-tokens",
         "8",
     )
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)["text"]
+    assert answered.returncode == 0, answered.stderr
+    return json.loads(answered.stdout)["text"]
 
 
 def test_vision_and_language_run_on_another_host_than_the_rest(hosts: tuple[Host, Host]) -> None:
@@ -41,10 +42,8 @@ def test_vision_and_language_run_on_another_host_than_the_rest(hosts: tuple[Host
     there.start("llm", here, "--tp=2")
     await_ready(here)
     assert read_sample(here)
-    assert sorted(member["rank"] for member in here.members() if member["role"] == "llm") == [
-        0,
-        1,
-    ], "the first started the second"
+    ranks = sorted(member["rank"] for member in here.members() if member["role"] == "llm")
+    assert ranks == [0, 1], "the first rank started the second"
     addresses = {
         member["role"]: member["address"].split(":")[1].strip("/")
         for member in here.members()
@@ -58,7 +57,7 @@ def test_vision_and_language_run_on_another_host_than_the_rest(hosts: tuple[Host
     }
 
 
-def test_ranks_of_one_group_on_two_hosts_give_the_reference(hosts: tuple[Host, Host]) -> None:
+def test_ranks_of_one_group_on_two_hosts_return_the_reference(hosts: tuple[Host, Host]) -> None:
     expected = json.loads((CASE / "expected" / "expected.json").read_text())
     here, there = hosts
     model = CASE / "checkpoint"
@@ -82,15 +81,19 @@ def test_ranks_of_one_group_on_two_hosts_give_the_reference(hosts: tuple[Host, H
         "--max-tokens",
         str(len(ids)),
     )
-    told = here.twinlens("generate", *asked, "--temperature", "0", "--ignore-eos", "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["token_ids"] == ids
+    answered = here.twinlens("generate", *asked, "--temperature", "0", "--ignore-eos", "--json")
+    assert answered.returncode == 0, answered.stderr
+    assert json.loads(answered.stdout)["token_ids"] == ids
     ranks = {
         member["rank"]: (member["group"], member["address"].split(":")[1].strip("/"))
         for member in here.members()
         if member["role"] == "llm"
     }
     assert ranks == {0: ("llm-0", here.address), 1: ("llm-0", there.address)}
+
+
+def vision_members(host: Host) -> list[dict[str, Any]]:
+    return [member for member in host.members() if member["role"] == "vision"]
 
 
 def test_images_of_a_host_that_is_cut_off_are_encoded_on_another(hosts: tuple[Host, Host]) -> None:
@@ -103,20 +106,12 @@ def test_images_of_a_host_that_is_cut_off_are_encoded_on_another(hosts: tuple[Ho
         "generate", "--image", str(RECEIPT), "OCR:", "--max-tokens", "2", "--ignore-eos", "--json"
     )
     until(
-        lambda: any(
-            member["role"] == "vision" and member["in_flight"] for member in here.members()
-        ),
+        lambda: any(member["in_flight"] for member in vision_members(here)),
         "the image is being encoded there",
     )
     here.start("vision", here, "--simulate-vision-ms=1")
     until(
-        lambda: (
-            sum(
-                member["role"] == "vision" and member["state"] == "ready"
-                for member in here.members()
-            )
-            == 2
-        ),
+        lambda: [member["state"] for member in vision_members(here)] == ["ready", "ready"],
         "another replica",
     )
     there.cut_off()

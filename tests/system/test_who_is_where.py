@@ -1,17 +1,22 @@
-"""A member on another host must say by which address the others reach it."""
+"""A member on another host must advertise an address at which the others reach it."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.system.hosts import two_hosts
+from tests.system.hosts import Host, two_hosts
 from tests.system.running import until
 
 pytestmark = pytest.mark.system
 SIMULATED = "--simulate-vision-ms=1"
 
 
-def test_a_member_that_the_others_could_not_reach_is_refused_and_told_what_to_set(
+def ready_addresses(host: Host) -> list[str]:
+    """Return the addresses of the vision replicas that are ready."""
+    return [m["address"] for m in host.members() if m["role"] == "vision" and m["state"] == "ready"]
+
+
+def test_a_member_that_the_others_could_not_reach_is_refused_with_the_flags_to_set(
     tmp_path: Path,
 ) -> None:
     with two_hosts(tmp_path) as (here, there):
@@ -28,23 +33,16 @@ def test_a_member_that_the_others_could_not_reach_is_refused_and_told_what_to_se
         )
 
         there.start("vision", here, SIMULATED)
-        # Beside its controller it may.
+        # On its controller's host, the loopback address will do.
         here.start("vision", here, "--listen=tcp://127.0.0.1:*", "--advertise=", SIMULATED)
 
-        def ready():
-            return [
-                m["address"]
-                for m in here.members()
-                if m["role"] == "vision" and m["state"] == "ready"
-            ]
-
-        until(lambda: len(ready()) == 2, "both are ready")
-        assert sorted(address.split(":")[1] for address in ready()) == [
+        until(lambda: len(ready_addresses(here)) == 2, "both are ready")
+        assert sorted(address.split(":")[1] for address in ready_addresses(here)) == [
             f"//{there.address}",
             "//127.0.0.1",
         ]
 
-        # It would have to talk to both of them.
+        # It would have to reach both replicas, and cannot reach the one at the loopback address.
         refused = there.start("preprocess", here)
         assert refused.wait(60) == 2
         said = "".join(log.read_text() for log in tmp_path.glob("preprocess-*.log"))

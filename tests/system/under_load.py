@@ -1,15 +1,17 @@
-"""Many requests at once against a running system, a fault with work in hand, and every answer
-compared with the undisturbed one."""
+"""Many requests at once against a running system that has a fault while it works on them.
+
+Every answer is compared with the undisturbed one.
+"""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
-import grpc
-
-from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+from common.membership import READY
+from proto.twinlens.control.v1 import control_pb2
 from tests.soak import at_rest
 from tests.soak.doors import Client
 from tests.soak.faults import Faults
@@ -39,7 +41,7 @@ def simulated(vision_ms: float, *arguments: str) -> Running:
 
 
 def patient_calls(seed: int, number: int) -> list[Call]:
-    """Each about pictures of its own."""
+    """Return calls about pictures whose clients wait for the whole answer."""
     calls = [
         replace(call, manner="patient", mistake="", deadline=60.0)
         for call in make_calls(seed, 3 * number, 3 * number)
@@ -47,13 +49,16 @@ def patient_calls(seed: int, number: int) -> list[Call]:
     return [call for call in calls if call.question.pictures][:number]
 
 
-async def references_of(calls: list[Call]) -> dict[Question, Reference]:
-    with simulated(0.0) as system:
-        return await undisturbed(system.grpc_port, list({call.question: None for call in calls}))
+async def references_of(system: Running, calls: list[Call]) -> dict[Question, Reference]:
+    """Return the answers of a system that has had no fault yet."""
+    return await undisturbed(system.grpc_port, list({call.question: None for call in calls}))
 
 
 async def busiest(faults: Faults, role: str) -> control_pb2.Member:
-    """The one that has the most in hand, as soon as there is one that has."""
+    """Wait for a member of the role with work in hand, and return the one with the most.
+
+    The controller never has work in hand.
+    """
     async with asyncio.timeout(BUSY_SECONDS):
         while True:
             found = max(await faults.members(role), key=lambda m: m.in_flight, default=None)
@@ -67,6 +72,7 @@ async def ask_all(
     references: dict[Question, Reference],
     fault: Callable[[Faults], Awaitable[None]] | None = None,
 ) -> Tally:
+    """Ask all calls and count the outcomes; a fault may happen meanwhile."""
     client = Client(system.http_port, system.grpc_port, system.model)
     faults = Faults(system.grpc_port, 0, 1.0, [])
     tally = Tally()
@@ -89,7 +95,7 @@ async def ask_all(
 
 
 def assert_at_rest(system: Running, before: at_rest.AtRest) -> None:
-    """Everyone is there again, and nothing is held or has grown."""
+    """Wait until all members are back and hold no work, and none has grown."""
     deadline = time.monotonic() + REST_SECONDS
     while left := at_rest.leaks(before, state_of(system), processes_of(system.process.pid)):
         assert time.monotonic() < deadline, left
@@ -97,25 +103,19 @@ def assert_at_rest(system: Running, before: at_rest.AtRest) -> None:
 
 
 def state_of(system: Running) -> at_rest.AtRest:
-    ready = [m for m in list_members(system) if m.state == control_pb2.MEMBER_STATE_READY]
+    ready = system.in_state("", READY)
     return at_rest.look(system.process.pid, ready, at_rest.read(system.url("/metrics")))
 
 
-def list_members(system: Running) -> list[control_pb2.Member]:
-    """None while the controller is away."""
-    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel, suppress(grpc.RpcError):
-        return list(
-            control_pb2_grpc.ControlServiceStub(channel)
-            .ListMembers(control_pb2.ListMembersRequest(), timeout=10)
-            .members
-        )
-    return []
+def control_address(system: Running) -> str:
+    """Return the controller's address, for members that the launcher does not start."""
+    for pid in processes_of(system.process.pid):
+        if found := re.search(r"--controller=([^\0]+)", Path(f"/proc/{pid}/cmdline").read_text()):
+            return found[1]
+    raise AssertionError("no child knows the controller's address")
 
 
 def num_ended(system: Running) -> int:
-    """How many requests the gateway admitted that have ended."""
-    return round(
-        sum(
-            at_rest.metric(at_rest.read(system.url("/metrics")), "twinlens_requests_total").values()
-        )
-    )
+    """Return the number of admitted requests that have ended, as the gateway counts them."""
+    metrics = at_rest.read(system.url("/metrics"))
+    return round(sum(at_rest.metric(metrics, "twinlens_requests_total").values()))
