@@ -521,10 +521,13 @@ def test_sending_to_a_peer_whose_death_is_not_read_yet_does_no_harm(
             (dealer,) = links._endpoints._dealers.values()
             process.kill()
             assert dealer.monitor.poll(DEADLINE * 1000)
+            links._poller.note_use(dealer.monitor)  # polling it consumed its signal
             for _ in range(10):
                 links.send("child", Abort(request_id="r", attempt=1))
             killed.set()
-            assert isinstance(events.get(timeout=DEADLINE), PeerDown)
+            down = events.get(timeout=DEADLINE)
+            assert isinstance(down, PeerDown)
+            assert "its connection broke" in down.reason
     finally:
         killed.set()
         links.close()

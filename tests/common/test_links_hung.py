@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from common import connections
 from common.events import PeerDown, PeerUp
 from common.hello import hello
 from common.links import Links
@@ -69,7 +70,9 @@ def test_a_hung_peer_is_dead_to_the_others_and_reports_that_it_lost_them(
 def test_a_hung_process_does_not_reconnect(
     end: Make,  # noqa: F811
     hangable: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 0.1)
     vision = end("v", "vision", TCP)
     preprocess = hangable("p", "preprocess")
     assert isinstance(preprocess, HangableEnd)
@@ -79,6 +82,6 @@ def test_a_hung_process_does_not_reconnect(
     preprocess.progress.hangs.set()
     assert "hung" in vision.expect(PeerDown).reason
     preprocess.expect(PeerDown)
-    assert vision.stays_quiet(seconds=2.5)
+    assert vision.stays_quiet(seconds=0.5)
     preprocess.progress.hangs.clear()
     vision.expect(PeerUp)
