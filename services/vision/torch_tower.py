@@ -34,7 +34,9 @@ class TorchTower:
             device=str(device.torch_device),
             threads=torch.get_num_threads(),
         )
-        self._tower = make_tower(checkpoint, dtype, device.torch_device, member.loading, buckets)
+        self._tower = make_tower(
+            checkpoint, dtype, device.torch_device, member.report_loading, buckets
+        )
         self.dtype = NAMES[dtype]
 
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
