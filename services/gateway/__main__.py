@@ -72,8 +72,8 @@ class Gateway:
                 settings.controller,
                 self.member,
                 core.load,
-                self.on_members,
-                stop.drain,
+                on_members=self.on_members,
+                on_drain=stop.drain,
                 is_hung=self.progress.is_hung,
             )
             http, grpc_address = (
