@@ -1,5 +1,4 @@
-"""Where a door listens: host and port as one text, the socket that is bound there, and what others
-call this host."""
+"""Addresses to listen on, and the address by which others reach this host."""
 
 import ipaddress
 import socket
@@ -12,12 +11,18 @@ RETRY_SECONDS = 1.0
 
 
 def host_port(host: str, port: int) -> str:
-    """As URLs and gRPC write it: an IPv6 address in brackets."""
+    """Return HOST:PORT as URLs and gRPC write it, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Raises OSError where the address cannot be had."""
+    """Return a socket that is bound to this address.
+
+    Raises
+    ------
+    OSError
+        if the address cannot be bound.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -29,13 +34,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def is_wildcard(listen: str) -> bool:
-    """Whether it is every interface of this host, which is no address for others."""
+    """Whether `listen` means every interface, so that others cannot use it as an address."""
     return listen.startswith(("tcp://0.0.0.0:", "tcp://*:", "tcp://[::]:"))
 
 
 def is_local_only(address: str) -> bool:
-    """Whether a ZeroMQ address leads elsewhere, or nowhere, from another host: loopback, all
-    interfaces, a Unix socket."""
+    """Whether a ZeroMQ address is of no use on another host.
+
+    Such are loopback, all interfaces, and Unix sockets.
+    """
     if not address.startswith("tcp://"):
         return bool(address)
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -47,31 +54,47 @@ def is_local_only(address: str) -> bool:
 
 
 def check_advertised(listen: str, advertise: str) -> None:
-    """Raises BadSetting for a name of this host that does not lead to where it listens."""
+    """Check that `advertise` can lead to where `listen` does.
+
+    Raises
+    ------
+    BadSetting
+        if the host listens on loopback only, but advertises another address.
+    """
     loopback = listen.startswith("tcp://") and is_local_only(listen) and not is_wildcard(listen)
     if advertise and loopback and not is_local_only(f"tcp://{advertise}:1"):
         raise BadSetting(
-            f"--advertise {advertise}: nobody reaches {listen} by it; give --listen "
-            "tcp://0.0.0.0:PORT, too"
+            f"--advertise {advertise}: other hosts cannot reach {listen}; also give --listen "
+            "tcp://0.0.0.0:PORT"
         )
 
 
 def own_address(controller: str, stop: threading.Event) -> str:
-    """The address by which this host reaches the controller, waited for while the controller's name
-    is not known; empty after `stop`."""
+    """Return the address of this host on the route to the controller.
+
+    Wait while the controller's name cannot be resolved. Return an empty text after `stop`.
+    """
     while not stop.is_set():
         try:
             return address_towards(controller)
         except OSError as e:
             get_logger().info(
-                "waits for the controller's name", controller=controller, reason=str(e)
+                "waiting until the controller's name can be resolved",
+                controller=controller,
+                reason=str(e),
             )
             stop.wait(RETRY_SECONDS)
     return ""
 
 
 def address_towards(target: str) -> str:
-    """Raises OSError where the name in HOST:PORT is not known, or no route goes there."""
+    """Return the address of this host on the route to `target` (HOST:PORT).
+
+    Raises
+    ------
+    OSError
+        if the name cannot be resolved, or there is no route.
+    """
     if target.startswith("unix:"):
         return "127.0.0.1"
     host, _, port = target.rpartition(":")

@@ -1,5 +1,4 @@
-"""What a container may use of its host's cores and memory: the limits of its control group, version
-2 or 1."""
+"""The cores and memory that a container may use, by its control group (version 2 or 1)."""
 
 import contextlib
 import os
@@ -10,7 +9,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def core_limit(root: Path = ROOT) -> int | None:
-    """Cores' worth of time, rounded up; None without a limit."""
+    """Return the limit of CPU time as a number of cores, rounded up; None without a limit."""
     found = words(root / "cpu.max") or words(root / "cpu/cpu.cfs_quota_us") + words(
         root / "cpu/cpu.cfs_period_us"
     )
@@ -20,14 +19,14 @@ def core_limit(root: Path = ROOT) -> int | None:
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes: what the host has free, or less where the container's limit leaves less."""
+    """Return the bytes that the host has free, or that the container's limit leaves, if fewer."""
     return min(
         [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *container_memory(root)]
     )
 
 
 def container_memory(root: Path = ROOT) -> list[int]:
-    """What the limits of this container leave of memory, in bytes; none where it has no limit."""
+    """Return the bytes that each memory limit of this container leaves; empty without a limit."""
     left = []
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -39,6 +38,7 @@ def container_memory(root: Path = ROOT) -> list[int]:
 
 
 def words(file: Path) -> list[str]:
+    """Return the words of a file; empty if it cannot be read."""
     try:
         return file.read_text().split()
     except OSError:

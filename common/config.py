@@ -1,5 +1,4 @@
-"""One frozen dataclass a command: its fields are the flags and the TWINLENS_* environment
-variables."""
+"""Settings as frozen dataclasses: each field is a flag and a TWINLENS_* variable."""
 
 import argparse
 import dataclasses
@@ -14,25 +13,29 @@ T = TypeVar("T")
 
 
 class BadSetting(ValueError):
-    """A flag or variable that is unknown or has a value that cannot be; the message names it."""
+    """A flag or variable is unknown or has an invalid value. The message names it."""
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), hidden: bool = False) -> Any:
-    """A field of a settings dataclass."""
+    """Return a field of a settings dataclass. It is typed Any, as `dataclasses.field` is."""
     return dataclasses.field(
         default=default, metadata={"help": help, "choices": choices, "hidden": hidden}
     )
 
 
 def names_of(settings: type) -> set[str]:
+    """Return the names of all fields of a settings dataclass."""
     return {field.name for field in dataclasses.fields(settings)}
 
 
 def load(
     settings: type[T], parser: argparse.ArgumentParser, argv: list[str] | None, known: Iterable[str]
 ) -> T:
-    """Flags over environment over defaults. Prints the reason and exits with status 2 where a value
-    cannot be."""
+    """Return the settings: flags win over environment variables, and those over defaults.
+
+    If a value is invalid, print the reason and exit with status 2. `known` has the names of the
+    settings of all commands.
+    """
     add_arguments(settings, parser)
     try:
         set_environment_defaults(parser, os.environ, known)
@@ -46,6 +49,7 @@ def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
 
 
 def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each field."""
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind = plain_type(hints[field.name])
@@ -70,11 +74,12 @@ def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
 
 
 def flag(name: str) -> str:
+    """Return the flag of a field, such as `--max-model-len` of `max_model_len`."""
     return "--" + name.replace("_", "-")
 
 
 def plain_type(hint: Any) -> type:
-    """`int | None` is an int that may be absent."""
+    """Return the type of a field's values, which is `int` for `int | None`."""
     if isinstance(hint, types.UnionType):
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint
@@ -83,12 +88,12 @@ def plain_type(hint: Any) -> type:
 def set_environment_defaults(
     parser: argparse.ArgumentParser, environ: Mapping[str, str], known: Iterable[str]
 ) -> None:
-    """Takes the parser's own TWINLENS_* variables; one that only another command knows is left, one
-    that none knows is refused.
+    """Make the parser's own TWINLENS_* variables its defaults, and ignore those of other commands.
 
     Raises
     ------
     BadSetting
+        if no command knows a variable, or its value is invalid.
     """
     given = {
         key.removeprefix(PREFIX).lower(): value
@@ -110,7 +115,7 @@ def set_environment_defaults(
 
 
 def convert(action: argparse.Action, name: str, value: str) -> Any:
-    """An environment variable's text as the flag would read it."""
+    """Return an environment variable's value, converted as the flag would convert it."""
     variable = PREFIX + name.upper()
     if isinstance(action, argparse.BooleanOptionalAction):
         if value.lower() not in ("1", "true", "0", "false"):
@@ -122,7 +127,7 @@ def convert(action: argparse.Action, name: str, value: str) -> Any:
         converted = action.type(value) if callable(action.type) else value
     except ValueError as e:
         raise BadSetting(
-            f"{variable}={value!r} is no {getattr(action.type, '__name__', 'value')}"
+            f"{variable}={value!r} is not a valid {getattr(action.type, '__name__', 'value')}"
         ) from e
     if action.choices and converted not in action.choices:
         raise BadSetting(f"{variable}={value!r}: choose from {', '.join(map(str, action.choices))}")

@@ -1,5 +1,4 @@
-"""HTTP for an orchestrator's probes and for Prometheus, on a port of its own: /healthz, /readyz,
-/metrics."""
+"""The health port: /healthz and /readyz for an orchestrator's probes, /metrics for Prometheus."""
 
 import os
 import socket
@@ -29,7 +28,7 @@ TEXT = "text/plain; charset=utf-8"
 
 
 class Health:
-    """What the probes ask, about one member."""
+    """The answers of the health port about one member."""
 
     def __init__(
         self,
@@ -38,8 +37,10 @@ class Health:
         hung: Callable[[], bool] = lambda: False,
         registry: CollectorRegistry | None = None,
     ) -> None:
-        """`member` is the entry that its owner keeps up to date, `load` gives (in_flight, queued).
-        A registry that is given holds further metrics, and gets the member's."""
+        """Answer about `member`, whose entry its owner keeps up to date.
+
+        `load` returns (in_flight, queued). The metrics of the member are added to `registry`.
+        """
         self._member = member
         self._hung = hung
         self._registry = registry or CollectorRegistry()
@@ -47,7 +48,7 @@ class Health:
         ProcessCollector(registry=self._registry)
 
     def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
-        """Status, content type and body."""
+        """Return status, content type and body."""
         match path.partition("?")[0]:
             case "/healthz":
                 return reply("hung: its work makes no progress" if self._hung() else "")
@@ -67,12 +68,13 @@ class Health:
 
 
 def reply(fault: str) -> tuple[HTTPStatus, str, bytes]:
+    """Return the answer of a probe; an empty `fault` is good."""
     status = HTTPStatus.SERVICE_UNAVAILABLE if fault else HTTPStatus.OK
     return status, TEXT, f"{fault or 'ok'}\n".encode()
 
 
 class MemberCollector(Collector):
-    """The member's own figures, read when they are asked for."""
+    """The metrics of the member itself, read at each scrape."""
 
     def __init__(
         self,
@@ -89,11 +91,11 @@ class MemberCollector(Collector):
         figures = {
             "ready": ("Whether the member takes work.", self._member.state == READY),
             "hung": ("Whether its work makes no progress.", self._hung()),
-            "in_flight": ("Units (requests, images) begun.", in_flight),
-            "queued": ("Units accepted and not begun.", queued),
+            "in_flight": ("Units (requests, images) in progress.", in_flight),
+            "queued": ("Units accepted and not yet begun.", queued),
             "expected_delay_seconds": (
-                "vision: until another image would be begun; preprocess: what images that wait "
-                "there add.",
+                "vision: time until another image would be begun; preprocess: what the images that "
+                "wait there add to it.",
                 self._member.expected_delay,
             ),
         }
@@ -105,8 +107,10 @@ class MemberCollector(Collector):
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Answers from threads of its own, so that a busy service answers at once; on every interface,
-    as probes come from outside."""
+    """An HTTP server with threads of its own, so that a busy service answers at once.
+
+    It listens on every interface, because probes come from outside.
+    """
 
     daemon_threads = True
 
@@ -118,7 +122,7 @@ class HealthServer(ThreadingHTTPServer):
             super().__init__(("", port), Handler)
         except OSError as e:
             raise CannotStart(
-                f"cannot listen on port {port} ({e.strerror}): free it, or give another "
+                f"cannot listen on port {port} ({e.strerror}): free it or choose another "
                 "--health-port"
             ) from e
         threading.Thread(target=self.serve_forever, name="health", daemon=True).start()
@@ -126,13 +130,12 @@ class HealthServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # HTTPServer's asks the DNS for our name, which may take long where there is none.
+        # HTTPServer's own method asks the DNS for our name, which takes long if there is no DNS.
         TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(
-            sys.exception(), ConnectionError
-        ):  # a prober that hangs up is its own affair
+        # A client that hangs up is not our failure.
+        if not isinstance(sys.exception(), ConnectionError):
             get_logger().exception("a health request failed")
 
     def close(self) -> None:
@@ -149,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", content_type)
         self.send_header("content-length", str(len(body)))
-        # Whom a container's health check kills when it hangs.
+        # The pid that a container's health check kills if this service hangs.
         self.send_header("x-pid", str(os.getpid()))
         self.end_headers()
         if self.command != "HEAD":
@@ -161,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         return "twinlens"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Probes come every few seconds: none is worth a line."""
+        """Log nothing, because probes come every few seconds."""
 
 
 def serve_health(
@@ -172,11 +175,11 @@ def serve_health(
     registry: CollectorRegistry | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> HealthServer | None:
-    """None for port 0: no health port is wanted. `watch` is called twice a second.
+    """Open the health port, unless it is 0. `watch` is called twice a second.
 
     Raises
     ------
     CannotStart
-        where the port cannot be had.
+        if the port cannot be opened.
     """
     return HealthServer(port, Health(member, load, hung, registry), watch) if port else None

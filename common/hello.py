@@ -5,8 +5,10 @@ from common.wire import Buffer, WireError, decode, encode
 
 
 def is_hello(frames: list[Buffer]) -> bool:
-    """A peer that connects anew under its old id begins with Hello; nothing else is as short and
-    decodes as one."""
+    """Whether this message is a Hello, at the cost of comparing a few bytes if it is not.
+
+    A peer that connects again under its old id sends one.
+    """
     if len(frames) > 1 or bytes(frames[0][: len(HELLO_START)]) != HELLO_START:
         return False
     try:
@@ -16,10 +18,11 @@ def is_hello(frames: list[Buffer]) -> bool:
 
 
 def hello(member_id: str, role: str, fingerprint: str = "") -> Hello:
+    """Return the Hello of a process of this release."""
     return Hello(
         protocol_version=PROTOCOL_VERSION, id=member_id, role=role, fingerprint=fingerprint
     )
 
 
 HELLO_START = bytes(encode(hello("", ""))[0][:12])
-"""How its header begins: with the number of its fields, and its type."""
+"""The first bytes of its header: the number of its fields, and its type."""

@@ -1,26 +1,30 @@
-"""Logging by structlog: readable on a terminal, JSON otherwise; the standard library's loggers go
-the same way."""
+"""Logging with structlog: readable on a terminal, JSON otherwise.
+
+The loggers of the standard library take the same way.
+"""
 
 import logging
 import os
 import sys
-from typing import Any
 
 import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 
-def get_logger() -> Any:
-    return structlog.get_logger()
+def get_logger() -> FilteringBoundLogger:
+    logger: FilteringBoundLogger = structlog.get_logger()
+    return logger
 
 
 def wants_console(log_format: str) -> bool:
+    """Whether logs in this format are for people: `auto` is, on a terminal."""
     return log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
 
 
 def set_up_logging(service: str, log_format: str, log_level: str) -> None:
-    """Everything goes to stderr: stdout belongs to what a command is asked for."""
+    """Send all logs to stderr, because stdout is for the output of commands."""
     console = wants_console(log_format)
-    shared: list[Any] = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
@@ -41,12 +45,12 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
-    for name in ("uvicorn", "grpc", "asyncio"):  # they tell of their own start and stop
+    for name in ("uvicorn", "grpc", "asyncio"):  # they log their own start and stop
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def final_processors(console: bool) -> list[Any]:
-    """Locals may hold prompts, so tracebacks come without them."""
+def final_processors(console: bool) -> list[Processor]:
+    """Return what formats a line. Tracebacks have no locals, which may hold prompts."""
     drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if console:
         colors = sys.stderr.isatty() or "FORCE_COLOR" in os.environ
@@ -62,8 +66,10 @@ def final_processors(console: bool) -> list[Any]:
     return [drop, tracebacks, structlog.processors.JSONRenderer()]
 
 
-def add_origin(service: str) -> Any:
-    def processor(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+def add_origin(service: str) -> Processor:
+    """Return a processor that adds the name of the service."""
+
+    def processor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event.setdefault("service", service)
         return event
 

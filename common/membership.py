@@ -1,5 +1,7 @@
-"""A process's place in the control plane: it joins the controller, tells its state and load, and
-hears who else is there."""
+"""The stream to the controller, by which a process registers and learns who else is there.
+
+`common/member.py` says how this relates to `Member` and `MembershipTable`.
+"""
 
 import os
 import secrets
@@ -14,8 +16,8 @@ from common.process import EXIT_USAGE, leave
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 
 REPORT_SECONDS = 0.8
-"""`twinlens status` promises figures at most a second old; a report costs two processes about a
-millisecond together."""
+"""`twinlens status` promises figures at most a second old. A report costs both processes together
+about a millisecond."""
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 2.0
 
@@ -32,20 +34,27 @@ def state_name(state: "control_pb2.MemberState.ValueType") -> str:
 
 
 def new_member_id(name: str) -> str:
-    """The name and a part drawn at each start, so that a restarted process is another member."""
+    """Return the name with a random suffix.
+
+    So a restarted process is another member, and nothing that was meant for its former life reaches
+    it.
+    """
     return f"{name}-{secrets.token_hex(3)}"
 
 
 class Membership:
-    """Keeps this process registered from a thread of its own. The controller may go and come back
-    at any time; a member that it refuses, as it does one that the others could not reach, says
-    why and ends."""
+    """Keeps this process registered with the controller, from a thread of its own.
+
+    The controller may go away and come back at any time. A member that it refuses, for example
+    because others cannot reach its address, logs the reason and exits.
+    """
 
     def __init__(
         self,
         controller: str,
         member: control_pb2.Member | None,
         load: Callable[[], tuple[int, int]],
+        *,
         on_members: Callable[[list[control_pb2.Member]], None] | None = None,
         on_drain: Callable[[], None] | None = None,
         managed: Callable[[], control_pb2.Managed] | None = None,
@@ -53,10 +62,27 @@ class Membership:
         is_hung: Callable[[], bool] = lambda: False,
         expected_delay: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`load` gives (in_flight, queued); `on_members` hears the members that live, after every
-        change; `on_drain` is called when the controller asks the member to drain, perhaps
-        several times. Without a member it only listens. A launcher tells what it manages by
-        `managed`, and hears all that the controller says by `on_response`."""
+        """Start reporting. All functions are called on the thread of this object.
+
+        Parameters
+        ----------
+        controller
+            is its gRPC address.
+        member
+            is the entry to report, which `set_state` changes. None only listens.
+        load
+            returns (in_flight, queued).
+        on_members
+            is called with all members that are alive, after every change.
+        on_drain
+            is called when the controller asks the member to drain, possibly several times.
+        managed
+            returns what a launcher manages.
+        on_response
+            is called with every message of the controller.
+        is_hung, expected_delay
+            return the two fields of the entry with these names.
+        """
         if member:
             member.pid = os.getpid()
             member.host = socket.gethostname()
@@ -78,7 +104,7 @@ class Membership:
     def set_state(
         self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0
     ) -> None:
-        """Tells the controller at once."""
+        """Change the state of the entry, and report it at once."""
         assert self._member is not None
         self._member.state = state
         self._member.detail = detail
@@ -86,11 +112,11 @@ class Membership:
         self._changed.set()
 
     def report(self) -> None:
-        """What is managed changed: tells the controller at once."""
+        """Report at once, because what `managed` returns has changed."""
         self._changed.set()
 
     def leave(self) -> None:
-        """The stream ends, and the controller knows it at once."""
+        """End the stream, which tells the controller at once that this member has left."""
         self._stopped = True
         self._changed.set()
 
@@ -105,13 +131,13 @@ class Membership:
                         self._reports(), wait_for_ready=False
                     ):
                         retry = FIRST_RETRY_SECONDS
-                        self._hear(response)
+                        self._on_join_response(response)
                 except grpc.RpcError as e:
-                    self._take_error(e)
+                    self._on_error(e)
             self._changed.wait(retry)
             retry = min(2 * retry, LAST_RETRY_SECONDS)
 
-    def _take_error(self, error: grpc.RpcError) -> None:
+    def _on_error(self, error: grpc.RpcError) -> None:
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             self._log.error("the controller refuses this member", reason=error.details())
             leave(EXIT_USAGE)
@@ -120,7 +146,7 @@ class Membership:
         )
 
     def _reports(self) -> Iterator[control_pb2.JoinRequest]:
-        """Now and then, and at once when the state changes."""
+        """Yield a report every REPORT_SECONDS, and at once when something changed."""
         watches = self._on_members is not None or self._on_response is not None
         while not self._stopped:
             self._changed.clear()
@@ -132,7 +158,7 @@ class Membership:
             yield control_pb2.JoinRequest(member=self._member, watch=watches, managed=managed)
             self._changed.wait(REPORT_SECONDS)
 
-    def _hear(self, response: control_pb2.JoinResponse) -> None:
+    def _on_join_response(self, response: control_pb2.JoinResponse) -> None:
         if self._on_members:
             self._on_members([member for member in response.members if member.state != DEAD])
         if response.drain and self._on_drain:

@@ -1,5 +1,4 @@
-"""Liveness as the work loop tells it: a stamp of its progress, which the I/O thread shows to
-everyone else."""
+"""Liveness: the work loop stamps its progress, and the heartbeats report how old the stamp is."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,21 +8,23 @@ LEASE_SECONDS = 3.0
 """A member that is silent for this long is dead to its peers and to the controller."""
 LEAST_PATIENCE_SECONDS = 3.0
 PATIENCE_FACTOR = 4.0
+"""A unit of work is hung when it takes this many times as long as expected."""
 PAUSE_SECONDS = 2.0
-"""The watcher looks every second: where it did not for so long, the whole process stood still."""
+"""The watcher looks every second. If it has not looked for this long, the whole process was
+stopped."""
 LOADING_SECONDS = 75.0
-"""Expected between two signs of progress while weights load; four times as long is a hang."""
+"""The expected time between two stamps while weights load."""
 UNMEASURED_SECONDS = 15.0
-"""Expected of the first unit of all, which may compile kernels or read weights that are not in
-memory yet."""
+"""The expected time of the very first unit, which may compile kernels or read weights from disk."""
 SHARE_KEPT = 0.95
+"""How much of a measured time is kept when the next unit of its bucket is faster."""
 
 
 class Progress:
     """Stamped by the work loop, watched by the I/O thread, read by any thread.
 
-    A loop that waits for events is idle, and never hung. The age counts watched time only: a
-    process that was stopped for a while as a whole is not hung when it goes on.
+    A loop that waits for events is idle, and an idle loop is never hung. Only watched time counts:
+    a process that was stopped as a whole is not hung when it continues.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,25 +34,28 @@ class Progress:
         self._others: list[Progress] = []
 
     def include(self, other: "Progress") -> None:
-        """Another thread's work counts as this one's: it is hung where either is."""
+        """Count another thread's work as this one's: this is hung if either of them is."""
         self._others.append(other)
 
     def begin(self, expected_seconds: float = 0.0) -> None:
-        """A unit of work begins: without a further stamp it is hung after max(3 s, 4 x
-        `expected_seconds`)."""
+        """Stamp the beginning of a unit of work.
+
+        Without a further stamp it is hung after max(3 s, 4 x `expected_seconds`).
+        """
         self._stamped = self._clock()
         self._patience = max(LEAST_PATIENCE_SECONDS, PATIENCE_FACTOR * expected_seconds)
 
     def tick(self) -> None:
-        """The unit under way makes progress."""
+        """Stamp progress of the current unit."""
         self._stamped = self._clock()
 
     def idle(self) -> None:
+        """Note that the loop waits for events, which is not a hang however long it takes."""
         self._patience = None
 
     @contextmanager
     def unit(self, times: "UnitTimes", size: int) -> Iterator[None]:
-        """One unit of work of a size that was, or is from now on, measured."""
+        """Run one unit of work within the time that its size allows, and measure it."""
         began = self._clock()
         self.begin(times.expected(size))
         yield
@@ -59,7 +63,7 @@ class Progress:
         self.begin()
 
     def watch(self) -> None:
-        """Called every second by the thread that tells others of the progress."""
+        """Let time count. The thread that sends the heartbeats calls this every second."""
         now = self._clock()
         if now - self._watched > PAUSE_SECONDS:
             self._stamped = now
@@ -68,10 +72,11 @@ class Progress:
             other.watch()
 
     def age(self) -> float:
-        """Seconds from the stamp to the last look; 0 while idle."""
+        """Return the seconds from the stamp to the last `watch`; 0 while idle."""
         return max([self._own_age(), *(other.age() for other in self._others)])
 
     def is_hung(self) -> bool:
+        """Whether the current unit of work has gone without a stamp for too long."""
         patience = self._patience
         return (patience is not None and self._own_age() > patience) or any(
             other.is_hung() for other in self._others
@@ -82,18 +87,22 @@ class Progress:
 
 
 class UnitTimes:
-    """How long units of work take, in buckets of sizes that double. What is told is near the
-    longest of the last ones."""
+    """How long units of work take, in buckets of sizes that double.
+
+    The expected time is close to the longest of the recent units.
+    """
 
     def __init__(self, least_seconds: float = 0.0) -> None:
-        """At least `least_seconds` are expected of every unit: for work of which the size says
-        little."""
+        """Expect at least `least_seconds` of every unit, for work whose size says little."""
         self._least = least_seconds
         self._seconds = dict[int, float]()
 
     def expected(self, size: int) -> float:
-        """Measured in the size's bucket; else what the nearest measured one lets expect, and not
-        less than it took."""
+        """Return the seconds that a unit of this size may take.
+
+        A bucket without a measurement is extrapolated from the nearest measured one; a smaller
+        size is not expected to be faster.
+        """
         if not self._seconds:
             return UNMEASURED_SECONDS
         bucket = size.bit_length()
@@ -101,5 +110,6 @@ class UnitTimes:
         return max(self._least, self._seconds[nearest] * 2.0 ** max(0, bucket - nearest))
 
     def measured(self, size: int, seconds: float) -> None:
+        """Record how long a unit of this size took."""
         bucket = size.bit_length()
         self._seconds[bucket] = max(seconds, SHARE_KEPT * self._seconds.get(bucket, 0.0))

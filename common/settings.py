@@ -1,5 +1,7 @@
-"""The settings of every command in one place: each service must know which TWINLENS_* variables are
-another's."""
+"""The settings of every command.
+
+They are in one place because each service must know which TWINLENS_* variables belong to others.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ DEVICES = ("auto", "cpu", "cuda", "npu")
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """What every service has."""
+    """The settings of every service."""
 
     controller: str = setting(
         "127.0.0.1:50050", "gRPC address of the controller (HOST:PORT, or unix:PATH)"
@@ -24,124 +26,133 @@ class ServiceSettings:
     )
     advertise: str = setting(
         "",
-        "host that others reach the inbox by (default: the one it listens on; of all interfaces "
-        "the one towards the controller)",
+        "host under which others reach the inbox (default: the host of --listen, or the address "
+        "towards the controller if that is every interface)",
     )
     name: str = setting(
         "",
-        "this member's name; its id is the name and a part drawn at each start (default: the role)",
+        "name of this member, to which each start adds a random suffix (default: the role)",
     )
     log_format: str = setting(
         "auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json")
     )
     log_level: str = setting(
-        "info", "least level that is logged", choices=("debug", "info", "warning", "error")
+        "info", "lowest level that is logged", choices=("debug", "info", "warning", "error")
     )
     health_port: int = setting(
-        0, "port of /healthz, /readyz and /metrics on every interface; 0: none"
+        0, "port of /healthz, /readyz and /metrics on every interface; 0 for none"
     )
     die_with_parent: int = setting(0, "pid of the launcher", hidden=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What every service has that reads the model directory."""
+    """The settings of the services that read the model directory."""
 
     model: str = setting(str(EMBEDDED_MODEL), "model directory in Hugging Face layout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """What the services have that compute on a device."""
+    """The settings of the services that compute on a device."""
 
     dtype: str = setting(
-        "auto", "auto: the checkpoint's where the device computes it well", choices=DTYPES
+        "auto", "auto: the dtype of the checkpoint, if the device computes it well", choices=DTYPES
     )
-    device: str = setting("auto", "auto: an accelerator where there is one", choices=DEVICES)
+    device: str = setting("auto", "auto: an accelerator if there is one", choices=DEVICES)
     threads: int | None = setting(
         None,
-        "CPU threads of each computing process (default: half of the cores, all where there are at "
-        "most 4; shared by the ranks)",
+        "CPU threads of each computing process (default: half of the cores, or all if there are at "
+        "most 4, divided among the ranks)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSettings:
+    """The settings for the sizes of images."""
+
     min_pixels: int | None = setting(
-        None, "least size that an image is resized to (default: the checkpoint's)"
+        None, "smallest size that an image is resized to, in pixels (default: the checkpoint's)"
     )
     max_pixels: int | None = setting(
-        None, "greatest size that an image is resized to (default: the checkpoint's)"
+        None, "largest size that an image is resized to, in pixels (default: the checkpoint's)"
     )
     oversized_images: str = setting(
         "resize",
-        "images that are too large for every vision replica's buckets: resize or refuse",
+        "what happens to images that are too large for the buckets of every vision replica",
         choices=("resize", "refuse"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSettings:
+    """The setting for the length of requests."""
+
     max_model_len: int | None = setting(
-        None, "tokens of context, prompt and answer together (default: the checkpoint's)"
+        None,
+        "length of the context in tokens, prompt and answer together (default: the checkpoint's)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings:
-    host: str = setting("127.0.0.1", "address that HTTP and gRPC listen on")
-    http_port: int = setting(8000, "OpenAI HTTP port")
-    grpc_port: int = setting(50051, "gRPC port")
+    """The settings of the APIs for clients."""
+
+    host: str = setting("127.0.0.1", "address on which HTTP and gRPC listen")
+    http_port: int = setting(8000, "port of the OpenAI HTTP API")
+    grpc_port: int = setting(50051, "port of the gRPC API")
     max_waiting: int = setting(
-        256, "admitted requests without their first token; more are refused (429)"
+        256, "admitted requests that may wait for their first token; more are refused (429)"
     )
     request_timeout: float = setting(
-        600.0, "seconds until the deadline of a request that brings none"
+        600.0, "seconds until the deadline of a request that sets none"
     )
     max_body_mib: int = setting(64, "largest request body in MiB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    max_num_seqs: int = setting(64, "requests that run in one step")
+    """The settings of a language group."""
+
+    max_num_seqs: int = setting(64, "most requests in one step")
     max_num_batched_tokens: int = setting(
-        1024, "tokens of one step, prompt chunks and decodes together"
+        1024, "most tokens in one step, prompt chunks and decodes together"
     )
     block_size: int | None = setting(
         None,
-        "tokens of one KV cache block (default: 16; on CUDA in half precision 256, of which its "
-        "paged attention needs a multiple)",
+        "tokens in one block of the KV cache (default: 16, or 256 on CUDA in half precision, where "
+        "paged attention needs a multiple of 256)",
     )
     kv_memory: int | None = setting(
         None,
-        "bytes of KV cache (default: on CPU a fifth of the available memory, on CUDA four fifths "
-        "less the weights)",
+        "size of the KV cache in bytes (default: a fifth of the available memory on CPU, four "
+        "fifths minus the weights on CUDA)",
     )
-    tp: int = setting(1, "tensor-parallel ranks of the language group")
+    tp: int = setting(1, "tensor-parallel ranks of a language group")
     quantization: str = setting(
         "none",
-        "int8: the language model's layers with weights of eight bits, on a CPU in bfloat16",
+        "int8: 8-bit weights in the layers of the language model, on CPU in bfloat16 only",
         choices=("none", "int8"),
     )
 
 
-# Of a dataclass's bases the last one's fields come first, in --help, too.
+# The fields of a dataclass's last base come first, also in --help.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerSettings(ServiceSettings):
     control_listen: str = setting(
         "127.0.0.1:50050",
-        "gRPC address that the control plane listens on (HOST:PORT, or unix:PATH)",
+        "gRPC address on which the controller listens (HOST:PORT, or unix:PATH)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings(ServiceSettings, ApiSettings):
-    served_model_name: str = setting(EMBEDDED_MODEL.name, "the model's name for clients")
+    served_model_name: str = setting(EMBEDDED_MODEL.name, "name of the model for clients")
     drain_delay: float = setting(
         5.0,
-        "seconds between SIGTERM, from which on the gateway is unready, and the closing of its "
+        "seconds between SIGTERM, after which the gateway is not ready, and the closing of its "
         "ports",
     )
 
@@ -154,35 +165,35 @@ class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelS
 @dataclass(frozen=True, kw_only=True)
 class VisionSettings(ServiceSettings, DeviceSettings, ModelSettings):
     embedding_cache_mib: int = setting(
-        256, "image embeddings kept for repeated images, in MiB; 0: none"
+        256, "size of the cache of image embeddings, in MiB; 0 for none"
     )
     vision_buckets: str = setting(
         "",
-        "a static-shape tower: the numbers of patches that it pads images to, such as "
-        "1024,2048,5120 (default: none)",
+        "numbers of patches that a static-shape tower pads images to, such as 1024,2048,5120 "
+        "(default: images are not padded)",
     )
-    standby: bool = setting(False, "takes no work until SIGUSR1 comes", hidden=True)
+    standby: bool = setting(False, "take no work until SIGUSR1 arrives", hidden=True)
     simulate_vision_ms: float | None = setting(
         None,
-        "no tower: each image takes so many milliseconds and gives noise, for tests and "
-        "measurements",
+        "simulate the tower: each image takes this many milliseconds and yields noise, for tests "
+        "and measurements",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSettings(ServiceSettings, BatchSettings, ContextSettings, DeviceSettings, ModelSettings):
-    group: str = setting("llm", "name of the tensor-parallel group, the same for all its ranks")
-    rank: int = setting(0, "this process's rank in its group")
-    local_groups: int = setting(1, "language groups on this host, which share its memory")
+    group: str = setting("llm", "name of the tensor-parallel group, which all its ranks share")
+    rank: int = setting(0, "rank of this process in its group")
+    local_groups: int = setting(1, "language groups that share the memory of this host")
     rendezvous: str = setting(
         "",
-        "where the group's ranks meet, each started alone: tcp://HOST:PORT of rank 0 (default: "
-        "rank 0 starts them all on its host)",
+        "tcp://HOST:PORT of rank 0, where ranks meet that are started one by one (default: rank 0 "
+        "starts the others on its host)",
     )
     ordinal: str = setting(
         "",
-        "number, or name that ends in one, that gives --group and --rank; {leader} in --rendezvous "
-        "is that of the group's rank 0",
+        "number, or name that ends in one, from which --group and --rank follow; {leader} in "
+        "--rendezvous stands for the ordinal of the group's rank 0",
     )
 
 
@@ -195,68 +206,73 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 class ServeSettings(
     BatchSettings, ContextSettings, PixelSettings, DeviceSettings, ApiSettings, ModelSettings
 ):
-    """The local launcher's: its own, and those that it hands on."""
+    """The settings of the local launcher: its own, and those that it passes to services."""
 
-    served_model_name: str = setting("", "the model's name for clients (default: the folder's)")
-    vision: int = setting(1, "vision encoder replicas")
+    served_model_name: str = setting(
+        "", "name of the model for clients (default: the name of its folder)"
+    )
+    vision: int = setting(1, "number of vision replicas")
     vision_standby: int = setting(
         0,
-        "further vision replicas, loaded and idle, that take work at once when one is added or "
-        "dies",
+        "number of further vision replicas, loaded and idle, that take over at once when a replica "
+        "is added or dies",
     )
     autoscale: str = setting(
-        "", "vision=LEAST:MOST: as many vision replicas as the expected wait of images calls for"
+        "", "vision=LEAST:MOST: scale the vision replicas with the expected wait of images"
     )
-    preprocess: int = setting(1, "preprocess replicas")
-    detokenizer: int = setting(1, "detokenizer replicas")
+    preprocess: int = setting(1, "number of preprocess replicas")
+    detokenizer: int = setting(1, "number of detokenizer replicas")
     embedding_cache_mib: int = setting(
-        256, "image embeddings kept by each vision replica, in MiB; 0: none"
+        256, "size of each vision replica's cache of image embeddings, in MiB; 0 for none"
     )
     vision_buckets: str = setting(
         "",
-        "static-shape vision replicas: the numbers of patches that they pad images to, such as "
-        "1024,2048,5120",
+        "numbers of patches that static-shape vision replicas pad images to, such as "
+        "1024,2048,5120 (default: images are not padded)",
     )
     simulate_vision_ms: float | None = setting(
         None,
-        "vision replicas without a tower: each image takes so many milliseconds and gives noise",
+        "simulate the vision towers: each image takes this many milliseconds and yields noise",
     )
-    llm: int = setting(1, "language groups, each of --tp ranks")
+    llm: int = setting(1, "number of language groups, each with --tp ranks")
     read: str = setting(
-        "", "once ready, read this image and print its text and what each stage took"
+        "", "image to read once the system is ready: print its text and the time of each stage"
     )
     log_format: str = setting(
         "auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json")
     )
     log_level: str = setting(
-        "info", "least level that is logged", choices=("debug", "info", "warning", "error")
+        "info", "lowest level that is logged", choices=("debug", "info", "warning", "error")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(ModelSettings):
-    dtype: str = setting("auto", "auto: the checkpoint's", choices=DTYPES)
+    """The settings of `twinlens plan`."""
+
+    dtype: str = setting("auto", "auto: the dtype of the checkpoint", choices=DTYPES)
     max_model_len: int | None = setting(
-        None, "tokens of context, prompt and answer together (default: the checkpoint's)"
+        None,
+        "length of the context in tokens, prompt and answer together (default: the checkpoint's)",
     )
     card_gib: float = setting(
-        0.0, "memory of one card in GiB: how many tokens of KV cache it has room for"
+        0.0, "memory of one card in GiB, to show how many tokens its KV cache holds"
     )
     image: str = setting(
         "",
-        "an image like those that will come: measures the stages of the system at --grpc with it",
+        "a typical image, with which the stages of the system at --grpc are measured",
     )
     grpc: str = setting(
-        "127.0.0.1:50051", "gRPC address of a running system that does nothing else meanwhile"
+        "127.0.0.1:50051", "gRPC address of a running system that is otherwise idle"
     )
-    max_tokens: int = setting(128, "tokens of each measured answer")
-    concurrency: int = setting(16, "measured requests at once")
-    images_per_request: float = setting(1.0, "images that a request brings, on average")
+    max_tokens: int = setting(128, "length of each measured answer in tokens")
+    concurrency: int = setting(16, "number of concurrent measured requests")
+    images_per_request: float = setting(1.0, "average number of images in a request")
     vision_seconds: float = setting(
-        0.0, "instead of measuring: seconds of an image in a vision replica"
+        0.0, "seconds that an image takes in a vision replica, instead of measuring it"
     )
     group_rate: float = setting(
-        0.0, "instead of measuring: requests that a language group answers in a second"
+        0.0, "requests that a language group answers per second, instead of measuring it"
     )
 
 

@@ -1,18 +1,19 @@
-"""Typed messages to ZeroMQ frames and back: two pure functions.
+"""Two pure functions that turn typed messages into ZeroMQ frames and back.
 
     frames = [header, tensor 0, tensor 1, ...]
 
-The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]; its
-bytes are the frame, neither copied nor escaped. Decoding trusts nothing: every limit is explicit,
-every tensor's size is checked against its dtype and shape, every frame is used exactly once, and
-whatever does not fit its type is a WireError. No container is made that is longer than the header
-that it stands in.
+The header is msgpack, at most 64 KiB. A tensor appears in it as [frame index, dtype, shape]. Its
+bytes are the frame, neither copied nor escaped.
+
+Decoding trusts nothing. Every limit is explicit, each tensor's size is checked against its dtype
+and shape, and each frame must be used exactly once. Everything else is a WireError. No container is
+made that is longer than the header that describes it.
 """
 
 import functools
 import math
 import threading
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ MAX_TENSOR_BYTES = 512 * 2**20
 MAX_DIMENSIONS = 8
 MAX_ERROR_CHARS = 200
 
-# numpy has no bfloat16: its elements are viewed as the uint16 they are stored in.
+# numpy has no bfloat16, so its elements are viewed as the uint16 that store them.
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -33,14 +34,15 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class WireError(ValueError):
-    """What came is no message of the type that was expected."""
+    """The frames are not a message of the expected type."""
 
 
 class Tensor:
-    """An n-d tensor as it travels: dtype name, shape, and its elements in row-major order."""
+    """A tensor as it is sent: dtype name, shape, and its elements in row-major order."""
 
     __slots__ = ("data", "dtype", "shape")
 
@@ -51,9 +53,11 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
-        """A view of the array where it is contiguous. bfloat16 is not numpy's: give it by name to
-        the constructor."""
-        array = np.asarray(array, order="C")  # ascontiguousarray would make 1-d of 0-d
+        """Return a view of the array, or of a copy if it is not contiguous.
+
+        numpy has no bfloat16: call the constructor with the dtype's name for it.
+        """
+        array = np.asarray(array, order="C")  # ascontiguousarray would make 0-d arrays 1-d
         assert array.dtype.name in NUMPY_DTYPES and array.dtype.isnative, (
             f"no wire form for {array.dtype.str}"
         )
@@ -73,7 +77,7 @@ class Tensor:
         return len(self.data)
 
     def numpy(self) -> np.ndarray:
-        """A read-only view; bfloat16 comes as uint16."""
+        """Return a read-only view; bfloat16 is viewed as uint16."""
         return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
     def bytes(self) -> bytes:
@@ -94,8 +98,10 @@ class Tensor:
 
 
 def encode(message: msgspec.Struct) -> list[Buffer]:
-    """The frames of a message. Tensor frames are views: do not change the arrays before they are
-    sent."""
+    """Return the frames of a message.
+
+    Tensor frames are views, so the arrays must not change before they are sent.
+    """
     frames: list[Buffer] = [b""]
 
     def hook(value: Any) -> Any:
@@ -111,13 +117,21 @@ def encode(message: msgspec.Struct) -> list[Buffer]:
     return frames
 
 
+@overload
+def decode(frames: list[Buffer], union: type[T]) -> T: ...
+
+
+@overload
+def decode(frames: list[Buffer], union: object) -> Any: ...
+
+
 def decode(frames: list[Buffer], union: Any) -> Any:
-    """The message that `encode` made, checked against `union`.
+    """Return the message that these frames encode, which must be a member of `union`.
 
     Raises
     ------
     WireError
-        for anything else; time and memory stay bounded whatever came.
+        if they encode anything else. Time and memory are bounded for any input.
     """
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"{len(frames)} frames")
@@ -130,18 +144,21 @@ def decode(frames: list[Buffer], union: Any) -> Any:
     try:
         message = decoder_of(union).decode(frames[0])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        # The message may quote what came, and goes into logs and Goodbyes.
+        # The error may quote the input, and it goes into logs and Goodbyes.
         raise WireError(str(e)[:MAX_ERROR_CHARS]) from e
     finally:
         reading.frames = []
     if reading.unused:
-        raise WireError(f"{len(reading.unused)} frames belong to nothing")
+        raise WireError(f"{len(reading.unused)} frames are not used")
     return message
 
 
 class Reading(threading.local):
-    """The frames that this thread is making a message of. A decoder takes no more than one
-    argument, and to make one takes longer than all the rest."""
+    """The frames that this thread is decoding.
+
+    A decoder's hook cannot be given them, and making a decoder per message takes longer than
+    decoding.
+    """
 
     frames: list[Buffer]
     unused: set[int]
@@ -152,10 +169,11 @@ reading = Reading()
 
 @functools.cache
 def decoder_of(union: Any) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(union, dec_hook=take_tensor)
+    return msgspec.msgpack.Decoder(union, dec_hook=decode_tensor)
 
 
-def take_tensor(expected: type, value: Any) -> Tensor:
+def decode_tensor(expected: type, value: Any) -> Tensor:
+    """Return the tensor that a header describes, and mark its frame as used."""
     assert expected is Tensor
     tensor, index = read_tensor(value, reading.frames)
     if index not in reading.unused:
@@ -165,6 +183,7 @@ def take_tensor(expected: type, value: Any) -> Tensor:
 
 
 def read_tensor(value: Any, frames: list[Buffer]) -> tuple[Tensor, int]:
+    """Return a tensor and the index of its frame, after checking both."""
     match value:
         case [index, str(dtype), [*shape]] if all(type(n) is int for n in (index, *shape)):
             pass
@@ -173,9 +192,9 @@ def read_tensor(value: Any, frames: list[Buffer]) -> tuple[Tensor, int]:
     if not 1 <= index < len(frames):
         raise WireError(f"no frame {index}")
     if dtype not in NUMPY_DTYPES:
-        raise WireError(f"dtype {dtype[:20]!r} is none of {', '.join(NUMPY_DTYPES)}")
+        raise WireError(f"dtype {dtype[:20]!r} is not one of {', '.join(NUMPY_DTYPES)}")
     if len(shape) > MAX_DIMENSIONS or any(n < 0 for n in shape):
-        raise WireError("a shape of too many or negative dimensions")
+        raise WireError("a shape has too many or negative dimensions")
     data = frames[index]
     size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
     if size != len(data) or size > MAX_TENSOR_BYTES:

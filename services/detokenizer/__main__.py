@@ -2,7 +2,7 @@
 
 from common.checkpoint import open_checkpoint
 from common.logs import get_logger
-from common.member import Member
+from common.member import Member, Profile
 from common.messages import DetokenizerInbound
 from common.process import Stop, run
 from common.settings import DetokenizerSettings
@@ -13,7 +13,10 @@ from services.detokenizer.worker import Worker
 def main(settings: DetokenizerSettings, stop: Stop) -> None:
     checkpoint = open_checkpoint(settings.model)
     member: Member[DetokenizerInbound] = Member(
-        settings, "detokenizer", stop, checkpoint.fingerprint, drains=True
+        settings,
+        stop,
+        Profile(role="detokenizer", fingerprint=checkpoint.fingerprint),
+        drains=True,
     )
     worker = Worker(member, open_vocabulary(checkpoint))
     get_logger().info("ready", id=member.id)

@@ -95,8 +95,8 @@ class Gateway:
             self.settings.controller,
             self.member,
             self.core.load,
-            self.on_members,
-            stop.drain,
+            on_members=self.on_members,
+            on_drain=stop.drain,
             is_hung=self.progress.is_hung,
         )
 

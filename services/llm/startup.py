@@ -8,7 +8,7 @@ import torch
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
-from common.member import Member
+from common.member import Member, Profile
 from common.process import EXIT_FAILED, Stop, leave
 from common.progress import LOADING_SECONDS
 from common.settings import LlmSettings
@@ -105,11 +105,13 @@ def join_control_plane(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop
 
     return Member(
         settings,
-        "llm",
         stop,
-        checkpoint.fingerprint,
-        group=settings.group,
-        rank=settings.rank,
+        Profile(
+            role="llm",
+            fingerprint=checkpoint.fingerprint,
+            group=settings.group,
+            rank=settings.rank,
+        ),
         on_group_loss=None if settings.tp == 1 else end_group,
         drains=settings.rank == 0,
     )
@@ -200,7 +202,7 @@ def make_runner(
             device.torch_device,
             cache.num_blocks,
             cache.block_size,
-            member.loading,
+            member.report_loading,
             shard,
             settings.quantization,
         )
@@ -213,7 +215,7 @@ def make_runner(
         device.torch_device,
         cache.num_blocks,
         cache.block_size,
-        member.loading,
+        member.report_loading,
         shard,
         settings.max_num_seqs,
     )

@@ -6,7 +6,7 @@ It applies the chat template, tokenizes, cuts images into patches and computes p
 from common.checkpoint import open_checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
-from common.member import Member
+from common.member import Member, Profile
 from common.messages import PreprocessInbound
 from common.process import Stop, run
 from common.settings import PreprocessSettings
@@ -31,10 +31,12 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
     metrics = PreprocessMetrics(pool)
     member: Member[PreprocessInbound] = Member(
         settings,
-        "preprocess",
         stop,
-        checkpoint.fingerprint,
-        peers=checkpoint.family.needed_roles,
+        Profile(
+            role="preprocess",
+            fingerprint=checkpoint.fingerprint,
+            peers=checkpoint.family.needed_roles,
+        ),
         drains=True,
         registry=metrics.registry,
     )

@@ -8,7 +8,7 @@ if __name__ == "__main__":
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.logs import get_logger
-from common.member import Member
+from common.member import Member, Profile
 from common.messages import VisionInbound
 from common.process import Stop, run
 from common.progress import Progress
@@ -27,9 +27,8 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     metrics = VisionMetrics(cache)
     member: Member[VisionInbound] = Member(
         settings,
-        "vision",
         stop,
-        checkpoint.fingerprint,
+        Profile(role="vision", fingerprint=checkpoint.fingerprint),
         drains=True,
         standby=settings.standby,
         registry=metrics.registry,

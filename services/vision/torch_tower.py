@@ -40,7 +40,7 @@ class TorchTower:
             threads=torch.get_num_threads(),
         )
         self._encoder = make_encoder(
-            checkpoint, dtype, device.torch_device, member.loading, buckets
+            checkpoint, dtype, device.torch_device, member.report_loading, buckets
         )
         self.dtype = NAMES[dtype]
 

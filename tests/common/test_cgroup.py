@@ -1,4 +1,4 @@
-"""The limits of a container's cores and memory, from files as the kernel writes them."""
+"""The limits of a container are read from files as the kernel writes them."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_a_host_without_control_groups_has_no_limit(tmp_path: Path) -> None:
     assert core_limit(tmp_path) is None
 
 
-def test_a_service_takes_no_more_threads_than_its_container_may_run(
+def test_a_service_uses_no_more_threads_than_its_container_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More would be stopped together whenever their share of a period is used up, and wait for each

@@ -1,4 +1,4 @@
-"""Flags over environment over defaults, and every mistake is told by the name of what was set."""
+"""Flags win over variables and those over defaults, and every error names what was set wrongly."""
 
 import argparse
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def parsed(*argv: str) -> Kitchen:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a person reads on stderr."""
+    """Return what a user reads on stderr."""
     with pytest.raises(SystemExit) as exit:
         parsed(*argv)
     assert exit.value.code == 2
@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return said.err
 
 
-def test_defaults_hold_where_nothing_is_said() -> None:
+def test_defaults_hold_if_nothing_is_set() -> None:
     assert parsed() == Kitchen()
 
 
@@ -93,7 +93,7 @@ def test_a_variable_is_read_as_its_flag_would_be(
         ("STYLE", "loud"),
     ],
 )
-def test_a_variable_that_cannot_be_is_named_with_its_value(
+def test_an_invalid_variable_is_named_with_its_value(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, text: str
 ) -> None:
     monkeypatch.setenv(f"TWINLENS_{name}", text)
@@ -108,7 +108,7 @@ def test_a_variable_that_no_command_knows_is_refused(
     assert f"no service or command knows TWINLENS_{name}:" in refused(capsys)
 
 
-def test_a_variable_of_another_command_and_one_that_is_not_ours_are_left_alone(
+def test_variables_of_other_commands_and_programs_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TWINLENS_GAS_BILL", "not a number")
@@ -128,7 +128,7 @@ def test_a_variable_of_another_command_and_one_that_is_not_ours_are_left_alone(
     ],
     ids=" ".join,
 )
-def test_a_flag_that_cannot_be_ends_with_status_2(
+def test_an_invalid_flag_exits_with_status_2(
     capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
     assert argv[0] in refused(capsys, *argv)
@@ -140,7 +140,7 @@ def test_a_bool_is_a_flag_and_its_opposite(monkeypatch: pytest.MonkeyPatch) -> N
     assert not parsed("--no-is-open").is_open
 
 
-def test_help_tells_every_flag_its_variable_and_its_default(
+def test_help_shows_every_flag_with_its_variable_and_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -153,7 +153,7 @@ def test_help_tells_every_flag_its_variable_and_its_default(
 
 
 @pytest.mark.parametrize("role", SERVICES)
-def test_no_variable_of_another_command_is_refused_by_a_service(role: str) -> None:
+def test_a_service_refuses_no_variable_of_another_command(role: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(SERVICES[role], parser)
     others = KNOWN_NAMES - names_of(SERVICES[role])

@@ -1,5 +1,4 @@
-"""Two processes over ZeroMQ: they greet, talk, refuse who does not fit, and see each other's
-death."""
+"""Two processes over ZeroMQ greet, talk, refuse peers that do not fit, and see each other die."""
 
 import os
 import queue
@@ -20,8 +19,7 @@ import pytest
 import structlog
 import zmq
 
-from common import links as links_module
-from common import sockets
+from common import connections, sockets
 from common.events import Event, PeerDown, PeerUp, Received
 from common.hello import hello
 from common.links import Links
@@ -37,7 +35,7 @@ E = TypeVar("E", bound=Event)
 
 
 class End:
-    """One process's links, and what happened to them."""
+    """One process's links and their events."""
 
     def __init__(self, me: Hello, listen: str = "") -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -46,12 +44,12 @@ class End:
         self.role = me.role
 
     def expect(self, kind: type[E], timeout: float = DEADLINE) -> E:
-        """The next event."""
+        """Return the next event, which must be of this kind."""
         event = self.events.get(timeout=timeout)
         assert isinstance(event, kind), event
         return event
 
-    def hears_nothing(self, seconds: float) -> bool:
+    def stays_quiet(self, seconds: float) -> bool:
         try:
             self.events.get(timeout=seconds)
         except queue.Empty:
@@ -106,18 +104,18 @@ def preprocess(end: Make) -> End:
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(links_module, "LEASE_SECONDS", 0.8)
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "LEASE_SECONDS", 0.8)
     return 0.8
 
 
 CHILD = """
 import queue, sys
-from common import links
+from common import connections, links
 from common.hello import hello
 from common.messages import Peer
 
-links.BEAT_SECONDS = 0.1
+connections.BEAT_SECONDS = 0.1
 role, listen, target = sys.argv[1:]
 events = queue.SimpleQueue()
 mine = links.Links(hello("child", role), listen, "", events.put)
@@ -133,7 +131,7 @@ while True:
 def child(
     role: str, listen: str = "", target: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], Peer]]:
-    """Another process, which prints its address and then what happens to it."""
+    """Start another process, which prints its address and then its events."""
     command = [sys.executable, "-c", CHILD, role, listen, target]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -154,14 +152,14 @@ def stranger(address: str, identity: bytes = b"") -> Iterator[zmq.Socket[bytes]]
         yield dealer
 
 
-def hears(dealer: "zmq.Socket[bytes]") -> Any:
+def receive_from(dealer: "zmq.Socket[bytes]") -> Any:
     return decode(dealer.recv_multipart(), Hello | Goodbye)
 
 
-# Talk
+# Talking
 
 
-def test_both_ends_hear_that_the_other_is_there(end: Make, listen: str) -> None:
+def test_both_ends_report_that_the_other_is_up(end: Make, listen: str) -> None:
     vision = end("v", "vision", listen)
     preprocess = end("p", "preprocess")
     preprocess.connect(vision)
@@ -186,9 +184,7 @@ def test_messages_and_their_tensors_go_both_ways_in_order(end: Make, listen: str
     assert preprocess.expect(Received) == Received("v", "vision", GRANT)
 
 
-def test_what_is_sent_before_the_other_end_answered_waits_for_it(
-    vision: End, preprocess: End
-) -> None:
+def test_a_message_sent_before_the_other_end_answers_arrives(vision: End, preprocess: End) -> None:
     preprocess.connect(vision)
     preprocess.links.send("v", Abort(request_id="r", attempt=1))
     vision.expect(PeerUp)
@@ -245,7 +241,7 @@ def test_after_close_every_call_does_nothing(vision: End, preprocess: End) -> No
     assert preprocess.events.empty()
 
 
-# Who does not fit
+# Peers that do not fit
 
 
 @pytest.mark.parametrize(
@@ -258,7 +254,7 @@ def test_after_close_every_call_does_nothing(vision: End, preprocess: End) -> No
     ],
     ids=["protocol version", "fingerprint", "role", "unknown role"],
 )
-def test_who_does_not_fit_is_told_why_and_the_log_says_it(
+def test_a_peer_that_does_not_fit_gets_the_reason_which_is_logged_too(
     end: Make, of_vision: dict[str, Any], of_other: dict[str, Any], reason: str
 ) -> None:
     vision = end("v", "vision", TCP, **of_vision)
@@ -275,7 +271,7 @@ def test_who_does_not_fit_is_told_why_and_the_log_says_it(
     )
     with structlog.testing.capture_logs() as logs, stranger(vision.links.address, b"p") as dealer:
         dealer.send_multipart(misfit)
-        goodbye = hears(dealer)
+        goodbye = receive_from(dealer)
     assert isinstance(goodbye, Goodbye) and reason in goodbye.reason
     (line,) = logs
     assert (line["event"], line["log_level"], line["peer"], line["reason"]) == (
@@ -287,14 +283,14 @@ def test_who_does_not_fit_is_told_why_and_the_log_says_it(
     assert vision.events.empty()
 
 
-def test_the_refused_end_hears_of_it_as_a_death_with_the_reason(end: Make) -> None:
+def test_a_refused_peer_reports_a_death_with_the_reason(end: Make) -> None:
     vision = end("v", "vision", TCP, fingerprint="aa")
     preprocess = end("p", "preprocess", fingerprint="bb")
     preprocess.connect(vision)
     assert "both must serve the same model directory" in preprocess.expect(PeerDown).reason
 
 
-def test_the_connecting_end_refuses_one_who_does_not_fit(end: Make) -> None:
+def test_the_connecting_end_refuses_a_peer_that_does_not_fit(end: Make) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.setsockopt(zmq.LINGER, 0)
         port = router.bind_to_random_port("tcp://127.0.0.1")
@@ -315,7 +311,7 @@ def test_members_that_know_no_model_fit_any(end: Make) -> None:
 def test_a_hello_under_a_foreign_name_is_refused(vision: End) -> None:
     with stranger(vision.links.address, b"x") as dealer:
         dealer.send_multipart(encode(hello("p", "preprocess")))
-        assert hears(dealer) == Goodbye(reason="the id in Hello is not the connection's")
+        assert receive_from(dealer) == Goodbye(reason="the id in Hello is not the connection's")
 
 
 NONSENSE = [
@@ -341,13 +337,13 @@ def test_a_stranger_who_sends_nonsense_does_no_harm(
         for frames in NONSENSE:
             dealer.send_multipart(frames)
             if identity == b"evil":
-                assert "say Hello first" in hears(dealer).reason
+                assert "say Hello first" in receive_from(dealer).reason
         preprocess.meet(vision)
         preprocess.links.send("v", Abort(request_id="r", attempt=1))
         vision.expect(Received)
 
 
-def test_one_who_speaks_another_protocol_does_no_harm(vision: End, preprocess: End) -> None:
+def test_a_client_of_another_protocol_does_no_harm(vision: End, preprocess: End) -> None:
     host, _, port = vision.links.address.removeprefix("tcp://").partition(":")
     with socket.create_connection((host, int(port)), timeout=DEADLINE) as raw:
         raw.sendall(b"GET /v1/models HTTP/1.1\r\n\r\n" * 100)
@@ -372,18 +368,16 @@ def test_a_frame_beyond_the_limit_ends_the_connection_it_came_on(
 @pytest.mark.parametrize(
     "frames", [[b"nonsense"], encode(GRANT), [b""]], ids=["nonsense", "another hop's", "empty"]
 )
-def test_a_peer_that_sends_what_is_no_message_of_the_hop_is_dropped(
-    vision: End, frames: list[bytes]
-) -> None:
+def test_a_peer_that_sends_an_invalid_message_is_dropped(vision: End, frames: list[bytes]) -> None:
     with stranger(vision.links.address, b"p") as dealer:
         dealer.send_multipart(encode(hello("p", "preprocess")))
-        assert hears(dealer).id == "v"
+        assert receive_from(dealer).id == "v"
         vision.expect(PeerUp)
         dealer.send_multipart(frames)
-        assert "no message" in vision.expect(PeerDown).reason
+        assert "invalid message" in vision.expect(PeerDown).reason
 
 
-# Death, and what comes after it
+# Death and return
 
 
 def test_the_death_of_the_accepting_process_is_seen_at_once(preprocess: End, listen: str) -> None:
@@ -411,7 +405,7 @@ def test_a_peer_that_is_idle_but_alive_keeps_its_lease(short_lease: float, end: 
     vision = end("v", "vision", TCP)
     preprocess = end("p", "preprocess")
     preprocess.meet(vision)
-    assert preprocess.hears_nothing(3 * short_lease)
+    assert preprocess.stays_quiet(3 * short_lease)
     assert vision.events.empty()
 
 
@@ -453,7 +447,7 @@ def test_a_process_that_comes_back_under_another_id_is_another_peer(
         assert preprocess.expect(PeerDown).peer_id == member_id
 
 
-def test_another_who_answers_at_an_address_is_left(end: Make, preprocess: End) -> None:
+def test_a_connection_is_dropped_if_another_process_answers(end: Make, preprocess: End) -> None:
     vision = end("v-2", "vision", TCP)
     preprocess.links.connect(Peer("v-1", vision.links.address), "vision")
     assert preprocess.expect(PeerDown) == PeerDown(
@@ -461,11 +455,11 @@ def test_another_who_answers_at_an_address_is_left(end: Make, preprocess: End) -
     )
 
 
-def test_a_peer_that_connects_anew_ends_its_former_life(end: Make, vision: End) -> None:
+def test_a_peer_that_connects_again_ends_its_former_connection(end: Make, vision: End) -> None:
     end("p", "preprocess").meet(vision)
     again = end("p", "preprocess")
     again.connect(vision)
-    assert vision.expect(PeerDown) == PeerDown("p", "preprocess", "it connected anew")
+    assert vision.expect(PeerDown) == PeerDown("p", "preprocess", "it connected again")
     vision.expect(PeerUp)
     vision.links.send("p", GRANT)
     again.expect(PeerUp)
@@ -483,7 +477,7 @@ def test_a_peer_that_connects_anew_ends_its_former_life(end: Make, vision: End) 
         "tcp://127.0.0.1:99999",
     ],
 )
-def test_an_address_where_nobody_is_is_a_death_and_no_more(
+def test_an_address_that_cannot_be_reached_is_only_a_death(
     vision: End, preprocess: End, address: str
 ) -> None:
     preprocess.links.connect(Peer("x", address), "vision")
@@ -494,7 +488,7 @@ def test_an_address_where_nobody_is_is_a_death_and_no_more(
 def test_a_kept_connection_is_made_again_when_its_peer_returns(
     monkeypatch: pytest.MonkeyPatch, end: Make, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 0.1)
     preprocess = end("p", "preprocess")
     address = f"ipc://{tmp_path}/inbox"
     preprocess.links.keep_connected([(Peer("v", address), "vision")])
@@ -510,34 +504,36 @@ def test_a_kept_connection_is_made_again_when_its_peer_returns(
 def test_sending_to_a_peer_whose_death_is_not_read_yet_does_no_harm(
     end: Make, preprocess: End
 ) -> None:
-    """The connection broke, and before the I/O thread reads of it, it runs the commands that
-    wait."""
+    """The connection broke, and messages are sent before a thread reads that."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     killed = threading.Event()
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         events.put(event)
         if isinstance(event, PeerUp):
             killed.wait(DEADLINE)
 
-    links = Links(hello("p", "preprocess"), "", "", hear)
+    links = Links(hello("p", "preprocess"), "", "", on_event)
     try:
         with child("vision", TCP) as (process, peer):
             links.connect(peer, "vision")
             assert isinstance(events.get(timeout=DEADLINE), PeerUp)
-            (remote,) = links._remotes.values()
+            (dealer,) = links._endpoints._dealers.values()
             process.kill()
-            assert remote.monitor is not None and remote.monitor.poll(DEADLINE * 1000)
+            assert dealer.monitor.poll(DEADLINE * 1000)
+            links._poller.note_use(dealer.monitor)  # polling it consumed its signal
             for _ in range(10):
                 links.send("child", Abort(request_id="r", attempt=1))
             killed.set()
-            assert isinstance(events.get(timeout=DEADLINE), PeerDown)
+            down = events.get(timeout=DEADLINE)
+            assert isinstance(down, PeerDown)
+            assert "its connection broke" in down.reason
     finally:
         killed.set()
         links.close()
 
 
-# What is held
+# Open files and addresses
 
 
 def open_files() -> int:
@@ -560,16 +556,16 @@ def test_connections_that_fail_leave_no_file_open(preprocess: End) -> None:
     for _ in range(50):
         preprocess.links.connect(Peer("x", "tcp://127.0.0.1:1"), "vision")
         preprocess.expect(PeerDown)
-    # The last ones may be on their way to be closed.
+    # The last ones may not be closed yet.
     assert open_files() < before + 25
 
 
-def test_an_address_that_is_taken_is_told_as_such(vision: End, end: Make) -> None:
+def test_an_address_that_is_taken_is_reported(vision: End, end: Make) -> None:
     with pytest.raises(CannotStart, match=r"Address already in use.*--listen"):
         end("w", "vision", vision.links.address)
 
 
-def test_the_advertised_host_stands_for_the_one_listened_on() -> None:
+def test_the_advertised_host_replaces_the_one_listened_on() -> None:
     links = Links(hello("v", "vision"), TCP, "vision.example", lambda event: None)
     links.close()
     host, _, port = links.address.removeprefix("tcp://").partition(":")

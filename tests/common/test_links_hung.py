@@ -1,10 +1,11 @@
-"""A peer whose work loop hangs while its connections live."""
+"""A peer is dead to the others while its work loop hangs, though its connections live."""
 
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from common import connections
 from common.events import PeerDown, PeerUp
 from common.hello import hello
 from common.links import Links
@@ -14,7 +15,7 @@ from tests.common.test_links import TCP, End, Make, end  # noqa: F401  the fixtu
 
 
 class Hangable(Progress):
-    """Hung while told so."""
+    """Progress that is hung while `hangs` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ def hangable() -> Iterator[Make]:
         each.links.close()
 
 
-def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(
+def test_a_hung_peer_is_dead_to_the_others_and_reports_that_it_lost_them(
     end: Make,  # noqa: F811
     hangable: Make,
 ) -> None:
@@ -59,9 +60,9 @@ def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(
     assert isinstance(vision, HangableEnd)
     vision.progress.hangs.set()
     assert preprocess.expect(PeerDown).reason == "hung: its work loop made no progress for 7 s"
-    vision.expect(PeerDown)  # it drops what it holds, once it reads its events again
+    vision.expect(PeerDown)  # so it drops what it holds once it reads its events again
     preprocess.connect(vision)
-    assert "hung" in preprocess.expect(PeerDown).reason, "refused as long as it hangs"
+    assert "hung" in preprocess.expect(PeerDown).reason, "it is refused while it hangs"
     vision.progress.hangs.clear()
     preprocess.meet(vision)
 
@@ -69,7 +70,9 @@ def test_a_peer_whose_work_hangs_is_dead_to_the_others_and_knows_it(
 def test_a_hung_process_does_not_reconnect(
     end: Make,  # noqa: F811
     hangable: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 0.1)
     vision = end("v", "vision", TCP)
     preprocess = hangable("p", "preprocess")
     assert isinstance(preprocess, HangableEnd)
@@ -79,6 +82,6 @@ def test_a_hung_process_does_not_reconnect(
     preprocess.progress.hangs.set()
     assert "hung" in vision.expect(PeerDown).reason
     preprocess.expect(PeerDown)
-    assert vision.hears_nothing(seconds=2.5)
+    assert vision.stays_quiet(seconds=0.5)
     preprocess.progress.hangs.clear()
     vision.expect(PeerUp)

@@ -1,5 +1,4 @@
-"""Many threads send at once, in both directions: nothing is lost, and each thread's messages keep
-their order."""
+"""Many threads send at once in both directions. Nothing is lost, and order is kept per thread."""
 
 import queue
 import threading
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common import links as links_module
+from common import connections
 from common.events import PeerUp, Received
 from common.hello import hello
 from common.links import Links
@@ -51,7 +50,7 @@ def send_many(links: Links, peer_id: str, make: Any) -> list[threading.Thread]:
 
 
 def received(inbox: "queue.SimpleQueue[Any]") -> dict[str, list[int]]:
-    """The numbers of each thread's messages, as they came."""
+    """Return the numbers of each thread's messages in the order of arrival."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     for _ in range(NUM_THREADS * NUM_MESSAGES):
         event = inbox.get(timeout=DEADLINE)
@@ -71,12 +70,11 @@ def test_threads_that_send_at_once_lose_nothing(ends: tuple[Ends, Ends]) -> None
         thread.join()
 
 
-def test_a_message_whose_news_sending_took_does_not_wait_for_the_next_beat(
+def test_a_message_that_arrives_during_a_send_does_not_wait_for_the_next_heartbeat(
     ends: tuple[Ends, Ends], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each answer comes while its receiver sends: without another look, one of them would lie there
-    until something else comes."""
-    monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
+    """Each answer arrives while its receiver sends, which may consume the signal of its arrival."""
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 10 * DEADLINE)
     (vision, at_vision), (preprocess, at_preprocess) = ends
     for n in range(NUM_MESSAGES):
         vision.send("p", Grant(request_id="r", attempt=n, item=0))

@@ -1,5 +1,4 @@
-"""A work loop that waits for its connections itself, and the I/O thread that stands in where it
-does not."""
+"""A work loop receives while it waits, and the I/O thread receives if the loop does not wait."""
 
 import select
 import threading
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common import links as links_module
+from common import connections
 from common.events import PeerDown, Received
 from common.hello import hello
 from common.links import Links
@@ -20,8 +19,8 @@ from common.messages import Abort, Peer
 DEADLINE = 60.0
 
 
-class Told(threading.Event):
-    """Knows whether somebody waited for it."""
+class WatchedEvent(threading.Event):
+    """An event that knows whether a thread has waited for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,18 +32,18 @@ class Told(threading.Event):
 
 
 class Vision:
-    """A replica, what it heard, and on which threads; and a preprocess that sends to it."""
+    """A replica with its events and the threads that reported them, and a client that sends."""
 
     def __init__(self, folder: Path) -> None:
         self.events: deque[Any] = deque()
         self.threads: deque[threading.Thread] = deque()
         self.num_sent = 0
-        self.links = Links(hello("v", "vision"), f"ipc://{folder}/inbox", "", self.hear)
-        self.links._ending = self.ending = Told()
+        self.links = Links(hello("v", "vision"), f"ipc://{folder}/inbox", "", self.on_event)
+        self.links._ending = self.ending = WatchedEvent()
         self.client = Links(hello("p", "preprocess"), "", "", lambda event: None)
         self.client.connect(Peer("v", self.links.address), "vision")
 
-    def hear(self, event: Any) -> None:
+    def on_event(self, event: Any) -> None:
         self.events.append(event)
         self.threads.append(threading.current_thread())
 
@@ -66,16 +65,16 @@ class Vision:
 
 @pytest.fixture
 def vision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vision]:
-    monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 10 * DEADLINE)
     one = Vision(tmp_path)
     yield one
     one.close()
 
 
-def test_from_the_first_wait_on_what_comes_is_heard_on_the_waiting_thread(vision: Vision) -> None:
+def test_from_the_first_wait_on_the_waiting_thread_receives(vision: Vision) -> None:
     vision.send()
     vision.wait_for(0)
-    while not vision.ending.is_waited_for.is_set():  # the I/O thread rests from here on
+    while not vision.ending.is_waited_for.is_set():  # the I/O thread sleeps from here on
         vision.send()
         vision.wait_for(vision.num_sent - 1)
     vision.threads.clear()
@@ -85,7 +84,7 @@ def test_from_the_first_wait_on_what_comes_is_heard_on_the_waiting_thread(vision
     assert set(vision.threads) == {threading.current_thread()}
 
 
-def test_what_the_io_thread_took_ends_the_next_wait_at_once(vision: Vision) -> None:
+def test_a_message_that_the_io_thread_received_ends_the_next_wait_at_once(vision: Vision) -> None:
     vision.send()
     while not any(isinstance(event, Received) for event in vision.events):
         time.sleep(0.001)
@@ -95,7 +94,7 @@ def test_what_the_io_thread_took_ends_the_next_wait_at_once(vision: Vision) -> N
     assert time.monotonic() - began < DEADLINE
 
 
-def test_a_wake_ends_the_wait_that_is_under_way_or_the_next_one(vision: Vision) -> None:
+def test_a_wake_ends_the_wait_in_progress_or_the_next_one(vision: Vision) -> None:
     began = time.monotonic()
     vision.links.wake()
     vision.links.wait(DEADLINE)
@@ -106,30 +105,33 @@ def test_a_wake_ends_the_wait_that_is_under_way_or_the_next_one(vision: Vision) 
     assert time.monotonic() - began < DEADLINE
 
 
-def test_a_loop_of_its_own_is_told_by_the_descriptor(vision: Vision) -> None:
-    heard = select.poll()
-    heard.register(vision.links.fileno(), select.POLLIN)
+def test_a_loop_with_a_poll_of_its_own_can_wait_for_the_descriptor(vision: Vision) -> None:
+    descriptor = select.poll()
+    descriptor.register(vision.links.fileno(), select.POLLIN)
     vision.send()
     while not any(isinstance(event, Received) for event in vision.events):
-        assert heard.poll(1e3 * DEADLINE)
+        assert descriptor.poll(1e3 * DEADLINE)
         vision.links.wait(0.0)
 
 
-def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(
+def test_a_lease_that_ends_is_reported_by_the_heartbeat_that_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links_module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(links_module, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "LEASE_SECONDS", 0.5)
     vision = Vision(tmp_path)
-    beat = vision.links._beat
-    vision.client._beat = lambda judge: None  # type: ignore[method-assign]
+    protocol = vision.links._connections
+    send_heartbeats = protocol._send_heartbeats
+    vision.client._connections._send_heartbeats = (  # type: ignore[method-assign]
+        lambda judge: None
+    )
 
-    def beat_and_beat_no_more(judge: bool) -> None:
-        beat(judge)
-        if vision.links._news:
-            monkeypatch.setattr(links_module, "BEAT_SECONDS", 10 * DEADLINE)
+    def send_until_a_lease_ends(judge: bool) -> None:
+        send_heartbeats(judge)
+        if protocol.events:
+            monkeypatch.setattr(connections, "BEAT_SECONDS", 10 * DEADLINE)
 
-    vision.links._beat = beat_and_beat_no_more  # type: ignore[method-assign]
+    protocol._send_heartbeats = send_until_a_lease_ends  # type: ignore[method-assign]
     ends = time.monotonic() + DEADLINE
     while not any(isinstance(event, PeerDown) for event in vision.events):
         vision.links.wait(DEADLINE)
@@ -137,7 +139,7 @@ def test_a_lease_that_ends_is_told_at_the_beat_that_finds_it(
     vision.close()
 
 
-def test_closing_twice_and_waking_after_it_changes_nothing(vision: Vision) -> None:
+def test_closing_twice_and_waking_afterwards_changes_nothing(vision: Vision) -> None:
     vision.links.close()
     vision.links.close()
     vision.links.wake()

@@ -1,5 +1,4 @@
-"""What is logged: one JSON object a line, or readable on a terminal; never the values of local
-variables."""
+"""Logs are one JSON object per line, or readable on a terminal, and never have values of locals."""
 
 import json
 import subprocess
@@ -53,7 +52,7 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in logged("json").splitlines()]
 
 
-def test_json_has_one_object_a_line_with_the_same_keys_from_us_and_from_libraries() -> None:
+def test_json_has_one_object_per_line_with_the_same_keys_for_us_and_libraries() -> None:
     ready, library, failed, _ = lines()
     common = {"event", "level", "timestamp", "service"}
     assert ready.keys() == common | {"member", "num_patches", "path", "text"}
@@ -76,13 +75,13 @@ def test_json_has_one_object_a_line_with_the_same_keys_from_us_and_from_librarie
     assert failed["level"] == "error"
 
 
-def test_the_request_id_of_the_context_is_in_every_line() -> None:
+def test_every_line_has_the_request_id_of_the_context() -> None:
     ready, _, failed, failed_too = lines()
     assert failed["request_id"] == failed_too["request_id"] == "r-7"
     assert "request_id" not in ready
 
 
-def test_a_traceback_in_json_has_frames_and_no_locals() -> None:
+def test_a_traceback_in_json_has_frames_but_no_locals() -> None:
     for line in lines()[2:]:
         (error,) = line["exception"]
         assert (error["exc_type"], error["exc_value"]) == ("ValueError", "spoilt")
@@ -90,11 +89,11 @@ def test_a_traceback_in_json_has_frames_and_no_locals() -> None:
         assert not any(frame.get("locals") for frame in error["frames"])
 
 
-def test_auto_is_json_where_there_is_no_terminal() -> None:
+def test_auto_is_json_without_a_terminal() -> None:
     assert json.loads(logged("auto").splitlines()[0])["event"] == "ready"
 
 
-def test_the_console_is_for_people() -> None:
+def test_the_console_format_is_readable() -> None:
     first, *rest = logged("console").splitlines()
     assert "[info     ] ready" in first and "num_patches=4" in first and "service=vision" in first
     assert "\x1b" not in first

@@ -1,5 +1,4 @@
-"""A member drains: it says so to everyone, its work loop hears of it, and its events end when it
-holds nothing."""
+"""A member that drains announces it, finishes what it holds, and then its events end."""
 
 import itertools
 import queue
@@ -15,11 +14,12 @@ from common import member
 from common.events import PeerDraining, PeerUp, Received
 from common.hello import hello
 from common.links import Links
-from common.member import Drain, Member
+from common.member import Drain, Member, Profile
 from common.membership import DRAINING, READY, STANDBY, STARTING
 from common.messages import Grant, Offer, Peer, VisionInbound
 from common.process import Stop
 from common.settings import VisionSettings
+from proto.twinlens.control.v1 import control_pb2
 
 DEADLINE = 20.0
 OFFER = Offer(
@@ -35,7 +35,7 @@ OFFER = Offer(
 
 
 class NoControlPlane:
-    """Remembers what a member says to its controller."""
+    """Records the states that a member reports to its controller."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.states: list[int] = []
@@ -59,18 +59,18 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 class Vision:
     """A vision member whose load the test sets."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, peers: tuple[str, ...] = (), **options: Any) -> None:
         self.stop = Stop()
         self.load = (0, 0)
         self.member: Member[VisionInbound] = Member(
-            VisionSettings(), "vision", self.stop, **options
+            VisionSettings(), self.stop, Profile(role="vision", peers=peers), **options
         )
         self.member.track_load(lambda: self.load)
         self.states: list[int] = self.member.membership.states  # type: ignore[attr-defined]
 
 
 class Client:
-    """A preprocess that is connected to it."""
+    """A preprocess that is connected to the vision member."""
 
     def __init__(self, member_id: str, vision: Vision) -> None:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -89,13 +89,13 @@ def vision() -> Iterator[Vision]:
     one.member.close()
 
 
-def works(vision: Vision) -> None:
-    """Its work loop has begun."""
+def start_working(vision: Vision) -> None:
+    """Begin the work loop."""
     assert vision.member.take_events(wait=False) == []
 
 
-def test_who_is_connected_hears_that_it_drains_and_who_connects_later_too(vision: Vision) -> None:
-    works(vision)
+def test_present_and_later_peers_are_notified_of_a_drain(vision: Vision) -> None:
+    start_working(vision)
     early = Client("preprocess-1", vision)
     vision.member.ready()
     vision.stop.drain()
@@ -107,9 +107,9 @@ def test_who_is_connected_hears_that_it_drains_and_who_connects_later_too(vision
         client.links.close()
 
 
-def test_the_loop_hears_of_it_once_and_ends_when_nothing_is_held(vision: Vision) -> None:
+def test_the_work_loop_gets_one_drain_event_and_ends_when_nothing_is_held(vision: Vision) -> None:
     vision.load = (1, 0)
-    works(vision)
+    start_working(vision)
     vision.stop.drain()
     assert vision.member.take_events(wait=True) == [Drain()]
     # It holds something.
@@ -119,8 +119,8 @@ def test_the_loop_hears_of_it_once_and_ends_when_nothing_is_held(vision: Vision)
     assert vision.member.next_event() is None
 
 
-def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision) -> None:
-    works(vision)
+def test_a_message_sent_before_peers_knew_of_the_drain_is_still_handled(vision: Vision) -> None:
+    start_working(vision)
     client = Client("preprocess-1", vision)
     assert isinstance(vision.member.next_event(), PeerUp)
     vision.stop.drain()
@@ -130,18 +130,17 @@ def test_what_was_sent_to_it_before_its_peers_knew_is_still_taken(vision: Vision
     assert isinstance(event, Received) and event.message == OFFER
     vision.member.links.send("preprocess-1", Grant(request_id="r", attempt=0, item=0))
     assert client.next() == PeerDraining(vision.member.id, "vision")
-    assert isinstance(client.next(), Received)  # it goes on talking
+    assert isinstance(client.next(), Received)  # it still sends
     client.links.close()
 
 
-@pytest.mark.parametrize(("role", "num_heard"), [("llm", 2), ("preprocess", 9)])
-def test_only_what_may_bring_work_keeps_it(
-    role: str, num_heard: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("role", "num_events"), [("llm", 2), ("preprocess", 9)])
+def test_only_messages_that_may_bring_work_delay_the_end_of_a_drain(
+    role: str, num_events: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that it gives work to tell it of their load all the time, and it would never be
-    quiet."""
+    """Peers that it gives work to report their load all the time, so it would never be quiet."""
     one = Vision(drains=True, peers=("llm",))
-    works(one)
+    start_working(one)
     one.stop.drain()
     assert one.member.next_event() == Drain()
     ticks = itertools.count(time.monotonic() + member.QUIET_SECONDS, member.QUIET_SECONDS / 5)
@@ -149,35 +148,37 @@ def test_only_what_may_bring_work_keeps_it(
     for _ in range(9):
         one.member.requeue([Received("one", role, OFFER)])
     one.member._last_event = next(ticks)
-    heard = list(iter(one.member.next_event, None))
-    assert len(heard) == num_heard
+    found = list(iter(one.member.next_event, None))
+    assert len(found) == num_events
     one.member.close()
 
 
-def test_before_it_leaves_it_hears_what_came_while_it_worked(
+def test_it_handles_what_arrived_during_its_last_work_before_it_leaves(
     vision: Vision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works(vision)
+    start_working(vision)
     client = Client("p", vision)
     assert isinstance(vision.member.next_event(), PeerUp)
     vision.stop.drain()
     assert vision.member.next_event() == Drain()
     monkeypatch.setattr(member, "QUIET_SECONDS", DEADLINE)
-    vision.member._last_event = time.monotonic() - 2 * DEADLINE  # the work took long
+    vision.member._last_event = time.monotonic() - 2 * DEADLINE  # the work took a long time
     client.links.send(vision.member.id, OFFER)
     assert vision.member.next_event() == Received("p", "preprocess", OFFER)
     client.links.close()
 
 
-def test_while_it_drains_no_other_state_is_told(vision: Vision) -> None:
-    works(vision)
+def test_a_draining_member_reports_no_other_state(vision: Vision) -> None:
+    start_working(vision)
     vision.stop.drain()
     vision.member.set_missing_roles(["llm"])
     vision.member.ready()
     assert vision.states == [DRAINING]
 
 
-def test_while_it_loads_it_leaves_at_once(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loading_member_that_drains_leaves_at_once(
+    vision: Vision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def leave(status: int) -> None:
         assert status == 0
         raise Left
@@ -187,7 +188,7 @@ def test_while_it_loads_it_leaves_at_once(vision: Vision, monkeypatch: pytest.Mo
         vision.stop.drain()
 
 
-def test_to_stop_does_not_wait_for_the_end_of_loading(
+def test_a_loading_member_that_stops_leaves_at_once(
     vision: Vision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -196,9 +197,9 @@ def test_to_stop_does_not_wait_for_the_end_of_loading(
     assert statuses.get(timeout=DEADLINE) == 0
 
 
-def test_one_that_does_not_drain_stops() -> None:
+def test_a_member_that_cannot_drain_stops() -> None:
     one = Vision()
-    works(one)
+    start_working(one)
     one.stop.drain()
     assert one.member.next_event() is None
     one.member.close()
@@ -207,27 +208,63 @@ def test_one_that_does_not_drain_stops() -> None:
 def test_a_standby_is_ready_when_it_is_promoted() -> None:
     one = Vision(standby=True)
     one.member.ready()
-    works(one)
+    start_working(one)
     one.stop.promote()
     assert one.states == [STANDBY, READY]
     one.member.close()
 
 
-def test_one_that_is_promoted_while_it_loads_is_ready_when_it_has_loaded() -> None:
+def test_a_standby_promoted_while_it_loads_is_ready_once_it_has_loaded() -> None:
     one = Vision(standby=True)
     one.stop.promote()
     one.member.set_missing_roles(["llm"])
     assert one.states == [STARTING]
     one.member.ready()
     assert one.states == [STARTING, READY]
-    works(one)
+    start_working(one)
     one.member.close()
 
 
-def test_to_stop_ends_the_wait_of_a_member_that_drains(vision: Vision) -> None:
+def test_a_stop_ends_the_wait_of_a_draining_member(vision: Vision) -> None:
     vision.load = (1, 0)
-    works(vision)
+    start_working(vision)
     vision.stop.drain()
     assert vision.member.next_event() == Drain()
     threading.Timer(0.05, vision.stop.set).start()
     assert vision.member.next_event() is None
+
+
+# Which members it connects to
+
+
+def entry(role: str, **fields: Any) -> control_pb2.Member:
+    return control_pb2.Member(**{"id": "x", "role": role, "state": READY} | fields)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (entry("vision"), True),
+        (entry("vision", state=DRAINING), True),
+        (entry("vision", state=STARTING), False),
+        (entry("vision", state=STANDBY), False),
+        (entry("vision", fingerprint="aa"), True),
+        (entry("vision", fingerprint="bb"), False),
+        (entry("detokenizer"), False),
+        (entry("llm", group="g", rank=0), True),
+        (entry("llm", group="g", rank=1), False),
+    ],
+    ids=str,
+)
+def test_it_gives_work_to_ready_members_of_its_peers_and_its_model(
+    other: control_pb2.Member, expected: bool
+) -> None:
+    profile = Profile(role="preprocess", fingerprint="aa", peers=("vision", "llm"))
+    assert profile.gives_work_to(other) is expected
+
+
+def test_ranks_share_a_group_by_its_name() -> None:
+    profile = Profile(role="llm", group="g")
+    assert profile.shares_group_with(entry("llm", group="g", rank=1, state=STARTING))
+    assert not profile.shares_group_with(entry("llm", group="g", rank=0))
+    assert not profile.shares_group_with(entry("llm", group="other", rank=1))

@@ -1,4 +1,4 @@
-"""Sockets that have something are found, whatever was done with them before."""
+"""Sockets that have a message are found, whatever was done with them before."""
 
 import os
 import select
@@ -23,7 +23,7 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 @pytest.fixture
 def pair(context: zmq.Context[zmq.Socket[bytes]]) -> Pair:
-    """Two connected sockets; the first is the one that is watched."""
+    """Return two connected sockets; the first one is polled."""
     near = context.socket(zmq.PAIR)
     far = context.socket(zmq.PAIR)
     port = far.bind_to_random_port("tcp://127.0.0.1")
@@ -43,7 +43,7 @@ def poller(pair: Pair) -> Iterator[Poller]:
 
 
 def poll(poller: Poller, seconds: float) -> list[object]:
-    return poller.ready(poller.wait(0 if poller.has_missed() else seconds))
+    return poller.ready(poller.wait(0 if poller.has_unreported() else seconds))
 
 
 def read_all(socket: zmq.Socket[bytes]) -> list[bytes]:
@@ -55,7 +55,7 @@ def read_all(socket: zmq.Socket[bytes]) -> list[bytes]:
             return found
 
 
-def test_a_message_wakes_and_what_was_read_does_not(pair: Pair, poller: Poller) -> None:
+def test_a_message_is_found_until_it_is_read(pair: Pair, poller: Poller) -> None:
     near, far = pair
     far.send(b"1")
     assert poll(poller, LONG) == [near]
@@ -63,7 +63,7 @@ def test_a_message_wakes_and_what_was_read_does_not(pair: Pair, poller: Poller) 
     assert poll(poller, 0) == []
 
 
-def test_what_arrived_before_it_was_watched_is_found(pair: Pair) -> None:
+def test_a_message_that_arrived_before_its_socket_was_registered_is_found(pair: Pair) -> None:
     near, far = pair
     far.send(b"1")
     assert near.poll(int(1000 * LONG)) and near.getsockopt(zmq.EVENTS) & zmq.POLLIN
@@ -73,27 +73,29 @@ def test_what_arrived_before_it_was_watched_is_found(pair: Pair) -> None:
     poller.close()
 
 
-def test_nothing_is_waited_for_longer_than_asked(poller: Poller) -> None:
+def test_a_wait_without_a_message_ends_in_time(poller: Poller) -> None:
     began = time.monotonic()
     assert poll(poller, 0.01) == []
     assert time.monotonic() - began >= 0.009
 
 
-def test_news_that_sending_took_from_the_descriptor_are_found(pair: Pair, poller: Poller) -> None:
+def test_a_message_whose_signal_was_consumed_by_sending_is_found(
+    pair: Pair, poller: Poller
+) -> None:
     near, far = pair
     far.send(b"1")
     descriptor = near.getsockopt(zmq.FD)
     assert select.select([descriptor], [], [], LONG)[0]
     while select.select([descriptor], [], [], 0)[
         0
-    ]:  # ZeroMQ looks at its news only now and then while it sends
+    ]:  # ZeroMQ looks at its signals only now and then while it sends
         near.send(b"x")
         far.recv()
-    poller.used(near)
+    poller.note_use(near)
     assert poll(poller, LONG) == [near]
 
 
-def test_a_plain_descriptor_is_told_until_it_is_read(pair: Pair, poller: Poller) -> None:
+def test_a_plain_descriptor_is_returned_until_it_is_read(pair: Pair, poller: Poller) -> None:
     descriptor = os.eventfd(0, os.EFD_NONBLOCK)
     poller.register(descriptor)
     os.eventfd_write(descriptor, 1)
@@ -103,17 +105,19 @@ def test_a_plain_descriptor_is_told_until_it_is_read(pair: Pair, poller: Poller)
     os.close(descriptor)
 
 
-def test_a_socket_is_told_once_though_it_was_used_and_has_news(pair: Pair, poller: Poller) -> None:
+def test_a_socket_is_returned_once_if_it_was_used_and_is_signalled(
+    pair: Pair, poller: Poller
+) -> None:
     near, far = pair
     far.send(b"1")
     assert select.select([near.getsockopt(zmq.FD)], [], [], LONG)[0]
-    poller.used(near)
+    poller.note_use(near)
     assert poll(poller, LONG) == [near]
 
 
-def test_one_that_is_left_is_told_no_more(pair: Pair, poller: Poller) -> None:
+def test_an_unregistered_socket_is_not_returned(pair: Pair, poller: Poller) -> None:
     near, far = pair
-    poller.used(near)
+    poller.note_use(near)
     poller.unregister(near)
     far.send(b"1")
     assert select.select([near.getsockopt(zmq.FD)], [], [], LONG)[0]

@@ -1,4 +1,4 @@
-"""When a work loop is hung, and when it is only busy, idle or stopped with its whole process."""
+"""A work loop is hung, or only busy, idle or stopped with its whole process."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_unit_without_progress_is_hung_after_three_seconds() -> None:
     assert watched.progress.age() == pytest.approx(3.5)
 
 
-def test_a_unit_that_is_expected_to_take_long_has_four_times_as_long() -> None:
+def test_a_unit_is_hung_after_four_times_its_expected_time() -> None:
     watched = Watched()
     watched.progress.begin(expected_seconds=10)
     assert not watched.is_hung_after(40)
@@ -47,7 +47,7 @@ def test_a_tick_is_progress() -> None:
     assert watched.is_hung_after(2)
 
 
-def test_who_waits_for_events_is_never_hung_not_even_by_a_tick_of_another_thread() -> None:
+def test_an_idle_loop_is_never_hung_not_even_by_a_tick_of_another_thread() -> None:
     watched = Watched()
     watched.progress.begin()
     watched.progress.idle()
@@ -65,17 +65,17 @@ def test_loading_is_not_hung_while_it_progresses() -> None:
     assert watched.is_hung_after(310)
 
 
-def test_a_process_that_was_stopped_as_a_whole_is_not_hung_when_it_goes_on() -> None:
+def test_a_process_that_was_stopped_as_a_whole_is_not_hung_when_it_continues() -> None:
     watched = Watched()
     watched.progress.begin()
     watched.pass_time(1)
-    watched.now += 60  # nobody watched
+    watched.now += 60  # without a watch
     assert not watched.progress.is_hung(), "whoever asks before the watcher looks again"
     assert not watched.is_hung_after(3)
     assert watched.is_hung_after(2)
 
 
-def test_units_are_measured_and_the_next_of_their_size_gets_four_times_as_long() -> None:
+def test_units_are_measured_and_set_the_patience_for_their_size() -> None:
     watched = Watched()
     times = UnitTimes()
     with watched.progress.unit(times, 100):
@@ -89,15 +89,15 @@ def test_units_are_measured_and_the_next_of_their_size_gets_four_times_as_long()
         assert not watched.is_hung_after(240)
 
 
-def test_an_unseen_size_is_expected_to_take_as_long_as_the_nearest_at_the_same_pace() -> None:
+def test_an_unseen_size_is_extrapolated_from_the_nearest_measured_one() -> None:
     times = UnitTimes()
     times.measured(100, 2.0)
     assert times.expected(100) == times.expected(127) == 2.0
     assert times.expected(1000) == 16.0, "three buckets up"
-    assert times.expected(1) == 2.0, "a smaller one may have a cost that does not shrink"
+    assert times.expected(1) == 2.0, "a part of the cost may not shrink with the size"
 
 
-def test_the_longest_of_the_last_units_counts_and_is_forgotten_slowly() -> None:
+def test_the_longest_of_the_recent_units_counts_and_is_forgotten_slowly() -> None:
     times = UnitTimes()
     times.measured(100, 2.0)
     times.measured(100, 0.1)
@@ -107,7 +107,7 @@ def test_the_longest_of_the_last_units_counts_and_is_forgotten_slowly() -> None:
     assert times.expected(100) == pytest.approx(0.1)
 
 
-def test_where_the_size_says_little_so_much_is_always_expected() -> None:
+def test_at_least_the_given_time_is_expected_of_every_size() -> None:
     times = UnitTimes(least_seconds=2.5)
     times.measured(1, 0.001)
     assert times.expected(1) == 2.5

@@ -1,5 +1,4 @@
-"""Messages to frames and back: nothing is lost or copied, and whatever is no message is a WireError
-and nothing else."""
+"""Messages become frames and back without loss or copies; anything else is a WireError."""
 
 import itertools
 import math
@@ -75,22 +74,20 @@ def header_of(message: msgspec.Struct) -> dict[str, Any]:
 @EVERY_HOP
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_every_message_of_every_hop_comes_back_as_it_was(
-    hop: tuple[str, str], data: st.DataObject
-) -> None:
+def test_every_message_of_every_hop_round_trips(hop: tuple[str, str], data: st.DataObject) -> None:
     message = data.draw(st.one_of(*map(any_message, kinds(HOPS[hop]))))
     frames = [memoryview(frame) for frame in encode(message)]
     assert decode(frames, HOPS[hop]) == message
 
 
 @EVERY_MESSAGE
-def test_each_tensor_has_one_frame_and_nothing_else_has_any(kind: type[msgspec.Struct]) -> None:
+def test_each_tensor_has_one_frame_and_no_other_field_has_one(kind: type[msgspec.Struct]) -> None:
     message = sample(kind, BYTE)
     assert len(encode(message)) == 1 + len(tensors_in(message))
 
 
 @pytest.mark.parametrize("kind", WITH_TENSORS, ids=lambda kind: kind.__name__)
-def test_the_header_does_not_grow_with_what_the_tensors_hold(kind: type[msgspec.Struct]) -> None:
+def test_the_header_does_not_grow_with_the_tensors(kind: type[msgspec.Struct]) -> None:
     small, large = (encode(sample(kind, Tensor.of_bytes(bytes(size)))) for size in (1, MEBIBYTE))
     # A dimension takes one byte or five.
     assert len(large[0]) - len(small[0]) == 4 * (len(large) - 1)
@@ -106,7 +103,7 @@ def test_the_largest_message_of_a_kind_is_within_the_limits(kind: type[msgspec.S
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3), (2, 1, 3, 2)], ids=str)
 @pytest.mark.parametrize("dtype", sorted(NUMPY_DTYPES.keys() - {"bfloat16"}))
-def test_an_array_comes_back_with_its_shape_and_values(dtype: str, shape: tuple[int, ...]) -> None:
+def test_an_array_round_trips_with_its_shape_and_values(dtype: str, shape: tuple[int, ...]) -> None:
     array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
     back = decode(
         encode(Pixels(request_id="r", attempt=1, item=0, patches=Tensor.of(array))),
@@ -116,7 +113,7 @@ def test_an_array_comes_back_with_its_shape_and_values(dtype: str, shape: tuple[
     np.testing.assert_array_equal(back, array)
 
 
-def test_bfloat16_goes_by_name_and_comes_back_as_its_bits() -> None:
+def test_bfloat16_is_sent_by_name_and_comes_back_as_its_bits() -> None:
     bits = np.array([[0x3F80, 0xBF80, 0x7F80]], np.uint16)
     message = sample(Embeddings, Tensor("bfloat16", bits.shape, bits.tobytes()))
     back = decode(encode(message), Embeddings).embeddings
@@ -147,7 +144,7 @@ def test_encoding_sends_the_memory_of_the_array_itself() -> None:
     assert np.shares_memory(np.frombuffer(frame, np.uint8), array)
 
 
-def test_decoding_gives_read_only_views_of_the_frames() -> None:
+def test_decoding_returns_read_only_views_of_the_frames() -> None:
     frame = np.arange(6, dtype=np.uint8).tobytes()
     back = decode(pixels([1, "uint8", [2, 3]], frame), PreprocessToVision).patches
     assert back.data is frame
@@ -155,7 +152,7 @@ def test_decoding_gives_read_only_views_of_the_frames() -> None:
     assert not back.numpy().flags.writeable
 
 
-def test_text_and_bytes_come_back() -> None:
+def test_text_and_bytes_round_trip() -> None:
     assert Tensor.of_text("größer 漢字 \x00").text() == "größer 漢字 \x00"
     assert Tensor.of_bytes(b"\xff\x00").bytes() == b"\xff\x00"
 
@@ -224,12 +221,12 @@ def test_a_tensor_that_does_not_fit_its_frame_is_refused(patches: Any, frame: by
     [[], [b"ab", b""], [b"ab"] * 2, [b"ab"] * MAX_FRAMES],
     ids=lambda frames: f"{len(frames)} frames",
 )
-def test_each_frame_must_belong_to_something(frames: list[bytes]) -> None:
+def test_each_frame_must_be_used(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         decode(pixels([1, "uint8", [2]], *frames), PreprocessToVision)
 
 
-def test_nothing_at_all_is_refused() -> None:
+def test_a_message_without_frames_is_refused() -> None:
     with pytest.raises(WireError):
         decode([], PreprocessToVision)
 
@@ -243,7 +240,7 @@ def test_a_frame_is_used_once() -> None:
 
 
 @EVERY_MESSAGE
-def test_a_header_cut_off_anywhere_is_refused(kind: type[msgspec.Struct]) -> None:
+def test_a_truncated_header_is_refused(kind: type[msgspec.Struct]) -> None:
     header, *frames = encode(sample(kind, BYTE))
     for length in range(len(header)):
         with pytest.raises(WireError):
@@ -280,12 +277,12 @@ def test_a_header_cut_off_anywhere_is_refused(kind: type[msgspec.Struct]) -> Non
     ],
     ids=lambda header: header[:8].hex() + f" {len(header)}",
 )
-def test_a_header_that_is_no_message_is_refused(header: bytes) -> None:
+def test_a_header_that_is_not_a_message_is_refused(header: bytes) -> None:
     with pytest.raises(WireError):
         decode([header], VisionToPreprocess)
 
 
-def test_a_header_beyond_its_limit_is_refused_for_its_size_whatever_it_says() -> None:
+def test_a_header_beyond_its_limit_is_refused_for_its_size() -> None:
     with pytest.raises(WireError, match="at most 65536"):
         decode([msgpack.packb(GRANT) + b" " * MAX_HEADER_BYTES], VisionToPreprocess)
 
@@ -294,7 +291,7 @@ def test_a_header_beyond_its_limit_is_refused_for_its_size_whatever_it_says() ->
     "start", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "text", "bytes"]
 )
 @pytest.mark.parametrize("field", ["image", "patches"])
-def test_memory_is_not_taken_for_what_a_header_only_claims_to_hold(
+def test_no_memory_is_allocated_for_what_a_header_only_claims_to_hold(
     field: str, start: bytes
 ) -> None:
     claim = start + b"\x7f\xff\xff\xff"
@@ -346,7 +343,7 @@ def test_a_message_without_a_required_field_is_refused(field: str) -> None:
 
 
 @EVERY_HOP
-def test_a_hop_takes_its_own_messages_alone(hop: tuple[str, str]) -> None:
+def test_a_hop_accepts_only_its_own_messages(hop: tuple[str, str]) -> None:
     own = kinds(HOPS[hop])
     assert own[0] is Hello
     for kind in MESSAGES:
@@ -363,7 +360,7 @@ def test_a_hop_takes_its_own_messages_alone(hop: tuple[str, str]) -> None:
     [math.nan, math.inf, -math.inf, -1.0, -1e-300, 1e10, 2**64 - 1, True, "1", None],
     ids=repr,
 )
-def test_a_time_that_is_no_number_of_seconds_is_refused(seconds: Any) -> None:
+def test_an_invalid_number_of_seconds_is_refused(seconds: Any) -> None:
     offer = header_of(sample(Offer, BYTE))
     with pytest.raises(WireError):
         decode([msgpack.packb(offer | {"timeout": seconds})], PreprocessToVision)
@@ -404,7 +401,7 @@ def test_sampling_and_stopping_are_checked_on_the_wire_too(
 @pytest.mark.parametrize(
     "change", [{"type": "x" * 60_000}, {"x" * 60_000: 1}], ids=["tag", "field"]
 )
-def test_an_error_does_not_repeat_at_length_what_came(change: dict[str, Any]) -> None:
+def test_an_error_does_not_quote_its_input_at_length(change: dict[str, Any]) -> None:
     with pytest.raises(WireError) as caught:
         decode([msgpack.packb(GRANT | change)], VisionToPreprocess)
     assert len(str(caught.value)) <= MAX_ERROR_CHARS
@@ -434,7 +431,7 @@ NONSENSE = (
 )
 
 
-def test_twenty_megabytes_of_nonsense_take_no_memory() -> None:
+def test_twenty_megabytes_of_nonsense_use_no_memory() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FLOOD.format(nonsense=NONSENSE)],
         capture_output=True,

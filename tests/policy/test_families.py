@@ -32,16 +32,11 @@ def imported_families(tree: ast.AST) -> list[str]:
 
 
 OUTSIDE = [file for file in sources() if file.parent.name != "families"]
-KNOWN = [f"services/vision/{name}_tower.py" for name in ("graphed", "static", "torch")]
-"""Files that still import a family. They go once towers are composed, and this list with them."""
 
 
 @pytest.mark.parametrize(
     "file",
-    [
-        pytest.param(file, marks=[pytest.mark.xfail] if str(file) in KNOWN else [])
-        for file in OUTSIDE
-    ],
+    OUTSIDE,
     ids=str,
 )
 def test_nothing_outside_families_imports_a_family(file: Path) -> None:

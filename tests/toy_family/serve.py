@@ -1,4 +1,4 @@
-"""`twinlens`, whose services know the toy family, too: python -m tests.toy_family.serve serve ..."""
+"""`twinlens` with the toy family: python -m tests.toy_family.serve serve --model ..."""
 
 from functools import partial
 from pathlib import Path
