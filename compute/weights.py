@@ -19,9 +19,9 @@ class Weights:
         self,
         checkpoint: Checkpoint,
         counts: Callable[[str], bool] = lambda name: True,
-        progress: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
     ) -> None:
-        """After each read, `progress` gets the fraction of the bytes that were asked for.
+        """After each read, `report_loading` gets the fraction of the bytes that were asked for.
 
         The whole is the bytes of the tensors whose canonical names `counts` accepts.
         """
@@ -31,7 +31,7 @@ class Weights:
             canonical_name(name): (name, info) for name, info in checkpoint.tensors.items()
         }
         self._files: dict[str, Any] = {}
-        self._progress = progress
+        self._report_loading = report_loading
         self._unread = {
             name: info.num_bytes for name, (_, info) in self._tensors.items() if counts(name)
         }
@@ -80,7 +80,7 @@ class Weights:
         self.num_bytes_read += stored.nbytes
         loaded = stored.to(device=device, dtype=dtype, copy=True)
         self._unread.pop(name, None)
-        self._progress(1 - sum(self._unread.values()) / self._total)
+        self._report_loading(1 - sum(self._unread.values()) / self._total)
         return loaded
 
     def _find(self, name: str, shape: tuple[int, ...]) -> tuple[str, TensorInfo]:

@@ -30,12 +30,14 @@ class CudaModelRunner(ModelRunner):
         device: torch.device,
         num_blocks: int,
         block_size: int,
-        progress: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
         shard: Shard = Shard(),
         max_num_seqs: int = 64,
     ) -> None:
         # One block more than the scheduler knows. Rows that fill up a captured batch write there.
-        super().__init__(checkpoint, dtype, device, num_blocks + 1, block_size, progress, shard)
+        super().__init__(
+            checkpoint, dtype, device, num_blocks + 1, block_size, report_loading, shard
+        )
         self._graphs: DecodeGraphs | None = None
         if objection := objection_to_pages(dtype, checkpoint.sizes.head_dim, block_size, device):
             get_logger().warning(
@@ -51,7 +53,7 @@ class CudaModelRunner(ModelRunner):
             max_context,
             checkpoint.family.num_position_components,
             captured_sizes(max_num_seqs),
-            progress,
+            report_loading,
         )
 
     @torch.inference_mode()

@@ -46,7 +46,7 @@ class DecodeGraphs:
         max_context: int,
         num_position_components: int,
         sizes: Iterable[int],
-        progress: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -63,7 +63,7 @@ class DecodeGraphs:
         for size in reversed(self._sizes):
             self._send(self._blank(size))
             self._graphs[size] = pool.capture(partial(self._compute, size))
-            progress(1.0)
+            report_loading(1.0)
 
     def covers(self, plan: StepPlan) -> bool:
         """Whether a graph can run the step."""

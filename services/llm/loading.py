@@ -27,7 +27,7 @@ class ShardLoader:
         dtype: torch.dtype,
         device: torch.device,
         shard: Shard = Shard(),
-        progress: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
         quantization: str = "none",
     ) -> None:
         """Raises BadCheckpoint if the ranks cannot share the model."""
@@ -38,7 +38,7 @@ class ShardLoader:
         self.shard = shard
         self._product = Int8Linear if quantization == "int8" else Linear
         tower = checkpoint.family.tower_prefixes
-        self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), progress)
+        self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), report_loading)
 
     @property
     def num_bytes_read(self) -> int:

@@ -26,11 +26,11 @@ class ModelRunner:
         device: torch.device,
         num_blocks: int,
         block_size: int,
-        progress: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
         shard: Shard = Shard(),
         quantization: str = "none",
     ) -> None:
-        self._model = families.load(checkpoint, dtype, device, shard, progress, quantization)
+        self._model = families.load(checkpoint, dtype, device, shard, report_loading, quantization)
         self._block_size = block_size
         shape = self._model.kv_cache_shape(num_blocks, block_size)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)

@@ -77,13 +77,13 @@ def test_a_missing_head_is_named(tmp_path: Path) -> None:
         load(open_checkpoint(checkpoint.path), torch.float32, CPU)
 
 
-def test_loading_tells_its_progress() -> None:
+def test_loading_reports_its_fraction() -> None:
     told: list[float] = []
     load(
         open_checkpoint(GoldenCase("b_two_images_tied").checkpoint),
         torch.float32,
         CPU,
-        progress=told.append,
+        report_loading=told.append,
     )
     assert told == sorted(told) and len(told) > 10 and told[-1] == 1
 

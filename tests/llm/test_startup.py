@@ -34,7 +34,7 @@ def test_weight_bytes_are_those_that_are_loaded(name: str) -> None:
 
 def test_the_cpu_has_the_plain_runner() -> None:
     checkpoint = open_checkpoint(GoldenCase("d_text").checkpoint)
-    member: Any = SimpleNamespace(loading=lambda fraction: None)
+    member: Any = SimpleNamespace(report_loading=lambda fraction: None)
     runner = make_runner(
         LlmSettings(max_num_seqs=8),
         checkpoint,

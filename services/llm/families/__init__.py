@@ -21,7 +21,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     shard: Shard = Shard(),
-    progress: Callable[[float], None] = lambda fraction: None,
+    report_loading: Callable[[float], None] = lambda fraction: None,
     quantization: str = "none",
 ) -> LanguageModel:
     """Return one rank's share of the checkpoint's language model.
@@ -31,5 +31,5 @@ def load(
     BadCheckpoint
         if the checkpoint cannot be served, or not by this number of ranks.
     """
-    loader = ShardLoader(checkpoint, dtype, device, shard, progress, quantization)
+    loader = ShardLoader(checkpoint, dtype, device, shard, report_loading, quantization)
     return FAMILIES[checkpoint.family.model_type](checkpoint, loader)
