@@ -30,17 +30,19 @@ class Serving:
     The end of the with block interrupts the launcher and waits until it has ended.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, module: str = "services.cli") -> None:
+        """`module` is the command to run; `twinlens` itself, unless a test extends it."""
         self.http_port = free_port()
         self.grpc_port = free_port()
         ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli", "serve", *ports, *arguments],
+            [sys.executable, "-m", module, "serve", *ports, *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=own_environment(),
+            # Children do not import from the working directory, so tests name it here.
+            env=own_environment() | {"PYTHONPATH": str(ROOT)},
         )
         self.lines: list[str] = []
         self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -22,8 +22,8 @@ RECEIPT = ROOT / "examples" / "receipt.png"
 class Running(Serving):
     """`twinlens serve`, and the requests of its clients."""
 
-    def __init__(self, *arguments: str) -> None:
-        super().__init__("--log-level", "debug", *arguments)
+    def __init__(self, *arguments: str, module: str = "services.cli") -> None:
+        super().__init__("--log-level", "debug", *arguments, module=module)
 
     def __enter__(self) -> "Running":
         super().__enter__()

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.toy_family.checkpoint import BLOCKS, HEAD_WIDTH, HEADS, KEY_HEADS
+from tests.toy_family.checkpoint import (
+    BLOCKS,
+    HEAD_WIDTH,
+    HEADS,
+    KEY_HEADS,
+    PATCH,
+    PATCHES_PER_TOKEN,
+)
 from tests.toy_family.language import BASE, FIRST_COMPONENT_SHARE, NORM_EPS
 
 
@@ -43,6 +50,27 @@ class PlainModel:
             places.append((len(ids) + rope_delta, len(ids) + rope_delta))
             ids.append(int(best.indices[0]))
         return ids[len(token_ids) :], smallest_gap
+
+    def embeddings(self, patches: Tensor, columns: int, content_size: tuple[int, int]) -> Tensor:
+        """Return a picture's embeddings [num_tokens, width].
+
+        `patches` are uint8 [num_patches, values] in raster order, `columns` of them in each row.
+        """
+        height, width = content_size
+        look, mix, tell = (self._weights[f"eye.{name}"] for name in ("look", "mix", "tell"))
+        seen = []
+        for index, patch in enumerate(patches):
+            pixels = patch.double().view(3, PATCH, PATCH) / 127.5 - 1
+            row, column = divmod(index, columns)
+            pixels[:, max(0, height - row * PATCH) :] = 0
+            pixels[:, :, max(0, width - column * PATCH) :] = 0
+            seen.append(look @ pixels.flatten())
+        mixed = []
+        for x in seen:
+            weights = torch.stack([x @ mix @ other for other in seen]).softmax(0)
+            mixed.append(x + sum(w * other for w, other in zip(weights, seen, strict=True)))
+        n = PATCHES_PER_TOKEN
+        return torch.stack([tell @ torch.cat(mixed[i : i + n]) for i in range(0, len(mixed), n)])
 
     def logits(
         self,

@@ -4,6 +4,7 @@ The toy family has its own patch size and number of patches per token, has no wi
 what an item has beyond its content.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.llm.cuda_on_cpu import CPU, ReplayedPool
 from tests.toy_family import tower as toy_tower
 from tests.toy_family.checkpoint import PATCH, PATCHES_PER_TOKEN, WIDTH, make_checkpoint
 from tests.toy_family.description import MODEL_TYPE, Toy
+from tests.toy_family.plain import PlainModel
 from tests.toy_family.tower import CHUNK
 
 BUCKETS = (10, 30)
@@ -59,24 +61,11 @@ def item(shape: ItemShape, seed: int = 0) -> tuple[Tensor, ItemShape]:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=random), shape
 
 
-def computed_plainly(tower: toy_tower.Eye, patches: Tensor, shape: ItemShape) -> Tensor:
+@pytest.fixture
+def plain(checkpoint: Checkpoint) -> Callable[[Tensor, ItemShape], Tensor]:
     """Compute the embeddings in loops over patches and pixels, in float64."""
-    _, _, columns = shape.grid_thw
-    height, width = shape.content_size
-    look, mix, tell = (x.double() for x in (tower._look, tower._mix, tower._tell))
-    seen = []
-    for index, patch in enumerate(patches):
-        pixels = patch.double().view(3, PATCH, PATCH) / 127.5 - 1
-        row, column = divmod(index, columns)
-        pixels[:, max(0, height - row * PATCH) :] = 0
-        pixels[:, :, max(0, width - column * PATCH) :] = 0
-        seen.append(look @ pixels.flatten())
-    mixed = []
-    for x in seen:
-        weights = torch.stack([x @ mix @ other for other in seen]).softmax(0)
-        mixed.append(x + sum(w * other for w, other in zip(weights, seen, strict=True)))
-    groups = [mixed[i : i + PATCHES_PER_TOKEN] for i in range(0, len(mixed), PATCHES_PER_TOKEN)]
-    return torch.stack([tell @ torch.cat(group) for group in groups])
+    model = PlainModel(checkpoint.path)
+    return lambda patches, shape: model.embeddings(patches, shape.grid_thw[2], shape.content_size)
 
 
 def is_near(found: Tensor, expected: Tensor) -> bool:
@@ -92,7 +81,9 @@ def encoders(tower: AnyTower) -> dict[str, Encoder]:
 
 
 @pytest.mark.parametrize("how", ["eager", "static", "graphed"])
-def test_every_way_to_run_the_tower_equals_plain_loops(how: str, tower: AnyTower) -> None:
+def test_every_way_to_run_the_tower_equals_plain_loops(
+    how: str, tower: AnyTower, plain: Callable[[Tensor, ItemShape], Tensor]
+) -> None:
     """Three times each: at the third, a graph that was captured is replayed for another item."""
     encoder = encoders(tower)[how]
     for seed in range(3):
@@ -100,7 +91,7 @@ def test_every_way_to_run_the_tower_equals_plain_loops(how: str, tower: AnyTower
             patches, _ = item(shape, seed)
             found = encoder.encode(patches, shape)
             assert found.shape == (len(patches) // PATCHES_PER_TOKEN, WIDTH)
-            assert is_near(found, computed_plainly(tower, patches, shape))
+            assert is_near(found, plain(patches, shape))
 
 
 def test_content_of_another_size_has_a_graph_of_its_own(tower: AnyTower) -> None:
@@ -110,13 +101,15 @@ def test_content_of_another_size_has_a_graph_of_its_own(tower: AnyTower) -> None
     assert list(encoder._graphs) == SHAPES
 
 
-def test_padding_behind_the_item_may_have_any_values(tower: AnyTower) -> None:
+def test_padding_behind_the_item_may_have_any_values(
+    tower: AnyTower, plain: Callable[[Tensor, ItemShape], Tensor]
+) -> None:
     patches, shape = item(SHAPES[1])
     length = tower.padded_length(BUCKETS[0])
     plan = tower.plan(shape, length)
     poison = torch.full((length - len(patches), tower.values_per_patch), 255, dtype=torch.uint8)
     rows = tower.forward(torch.cat((patches, poison)), plan)
-    assert is_near(rows[: tower.num_tokens(shape)], computed_plainly(tower, patches, shape))
+    assert is_near(rows[: tower.num_tokens(shape)], plain(patches, shape))
 
 
 def test_the_shapes_of_a_static_tower_depend_on_the_bucket_alone(

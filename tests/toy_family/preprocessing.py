@@ -1,0 +1,116 @@
+"""The preprocess rules of the toy family: pictures keep their size, and are padded with white."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint import Checkpoint
+from common.errors import TooLarge
+from common.messages import ItemKind
+from services.preprocess import images
+from services.preprocess.families import ItemLimits
+from services.preprocess.prepared import PreparedItem
+
+MAX_SIDE = 96
+"""Longer sides are shortened to this number of pixels."""
+PADDING = 255
+TOKENS_PER_PARAMETER = 64
+"""The rope parameter of a prompt grows by 1 for each such number of tokens."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A padded picture. Implements `PreparedItem`."""
+
+    kind: ItemKind
+    mm_hash: str
+    pixels: np.ndarray
+    """uint8 [height, width, 3], padded to whole patches and whole tokens."""
+    content_size: tuple[int, int]
+    patch: int
+    patches_per_token: int
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        height, width, _ = self.pixels.shape
+        return 1, height // self.patch, width // self.patch
+
+    @property
+    def num_patches(self) -> int:
+        return prod(self.grid_thw)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches // self.patches_per_token
+
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes
+
+    def patches(self) -> np.ndarray:
+        """Patches in raster order, values by (channel, y, x)."""
+        _, rows, columns = self.grid_thw
+        cells = self.pixels.reshape(rows, self.patch, columns, self.patch, 3)
+        return cells.transpose(0, 2, 4, 1, 3).reshape(self.num_patches, -1)
+
+
+class ToyRules:
+    """Implements `FamilyRules`."""
+
+    whole = False
+    settings: dict[str, Any] = {"padding": PADDING}
+
+    def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
+        eye = checkpoint.config["eye"]
+        self._patch: int = eye["patch"]
+        self._patches_per_token: int = eye["patches_per_token"]
+
+    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
+        height, width, _ = pixels.shape
+        size = min(height, MAX_SIDE), min(width, MAX_SIDE)
+        rows, columns = self._grid(*size)
+        if max_patches and rows * columns > max_patches:
+            raise TooLarge(f"it has {rows * columns} patches, at most {max_patches} are allowed")
+        return size
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of patches. Each row has whole tokens."""
+        tokens = -(-width // (self._patch * self._patches_per_token))
+        return -(-height // self._patch), tokens * self._patches_per_token
+
+    def prepare_item(
+        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
+    ) -> Picture:
+        height, width = size
+        rows, columns = self._grid(height, width)
+        shape = (rows * self._patch, columns * self._patch, 3)
+        padded = np.full(shape, PADDING, dtype=np.uint8)
+        padded[:height, :width] = images.resize(pixels, height, width)
+        return Picture(kind, mm_hash, padded, size, self._patch, self._patches_per_token)
+
+    def positions(
+        self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
+    ) -> tuple[np.ndarray, int]:
+        """The first component stands still in an item; the second counts its tokens.
+
+        The text after an item of n tokens goes on n // 2 + 1 beyond the item's first position.
+        """
+        positions = np.empty((2, num_tokens), dtype=np.int64)
+        done = counter = 0
+        for offset, item in zip(offsets, items, strict=True):
+            positions[:, done:offset] = np.arange(counter, counter + offset - done)
+            counter += offset - done
+            done = offset + item.num_tokens
+            positions[0, offset:done] = counter
+            positions[1, offset:done] = np.arange(counter, counter + item.num_tokens)
+            counter += item.num_tokens // 2 + 1
+        positions[:, done:] = np.arange(counter, counter + num_tokens - done)
+        return positions, counter - done
+
+    def rope_parameter(self, num_tokens: int) -> int:
+        return 1 + num_tokens // TOKENS_PER_PARAMETER
+
+
+load = ToyRules
