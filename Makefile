@@ -1,8 +1,11 @@
 # Two commands do all the set-up: `make run` and `make test`.
 PYTHON ?= python3.11
 VENV := .venv
-# The folders of tests/ that need real processes, real clients, containers or a GPU.
-REAL := contract deploy gpu system
+PYTEST := $(VENV)/bin/python -m pytest
+TWO_WORKERS := --numprocesses 2 --dist loadfile
+# The folders of tests/ that `make unit` leaves out.
+WITH_PROCESSES := contract system
+WITH_EQUIPMENT := deploy gpu
 
 .PHONY: run test unit sanitize install check proto images image-cuda lock soak
 
@@ -20,12 +23,13 @@ check: install
 
 unit: install
 	@echo "Unit tests, with two workers"
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(REAL:%=--ignore=tests/%)
+	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=--ignore=tests/%) $(WITH_EQUIPMENT:%=--ignore=tests/%)
 
-# What starts many processes runs alone, so that they are not short of CPU time.
 test: check unit
-	@echo "Tests that need real processes, real clients, containers or a GPU"
-	$(VENV)/bin/python -m pytest $(REAL:%=tests/%)
+	@echo "Tests with real processes and real clients, with two workers"
+	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=tests/%)
+	@echo "Tests that need containers or a GPU, and are skipped without them"
+	$(PYTEST) $(WITH_EQUIPMENT:%=tests/%)
 
 # The tests of the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer: about two minutes.
 sanitize: install

@@ -1,5 +1,4 @@
-"""Makes checkpoints of random bfloat16 weights, complete in Hugging Face layout, so that they can
-be served like any other."""
+"""Make checkpoints of random bfloat16 weights, complete enough to be served like any other."""
 
 import json
 import shutil
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from common.settings import EMBEDDED_MODEL
 
-# Of the embedded model, whose tokenizer is taken over: its bytes and special tokens come first.
+# Files of the embedded model. Its bytes and special tokens come first in the vocabulary.
 COPIED = ("generation_config.json", "tokenizer_config.json", "chat_template.json")
 NUM_KNOWN_TOKENS = 278
 MAX_PIXELS = 12845056
@@ -53,7 +52,7 @@ SHAPES = {
 
 
 def make(name: str, folder: Path) -> Path:
-    """The checkpoint of that name in the folder, made if it is not there yet."""
+    """Return the checkpoint of that name in the folder, and make it first if it is missing."""
     path = folder / name
     shapes = SHAPES[name]
     if path.exists():
@@ -69,6 +68,11 @@ def make(name: str, folder: Path) -> Path:
     write_json(unfinished / "tokenizer.json", tokenizer_of(shapes))
     write_weights(unfinished, shapes)
     return unfinished.rename(path)
+
+
+def find(name: str, folder: Path) -> str:
+    """Return the path of one of the known checkpoints, or a model directory as it is named."""
+    return str(make(name, folder)) if name in SHAPES else name
 
 
 def config_of(shapes: Shapes) -> dict[str, Any]:
@@ -99,10 +103,12 @@ def config_of(shapes: Shapes) -> dict[str, Any]:
 
 
 def tokenizer_of(shapes: Shapes) -> dict[str, Any]:
-    """The embedded model's, and a word of its own for every other token, so that equal texts are
-    equal tokens."""
+    """Return the embedded model's tokenizer, with one word for each further token.
+
+    Different tokens thus have different texts.
+    """
     tokenizer = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())
-    # Special tokens that the vocabulary does not hold would be numbered after its last word.
+    # Special tokens missing from the vocabulary would be numbered after its last word.
     special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     tokenizer["model"]["vocab"] |= special | {
         f"Ġw{i}": i for i in range(NUM_KNOWN_TOKENS, shapes.vocab_size)
@@ -128,7 +134,7 @@ def write_weights(path: Path, shapes: Shapes) -> None:
 
 
 def files_of(shapes: Shapes) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each file: what is written at once must fit into memory."""
+    """Yield the tensors of each file; those written at once must fit into memory."""
     names: dict[str, tuple[int, ...]] = {}
     for name, shape in (*language_tensors(shapes), *vision_tensors(shapes)):
         if names and 2 * sum(map(prod, (*names.values(), shape))) > MAX_FILE_BYTES:
@@ -139,8 +145,10 @@ def files_of(shapes: Shapes) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def values(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Of a size that keeps activations near one. The head's rows of bytes and special tokens are
-    zero: no greedy answer ends early."""
+    """Return random bfloat16 values that keep activations near one.
+
+    The rows of bytes and special tokens in the head are zero: no greedy answer ends early.
+    """
     if len(shape) == 1 and name.endswith("weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     random = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,5 +1,4 @@
-"""An all-reduce between ranks on the CPUs of one host: torch.distributed's gloo against our shared
-memory, side by side.
+"""An all-reduce between ranks on one host's CPUs: gloo compared with shared memory.
 
     python -m benchmarks.collectives --tp 2
 

@@ -1,13 +1,13 @@
-"""How near the engine comes to what this machine can do: decode, prefill and vision beside their
-own matrix products and attention.
+"""How near the engine comes to what this machine can do.
 
     python -m benchmarks.engine --checkpoint mid --threads 1
 
-Everything is timed in turn, round after round in one process, so that whatever else the machine
-does falls on all alike. With one thread its CPU time is counted: what others on the same core take
-is no part of it. A product is timed alone on weights that are larger together than the last-level
-cache, with every kernel there is for it: torch's own, oneDNN's on packed weights, ours. Prints
-tables of medians, and a last line of JSON.
+Decode, prefill and vision are compared with their own matrix products and attention calls. All are
+timed in turn, round after round in one process, so that other load on the machine affects all
+alike. With one thread, its CPU time is counted, which excludes other work on the same core. A
+product is timed alone on weights that are together larger than the last-level cache. Every kernel
+for it is timed: torch's own, oneDNN's on packed weights, and ours. Prints tables of medians, and a
+last line of JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import checkpoints, passes, scheduling
 from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
-from common.checkpoint import open_checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from compute.device import Device, choose_dtype
 from compute.kernels.library import bfloat16_kernels, cpu_flags
 from compute.quantization import check_quantization
@@ -40,7 +40,7 @@ INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni"
 
 @dataclass
 class Measured:
-    """Seconds of every case, one entry a round."""
+    """The seconds of every case, with one entry for each round."""
 
     seconds: dict[str, list[float]]
 
@@ -49,8 +49,10 @@ class Measured:
 
 
 def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float]) -> Measured:
-    """Each case in turn; short ones several times a turn. The first round warms up and says how
-    often."""
+    """Time each case in turn, short ones several times a turn.
+
+    A first round warms up, and decides how often a case is repeated.
+    """
     repeats = {
         name: max(1, round(SECONDS_A_TURN / timed(case.run, 1, clock)))
         for name, case in cases.items()
@@ -70,7 +72,7 @@ def timed(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -
 
 
 def report_kernels(measured: Measured, timed_passes: list[Pass]) -> None:
-    """The products and attention calls of every pass, each kernel's median."""
+    """Print the median of each kernel for the products and attention calls of every pass."""
     print(f"\n{'call':44} {'kernel':8} {'ms':>9} {'GB/s':>7} {'GFLOPS':>8}")
     for part in {part.name: part for each in timed_passes for part in each.parts}.values():
         for kernel in part.kernels:
@@ -84,8 +86,10 @@ def report_kernels(measured: Measured, timed_passes: list[Pass]) -> None:
 
 
 def summary(measured: Measured, each: Pass, bandwidth: float) -> dict[str, float]:
-    """What the pass takes, and of that what its calls take alone: the fastest kernels, and those
-    that the engine uses."""
+    """Return the time of a pass, and the shares of it that its calls take when timed alone.
+
+    The shares are computed with the fastest kernels, and with those that the engine uses.
+    """
     whole = measured.median(each.name)
     best = sum(
         part.count * min(measured.median(f"{part.name}/{kernel}") for kernel in part.kernels)
@@ -160,13 +164,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         default="mid",
-        help="mid, 3b (made where they are not there yet), or a model directory",
+        help="mid or 3b (made if missing), or a model directory",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path.home() / ".cache" / "twinlens" / "checkpoints",
-        help="where they are made",
+        help="where checkpoints are made",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -175,34 +179,42 @@ def parse() -> argparse.Namespace:
         "--context",
         type=int,
         default=330,
-        help="tokens that a decoding sequence has (a 448x448 image and a question)",
+        help="tokens of a decoding sequence (default: a 448x448 image and a question)",
     )
     parser.add_argument(
-        "--decode-only", action="store_true", help="no prefill, no images: minutes even for 3b"
+        "--decode-only",
+        action="store_true",
+        help="no prefill and no images: takes minutes even for 3b",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no large image")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and no large image")
     return parser.parse_args()
+
+
+def choose_passes(
+    options: argparse.Namespace, checkpoint: Checkpoint, runner: ModelRunner, dtype: torch.dtype
+) -> list[Pass]:
+    found = passes.of_language(
+        runner, checkpoint.sizes, dtype, options.context, options.quantization
+    )
+    if options.decode_only:
+        return found[: len(passes.BATCHES)]
+    pictures = list(PICTURES)[: 1 if options.quick else None]
+    return found + passes.of_vision(Qwen25VisionTower(checkpoint, dtype, CPU), dtype, pictures)
 
 
 @torch.inference_mode()
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    made = options.checkpoint in checkpoints.SHAPES
-    checkpoint = open_checkpoint(
-        checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint
-    )
+    checkpoint = open_checkpoint(checkpoints.find(options.checkpoint, options.folder))
     dtype = choose_dtype(options.dtype, Device(CPU), checkpoint)
     check_quantization(options.quantization, CPU, dtype)
-    conditions = (
-        machine()
-        | {"quantization": options.quantization}
-        | {
-            "checkpoint": checkpoint.name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": options.threads,
-        }
-    )
+    conditions = machine() | {
+        "quantization": options.quantization,
+        "checkpoint": checkpoint.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": options.threads,
+    }
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
     num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (
@@ -211,14 +223,7 @@ def main() -> None:
     runner = ModelRunner(
         checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization
     )
-    timed_passes = passes.of_language(
-        runner, checkpoint.sizes, dtype, options.context, options.quantization
-    )
-    if options.decode_only:
-        timed_passes = timed_passes[: len(passes.BATCHES)]
-    else:
-        pictures = list(PICTURES)[: 1 if options.quick else None]
-        timed_passes += passes.of_vision(Qwen25VisionTower(checkpoint, dtype, CPU), dtype, pictures)
+    timed_passes = choose_passes(options, checkpoint, runner, dtype)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {
         case.name: case for each in timed_passes for case in each.cases()

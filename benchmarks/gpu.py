@@ -1,8 +1,8 @@
-"""How near the engine comes to what a CUDA device can do: decode beside its memory bandwidth,
-prefill and vision beside its matrix rate.
+"""How near the engine comes to what a CUDA device can do.
 
     python -m benchmarks.gpu --checkpoint 7b
 
+Decode is compared with the memory bandwidth, prefill and vision with the rate of matrix products.
 The limits are measured in the same run: the best rate of reading and of copying a large buffer, and
 of a product of large bfloat16 matrices. Prints a table of medians, and a last line of JSON.
 """
@@ -35,7 +35,7 @@ ROUNDS = 20
 WARM_UPS = 3
 DECODE_CONTEXT = 512
 DECODE_BATCHES = {1: 0.80, 32: 0.65}
-"""Sequences of a step, and the share of the limit that is wanted."""
+"""The sequences of a step, and the wanted share of the limit."""
 PREFILLS = (1024, 4096)
 PICTURES = {"448x448": (1, 32, 32), "1288x728": (1, 52, 92)}
 WANTED_OF_MATRIX_RATE = 0.60
@@ -54,13 +54,13 @@ class Row:
     case: str
     seconds: float
     share: float
-    """Of the limit that is `limited_by`."""
+    """The share of the limit named in `limited_by`."""
     limited_by: str
     wanted: float
 
 
 def median_seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Of one run with all that it starts on the device."""
+    """Return the median time of a run, including all work that it starts on the device."""
     seconds = []
     for _ in range(WARM_UPS + rounds):
         synchronize()
@@ -88,8 +88,10 @@ def measure_limits(
 
 
 def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> StepPlan:
-    """Sequences that have `context_len` tokens each after the step, in blocks that follow one
-    another."""
+    """Return a plan of sequences with `context_len` tokens each after the step.
+
+    Each sequence has consecutive blocks.
+    """
     lens = np.array(list(query_lens), np.int64)
     num_blocks = -(-context_len // block_size)
     tables = np.arange(len(lens) * num_blocks).reshape(len(lens), num_blocks)
@@ -110,7 +112,7 @@ def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> Ste
 
 
 def num_values(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> int:
-    """Entries of the matrices whose names begin so."""
+    """Return the number of entries of the matrices whose names begin with one of the prefixes."""
     canonical_name = checkpoint.family.canonical_name
     tensors = ((canonical_name(name), info.shape) for name, info in checkpoint.tensors.items())
     return sum(
@@ -119,22 +121,24 @@ def num_values(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> int:
 
 
 def decode_bytes(checkpoint: Checkpoint, batch: int, context_len: int) -> int:
-    """What a decode step must read: every matrix of layers and head once, and the keys and values
-    of each sequence."""
+    """Return the bytes that a decode step must read.
+
+    They are every matrix of layers and head once, and the keys and values of each sequence.
+    """
     head = "model.language_model.embed_tokens." if TextConfig.of(checkpoint).tied else "lm_head."
     weights = num_values(checkpoint, ("model.language_model.layers.", head)) * DTYPE.itemsize
     return weights + batch * context_len * CudaModelRunner.kv_bytes_per_block(checkpoint, DTYPE, 1)
 
 
 def prefill_operations(checkpoint: Checkpoint, num_tokens: int) -> int:
-    """The head computes one row and is left out; of the scores, those above the diagonal are."""
+    """Return the operations of a prefill, without its one row of the head and masked scores."""
     sizes = checkpoint.sizes
     attention = 2 * num_tokens**2 * sizes.num_heads * sizes.head_dim * sizes.num_layers
     return 2 * num_tokens * num_values(checkpoint, ("model.language_model.layers.",)) + attention
 
 
 def vision_operations(checkpoint: Checkpoint, num_patches: int) -> int:
-    """The taps of the patch embedding are summed, so that half of them is computed."""
+    """Return the operations of an encode; the patch embedding computes the sum of its taps only."""
     config = VisionConfig.of(checkpoint)
     num_full = len(config.fullatt_block_indexes)
     window = (config.window_size // config.patch_size) ** 2
@@ -158,8 +162,7 @@ def vision_operations(checkpoint: Checkpoint, num_patches: int) -> int:
 def of_language(
     checkpoint: Checkpoint, device: torch.device, limits: Limits, block_size: int = PAGE_TOKENS
 ) -> list[Row]:
-    """A step with the choice of each sequence's best token, which the host waits for as it does
-    when it serves."""
+    """Run a step and choose each sequence's best token; the host waits for it, as in serving."""
     batches = DECODE_BATCHES
     longest = max(PREFILLS)
     num_blocks = max(max(batches) * -(-DECODE_CONTEXT // block_size), -(-longest // block_size))
@@ -199,7 +202,10 @@ def of_language(
 
 
 def of_vision(checkpoint: Checkpoint, device: torch.device, limits: Limits) -> list[Row]:
-    """From pixels on the host to embeddings on the host. The warm-up captures the grid."""
+    """Measure encodes from pixels on the host to embeddings on the host.
+
+    The warm-up captures the CUDA graph of each grid.
+    """
     tower = GraphedTower(load(checkpoint, DTYPE, device))
     size = VisionConfig.of(checkpoint).patch_size
     rows = []
@@ -241,22 +247,19 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         default="7b",
-        help="mid, 3b, 7b (made where they are not there yet), or a model directory",
+        help="mid, 3b or 7b (made if missing), or a model directory",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path.home() / ".cache" / "twinlens" / "checkpoints",
-        help="where they are made",
+        help="where checkpoints are made",
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here: nothing was measured")
+        raise SystemExit("torch finds no CUDA device: nothing was measured")
     device = torch.device("cuda")
-    made = options.checkpoint in checkpoints.SHAPES
-    checkpoint = open_checkpoint(
-        checkpoints.make(options.checkpoint, options.folder) if made else options.checkpoint
-    )
+    checkpoint = open_checkpoint(checkpoints.find(options.checkpoint, options.folder))
     limits = measure_limits(device)
     torch.cuda.empty_cache()
     rows = of_language(checkpoint, device, limits) + of_vision(checkpoint, device, limits)

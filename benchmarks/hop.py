@@ -1,12 +1,11 @@
-"""What the hop of an image's embeddings costs beside a bare ZeroMQ send of the same bytes over the
-same transport.
+"""What it costs to send an image's embeddings, compared with a plain ZeroMQ send of the same bytes.
 
     python -m benchmarks.hop
 
-A sender and a receiver process, as vision and language group are: Links to Links with a typed
-message, and DEALER to ROUTER with two frames. One message is under way at a time, both ways in
-turn; times are from before the call to `send` until the receiver's work loop has it, on the clock
-that both processes share. What the receiver checks is timed apart.
+The sender and the receiver are two processes, as vision and language group are. Links send a typed
+message to Links; a plain DEALER sends two frames to a ROUTER. One message is in flight at a time,
+and both ways take turns. A time runs from before the call to `send` until the receiver's work loop
+has the message, on the clock that both processes share. The receiver's checks are timed separately.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def message(buffer: np.ndarray) -> Embeddings:
 
 
 class Receiver:
-    """In a process of its own: prints its address, then when each message was there."""
+    """A process that prints its address, then the arrival time of each message."""
 
     def by_links(self, listen: str) -> None:
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -72,7 +71,7 @@ class Receiver:
 
 
 class Sender:
-    """Starts the receiver; `hop` gives the seconds that one message took."""
+    """Starts the receiver; `hop` sends one message and returns the seconds it took."""
 
     def __init__(
         self, way: str, listen: str, send: Callable[[str], Callable[[np.ndarray], object]]
@@ -118,7 +117,7 @@ def send_plain(address: str) -> Callable[[np.ndarray], object]:
 
 
 def measure(listen: tuple[str, str], rounds: int) -> dict[str, float]:
-    """Median seconds of both ways, each in turn."""
+    """Return the median seconds of both ways, which take turns."""
     ways = {
         "links": Sender("by_links", listen[0], send_by_links),
         "plain": Sender("plain", listen[1], send_plain),
@@ -135,8 +134,10 @@ def measure(listen: tuple[str, str], rounds: int) -> dict[str, float]:
 
 
 def check_seconds(rounds: int = 50) -> dict[str, float]:
-    """Of the receiver's checks: the message against its type, and every element for being a
-    number."""
+    """Return the median seconds of each check of the receiver.
+
+    It checks the message against its type, and that every element is finite.
+    """
     import torch
 
     frames = encode(message(np.ones(2 * ROWS * COLUMNS, np.uint8)))
@@ -204,7 +205,7 @@ def main() -> None:
     found = compare(options.rounds)
     show(found)
     print(json.dumps(found))
-    os._exit(0)  # the connections' thread has nothing to wait for
+    os._exit(0)  # does not wait for the threads of the connections
 
 
 if __name__ == "__main__":

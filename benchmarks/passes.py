@@ -1,5 +1,4 @@
-"""What benchmarks/engine.py times: the engine's passes, and each pass's matrix products and
-attention calls alone."""
+"""The passes that engine.py times, and the matrix products and attention calls of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ BLOCK_SIZE = 16
 BATCHES = (1, 16)
 PROMPT_TOKENS = 1000
 PICTURES = {"448x448": (32, 32), "1288x728": (52, 92)}
-# Above so many rows a product is bound by arithmetic, and where its weights lie is of no matter.
+# With more rows a product is bound by arithmetic, and it does not matter where its weights are.
 MAX_STREAMING_ROWS = 64
 WEIGHTS_BYTES = 128 * 2**20
 
@@ -43,8 +42,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A kind of call that a pass makes `count` times; each of `kernels` makes it `calls` times when
-    it runs."""
+    """A kind of call that a pass makes `count` times.
+
+    Each of `kernels` makes the call `calls` times when it runs.
+    """
 
     name: str
     count: int
@@ -78,8 +79,10 @@ def reading(num_bytes: int) -> Case:
 def weights_of(
     num_outputs: int, num_inputs: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Linear]]:
-    """So many of one shape that a kernel that goes through them reads memory, plain and laid
-    out."""
+    """Return weights of one shape, plain and packed.
+
+    There are so many that a kernel that goes through them reads from memory, not from a cache.
+    """
     count = ceil(WEIGHTS_BYTES / (num_outputs * num_inputs * dtype.itemsize))
     random = torch.Generator().manual_seed(num_outputs)
     plain = [
@@ -117,12 +120,12 @@ def linear_part(
             used: lambda: [linear.by_onednn(x) for linear in laid_out],
         }
     else:
-        # torch emulates the dtype so slowly that it tells nothing about the machine: oneDNN's
-        # float32 does.
+        # torch emulates the dtype so slowly that its time says nothing about the machine. The
+        # float32 kernel of oneDNN is timed instead.
         used = "float32"
         wide_x = x.float()
         wide = weights_of(num_outputs, num_inputs, torch.float32)[1][: len(plain)]
-        # There are fewer of them in as many bytes.
+        # Float32 weights are fewer in the same number of bytes, so some are used again.
         kernels[used] = lambda: [
             linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))
         ]
@@ -238,7 +241,10 @@ def decoder_parts(
     dtype: torch.dtype,
     quantization: str,
 ) -> list[Part]:
-    """In the last layer nothing but its attention needs the rows whose logits nobody wants."""
+    """Return the calls of the decoder and the head.
+
+    In the last layer only the attention needs the rows that are not sampled.
+    """
     hidden = sizes.hidden_size
     q_size = sizes.num_heads * sizes.head_dim
     inner = sizes.intermediate_size
@@ -319,7 +325,7 @@ def vision_parts(
 
 
 def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
-    """Sequences whose blocks follow each other; the last token of each is sampled."""
+    """Return a plan of sequences with consecutive blocks; the last token of each is sampled."""
     num_blocks = [-(-context // BLOCK_SIZE) for context in context_lens]
     tables = np.zeros((len(context_lens), max(num_blocks)), np.int64)
     for row, count, first in zip(tables, num_blocks, np.cumsum([0, *num_blocks]), strict=False):

@@ -1,4 +1,4 @@
-"""Clients that ask for one token about eight pictures each, over gRPC, again and again."""
+"""Clients that ask over gRPC for one token about eight pictures, again and again."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 600.0
 
 
 def pictures(seed: int) -> Iterator[bytes]:
-    """JPEG files of which no two are alike."""
+    """Yield JPEG files of which no two are alike."""
     draw = np.random.default_rng(seed)
     while True:
         cells = Image.fromarray(draw.integers(0, 256, (SIDE // CELL, SIDE // CELL, 3), np.uint8))
@@ -47,13 +47,13 @@ def make_requests(seed: int, number: int) -> list[inference_pb2.GenerateRequest]
 @dataclass
 class Measured:
     ends: list[float] = field(default_factory=list)
-    """When each answer was there."""
+    """The time at which each answer arrived."""
     codes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     timings: list[Any] = field(default_factory=list)
 
     def images_a_second(self, skip: int) -> float:
-        """From the end of the first `skip` answers to that of the last one."""
+        """Return the rate between the end of answer number `skip` and that of the last answer."""
         first = self.ends[skip - 1]
         last = self.ends[-1]
         return IMAGES_A_REQUEST * (len(self.ends) - skip) / (last - first)
@@ -90,8 +90,10 @@ class Load:
         clients: int,
         enough: asyncio.Event | None = None,
     ) -> Measured:
-        """Until all requests are answered, or there is enough. A refused one is asked again after a
-        second."""
+        """Ask until all requests are answered, or until `enough` is set.
+
+        A refused request is retried after a second.
+        """
         waiting = iter(requests)
 
         async def client() -> None:

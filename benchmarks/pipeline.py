@@ -1,13 +1,13 @@
-"""The plumbing alone: how near simulated vision replicas of 100 ms come to their ideal rate, and
-what an image costs in CPU.
+"""How near simulated vision replicas of 100 ms come to their ideal rate, and CPU time per image.
 
     python -m benchmarks.pipeline
 
-One-token requests of eight pictures of 224x224, no two alike, over gRPC; no picture is kept in a
-cache. The language model is a miniature of one layer, made for this: its arithmetic is no plumbing.
-For each number of replicas one request at a time tells what is added to the ideal latency, then
-many at once tell the rate. At the end ten times the load that the system can serve, for its memory,
-and the hop of one image's embeddings (`benchmarks/hop.py`). Prints tables, and a last line of JSON.
+This measures everything except the models. The language model is a miniature of one layer, made for
+this benchmark. Each request asks over gRPC for one token about eight pictures of 224x224. No two
+pictures are alike, and none is kept in a cache. For each number of replicas, single requests show
+the latency added to the ideal one, then many requests at once show the rate. At the end the system
+gets ten times the load that it can serve, to see its memory, and one image's embeddings are sent
+alone (`benchmarks/hop.py`). Prints tables, and a last line of JSON.
 """
 
 import argparse
@@ -36,7 +36,7 @@ OVERLOAD_CLIENTS = 256
 OVERLOAD_WAITING = 32
 OVERLOAD_REQUESTS = 2 * OVERLOAD_CLIENTS
 LOOK_SECONDS = 0.5
-# The same for every number of replicas: what is scaled is vision.
+# Only the number of vision replicas changes.
 ARGUMENTS = ("--preprocess", "2", "--embedding-cache-mib", "0", "--log-level", "warning")
 
 
@@ -46,7 +46,7 @@ def serving(model: Path, replicas: int, *more: str) -> Serving:
 
 
 def roles_of(system: Serving) -> dict[int, str]:
-    """By pid, the launcher and ourselves included."""
+    """Return the role of each process, including the launcher, by process id."""
     return {m.pid: m.role for m in system.members()} | {system.process.pid: "launcher"}
 
 
@@ -90,7 +90,7 @@ async def run_load(target: str, requests: list[Any], clients: int) -> Measured:
 
 
 def latency(alone: Measured, replicas: int) -> dict[str, float]:
-    """Milliseconds that a request alone takes beyond its images' encoding, and where: medians."""
+    """Return the median milliseconds that single requests take beyond encoding, and where."""
     ideal = math.ceil(IMAGES_A_REQUEST / replicas) * ENCODE_SECONDS
     columns = {
         "added": [seconds - ideal for seconds in alone.seconds],
@@ -100,14 +100,14 @@ def latency(alone: Measured, replicas: int) -> dict[str, float]:
             for t in alone.timings
         ],
         "prefill": [t.prefill_seconds for t in alone.timings],
-        # What is no stage's own: the door, and the hops to preprocess, to the language group, to
-        # the detokenizer and back.
+        # The time outside the stages: the gRPC call, and the hops to preprocess, to the language
+        # group, to the detokenizer and back.
         "other hops": [
             seconds - t.preprocess_seconds - t.queue_seconds - t.prefill_seconds
             for seconds, t in zip(alone.seconds, alone.timings, strict=True)
         ],
     }
-    if replicas >= IMAGES_A_REQUEST:  # otherwise an image waits for the one before it
+    if replicas >= IMAGES_A_REQUEST:  # with fewer, an image waits for the one before it
         columns["to vision"] = [
             statistics.mean(i.queue_seconds for i in t.images) for t in alone.timings
         ]
@@ -115,8 +115,10 @@ def latency(alone: Measured, replicas: int) -> dict[str, float]:
 
 
 def cpu(before: Cpu, after: Cpu, roles: dict[int, str], images: int) -> dict[str, Any]:
-    """Milliseconds an image by role, of all services, and the share of the cores' time that was
-    used by anyone."""
+    """Return CPU milliseconds per image by role and for all services.
+
+    Also returns the shares of the cores' time that all processes and foreign processes used.
+    """
     by_role: dict[str, float] = {}
     for pid, seconds in after.by_pid.items():
         role = roles.get(pid, "client")
@@ -135,7 +137,7 @@ def cpu(before: Cpu, after: Cpu, roles: dict[int, str], images: int) -> dict[str
 
 
 async def overload(model: Path) -> dict[str, Any]:
-    """Memory while ten times as many ask as can be served."""
+    """Return the growth in memory under ten times the load that can be served."""
     requests = make_requests(99, OVERLOAD_REQUESTS)
     with serving(model, OVERLOAD_REPLICAS, "--max-waiting", str(OVERLOAD_WAITING)) as system:
         pids = list(roles_of(system))
@@ -212,15 +214,15 @@ def main() -> None:
         "--seconds",
         type=float,
         default=12.0,
-        help="of load for each number of replicas, at the ideal rate",
+        help="seconds of load for each number of replicas, at the ideal rate",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path.home() / ".cache" / "twinlens" / "checkpoints",
-        help="where the miniature is made",
+        help="where the miniature checkpoint is made",
     )
-    parser.add_argument("--pool-only", action="store_true", help="no overload and no hop")
+    parser.add_argument("--pool-only", action="store_true", help="leave out overload and hop")
     report = asyncio.run(run(parser.parse_args()))
     print(
         json.dumps({"command": " ".join(["python -m benchmarks.pipeline", *sys.argv[1:]])} | report)

@@ -1,4 +1,4 @@
-"""What processes use, as /proc tells: CPU time and memory."""
+"""The CPU time and memory that processes use, read from /proc."""
 
 import os
 from contextlib import suppress
@@ -11,8 +11,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Cpu:
-    """Seconds of CPU since their start, by process; and of all cores together, since the
-    machine's."""
+    """Seconds of CPU of some processes since their start, and of all cores since the machine's."""
 
     by_pid: dict[int, float]
     busy: float
@@ -25,12 +24,12 @@ def cpu_of(pids: list[int]) -> Cpu:
         for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     ]
     idle = fields[3] + fields[4]
-    # Guests' time is counted within the user's.
+    # The time of guests is already included in that of users.
     return Cpu({pid: seconds_of(pid) for pid in pids}, sum(fields[:8]) - idle, idle)
 
 
 def seconds_of(pid: int) -> float:
-    """User and system time together; 0 where the process is gone."""
+    """Return user and system time together; 0 if the process is gone."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND

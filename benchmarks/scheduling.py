@@ -1,4 +1,4 @@
-"""What a step of the engine takes beside its forward pass: scheduling, planning, sampling."""
+"""What a step of the engine takes besides its forward pass: scheduling, planning, sampling."""
 
 import time
 
@@ -25,8 +25,10 @@ STEPS = 20
 def overhead(
     runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block_size: int, context: int
 ) -> float:
-    """The share of a decode step at batch 16 that is not the forward pass, by the CPU time of this
-    thread: waiting is no work."""
+    """Return the share of a decode step at batch 16 that is not the forward pass.
+
+    Only the CPU time of this thread counts, not the time it waits.
+    """
     inside = [0.0]
 
     def execute(plan: StepPlan, embeddings: list[Tensor]) -> Tensor:

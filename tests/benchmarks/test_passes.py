@@ -1,4 +1,4 @@
-"""What benchmarks/engine.py times of a product."""
+"""The matrix products that benchmarks/engine.py times."""
 
 import pytest
 import torch
@@ -11,8 +11,7 @@ from compute.kernels.library import int8_kernels
 def test_every_kernel_of_a_product_makes_as_many_calls(
     quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seconds are divided by the number of calls: one that makes fewer would seem faster than it
-    is."""
+    """Seconds are divided by `calls`: a kernel with fewer calls would seem faster than it is."""
     if quantization == "int8" and int8_kernels() is None:
         pytest.skip("no kernels for this CPU, or no compiler")
     num_outputs = 48

@@ -1,4 +1,4 @@
-"""The pipeline benchmark's arithmetic, on made-up measurements."""
+"""The arithmetic of the pipeline benchmark, with made-up measurements."""
 
 import os
 
@@ -10,7 +10,7 @@ from benchmarks.processes import Cpu, cpu_of, resident_bytes
 from proto.twinlens.inference.v1 import inference_pb2
 
 
-def test_the_rate_is_that_after_the_first_answers() -> None:
+def test_the_rate_leaves_out_the_first_answers() -> None:
     measured = Measured(ends=[5.0, 6.0, 6.5, 7.0, 7.5, 8.0])
     assert measured.images_a_second(skip=2) == pytest.approx(IMAGES_A_REQUEST * 4 / 2)
 
@@ -30,7 +30,7 @@ def answered(encode: float, queue: float, total_queue: float) -> inference_pb2.T
     )
 
 
-def test_latency_is_what_comes_to_the_ideal() -> None:
+def test_latency_is_the_time_added_to_the_ideal() -> None:
     alone = Measured(seconds=[0.16] * 3, timings=[answered(0.101, 0.004, 0.12)] * 3)
     found = latency(alone, replicas=8)
     assert found == {
@@ -57,13 +57,13 @@ def test_cpu_is_counted_by_role_and_image() -> None:
     assert found["foreign_share"] == pytest.approx((1.5 - 0.7) / 2.0)
 
 
-def test_the_pools_gain_is_told_where_both_were_measured() -> None:
+def test_the_gain_of_the_pool_is_known_if_both_ends_were_measured() -> None:
     rows = [{"replicas": n, "images_a_second": rate} for n, rate in ((1, 10.0), (4, 39.0))]
     assert gain(rows) == 3.9
     assert gain(rows[:1]) is None
 
 
-def test_what_this_process_uses_is_seen() -> None:
+def test_the_use_of_this_process_is_measured() -> None:
     before = cpu_of([os.getpid()])
     while cpu_of([os.getpid()]).by_pid[os.getpid()] < before.by_pid[os.getpid()] + 0.05:
         sum(range(10**5))

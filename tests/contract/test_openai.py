@@ -1,5 +1,7 @@
-"""The installed openai client, and the parsers of benchmarks, against a real server before a
-scripted core."""
+"""The openai client and the parsers of common benchmarks against a real HTTP server.
+
+The gateway core behind the server is scripted.
+"""
 
 import asyncio
 import base64
@@ -155,7 +157,7 @@ async def test_a_refusal_is_the_clients_own_exception_and_reads_well(
     assert core.requests == []
 
 
-async def test_a_client_that_retries_waits_as_told(
+async def test_a_client_that_retries_is_told_how_long_to_wait(
     client: openai.AsyncOpenAI, core: FakeCore
 ) -> None:
     core.refusal = Exhausted("full", retry_after=3.0)

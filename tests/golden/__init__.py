@@ -1,9 +1,9 @@
-"""Golden cases: small random checkpoints with the outputs of the reference implementation, all
-computed in float32.
+"""Golden cases: small random checkpoints with the float32 outputs of the reference implementation.
 
-<case>/checkpoint/   the model directory <case>/inputs/       messages.json and the pictures that it
-names <case>/expected/     expected.json (ids, texts, grids) and tensors.safetensors (pixel values,
-positions, embeddings, logits)
+<case>/checkpoint/  the model directory
+<case>/inputs/      messages.json, and the pictures that it names
+<case>/expected/    expected.json (ids, texts, grids) and tensors.safetensors (pixel values,
+                    positions, embeddings, logits)
 """
 
 import json
@@ -42,8 +42,10 @@ class GoldenCase:
 
 
 def max_difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest absolute difference; what is not finite, of another shape, or empty is no
-    comparison."""
+    """Return the largest absolute difference.
+
+    Arrays of different shapes, empty arrays and values that are not finite fail the test.
+    """
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     assert actual.size, "nothing to compare"
     assert np.isfinite(actual).all() and np.isfinite(expected).all(), "not finite"

@@ -1,11 +1,10 @@
-"""Thousands of requests of every kind against the real processes, while members are killed, frozen,
-drained and scaled.
+"""Send thousands of requests of every kind while members are killed, frozen, drained and scaled.
 
     python -m tests.soak --requests 10000 --seed 1
 
-Every answer is compared with the undisturbed one. Prints a table and a last line of JSON; the exit
-status is 1 where a request was lost, failed, answered twice or differently, or where something is
-left over at the end.
+The processes are the real ones. Every answer is compared with the undisturbed one. Prints a table
+and a last line of JSON. The exit status is 1 if a request was lost, failed, answered twice or
+answered differently, or if work or processes are left over at the end.
 """
 
 import argparse
@@ -26,30 +25,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument(
-        "--questions", type=int, help="different ones among the requests (default: a fifth of them)"
+        "--questions", type=int, help="how many requests differ (default: a fifth of the requests)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of requests and faults")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the requests and faults")
     parser.add_argument(
-        "--seconds", type=float, default=3600.0, help="no new request after so many seconds"
+        "--seconds", type=float, default=3600.0, help="how long to send requests, at most"
     )
-    parser.add_argument("--clients", type=int, default=24, help="requests under way at once")
+    parser.add_argument(
+        "--clients", type=int, default=24, help="how many requests are in flight at once"
+    )
     parser.add_argument(
         "--fault-seconds",
         type=float,
         default=3.0,
-        help="between two faults, on the average; 0: none",
+        help="mean time between two faults; 0: no faults",
     )
     parser.add_argument(
         "--faults",
         nargs="+",
         default=list(WEIGHTS),
         choices=list(WEIGHTS),
-        help="which kinds (default: all)",
+        help="kinds of faults (default: all)",
     )
     parser.add_argument(
-        "--vision-ms", type=float, default=60.0, help="what a simulated image takes"
+        "--vision-ms", type=float, default=60.0, help="how long a simulated image takes"
     )
-    parser.add_argument("--log", type=Path, help="file for the disturbed system's log")
+    parser.add_argument("--log", type=Path, help="file for the log of the disturbed system")
     return parser.parse_args()
 
 

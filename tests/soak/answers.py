@@ -1,8 +1,8 @@
-"""What a client saw of a call, and the doors' errors under one name."""
+"""What a client saw of a call, and one name for each error of the two APIs."""
 
 from dataclasses import dataclass, field
 
-# HTTP's codes as gRPC calls them; bodies of errors inside a stream tell their own.
+# The names that gRPC has for statuses of HTTP, and for the codes of errors inside a stream.
 BY_STATUS = {
     400: "INVALID_ARGUMENT",
     413: "INVALID_ARGUMENT",
@@ -19,7 +19,7 @@ BY_CODE = {
 BY_CODE |= {"rate_limit_exceeded": "RESOURCE_EXHAUSTED", "model_not_found": "NOT_FOUND"}
 
 
-class Told(Exception):
+class CallFailed(Exception):
     """The system ended the call with an error."""
 
     def __init__(self, code: str, message: str, stage: str = "") -> None:
@@ -30,12 +30,15 @@ class Told(Exception):
 
 
 class HungUp(Exception):
-    """The client has enough."""
+    """The client hangs up before the end of the answer."""
 
 
 @dataclass
 class Answer:
-    """Grows with what comes. `oddities` are what no client may ever see."""
+    """The part of an answer received so far.
+
+    `oddities` lists what no client may ever see.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -59,8 +62,13 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """How a call ended: answered, told (an error), hung_up, or nothing, where the client waited
-    beyond all reason or the connection just ended."""
+    """How a call ended.
+
+    answered: with a whole answer
+    error: with an error of the system
+    hung_up: the client hung up
+    nothing: the connection ended without a word, or the client gave up long after the deadline
+    """
 
     how: str
     answer: Answer

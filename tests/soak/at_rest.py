@@ -1,5 +1,4 @@
-"""What a running system holds when nobody asks it anything: before and after, to find what
-leaks."""
+"""What a running system holds while it has no requests, to find leaks by comparing two moments."""
 
 import os
 import re
@@ -15,8 +14,11 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MORE_DESCRIPTORS = 8
 MORE_THREADS = 3
 MORE_BYTES = 256 * 2**20
-"""What a process may have more of than the largest of its role had before: caches of kernels fill,
-and freed memory is kept for reuse: over ten thousand requests less than 30 kB of each."""
+"""How much more a process may have than the largest of its role had before.
+
+Caches of kernels fill, and freed memory is kept for reuse. Ten thousand requests may thus cost at
+most 30 kB each.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Process:
 @dataclass(frozen=True)
 class AtRest:
     processes: dict[int, Process]
-    """By pid: the launcher and the members."""
+    """The launcher and the members, by process id."""
     held: int
-    """Requests and images that any member has in hand or queued."""
+    """Requests and images that members have in hand or queued."""
     requests_in_flight: int
-    """As the gateway's metrics tell."""
+    """The gateway's metric of that name."""
 
 
 def look(launcher: int, members: list[control_pb2.Member], metrics: str) -> AtRest:
@@ -54,14 +56,16 @@ def process_of(pid: int, role: str, proc: Path = Path("/proc")) -> Process | Non
 
 
 def leaks(before: AtRest, after: AtRest, children: set[int]) -> list[str]:
-    """What is held afterwards that should not be. `children` are the launcher's processes as the
-    kernel knows them."""
+    """Return a line for each thing that is held afterwards and should not be.
+
+    `children` are the process ids of the launcher's children, as the kernel lists them.
+    """
     found = [f"{after.held} requests or images are held"] * bool(after.held)
     found += [f"the gateway has {after.requests_in_flight} requests in flight"] * bool(
         after.requests_in_flight
     )
     members = {pid for pid, process in after.processes.items() if process.role != "launcher"}
-    found += [f"process {pid} is no member" for pid in sorted(children - members)]
+    found += [f"process {pid} is not a member" for pid in sorted(children - members)]
     counts = {
         role: (len(old), len(by_role(after).get(role, ()))) for role, old in by_role(before).items()
     }
@@ -96,7 +100,7 @@ def excesses(process: Process, before: list[Process]) -> list[str]:
 
 
 def metric(metrics: str, name: str) -> dict[str, float]:
-    """The values of one metric, by its labels as they are written."""
+    """Return the values of one metric by the text of their labels."""
     return {
         labels: float(value)
         for labels, value in re.findall(rf"^{name}(\{{[^}}]*\}})? ([0-9.e+-]+)$", metrics, re.M)

@@ -1,5 +1,4 @@
-"""Seeded random faults of a running system: members killed, frozen, drained, and scaled up and
-down."""
+"""Seeded random faults: members of a running system are killed, frozen, drained and scaled."""
 
 import asyncio
 import os
@@ -19,14 +18,12 @@ LONGEST_FREEZE_SECONDS = 6.0
 CONTROL_SECONDS = 5.0
 SCALES = {"vision": (2, 4), "preprocess": (1, 3), "detokenizer": (1, 3), "llm": (1, 2)}
 """The fewest and the most replicas that a scaling asks for."""
-
-
 WEIGHTS = {"kill": 5, "freeze": 4, "drain": 2, "scale": 3}
 
 
 class Faults:
     def __init__(self, grpc_port: int, seed: int, pause_seconds: float, kinds: list[str]) -> None:
-        """One of these kinds every `pause_seconds`, on the average."""
+        """Prepare faults of these kinds, one every `pause_seconds` on average."""
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}")
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._draw = random.Random(seed)
@@ -46,7 +43,7 @@ class Faults:
         await self._channel.close()
 
     async def members(self, role: str = "") -> list[control_pb2.Member]:
-        """Those that are ready, as the controller knows them; none while it is away."""
+        """Return the members that the controller lists as ready; none while it is away."""
         with suppress(grpc.aio.AioRpcError):
             listed = await self._control.ListMembers(
                 control_pb2.ListMembersRequest(), timeout=CONTROL_SECONDS
@@ -60,7 +57,7 @@ class Faults:
         return []
 
     async def run(self) -> None:
-        """Until it is cancelled; then who is frozen goes on."""
+        """Cause faults until cancelled, then let frozen members go on."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 while True:
@@ -76,7 +73,7 @@ class Faults:
             await self._control.Scale(
                 control_pb2.ScaleRequest(role=role, replicas=replicas), timeout=CONTROL_SECONDS
             )
-        except grpc.aio.AioRpcError:  # the controller is away, as it may be
+        except grpc.aio.AioRpcError:  # the controller may be away
             return False
         return True
 
@@ -87,7 +84,7 @@ class Faults:
 
     async def _kill(self) -> str:
         if not (victim := await self._victim()):
-            return "nobody to kill"
+            return "no member to kill"
         with suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGKILL)
         return f"{victim.role} killed"
@@ -96,7 +93,7 @@ class Faults:
         victim = await self._victim()
         seconds = self._draw.uniform(0.2, LONGEST_FREEZE_SECONDS)
         if not victim:
-            return "nobody to freeze"
+            return "no member to freeze"
         with suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGSTOP)
         self._frozen.add(victim.pid)
@@ -114,7 +111,7 @@ class Faults:
 
     async def _drain(self) -> str:
         if not (victim := await self._victim()) or victim.role == "controller":
-            return "nobody to drain"
+            return "no member to drain"
         try:
             await self._control.Drain(
                 control_pb2.DrainRequest(member_id=victim.id), timeout=CONTROL_SECONDS

@@ -1,4 +1,4 @@
-"""The undisturbed answers, and up to which token of each an answer must be equal to them."""
+"""The undisturbed answers, and the first token of each at which another answer may differ."""
 
 import asyncio
 import math
@@ -11,12 +11,12 @@ import torch
 from common.messages import Sampling
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.llm.noise import gumbel_noise, mix, signed
-from tests.soak.doors import FINISH_REASONS, grpc_fields
+from tests.soak.clients import FINISH_REASONS, grpc_fields
 from tests.soak.workload import SAMPLED_TOP_K, Call, Question
 
 TIE = 3e-4
-"""Another batch moves float32 logits by about 2e-5: two candidates that are so near may come out
-either way."""
+"""Two candidates this near may come out either way: another batch moves float32 logits by about
+2e-5."""
 NUM_CANDIDATES = 20
 CONCURRENT = 24
 ATTEMPTS_SECONDS = 120.0
@@ -31,11 +31,11 @@ class Reference:
     text: str
     finish_reason: str
     first_tie: int
-    """How many tokens come before the first near tie; all of them where there is none."""
+    """The number of tokens before the first near tie; of all tokens if there is none."""
 
 
 async def undisturbed(grpc_port: int, questions: list[Question]) -> dict[Question, Reference]:
-    """Every question's answer by a system that nobody disturbs."""
+    """Return the answers of a system without faults."""
     gate = asyncio.Semaphore(CONCURRENT)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -74,21 +74,23 @@ def reference_of(question: Question, response: Any) -> Reference:
 
 
 def gap(question: Question, position: int, candidates: Candidates) -> float:
-    """How far the token that wins is before any other that could win: below TIE, another batch may
-    choose another."""
+    """Return how far the token that wins is ahead of any other that could win.
+
+    If that is less than TIE, another batch may choose another token.
+    """
     if not question.temperature:
         return candidates[0][1] - candidates[1][1]
     drawn = scores(question, position, candidates)
     ordered = sorted(drawn[:SAMPLED_TOP_K], reverse=True)
-    # The filter's edge is a choice, too: who stands next to it may be in or out, which matters
-    # where it would win.
+    # The edge of the top-k filter is a choice, too: the candidate next to it may be in or out. That
+    # matters if this candidate would win.
     edge = (candidates[SAMPLED_TOP_K - 1][1] - candidates[SAMPLED_TOP_K][1]) / question.temperature
     beyond = max(drawn[SAMPLED_TOP_K - 1], drawn[SAMPLED_TOP_K]) > ordered[0] - TIE
     return min(ordered[0] - ordered[1], edge if beyond else math.inf)
 
 
 def scores(question: Question, position: int, candidates: Candidates) -> list[float]:
-    """Of each candidate, the noise of its draw included."""
+    """Return the score of each candidate, including the noise of its draw."""
     key = signed(mix(mix(Sampling(seed=question.seed).seed) + position))
     token_ids = torch.tensor([token_id for token_id, _ in candidates])
     noise = gumbel_noise(torch.full_like(token_ids, key), token_ids).tolist()

@@ -1,5 +1,7 @@
-"""One soak: the undisturbed answers, then the same questions of a system that is disturbed, then
-what is left of it."""
+"""One soak: a system answers the questions undisturbed, another one while it has faults.
+
+At the end the second system is examined for what is left over.
+"""
 
 import argparse
 import asyncio
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak import at_rest
-from tests.soak.doors import Client
+from tests.soak.clients import Client
 from tests.soak.faults import Faults
 from tests.soak.reference import Reference, undisturbed
 from tests.soak.verdicts import Tally
@@ -22,8 +24,8 @@ from tests.system.running import Running, processes_of
 
 CONTEXT_TOKENS = 4096
 KV_BYTES = 22 * 2**20
-"""Of the embedded model; and hardly more of a KV cache than one whole context takes, so that a few
-blocks that are lost are missed."""
+"""A KV cache for hardly more than one whole context of the embedded model: a few lost blocks are
+noticed."""
 REPLICAS = {"vision": 3, "llm": 2, "preprocess": 2, "detokenizer": 2}
 ALWAYS = (
     "--dtype",
@@ -35,8 +37,8 @@ ALWAYS = (
     "--log-level",
     "info",
 )
-"""Small caches: pictures that come again are in them, or are not any more; requests are preempted;
-and what a process may fill is soon full."""
+"""Caches are small. Pictures that come again are in them or no longer in them, requests are
+preempted, and whatever grows with use is soon full."""
 WARM_UP_SHARE = 0.05
 WARM_UP_LEAST = 100
 REST_SECONDS = 60.0
@@ -155,7 +157,7 @@ class Soak:
     async def _ask(
         self, client: Client, calls: list[Call], references: dict[Question, Reference]
     ) -> None:
-        """Keeps so many calls under way as there are clients."""
+        """Keep one call of each client in flight until the calls or the time run out."""
         waiting = iter(calls)
         deadline = time.monotonic() + self._options.seconds
         tally = self.report.tally
@@ -177,7 +179,7 @@ class Soak:
                 tasks.create_task(one_client())
 
     async def _restore(self, faults: Faults) -> None:
-        """As many of each role as in the beginning."""
+        """Scale every role to its number of replicas at the start."""
         deadline = time.monotonic() + REST_SECONDS
         for role, replicas in REPLICAS.items():
             while not await faults.scale(role, replicas):
@@ -187,8 +189,10 @@ class Soak:
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _rest(self, system: Running, faults: Faults) -> at_rest.AtRest:
-        """When nobody asks any more and everyone is there again; what it is after a minute, where
-        that does not come."""
+        """Return the state as soon as all members are back and hold no work.
+
+        After a minute the state is returned as it is.
+        """
         deadline = time.monotonic() + REST_SECONDS
         while True:
             members = await faults.members()
@@ -206,8 +210,7 @@ class Soak:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _compare_counts(self, metrics: str) -> None:
-        """The gateway's own count of what it admitted and how that ended, against what the clients
-        saw."""
+        """Compare the gateway's counts of requests and their ends with what the clients saw."""
         tally = self.report.tally
         ended = at_rest.metric(metrics, "twinlens_requests_total")
         self.report.accepted = round(sum(ended.values()))
@@ -218,7 +221,7 @@ class Soak:
                 if '"stop"' in labels or '"length"' in labels
             )
         )
-        # One that hangs up may have been answered meanwhile, or not even been admitted yet.
+        # A client that hangs up may have been answered meanwhile, or not been admitted yet.
         if not tally.answered <= answered <= tally.answered + tally.cancelled + tally.late:
             self.report.leaks.append(
                 f"the gateway answered {answered} requests, the clients saw {tally.answered} "
@@ -227,7 +230,7 @@ class Soak:
 
 
 def crashes_of(system: Running) -> list[str]:
-    """Children that ended by themselves, and not by a fault of ours."""
+    """Return a line for each child that ended by itself, not by a fault of the soak."""
     ended = [
         entry
         for entry in system.logged(event="service exited, restarting it")

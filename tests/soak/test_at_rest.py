@@ -1,4 +1,4 @@
-"""What is left over is found."""
+"""What a system holds after its requests is found."""
 
 import os
 from dataclasses import replace
@@ -29,7 +29,7 @@ BEFORE = AtRest(
 CHILDREN = {2, 3}
 
 
-def test_nothing_is_found_where_nothing_changed_but_the_processes() -> None:
+def test_replaced_processes_are_no_leak() -> None:
     after = AtRest({1: BEFORE.processes[1], 7: BEFORE.processes[2], 8: BEFORE.processes[3]}, 0, 0)
     assert leaks(BEFORE, after, {7, 8}) == []
 
@@ -64,11 +64,11 @@ def test_what_is_left_over_is_found(changed: dict[str, object], words: str) -> N
     assert any(words in leak for leak in leaks(BEFORE, replace(BEFORE, **changed), CHILDREN))
 
 
-def test_a_child_that_is_no_member_is_found() -> None:
-    assert leaks(BEFORE, BEFORE, {2, 3, 9}) == ["process 9 is no member"]
+def test_a_child_that_is_not_a_member_is_found() -> None:
+    assert leaks(BEFORE, BEFORE, {2, 3, 9}) == ["process 9 is not a member"]
 
 
-def test_a_process_is_looked_at_in_proc() -> None:
+def test_the_use_of_a_process_is_read_from_proc() -> None:
     member = control_pb2.Member(role="vision", pid=os.getpid(), in_flight=2, queued=1)
     state = look(2**22 + 1, [member], "# HELP x\ntwinlens_requests_in_flight 4.0\n")
     assert (state.held, state.requests_in_flight) == (3, 4)

@@ -1,4 +1,4 @@
-"""What is planted is found: a duplicate, a lost request, a differing answer, a failure."""
+"""Planted duplicates, lost requests, differing answers and failures are found."""
 
 from dataclasses import replace
 
@@ -106,7 +106,7 @@ def test_an_answer_that_parts_at_a_near_tie_is_counted_apart() -> None:
     assert (tally.near_ties, tally.differing, tally.is_clean) == (1, 0, True)
 
 
-def test_an_answer_that_is_equal_in_spite_of_a_near_tie_must_end_equally() -> None:
+def test_an_answer_that_is_equal_despite_a_near_tie_must_end_equally() -> None:
     answer = replace(good_answer(), text="abxd")
     assert (
         count(Outcome("answered", answer), reference=replace(REFERENCE, first_tie=2)).differing == 1
@@ -114,12 +114,12 @@ def test_an_answer_that_is_equal_in_spite_of_a_near_tie_must_end_equally() -> No
 
 
 def test_failures_are_counted_by_cause() -> None:
-    tally = count(Outcome("told", Answer(), "UNAVAILABLE", "lost", "llm"))
+    tally = count(Outcome("error", Answer(), "UNAVAILABLE", "lost", "llm"))
     assert (dict(tally.failed), tally.is_clean) == ({"UNAVAILABLE at llm": 1}, False)
 
 
 def test_a_refusal_of_a_good_request_is_not_clean() -> None:
-    tally = count(Outcome("told", Answer(), "UNAVAILABLE", "no llm is connected", "gateway"))
+    tally = count(Outcome("error", Answer(), "UNAVAILABLE", "no llm is connected", "gateway"))
     assert (tally.refused, tally.is_clean) == (1, False)
 
 
@@ -132,14 +132,14 @@ def test_a_refusal_of_a_good_request_is_not_clean() -> None:
         ("mistaken", "NOT_FOUND", "refused"),
     ],
 )
-def test_what_a_call_asked_for_is_clean(manner: str, code: str, name: str) -> None:
+def test_refusals_that_a_call_deserves_are_clean(manner: str, code: str, name: str) -> None:
     call = replace(CALL, manner=manner, mistake="model" if manner == "mistaken" else "")
-    tally = count(Outcome("told", Answer(), code), call)
+    tally = count(Outcome("error", Answer(), code), call)
     assert (getattr(tally, name), tally.is_clean) == (1, True)
 
 
 def test_a_deadline_that_was_long_enough_is_a_failure() -> None:
-    assert not count(Outcome("told", Answer(), "DEADLINE_EXCEEDED", "late", "llm")).is_clean
+    assert not count(Outcome("error", Answer(), "DEADLINE_EXCEEDED", "late", "llm")).is_clean
 
 
 def test_a_mistake_that_is_answered_is_a_failure() -> None:
@@ -148,6 +148,6 @@ def test_a_mistake_that_is_answered_is_a_failure() -> None:
     ).is_clean
 
 
-def test_one_who_hangs_up_is_cancelled() -> None:
+def test_a_client_that_hangs_up_is_counted_as_cancelled() -> None:
     tally = count(Outcome("hung_up", Answer([5], "a")), replace(CALL, manner="hangs_up"))
     assert (tally.cancelled, tally.is_clean) == (1, True)

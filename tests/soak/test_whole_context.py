@@ -1,4 +1,4 @@
-"""A language group that lost blocks is told of."""
+"""A language group that lost blocks is reported."""
 
 import random
 
@@ -6,11 +6,11 @@ import grpc
 import pytest
 
 from proto.twinlens.inference.v1 import inference_pb2
-from tests.soak.whole_context import MAX_TOKENS, request, told
+from tests.soak.whole_context import MAX_TOKENS, complaint, request
 
 
 def test_a_whole_answer_is_no_complaint() -> None:
-    assert told(inference_pb2.GenerateResponse(token_ids=[1] * MAX_TOKENS)) == ""
+    assert complaint(inference_pb2.GenerateResponse(token_ids=[1] * MAX_TOKENS)) == ""
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_a_whole_answer_is_no_complaint() -> None:
     ],
     ids=["short", "empty", "broken", "late"],
 )
-def test_anything_else_is(answer: object) -> None:
-    assert told(answer) != ""
+def test_anything_else_is_a_complaint(answer: object) -> None:
+    assert complaint(answer) != ""
 
 
 def test_no_two_prompts_share_a_block() -> None:

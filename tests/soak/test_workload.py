@@ -1,4 +1,4 @@
-"""The same seed gives the same calls, and among them is everything."""
+"""A seed always makes the same calls, and they are of every kind."""
 
 from collections import Counter
 
@@ -26,7 +26,7 @@ def test_every_kind_of_call_is_among_them() -> None:
     assert {call.manner for call in calls} == set(MANNERS)
     assert {call.mistake for call in calls} == {"", *MISTAKES}
     assert {len(call.question.pictures) for call in calls} == {0, 1, 2, 3, 4}
-    assert {(call.door, call.is_streamed) for call in calls} == {
+    assert {(call.api, call.is_streamed) for call in calls} == {
         (d, s) for d in ("http", "grpc") for s in (True, False)
     }
     assert {bool(call.question.temperature) for call in calls} == {True, False}
@@ -51,6 +51,6 @@ def test_lossless_files_of_one_picture_hold_the_same_pixels() -> None:
 
 
 def test_a_mistaken_image_comes_after_the_good_ones() -> None:
-    for call in make_calls(1, 2000, 400):
+    for call in make_calls(1, 800, 160):
         extra = call.mistake in ("no_image", "cut_off")
         assert len(files_of(call)) == len(call.question.pictures) + extra

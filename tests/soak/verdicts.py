@@ -1,4 +1,4 @@
-"""What each outcome means, and all of them counted."""
+"""What each outcome means, and how many there were of each."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,11 +15,12 @@ MAX_EXAMPLES = 12
 
 @dataclass
 class Tally:
-    """Each call counts once among answered, refused, late, cancelled, failed and lost; what was
-    wrong with what it saw, beside.
+    """Counts of the outcomes.
 
-    `late` ended by a deadline too short to be kept; `failed` and `unwelcome` (a refusal of what
-    should have been taken) by cause.
+    Each call counts once among answered, refused, late, cancelled, failed and lost. Besides that,
+    duplicates, differing and near_ties count what was wrong with the answers received. Late calls
+    had a deadline too short to be met. The counters failed and unwelcome (the refusals of good
+    requests) are by cause.
     """
 
     calls: int = 0
@@ -55,7 +56,7 @@ class Tally:
                 self.seconds.append(outcome.seconds)
             case "hung_up":
                 self.cancelled += 1
-            case "told":
+            case "error":
                 self._count_error(call, outcome)
             case _:
                 self.lost += 1
@@ -80,7 +81,7 @@ class Tally:
         self._note(call, outcome, "failed")
 
     def _compare(self, call: Call, outcome: Outcome, reference: Reference) -> None:
-        """Whatever was delivered, whole or not, is the beginning of the undisturbed answer."""
+        """Check that the part delivered is the beginning of the undisturbed answer."""
         match difference(outcome.answer, reference, is_whole=outcome.how == "answered"):
             case "tie":
                 self.near_ties += 1
@@ -90,17 +91,17 @@ class Tally:
 
     def _note(self, call: Call, outcome: Outcome, what: str) -> None:
         if len(self.examples) < MAX_EXAMPLES:
-            told = f"{outcome.code} {outcome.stage} {outcome.message}".strip()
+            error = f"{outcome.code} {outcome.stage} {outcome.message}".strip()
             streamed = "streamed" if call.is_streamed else "whole"
             self.examples.append(
-                f"call {call.number} ({call.door}, {streamed}, {call.manner}, "
+                f"call {call.number} ({call.api}, {streamed}, {call.manner}, "
                 f"{len(call.question.pictures)} images,"
-                f" {outcome.seconds:.1f} s): {what}; {told}"
+                f" {outcome.seconds:.1f} s): {what}; {error}"
             )
 
 
 def is_due(call: Call, outcome: Outcome) -> bool:
-    """Whether the call asked for this refusal: it was wrong, or its deadline could not be met."""
+    """Whether the refusal is right: the call was wrong, or its deadline could not be met."""
     expected = {"mistaken": ("INVALID_ARGUMENT", "NOT_FOUND"), "hurried": ("RESOURCE_EXHAUSTED",)}
     return outcome.code in expected.get(call.manner, ())
 
@@ -110,8 +111,10 @@ def cause_of(outcome: Outcome) -> str:
 
 
 def difference(answer: Answer, reference: Reference, is_whole: bool) -> str | None:
-    """None where the answer is the undisturbed one, "tie" where they part at a near tie, else what
-    is wrong."""
+    """Return None if the answer is the undisturbed one, "tie" if they part at a near tie.
+
+    Otherwise return what is wrong.
+    """
     found = answer.token_ids
     wanted = reference.token_ids
     parted = next(

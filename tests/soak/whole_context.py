@@ -1,5 +1,7 @@
-"""Whether the language groups have all of their KV blocks again: prompts that need nearly all of
-them run only then."""
+"""Whether the language groups have all of their KV blocks again.
+
+Prompts that need nearly all blocks run only then.
+"""
 
 import asyncio
 import random
@@ -9,17 +11,16 @@ import grpc
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 
 NUM_REQUESTS = 4
-"""At once, so that each of two groups gets some."""
+"""So many at once that each of two groups gets some."""
 LEAST_TOKEN = 33
 MOST_TOKEN = 126
-"""Of bytes that stand for themselves."""
+"""The range of tokens that stand for one byte of text each."""
 MAX_TOKENS = 8
 SECONDS = 90.0
 
 
 async def blocks_missing(grpc_port: int, num_tokens: int, seed: int) -> list[str]:
-    """What goes wrong with requests of so many tokens, prompt and answer together; nothing
-    should."""
+    """Return what went wrong with requests of this length, prompt and answer together."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         draw = random.Random(seed)
@@ -27,11 +28,15 @@ async def blocks_missing(grpc_port: int, num_tokens: int, seed: int) -> list[str
         answers = await asyncio.gather(
             *(stub.Generate(r, timeout=SECONDS) for r in requests), return_exceptions=True
         )
-    return [f"a prompt of the whole context: {told(answer)}" for answer in answers if told(answer)]
+    return [
+        f"a prompt of the whole context: {complaint(answer)}"
+        for answer in answers
+        if complaint(answer)
+    ]
 
 
 def request(draw: random.Random, num_tokens: int) -> inference_pb2.GenerateRequest:
-    """No prefix of it is in a cache."""
+    """Return a request whose prompt shares no prefix with another."""
     token_ids = [draw.randint(LEAST_TOKEN, MOST_TOKEN) for _ in range(num_tokens)]
     return inference_pb2.GenerateRequest(
         token_ids=inference_pb2.TokenIds(ids=token_ids),
@@ -40,7 +45,8 @@ def request(draw: random.Random, num_tokens: int) -> inference_pb2.GenerateReque
     )
 
 
-def told(answer: object) -> str:
+def complaint(answer: object) -> str:
+    """Return what is wrong with an answer, or nothing."""
     if isinstance(answer, grpc.aio.AioRpcError):
         return f"{answer.code().name} {answer.details()}"
     if isinstance(answer, BaseException):

@@ -1,5 +1,7 @@
-"""What the soak asks: seeded questions, and calls that ask them through both doors in every manner
-a client has."""
+"""What the soak asks: seeded questions, and calls that ask them through both APIs.
+
+The calls have every manner that a client may have.
+"""
 
 import random
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ SENTENCE = (
 STOP_STRINGS = ("e", "t", "0", "an", ". ", "\n", "e ", "s", "th", "No")
 PATIENCE_SECONDS = 60.0
 SAMPLED_TOP_K = 8
-"""Few enough that every candidate is among the log-probabilities that a client can ask for."""
+"""Few enough that a client can ask for the log-probabilities of all candidates."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """All that decides an answer."""
+    """Everything that decides an answer."""
 
     text: str
     pictures: tuple[Picture, ...]
@@ -49,32 +51,34 @@ class Question:
 
 @dataclass(frozen=True)
 class Call:
-    """One time that a question is asked, and how."""
+    """One time that a question is asked, and the manner of asking."""
 
     number: int
     question: Question
-    door: str
+    api: str
     is_streamed: bool
     manner: str
     deadline: float
     file_format: str
-    """Of the lossless pictures: another file of the same pixels must give the same answer."""
+    """The format of the lossless pictures: the same pixels in another file get the same answer."""
     hang_up_pieces: int = 0
-    """Hangs up after so many pieces; 0: after `hang_up_seconds`."""
+    """The number of pieces after which the client hangs up; 0: after `hang_up_seconds`."""
     hang_up_seconds: float = 0.0
     mistake: str = ""
 
 
 def make_calls(seed: int, number: int, num_questions: int) -> list[Call]:
-    """The same ones for the same numbers. Later questions are first asked later, so that there is
-    always something new."""
+    """Return calls that depend on the arguments only.
+
+    Later questions are first asked later, so that new ones come until the end.
+    """
     draw = random.Random(seed)
     questions = [make_question(draw) for _ in range(num_questions)]
     return [make_call(draw, n, choose(draw, questions, (n + 1) / number)) for n in range(number)]
 
 
 def choose(draw: random.Random, questions: list[Question], progress: float) -> Question:
-    """Of those that were asked by now: a recent one, or any."""
+    """Return one of the questions introduced by now: a recent one, or any."""
     known = max(1, round(progress * len(questions)))
     return questions[draw.randrange(max(0, known - 40) if draw.random() < 0.7 else 0, known)]
 
@@ -103,7 +107,7 @@ def make_call(draw: random.Random, number: int, question: Question) -> Call:
     return Call(
         number=number,
         question=question,
-        door=draw.choice(("http", "grpc")),
+        api=draw.choice(("http", "grpc")),
         is_streamed=is_streamed,
         manner=manner,
         deadline=draw.uniform(0.02, 1.0) if manner == "hurried" else PATIENCE_SECONDS,
@@ -116,7 +120,7 @@ def make_call(draw: random.Random, number: int, question: Question) -> Call:
 
 @lru_cache(maxsize=1000)
 def picture_file(picture: Picture, file_format: str) -> bytes:
-    """Blocks of random colours: unlike any other seed's, and quickly packed."""
+    """Return a file of blocks of random colours, which differ by seed and are quickly packed."""
     cells = np.random.default_rng(picture.seed).integers(
         0, 256, (picture.height // 4, picture.width // 4, 3), np.uint8
     )
@@ -137,7 +141,7 @@ def files_of(call: Call) -> list[bytes]:
     files = [picture_file(picture, call.file_format) for picture in call.question.pictures]
     match call.mistake:
         case "no_image":
-            return [*files, b"this is no image"]
+            return [*files, b"this is not an image"]
         case "cut_off":
             whole = picture_file(Picture(call.number, 112, 112, is_lossy=False), "PNG")
             return [*files, whole[: len(whole) // 2]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.membership import READY
 from proto.twinlens.control.v1 import control_pb2
 from tests.soak import at_rest
-from tests.soak.doors import Client
+from tests.soak.clients import Client
 from tests.soak.faults import Faults
 from tests.soak.reference import Reference, undisturbed
 from tests.soak.verdicts import Tally

@@ -1,5 +1,7 @@
-"""The soak's clients: HTTP with bare sockets, which can be read slowly and hung up at any byte, and
-gRPC."""
+"""The soak's clients, of HTTP and gRPC.
+
+HTTP is spoken over bare sockets, which can be read slowly and closed at any byte.
+"""
 
 import asyncio
 import base64
@@ -14,13 +16,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from tests.soak.answers import BY_CODE, BY_STATUS, Answer, HungUp, Outcome, Told
+from tests.soak.answers import BY_CODE, BY_STATUS, Answer, CallFailed, HungUp, Outcome
 from tests.soak.workload import SAMPLED_TOP_K, Call, files_of
 
 LATE_SECONDS = 20.0
-"""Beyond its deadline a call is given up as lost."""
+"""How long after its deadline a call is given up as lost."""
 PAUSE_SECONDS = 0.05
-"""Of a slow reader, before each piece."""
+"""How long a slow reader waits before each piece."""
 SLOW_BUFFER_BYTES = 4096
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"RIFF": "image/webp"}
 FINISH_REASONS = {
@@ -56,30 +58,28 @@ class Client:
             async with asyncio.timeout(
                 call.hang_up_seconds if hangs_up_by_time else call.deadline + LATE_SECONDS
             ):
-                await (self._ask_http if call.door == "http" else self._ask_grpc)(call, answer)
+                await (self._ask_http if call.api == "http" else self._ask_grpc)(call, answer)
         except TimeoutError:
             return Outcome(
                 "hung_up" if hangs_up_by_time else "nothing", answer, message="no end in time"
             )
         except HungUp:
             return Outcome("hung_up", answer)
-        except Told as error:
-            return Outcome("told", answer, error.code, error.message, error.stage)
+        except CallFailed as error:
+            return Outcome("error", answer, error.code, error.message, error.stage)
         except (OSError, h11.ProtocolError) as error:
             return Outcome("nothing", answer, message=f"{type(error).__name__}: {error}")
         return Outcome(
             "answered" if answer.finish_reasons else "nothing",
             answer,
-            message="it ended without an end",
+            message="the stream stopped without an end",
         )
 
-    async def _took_piece(self, call: Call, num_pieces: int) -> None:
+    async def _after_piece(self, call: Call, num_pieces: int) -> None:
         if call.manner == "slow":
             await asyncio.sleep(PAUSE_SECONDS)
         if call.manner == "hangs_up" and num_pieces == call.hang_up_pieces:
             raise HungUp
-
-    # HTTP
 
     async def _ask_http(self, call: Call, answer: Answer) -> None:
         limit = SLOW_BUFFER_BYTES if call.manner == "slow" else 2**16
@@ -124,11 +124,9 @@ class Client:
                 is_done = True
             elif read_chunk(json.loads(data), answer):
                 num_pieces += 1
-                await self._took_piece(call, num_pieces)
+                await self._after_piece(call, num_pieces)
         if answer.finish_reasons and not is_done:
             answer.oddities.append("no [DONE]")
-
-    # gRPC
 
     async def _ask_grpc(self, call: Call, answer: Answer) -> None:
         try:
@@ -142,7 +140,7 @@ class Client:
                 answer.end(FINISH_REASONS[response.finish_reason])
                 answer.num_completion_tokens = response.usage.completion_tokens
         except grpc.aio.AioRpcError as error:
-            raise Told(error.code().name, error.details() or "", stage_of(error)) from error
+            raise CallFailed(error.code().name, error.details() or "", stage_of(error)) from error
 
     async def _read_stream(self, call: Call, answer: Answer) -> None:
         stream = self._stub.GenerateStream(
@@ -159,7 +157,7 @@ class Client:
                             response.delta.offset,
                         )
                         num_pieces += 1
-                        await self._took_piece(call, num_pieces)
+                        await self._after_piece(call, num_pieces)
                     case "end":
                         answer.end(FINISH_REASONS[response.end.finish_reason])
                         answer.num_completion_tokens = response.end.usage.completion_tokens
@@ -170,7 +168,7 @@ class Client:
 async def http_events(
     reader: asyncio.StreamReader, connection: h11.Connection
 ) -> AsyncIterator[Any]:
-    """The response, then its data."""
+    """Yield the response, then its data."""
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -190,9 +188,9 @@ async def sse_data(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
 
 
 def read_chunk(chunk: dict[str, Any], answer: Answer) -> bool:
-    """Whether it was a piece of the answer."""
+    """Add a chunk of a stream to the answer; return whether it was a piece of the answer."""
     if error := chunk.get("error"):
-        raise Told(
+        raise CallFailed(
             BY_CODE.get(error["code"], "INVALID_ARGUMENT"), error["message"], error.get("stage", "")
         )
     if chunk.get("usage"):
@@ -210,7 +208,9 @@ def read_whole(status: int, body: bytes, answer: Answer) -> None:
     whole = json.loads(body)
     if status != 200:
         error = whole["error"]
-        raise Told(BY_STATUS.get(status, str(status)), error["message"], error.get("stage", ""))
+        raise CallFailed(
+            BY_STATUS.get(status, str(status)), error["message"], error.get("stage", "")
+        )
     (choice,) = whole["choices"]
     answer.add(choice["token_ids"], choice["message"]["content"])
     answer.end(choice["finish_reason"])
@@ -218,8 +218,10 @@ def read_whole(status: int, body: bytes, answer: Answer) -> None:
 
 
 def stage_of(error: grpc.aio.AioRpcError) -> str:
-    """As the status details tell it; empty where the status is the client's own, as that of its
-    deadline."""
+    """Return the stage that the status details name.
+
+    It is empty if the status is the client's own, as for a deadline.
+    """
     info = error_details_pb2.ErrorInfo()
     status = rpc_status.from_call(error)
     return (
