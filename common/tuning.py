@@ -25,7 +25,7 @@ TUNING: dict[str, dict[str, str]] = {
     # long as one of them. So threads spin for a moment before they sleep.
     "llm": COMPUTING | {"GOMP_SPINCOUNT": "1000"},
 }
-"""The variables of each role; a role that is not here needs none (figures: docs/decisions.md)."""
+"""The variables of each role; a role that is not here needs none (figures: docs/performance.md)."""
 
 MARK = "TUNED_PID"
 
