@@ -1,5 +1,4 @@
-"""What stands in for a process's connections: links that remember what was sent, and a member whose
-events are a script."""
+"""Stand-ins for a process's connections: links that record messages, and a scripted member."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -30,17 +29,17 @@ class FakeLinks:
         return [message for _, message in self.sent if isinstance(message, kind)]
 
     def take(self) -> list[tuple[str, Any]]:
-        """What was sent since the last call."""
+        """Return the messages sent since the last call, with their receivers."""
         sent = self.sent
         self.sent = []
         return sent
 
 
 class FakeMember:
-    """Gives out one batch of events a round, as a work loop asks for them; what it waits for after
-    the last ends it.
+    """Returns one batch of events each time a work loop asks for events.
 
-    A batch may be a function, which is called then: it can look at what was sent so far.
+    After the last batch, a loop that waits for events ends. A batch may be a function: it is called
+    when its turn comes, and can look at the messages sent so far.
     """
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class FakeMember:
         self._script: Iterator[Any] = iter(())
 
     def play(self, worker: Any, *batches: list[Event] | Callable[[], list[Event]]) -> None:
-        """Runs the worker over the batches, and on until it has nothing more to do."""
+        """Run the worker over the batches, and on until it would wait for more events."""
         self._script = iter(batches)
         worker.run()
 
@@ -73,7 +72,7 @@ def received(peer_id: str, role: str, *messages: Any) -> list[Event]:
 
 
 def aborts(sent: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """(receiver, request_id) of each Abort."""
+    """Return the receiver and the request id of each Abort."""
     return [
         (receiver, message.request_id) for receiver, message in sent if isinstance(message, Abort)
     ]

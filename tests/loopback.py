@@ -1,4 +1,4 @@
-"""The loopback addresses that this machine has: some have no IPv6."""
+"""The loopback addresses of this machine, which may have no IPv6."""
 
 from common.address import bound_socket
 

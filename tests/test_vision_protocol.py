@@ -1,5 +1,7 @@
-"""Preprocess and vision replicas bargain over a network that delivers when it likes: every image
-ends, whoever dies meanwhile."""
+"""The protocol between preprocess and vision replicas, over a network with arbitrary delays.
+
+Every image ends, even if replicas die in the meantime.
+"""
 
 import random
 from collections import OrderedDict, deque
@@ -30,7 +32,7 @@ STEPS = 1500
 
 
 class Wire:
-    """What one member has for others: in order to each, and in no order between them."""
+    """The messages that a member sends: in order to each peer, in no order between peers."""
 
     def __init__(self, me: str, net: "Net") -> None:
         self.me = me
@@ -50,11 +52,10 @@ class Replica:
         links: Any = Wire(name, net)
         self.member.links = links
         cache = EmbeddingCache(100)
-        thread = self.thread
-        anything: Any = thread
+        thread: Any = self.thread
         self.worker = Worker(
             self.member,
-            anything,
+            thread,
             cache,
             "float32",
             EncodeTimes(),
@@ -99,7 +100,7 @@ class Preprocess:
         self.dispatcher._start_items(key)
         self.dispatcher.offer_waiting()
 
-    def hear(self, peer_id: str, message: Any) -> None:
+    def on_message(self, peer_id: str, message: Any) -> None:
         self.dispatcher.handle_message(peer_id, message)
         self.dispatcher.offer_waiting()
 
@@ -113,16 +114,18 @@ class Net:
             name: Preprocess(name, self) for name in (f"p{n}" for n in range(num_preprocess))
         }
         self.replicas: dict[str, Replica] = {}
-        self.num_joined = self.num_submitted = 0
+        self.num_joined = 0
+        self.num_submitted = 0
         for _ in range(num_replicas):
-            self.join()
+            self.add_replica()
 
-    def join(self) -> None:
+    def add_replica(self) -> None:
         self.num_joined += 1
-        replica = self.replicas[f"v{self.num_joined}"] = Replica(f"v{self.num_joined}", self)
+        replica = Replica(f"v{self.num_joined}", self)
+        self.replicas[replica.name] = replica
         replica.play(*(PeerUp(name, "preprocess") for name in self.producers))
 
-    def kill(self) -> None:
+    def kill_replica(self) -> None:
         name = self.random.choice(sorted(self.replicas))
         del self.replicas[name]
         for pair in [pair for pair in self.queues if name in pair]:
@@ -146,8 +149,10 @@ class Net:
                 return
 
     def lose_preprocess(self) -> None:
-        """A replica's lease on it ended, and it connects anew: what is on the way in both
-        directions is gone."""
+        """End the lease between a preprocess and a replica, and let the preprocess connect again.
+
+        The messages in flight between them are lost.
+        """
         replica = self.random.choice(list(self.replicas.values()))
         producer = self.random.choice(list(self.producers.values()))
         self.queues.pop((replica.name, producer.name), None)
@@ -161,14 +166,14 @@ class Net:
         waiting = sorted(pair for pair, queue in self.queues.items() if queue)
         if waiting:
             sender, receiver = self.random.choice(waiting)
-            self.hand(sender, receiver, self.queues[sender, receiver].popleft())
+            self.handle(sender, receiver, self.queues[sender, receiver].popleft())
         return bool(waiting)
 
-    def hand(self, sender: str, receiver: str, message: Any) -> None:
+    def handle(self, sender: str, receiver: str, message: Any) -> None:
         if receiver in self.replicas:
             self.replicas[receiver].play(Received(sender, "preprocess", message))
         elif receiver in self.producers:
-            self.producers[receiver].hear(sender, message)
+            self.producers[receiver].on_message(sender, message)
         elif isinstance(message, Embeddings):
             name = {
                 "request_id": message.request_id,
@@ -178,7 +183,7 @@ class Net:
             answer = (
                 ItemReceived(**name)
                 if self.random.random() < 0.97
-                else ItemRejected(**name, reason="no numbers")
+                else ItemRejected(**name, reason="not finite")
             )
             self.queues.setdefault(("llm", message.preprocess_id), deque()).append(answer)
 
@@ -190,7 +195,7 @@ class Net:
         return bool(working)
 
     def settle(self) -> None:
-        """Nothing new comes; the rest goes its way, and what nobody wants any more lapses."""
+        """Deliver and finish everything without new requests; unused grants expire."""
         for _ in range(20_000):
             if not self.deliver() and not self.finish():
                 if not any(p.handovers for p in self.producers.values()) and not any(
@@ -202,7 +207,7 @@ class Net:
                     replica.play()
                 for producer in self.producers.values():
                     producer.dispatcher.offer_waiting()
-        raise AssertionError("it never ends")
+        raise AssertionError("some images never end")
 
 
 def picture(content: int) -> Image:
@@ -224,8 +229,8 @@ def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
         action()
         net.now += net.random.choice([0.0, 0.01, 0.3])
         if net.random.random() < 0.004:
-            net.join()
-            net.kill()
+            net.add_replica()
+            net.kill_replica()
     net.settle()
     assert net.num_submitted > 50
     for producer in net.producers.values():
@@ -242,18 +247,19 @@ def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
 
 
 def test_with_several_producers_and_no_faults_no_replica_is_idle_while_images_wait() -> None:
-    """Each step is a round in which everything under way arrives, and each tower ends one image."""
+    """In each round all messages in flight arrive, and each tower finishes one image."""
     net = Net(1, num_preprocess=3, num_replicas=4)
     for _ in range(60):
         net.submit()
-    idle_rounds = rounds = 0
+    idle_rounds = 0
+    rounds = 0
     while any(producer.handovers for producer in net.producers.values()):
         while net.deliver():
             pass
         waiting = sum(producer.dispatcher.pool.num_waiting for producer in net.producers.values())
         idle = sum(not replica.thread.work for replica in net.replicas.values())
-        rounds = rounds + 1
-        idle_rounds = idle_rounds + bool(waiting and idle)
+        rounds += 1
+        idle_rounds += bool(waiting and idle)
         for replica in list(net.replicas.values()):
             if replica.thread.work:
                 replica.play(Posted(replica.thread.result()))
