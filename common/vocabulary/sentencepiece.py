@@ -12,8 +12,8 @@ from typing import Any
 from common.checkpoint import read_optional_json
 from common.families.family import BadCheckpoint
 from common.vocabulary.sentencepiece_model import (
+    ModelPiece,
     ModelType,
-    Piece,
     PieceType,
     SentencePieceModel,
     read_model,
@@ -57,7 +57,7 @@ def max_stripped_spaces(model: SentencePieceModel) -> int:
     return ALL_SPACES if model.remove_extra_whitespaces else int(model.add_dummy_prefix)
 
 
-def piece_bytes(piece: Piece) -> bytes:
+def piece_bytes(piece: ModelPiece) -> bytes:
     """Return the bytes that a piece adds to an answer."""
     if piece.type is PieceType.BYTE:
         return bytes([int(piece.text[1:-1], 16)])  # <0x0A>

@@ -32,7 +32,7 @@ class ModelType(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ModelPiece:
     """One token of the model."""
 
     text: str
@@ -44,7 +44,7 @@ class Piece:
 class SentencePieceModel:
     """A model file. The id of a piece is its index."""
 
-    pieces: list[Piece]
+    pieces: list[ModelPiece]
     model_type: ModelType
     byte_fallback: bool
     charsmap: bytes
@@ -91,11 +91,11 @@ def parse_model(data: bytes) -> SentencePieceModel:
     )
 
 
-def parse_piece(fields: Fields) -> Piece:
+def parse_piece(fields: Fields) -> ModelPiece:
     score = bytes_of(fields, 2) or bytes(4)
     if len(score) != 4:
         raise BadProtobuf("the score of a piece is not a float")
-    return Piece(
+    return ModelPiece(
         bytes_of(fields, 1).decode(),
         struct.unpack("<f", score)[0],
         PieceType(number_of(fields, 3, PieceType.NORMAL)),
