@@ -72,7 +72,7 @@ def header_of(message: msgspec.Struct) -> dict[str, Any]:
 
 
 @EVERY_HOP
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_message_of_every_hop_round_trips(hop: tuple[str, str], data: st.DataObject) -> None:
     message = data.draw(st.one_of(*map(any_message, kinds(HOPS[hop]))))
@@ -459,13 +459,13 @@ def read(frames: list[Buffer], union: Any) -> None:
 unions = st.sampled_from(list(HOPS.values()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(unions, st.lists(st.binary(max_size=40), max_size=4))
 def test_random_frames_do_no_harm(union: Any, frames: list[Buffer]) -> None:
     read(frames, union)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_bytes_changed_in_a_good_header_do_no_harm(data: st.DataObject) -> None:
     union = data.draw(unions)
@@ -491,7 +491,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_field_changed_in_a_good_header_does_no_harm(data: st.DataObject) -> None:
     union = data.draw(unions)

@@ -72,7 +72,7 @@ token_ids = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.sampled_from(CASES), token_ids, st.booleans(), st.lists(st.integers(0, 29), max_size=4))
 def test_joined_pieces_equal_the_tokenizers_decode(
     case: str, ids: list[int], skip: bool, cuts: list[int]
@@ -94,7 +94,7 @@ utf8_like = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(utf8_like)
 def test_broken_characters_become_as_many_marks_as_in_the_tokenizer(data: list[int]) -> None:
     by_bytes = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
@@ -208,7 +208,7 @@ def test_a_stop_string_before_min_tokens_does_not_end_the_answer() -> None:
 ab = st.text("ab", min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     st.text("abé", max_size=20), st.lists(ab, max_size=3), st.lists(st.integers(1, 5), max_size=8)
 )

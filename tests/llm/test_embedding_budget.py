@@ -2,7 +2,7 @@
 waits for it."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.messages import RequestKey
@@ -47,7 +47,6 @@ def test_a_request_that_ends_while_it_waits_keeps_nobody_waiting() -> None:
     assert reserved(budget) == [2] and budget.num_free == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_every_request_gets_its_turn_and_the_bound_holds(sizes: list[int], random: object) -> None:
     budget = EmbeddingBudget(20)

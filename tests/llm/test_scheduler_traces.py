@@ -118,7 +118,7 @@ class Trace:
 traces = st.lists(arrivals(), min_size=1, max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     trace=traces,
     max_num_seqs=st.integers(1, 4),
@@ -144,7 +144,7 @@ def test_every_request_ends_with_the_answer_it_has_alone(
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trace=traces, budget=st.integers(1, 20))
 def test_texts_begin_in_the_order_in_which_they_came(trace: list[Arrival], budget: int) -> None:
     scheduler = create_scheduler(num_blocks=NUM_BLOCKS, max_num_batched_tokens=budget)

@@ -158,7 +158,7 @@ def test_the_limit_of_pixels_is_inclusive() -> None:
 SEEDS = [encoded(noise(16, 16), format) for format in ("PNG", "JPEG", "WEBP", "GIF")]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8),

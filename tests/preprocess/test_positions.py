@@ -1,6 +1,6 @@
 """M-RoPE positions of any mix of text and images follow the rule, one token after the other."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.preprocess.families.qwen2_5_vl import rope_positions
@@ -32,7 +32,6 @@ def slow_positions(
 grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=5)
 
 
-@settings(deadline=None)
 @given(grids, st.lists(st.integers(0, 4), min_size=6, max_size=6))
 def test_positions_of_mixed_prompts_follow_the_rule(
     grids: list[tuple[int, int]], gaps: list[int]
