@@ -1,10 +1,11 @@
-"""Only vision and llm load torch: the others start in a moment and weigh little. The scheduler is
-tested without it."""
+"""Only vision and llm load torch: the other services start quickly and need little memory.
 
+The scheduler is tested without torch.
+"""
+
+import json
 import subprocess
 import sys
-
-import pytest
 
 from tests.policy.sources import ROOT, sources
 
@@ -20,25 +21,31 @@ WITHOUT_TORCH = [
     *sorted(str(file.with_suffix("")).replace("/", ".") for file in sources("common")),
 ]
 PROGRAM = """
-import importlib, sys
+import importlib, json, sys
+HEAVY = {"torch", "transformers", "torchvision", "safetensors"}
+found = {}
 for name in sys.argv[1:]:
+    before = set(sys.modules)
     importlib.import_module(name)
-loaded = {name.partition(".")[0] for name in sys.modules}
-print(*sorted({"torch", "transformers", "torchvision", "safetensors"} & loaded))
+    loaded = {module.partition(".")[0] for module in set(sys.modules) - before}
+    if HEAVY & loaded:
+        found[name] = sorted(HEAVY & loaded)
+print(json.dumps(found))
 """
 
 
-def heavy_modules_after(module: str) -> str:
-    command = [sys.executable, "-c", PROGRAM, module]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    ).stdout.strip()
+def heavy_packages(modules: list[str]) -> dict[str, list[str]]:
+    """Import the modules one after another; return the heavy packages that each loads first."""
+    command = [sys.executable, "-c", PROGRAM, *modules]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_it_loads_no_torch(module: str) -> None:
-    assert heavy_modules_after(module) == ""
+def test_these_modules_load_no_torch() -> None:
+    assert heavy_packages(WITHOUT_TORCH) == {}
 
 
-def test_one_that_does_would_be_seen() -> None:
-    assert "torch" in heavy_modules_after("compute.torch_tensors")
+def test_a_module_that_loads_torch_would_be_found() -> None:
+    assert (
+        "torch" in heavy_packages(["common.wire", "compute.torch_tensors"])["compute.torch_tensors"]
+    )
