@@ -106,8 +106,7 @@ class Serving:
 
 
 def list_members(grpc_port: int) -> Iterable[control_pb2.Member]:
-    # Channels share their connections, and with them the back-off after a failure, unless told not
-    # to.
+    # By default, channels share connections, and with them the back-off after a failure.
     options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options) as channel:
         control = control_pb2_grpc.ControlServiceStub(channel)

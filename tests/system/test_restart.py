@@ -181,7 +181,7 @@ def num_failovers(system: Running) -> float:
 def test_a_terminated_stage_finishes_what_it_has_and_what_is_on_its_way_to_it(
     system: Running, long_text: str, role: str
 ) -> None:
-    """Two requests run at a time. The others wait when the stage is told to leave."""
+    """Two requests run at a time. The others wait when the stage is terminated."""
     until(system.is_reachable, "the system is ready")
     leaving = pid_of(system, role)
     before = num_failovers(system)

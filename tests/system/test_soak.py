@@ -26,4 +26,4 @@ async def test_no_answer_is_lost_doubled_or_changed_while_members_come_and_go() 
     assert report.is_clean, report.table()
     assert report.tally.calls == options.requests
     assert report.tally.answered > options.requests / 2
-    assert sum(report.faults.values()) > 0, "a fault came while requests were under way"
+    assert sum(report.faults.values()) > 0, "a fault came while requests were in flight"
