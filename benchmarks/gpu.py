@@ -104,7 +104,7 @@ def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> Ste
         query_lens=lens,
         context_lens=np.full(len(lens), context_len),
         block_tables=tables,
-        embedding_rows=np.zeros(0, np.int64),
+        item_rows=np.zeros(0, np.int64),
         sampled_rows=lens.cumsum() - 1,
         rope_parameters=np.zeros(len(lens), np.int64),
         adapters=np.zeros(len(lens), np.int64),

@@ -346,7 +346,7 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
         query_lens=np.array(query_lens),
         context_lens=np.array(context_lens),
         block_tables=tables,
-        embedding_rows=np.zeros(0, np.int64),
+        item_rows=np.zeros(0, np.int64),
         sampled_rows=np.cumsum(query_lens) - 1,
         rope_parameters=np.zeros(len(query_lens), np.int64),
         adapters=np.zeros(len(query_lens), np.int64),

@@ -368,12 +368,12 @@ class Prompt(RequestMessage):
     output_token_ids: Tensor | None = None
     """int64: the tokens of earlier attempts; the answer continues after them."""
     cache_salt: Salt = b""
-    """Root of the prefix cache's names. It covers whatever else changes the keys and values of
-    equal tokens, such as the rope parameter, the adapter and the tenant."""
+    """Root of the prefix cache's names. Preprocess must derive it from whatever changes the keys
+    and values of equal tokens. So far that is the rope parameter."""
     rope_parameter: Count = 0
     """A parameter of the rotary embedding that belongs to the request; 0 if its family has none."""
     adapter: Count = 0
-    """Index of the request's adapter; 0 for none."""
+    """Index of the request's adapter; 0 for none. Nothing sets it so far."""
     whole: bool = False
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
 
@@ -444,7 +444,7 @@ class ExecuteStep(Message):
     query_lens: Tensor
     context_lens: Tensor
     block_tables: Tensor
-    embedding_rows: Tensor
+    item_rows: Tensor
     sampled_rows: Tensor
     rope_parameters: Tensor
     adapters: Tensor

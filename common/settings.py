@@ -192,8 +192,8 @@ class LlmSettings(ServiceSettings, BatchSettings, ContextSettings, DeviceSetting
     )
     ordinal: str = setting(
         "",
-        "number, or name that ends in one, from which --group and --rank follow; {leader} in "
-        "--rendezvous stands for the ordinal of the group's rank 0",
+        "a number, or a name that ends in a number, from which --group and --rank are computed; "
+        "{leader} in --rendezvous stands for the ordinal of the group's rank 0",
     )
 
 

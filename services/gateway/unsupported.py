@@ -54,7 +54,10 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "lora_path": (),
 }
-"""Fields of a request. The values in the tuple, and null, are accepted: they ask for nothing."""
+"""Fields of a request that are refused.
+
+The values in the tuple, and null, are accepted, because they do not change the answer.
+"""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),

@@ -20,8 +20,8 @@ class Batch:
     item_rows: Tensor | None
     """int64 [I]: the rows that hold an item's embedding; None if there are none."""
     sampled_item_rows: Tensor | None
-    """int64: those of the sampled rows that hold an item's embedding, counted among the sampled
-    rows; None if there are none."""
+    """int64: indices into `sampled_rows` of the rows that hold an item's embedding; None if there
+    are none."""
     rope_parameters: Tensor
     """int64 [T]: the rope parameter of each token's sequence."""
     adapters: Tensor
@@ -32,12 +32,12 @@ class Batch:
 
 def arrays_of(plan: StepPlan) -> dict[str, np.ndarray]:
     """Return the arrays that a device needs to make a Batch, int64 each."""
-    is_item = np.isin(plan.sampled_rows, plan.embedding_rows)
+    is_item = np.isin(plan.sampled_rows, plan.item_rows)
     return {
         "token_ids": plan.token_ids,
         "positions": plan.positions,
         "sampled_rows": plan.sampled_rows,
-        "item_rows": plan.embedding_rows,
+        "item_rows": plan.item_rows,
         "sampled_item_rows": np.flatnonzero(is_item),
         "rope_parameters": np.repeat(plan.rope_parameters, plan.query_lens),
         "adapters": np.repeat(plan.adapters, plan.query_lens),

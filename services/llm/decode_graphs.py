@@ -68,7 +68,7 @@ class DecodeGraphs:
     def covers(self, plan: StepPlan) -> bool:
         """Whether a graph can run the step."""
         num_seqs, num_blocks = plan.block_tables.shape
-        is_decode = plan.num_tokens == num_seqs and len(plan.embedding_rows) == 0
+        is_decode = plan.num_tokens == num_seqs and len(plan.item_rows) == 0
         return is_decode and num_seqs <= self._sizes[-1] and num_blocks <= self._width
 
     def run(self, plan: StepPlan) -> Tensor:

@@ -71,7 +71,7 @@ class Layer:
     o: Projection
     mlp_norm: Tensor
     gate_up: Projection
-    """Rows of the gate, then those that it multiplies."""
+    """The first half of the rows is the gate, the second half what the gate multiplies."""
     down: Projection
 
 
@@ -91,6 +91,8 @@ class Decoder:
     norm: Tensor
     head: Product
     rotary: Callable[[Batch], RotaryTables]
+    """Returns the tables of all tokens. On CUDA it is captured in a graph, so it must not read a
+    tensor's values. Blank rows of a graph have rope parameter 0."""
     query_scale: Callable[[Batch], Tensor] | None = None
     """Returns the factor of each token's queries, [T]; None if queries are not scaled."""
 

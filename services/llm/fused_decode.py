@@ -70,9 +70,10 @@ class FusedDecode:
     def takes(self, plan: StepPlan) -> bool:
         """Whether every sequence has one new token, whose logits are wanted.
 
-        Rows of items and adapters change what a layer computes, so they take the slow path.
+        A step that has rows of items, or an adapter, takes the slow path, because a layer may
+        compute something else for them.
         """
-        if len(plan.embedding_rows) or plan.adapters.any():
+        if len(plan.item_rows) or plan.adapters.any():
             return False
         return len(plan.query_lens) == len(plan.sampled_rows) == plan.num_tokens <= self._max_rows
 

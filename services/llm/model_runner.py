@@ -62,7 +62,7 @@ class ModelRunner:
         """Run one step and return float32 logits [num_sampled, vocab_size].
 
         `embeddings` are [n, input_width] each, of any dtype and device. Together they have a row
-        for each of `plan.embedding_rows`.
+        for each of `plan.item_rows`.
         """
         check_embeddings(plan, embeddings)
         model = self._model
@@ -94,4 +94,4 @@ class ModelRunner:
 
 def check_embeddings(plan: StepPlan, embeddings: list[Tensor]) -> None:
     num_given = sum(map(len, embeddings))
-    assert num_given == len(plan.embedding_rows), "as many embeddings as placeholder rows"
+    assert num_given == len(plan.item_rows), "as many embeddings as placeholder rows"

@@ -118,7 +118,7 @@ class Scheduler:
             query_lens=query_lens,
             context_lens=context_lens,
             block_tables=tables,
-            embedding_rows=self._embedding_rows(chunks, starts),
+            item_rows=self._item_rows(chunks, starts),
             sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
             adapters=np.array([r.prompt.adapter for r in requests], np.int64),
@@ -259,7 +259,7 @@ class Scheduler:
             positions[:, start : start + own.shape[1]] = own
         return positions
 
-    def _embedding_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
+    def _item_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
         rows = [np.zeros(0, np.int64)]
         for chunk, start in zip(chunks, starts, strict=True):
             offset = start - chunk.begin

@@ -25,7 +25,7 @@ class StepPlan:
     """int64 [num_seqs]: tokens of each sequence in the KV cache after this step."""
     block_tables: np.ndarray
     """int64 [num_seqs, max_num_blocks]: the blocks of each sequence in order, padded with 0."""
-    embedding_rows: np.ndarray
+    item_rows: np.ndarray
     """int64 [num_embeddings]: rows of the batch whose input is an item's embedding, in the order in
     which the embeddings are given."""
     sampled_rows: np.ndarray

@@ -73,7 +73,10 @@ class ExpandedPrompt:
 
     @property
     def cache_salt(self) -> bytes:
-        """The root of the prefix cache's names, which covers what changes a token's keys."""
+        """The root of the prefix cache's names.
+
+        It covers whatever changes the keys and values of equal tokens: here the rope parameter.
+        """
         if not self.rope_parameter:
             return b""
         text = f"rope parameter {self.rope_parameter}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.messages import ItemKey
+from common.messages import ItemKey, ItemKind
 from common.progress import Progress, UnitTimes
 from common.wire import Tensor
 
@@ -24,6 +24,7 @@ class ItemShape:
     """The grid of patches: steps in time, rows, columns."""
     content_size: tuple[int, int]
     """Height and width of the content in pixels. What the grid has beyond it is padding."""
+    kind: ItemKind = "image"
 
 
 class Tower(Protocol):

@@ -249,7 +249,7 @@ class Worker:
             assert job.patches is not None
             self._encoding = job
             self._encoding_since = self._clock()
-            shape = ItemShape(job.offer.grid_thw, job.offer.content_size)
+            shape = ItemShape(job.offer.grid_thw, job.offer.content_size, job.offer.kind)
             self._tower.begin(job.key, job.patches, shape)
 
     def _handle_result(self, result: EncodeResult) -> None:

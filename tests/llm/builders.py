@@ -124,7 +124,7 @@ class FakeRunner:
     def next_tokens(self, plan: StepPlan, embeddings: list[Any]) -> list[int]:
         self.plans.append(plan)
         inputs = plan.token_ids.copy()
-        inputs[plan.embedding_rows] = np.concatenate(
+        inputs[plan.item_rows] = np.concatenate(
             [np.zeros(0), *(np.asarray(e)[:, 0] for e in embeddings)]
         )
         self.cache[plan.slot_mapping] = np.concatenate([inputs[None], plan.positions]).T

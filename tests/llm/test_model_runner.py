@@ -95,7 +95,7 @@ def step(runner: ModelRunner, work: list[tuple[Sequence, int]]) -> np.ndarray:
                 for (s, _), span in zip(work, spans, strict=True)
             ]
         ),
-        embedding_rows=np.flatnonzero(np.concatenate(is_image)),
+        item_rows=np.flatnonzero(np.concatenate(is_image)),
         sampled_rows=np.array(
             [
                 stop - 1

@@ -74,7 +74,7 @@ def test_block_tables_are_padded_to_the_longest() -> None:
 
 def test_embeddings_go_to_the_rows_of_their_placeholders() -> None:
     chunks = mixed()
-    assert plan_of(*chunks).embedding_rows.tolist() == [1, 2, 4, 5]
+    assert plan_of(*chunks).item_rows.tolist() == [1, 2, 4, 5]
     given = np.concatenate([part for chunk in chunks for part in embeddings_of(chunk)])[:, 0]
     assert given.tolist() == [-1001, -1002, -2000, -2001]
 
@@ -85,7 +85,7 @@ def test_the_last_known_token_of_each_request_is_sampled() -> None:
 
 def test_a_step_of_text_in_the_midst_of_a_prompt_samples_and_embeds_nothing() -> None:
     plan = plan_of(Chunk(held(create_request(num_tokens=8), [0, 1]), 0, 6))
-    assert (len(plan.sampled_rows), len(plan.embedding_rows), plan.num_tokens) == (0, 0, 6)
+    assert (len(plan.sampled_rows), len(plan.item_rows), plan.num_tokens) == (0, 0, 6)
 
 
 def test_all_arrays_are_int64() -> None:

@@ -106,7 +106,7 @@ class Image:
     def patches(self) -> np.ndarray:
         """Return uint8 [num_patches, 3 * patch_size * patch_size].
 
-        The tower normalises them and doubles them in time.
+        The tower normalises them, and repeats them, because it takes two frames at a time.
         """
         return patches(self.rgb, self.patch_size, self.merge_size)
 
@@ -206,7 +206,8 @@ def image_settings(checkpoint: Checkpoint) -> tuple[int, int, dict[str, Any]]:
 def pixel_limits(config: dict[str, Any], limits: ItemLimits, factor: int) -> tuple[int, int]:
     """Return the least and the most pixels of a resized image.
 
-    What the deployment leaves open is in preprocessor_config.json, in one of two layouts.
+    A limit that the deployment does not set comes from preprocessor_config.json, which has it under
+    one of two names.
     """
     size = config.get("size") or {}
     low = limits.min_pixels or config.get("min_pixels") or size.get("shortest_edge")

@@ -163,7 +163,7 @@ class Qwen25VisionTower:
 
     @property
     def values_per_patch(self) -> int:
-        """A patch is neither normalised nor doubled in time."""
+        """The number of bytes in a patch as it arrives, for one step in time."""
         return len(self._mean)
 
     def num_tokens(self, shape: ItemShape) -> int:
