@@ -81,7 +81,7 @@ def weights_of(
 ) -> tuple[list[Tensor], list[Linear]]:
     """Return weights of one shape, plain and packed.
 
-    There are so many that a kernel that goes through them reads from memory, not from a cache.
+    Together they exceed the processor's caches, so a kernel reads them from memory.
     """
     count = ceil(WEIGHTS_BYTES / (num_outputs * num_inputs * dtype.itemsize))
     random = torch.Generator().manual_seed(num_outputs)

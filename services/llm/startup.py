@@ -195,21 +195,7 @@ def make_runner(
     member: LlmMember,
 ) -> ModelRunner:
     """Load this rank's weights and allocate its KV cache."""
-    if device.kind != "cuda":
-        return ModelRunner(
-            checkpoint,
-            dtype,
-            device.torch_device,
-            cache.num_blocks,
-            cache.block_size,
-            member.report_loading,
-            shard,
-            settings.quantization,
-        )
-    # Imported only here: what it needs of torch takes a second to import.
-    from services.llm.cuda_model_runner import CudaModelRunner
-
-    return CudaModelRunner(
+    given = (
         checkpoint,
         dtype,
         device.torch_device,
@@ -217,8 +203,13 @@ def make_runner(
         cache.block_size,
         member.report_loading,
         shard,
-        settings.max_num_seqs,
     )
+    if device.kind != "cuda":
+        return ModelRunner(*given, settings.quantization)
+    # Imported only here: what it needs of torch takes a second to import.
+    from services.llm.cuda_model_runner import CudaModelRunner
+
+    return CudaModelRunner(*given, settings.max_num_seqs)
 
 
 def run_leader(

@@ -81,6 +81,11 @@ class Cluster:
             pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]
         ]
 
+    def client_command(self, what: str) -> list[str]:
+        """Return the command that runs `load.py` in the client's pod, against the gateway."""
+        python = ["python", "-c", LOAD.read_text(), "http://gateway:8000", what]
+        return self.command("exec", "-i", "client", "--", *python)
+
     @contextlib.contextmanager
     def load(self, clients: int) -> Iterator[dict[str, int]]:
         """Send requests from inside the cluster, through the Service.
@@ -88,19 +93,11 @@ class Cluster:
         The yielded dictionary counts the outcomes; it is filled at the end.
         """
         outcomes: dict[str, int] = {}
-        command = self.command(
-            "exec",
-            "-i",
-            "client",
-            "--",
-            "python",
-            "-c",
-            LOAD.read_text(),
-            "http://gateway:8000",
-            str(clients),
-        )
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self.client_command(str(clients)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert process.stdout and process.stdout.readline() == "first answers\n"
@@ -112,19 +109,8 @@ class Cluster:
 
     def ask(self, image: Path) -> str:
         """Return the text that the system reads in an image."""
-        command = [
-            "exec",
-            "-i",
-            "client",
-            "--",
-            "python",
-            "-c",
-            LOAD.read_text(),
-            "http://gateway:8000",
-            "image",
-        ]
         done = subprocess.run(
-            self.command(*command),
+            self.client_command("image"),
             input=image.read_bytes(),
             capture_output=True,
             timeout=ROLLOUT_SECONDS,

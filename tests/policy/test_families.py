@@ -34,11 +34,7 @@ def imported_families(tree: ast.AST) -> list[str]:
 OUTSIDE = [file for file in sources() if file.parent.name != "families"]
 
 
-@pytest.mark.parametrize(
-    "file",
-    OUTSIDE,
-    ids=str,
-)
+@pytest.mark.parametrize("file", OUTSIDE, ids=str)
 def test_nothing_outside_families_imports_a_family(file: Path) -> None:
     assert imported_families(parse(file)) == []
 
