@@ -62,15 +62,15 @@ def make_encoder(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    report: Callable[[float], None],
+    report_loading: Callable[[float], None],
     buckets: tuple[int, ...],
 ) -> Encoder:
     """Load the checkpoint's vision tower and choose how to run it.
 
-    Buckets make it static. Without them, a CUDA device gets graphs. `report` is called with the
-    fraction that is loaded.
+    Buckets make it static. Without them, a CUDA device gets graphs. `report_loading` is
+    called with the fraction that is loaded.
     """
-    tower = load(checkpoint, dtype, device, report)
+    tower = load(checkpoint, dtype, device, report_loading)
     if buckets:
         return StaticTower(tower, buckets)
     if device.type == "cuda":

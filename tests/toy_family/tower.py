@@ -38,7 +38,7 @@ class Eye:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        report: Callable[[float], None],
+        report_loading: Callable[[float], None],
     ) -> None:
         self.dtype = dtype
         self.device = device
@@ -48,7 +48,7 @@ class Eye:
         self.values_per_patch = 3 * self._patch**2
         self.output_width = checkpoint.sizes.hidden_size
         width: int = eye["width"]
-        weights = Weights(checkpoint, lambda name: name.startswith("eye."), report)
+        weights = Weights(checkpoint, lambda name: name.startswith("eye."), report_loading)
         self._look, self._mix, self._tell = (
             weights.tensor(f"eye.{name}", shape, dtype, device)
             for name, shape in (

@@ -23,13 +23,15 @@ def load(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    report: Report = lambda fraction: None,
+    report_loading: Report = lambda fraction: None,
 ) -> AnyTower:
-    """Return the checkpoint's vision tower. `report` is called with the fraction that is loaded.
+    """Return the checkpoint's vision tower.
+
+    `report_loading` is called with the fraction that is loaded.
 
     Raises
     ------
     BadCheckpoint
         if the checkpoint cannot be served.
     """
-    return FAMILIES[checkpoint.family.model_type](checkpoint, dtype, device, report)
+    return FAMILIES[checkpoint.family.model_type](checkpoint, dtype, device, report_loading)

@@ -137,14 +137,14 @@ class Qwen25VisionTower:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        report: Callable[[float], None] = lambda fraction: None,
+        report_loading: Callable[[float], None] = lambda fraction: None,
     ) -> None:
-        """Load the weights. `report` is called with the fraction that is loaded."""
+        """Load the weights. `report_loading` is called with the fraction that is loaded."""
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
         prefixes = checkpoint.family.tower_prefixes
-        weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report)
+        weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report_loading)
         self._mean, self._std = (
             self._per_value(checkpoint.preprocessor_config[key])
             for key in ("image_mean", "image_std")
