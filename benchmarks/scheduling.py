@@ -1,6 +1,7 @@
 """What a step of the engine takes besides its forward pass: scheduling, planning, sampling."""
 
 import time
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -43,7 +44,7 @@ def overhead(
         scheduler,
         execute,
         Sampler(),
-        GuidedDecoding(open_vocabulary(checkpoint), runner.vocab_size, eos),
+        GuidedDecoding(partial(open_vocabulary, checkpoint), runner.vocab_size, eos),
         runner.input_width,
         eos,
     )

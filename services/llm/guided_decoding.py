@@ -3,6 +3,7 @@
 llguidance does the work.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,10 +23,16 @@ class GuidedDecoding:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, vocab_size: int, eos_token_ids: tuple[int, ...]
+        self,
+        read_vocabulary: Callable[[], Vocabulary],
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
     ) -> None:
-        """`vocab_size` is the number of logits, which may exceed the number of tokens."""
-        self._vocabulary = vocabulary
+        """`read_vocabulary` is called at the first grammar, because most services get none.
+
+        `vocab_size` is the number of logits, which may exceed the number of tokens.
+        """
+        self._read_vocabulary = read_vocabulary
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: Any = None
@@ -41,7 +48,7 @@ class GuidedDecoding:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                self._vocabulary.tokenizer_json,
+                self._read_vocabulary().tokenizer_json,
                 n_vocab=self._vocab_size,
                 eos_token=list(self._eos_token_ids),
             )

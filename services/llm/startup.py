@@ -1,6 +1,7 @@
 """How a rank starts: device, control plane, the other ranks, memory, weights, then its work."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -231,7 +232,9 @@ def run_leader(
     )
     max_model_len = context_of(settings, checkpoint)
     eos_token_ids = checkpoint.eos_token_ids
-    guided_decoding = GuidedDecoding(open_vocabulary(checkpoint), runner.vocab_size, eos_token_ids)
+    guided_decoding = GuidedDecoding(
+        partial(open_vocabulary, checkpoint), runner.vocab_size, eos_token_ids
+    )
     embedding_bytes = runner.input_width * dtype.itemsize
     budget = EmbeddingBudget(embedding_tokens(cache.num_tokens, max_model_len, embedding_bytes))
     engine = Engine(

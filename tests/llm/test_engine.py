@@ -2,7 +2,7 @@
 no other."""
 
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -39,7 +39,6 @@ POISON = 48
 """A token after which the fake model computes not finites."""
 IMAGE = ((2, 5, 1),)
 KEY = ("r", 0)
-NO_VOCABULARY = Vocabulary(Path(), "{}", {}, frozenset())
 
 
 class LogitsRunner(FakeRunner):
@@ -66,10 +65,14 @@ def create_engine(eos_token_ids: tuple[int, ...] = (), **scheduler: Any) -> Engi
         made,
         LogitsRunner(NUM_BLOCKS).execute,
         Sampler(),
-        GuidedDecoding(NO_VOCABULARY, VOCAB_SIZE, eos_token_ids),
+        GuidedDecoding(no_vocabulary, VOCAB_SIZE, eos_token_ids),
         HIDDEN_SIZE,
         eos_token_ids,
     )
+
+
+def no_vocabulary() -> Vocabulary:
+    raise AssertionError("only a grammar needs the vocabulary")
 
 
 def images(content: int = 1, length: int = 5) -> torch.Tensor:
@@ -402,7 +405,7 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
         num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24
     )
     guides = GuidedDecoding(
-        open_vocabulary(checkpoint), runner.vocab_size, checkpoint.eos_token_ids
+        partial(open_vocabulary, checkpoint), runner.vocab_size, checkpoint.eos_token_ids
     )
     engine = Engine(
         scheduler, runner.execute, Sampler(), guides, runner.input_width, checkpoint.eos_token_ids

@@ -16,7 +16,7 @@ B = ("b", 0)
 
 
 def guides() -> GuidedDecoding:
-    return GuidedDecoding(VOCABULARY, 288, (END,))
+    return GuidedDecoding(lambda: VOCABULARY, 288, (END,))
 
 
 def allowed(found: GuidedDecoding, key: tuple[str, int]) -> set[int]:

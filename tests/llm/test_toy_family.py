@@ -1,6 +1,7 @@
 """A family with everything that a family may add equals plain loops, however its steps are cut."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from common.checkpoint import open_checkpoint
 from common.families import FAMILIES
 from common.messages import Peer, Prompt, Sampling, Stopping
+from common.vocabulary import open_vocabulary
 from common.wire import Tensor as WireTensor
 from services.llm import families
 from services.llm.block_pool import BlockPool
@@ -117,7 +119,7 @@ class Group:
             self.scheduler,
             self.runner.execute,
             Sampler(),
-            GuidedDecoding(Path(), 320, (END_ID,)),
+            GuidedDecoding(partial(open_vocabulary, checkpoint), 320, (END_ID,)),
             WIDTH,
             (END_ID,),
             num_position_components=2,
