@@ -12,6 +12,8 @@ from common.messages import Sampling, Stopping
 from services.gateway.generation import GenerationRequest
 from services.gateway.images import check_image_count, read_data_uri
 from services.gateway.invalid_field import InvalidField, explain_body_error
+from services.gateway.json_bounds import check_json
+from services.gateway.limits import MAX_MESSAGES
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsupported
 
@@ -142,12 +144,23 @@ def parse_chat(body: bytes | bytearray) -> ChatRequest:
     InvalidRequest
         if the body is malformed, or asks for something that is not supported.
     """
+    check_json(body)
     try:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise explain_body_error(error) from None
+    check_message_count(chat.messages)
     refuse_unsupported(chat.model_extra or {}, IN_REQUEST)
     return chat
+
+
+def check_message_count(messages: list[ChatMessage]) -> None:
+    """Raise InvalidField if there are too many messages and parts of messages."""
+    parts = sum(len(message.content) for message in messages if isinstance(message.content, list))
+    if len(messages) + parts > MAX_MESSAGES:
+        raise InvalidField(
+            "messages", f"more than {MAX_MESSAGES} messages and parts are not accepted; send fewer"
+        )
 
 
 def chat_to_generation(
@@ -187,7 +200,8 @@ def read_message(message: ChatMessage, path: str, images: list[bytes]) -> dict[s
     """
     if message.role not in ROLES:
         raise InvalidField(
-            f"{path}.role", f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}"
+            f"{path}.role",
+            f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}",
         )
     refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{path}.")
     return {"role": ROLES[message.role], "content": read_content(message, path, images)}
@@ -226,6 +240,7 @@ def read_part(part: Any, role: str, path: str, images: list[bytes]) -> dict[str,
             raise InvalidField(f"{path}.image_url", "must be an object with a url, or a string")
         case {"type": str(kind)}:
             raise InvalidField(
-                f"{path}.type", f"{kind[:40]!r} is not supported; send text and image_url parts"
+                f"{path}.type",
+                f"{kind[:40]!r} is not supported; send text and image_url parts",
             )
     raise InvalidField(path, "must be an object with a type, such as text or image_url")
