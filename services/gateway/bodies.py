@@ -120,9 +120,17 @@ async def pieces_in_time(receive: Receive, patience: float) -> AsyncIterator[byt
             raise ClientDisconnect
         piece = message.get("body", b"")
         more = message.get("more_body", False)
-        deadline += len(piece) / MIN_BODY_BYTES_PER_SECOND
-        deadline = min(deadline, clock() + patience)
+        deadline = next_deadline(deadline, len(piece), clock(), patience)
         yield piece
+
+
+def next_deadline(deadline: float, num_bytes: int, now: float, patience: float) -> float:
+    """Return until when more of a body must come, after this many bytes came.
+
+    Bytes postpone the deadline by the time that they may take, but never beyond `patience` seconds
+    from now.
+    """
+    return min(deadline + num_bytes / MIN_BODY_BYTES_PER_SECOND, now + patience)
 
 
 class BodyDrop:
