@@ -78,6 +78,8 @@ class Acceptor:
 
     def _serve(self, connection: socket.socket, client: str) -> None:
         connection.setblocking(False)
+        # Otherwise the body of an answer waits until the client acknowledges the head.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         protocol = self._make_protocol(client)
         task: asyncio.Task[object] = self._loop.create_task(
             self._loop.connect_accepted_socket(lambda: protocol, connection)

@@ -14,10 +14,10 @@ OTHER_DESCRIPTORS = 64
 class Standing(IntEnum):
     """How far a connection has come with its request."""
 
-    IDLE = 0
-    SENDING_HEAD = 1
-    SENDING_BODY = 2
-    WAITING = 3
+    SENDING_HEAD = 0
+    """It is idle, or has not sent all headers of its next request."""
+    SENDING_BODY = 1
+    WAITING = 2
     """Its request is complete and is being answered."""
 
 
@@ -35,8 +35,9 @@ class Connection(Protocol):
 class ConnectionLimits:
     """Admits connections, so that no client's connections keep another client's out.
 
-    A client gets at most half of the places that the others leave. If it wants more, its own least
-    advanced connection gives way. If it has none that may, one of the client with the most does.
+    A client gets at most half of the places that the others leave. If it wants more, its oldest
+    connection that is not sending a body gives way. If it has none, one of the client with the most
+    does, unless that is being answered.
     """
 
     def __init__(self, most: int, most_per_client: int | None = None) -> None:
@@ -81,13 +82,13 @@ class ConnectionLimits:
             del self._by_client[client]
 
     def _evict(self, client: str, connections: Iterable[Connection], most: Standing) -> bool:
-        """Evict the least advanced connection, unless all have come further than `most`."""
-        evicted = min(connections, key=lambda connection: connection.standing, default=None)
-        if evicted is None or evicted.standing > most:
-            return False
-        self.remove(client, evicted)
-        evicted.evict()
-        return True
+        """Evict the oldest connection that has come no further than `most`, if there is one."""
+        for connection in connections:
+            if connection.standing <= most:
+                self.remove(client, connection)
+                connection.evict()
+                return True
+        return False
 
 
 def num_connections_allowed(wanted: int = MAX_CONNECTIONS) -> int:

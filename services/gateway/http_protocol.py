@@ -125,7 +125,7 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
     @property
     def standing(self) -> Standing:
         if self._answered is None or self._answered.response_complete:
-            return Standing.SENDING_HEAD if self._overhead else Standing.IDLE
+            return Standing.SENDING_HEAD
         return Standing.SENDING_BODY if self._answered.more_body else Standing.WAITING
 
     def evict(self) -> None:
@@ -235,7 +235,9 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
 
     def _on_head_deadline(self) -> None:
         self._head_timer = None
-        if self.standing == Standing.IDLE:
-            self.transport.close()
-        elif self.standing == Standing.SENDING_HEAD:
+        if self.standing > Standing.SENDING_HEAD:
+            return  # The head of a later request can wait until this one is answered.
+        if self._overhead:
             self._refuse(SLOW_HEAD)
+        else:
+            self.transport.close()

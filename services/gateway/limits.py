@@ -7,6 +7,10 @@ MAX_JSON_VALUES = 100_000
 schemas count, too."""
 MAX_JSON_DEPTH = 64
 """The most objects and arrays inside each other."""
+MAX_TOKEN_BYTES = 256
+"""The most bytes of text that one token is taken to stand for."""
+MAX_GUIDE_BYTES = 2**20
+"""The most bytes of a JSON schema or a regular expression that an answer must follow."""
 SMALL_BODY_BYTES = 64 * 1024
 """A body of up to this size always finds room, and does not wait for larger ones."""
 MAX_HELD_BODY_BYTES = 256 * 2**20

@@ -13,7 +13,7 @@ from services.gateway.generation import GenerationRequest
 from services.gateway.images import check_image_count, read_data_uri
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
-from services.gateway.limits import MAX_MESSAGES
+from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsupported
 
@@ -65,10 +65,19 @@ class ResponseFormat(Body):
             case "json_object":
                 return "json_object", ""
             case "json_schema":
-                return "json_schema", json.dumps(self._schema())
+                return "json_schema", self._schema_text()
         raise InvalidField(
             "response_format.type", "this is not supported; use text, json_object or json_schema"
         )
+
+    def _schema_text(self) -> str:
+        text = json.dumps(self._schema())
+        if len(text) > MAX_GUIDE_BYTES:
+            raise InvalidField(
+                "response_format.json_schema.schema",
+                f"it has more than {MAX_GUIDE_BYTES} bytes; send a smaller schema",
+            )
+        return text
 
     def _schema(self) -> dict[str, Any]:
         schema = (self.json_schema or {}).get("schema")
@@ -173,6 +182,7 @@ def chat_to_generation(
     messages = [
         read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)
     ]
+    check_text_length(messages, max_model_len)
     guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
     return GenerationRequest(
         request_id=request_id,
@@ -186,6 +196,22 @@ def chat_to_generation(
         guide_kind=guide_kind,
         guide=guide,
     )
+
+
+def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None) -> None:
+    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens."""
+    if max_model_len is None:
+        return
+    num_chars = 0
+    for message in messages:
+        match message["content"]:
+            case str(text):
+                num_chars += len(text)
+            case parts:
+                num_chars += sum(len(part.get("text", "")) for part in parts)
+    if num_chars > max_model_len * MAX_TOKEN_BYTES:
+        problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
+        raise InvalidField("messages", f"{problem}; send less text")
 
 
 def encode_messages(messages: list[dict[str, Any]]) -> bytes:

@@ -25,6 +25,10 @@ from services.gateway.slow_readers import READ_SECONDS
 CLOSE_SECONDS = 1.0
 """How long the last bytes of answers may take to leave when the servers close."""
 
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted. Beyond it a client tries again only
+after a second."""
+
 
 class HttpServer(uvicorn.Server):
     """uvicorn inside the gateway's asyncio loop; it leaves signals to the process.
@@ -139,7 +143,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = bound_socket(host, port)
         # Listening before serving means that no client is refused once the port is known.
-        listener.listen()
+        listener.listen(BACKLOG)
         return listener
     except OSError as e:
         raise CannotStart(
