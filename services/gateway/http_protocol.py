@@ -223,6 +223,7 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         """Report to the application, if it is answering a request, that the client is gone."""
         if self._answered and not self._answered.response_complete:
             self._answered.disconnected = True
+            self._answered.waiting_for_100_continue = False
             self._answered.message_event.set()
 
     def _start_head_timer(self) -> None:

@@ -381,3 +381,12 @@ def test_a_large_schema_is_refused() -> None:
     schema = {"type": "object", "description": "x" * 2**20}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     assert "smaller schema" in refusal(response_format=form).message
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 11, 12, 13])
+def test_base64_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(images, "PIECE_CHARS", 8)
+    image = bytes(range(size))
+    assert generation(user(image_part(image))).images == (image,)
+    padded = {"type": "image_url", "image_url": uri(b"four") + uri(b"more").partition(",")[2]}
+    assert "base64" in refusal(messages=user(padded)).message
