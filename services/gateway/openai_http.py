@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -183,23 +183,23 @@ class ChatCompletions:
         timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))
         with self.bodies.reserve(scope) as reservation:
             body = await self.bodies.read(receive, reservation)
-            parse = partial(self._parse, body, scope["request_id"], timeout)
-            work = self._answer(parse, len(body), reservation, scope, receive, send)
-            del body, parse
+            work = self._answer(body, timeout, reservation, scope, receive, send)
+            del body
             await cancel_on_disconnect(work, receive)
 
     async def _answer(
         self,
-        parse: Callable[[], Parsed],
-        num_bytes: int,
+        body: bytearray,
+        timeout: float | None,
         reservation: Reservation,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
         """Send the answer. The body is not kept, because it may have tens of megabytes."""
-        generation, writer, is_streamed = await self.bodies.work(scope, num_bytes, parse)
-        del parse
+        parse = partial(self._parse, body, scope["request_id"], timeout)
+        generation, writer, is_streamed = await self.bodies.work(scope, body, parse)
+        del body, parse
         reservation.release()
         num_image_bytes = sum(map(len, generation.images))
         with self.admitted_images.reserve(address_of(scope), num_image_bytes):

@@ -1,18 +1,20 @@
 """Attacks on the HTTP server that cost it memory, time, connections or descriptors."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import socket
+import threading
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from common.errors import NotFound
-from services.gateway import acceptor, bodies
+from services.gateway import acceptor, bodies, openai_http
 from services.gateway.acceptor import Acceptor
-from services.gateway.bodies import next_deadline
+from services.gateway.bodies import Bodies, next_deadline
 from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits
 from services.gateway.core import GatewayCore
@@ -23,6 +25,7 @@ from services.gateway.limits import (
     MAX_PIPELINED,
     MIN_BODY_BYTES_PER_SECOND,
 )
+from services.gateway.schema import ChatRequest, parse_chat
 from tests.gateway.fake_core import FOREVER, FakeCore, http_server
 from tests.gateway.test_http_disconnect import request
 
@@ -35,6 +38,12 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 async def connect(port: int, source: str = "127.0.0.1") -> Connection:
     return await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 async def send(connection: Connection, *pieces: bytes) -> bytes:
@@ -50,7 +59,7 @@ async def send(connection: Connection, *pieces: bytes) -> bytes:
     except ConnectionError:
         pass
     received = await answer
-    writer.close()
+    await hang_up(writer)
     return received
 
 
@@ -173,10 +182,69 @@ async def test_a_client_that_still_sends_sees_that_there_is_no_room() -> None:
             await writer.drain()  # As a client does that reads only after it has sent.
             answer = await reader.read()
             assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer
-            writer.close()
+            await hang_up(writer)
         small = await send(await connect(port), request() + LIVEZ + b"connection: close\r\n\r\n")
         assert small.startswith(b"HTTP/1.1 200"), "small bodies always fit"
         assert budget.num_held == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"messages":[' + b'{"role":"","content":""},' * 34_000 + b"{}]}",
+        b'{"messages":[{"role":"user","content":"a"}],"x":[' + b"[]," * 100_000 + b"[]]}",
+        b'{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_schema",'
+        b'"json_schema":{"schema":{"enum":[' + b"[]," * 100_000 + b"[]]}}}}",
+        b'{"messages":[{"role":"user","content":"a"}],"x":' + b"[" * 70 + b"]" * 70 + b"}",
+    ],
+    ids=["messages", "unknown field", "schema", "depth"],
+)
+async def test_a_body_of_many_values_is_refused_before_objects_are_built(
+    monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(ChatRequest, "model_validate_json", Mock(side_effect=AssertionError))
+    async with http_server(FakeCore()) as port, asyncio.timeout(10):
+        head = POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(content)
+        answer = await send(await connect(port), head + content)
+        assert answer.startswith(b"HTTP/1.1 400") and b"the body has more than" in answer
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "[]," * 5000], ids=["large", "many values"])
+async def test_a_body_is_parsed_while_others_are_served(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    began = threading.Event()
+    go_on = threading.Event()
+
+    def parse_slowly(body: bytearray) -> ChatRequest:
+        if len(body) > 1000:
+            began.set()
+            assert go_on.wait(10)
+        return parse_chat(body)
+
+    monkeypatch.setattr(openai_http, "parse_chat", parse_slowly)
+    async with http_server(FakeCore()) as port, asyncio.timeout(10):
+        reader, writer = await connect(port)
+        writer.write(request(messages=[{"role": "user", "content": text}]))
+        assert await asyncio.to_thread(began.wait, 10)
+        assert await is_served(port)
+        small = request().replace(b"host: here", b"host: here\r\nconnection: close", 1)
+        assert (await send(await connect(port, OTHERS), small)).startswith(b"HTTP/1.1 200")
+        go_on.set()
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        await hang_up(writer)
+
+
+async def test_small_bodies_do_not_wait_for_large_ones() -> None:
+    work = Bodies(10**6, BodyBudget()).work
+    go_on = threading.Event()
+    scope = {"client": ("127.0.0.1", 1)}
+    large = asyncio.create_task(work(scope, bytearray(10**5), lambda: go_on.wait(10)))
+    async with asyncio.timeout(10):
+        main = threading.get_ident()
+        assert await work(scope, bytearray(b"," * 5000), threading.get_ident) != main
+        go_on.set()
+        assert await large
 
 
 async def test_unfinished_bodies_of_one_client_leave_room_for_another() -> None:
@@ -194,7 +262,7 @@ async def test_unfinished_bodies_of_one_client_leave_room_for_another() -> None:
         other[1].write(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         assert (await other[0].readline()).startswith(b"HTTP/1.1 200")
         for _, writer in (holder, other):
-            writer.close()
+            await hang_up(writer)
         while budget.num_held:
             await asyncio.sleep(0)
 
@@ -213,7 +281,7 @@ async def test_a_disconnect_ends_the_first_of_several_requests_of_a_connection()
         _, writer = await connect(port)
         writer.write(request() * 3)
         await core.waiting.wait()
-        writer.close()
+        await hang_up(writer)
         await core.aborted.wait()
         assert len(core.requests) == 1
 
@@ -226,7 +294,7 @@ async def test_connections_of_one_client_leave_room_for_another() -> None:
         while sum(future.done() for future in ended) < 46:
             await asyncio.sleep(0)
         for _, writer in held:
-            writer.close()
+            await hang_up(writer)
         await asyncio.gather(*ended)
         assert await is_served(port, "127.0.0.1")
 
@@ -242,7 +310,7 @@ async def test_connections_that_are_answered_are_not_evicted_but_further_ones_re
         assert (await send(await connect(port))).startswith(b"HTTP/1.1 429")
         assert await is_served(port) and not core.aborted.is_set()
         for _, writer in held:
-            writer.close()
+            await hang_up(writer)
 
 
 class Exhausted(socket.socket):
@@ -277,7 +345,7 @@ async def test_accepting_rests_when_descriptors_are_used_up(
         async with asyncio.timeout(10):
             _, writer = await connect(listener.getsockname()[1])
             await accepted.wait()
-            writer.close()
+            await hang_up(writer)
         door.close()
         await door.wait_closed()
     assert log.warning.call_count == 3, "once for each attempt, and attempts are rare"
