@@ -9,9 +9,12 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common.errors import InvalidRequest, ServingError
+from common.grpc_server import parsed
 from common.messages import Usage
+from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.grpc_wire import split_images
 from services.gateway.images import check_images
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.schema import MAX_TIMEOUT, encode_messages
@@ -22,12 +25,34 @@ FINISH_REASONS = {
 }
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+Images = tuple[Buffer, ...]
 
 # Requests
 
 
+def parse_request(
+    data: bytes | None, kind: type[GenerateRequest], max_model_len: int | None
+) -> tuple[GenerateRequest, Images]:
+    """Return the request of either method without its images, and the encoded image files.
+
+    The images are views of the data. `max_model_len` is the context length in tokens, or None if it
+    is not known.
+
+    Raises
+    ------
+    InvalidRequest
+        if the data is not a message of this kind, or if something in it is too large.
+    """
+    split = split_images(data or b"", max_model_len)
+    return parsed(split.request, kind.FromString), split.images
+
+
 def to_generation(
-    request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None
+    request: GenerateRequest,
+    images: Images,
+    request_id: str,
+    timeout: float | None,
+    max_model_len: int | None,
 ) -> GenerationRequest:
     """Return the request of either method as a GenerationRequest.
 
@@ -39,9 +64,8 @@ def to_generation(
     InvalidRequest
         if a value is missing or wrong.
     """
-    images = tuple(image.data for image in request.images)
     check_images(images)
-    prompt_kind, prompt = read_prompt(request)
+    prompt_kind, prompt = read_prompt(request, len(images))
     sampling = fields_set(request.sampling)
     stopping = fields_set(request.stopping)
     response = fields_set(request.response)
@@ -74,7 +98,7 @@ def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
     return "", ""
 
 
-def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
+def read_prompt(request: GenerateRequest, num_images: int) -> tuple[str, bytes]:
     """Return the kind and the bytes of the prompt, as GenerationRequest has them.
 
     Text becomes one user turn, with the images before it.
@@ -83,12 +107,12 @@ def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
         if not request.token_ids.ids:
             raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
         return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
-    if not request.text and not request.images:
+    if not request.text and not num_images:
         raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
-    if not request.images:
+    if not num_images:
         return "messages", encode_messages([{"role": "user", "content": request.text}])
     texts = [{"type": "text", "text": request.text}] if request.text else []
-    content = [{"type": "image"}] * len(request.images) + texts
+    content = [{"type": "image"}] * num_images + texts
     return "messages", encode_messages([{"role": "user", "content": content}])
 
 
