@@ -25,6 +25,8 @@ SMALL_MESSAGE_BYTES = 4096
 """The largest message of the methods that manage and watch a system."""
 RECEIVE_SECONDS = 20.0
 """How long a client may take for such a message."""
+MAX_ERROR_CHARS = 1000
+"""The longest text of an error."""
 MAX_CONNECTIONS = 1000
 STREAM_WINDOW_BYTES = 64 * 1024
 """How many bytes of a message a client may send before the service asks for the message."""
@@ -211,4 +213,4 @@ def serving_errors_only() -> Iterator[None]:
 
 async def abort(context: Context, error: ServingError) -> None:
     """End the call with the error's code and text."""
-    await context.abort(grpc.StatusCode[error.grpc_code], shorten(error.message, 1000))
+    await context.abort(grpc.StatusCode[error.grpc_code], shorten(error.message, MAX_ERROR_CHARS))

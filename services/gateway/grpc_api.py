@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from common.errors import Exhausted, ServingError, Unavailable, shorten
-from common.grpc_server import Context, Server, Services, serving_errors_only
+from common.grpc_server import MAX_ERROR_CHARS, Context, Server, Services, serving_errors_only
 from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
@@ -50,9 +50,6 @@ LIST_TIMEOUT = 5.0
 """Seconds that the controller may take to list the members."""
 CHANGE_TIMEOUT = 10.0
 """Seconds that the controller may take for a change. It waits for a member or the launcher."""
-MAX_DETAIL_CHARS = 1000
-"""The longest text of the controller that a client gets."""
-
 # A client that waits long for a unary answer may ping as often as it likes.
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -240,7 +237,7 @@ async def forward(
         return await call(request, timeout=min(context.time_remaining() or timeout, timeout))
     except grpc.aio.AioRpcError as error:
         if error.code() in CONTROLLER_CODES:
-            await context.abort(error.code(), shorten(error.details() or "", MAX_DETAIL_CHARS))
+            await context.abort(error.code(), shorten(error.details() or "", MAX_ERROR_CHARS))
         get_logger().warning(
             "the controller failed", code=error.code().name, reason=error.details()
         )

@@ -8,8 +8,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from common.errors import InvalidRequest, ServingError
-from common.grpc_server import parsed
+from common.errors import InvalidRequest, ServingError, shorten
+from common.grpc_server import MAX_ERROR_CHARS, parsed
 from common.messages import Usage
 from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
@@ -44,7 +44,9 @@ def parse_request(
         if the data is not a message of this kind, or if something in it is too large.
     """
     split = split_images(data or b"", max_model_len)
-    return parsed(split.request, kind.FromString), split.images
+    request = parsed(split.request, kind.FromString)
+    assert isinstance(request, kind)
+    return request, split.images
 
 
 def to_generation(
@@ -201,7 +203,9 @@ def error_status(error: ServingError) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details)
+        code=code_pb2.Code.Value(error.grpc_code),
+        message=shorten(error.message, MAX_ERROR_CHARS),
+        details=packed(details),
     )
 
 

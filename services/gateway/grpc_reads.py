@@ -7,6 +7,7 @@ of another client waits for a moment at most, however many large ones are on the
 """
 
 import asyncio
+import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from common.grpc_server import Context, next_message, small_only
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
 from services.gateway.received_bytes import ReceivedBytes, address_of
 
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.02
 """How long a message may take to arrive before its bytes are counted."""
-MAX_TURNS = 16
+MAX_TURNS = 8
 """The most messages that are asked for and not counted yet; a client gets a quarter of them."""
 MAX_IN_LINE = 256
 """The most calls of a client that may wait for a turn. For each, gRPC keeps 64 KiB at most."""
@@ -107,8 +108,10 @@ class ReadTurns:
         except TimeoutError:
             raise too_many() from None
         finally:
-            if turn.cancelled() or not turn.done():
+            if turn.cancelled():
                 self._leave_line(client, turn)
+            elif sys.exception():  # the turn came, and the call ended at the same moment
+                self.put_back(client)
 
     def put_back(self, client: str) -> None:
         """End a turn, and give it to the next client in line."""
@@ -142,13 +145,18 @@ class ReadTurns:
 class Reads:
     """The messages that are arriving, and the room that they take."""
 
-    def __init__(self, budget: BodyBudget, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        budget: BodyBudget,
+        max_message_bytes: int,
+        received: ReceivedBytes | None = None,
+    ) -> None:
         self._budget = budget
         self._max_message_bytes = max_message_bytes
         self._large = ReadTurns()
         self._small = ReadTurns()
         """Turns of the methods with small messages, which never wait for the large ones."""
-        self._received = ReceivedBytes()
+        self._received = received or ReceivedBytes()
         self._connections: dict[str, Connection] = {}
         self._timer: asyncio.TimerHandle | None = None
         """When bytes are counted next, while messages are arriving."""
