@@ -119,20 +119,24 @@ class ReadTurns:
         if not self._taken[client]:
             del self._taken[client]
         for waiting in list(self._lines):
-            if self._has_room(waiting):
-                self._admit(waiting)
+            if self._has_room(waiting) and self._pass_to(waiting):
                 return
 
     def _has_room(self, client: str) -> bool:
         return self._taken.total() < self._most and self._taken[client] < self._most_per_client
 
-    def _admit(self, client: str) -> None:
-        turn = self._lines[client].popleft()
+    def _pass_to(self, client: str) -> bool:
+        """Give a turn to the client's next call, if there is one that was not cancelled."""
         line = self._lines.pop(client)
-        if line:
-            self._lines[client] = line
-        self._taken[client] += 1
-        turn.set_result(None)
+        while line:
+            turn = line.popleft()
+            if not turn.done():
+                self._taken[client] += 1
+                turn.set_result(None)
+                if line:
+                    self._lines[client] = line
+                return True
+        return False
 
     def _leave_line(self, client: str, turn: asyncio.Future[None]) -> None:
         line = self._lines.get(client)

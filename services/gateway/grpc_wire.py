@@ -25,7 +25,7 @@ MAX_UNPACKED_IDS = 2**17
 """The most token ids that may come as a field each. Packed ids, the usual form, are one field."""
 MAX_TOKEN_BYTES = 256
 """The most bytes of text that one token is taken to stand for."""
-MAX_GUIDE_BYTES = 2**20
+MAX_GUIDE_BYTES = 4 * 2**20
 MAX_OTHER_BYTES = 64 * 1024
 """The most bytes of all fields but the prompt, the images and the guide."""
 
