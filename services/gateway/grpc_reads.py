@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from common.errors import DeadlineExceeded, Exhausted, ServingError
 from common.grpc_server import Context, next_message, small_only
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
-from services.gateway.received_bytes import ReceivedBytes, address_of
+from services.gateway.kernel import ReceivedBytes, address_of
 
 TURN_SECONDS = 0.02
 """How long a message may take to arrive before its bytes are counted."""
@@ -264,6 +264,8 @@ class Reads:
             held = max(0, received - connection.counted_from - connection.taken)
         self._reserve(connection, held)
         for arrival in connection.arrivals:
+            if arrival.counted_from is None:
+                arrival.counted_from = received
             age = now - arrival.began
             if age >= TURN_SECONDS:
                 self._end_turn(connection, arrival)
@@ -284,10 +286,9 @@ class Reads:
 
 def is_slow(arrival: Arrival, received: int | None, age: float) -> bool:
     """Return whether too little has come since the message was asked for."""
-    if arrival.counted_from is None:
-        arrival.counted_from = received
-    came = 0 if received is None else received - (arrival.counted_from or 0)
-    return came < MIN_BYTES_PER_SECOND * age
+    if received is None or arrival.counted_from is None:
+        return True
+    return received - arrival.counted_from < MIN_BYTES_PER_SECOND * age
 
 
 def client_name(peer: str) -> str:
