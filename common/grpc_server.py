@@ -18,13 +18,9 @@ from google.protobuf.message import DecodeError, Message
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
-from common.errors import DeadlineExceeded, Internal, InvalidRequest, ServingError, shorten
+from common.errors import Internal, InvalidRequest, ServingError, shorten
 from common.logs import get_logger
 
-SMALL_MESSAGE_BYTES = 4096
-"""The largest message of the methods that manage and watch a system."""
-RECEIVE_SECONDS = 20.0
-"""How long a client may take for such a message."""
 MAX_ERROR_CHARS = 1000
 """The longest text of an error."""
 MAX_CONNECTIONS = 1000
@@ -173,11 +169,10 @@ def parsed(data: bytes | None, parse: Callable[[bytes], M]) -> M:
         raise InvalidRequest("the bytes sent are not a message of this method") from None
 
 
-def small_only(data: bytes | None) -> bytes | None:
-    """Return the message, or raise InvalidRequest if it is larger than SMALL_MESSAGE_BYTES."""
-    if data is not None and len(data) > SMALL_MESSAGE_BYTES:
-        problem = f"the message has more than {SMALL_MESSAGE_BYTES} bytes; send a smaller one"
-        raise InvalidRequest(problem)
+def bounded(data: bytes | None, max_bytes: int) -> bytes | None:
+    """Return the message, or raise InvalidRequest if it is larger than `max_bytes`."""
+    if data is not None and len(data) > max_bytes:
+        raise InvalidRequest(f"the message has more than {max_bytes} bytes; send a smaller one")
     return data
 
 
@@ -185,15 +180,6 @@ async def next_message(context: Context) -> bytes | None:
     """Return the next message of the call as bytes, or None after the last one."""
     data = await context.read()
     return None if data is grpc.aio.EOF else data
-
-
-async def receive_small(context: Context) -> bytes | None:
-    """Return the next message as `next_message`, if it is small and arrives in time."""
-    try:
-        async with asyncio.timeout(RECEIVE_SECONDS):
-            return small_only(await next_message(context))
-    except TimeoutError:
-        raise DeadlineExceeded(f"no message within {RECEIVE_SECONDS:g} s") from None
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from common.errors import DeadlineExceeded, Exhausted, ServingError
-from common.grpc_server import Context, next_message, small_only
+from common.grpc_server import Context, bounded, next_message
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
 from services.gateway.kernel import ReceivedBytes, address_of
 
+SMALL_MESSAGE_BYTES = 4096
+"""The largest message of the methods that manage and watch a system."""
 TURN_SECONDS = 0.02
 """How long a message may take to arrive before its bytes are counted."""
 MAX_TURNS = 8
@@ -176,7 +178,7 @@ class Reads:
             as `receive`.
         """
         with await self._receive(context, self._small) as data:
-            return small_only(data)
+            return bounded(data, SMALL_MESSAGE_BYTES)
 
     async def receive(self, context: Context) -> Body:
         """Return the next message of a call. Its room stays reserved until the body is left.

@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 
 from common.errors import DeadlineExceeded, Exhausted, InvalidRequest
-from common.grpc_server import SMALL_MESSAGE_BYTES
 from services.gateway import grpc_reads
 from services.gateway.body_budget import BodyBudget
-from services.gateway.grpc_reads import MAX_IN_LINE, MAX_TURNS, Body, Reads, ReadTurns
+from services.gateway.grpc_reads import (
+    MAX_IN_LINE,
+    MAX_TURNS,
+    SMALL_MESSAGE_BYTES,
+    Body,
+    Reads,
+    ReadTurns,
+)
 
 MIB = 2**20
 LARGEST = 64 * MIB
