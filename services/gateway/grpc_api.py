@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -17,6 +18,7 @@ from common.grpc_server import MAX_ERROR_CHARS, Context, Server, Services, servi
 from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.bodies import TINY_BODY_BYTES
 from services.gateway.body_budget import BodyBudget
 from services.gateway.fair_share import FairShare
 from services.gateway.generation import (
@@ -37,10 +39,11 @@ from services.gateway.grpc_messages import (
     token_logprob,
 )
 from services.gateway.grpc_reads import Reads, client_name
-from services.gateway.limits import SMALL_BODY_BYTES
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.readiness import ReadinessServicer
 from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import READ_SECONDS
+from services.gateway.turns import Turns
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
@@ -69,7 +72,6 @@ CONTROLLER_CODES = {
 
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 def create_server(
@@ -77,16 +79,19 @@ def create_server(
     controller: grpc.aio.Channel,
     max_message_bytes: int = 64 * 2**20,
     budget: BodyBudget | None = None,
+    admitted_images: BodyBudget | None = None,
 ) -> grpc.aio.Server:
     """Return a server with all services. The caller adds a port and starts it.
 
-    `budget` is shared with the other API.
+    The budgets are shared with the other API: for messages before admission, and for the images of
+    admitted requests.
     """
     server = Server(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
     reads = Reads(budget or BodyBudget(), max_message_bytes)
-    server.add_registered_method_handlers(
-        INFERENCE_SERVICE, InferenceServicer(core, reads).handlers()
+    inference = InferenceServicer(
+        core, reads, admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
     )
+    server.add_registered_method_handlers(INFERENCE_SERVICE, inference.handlers())
     services = Services(server, reads.receive_small)
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlForwarder(controller), services)
     readiness = ReadinessServicer(core, READINESS_NAMES)
@@ -98,9 +103,11 @@ def create_server(
 class InferenceServicer:
     """Generate and GenerateStream, answered by the core."""
 
-    def __init__(self, core: Core, reads: Reads) -> None:
+    def __init__(self, core: Core, reads: Reads, admitted_images: BodyBudget) -> None:
         self.core = core
         self.reads = reads
+        self.admitted_images = admitted_images
+        self.turns = Turns("grpc-messages")
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Return the methods by name, for a server. They get no message before they ask for it."""
@@ -148,10 +155,13 @@ class InferenceServicer:
         self, kind: type[GenerateRequest], context: Context
     ) -> AsyncIterator[tuple[str, AsyncIterator[GenerationEvent]]]:
         """Receive the request, and return its id and its events once it is admitted."""
+        client = client_name(context.peer())
         async with AsyncExitStack() as stack:
-            # The bytes of a request are counted until it is admitted.
+            # The bytes of a request are counted until it is admitted, and its images to the end.
             with await self.reads.receive(context) as data:
                 generation = await self._read(data or b"", kind, context)
+                num_image_bytes = sum(map(len, generation.images))
+                stack.enter_context(self.admitted_images.reserve(client, num_image_bytes))
                 events = await stack.enter_async_context(self.core.generate(generation))
             request_id = generation.request_id
             del generation, data
@@ -161,28 +171,28 @@ class InferenceServicer:
         self, data: bytes, kind: type[GenerateRequest], context: Context
     ) -> GenerationRequest:
         """Return the request as the core takes it, and send its id to the client as metadata."""
-        num_bytes = len(data)
-        context_length = self.core.max_model_len()
-        request, images = await work(num_bytes, parse_request, data, kind, context_length)
+        max_model_len = self.core.max_model_len()
+        is_large = len(data) > TINY_BODY_BYTES
+        request, images = await self._work(
+            context, is_large, partial(parse_request, data, kind, max_model_len)
+        )
         metadata = dict(context.invocation_metadata() or ())
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
-        return await work(
-            num_bytes, to_generation, request, images, request_id, timeout, context_length
-        )
+        convert = partial(to_generation, request, images, request_id, timeout, max_model_len)
+        return await self._work(context, is_large, convert)
 
+    async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:
+        """Return what the function returns, which does something with a message.
 
-async def work(num_bytes: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what the function returns, which does something with a message of this size.
-
-    What takes long because the message is large runs off the event loop.
-    """
-    if num_bytes <= SMALL_BODY_BYTES:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
+        For a large message it runs off the event loop, and clients take turns.
+        """
+        if is_large:
+            return await self.turns.run(client_name(context.peer()), function)
+        return function()
 
 
 async def write_in_time(context: Context, message: Message) -> None:

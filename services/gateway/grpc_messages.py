@@ -16,6 +16,7 @@ from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
 from services.gateway.grpc_wire import split_images
 from services.gateway.images import check_images
+from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.schema import MAX_TIMEOUT, encode_messages
 
@@ -94,6 +95,7 @@ def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
         case "json_object" if params.json_object:
             return "json_object", ""
         case "json_schema":
+            check_json(params.json_schema.encode())
             return "json_schema", params.json_schema
         case "regex":
             return "regex", params.regex

@@ -12,10 +12,11 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from common.errors import DeadlineExceeded, Exhausted, ServingError
+from common.errors import Exhausted, ServingError, TooSlow
 from common.grpc_server import Context, bounded, next_message
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
 from services.gateway.kernel import ReceivedBytes, address_of
+from services.gateway.limits import MIN_BODY_BYTES_PER_SECOND
 
 SMALL_MESSAGE_BYTES = 4096
 """The largest message of the methods that manage and watch a system."""
@@ -26,8 +27,7 @@ MAX_TURNS = 8
 MAX_IN_LINE = 256
 """The most calls of a client that may wait for a turn. For each, gRPC keeps 64 KiB at most."""
 SLOW_SECONDS = 20.0
-MIN_BYTES_PER_SECOND = 16 * 1024
-"""A connection on which less arrives is too slow, after SLOW_SECONDS."""
+"""How long a message may take at less than MIN_BODY_BYTES_PER_SECOND."""
 RETRY_SECONDS = 1.0
 
 
@@ -174,7 +174,7 @@ class Reads:
         ------
         InvalidRequest
             if the message is larger than SMALL_MESSAGE_BYTES.
-        Exhausted, DeadlineExceeded
+        Exhausted, TooSlow
             as `receive`.
         """
         with await self._receive(context, self._small) as data:
@@ -187,7 +187,7 @@ class Reads:
         ------
         Exhausted
             if there is no room for the message.
-        DeadlineExceeded
+        TooSlow
             if it arrives too slowly.
         """
         return await self._receive(context, self._large)
@@ -290,7 +290,7 @@ def is_slow(arrival: Arrival, received: int | None, age: float) -> bool:
     """Return whether too little has come since the message was asked for."""
     if received is None or arrival.counted_from is None:
         return True
-    return received - arrival.counted_from < MIN_BYTES_PER_SECOND * age
+    return received - arrival.counted_from < MIN_BODY_BYTES_PER_SECOND * age
 
 
 def client_name(peer: str) -> str:
@@ -304,6 +304,6 @@ def too_many() -> Exhausted:
     return Exhausted(reason, "gateway", retry_after=RETRY_SECONDS, cause="body_bytes")
 
 
-def too_slow() -> DeadlineExceeded:
-    least = MIN_BYTES_PER_SECOND // 1024
-    return DeadlineExceeded(f"the message arrives at less than {least} KiB/s", "gateway")
+def too_slow() -> TooSlow:
+    least = MIN_BODY_BYTES_PER_SECOND // 1024
+    return TooSlow(f"the message comes too slowly: send at least {least} KiB per second", "gateway")

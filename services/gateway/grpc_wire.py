@@ -13,7 +13,7 @@ from common.errors import InvalidRequest, TooLarge
 from common.wire import Buffer
 from services.gateway.images import check_image_count
 from services.gateway.invalid_field import InvalidField
-from services.gateway.limits import MAX_MESSAGES
+from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
@@ -23,9 +23,6 @@ DEFAULT_CONTEXT = 2**20
 """The context in tokens that bounds a request while no language group is ready."""
 MAX_UNPACKED_IDS = 2**17
 """The most token ids that may come as a field each. Packed ids, the usual form, are one field."""
-MAX_TOKEN_BYTES = 256
-"""The most bytes of text that one token is taken to stand for."""
-MAX_GUIDE_BYTES = 4 * 2**20
 MAX_OTHER_BYTES = 64 * 1024
 """The most bytes of all fields but the prompt, the images and the guide."""
 

@@ -19,6 +19,7 @@ from services.gateway.connection_limits import ConnectionLimits, num_connections
 from services.gateway.grpc_api import create_server
 from services.gateway.grpc_connections import ConnectionShares
 from services.gateway.http_protocol import BoundedProtocol
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.schema import MAX_TIMEOUT
@@ -117,14 +118,15 @@ async def start_api_servers(
     async with grpc.aio.insecure_channel(settings.controller) as channel:
         max_body_bytes = settings.max_body_mib << 20
         budget = BodyBudget(max(settings.max_held_body_mib << 20, 2 * max_body_bytes))
-        grpc_server = create_server(core, channel, max_body_bytes, budget)
+        admitted_images = BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+        grpc_server = create_server(core, channel, max_body_bytes, budget, admitted_images)
         grpc_port = add_port(grpc_server, host_port(settings.host, settings.grpc_port))
         listener = listen(settings.host, settings.http_port)
         await grpc_server.start()
         limits = ConnectionLimits(
             num_connections_allowed(settings.max_connections), settings.max_connections_per_client
         )
-        http = HttpServer(create_app(core, max_body_bytes, budget), limits)
+        http = HttpServer(create_app(core, max_body_bytes, budget, admitted_images), limits)
         servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server)
         shares = ConnectionShares(grpc_port, max_connections())
         keeping_shares = asyncio.create_task(shares.keep())
