@@ -18,7 +18,6 @@ from common.grpc_server import MAX_ERROR_CHARS, Context, Server, Services, servi
 from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
-from services.gateway.bodies import TINY_BODY_BYTES
 from services.gateway.body_budget import BodyBudget
 from services.gateway.fair_share import FairShare
 from services.gateway.generation import (
@@ -39,7 +38,7 @@ from services.gateway.grpc_messages import (
     token_logprob,
 )
 from services.gateway.grpc_reads import Reads, client_name
-from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES, SMALL_BODY_BYTES
 from services.gateway.readiness import ReadinessServicer
 from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import READ_SECONDS
@@ -172,7 +171,7 @@ class InferenceServicer:
     ) -> GenerationRequest:
         """Return the request as the core takes it, and send its id to the client as metadata."""
         max_model_len = self.core.max_model_len()
-        is_large = len(data) > TINY_BODY_BYTES
+        is_large = len(data) > SMALL_BODY_BYTES
         request, images = await self._work(
             context, is_large, partial(parse_request, data, kind, max_model_len)
         )
