@@ -14,7 +14,14 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from common.errors import Exhausted, ServingError, Unavailable, shorten
-from common.grpc_server import MAX_ERROR_CHARS, Context, Server, Services, serving_errors_only
+from common.grpc_server import (
+    MAX_ERROR_CHARS,
+    Context,
+    Server,
+    Services,
+    parsed,
+    serving_errors_only,
+)
 from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
@@ -32,12 +39,12 @@ from services.gateway.grpc_messages import (
     GenerateRequest,
     end_fields,
     error_status,
-    parse_request,
     stream_response,
     to_generation,
     token_logprob,
 )
 from services.gateway.grpc_reads import Reads, client_name
+from services.gateway.grpc_wire import TooManyFields, split_images
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES, SMALL_BODY_BYTES
 from services.gateway.readiness import ReadinessServicer
 from services.gateway.schema import new_request_id
@@ -59,6 +66,8 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+QUICK_FIELDS = 1000
+"""A request of up to this many fields is looked at on the event loop, in about a millisecond."""
 MAX_REFLECTIONS = 100
 """The most open streams of reflection."""
 CONTROLLER_CODES = {
@@ -171,27 +180,37 @@ class InferenceServicer:
     ) -> GenerationRequest:
         """Return the request as the core takes it, and send its id to the client as metadata."""
         max_model_len = self.core.max_model_len()
-        is_large = len(data) > SMALL_BODY_BYTES
-        request, images = await self._work(
-            context, is_large, partial(parse_request, data, kind, max_model_len)
-        )
+        try:
+            split = split_images(data, max_model_len, QUICK_FIELDS)
+        except TooManyFields:
+            again = partial(split_images, data, max_model_len)
+            split = await self._work(context, is_large=True, function=again)
+        is_large = len(split.request) > SMALL_BODY_BYTES
+        request = await self._work(context, is_large, partial(message_of, kind, split.request))
         metadata = dict(context.invocation_metadata() or ())
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
-        convert = partial(to_generation, request, images, request_id, timeout, max_model_len)
+        convert = partial(to_generation, request, split.images, request_id, timeout, max_model_len)
         return await self._work(context, is_large, convert)
 
     async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:
-        """Return what the function returns, which does something with a message.
+        """Return what the function returns, which does something with a request.
 
-        For a large message it runs off the event loop, and clients take turns.
+        What takes long runs off the event loop, and clients take turns.
         """
         if is_large:
             return await self.turns.run(client_name(context.peer()), function)
         return function()
+
+
+def message_of(kind: type[GenerateRequest], data: bytes) -> GenerateRequest:
+    """Return the bytes as a message of this kind, or raise InvalidRequest."""
+    request = parsed(data, kind.FromString)
+    assert isinstance(request, kind)
+    return request
 
 
 async def write_in_time(context: Context, message: Message) -> None:

@@ -9,12 +9,11 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common.errors import InvalidRequest, ServingError, shorten
-from common.grpc_server import MAX_ERROR_CHARS, parsed
+from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Usage
 from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
-from services.gateway.grpc_wire import split_images
 from services.gateway.images import check_images
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
@@ -29,25 +28,6 @@ GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRe
 Images = tuple[Buffer, ...]
 
 # Requests
-
-
-def parse_request(
-    data: bytes | None, kind: type[GenerateRequest], max_model_len: int | None
-) -> tuple[GenerateRequest, Images]:
-    """Return the request of either method without its images, and the encoded image files.
-
-    The images are views of the data. `max_model_len` is the context length in tokens, or None if it
-    is not known.
-
-    Raises
-    ------
-    InvalidRequest
-        if the data is not a message of this kind, or if something in it is too large.
-    """
-    split = split_images(data or b"", max_model_len)
-    request = parsed(split.request, kind.FromString)
-    assert isinstance(request, kind)
-    return request, split.images
 
 
 def to_generation(

@@ -21,7 +21,7 @@ MAX_VARINT_BYTES = 10
 
 DEFAULT_CONTEXT = 2**20
 """The context in tokens that bounds a request while no language group is ready."""
-MAX_UNPACKED_IDS = 2**17
+MAX_UNPACKED_IDS = 2**15
 """The most token ids that may come as a field each. Packed ids, the usual form, are one field."""
 MAX_OTHER_BYTES = 64 * 1024
 """The most bytes of all fields but the prompt, the images and the guide."""
@@ -64,6 +64,15 @@ class NotAMessage(InvalidRequest):
         super().__init__("the bytes sent are not a message of this method", "gateway")
 
 
+class TooManyFields(TooLarge):
+    """A request has more fields than it may have."""
+
+    code = "TooLarge"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the message has more than {most} fields; send fewer", "gateway")
+
+
 class Walker:
     """Walks over the fields of a message and of those in it, up to a number of fields in all."""
 
@@ -84,8 +93,7 @@ class Walker:
         while position < end:
             self._num_fields += 1
             if self._num_fields > self._max_fields:
-                problem = f"the message has more than {self._max_fields} fields; send fewer"
-                raise TooLarge(problem, "gateway")
+                raise TooManyFields(self._max_fields)
             tag, value = self._varint(position, end)
             number = tag >> 3
             wire_type = tag & 7
@@ -114,18 +122,21 @@ class Walker:
         raise NotAMessage
 
 
-def split_images(data: bytes, max_model_len: int | None) -> Split:
+def split_images(data: bytes, max_model_len: int | None, max_fields: int | None = None) -> Split:
     """Return the request without its images, and the encoded image files.
 
-    `max_model_len` is the context length in tokens, or None if it is not known.
+    `max_model_len` is the context length in tokens, or None if it is not known. `max_fields` is a
+    smaller number of fields than a request may have, to give up early.
 
     Raises
     ------
     InvalidRequest
         if the bytes are not a message, or if something in it is beyond its bound.
+    TooManyFields
+        if it has too many fields.
     """
     context = max_model_len or DEFAULT_CONTEXT
-    walker = Walker(data, MAX_MESSAGES + min(context, MAX_UNPACKED_IDS))
+    walker = Walker(data, max_fields or MAX_MESSAGES + min(context, MAX_UNPACKED_IDS))
     view = memoryview(data)
     images: list[Buffer] = []
     kept: list[Buffer] = []
