@@ -5,13 +5,12 @@ their share lose what is too much, within a second.
 """
 
 import asyncio
-import os
 import socket
 from contextlib import suppress
 
 from common.logs import get_logger
 from services.gateway.body_budget import client_of
-from services.gateway.kernel import connections, looked_at, remote_address
+from services.gateway.kernel import connections, descriptors, looked_at, remote_address
 
 CHECK_SECONDS = 1.0
 
@@ -28,7 +27,7 @@ class ConnectionShares:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             # Looking at each descriptor takes a thousand times longer than counting them.
-            if len(os.listdir("/proc/self/fd")) > self._most // 4:
+            if len(descriptors()) > self._most // 4:
                 self.check()
 
     def check(self) -> None:

@@ -248,13 +248,15 @@ class Reads:
             for peer, connection in self._connections.items()
             if now - connection.arrivals[0].began >= TURN_SECONDS
         }
-        if unknown := {peer for peer in late if self._received.known(peer) is None}:
-            self._received.find(unknown)
-        for peer, connection in late.items():
-            self._count_connection(connection, self._received.known(peer), now)
-        if self._connections:
-            # Counting takes a tenth of the time at most, however many connections there are.
-            self._count_soon(max(TURN_SECONDS, 10 * (time.monotonic() - now)))
+        try:
+            if unknown := {peer for peer in late if self._received.known(peer) is None}:
+                self._received.find(unknown)
+            for peer, connection in late.items():
+                self._count_connection(connection, self._received.known(peer), now)
+        finally:
+            if self._connections:
+                # Counting takes a tenth of the time at most, however many connections there are.
+                self._count_soon(max(TURN_SECONDS, 10 * (time.monotonic() - now)))
 
     def _count_connection(self, connection: Connection, received: int | None, now: float) -> None:
         most = self._max_message_bytes * len(connection.arrivals)

@@ -6,14 +6,18 @@ at, and never kept.
 """
 
 import os
+import resource
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import unquote
 
 BYTES_RECEIVED_OFFSET = 128
 """Where the kernel's struct tcp_info has the 64-bit count tcpi_bytes_received."""
+
+MAX_DESCRIPTORS = 2**16
+"""The most numbers that are tried as descriptors."""
 
 Address = tuple[str, int]
 
@@ -55,13 +59,24 @@ def plain_address(address: tuple[str, int]) -> Address:
     return address[0].partition("%")[0].removeprefix("::ffff:"), address[1]
 
 
+def descriptors() -> Sequence[int]:
+    """Return the descriptors of this process, in their order.
+
+    Listing them takes one. If none is left, all numbers that there may be are returned.
+    """
+    try:
+        return sorted(map(int, os.listdir("/proc/self/fd")))
+    except OSError:
+        return range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MAX_DESCRIPTORS))
+
+
 def connections() -> Iterator[tuple[int, Address, int]]:
     """Yield descriptor, remote address and local port of each TCP connection of this process."""
-    for name in sorted(map(int, os.listdir("/proc/self/fd"))):
+    for descriptor in descriptors():
         try:
-            with looked_at(name) as connection:
+            with looked_at(descriptor) as connection:
                 if address := remote_address(connection):
-                    yield name, address, connection.getsockname()[1]
+                    yield descriptor, address, connection.getsockname()[1]
         except OSError:
             continue
 

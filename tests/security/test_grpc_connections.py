@@ -1,6 +1,7 @@
 """Attacks on the gRPC API with many connections, or with many health watches."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -75,6 +76,21 @@ def test_the_bytes_of_a_connection_are_those_that_the_kernel_counted(server: Ser
         pass  # loopback delivers at once, or nearly so
     assert received.known("ipv4:127.0.0.2:1") is None
     assert received.known("unix:") is None
+
+
+def test_connections_are_found_without_a_descriptor_to_spare(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = server.connect("127.0.0.2")
+    peer = f"ipv4:127.0.0.2:{client.getsockname()[1]}"
+
+    def no_descriptor(_path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("os.listdir", no_descriptor)
+    received = ReceivedBytes()
+    received.find({peer})
+    assert received.known(peer) == 0
 
 
 def test_a_server_leaves_most_descriptors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
