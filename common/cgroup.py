@@ -33,13 +33,17 @@ def container_memory(root: Path = ROOT) -> list[int]:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            left.append(max(0, int((root / limit).read_text()) - int((root / used).read_text())))
+            left.append(max(0, read_number(root / limit) - read_number(root / used)))
     return left
+
+
+def read_number(file: Path) -> int:
+    return int(file.read_text(encoding="utf-8"))
 
 
 def words(file: Path) -> list[str]:
     """Return the words of a file; empty if it cannot be read."""
     try:
-        return file.read_text().split()
+        return file.read_text(encoding="utf-8").split()
     except OSError:
         return []

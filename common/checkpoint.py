@@ -21,7 +21,30 @@ FINGERPRINTED = (
     "chat_template.jinja",
 )
 MAX_HEADER_BYTES = 100 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
+"""No JSON file of a checkpoint is larger. The index of 100,000 tensors has about 10 MB."""
 SAMPLE_BYTES = 64
+MAX_COUNT = 2**31
+COUNTS = frozenset(
+    {
+        "depth",
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "out_hidden_size",
+        "patch_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+        "vocab_size",
+        "window_size",
+    }
+)
+"""The fields of config.json that must be positive integers where they stand."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +97,37 @@ class Checkpoint:
         Published files are flat. transformers 5 nests it in `text_config`.
         """
         flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
-        return flat | self.config.get("text_config", {})
+        return flat | self._section("text_config")
 
     @cached_property
     def vision_config(self) -> dict[str, Any]:
-        return self.config.get("vision_config", {})
+        return self._section("vision_config")
+
+    def _section(self, name: str) -> dict[str, Any]:
+        """Return an object in config.json, which is empty if it is missing."""
+        section = self.config.get(name, {})
+        if not isinstance(section, dict):
+            raise BadCheckpoint(f"{self.path}: {name} in config.json is not an object")
+        return section
+
+    def check_counts(self) -> None:
+        """Raise BadCheckpoint if a size in config.json is not a positive integer."""
+        for config in (self.text_config, self.vision_config):
+            for name in COUNTS & config.keys():
+                value = config[name]
+                if type(value) is not int or not 0 < value <= MAX_COUNT:
+                    raise BadCheckpoint(
+                        f"{self.path}: {name} in config.json is {shown(value)}, which is not a "
+                        f"positive integer of at most {MAX_COUNT}"
+                    )
 
     @property
     def max_model_len(self) -> int:
         """The context in tokens, prompt and answer together."""
-        return self.family.max_model_len(self)
+        try:
+            return self.family.max_model_len(self)
+        except KeyError as e:
+            raise BadCheckpoint(f"{self.path}: config.json lacks {e}") from e
 
     @property
     def dtype(self) -> str:
@@ -128,7 +172,14 @@ class Checkpoint:
             isinstance(name, str) for name in weight_map.values()
         ):
             raise BadCheckpoint(f"{index} has no weight_map of tensor names to files")
-        return [self.path / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            # A file may be a link, as in the cache of a hub, but its name may not lead elsewhere.
+            if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+                raise BadCheckpoint(
+                    f"{index} names the weight file {shown(name)}, which is not in this directory"
+                )
+        return [self.path / name for name in names]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -168,6 +219,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} has no config.json: it is not a model directory in Hugging Face layout"
         )
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
+    checkpoint.check_counts()
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
@@ -202,14 +254,40 @@ def read_sample(info: TensorInfo) -> bytes:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a file with a JSON object. Raises BadCheckpoint if it is missing or not one."""
     try:
-        found = json.loads(file.read_text())
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise BadCheckpoint(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
+        data = file.read_bytes()
     except OSError as e:
         raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
+    return parse_json(data, str(file))
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in UTF-8 that a file, or a part of one, holds.
+
+    Raises
+    ------
+    BadCheckpoint
+        if it is something else; `name` is what the error calls it.
+    """
+    try:
+        found = json.loads(data.decode(), parse_constant=refuse_constant)
+    except RecursionError as e:
+        raise BadCheckpoint(f"{name} is nested too deeply") from e
     except ValueError as e:
-        raise BadCheckpoint(f"{file} is not valid JSON: {e}") from e
+        raise BadCheckpoint(f"{name} is not valid JSON: {e}") from e
     if not isinstance(found, dict):
-        raise BadCheckpoint(f"{file} does not hold a JSON object")
+        raise BadCheckpoint(f"{name} does not hold a JSON object")
     return found
+
+
+def refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
+
+
+def shown(value: object) -> str:
+    """Return a value of a checkpoint as an error shows it."""
+    return repr(value)[:80]
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
@@ -230,12 +308,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise BadCheckpoint(
                 f"{file} is not a safetensors file, or is cut off: download it again"
             )
-        try:
-            header = json.loads(f.read(length))
-        except ValueError as e:
-            raise BadCheckpoint(f"{file} is not a safetensors file: {e}") from e
-    if not isinstance(header, dict):
-        raise BadCheckpoint(f"{file} is not a safetensors file")
+        table = f.read(length)
+    try:
+        header = parse_json(table, "its table of contents")
+    except BadCheckpoint as e:
+        raise BadCheckpoint(f"{file} is not a safetensors file: {e}") from e
     header.pop("__metadata__", None)
     return {name: read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
 
@@ -244,7 +321,7 @@ def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> Tens
     """Return one tensor of a file of `size` bytes. The file's data begins at byte `start`."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            0 <= begin <= end
+            0 <= begin <= end and all(type(n) is int and n >= 0 for n in shape)
         ):
             pass
         case _:

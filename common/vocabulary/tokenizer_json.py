@@ -29,7 +29,7 @@ def vocabulary_of(file: Path, config: dict[str, Any]) -> Vocabulary:
     tokens |= {entry["id"]: entry["content"] for entry in added}
     return Vocabulary(
         file,
-        file.read_text(),
+        file.read_text(encoding="utf-8"),
         {id: bytes_of(token) for id, token in tokens.items()},
         frozenset(entry["id"] for entry in added if entry["special"]),
     )

@@ -188,7 +188,7 @@ def sources_for(flags: frozenset[str]) -> Sources | None:
 def cpu_flags() -> frozenset[str]:
     """Return this CPU's flags as /proc/cpuinfo names them, or nothing if it cannot be read."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())

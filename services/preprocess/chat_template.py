@@ -78,7 +78,7 @@ def load(path: Path) -> ChatTemplate:
 def find_source(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """Return the text of the template, if there is one."""
     if (file := path / "chat_template.jinja").exists():
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     own_file = read_optional_json(path / "chat_template.json")
     found = own_file.get("chat_template") or tokenizer_config.get("chat_template")
     if isinstance(found, list):  # several named templates
