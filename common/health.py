@@ -1,13 +1,16 @@
 """The health port: /healthz and /readyz for an orchestrator's probes, /metrics for Prometheus."""
 
+import contextlib
 import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -24,6 +27,13 @@ from common.process import CannotStart
 from proto.twinlens.control.v1 import control_pb2
 
 REQUEST_SECONDS = 5.0
+"""How long a client may be silent."""
+CONNECTION_SECONDS = 15.0
+"""How long a connection may last."""
+MAX_CONNECTIONS = 32
+"""Connections at a time; a further one is closed at once."""
+EMFILE_SECONDS = 0.5
+"""The pause after a connection could not be accepted for want of descriptors."""
 TEXT = "text/plain; charset=utf-8"
 
 
@@ -116,7 +126,10 @@ class HealthServer(ThreadingHTTPServer):
 
     def __init__(self, port: int, health: Health, watch: Callable[[], None] = lambda: None) -> None:
         self.health = health
-        self.service_actions = watch  # type: ignore[method-assign]
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, float] = {}
+        """When each open connection began."""
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         try:
             super().__init__(("", port), Handler)
@@ -132,6 +145,38 @@ class HealthServer(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # HTTPServer's own method asks the DNS for our name, which takes long if there is no DNS.
         TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            # The connection stays in the queue, so without a pause this would be tried all the
+            # time.
+            time.sleep(EMFILE_SECONDS)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for another connection."""
+        with self._lock:
+            has_room = len(self._connections) < MAX_CONNECTIONS
+            if has_room:
+                self._connections[request] = time.monotonic()
+        return has_room
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End the connections that last too long. This is called twice a second."""
+        self._watch()
+        now = time.monotonic()
+        with self._lock:
+            for connection, began in self._connections.items():
+                if now - began > CONNECTION_SECONDS:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         # A client that hangs up is not our failure.

@@ -1,6 +1,7 @@
 """One service as a child process of the launcher: its command, start, exit and restart."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -21,6 +22,9 @@ MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 8.0
 NUM_LAST_LINES = 8
+MAX_LINE_BYTES = 64 * 1024
+"""What is copied of a child's log at a time, which is a line unless the line is longer."""
+MAX_LAST_LINE_CHARS = 2000
 LONG_LIFE_SECONDS = 30.0
 """A child that was ready and ran for this long is restarted without a delay."""
 RELAY_SECONDS = 1.0
@@ -66,11 +70,17 @@ class Child:
 
 
 def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None:
-    """Start the child's process. `on_exit` is called by another thread when it has exited."""
+    """Start the child's process. `on_exit` is called by another thread when it has exited.
+
+    Raises
+    ------
+    OSError
+        if there are too few descriptors, processes or threads.
+    """
     child.num_starts += 1
     # In a process group of its own a child does not receive the terminal's Ctrl-C. The launcher
     # does, and stops the children in order.
-    child.process = subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -78,12 +88,20 @@ def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None
         process_group=0,
         env=child_environment(child.role),
     )
+    child.last_lines.clear()
+    relay = threading.Thread(target=relay_logs, args=(child, process), daemon=True)
+    waiter = threading.Thread(target=wait_for_exit, args=(process, on_exit), daemon=True)
+    try:
+        relay.start()
+        waiter.start()
+    except RuntimeError as e:
+        process.kill()
+        process.wait()
+        raise OSError(errno.EAGAIN, str(e)) from e
+    child.process = process
+    child.relay = relay
     child.was_ready = False
     child.started_at = time.monotonic()
-    child.last_lines.clear()
-    child.relay = threading.Thread(target=relay_logs, args=(child, child.process), daemon=True)
-    child.relay.start()
-    threading.Thread(target=wait_for_exit, args=(child.process, on_exit), daemon=True).start()
 
 
 def wait_for_exit(process: subprocess.Popen[bytes], on_exit: Callable[[], None]) -> None:
@@ -138,9 +156,10 @@ def child_environment(role: str) -> dict[str, str]:
 def relay_logs(child: Child, process: subprocess.Popen[bytes]) -> None:
     """Copy the child's log to stderr, and keep its last lines, which say why it exited."""
     assert process.stderr is not None
-    with process.stderr:
-        for line in process.stderr:
-            child.last_lines.append(line.decode(errors="replace").rstrip())
+    with process.stderr as log:
+        while line := log.readline(MAX_LINE_BYTES):
+            text = line[: 4 * MAX_LAST_LINE_CHARS].decode(errors="replace").rstrip()
+            child.last_lines.append(text[:MAX_LAST_LINE_CHARS])
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

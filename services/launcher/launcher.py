@@ -2,10 +2,8 @@
 
 import contextlib
 import queue
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +21,8 @@ from services.commands.sample import show_sample
 from services.launcher.checks import check
 from services.launcher.child import Child, command_of
 from services.launcher.replicas import control_address
-from services.launcher.supervisor import Command, Supervisor
+from services.launcher.run_dir import open_run_dir
+from services.launcher.supervisor import WATCH_SECONDS, Command, Supervisor
 
 
 class Launcher:
@@ -81,9 +80,11 @@ class Launcher:
             membership.report()
 
     def _handle_next_call(self) -> None:
-        """Wait for the next call and make it, or return at the supervisor's deadline."""
+        """Wait for the next call and make it, or return when the supervisor is due."""
+        timeout = WATCH_SECONDS
         deadline = self.supervisor.next_deadline()
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if deadline is not None:
+            timeout = min(timeout, max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(queue.Empty):
             self._calls.get(timeout=timeout)()
 
@@ -140,11 +141,8 @@ def serve(settings: ServeSettings) -> int:
     set_up_logging("launcher", settings.log_format, settings.log_level)
     try:
         settings = check(settings)
+        with open_run_dir() as run_dir:
+            return Launcher(settings, run_dir).run()
     except (BadSetting, BadCheckpoint) as e:
         print(f"twinlens serve: {e}", file=sys.stderr)
         return EXIT_USAGE
-    run_dir = Path(tempfile.mkdtemp(prefix="twinlens-"))
-    try:
-        return Launcher(settings, run_dir).run()
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)

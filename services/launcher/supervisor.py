@@ -7,10 +7,12 @@ from pathlib import Path
 
 from common.logs import get_logger
 from common.membership import DEAD, READY, STANDBY
+from common.progress import UNMEASURED_SECONDS, Progress
 from common.settings import SCALABLE_ROLES, SERVICES, ServeSettings
 from proto.twinlens.control.v1 import control_pb2
 from services.launcher.autoscale import Autoscaler, parse_bounds
 from services.launcher.child import (
+    LAST_BACKOFF_SECONDS,
     Child,
     command_of,
     schedule_restart,
@@ -29,6 +31,11 @@ DRAIN_MARGIN_SECONDS = 10.0
 """A drain may take this much longer than the request timeout, when the last request has ended."""
 FROZEN_SECONDS = 10.0
 """How long a live process may stay dead for the controller, which ended its lease."""
+CONTROLLER_SECONDS = 3.0
+"""The expected time between two messages of the controller, which sends one a second; it is killed
+after PATIENCE_FACTOR times as long."""
+WATCH_SECONDS = 1.0
+"""How often `keep_running` must be called at least, because it watches the controller."""
 
 Command = Callable[[Child, Path], list[str]]
 
@@ -53,6 +60,8 @@ class Supervisor:
         self._autoscaler = (
             Autoscaler(parse_bounds(settings.autoscale)) if settings.autoscale else None
         )
+        self._controller = Progress()
+        """The controller reports the other members, so the launcher itself watches it."""
         self.is_draining = False
         self.has_come_up = False
         """Whether all children were ready at the same time at least once."""
@@ -76,7 +85,8 @@ class Supervisor:
         for child in self.fleet.children:
             is_due = child.process is None and time.monotonic() >= child.start_at
             if is_due and not self._must_wait(child):
-                start(child, self._command(child, self._run_dir), self._on_exit)
+                self._start(child)
+        self._kill_silent_controller()
         self.has_come_up = self.has_come_up or self.is_all_ready()
         return None
 
@@ -107,6 +117,7 @@ class Supervisor:
 
     def on_response(self, response: control_pb2.JoinResponse) -> None:
         """Handle the controller's view: the members, the drained ones, and the wanted replicas."""
+        self._controller.begin(CONTROLLER_SECONDS)
         self._update_members({member.pid: member for member in response.members})
         self._remove_drained(set(response.drained))
         for role, wanted in response.wanted.items():
@@ -146,6 +157,34 @@ class Supervisor:
     def kill_all(self) -> None:
         for child in self.fleet.children:
             signal_child(child, signal.SIGKILL)
+
+    def _start(self, child: Child) -> None:
+        """Start the child's process, or try again later if there are no resources for it now."""
+        try:
+            start(child, self._command(child, self._run_dir), self._on_exit)
+        except OSError as e:
+            child.start_at = time.monotonic() + LAST_BACKOFF_SECONDS
+            self._log.error(
+                "cannot start a process now; trying again",
+                name=child.name,
+                reason=e.strerror or str(e),
+                wait=LAST_BACKOFF_SECONDS,
+            )
+            return
+        if child.role == "controller":
+            self._controller.begin(UNMEASURED_SECONDS)
+
+    def _kill_silent_controller(self) -> None:
+        """Kill the controller if it is stopped or hangs. Members then join the next one."""
+        self._controller.watch()
+        if not self._controller.is_hung():
+            return
+        for child in self.fleet.children:
+            if child.role == "controller" and child.process is not None:
+                reason = f"silent for {self._controller.age():.0f} s"
+                self._log.error("killed", name=child.name, reason=reason)
+                signal_child(child, signal.SIGKILL)
+        self._controller.idle()
 
     def _handle_exit(self, child: Child) -> bool:
         """Plan the restart of a child that exited. Return False if the system cannot do without it.

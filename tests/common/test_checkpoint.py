@@ -1,7 +1,10 @@
 """A model directory is opened where it is whole, and refused by name of what is wrong with it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.checkpoint import MAX_JSON_BYTES, BadCheckpoint, Checkpoint, open_checkpoint
 from tests.golden import CASES, ROOT
 
 TEXT = {"hidden_size": 8, "max_position_embeddings": 64, "eos_token_id": 3}
@@ -149,6 +152,10 @@ def weights(header: Any, data: bytes = b"") -> Callable[[Path], None]:
     return put("model.safetensors", safetensors(header, data))
 
 
+def config(**changed: Any) -> Callable[[Path], None]:
+    return lambda folder: write(folder, config=NESTED | changed)
+
+
 ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 
 
@@ -191,7 +198,25 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         (weights({"a": ENTRY | {"data_offsets": [-1, 2]}}, b"ab"), "entry of a is malformed"),
         (weights({"a": ENTRY | {"data_offsets": ["0", "2"]}}, b"ab"), "entry of a is malformed"),
         (weights({"a": ENTRY | {"shape": 2}}, b"ab"), "entry of a is malformed"),
+        (weights({"a": ENTRY | {"shape": [-1, -2]}}, b"ab"), "entry of a is malformed"),
+        (weights(b"[" * 100_000), "nested too deeply"),
         (weights({"a": ENTRY}, b"a"), "cut off"),
+        # What is meant to do harm
+        (put("config.json", b'{"a":' * 100_000), "nested too deeply"),
+        (put("config.json", b'{"a": NaN}'), "NaN is not a number"),
+        (put("config.json", b" " * (MAX_JSON_BYTES + 1)), "larger than 64 MiB"),
+        (config(text_config=[]), "text_config in config.json is not an object"),
+        (config(vision_config="x" * 9999), "vision_config in config.json is not an object"),
+        (config(text_config={}), "config.json lacks 'max_position_embeddings'"),
+        (config(text_config=TEXT | {"hidden_size": -8}), "hidden_size in config.json is -8"),
+        (config(text_config=TEXT | {"hidden_size": 2**70}), "hidden_size in config.json"),
+        (config(text_config=TEXT | {"hidden_size": "8"}), "hidden_size in config.json is '8'"),
+        (config(text_config=TEXT | {"hidden_size": True}), "hidden_size in config.json is True"),
+        (config(vision_config={"spatial_merge_size": 0}), "spatial_merge_size in config.json is 0"),
+        (index(b'{"weight_map": {"a": "../other/model.safetensors"}}'), "not in this directory"),
+        (index(b'{"weight_map": {"a": "/etc/passwd"}}'), "not in this directory"),
+        (index(b'{"weight_map": {"a": ".."}}'), "not in this directory"),
+        (index(b'{"weight_map": {"a": ""}}'), "not in this directory"),
     ],
 )
 def test_what_is_wrong_is_told_by_name(
@@ -199,7 +224,8 @@ def test_what_is_wrong_is_told_by_name(
 ) -> None:
     spoil(model)
     with pytest.raises(BadCheckpoint) as caught:
-        open_checkpoint(model)
+        assert open_checkpoint(model).max_model_len
+    assert len(str(caught.value)) < 1000
     assert said in str(caught.value) and str(model) in str(caught.value)
 
 
@@ -262,3 +288,20 @@ def test_the_name_is_the_folders_however_it_is_called(
     monkeypatch.chdir(model)
     assert open_checkpoint(".").name == "model"
     assert isinstance(open_checkpoint("."), Checkpoint)
+
+
+def test_a_weight_file_may_be_a_link_as_in_the_cache_of_a_hub(model: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    (model / "model.safetensors").rename(blob)
+    (model / "model.safetensors").symlink_to(blob)
+    assert open_checkpoint(model).tensors
+
+
+def test_a_checkpoint_is_read_in_any_locale(model: Path) -> None:
+    write(model, config=NESTED | {"author": "Zoë"})
+    (model / "config.json").write_bytes(
+        (model / "config.json").read_bytes().decode("unicode_escape").encode()
+    )
+    program = f"from common.checkpoint import open_checkpoint; open_checkpoint({str(model)!r})"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program], env=os.environ | locale, check=True)

@@ -1,6 +1,8 @@
 """The health port, asked over real sockets, by hand and by a container's health check."""
 
+import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from common import health
 from common.health import Handler, Health, HealthServer, serve_health
 from common.membership import DRAINING, READY, STARTING
 from common.process import CannotStart
@@ -18,6 +21,8 @@ from proto.twinlens.control.v1 import control_pb2
 from tests.loopback import free_port
 from tests.policy.sources import ROOT
 from tests.system.running import lives
+
+DEADLINE = 30.0
 
 
 class Asked:
@@ -114,6 +119,46 @@ def test_one_who_connects_and_says_nothing_keeps_no_probe_waiting(
     monkeypatch.setattr(Handler, "timeout", None)
     with socket.create_connection(("127.0.0.1", asked.server.server_address[1])):
         assert asked.get("/healthz")[0] == 200
+
+
+def test_further_connections_are_closed_at_once_and_room_comes_back(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "MAX_CONNECTIONS", 3)
+    address = ("127.0.0.1", asked.server.server_address[1])
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(3)]
+        with socket.create_connection(address) as further:
+            further.settimeout(DEADLINE)
+            assert further.recv(1) == b""
+        held[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in held[0].recv(1000)
+        while held[0].recv(1000):
+            pass
+        assert asked.get("/healthz")[0] == 200
+
+
+def test_a_connection_that_lasts_too_long_is_ended(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "CONNECTION_SECONDS", 0.0)
+    with socket.create_connection(("127.0.0.1", asked.server.server_address[1])) as slow:
+        slow.settimeout(DEADLINE)
+        slow.sendall(b"GET /healthz HTTP/1.0\r\nX-A: ")
+        assert slow.recv(1) == b""
+
+
+def test_want_of_descriptors_does_not_end_it(asked: Asked) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            client.connect(("127.0.0.1", asked.server.server_address[1]))
+            with pytest.raises(OSError, match="Too many open files"):
+                asked.server.get_request()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert asked.get("/healthz")[0] == 200
 
 
 def test_a_port_that_is_taken_is_named(asked: Asked) -> None:

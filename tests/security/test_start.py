@@ -1,0 +1,174 @@
+"""What a folder, a log line, or a want of descriptors can do to the launcher."""
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from common.config import BadSetting
+from common.progress import Progress
+from services.launcher import child as child_module
+from services.launcher import run_dir as run_dir_module
+from services.launcher import supervisor as supervisor_module
+from services.launcher.run_dir import LOCK, open_run_dir
+from tests.launcher.conftest import Supervise
+from tests.launcher.conftest import launch as launch  # fixtures
+from tests.launcher.conftest import supervise as supervise
+from tests.launcher.processes import child_named, pids, report, wait_for_status
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+
+
+# The folder of the sockets
+
+
+def test_the_folder_is_for_its_owner_only_and_goes_with_the_launcher(temporary: Path) -> None:
+    with open_run_dir() as folder:
+        assert folder.parent == temporary
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_launcher_is_removed_and_that_of_a_living_one_is_kept(
+    temporary: Path,
+) -> None:
+    program = (
+        "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from services.launcher.run_dir import open_run_dir\n"
+        "with open_run_dir() as folder: print(folder, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(temporary)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as killed:
+        assert killed.stdout is not None
+        abandoned = Path(killed.stdout.readline().strip())
+        killed.kill()
+        killed.wait()
+    assert (abandoned / LOCK).exists()
+    with open_run_dir() as first, open_run_dir():
+        assert not abandoned.exists()
+        assert (first / LOCK).exists()
+
+
+def test_a_folder_without_a_lock_is_somebody_elses(temporary: Path) -> None:
+    (temporary / "twinlens-mine").mkdir()
+    (temporary / "twinlens-link").mkdir()
+    (temporary / "twinlens-link" / LOCK).symlink_to("/etc/passwd")
+    with open_run_dir():
+        pass
+    assert len(list(temporary.iterdir())) == 2
+
+
+def test_a_missing_folder_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    with pytest.raises(BadSetting, match="set TMPDIR"), open_run_dir():
+        pass
+
+
+def test_a_path_too_long_for_sockets_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(BadSetting, match="too long a path for sockets"), open_run_dir():
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_is_named_only_once_it_is_held(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def look(file: object, how: int) -> None:
+        seen.extend((folder / LOCK).exists() for folder in temporary.iterdir())
+        fcntl_flock(file, how)  # type: ignore[arg-type]
+
+    fcntl_flock = fcntl.flock
+    monkeypatch.setattr(run_dir_module.fcntl, "flock", look)
+    with open_run_dir():
+        pass
+    assert seen == [False]
+
+
+# Children
+
+
+def test_a_controller_that_is_stopped_is_replaced(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(supervisor_module, "Progress", lambda: Progress(lambda: now[0]))
+    supervisor = supervise()
+    supervisor.keep_running()
+    before = pids(supervisor)["controller-0"]
+    report(supervisor)
+    os.kill(before, signal.SIGSTOP)
+    while child_named(supervisor, "controller-0").process.poll() is None and now[0] < 160:
+        now[0] += 1.0
+        supervisor.keep_running()
+        if now[0] > 113:
+            wait_for_status(supervisor, "controller-0")
+    assert 110 < now[0] < 120
+    supervisor.keep_running()
+    assert pids(supervisor)["controller-0"] != before
+
+
+def test_a_controller_that_answers_is_kept_and_so_is_one_whose_launcher_was_stopped(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(supervisor_module, "Progress", lambda: Progress(lambda: now[0]))
+    supervisor = supervise()
+    supervisor.keep_running()
+    before = pids(supervisor)["controller-0"]
+    for _ in range(100):
+        now[0] += 1.0
+        report(supervisor)
+        supervisor.keep_running()
+    now[0] += 1000.0
+    supervisor.keep_running()
+    assert pids(supervisor)["controller-0"] == before
+
+
+def test_a_log_line_without_end_takes_little_memory(supervise: Supervise) -> None:
+    line = "import sys; sys.stderr.write('x' * 20_000_000); sys.exit(1)"
+    supervisor = supervise({"vision": line})
+    supervisor.keep_running()
+    child = child_named(supervisor, "vision-0")
+    wait_for_status(supervisor, "vision-0")
+    child.relay.join()
+    assert sum(map(len, child.last_lines)) <= (
+        child_module.NUM_LAST_LINES * child_module.MAX_LAST_LINE_CHARS
+    )
+
+
+def test_a_child_that_cannot_be_started_for_want_of_descriptors_is_started_later(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "LAST_BACKOFF_SECONDS", 0.0)
+    supervisor = supervise()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with structlog.testing.capture_logs() as logs:
+            assert supervisor.keep_running() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert pids(supervisor) == {}
+    assert {entry["event"] for entry in logs} == {"cannot start a process now; trying again"}
+    supervisor.keep_running()
+    assert len(pids(supervisor)) == 6
