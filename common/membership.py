@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
+from common.errors import shorten
 from common.logs import get_logger
 from common.process import EXIT_USAGE, leave
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
@@ -20,6 +21,10 @@ REPORT_SECONDS = 0.8
 about a millisecond."""
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 2.0
+
+REFUSED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+"""The codes with which the controller refuses a member that need not try again."""
+MAX_DETAIL_CHARS = 500
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
 READY = control_pb2.MEMBER_STATE_READY
@@ -107,7 +112,7 @@ class Membership:
         """Change the state of the entry, and report it at once."""
         assert self._member is not None
         self._member.state = state
-        self._member.detail = detail
+        self._member.detail = shorten(detail, MAX_DETAIL_CHARS)
         self._member.max_model_len = max_model_len
         self._changed.set()
 
@@ -138,7 +143,7 @@ class Membership:
             retry = min(2 * retry, LAST_RETRY_SECONDS)
 
     def _on_error(self, error: grpc.RpcError) -> None:
-        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+        if error.code() in REFUSED:
             self._log.error("the controller refuses this member", reason=error.details())
             leave(EXIT_USAGE)
         self._log.debug(

@@ -4,7 +4,6 @@ Its state is soft: it may stop and come back, and members then join again.
 """
 
 import asyncio
-import contextlib
 import os
 import socket
 import threading
@@ -54,14 +53,19 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
         asyncio.create_task(servicer.expire_leases()),
         asyncio.create_task(keep_ticking(progress)),
     ]
-    await asyncio.to_thread(stop.wait)
-    for task in tasks:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    if health_port:
-        health_port.close()
-    await server.stop(STOP_SECONDS)
+    stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
+    try:
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # raises: a controller that expires no leases must not go on
+    finally:
+        stop.set()  # ends the thread that waits for it
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if health_port:
+            health_port.close()
+        await server.stop(STOP_SECONDS)
 
 
 def describe_controller(name: str) -> control_pb2.Member:
@@ -84,6 +88,7 @@ async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Serv
     try:
         server.add_insecure_port(address)
     except RuntimeError as e:
+        await server.stop(None)
         raise CannotStart(
             f"cannot listen on {address}: the port may be taken; free it, or set another "
             "--control-listen"

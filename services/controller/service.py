@@ -15,6 +15,7 @@ from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.draining import Drains
 from services.controller.membership_table import MembershipTable
 from services.controller.reachability import location_of, unreachable_reason
+from services.controller.report_checks import objection_to
 from services.controller.scaling import (
     JoinedLauncher,
     LauncherGone,
@@ -25,6 +26,11 @@ from services.controller.scaling import (
 
 TICK_SECONDS = 1.0
 """How often leases are checked and the launcher gets the load of all members."""
+FIRST_REPORT_SECONDS = 5.0
+"""How long a stream may take to send its first message."""
+MAX_MEMBERS = 4096
+"""Members in the table, including those that died within the last minute."""
+MAX_WATCHERS = 4096
 ANSWER_SECONDS = 5.0
 """How long a member may take to start draining, and the launcher to accept a replica count."""
 
@@ -40,6 +46,10 @@ class JoinStream:
         self.launcher: JoinedLauncher | None = None
         if first.HasField("managed"):
             self.launcher = JoinedLauncher(first.managed, self.changed.set)
+
+    def objection_to(self, request: control_pb2.JoinRequest) -> str:
+        """Return why this stream cannot bring the report: it speaks for one member only."""
+        return "" if request.member.id == self.member_id else "it reports as another member"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
@@ -62,9 +72,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def Join(
         self, requests: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[control_pb2.JoinResponse]:
-        first = await anext(requests, None)
+        first = await self._first_report(requests, context)
         if first is None:
             return
+        await self._check_place(first, context)
         await self._check_reachable(first, context)
         stream = JoinStream(first)
         self._open(stream, first)
@@ -139,6 +150,43 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     # The streams of Join
 
+    async def _first_report(
+        self, requests: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
+    ) -> control_pb2.JoinRequest | None:
+        """Return the first message of a stream, or refuse the call if it is late or malformed."""
+        try:
+            first = await asyncio.wait_for(anext(requests, None), FIRST_REPORT_SECONDS)
+        except TimeoutError:
+            reason = f"no report within {FIRST_REPORT_SECONDS:g} s: send one to join"
+            await refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, reason)
+        if first is not None and (reason := objection_to(first)):
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+        return first
+
+    async def _check_place(
+        self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Refuse a stream that would take the place of a living one, or for which there is no room.
+
+        A member whose connection broke unnoticed joins again once its lease has ended.
+        """
+        member_id = first.member.id
+        if member_id == self._controller.id or (
+            member_id in self._streams and self._table.is_alive(member_id)
+        ):
+            reason = f"there is a living member {member_id}: try again once its lease has ended"
+            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, reason)
+        if first.HasField("managed") and self._launcher:
+            reason = "a launcher has joined already: give each one its own controller"
+            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, reason)
+        is_new = self._table.get(member_id) is None
+        if first.HasField("member") and is_new and len(self._table.members()) >= MAX_MEMBERS:
+            reason = f"there are {MAX_MEMBERS} members, which is the most"
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        if first.watch and len(self._watchers) >= MAX_WATCHERS:
+            reason = f"there are {MAX_WATCHERS} watchers, which is the most"
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+
     async def _check_reachable(
         self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
     ) -> None:
@@ -184,6 +232,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         """Handle the reports of a stream until it ends or its member is dead."""
         try:
             async for request in requests:
+                if reason := objection_to(request) or stream.objection_to(request):
+                    self._log.warning("dropped a member", id=stream.member_id, reason=reason)
+                    break
                 if request.HasField("member") and not self._table.is_alive(request.member.id):
                     break  # Its lease ended while it was frozen, so it must join again.
                 self._handle_report(request)
