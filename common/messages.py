@@ -17,7 +17,7 @@ import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Name = Annotated[str, msgspec.Meta(max_length=200)]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
@@ -205,6 +205,22 @@ class Failed(RequestMessage):
     """Index of the item that failed; None if the request as a whole did."""
 
 
+class Alone(RequestMessage):
+    """The sender works on nothing but this request as soon as the receiver has answered Noted.
+
+    If the sender dies then, no other request is to blame. preprocess and llm send it to the gateway
+    for a request that is `apart`, and again each second until the answer.
+    """
+
+
+class Noted(RequestMessage):
+    """The answer to Alone: the gateway knows which request the receiver works on."""
+
+
+class Cleared(RequestMessage):
+    """The gateway has seen the request pass the receiver's stage, so others may go on there."""
+
+
 # gateway -> preprocess
 
 
@@ -232,9 +248,13 @@ class Submit(RequestMessage):
     """int64: the tokens that earlier attempts delivered; the answer continues after them."""
     avoid: Name = ""
     """Id of the language group that the previous attempt was lost with."""
+    apart: bool = False
+    """Prepare the request while nothing else is prepared, because it may end the process."""
+    apart_in_llm: bool = False
+    """The `apart` of its Prompt."""
 
 
-GatewayToPreprocess = Submit | Abort
+GatewayToPreprocess = Submit | Abort | Noted | Cleared
 
 
 # preprocess -> gateway
@@ -253,7 +273,7 @@ class HandedOver(RequestMessage):
     preprocess."""
 
 
-PreprocessToGateway = Routed | Failed | HandedOver
+PreprocessToGateway = Routed | Failed | HandedOver | Alone
 
 
 # preprocess -> vision
@@ -279,6 +299,8 @@ class Offer(ItemMessage):
     content_size: tuple[Count, Count] = (0, 0)
     """Height and width of the content in pixels. It is smaller than the grid if the item is
     padded."""
+    apart: bool = False
+    """Accept the item only while the replica holds no other, because it may end the process."""
 
 
 class Pixels(ItemMessage):
@@ -376,6 +398,8 @@ class Prompt(RequestMessage):
     """Index of the request's adapter; 0 for none. Nothing sets it so far."""
     whole: bool = False
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
+    apart: bool = False
+    """Compute the request in steps of its own until it is cleared, because it may end the group."""
 
 
 PreprocessToLlm = Prompt | Abort
@@ -533,8 +557,8 @@ GatewayToDetokenizer = Released
 
 # gateway <-> llm
 
-GatewayToLlm = Abort
-LlmToGateway = Failed
+GatewayToLlm = Abort | Noted | Cleared
+LlmToGateway = Failed | Alone
 
 # What each service handles, whichever peer sends it.
 

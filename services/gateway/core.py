@@ -20,6 +20,7 @@ from common.events import Event, PeerDown, PeerDraining, PeerUp, Received, Sende
 from common.logs import get_logger
 from common.messages import (
     Abort,
+    Alone,
     Delta,
     Failed,
     GatewayInbound,
@@ -127,8 +128,8 @@ class GatewayCore:
 
     def on_event(self, event: Event[GatewayInbound]) -> None:
         match event:
-            case Received(message=message):
-                self._handle_message(message)
+            case Received(peer_id=peer_id, message=message):
+                self._handle_message(peer_id, message)
             case PeerUp():
                 self.peers.on_peer_up(event)
                 self._failover.start_waiting()
@@ -171,17 +172,21 @@ class GatewayCore:
 
     # Messages about requests
 
-    def _handle_message(self, message: GatewayInbound) -> None:
+    def _handle_message(self, peer_id: str, message: GatewayInbound) -> None:
         record = self._records.get(message.request_id)
         if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):
                 self._abort_late(message)
+            elif isinstance(message, Alone):
+                self.links.send(peer_id, Abort(**message.ids))
             return
         match message:
             case Routed():
-                self._on_routed(record, message)
+                self._on_routed(record, peer_id, message)
             case HandedOver():
                 record.attempt.is_encoded = True
+            case Alone():
+                self._failover.on_alone(record, peer_id)
             case Delta() if not record.attempt.llm:
                 record.attempt.early_deltas.append(message)
             case Delta():
@@ -198,15 +203,16 @@ class GatewayCore:
         self.links.connect(routed.llm, "llm")
         self.links.send(routed.llm.id, Abort(**routed.ids))
 
-    def _on_routed(self, record: Record, routed: Routed) -> None:
+    def _on_routed(self, record: Record, peer_id: str, routed: Routed) -> None:
         ids = routed.prompt_token_ids
         record.prompt_token_ids = None if ids is None else ids.numpy().tolist()
         record.attempt.llm = routed.llm.id
+        self._failover.on_routed(record)
         self.links.connect(routed.llm, "llm")
         early_deltas = record.attempt.early_deltas
         record.attempt.early_deltas = []
         for delta in early_deltas:
-            self._handle_message(delta)
+            self._handle_message(peer_id, delta)
 
     def _on_failed(self, record: Record, failed: Failed) -> None:
         error = from_code(failed.code, failed.message, failed.stage, failed.item)
@@ -222,6 +228,7 @@ class GatewayCore:
         if not record.attempt.is_answering:
             self._on_first_token(record)
         record.add_tokens(delta)
+        self._failover.on_tokens(record, is_end=bool(delta.finish_reason))
         if delta.finish_reason:
             self._finish(record, delta)
 

@@ -6,17 +6,21 @@ from typing import Any, assert_never
 
 import numpy as np
 
+from common.apart import Turn
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Embeddings,
     Failed,
     ItemIds,
     ItemReceived,
     ItemRejected,
     LlmInbound,
+    Noted,
     Prompt,
     RequestKey,
     Reserved,
@@ -62,6 +66,7 @@ class Worker:
                 next_expiry = now + EXPIRY_SECONDS
             self._report_reserved()
             outputs = self._engine.step()
+            self._announce_turn()
             for output in outputs or []:
                 self._send_output(output)
             idle = outputs is None
@@ -80,6 +85,7 @@ class Worker:
                 self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
+                    self._turn.release_all_of(peer_id)
                 elif role == "detokenizer":
                     self._on_detokenizer_down(peer_id, reason)
             case PeerDraining(role="llm"):
@@ -109,6 +115,10 @@ class Worker:
                 self._abort([key])
             case StopFound(key=key):
                 self._engine.abort([key])
+            case Noted(key=key):
+                self._turn.note(key)
+            case Cleared(key=key):
+                self._engine.scheduler.clear(key)
             case _:
                 assert_never(message)
 
@@ -145,10 +155,22 @@ class Worker:
         answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
+    def _announce_turn(self) -> None:
+        """Report a request that will have the steps to itself."""
+        if announcement := self._turn.announcement():
+            gateway_id, key = announcement
+            self._member.links.send(gateway_id, Alone(**request_ids(key)))
+
+    @property
+    def _turn(self) -> Turn:
+        return self._engine.scheduler.turn
+
     def _abort(self, keys: list[RequestKey]) -> None:
         for request in self._engine.abort(keys):
             prompt = request.prompt
             self._member.links.send(prompt.detokenizer.id, Abort(**prompt.ids))
+        for key in keys:
+            self._turn.release(key)
 
     def _send_output(self, output: Output) -> None:
         prompt = output.request.prompt

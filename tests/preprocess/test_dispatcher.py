@@ -6,7 +6,8 @@ import pytest
 
 from common.events import Event, PeerDown, PeerDraining
 from common.messages import Abort, Decline, Grant, Pixels
-from services.preprocess.dispatcher import MAX_DISPATCHES
+from common.apart import MAX_DEATHS
+from services.preprocess.dispatcher import MAX_FAILURES
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.preprocessor import Preprocessor
 from tests.fakes import aborts, received
@@ -136,7 +137,7 @@ def test_unfinished_images_of_a_lost_replica_go_to_another() -> None:
 def test_a_lost_replica_counts_as_an_attempt_only_if_it_had_the_pixels() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", IMAGES[0])
-    for n in range(2 * MAX_DISPATCHES):
+    for n in range(2 * MAX_FAILURES):
         [(vision_id, _)] = offers(
             preprocess.play([PeerDown(f"vision-{n}", "vision", "gone")], joins(f"vision-{n + 1}"))
         )
@@ -162,7 +163,7 @@ def test_only_the_image_that_failed_goes_to_another_replica(objection: list[Even
 def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
-    for _ in range(MAX_DISPATCHES - 1):
+    for _ in range(MAX_FAILURES - 1):
         assert offers(preprocess.play(grant("vision-1", 1), failed("vision-1", 1))) == [
             ("vision-1", 1)
         ]
@@ -181,7 +182,7 @@ def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -
 def test_a_request_ends_once_if_several_images_lose_their_last_attempt() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", *IMAGES[:2])
-    for n in range(MAX_DISPATCHES):
+    for n in range(MAX_FAILURES):
         sent = preprocess.play(
             grant(f"vision-{n}", 0) + grant(f"vision-{n}", 1),
             joins(f"vision-{n + 1}"),
@@ -211,7 +212,7 @@ def test_reports_about_an_image_that_went_elsewhere_are_ignored(
 def test_an_image_whose_pixels_came_too_late_is_offered_again_and_not_counted() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
-    for _ in range(2 * MAX_DISPATCHES):
+    for _ in range(2 * MAX_FAILURES):
         preprocess.play(grant("vision-1", 0), busy("vision-1", 0))
         assert offers(preprocess.play(vacancy("vision-1"))) == [("vision-1", 0)]
 
