@@ -89,7 +89,7 @@ class Failover:
             error = self._reason_to_fail(record, down, record in blamed)
             if error:
                 self._fail(record, error)
-            elif loss.attempt is record.attempt:
+            elif loss.attempt is record.attempt or record in blamed:
                 self._on_loss(record, down)
 
     def _losses(self, down: PeerDown) -> Iterator[Loss]:

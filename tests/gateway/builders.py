@@ -51,12 +51,12 @@ class Gateway:
             if submit.request_id.startswith(f"{client_id}~")
         ][-1]
 
-    def on_event(self, *messages: Any) -> None:
+    def on_event(self, *messages: Any, peer_id: str = "peer") -> None:
         """Pass messages to the core. They may name a request by its client's id."""
         for message in messages:
             if "~" not in message.request_id:
                 message.request_id = self.id_of(message.request_id)
-            self.core.on_event(Received("peer", "role", message))
+            self.core.on_event(Received(peer_id, "role", message))
 
     def lose(self, role: str, number: int = 1, reason: str = "killed") -> None:
         self.core.on_event(PeerDown(f"{role}-{number}", role, reason))
