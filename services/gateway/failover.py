@@ -82,7 +82,8 @@ class Failover:
         losses = list(self._losses(down))
         blamed = assign_blame(losses, down)
         is_proven = any(down.peer_id in loss.attempt.alone_at for loss in losses)
-        for loss in losses:
+        # The least suspicious first, so that they need not wait for another death.
+        for loss in sorted(losses, key=lambda loss: loss.record.deaths[down.role]):
             record = loss.record
             if record in blamed or not is_proven:
                 record.losses += 1

@@ -125,7 +125,8 @@ class Dispatcher:
         items = [item for item in self._all_items() if item.vision_id == vision_id]
         suspects = [item for item in items if item.is_suspect]
         blamed = [item for item in suspects if item.is_apart] or suspects
-        for item in items:
+        # The last one is the first to be offered. It is the least suspicious one.
+        for item in sorted(items, key=lambda item: item.num_deaths, reverse=True):
             if request_of(item.key) not in self.handovers:
                 continue  # the failure of another item has just ended this request
             if item in blamed:
