@@ -72,12 +72,17 @@ class Progress:
 
     @contextmanager
     def unit(self, times: "UnitTimes", size: int) -> Iterator[None]:
-        """Run one unit of work within the time that its size allows, and measure it."""
+        """Run one unit of work within the time that its size allows, and measure it.
+
+        A unit may be a part of another one, which goes on after it with its own patience.
+        """
         began = self._clock()
+        patience = self._patience
         self.begin(times.expected(size))
         yield
         times.measured(size, self._clock() - began)
         self.begin()
+        self._patience = max(patience or 0.0, LEAST_PATIENCE_SECONDS)
 
     def watch(self) -> None:
         """Let time count. The thread that sends the heartbeats calls this every second."""

@@ -27,6 +27,7 @@ from common.messages import (
     Usage,
     request_ids,
 )
+from common.progress import UnitTimes
 from common.vocabulary import Vocabulary
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
@@ -53,6 +54,7 @@ class Worker:
         self._unreleased: set[str] = set()
         """The gateways that may still have answers coming here, while this member drains."""
         self._draining = False
+        self._resume_times = UnitTimes()
         self._log = get_logger()
         member.track_load(self.load)
 
@@ -122,7 +124,9 @@ class Worker:
         )
         if start.output_token_ids:
             # An earlier attempt delivered the text of these tokens.
-            decoder.push(start.output_token_ids.numpy().tolist())
+            token_ids = start.output_token_ids.numpy().tolist()
+            with self._member.progress.unit(self._resume_times, len(token_ids)):
+                decoder.push(token_ids)
         self._answers[start.key] = Answer(start, llm_id, decoder)
         self._log.debug("answer begins", request_id=start.request_id)
 

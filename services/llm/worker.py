@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, assert_never
 
 import numpy as np
@@ -29,6 +30,7 @@ from common.messages import (
     Tokens,
     request_ids,
 )
+from common.progress import UnitTimes
 from common.wire import Tensor
 from compute.torch_tensors import to_torch
 from services.llm.engine import Engine, Output, timings_of, usage_of
@@ -50,6 +52,9 @@ class Worker:
         self._member = member
         self._engine = engine
         self._drain = drain
+        self._step_times = UnitTimes()
+        self._prompt_times = UnitTimes()
+        self._grammar_times = UnitTimes()
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
         member.track_load(lambda: engine.load)
@@ -65,7 +70,8 @@ class Worker:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
             self._report_reserved()
-            outputs = self._engine.step()
+            with self._member.progress.unit(self._step_times, len(self._engine.requests)):
+                outputs = self._engine.step()
             self._announce_turn()
             for output in outputs or []:
                 self._send_output(output)
@@ -129,10 +135,23 @@ class Worker:
             self._member.links.send(prompt.gateway_id, failed)
             return
         self._member.links.connect(prompt.detokenizer, "detokenizer")
-        for item, objection in self._engine.add(prompt, peer_id):
-            self._acknowledge(peer_id, {**prompt.ids, "item": item}, objection)
         num_tokens = prompt.token_ids.shape[0]
+        with self._prompt_unit(prompt):
+            for item, objection in self._engine.add(prompt, peer_id):
+                self._acknowledge(peer_id, {**prompt.ids, "item": item}, objection)
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
+
+    def _prompt_unit(self, prompt: Prompt) -> AbstractContextManager[None]:
+        """Return the unit of work that the acceptance of a prompt is.
+
+        A grammar is compiled, and the first one reads the vocabulary.
+        """
+        resumed = prompt.output_token_ids
+        num_tokens = prompt.token_ids.shape[0] + (resumed.shape[0] if resumed else 0)
+        if prompt.grammar is None:
+            return self._member.progress.unit(self._prompt_times, num_tokens)
+        size = num_tokens + prompt.grammar.nbytes
+        return self._member.progress.unit(self._grammar_times, size)
 
     def _handle_embeddings(self, message: Embeddings) -> None:
         timings = {

@@ -117,6 +117,20 @@ def test_units_are_measured_and_set_the_patience_for_their_size() -> None:
         assert not watched.is_hung_after(240)
 
 
+def test_a_unit_within_another_one_leaves_it_its_patience() -> None:
+    watched = Watched()
+    outer = UnitTimes()
+    inner = UnitTimes()
+    outer.measured(1, 10.0)
+    inner.measured(1, 1.0)
+    with watched.progress.unit(outer, 1):
+        with watched.progress.unit(inner, 1):
+            assert watched.is_hung_after(5)
+        assert not watched.is_hung_after(40)
+        assert watched.is_hung_after(1)
+    assert watched.is_hung_after(4)
+
+
 def test_an_unseen_size_is_extrapolated_from_the_nearest_measured_one() -> None:
     times = UnitTimes()
     times.measured(100, 2.0)
