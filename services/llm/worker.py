@@ -67,7 +67,7 @@ class Worker:
             for event in events:
                 self._handle(event)
             if (now := time.monotonic()) >= next_expiry:
-                self._abort(self._engine.expired_keys(now))
+                self._drop_expired(now)
                 next_expiry = now + EXPIRY_SECONDS
             self._report_reserved()
             with self._member.progress.unit(self._step_times, len(self._engine.requests)):
@@ -119,12 +119,13 @@ class Worker:
                 self._handle_embeddings(message)
             case Abort(key=key):
                 self._abort([key])
+                self._turn.release(key, peer_id)
             case StopFound(key=key):
                 self._engine.abort([key])
             case Noted(key=key):
-                self._turn.note(key)
+                self._turn.note(key, peer_id)
             case Cleared(key=key):
-                self._engine.scheduler.clear(key)
+                self._engine.scheduler.clear(key, peer_id)
             case _:
                 assert_never(message)
 
@@ -174,6 +175,12 @@ class Worker:
         answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
+    def _drop_expired(self, now: float) -> None:
+        expired = self._engine.expired_keys(now)
+        self._abort(expired)
+        for key in expired:
+            self._turn.release_expired(key)
+
     def _announce_turn(self) -> None:
         """Report a request that will have the steps to itself."""
         if announcement := self._turn.announcement():
@@ -188,8 +195,6 @@ class Worker:
         for request in self._engine.abort(keys):
             prompt = request.prompt
             self._member.links.send(prompt.detokenizer.id, Abort(**prompt.ids))
-        for key in keys:
-            self._turn.release(key)
 
     def _send_output(self, output: Output) -> None:
         prompt = output.request.prompt
