@@ -1,6 +1,7 @@
 """The preprocess worker turns requests into prompts, and ends those that cannot become one."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from common.events import PeerDown, PeerDraining, PeerUp
 from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
 from services.preprocess.in_flight import MISSING_SECONDS
+from services.preprocess.sandbox.jobs import Prepare, Read
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
@@ -69,9 +71,10 @@ def test_an_abort_before_anything_was_done_leaves_nothing() -> None:
     assert preprocess.holds_nothing
 
 
-def test_an_abort_between_two_images_ends_the_preparation() -> None:
+def test_an_abort_while_images_are_prepared_ends_the_preparation() -> None:
     preprocess = Preprocess("vision-1")
-    assert preprocess.play(submit("r", *IMAGES), [], [], abort("r")) == []
+    assert preprocess.play(submit("r", *IMAGES), [], abort("r")) == []
+    assert [type(task.job) for task in preprocess.tasks.started] == [Read, Prepare]
     assert preprocess.holds_nothing
 
 
@@ -90,9 +93,18 @@ def test_a_prompt_longer_than_the_context_never_reaches_the_language_group() -> 
     assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
 
 
-def test_an_unforeseen_error_fails_only_its_request() -> None:
+def test_an_unforeseen_error_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess = Preprocess("vision-1")
-    sent = preprocess.play(submit("bad", prompt=b"{no json") + submit("next"))
+    expand = PREPROCESSOR.expand
+    faults = iter([RuntimeError("a bug")])
+
+    def expand_once_wrong(*arguments: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return expand(*arguments)
+
+    monkeypatch.setattr(PREPROCESSOR, "expand", expand_once_wrong)
+    sent = preprocess.play(submit("bad") + submit("next"))
     assert failures(sent) == [("gateway-1", "bad", "Internal", None)]
     assert prompts(sent) == ["next"] and preprocess.holds_nothing
 
