@@ -36,9 +36,9 @@ from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
-from services.preprocess.sandbox.pool import Finished, Tasks
+from services.preprocess.sandbox.pool import Finished, Task, Tasks
 from services.preprocess.submit_checks import check_submit
-from services.preprocess.tasks import next_task, ready_item
+from services.preprocess.tasks import preparing, reading, ready_item
 from services.preprocess.vision_pool import VisionPool
 
 CHECK_SECONDS = 0.5
@@ -71,6 +71,8 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._preparations: OrderedDict[RequestKey, Preparation] = OrderedDict()
+        self._prepared_bytes = 0
+        """The bytes of the items of all preparations."""
         self._pool = pool
         self._dispatcher = Dispatcher(member.links, pool, self._fail, metrics, clock)
         self._groups = LlmGroups(clock)
@@ -125,10 +127,11 @@ class Worker:
         Those of the oldest request only wait for what was handed over: if every request waited for
         what others hold, none would go on.
         """
-        held = self._dispatcher.num_bytes
-        if preparation is not next(p for p in self._preparations.values() if p.submit.items):
-            held += sum(item.nbytes for p in self._preparations.values() for item in p.items)
-        return held < MAX_HELD_BYTES
+        handed_over = self._dispatcher.num_bytes
+        if handed_over + self._prepared_bytes < MAX_HELD_BYTES:
+            return True
+        oldest = next((p for p in self._preparations.values() if p.submit.items), None)
+        return preparation is oldest and handed_over < MAX_HELD_BYTES
 
     def _handle_safely(self, event: Event[PreprocessInbound]) -> None:
         try:
@@ -228,10 +231,14 @@ class Worker:
                 self._drop(key)
 
     def _drop(self, key: RequestKey) -> None:
-        preparation = self._preparations.pop(key, None)
-        if preparation and preparation.task:
-            self._tasks.cancel(preparation.task)
+        self._remove_preparation(key)
         self._dispatcher.drop(key)
+
+    def _remove_preparation(self, key: RequestKey) -> None:
+        if preparation := self._preparations.pop(key, None):
+            self._prepared_bytes -= sum(item.nbytes for item in preparation.items)
+            if preparation.task:
+                self._tasks.cancel(preparation.task)
 
     def _report_missing_roles(self) -> None:
         """Be ready while there is a member of each role that the family's requests pass through."""
@@ -276,9 +283,14 @@ class Worker:
             if preparation.is_prepared:
                 self._hand_over(preparation)
             else:
-                max_patches = max(self._pool.buckets, default=0)
-                preparation.task = next_task(preparation, max_patches)
+                preparation.task = self._next_task(preparation)
                 self._tasks.start(preparation.task)
+
+    def _next_task(self, preparation: Preparation) -> Task:
+        max_patches = max(self._pool.buckets, default=0)
+        if preparation.token_ids is not None:
+            return preparing(preparation, max_patches)
+        return reading(preparation, max_patches, self._has_room_for_items(preparation))
 
     def _on_finished(self, finished: Finished) -> None:
         """Use the result of a task, if the request is still there."""
@@ -298,11 +310,12 @@ class Worker:
 
     def _on_read(self, preparation: Preparation, found: ReadDone, blobs: list[memoryview]) -> None:
         """Go on only if the prompt will fit into the context with its items."""
-        token_ids, grammar = blobs
+        token_ids, grammar, *patches = blobs
         preparation.token_ids = np.frombuffer(token_ids, np.int64)
         if preparation.submit.guide_kind:
             preparation.grammar = Tensor.of_bytes(grammar)
         preparation.sizes = found.sizes
+        self._on_prepared(preparation, found.items, patches)
         num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
         max_model_len = self._preprocessor.max_model_len
         resolve_stopping(preparation.submit.stopping, num_tokens, max_model_len)
@@ -311,7 +324,9 @@ class Worker:
         self, preparation: Preparation, items: tuple[PreparedFacts, ...], blobs: list[memoryview]
     ) -> None:
         for facts, patches in zip(items, blobs, strict=True):
-            preparation.items.append(ready_item(facts, patches))
+            item = ready_item(facts, patches)
+            preparation.items.append(item)
+            self._prepared_bytes += item.nbytes
             preparation.item_seconds.append(facts.seconds)
             self._metrics.image_seconds.observe(facts.seconds)
 
@@ -328,7 +343,7 @@ class Worker:
             error = "no language group is connected: try again in a moment"
             raise Unavailable(error, stage="llm")
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
-        del self._preparations[key]
+        self._remove_preparation(key)
         routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids)
         self._member.links.send(preparation.gateway_id, routed)
         self._member.links.send(llm.id, prompt)

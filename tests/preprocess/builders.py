@@ -152,6 +152,7 @@ class Preprocess:
             not worker._pool.num_waiting
             and worker._pool.queue_seconds == 0
             and worker._dispatcher.num_bytes == 0
+            and worker._prepared_bytes == 0
         )
         return not self.preparations and not self.handovers and pool_is_empty
 

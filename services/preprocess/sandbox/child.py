@@ -24,11 +24,10 @@ from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sandbox.jobs import (
     JobMessage,
     Loaded,
-    ResultMessage,
     Setup,
     map_blobs,
     receive,
-    send,
+    send_result,
     unpack,
 )
 from services.preprocess.sandbox.meter import MARK, Meter, limit_memory
@@ -92,11 +91,11 @@ def serve(workbench: Workbench, connection: socket.socket, meter: Meter) -> None
     """Do jobs until the other end is closed."""
     limit_memory()
     while message := receive(connection):
-        data, descriptor = message
+        data, (memory, *spare) = message
         order = unpack(data, JobMessage)
-        result, blobs = workbench.do(order.job, map_blobs(descriptor, order.blob_sizes), meter)
+        result, blobs = workbench.do(order.job, map_blobs(memory, order.blob_sizes), meter)
         meter.end()
-        send(connection, ResultMessage(result, tuple(map(len, blobs))), blobs)
+        send_result(connection, result, blobs, *spare)
         # Otherwise the memory of a job would be there until the next one.
         del order, result, blobs
 

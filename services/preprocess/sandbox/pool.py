@@ -32,15 +32,17 @@ from services.preprocess.sandbox.jobs import (
     MAX_MESSAGE_BYTES,
     BadAnswer,
     Job,
-    JobMessage,
     Loaded,
     Refused,
     Result,
     ResultMessage,
     Setup,
+    Spare,
+    Spares,
     map_blobs,
     receive,
-    send,
+    send_job,
+    split,
     unpack,
 )
 from services.preprocess.sandbox.meter import MARK, read_mark
@@ -79,6 +81,7 @@ class Sandbox:
     connection: socket.socket
     mark: mmap.mmap
     task: Task | None = None
+    spare: Spare | None = None
     started: float = 0.0
 
 
@@ -87,7 +90,7 @@ class Answered:
     """A message of a sandbox, as the thread posts it; None if the sandbox is dead."""
 
     sandbox: Sandbox
-    message: tuple[bytes, int] | None
+    message: tuple[bytes, list[int]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ class Sandboxes:
         self._clock = clock
         self._log = get_logger()
         self._waiting: list[Task] = []
+        self._spares = Spares()
         self._sandboxes: list[Sandbox] = []
         self._by_descriptor: dict[int, Sandbox] = {}
         self._epoll = select.epoll()
@@ -215,18 +219,25 @@ class Sandboxes:
         assert isinstance(event, Answered)
         sandbox = event.sandbox
         task = sandbox.task
+        spare = sandbox.spare
         sandbox.task = None
+        sandbox.spare = None
         if event.message is None:
             finished = self._bury(sandbox, task)
         else:
-            finished = Finished(task, *self._result_of(*event.message)) if task else None
+            finished = Finished(task, *self._result_of(*event.message, spare)) if task else None
         self._assign()
         return finished
 
-    def _result_of(self, data: bytes, descriptor: int) -> tuple[Result, list[memoryview]]:
+    def _result_of(
+        self, data: bytes, descriptors: list[int], spare: Spare | None
+    ) -> tuple[Result, list[memoryview]]:
         try:
             message = unpack(data, ResultMessage)
-            return message.result, map_blobs(descriptor, message.blob_sizes)
+            sizes = message.blob_sizes
+            if spare and message.in_spare:
+                return message.result, split(spare.whole.data, sizes)
+            return message.result, map_blobs(next(iter(descriptors), -1), sizes)
         except BadAnswer as e:
             self._log.error("a sandbox cannot answer", reason=str(e))
             return Refused("Internal", "the request could not be prepared"), []
@@ -278,13 +289,15 @@ class Sandboxes:
         return num_cheap <= self._size + is_tiny and len(running) <= 2 * self._size + is_tiny
 
     def _send(self, sandbox: Sandbox, task: Task) -> bool:
-        message = JobMessage(task.job, tuple(map(len, task.blobs)))
         try:
-            send(sandbox.connection, message, task.blobs)
+            spare = self._spares.take() if task.job.kinds else None
+            descriptor = spare.descriptor if spare else -1
+            send_job(sandbox.connection, task.job, task.blobs, descriptor)
         except OSError as e:  # it has just died, or this process lacks memory or descriptors
             self._log.warning("a sandbox cannot be given work", reason=str(e))
             return False
         sandbox.task = task
+        sandbox.spare = spare
         sandbox.started = self._clock()
         task.num_starts += 1
         return True

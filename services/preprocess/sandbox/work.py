@@ -14,6 +14,7 @@ from common.wire import Buffer, Tensor
 from services.preprocess.grammars import Grammars
 from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sandbox import meter
+from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
 from services.preprocess.sandbox.jobs import (
     MAX_FAULT_CHARS,
     Job,
@@ -48,7 +49,10 @@ class Workbench:
                 case Read():
                     return self._read(job, blobs, limits)
                 case Prepare():
-                    return self._prepare(job, blobs, limits)
+                    items, patches = self._prepare(
+                        job.first, job.kinds, blobs, job.max_patches, limits
+                    )
+                    return Prepared(items), patches
                 case _:
                     assert_never(job)
         except ServingError as e:
@@ -71,7 +75,13 @@ class Workbench:
                 size = self._preprocessor.size_of(kind, file)
                 sizes.append(size)
                 num_tokens.append(self._preprocessor.num_tokens(size, job.max_patches))
-        return ReadDone(tuple(sizes), tuple(num_tokens)), [Tensor.of(token_ids).data, grammar]
+        items: tuple[PreparedFacts, ...] = ()
+        patches: list[Buffer] = []
+        costs = sum(map(item_seconds, map(len, files), sizes))
+        if job.has_room and costs <= BATCH_SECONDS:
+            items, patches = self._prepare(0, job.kinds, files, job.max_patches, limits)
+        result = ReadDone(tuple(sizes), tuple(num_tokens), items)
+        return result, [Tensor.of(token_ids).data, grammar, *patches]
 
     def _tokenize(self, kind: str, prompt: Buffer, limits: Meter) -> np.ndarray:
         if kind != "messages":
@@ -93,14 +103,22 @@ class Workbench:
             raise InvalidRequest(f"the {kind} is not valid UTF-8") from e
         return self._grammars.grammar(kind, text).encode()
 
-    def _prepare(self, job: Prepare, blobs: Sequence[Buffer], limits: Meter) -> Answer:
+    def _prepare(
+        self,
+        first: int,
+        kinds: tuple[ItemKind, ...],
+        files: Sequence[Buffer],
+        max_patches: int,
+        limits: Meter,
+    ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
+        """Prepare the items from index `first` on. Returns them, and the patches of each."""
         facts = []
         patches: list[Buffer] = []
-        for index, (kind, file) in enumerate(zip(job.kinds, blobs, strict=True), job.first):
+        for index, (kind, file) in enumerate(zip(kinds, files, strict=True), first):
             began = time.monotonic()
             limits.begin(index)
             with naming(kind, index):
-                item = self._preprocessor.prepare_item(kind, file, job.max_patches)
+                item = self._preprocessor.prepare_item(kind, file, max_patches)
                 patches.append(Tensor.of(item.patches()).data)
             facts.append(
                 PreparedFacts(
@@ -113,7 +131,7 @@ class Workbench:
                     time.monotonic() - began,
                 )
             )
-        return Prepared(tuple(facts)), patches
+        return tuple(facts), patches
 
 
 @contextmanager
