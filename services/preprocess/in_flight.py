@@ -60,6 +60,8 @@ class PendingItem:
     vision_id: str = ""
     is_accepted: bool = False
     """The replica got the pixels or needs none: from now on it is responsible for the item."""
+    has_pixels: bool = False
+    """The replica was sent the pixels."""
     num_dispatches: int = 0
     """The replicas that accepted the item so far, whatever became of it there."""
     failed_at: set[str] = field(default_factory=set)

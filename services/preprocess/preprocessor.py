@@ -26,11 +26,14 @@ MAX_CHARS_PER_TOKEN = 16
 tokenized: tokenizing megabytes only to refuse them would block the process for seconds."""
 
 
-def decode(kind: ItemKind, data: Buffer) -> Image:
-    """Return the RGB pixels of an encoded item."""
+def open_item(kind: ItemKind, data: Buffer) -> Image:
+    """Read the header of an encoded item.
+
+    Raises UnreadableImage or TooLarge. The caller knows which item it was.
+    """
     match kind:
         case "image":
-            return images.decode(data)
+            return images.open_image(data)
         case _:
             assert_never(kind)
 
@@ -73,14 +76,6 @@ class Preprocessor:
             return None
         return self.vocabulary.token_of(self.placeholder_id)
 
-    def size_of(self, kind: ItemKind, data: Buffer) -> tuple[int, int]:
-        """Return the height and width of an encoded item by its header."""
-        match kind:
-            case "image":
-                return images.size_of(data)
-            case _:
-                assert_never(kind)
-
     def num_tokens(self, size: tuple[int, int], max_patches: int = 0) -> int:
         """Return the tokens that an item of this (height, width) becomes.
 
@@ -88,8 +83,12 @@ class Preprocessor:
         """
         return self.rules.num_tokens(*self.rules.fitting_size(*size, max_patches))
 
-    def prepare_item(self, kind: ItemKind, data: Buffer, max_patches: int = 0) -> PreparedItem:
-        """Decode, resize and name one encoded item. Its patches are made when they are asked for.
+    def prepare_item(
+        self, kind: ItemKind, data: Buffer | Image, max_patches: int = 0
+    ) -> PreparedItem:
+        """Decode, resize and name one item, encoded or already opened.
+
+        Its patches are made when they are asked for.
 
         It must have at most `max_patches` patches, if that is not 0.
 
@@ -98,7 +97,7 @@ class Preprocessor:
         InvalidRequest
             or its children UnreadableImage and TooLarge. The caller knows which item it was.
         """
-        image = decode(kind, data)
+        image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
         size = self.rules.fitting_size(image.height, image.width, max_patches)
         pixels = images.resize(image, *size)
         return self.rules.prepare_item(kind, pixels, self.mm_hash(kind, pixels))

@@ -30,7 +30,7 @@ from services.preprocess.sandbox.jobs import (
     send_result,
     unpack,
 )
-from services.preprocess.sandbox.meter import MARK, Meter, limit_memory
+from services.preprocess.sandbox.meter import CPU_SECONDS, MARK, Meter, limit_memory
 from services.preprocess.sandbox.work import Workbench
 
 LOADING_CPU_SECONDS = 60.0
@@ -65,8 +65,10 @@ def load(setup: Setup) -> Workbench:
     if preprocessor.placeholder_id is not None and preprocessor.placeholder is None:
         raise BadCheckpoint(f"the vocabulary has no token {preprocessor.placeholder_id} for images")
     workbench = Workbench(preprocessor)
+    # The template comes from elsewhere, and constant expressions in it are computed at once.
     limit_memory()
-    _ = preprocessor.template  # compiled within the limit: it comes from elsewhere
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    _ = preprocessor.template
     return workbench
 
 

@@ -143,6 +143,9 @@ class Sandboxes:
         self._sandboxes: list[Sandbox] = []
         self._by_descriptor: dict[int, Sandbox] = {}
         self._epoll = select.epoll()
+        self._end = os.eventfd(0)
+        self._epoll.register(self._end, select.EPOLLIN)
+        self._thread: threading.Thread | None = None
         self._control, self._program = self._start_program()
 
     def _start_program(self) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
@@ -179,17 +182,29 @@ class Sandboxes:
 
     def begin(self, post: Callable[[object], None]) -> None:
         """Start to receive answers. `post` is called with each on another thread."""
-        threading.Thread(target=self._receive, args=(post,), name="sandboxes", daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._receive, args=(post,), name="sandboxes", daemon=True
+        )
+        self._thread.start()
         self._fork()
 
     def close(self) -> None:
         """End all sandboxes."""
         self._program.kill()
         self._program.wait()
+        os.eventfd_write(self._end, 1)
+        if self._thread:
+            self._thread.join()
+        for connection in [self._control, *(s.connection for s in self._sandboxes)]:
+            connection.close()
+        self._epoll.close()
+        os.close(self._end)
 
     def _receive(self, post: Callable[[object], None]) -> None:
         while True:
             for descriptor, _ in self._epoll.poll():
+                if descriptor == self._end:
+                    return
                 sandbox = self._by_descriptor[descriptor]
                 message = receive(sandbox.connection)
                 if message is None:

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any, assert_never
 
 import numpy as np
+from PIL.Image import Image
 
 from common.errors import InvalidRequest, ServingError, shorten
 from common.messages import ItemKind
 from common.wire import Buffer, Tensor
 from services.preprocess.grammars import Grammars
-from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.images import size_of
+from services.preprocess.preprocessor import Preprocessor, open_item
 from services.preprocess.sandbox import meter
 from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
 from services.preprocess.sandbox.jobs import (
@@ -67,19 +69,20 @@ class Workbench:
         grammar = self._check_guide(job.guide_kind, guide, limits)
         # One limit for all headers: those of honest files take microseconds.
         limits.begin(0)
+        opened = []
         sizes = []
         num_tokens = []
         for index, (kind, file) in enumerate(zip(job.kinds, files, strict=True)):
             limits.note(index)
             with naming(kind, index):
-                size = self._preprocessor.size_of(kind, file)
-                sizes.append(size)
-                num_tokens.append(self._preprocessor.num_tokens(size, job.max_patches))
+                opened.append(open_item(kind, file))
+                sizes.append(size_of(opened[-1]))
+                num_tokens.append(self._preprocessor.num_tokens(sizes[-1], job.max_patches))
         items: tuple[PreparedFacts, ...] = ()
         patches: list[Buffer] = []
         costs = sum(map(item_seconds, map(len, files), sizes))
         if job.has_room and costs <= BATCH_SECONDS:
-            items, patches = self._prepare(0, job.kinds, files, job.max_patches, limits)
+            items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
         result = ReadDone(tuple(sizes), tuple(num_tokens), items)
         return result, [Tensor.of(token_ids).data, grammar, *patches]
 
@@ -107,11 +110,14 @@ class Workbench:
         self,
         first: int,
         kinds: tuple[ItemKind, ...],
-        files: Sequence[Buffer],
+        files: Sequence[Buffer | Image],
         max_patches: int,
         limits: Meter,
     ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
-        """Prepare the items from index `first` on. Returns them, and the patches of each."""
+        """Prepare the items from index `first` on: files, or opened ones.
+
+        Returns them, and the patches of each.
+        """
         facts = []
         patches: list[Buffer] = []
         for index, (kind, file) in enumerate(zip(kinds, files, strict=True), first):
