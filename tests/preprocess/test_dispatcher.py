@@ -6,7 +6,7 @@ import pytest
 
 from common.apart import MAX_DEATHS
 from common.events import Event, PeerDown, PeerDraining
-from common.messages import Abort, Decline, Grant, Pixels
+from common.messages import Abort, Decline, Failed, Grant, Pixels
 from services.preprocess.dispatcher import MAX_FAILURES
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.preprocessor import Preprocessor
@@ -75,9 +75,7 @@ def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:
     [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)],
     ids=["same file", "other format"],
 )
-def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
-    data: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_image_is_offered_to_the_replica_that_has_it(data: bytes) -> None:
     preprocess = Preprocess("vision-1", "vision-2", "vision-3")
     [(first, _)] = offers(preprocess.dispatch("r", IMAGES[0]))
     preprocess.play(grant(first, 0), arrived(0))
@@ -86,10 +84,6 @@ def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
         preprocess.play(vacancy(vision_id))
     preprocess.play(
         received(first, "vision", Grant(request_id="x", attempt=0, item=0, wait_seconds=5.0))
-    )
-    monkeypatch.setattr(
-        "services.preprocess.families.qwen2_5_vl.patches",
-        lambda *_: pytest.fail("patches were made"),
     )
     assert offers(preprocess.dispatch("r2", data)) == [(first, 0)]
     assert preprocess.play(held(first, 0, "r2"), arrived(0, "r2")) == []
@@ -194,7 +188,7 @@ def test_a_request_ends_once_if_several_of_its_images_end_replicas() -> None:
     sent = preprocess.play(lose(f"vision-{MAX_DEATHS - 1}"), joins("vision-9"))
     [(gateway, request_id, code, item)] = failures(sent)
     assert (gateway, request_id, code, item) == ("gateway-1", "r", "Internal", index)
-    error = next(message for _, message in sent if message.request_id == "r")
+    [error] = [message for _, message in sent if isinstance(message, Failed)]
     assert error.stage == "vision" and f"image {item}, the last one on this" in error.message
     assert preprocess.holds_nothing and offers(preprocess.play(vacancy("vision-9"))) == []
 

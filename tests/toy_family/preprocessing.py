@@ -9,7 +9,6 @@ import numpy as np
 from common.checkpoint import Checkpoint
 from common.errors import TooLarge
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families import ItemLimits
 from services.preprocess.prepared import PreparedItem
 
@@ -67,8 +66,7 @@ class ToyRules:
         self._patch: int = eye["patch"]
         self._patches_per_token: int = eye["patches_per_token"]
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         size = min(height, MAX_SIDE), min(width, MAX_SIDE)
         rows, columns = self._grid(*size)
         if max_patches and rows * columns > max_patches:
@@ -80,15 +78,16 @@ class ToyRules:
         tokens = -(-width // (self._patch * self._patches_per_token))
         return -(-height // self._patch), tokens * self._patches_per_token
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
-    ) -> Picture:
-        height, width = size
+    def num_tokens(self, height: int, width: int) -> int:
+        return prod(self._grid(height, width)) // self._patches_per_token
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray, mm_hash: str) -> Picture:
+        height, width, _ = pixels.shape
         rows, columns = self._grid(height, width)
         shape = (rows * self._patch, columns * self._patch, 3)
         padded = np.full(shape, PADDING, dtype=np.uint8)
-        padded[:height, :width] = images.resize(pixels, height, width)
-        return Picture(kind, mm_hash, padded, size, self._patch, self._patches_per_token)
+        padded[:height, :width] = pixels
+        return Picture(kind, mm_hash, padded, (height, width), self._patch, self._patches_per_token)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

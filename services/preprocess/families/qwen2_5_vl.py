@@ -9,7 +9,6 @@ import numpy as np
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.prepared import PreparedItem
 
@@ -129,8 +128,7 @@ class Qwen25VLRules:
         """The sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if not max_patches or self.num_patches(rows, columns) <= max_patches:
             return rows, columns
@@ -148,10 +146,11 @@ class Qwen25VLRules:
         """Return the number of patches of a resized image."""
         return height * width // self.patch_size**2
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
-    ) -> Image:
-        return Image(images.resize(pixels, *size), mm_hash, self.patch_size, self.merge_size, kind)
+    def num_tokens(self, height: int, width: int) -> int:
+        return height * width // self.factor**2
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray, mm_hash: str) -> Image:
+        return Image(pixels, mm_hash, self.patch_size, self.merge_size, kind)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
