@@ -29,6 +29,14 @@ class Loss:
         """The number of tokens that the attempt had delivered."""
         return len(self.record.token_ids) - self.attempt.num_resumed
 
+    def was_alone(self, down: PeerDown) -> bool:
+        """Whether the member worked on nothing else.
+
+        A detokenizer gets the tokens of nothing else if the language group computes nothing else.
+        """
+        member = self.attempt.llm if down.role == "detokenizer" else down.peer_id
+        return member in self.attempt.alone_at
+
 
 def assign_blame(losses: Iterable[Loss], down: PeerDown) -> list[Record]:
     """Count the death for the requests that may be its cause, mark them as apart, and return them.
@@ -36,7 +44,7 @@ def assign_blame(losses: Iterable[Loss], down: PeerDown) -> list[Record]:
     A request that is apart and waits for its turn was not in work.
     """
     losses = list(losses)
-    blamed = [loss.record for loss in losses if down.peer_id in loss.attempt.alone_at]
+    blamed = [loss.record for loss in losses if loss.was_alone(down)]
     if blamed:
         for record in blamed:
             record.deaths[down.role] += 1
@@ -55,19 +63,19 @@ def is_suspect(loss: Loss, role: str) -> bool:
     """Whether the member may have died of this request; counts the death if it was in work.
 
     A request that has just begun is a suspect. One that was answering becomes a suspect if it loses
-    a second language group without having passed this one: groups are lost for other reasons, too,
-    and then all answers go on at once.
+    a second member without having passed the first: members are lost for other reasons, too, and
+    then all answers go on at once.
     """
     deaths = loss.record.deaths
     match role:
         case "preprocess" if not loss.attempt.llm:
             deaths[role] += 1
             return True
-        case "llm":
+        case "llm" | "detokenizer":
             if loss.num_tokens >= PASSED_TOKENS:
                 deaths[role] = 0
             deaths[role] += 1
-            return deaths[role] > 1 or not loss.num_tokens
+            return deaths[role] > 1 or (role == "llm" and not loss.num_tokens)
     return False
 
 

@@ -81,7 +81,7 @@ class Failover:
         """Retry every request whose attempt is lost with this member, the suspects apart."""
         losses = list(self._losses(down))
         blamed = assign_blame(losses, down)
-        is_proven = any(down.peer_id in loss.attempt.alone_at for loss in losses)
+        is_proven = any(loss.was_alone(down) for loss in losses)
         # The least suspicious first, so that they need not wait for another death.
         for loss in sorted(losses, key=lambda loss: loss.record.deaths[down.role]):
             record = loss.record
@@ -155,8 +155,10 @@ class Failover:
         self._clear(record, "preprocess", record.attempt.preprocess)
 
     def on_tokens(self, record: Record, is_end: bool) -> None:
-        """The request has passed the language group once it has made a few tokens or has ended."""
+        """The request has passed the language group and the detokenizer once it has made a few
+        tokens or has ended."""
         if is_end or record.num_new_tokens >= PASSED_TOKENS:
+            acquit(record, "detokenizer")
             self._clear(record, "llm", record.attempt.llm)
 
     def _clear(self, record: Record, role: str, peer_id: str) -> None:

@@ -128,7 +128,7 @@ class Record:
             output_token_ids=delivered,
             avoid=avoid,
             apart="preprocess" in self.apart,
-            apart_in_llm="llm" in self.apart,
+            apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
         )
 
     @property

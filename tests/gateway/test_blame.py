@@ -46,7 +46,9 @@ class Requests:
         return {name for name in self.answers if getattr(self.submit(name), field)}
 
     def route(self, *names: str) -> None:
-        llm = f"llm-{1 + self._num_lost}"
+        self.route_to(f"llm-{1 + self._num_lost}", *names)
+
+    def route_to(self, llm: str, *names: str) -> None:
         for name in names:
             self.gateway.on_event(routed(name, llm, attempt=self.submit(name).attempt))
 
@@ -55,11 +57,11 @@ class Requests:
         attempt = self.submit(name).attempt
         self.gateway.on_event(delta(begin, ids, "", "stop" if end else "", name, attempt))
 
-    def alone(self, role: str, name: str) -> list[Any]:
+    def alone(self, role: str, name: str, peer_id: str = "") -> list[Any]:
         """Let a member report that the request is alone there; return what it is answered."""
         submit = self.submit(name)
         message = Alone(request_id=submit.request_id, attempt=submit.attempt)
-        peer_id = f"{role}-{1 + self._num_lost}"
+        peer_id = peer_id or f"{role}-{1 + self._num_lost}"
         sent = len(self.gateway.links.to(peer_id))
         self.gateway.on_event(message, peer_id=peer_id)
         return self.gateway.links.to(peer_id)[sent:]
@@ -97,6 +99,22 @@ async def test_of_ten_innocents_next_to_a_poison_all_are_answered(role: str, fie
         assert isinstance(error, Internal) and error.stage == role
         assert "this request alone" in error.message
         await requests.assert_answered(*INNOCENTS)
+
+
+async def test_a_poison_of_detokenizers_fails_alone_and_the_answers_next_to_it_go_on() -> None:
+    async with Requests() as requests:
+        await requests.ask(*INNOCENTS, "poison")
+        for deaths in range(1, MAX_DEATHS + 1):
+            requests.route_to("llm-1", *requests.answers)
+            if deaths == MAX_DEATHS:
+                assert requests.apart("apart_in_llm") == set(requests.answers)
+                requests.alone("llm", "poison", peer_id="llm-1")
+            requests.die("detokenizer")
+        assert isinstance(await error_of(requests.answers.pop("poison")), Internal)
+        for name in INNOCENTS:
+            requests.route_to("llm-1", name)
+            requests.tokens(name, 0, 1, end=True)
+            assert isinstance((await rest(requests.answers[name]))[-1], Ended)
 
 
 @pytest.mark.parametrize("role", ["preprocess", "llm"])
