@@ -12,6 +12,8 @@ import numpy as np
 from common.messages import RequestKey
 from common.vocabulary import Vocabulary
 
+MAX_ERROR_CHARS = 200
+
 Mask = np.ndarray
 """bool [vocab_size]: the tokens that may come next."""
 
@@ -33,14 +35,20 @@ class GuidedDecoding:
         `vocab_size` is the number of logits, which may exceed the number of tokens.
         """
         self._read_vocabulary = read_vocabulary
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: Any = None
         self._matchers: dict[RequestKey, Any] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="guided-decoding")
 
     def add(self, key: RequestKey, grammar: str) -> None:
-        """Have a request follow a grammar."""
+        """Have a request follow a grammar.
+
+        Raises
+        ------
+        ValueError
+            if it does not compile.
+        """
         from llguidance import (  # an extra, and only needed for requests with a grammar
             LLMatcher,
             LLTokenizer,
@@ -49,10 +57,14 @@ class GuidedDecoding:
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 self._read_vocabulary().tokenizer_json,
-                n_vocab=self._vocab_size,
+                n_vocab=self.vocab_size,
                 eos_token=list(self._eos_token_ids),
             )
-        self._matchers[key] = LLMatcher(self._tokenizer, grammar)
+        matcher = LLMatcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
+            raise ValueError(f"the grammar does not compile: {reason}")
+        self._matchers[key] = matcher
 
     def remove(self, key: RequestKey) -> None:
         """Forget a request, which need not have a grammar."""
@@ -79,4 +91,4 @@ class GuidedDecoding:
 
     def _mask(self, matcher: Any) -> Mask:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+        return np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
