@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.checkpoint import open_checkpoint
 from common.errors import ServingError
 from common.events import PeerDown, PeerUp, Received
+from common.item_hash import item_hash
 from common.member import Posted
-from common.messages import Embeddings, ItemKey, ItemReceived, ItemRejected, Peer, RequestKey
+from common.messages import Embeddings, ItemReceived, ItemRejected, Peer, RequestKey
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import Handover, PendingItem
@@ -21,13 +23,16 @@ from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.worker import Job, Worker
+from services.vision.worker import Job, JobKey, Worker
 from tests.fakes import FakeMember
+from tests.golden import GoldenCase
 from tests.vision.test_worker import FakeThread, FakeTower
 
 LLM = Peer("llm", "ipc:///llm")
+CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 STEPS = 1500
 
 
@@ -60,11 +65,12 @@ class Replica:
             "float32",
             EncodeTimes(),
             VisionMetrics(cache),
+            ItemRules.of(CHECKPOINT),
             lambda: net.now,
         )
 
     @property
-    def jobs(self) -> OrderedDict[ItemKey, Job]:
+    def jobs(self) -> OrderedDict[JobKey, Job]:
         return self.worker._jobs
 
     def play(self, *events: Any) -> None:
@@ -211,7 +217,9 @@ class Net:
 
 
 def picture(content: int) -> Image:
-    return Image(np.full((28, 28, 3), content + 1, np.uint8), f"{content:064x}", 14, 2)
+    rows = np.full((4, 588), content + 1, np.uint8)
+    mm_hash = item_hash(CHECKPOINT.fingerprint, "image", (1, 2, 2), (28, 28), rows.data)
+    return Image(rows, mm_hash, (28, 28), 14, 2)
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -3,8 +3,6 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
-import hashlib
-import json
 from typing import Any, assert_never
 
 import numpy as np
@@ -69,7 +67,7 @@ class Preprocessor:
         data: bytes | bytearray | memoryview,
         buckets: tuple[int, ...] = (),
     ) -> PreparedItem:
-        """Decode, resize and name one encoded item. Its patches are made when they are asked for.
+        """Decode and resize one encoded item, cut it into patches, and name it.
 
         If there are buckets (patch counts), the item must fit into one of them.
 
@@ -80,19 +78,7 @@ class Preprocessor:
         """
         pixels = decode(kind, data)
         size = self.rules.fitting_size(pixels, max(buckets, default=0))
-        mm_hash = self.mm_hash(kind, pixels, size)
-        return self.rules.prepare_item(kind, pixels, size, mm_hash)
-
-    def mm_hash(self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]) -> str:
-        """Return the name of the embeddings of decoded pixels, resized to (height, width).
-
-        The name covers the model and everything that decides the pixels that its tower sees.
-        """
-        settings = self.rules.settings
-        about = [self.checkpoint.fingerprint, kind, settings, pixels.shape, *size]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() + b"\0")
-        digest.update(np.ascontiguousarray(pixels).data)
-        return digest.hexdigest()
+        return self.rules.prepare_item(kind, pixels, size)
 
     def tokenize(self, prompt_kind: str, prompt: Any) -> np.ndarray:
         """Return the token ids of chat messages or of given ids: int64 [num_tokens].

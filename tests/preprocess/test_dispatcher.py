@@ -74,9 +74,7 @@ def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:
     [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)],
     ids=["same file", "other format"],
 )
-def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
-    data: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_image_is_offered_to_the_replica_that_has_it(data: bytes) -> None:
     preprocess = Preprocess("vision-1", "vision-2", "vision-3")
     [(first, _)] = offers(preprocess.dispatch("r", IMAGES[0]))
     preprocess.play(grant(first, 0), arrived(0))
@@ -85,10 +83,6 @@ def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
         preprocess.play(vacancy(vision_id))
     preprocess.play(
         received(first, "vision", Grant(request_id="x", attempt=0, item=0, wait_seconds=5.0))
-    )
-    monkeypatch.setattr(
-        "services.preprocess.families.qwen2_5_vl.patches",
-        lambda *_: pytest.fail("patches were made"),
     )
     assert offers(preprocess.dispatch("r2", data)) == [(first, 0)]
     assert preprocess.play(held(first, 0, "r2"), arrived(0, "r2")) == []

@@ -1,6 +1,6 @@
 """What preprocess needs of a model family."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -10,11 +10,6 @@ from services.preprocess.prepared import PreparedItem
 
 class FamilyRules(Protocol):
     """The rules by which one family prepares items and places tokens."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the pixels that the tower sees, apart from the size. JSON values only."""
-        ...
 
     @property
     def whole(self) -> bool:
@@ -35,9 +30,9 @@ class FamilyRules(Protocol):
         ...
 
     def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
+        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]
     ) -> PreparedItem:
-        """Resize decoded pixels to (height, width). `mm_hash` names the result."""
+        """Resize decoded pixels to (height, width), cut them into patches, and name the result."""
         ...
 
     def positions(
