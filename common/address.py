@@ -38,7 +38,7 @@ def objection_to_peer(peer: Peer) -> str:
     """Return why a peer that a message names cannot be connected to; empty if it may be tried."""
     scheme, _, rest = peer.address.partition("://")
     if not peer.id or scheme not in ("tcp", "ipc") or not rest or not peer.address.isprintable():
-        return f"{peer.id!r} at {peer.address!r} is not a member at tcp://HOST:PORT or ipc://PATH"
+        return "a member that the message names is not at tcp://HOST:PORT or ipc://PATH"
     return ""
 
 

@@ -51,7 +51,7 @@ def read_timings(tensor: Tensor) -> Timings:
     try:
         return decoder.decode(tensor.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ValueError(f"timings is not a JSON object of timings: {e}") from e
+        raise ValueError("timings is not a JSON object of timings") from e
 
 
 def write_timings(timings: Timings) -> bytes:

@@ -46,7 +46,7 @@ def read_delta(delta: Delta) -> tuple[Piece, Timings | None]:
         text = delta.text.text()
         logprobs: Any = entries_decoder.decode(delta.logprobs.data) if delta.logprobs else []
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as e:
-        raise ValueError(f"the text or its log-probabilities cannot be read: {e}") from e
+        raise ValueError("the text or its log-probabilities cannot be read") from e
     if logprobs and len(logprobs) != len(ids):
         raise ValueError(f"{len(logprobs)} log-probabilities came for {len(ids)} tokens")
     timings = None

@@ -109,6 +109,10 @@ class Engine:
         """Whether the attempt runs, waits or ended here, so that another prompt of it is none."""
         return key in self.requests or key in self._ended
 
+    def num_requests_of(self, preprocess_id: str) -> int:
+        """Return the number of requests of a preprocess that run or wait."""
+        return sum(r.preprocess_id == preprocess_id for r in self.requests.values())
+
     def owner_of(self, key: RequestKey) -> str | None:
         """Return the preprocess of an attempt that runs, waits or ended here; else None."""
         request = self.requests.get(key)

@@ -32,6 +32,8 @@ from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
 from services.llm.request import Request, objection_to
 
+MAX_REQUESTS_OF_A_PREPROCESS = 4096
+"""Requests that run or wait. The gateways admit far fewer at once."""
 EXPIRY_SECONDS = 1.0
 """How often deadlines are checked."""
 
@@ -147,6 +149,8 @@ class Worker:
             self._ignore(peer_id, prompt, "the same attempt of the request is or was here")
             return
         problem = objection_to(prompt, self._engine.limits)
+        if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
+            problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
         if not problem:
             self._member.links.connect(prompt.detokenizer, "detokenizer")
             problem = self._add(prompt, peer_id)

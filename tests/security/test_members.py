@@ -46,6 +46,7 @@ from common.wire import Tensor, decode, encode
 from services.detokenizer import worker as detokenizer_worker
 from services.gateway import peers as gateway_peers
 from services.gateway.generation import Ended
+from services.llm import worker as llm_worker
 from services.llm.ranks import StepLimits, check_step, follow, lead, to_message
 from services.llm.worker import Worker
 from services.vision.item_rules import ItemRules
@@ -192,6 +193,14 @@ def test_the_same_prompt_twice_leaves_no_ghost(sender: str) -> None:
     sent = LanguageGroup().play([test_worker.prompt("innocent"), again], [], [again])
     assert answer_of(sent) == undisturbed()
     assert not [m for _, m in sent if isinstance(m, Failed)]
+
+
+def test_the_requests_of_one_preprocess_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_worker, "MAX_REQUESTS_OF_A_PREPROCESS", 5)
+    flood: list[Event] = [test_worker.prompt(f"bad {n}", "another") for n in range(50)]
+    sent = LanguageGroup().play(flood, [test_worker.prompt("innocent")])
+    assert answer_of(sent) == undisturbed()
+    assert len([m for _, m in sent if isinstance(m, Failed)]) == 45
 
 
 def sent_embeddings(**changes: Any) -> list[Event]:
