@@ -86,6 +86,8 @@ class Engine:
         self._dtype = dtype
         self._ended: OrderedDict[RequestKey, str] = OrderedDict()
         """The preprocess of each request that ended last."""
+        self._compiling: set[RequestKey] = set()
+        """The requests that the scheduler does not have yet, because they wait for a grammar."""
         self._early_aborts: OrderedDict[tuple[RequestKey, str], None] = OrderedDict()
         """(request, peer that aborted it), for prompts that have not arrived."""
 
@@ -103,7 +105,7 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """(running requests, waiting requests)."""
-        return len(self.scheduler.running), len(self.scheduler.waiting)
+        return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
 
     def has_seen(self, key: RequestKey) -> bool:
         """Whether the attempt runs, waits or ended here, so that another prompt of it is none."""
@@ -122,12 +124,8 @@ class Engine:
         """Accept a request within the limits, of a new attempt.
 
         The budget notifies `preprocess_id` when there is room for the embeddings of its items.
-        Returns whether the request goes on: False if it was aborted before.
-
-        Raises
-        ------
-        ValueError
-            if its grammar does not compile. Then nothing of it is held.
+        Returns whether the request goes on: False if it was aborted before. One with a grammar
+        waits until `take_refused` finds that compiled.
         """
         request = Request(prompt, preprocess_id)
         assert not self.has_seen(request.key)
@@ -140,8 +138,32 @@ class Engine:
             self._forget(request.key)
             raise
         self.requests[request.key] = request
-        self.scheduler.add(request)
+        if prompt.grammar:
+            self._compiling.add(request.key)
+        else:
+            self.scheduler.add(request)
         return True
+
+    def take_refused(self) -> list[tuple[Request, str]]:
+        """Begin the requests whose grammars were compiled.
+
+        Returns those whose grammars cannot be followed, which have ended, with the reasons.
+        """
+        refused = []
+        for key, problem in self.guided_decoding.take_compiled():
+            request = self.requests[key]
+            if problem:
+                self._end(key)
+                refused.append((request, problem))
+            else:
+                self._compiling.remove(key)
+                self.scheduler.add(request)
+        return refused
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a grammar is being compiled, so that `take_refused` should be called soon."""
+        return self.guided_decoding.is_compiling
 
     def _was_aborted(self, request: Request) -> bool:
         """Whether one of its owners aborted the request before it arrived."""
@@ -153,9 +175,7 @@ class Engine:
         key = request.key
         prompt = request.prompt
         if prompt.grammar:
-            self.guided_decoding.add(key, prompt.grammar.text())
-            for token_id in request.output_token_ids:
-                self.guided_decoding.accept(key, token_id)
+            self.guided_decoding.add(key, prompt.grammar.text(), request.output_token_ids.copy())
         self.sampler.add(
             key,
             prompt.sampling,
@@ -306,7 +326,10 @@ class Engine:
     def _end(self, key: RequestKey) -> Request | None:
         request = self.requests.pop(key, None)
         if request:
-            self.scheduler.finish(request)
+            if key in self._compiling:
+                self._compiling.remove(key)
+            else:
+                self.scheduler.finish(request)
             self._forget(key)
             self._remember_end(key, request.preprocess_id)
         return request

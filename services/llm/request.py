@@ -18,8 +18,8 @@ from common.wire import Tensor
 
 HASH_BYTES = 16
 MM_HASH_BYTES = 32
-MAX_GRAMMAR_BYTES = 2**20
-"""A larger grammar would hold up every other request while it is compiled."""
+MAX_GRAMMAR_BYTES = 256 * 1024
+"""A larger grammar would hold up those of other requests. This much compiles in 4 s at most."""
 
 
 @dataclass(frozen=True, slots=True)

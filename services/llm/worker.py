@@ -34,6 +34,8 @@ from services.llm.request import Request, objection_to
 
 MAX_REQUESTS_OF_A_PREPROCESS = 4096
 """Requests that run or wait. The gateways admit far fewer at once."""
+COMPILED_SECONDS = 0.005
+"""How often a loop that is otherwise idle looks for a grammar that is being compiled."""
 EXPIRY_SECONDS = 1.0
 """How often deadlines are checked."""
 
@@ -68,6 +70,8 @@ class Worker:
             if (now := time.monotonic()) >= next_expiry:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
+            for request, reason in self._engine.take_refused():
+                self._refuse(request.prompt, reason)
             self._report_reserved()
             outputs = self._engine.step()
             for output in outputs or []:
@@ -77,6 +81,8 @@ class Worker:
 
     def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
         timeout = EXPIRY_SECONDS if self._engine.holds_anything else None
+        if self._engine.is_compiling:
+            timeout = COMPILED_SECONDS
         return self._member.take_events(wait=idle, timeout=timeout)
 
     def _handle_alone(self, event: Event[LlmInbound]) -> None:
@@ -151,24 +157,19 @@ class Worker:
         problem = objection_to(prompt, self._engine.limits)
         if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
             problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
-        if not problem:
-            self._member.links.connect(prompt.detokenizer, "detokenizer")
-            problem = self._add(prompt, peer_id)
         if problem:
-            self._log.error("prompt refused", request_id=prompt.request_id, reason=problem)
-            failed = Failed(**prompt.ids, code="Internal", message=problem, stage="llm")
-            self._member.links.send(prompt.gateway_id, failed)
+            self._refuse(prompt, problem)
             return
+        self._member.links.connect(prompt.detokenizer, "detokenizer")
+        self._engine.add(prompt, peer_id)
         num_tokens = prompt.token_ids.shape[0]
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
-    def _add(self, prompt: Prompt, peer_id: str) -> str:
-        """Pass the prompt to the engine, and return why it is refused; empty if it is not."""
-        try:
-            self._engine.add(prompt, peer_id)
-        except ValueError as e:
-            return str(e)
-        return ""
+    def _refuse(self, prompt: Prompt, reason: str) -> None:
+        """Report to its gateway that a prompt is not computed."""
+        self._log.error("prompt refused", request_id=prompt.request_id, reason=reason)
+        failed = Failed(**prompt.ids, code="Internal", message=reason, stage="llm")
+        self._member.links.send(prompt.gateway_id, failed)
 
     def _handle_embeddings(self, message: Embeddings) -> None:
         """Pass the embeddings of an item to the engine, and report the outcome to its owner."""

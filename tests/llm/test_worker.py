@@ -1,6 +1,7 @@
 """What the language group tells whom, and in which order."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from common.messages import (
 from common.progress import Progress
 from common.wire import Tensor, encode
 from compute.torch_tensors import to_wire
-from services.llm.worker import Worker
+from services.llm.worker import COMPILED_SECONDS, Worker
 from tests.llm.builders import create_prompt
 from tests.llm.test_engine import (
     IMAGE,
@@ -66,6 +67,9 @@ class FakeMember:
         assert self.num_loops < 1000, "it steps though there is nothing to compute"
         if self.batches:
             return self.batches.pop(0)
+        if timeout == COMPILED_SECONDS:  # it only looks whether a grammar is compiled
+            time.sleep(timeout)
+            return []
         return None if wait else []
 
 
