@@ -13,7 +13,6 @@ Work and data never pass the controller. They go through `Links` (`common/links.
 to the members that the controller lists.
 """
 
-import sys
 import threading
 import time
 from collections import deque
@@ -39,6 +38,8 @@ from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, DRAINING)
 REPORT_LOADING_SECONDS = 2.0
+MAX_EVENTS = 64
+"""The events that a work loop takes at once. More would be a unit of work of unknown size."""
 QUIET_SECONDS = 0.25
 """How long a draining member must hold nothing before it leaves.
 
@@ -250,7 +251,7 @@ class Member(Generic[M]):
         self.links.wake()
 
     def take_events(
-        self, wait: bool, timeout: float | None = None, most: int = sys.maxsize
+        self, wait: bool, timeout: float | None = None, most: int = MAX_EVENTS
     ) -> list[Event[M]] | None:
         """Return the events that have arrived, at most `most`.
 

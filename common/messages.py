@@ -17,7 +17,7 @@ import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_TEXT_CHARS = 2000
 
@@ -214,6 +214,22 @@ class Failed(RequestMessage):
         self.message = self.message[:MAX_TEXT_CHARS]
 
 
+class Alone(RequestMessage):
+    """The sender works on nothing but this request as soon as the receiver has answered Noted.
+
+    If the sender dies then, no other request is to blame. preprocess and llm send it to the gateway
+    for a request that is `apart`, and again each second until the answer.
+    """
+
+
+class Noted(RequestMessage):
+    """The answer to Alone: the gateway knows which request the receiver works on."""
+
+
+class Cleared(RequestMessage):
+    """The gateway has seen the request pass the receiver's stage, so others may go on there."""
+
+
 # gateway -> preprocess
 
 
@@ -241,9 +257,13 @@ class Submit(RequestMessage):
     """int64: the tokens that earlier attempts delivered; the answer continues after them."""
     avoid: Name = ""
     """Id of the language group that the previous attempt was lost with."""
+    apart: bool = False
+    """Prepare the request while nothing else is prepared, because it may end the process."""
+    apart_in_llm: bool = False
+    """The `apart` of its Prompt."""
 
 
-GatewayToPreprocess = Submit | Abort
+GatewayToPreprocess = Submit | Abort | Noted | Cleared
 
 
 # preprocess -> gateway
@@ -262,7 +282,7 @@ class HandedOver(RequestMessage):
     preprocess."""
 
 
-PreprocessToGateway = Routed | Failed | HandedOver
+PreprocessToGateway = Routed | Failed | HandedOver | Alone
 
 
 # preprocess -> vision
@@ -288,6 +308,8 @@ class Offer(ItemMessage):
     content_size: tuple[Count, Count] = (0, 0)
     """Height and width of the content in pixels. It is smaller than the grid if the item is
     padded."""
+    apart: bool = False
+    """Accept the item only while the replica holds no other, because it may end the process."""
 
 
 class Pixels(ItemMessage):
@@ -386,6 +408,8 @@ class Prompt(RequestMessage):
     """Index of the request's adapter; 0 for none. Nothing sets it so far."""
     whole: bool = False
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
+    apart: bool = False
+    """Compute the request in steps of its own until it is cleared, because it may end the group."""
 
 
 PreprocessToLlm = Prompt | Abort
@@ -548,8 +572,8 @@ GatewayToDetokenizer = Released
 
 # gateway <-> llm
 
-GatewayToLlm = Abort
-LlmToGateway = Failed
+GatewayToLlm = Abort | Noted | Cleared
+LlmToGateway = Failed | Alone
 
 # What each service handles, whichever peer sends it.
 

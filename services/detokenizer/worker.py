@@ -28,6 +28,7 @@ from common.messages import (
     Usage,
     request_ids,
 )
+from common.progress import UnitTimes
 from common.timings import Timings, read_timings, write_timings
 from common.vocabulary import Vocabulary
 from common.wire import Tensor
@@ -78,6 +79,7 @@ class Worker:
         self._unreleased: set[str] = set()
         """The gateways that may still have answers coming here, while this member drains."""
         self._draining = False
+        self._resume_times = UnitTimes()
         self._log = get_logger()
         member.track_load(self.load)
 
@@ -180,7 +182,8 @@ class Worker:
             self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens
         )
         resumed = start.output_token_ids.numpy().tolist() if start.output_token_ids else []
-        decoder.push(resumed)  # an earlier attempt delivered the text of these tokens
+        with self._member.progress.unit(self._resume_times, len(resumed)):
+            decoder.push(resumed)  # an earlier attempt delivered the text of these tokens
         self._answers[start.key] = Answer(
             llm_id=llm_id,
             gateway_id=start.gateway_id,

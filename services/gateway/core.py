@@ -21,6 +21,7 @@ from common.events import Event, PeerDown, PeerDraining, PeerUp, Received, Sende
 from common.logs import get_logger
 from common.messages import (
     Abort,
+    Alone,
     Delta,
     Failed,
     GatewayInbound,
@@ -192,6 +193,8 @@ class GatewayCore:
         if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):
                 self._abort_late(message)
+            elif isinstance(message, Alone):
+                self.links.send(received.peer_id, Abort(**message.ids))
         elif record.attempt.may_send(received.peer_id, message):
             self._handle_message(record, received)
         elif received.role == "llm" and not record.attempt.llm:
@@ -223,6 +226,8 @@ class GatewayCore:
                 self._on_routed(record, message)
             case HandedOver():
                 record.attempt.is_encoded = True
+            case Alone():
+                self._failover.on_alone(record, received.peer_id)
             case Delta() if not record.attempt.llm:
                 record.attempt.keep_early(received)
             case Delta():
@@ -261,6 +266,7 @@ class GatewayCore:
             self._fail(record, Internal(str(e), stage="preprocess"))
             return
         record.attempt.llm = routed.llm.id
+        self._failover.on_routed(record)
         self.links.connect(routed.llm, "llm")
         early = record.attempt.early
         record.attempt.early = []
@@ -286,6 +292,7 @@ class GatewayCore:
         if not record.attempt.is_answering:
             self._on_first_token(record)
         record.add_tokens(piece)
+        self._failover.on_tokens(record, is_end=timings is not None)
         if timings is not None:
             self._finish(record, delta, timings)
 

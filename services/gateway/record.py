@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from common.messages import (
     HandedOver,
     Item,
     Peer,
+    RequestIds,
     Routed,
     Submit,
 )
@@ -34,6 +36,8 @@ class Attempt:
     """
 
     number: int
+    num_resumed: int = 0
+    """The number of tokens that earlier attempts delivered."""
     preprocess: str = ""
     detokenizer: str = ""
     llm: str = ""
@@ -43,6 +47,8 @@ class Attempt:
     """Whether the language group has the prompt and the embeddings of every image."""
     is_answering: bool = False
     """Whether a token of this attempt has arrived."""
+    alone_at: set[str] = field(default_factory=set)
+    """The ids of the members that work on nothing but this request."""
 
     def keep_early(self, received: Received[GatewayInbound]) -> None:
         """Keep a message until Routed says from which language group the attempt's may come."""
@@ -97,15 +103,25 @@ class Record:
     avoid: str = ""
     """The language group that the last attempt was lost with."""
     losses: int = 0
-    """The number of attempts lost because a member was lost."""
-    losses_without_token: int = 0
-    """The number of such losses since the last token."""
+    """The number of attempts lost with a member, unless another request was to blame."""
+    deaths: Counter[str] = field(default_factory=Counter)
+    """By role: how many members in a row have died while they worked on this request."""
+    apart: set[str] = field(default_factory=set)
+    """The roles whose members must work on this request apart from the others."""
+    reported: Attempt | None = None
+    """The last attempt that ended because a stage reported the loss of another one. The gateway may
+    notice that loss itself a moment later."""
     retries: int = 0
     """The number of retries since the last token because a stage could not reach its peer."""
     interruption: Unavailable | None = None
     """Why the answer was interrupted; None once a token of the new attempt arrives."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     """Pending timers by name: deadline, patience and retry."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """The number of tokens of the current attempt."""
+        return len(self.token_ids) - self.attempt.num_resumed
 
     @property
     def stage(self) -> str:
@@ -139,11 +155,18 @@ class Record:
             guide=Tensor.of_text(request.guide) if request.guide else None,
             output_token_ids=delivered,
             avoid=avoid,
+            apart="preprocess" in self.apart,
+            apart_in_llm="llm" in self.apart,
         )
+
+    @property
+    def ids(self) -> RequestIds:
+        """The fields that name the current attempt in a message."""
+        return {"request_id": self.id, "attempt": self.attempt.number}
 
     def abort_message(self) -> Abort:
         """Return the message that cancels the current attempt."""
-        return Abort(request_id=self.id, attempt=self.attempt.number)
+        return Abort(**self.ids)
 
     def add_tokens(self, piece: Piece) -> None:
         """Store new tokens and pass them to the client."""

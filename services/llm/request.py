@@ -191,10 +191,13 @@ class Request:
     """Tokens that the prefix cache had when the request was first scheduled."""
     first_scheduled: float | None = None
     first_token: float | None = None
+    is_apart: bool = field(init=False)
+    """Whether it must be computed in steps of its own."""
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt.token_ids.numpy()
+        self.is_apart = self.prompt.apart
         if self.prompt.output_token_ids:
             self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
         self.positions = self.prompt.positions.numpy()

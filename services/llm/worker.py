@@ -2,21 +2,26 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
+from common.apart import Turn
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Embeddings,
     Failed,
     ItemIds,
     ItemReceived,
     ItemRejected,
     LlmInbound,
+    Noted,
     Prompt,
     RequestKey,
     RequestMessage,
@@ -26,6 +31,7 @@ from common.messages import (
     Tokens,
     request_ids,
 )
+from common.progress import UnitTimes
 from common.timings import ItemTimings
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
@@ -56,6 +62,8 @@ class Worker:
         self._engine = engine
         self._drain = drain
         self._ranks = ranks
+        self._step_times = UnitTimes()
+        self._prompt_times = UnitTimes()
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
         member.track_load(lambda: engine.load)
@@ -73,7 +81,9 @@ class Worker:
             for request, reason in self._engine.take_refused():
                 self._refuse(request.prompt, reason)
             self._report_reserved()
-            outputs = self._engine.step()
+            with self._member.progress.unit(self._step_times, len(self._engine.requests)):
+                outputs = self._engine.step()
+            self._announce_turn()
             for output in outputs or []:
                 self._send_output_alone(output)
             idle = outputs is None
@@ -109,6 +119,7 @@ class Worker:
                 self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
+                    self._turn.release_all_of(peer_id)
                 elif role == "detokenizer":
                     self._on_detokenizer_down(peer_id, reason)
             case PeerDraining(peer_id=peer_id) if peer_id in self._ranks:
@@ -136,10 +147,18 @@ class Worker:
                 self._handle_embeddings(message)
             case Abort(key=key):
                 self._send_aborts(self._engine.abort_of(peer_id, key))
+                if peer_id in (self._turn.gateway_id, self._engine.owner_of(key)):
+                    self._turn.release(key)
             case StopFound(key=key):
                 request = self._engine.requests.get(key)
                 if request and request.prompt.detokenizer.id == peer_id:
                     self._engine.abort([key])
+            case Noted(key=key):
+                if self._turn.gateway_id == peer_id:
+                    self._turn.note(key)
+            case Cleared(key=key):
+                if self._turn.gateway_id == peer_id:
+                    self._engine.scheduler.clear(key)
             case _:
                 self._ignore(peer_id, message, "it has nothing to say to rank 0")
 
@@ -161,8 +180,9 @@ class Worker:
             self._refuse(prompt, problem)
             return
         self._member.links.connect(prompt.detokenizer, "detokenizer")
-        self._engine.add(prompt, peer_id)
         num_tokens = prompt.token_ids.shape[0]
+        with self._prompt_unit(prompt):
+            self._engine.add(prompt, peer_id)
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
     def _refuse(self, prompt: Prompt, reason: str) -> None:
@@ -170,6 +190,12 @@ class Worker:
         self._log.error("prompt refused", request_id=prompt.request_id, reason=reason)
         failed = Failed(**prompt.ids, code="Internal", message=reason, stage="llm")
         self._member.links.send(prompt.gateway_id, failed)
+
+    def _prompt_unit(self, prompt: Prompt) -> AbstractContextManager[None]:
+        """Return the unit of work that the acceptance of a prompt is."""
+        resumed = prompt.output_token_ids
+        num_tokens = prompt.token_ids.shape[0] + (resumed.shape[0] if resumed else 0)
+        return self._member.progress.unit(self._prompt_times, num_tokens)
 
     def _handle_embeddings(self, message: Embeddings) -> None:
         """Pass the embeddings of an item to the engine, and report the outcome to its owner."""
@@ -196,8 +222,20 @@ class Worker:
         answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
+    def _announce_turn(self) -> None:
+        """Report a request that will have the steps to itself."""
+        if announcement := self._turn.announcement():
+            gateway_id, key = announcement
+            self._member.links.send(gateway_id, Alone(**request_ids(key)))
+
+    @property
+    def _turn(self) -> Turn:
+        return self._engine.scheduler.turn
+
     def _abort(self, keys: list[RequestKey]) -> None:
         self._send_aborts(self._engine.abort(keys))
+        for key in keys:
+            self._turn.release(key)
 
     def _send_aborts(self, begun: list[Request]) -> None:
         """Have detokenizers forget the answers that have begun."""

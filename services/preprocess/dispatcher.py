@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
+from common.apart import MAX_DEATHS
 from common.errors import Internal, ServingError, Unavailable
 from common.events import Sender
 from common.logs import get_logger
@@ -33,8 +34,8 @@ from services.preprocess.in_flight import Handover, PendingItem
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 
-MAX_DISPATCHES = 3
-"""How many replicas may try one item."""
+MAX_FAILURES = 3
+"""How often one item may fail, at whatever replicas."""
 LATE_SECONDS = 5.0
 """How long after its deadline a request is dropped here. The gateway has ended it, but its abort
 may be lost."""
@@ -64,6 +65,8 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
         self._log = get_logger()
+        self._apart: set[PendingItem] = set()
+        """The items that a replica must work on alone."""
         self.num_bytes = 0
         """The bytes of all items that are held."""
 
@@ -78,16 +81,19 @@ class Dispatcher:
             case VisionLoad():
                 self.pool.update_load(peer_id, message)
             case Vacancy(wait_seconds=wait):
+                self._note_passed(peer_id)
                 self.pool.update_replica(peer_id, True, wait)
                 if peer_id not in self.offer_waiting():
                     self._links.send(peer_id, Decline())
             case Grant(wait_seconds=wait, has_room=has_room):
                 self.pool.on_answer(peer_id, has_room, wait)
+                self._note_passed(peer_id)
                 self._send_pixels(message, peer_id)
             case CacheHit():
                 self.pool.on_answer(peer_id)
                 if item := self._find(message, peer_id):
                     self._mark_accepted(item)
+                    item.has_passed = item.is_apart  # it never waits for an equal item
             case Busy(wait_seconds=wait):
                 self.pool.on_answer(peer_id, False, wait)
                 self._requeue_refused(message, peer_id)
@@ -110,15 +116,45 @@ class Dispatcher:
         return {item.vision_id for item in offered}
 
     def on_replica_down(self, vision_id: str, reason: str) -> None:
-        """Give each item of a dead replica to another one."""
+        """Give each item of a dead replica to another one.
+
+        Those that it worked on may be why it died. If it worked on one that is apart, no other one
+        is to blame.
+        """
         self.pool.remove_replica(vision_id)
-        for item in [item for item in self._all_items() if item.vision_id == vision_id]:
+        items = [item for item in self._all_items() if item.vision_id == vision_id]
+        suspects = [item for item in items if item.is_suspect]
+        blamed = [item for item in suspects if item.is_apart] or suspects
+        # The last one is the first to be offered. It is the least suspicious one.
+        for item in sorted(items, key=lambda item: item.num_deaths, reverse=True):
             if request_of(item.key) not in self.handovers:
                 continue  # the failure of another item has just ended this request
-            if item.is_accepted:
-                self._retry(item, f"the vision replica was lost: {reason}")
+            if item in blamed:
+                self._on_death(item, reason)
             else:
                 self.pool.add(item, first=True)
+
+    def _note_passed(self, vision_id: str) -> None:
+        """A replica that works on an item apart gives no room to another one meanwhile."""
+        for item in self._apart:
+            if item.vision_id == vision_id:
+                item.has_passed |= item.is_accepted
+
+    def _on_death(self, item: PendingItem, reason: str) -> None:
+        """Let a replica work on the item alone, or end its request after too many deaths."""
+        item.num_deaths += 1
+        self._apart.add(item)
+        reason = f"the vision replica was lost: {reason}"
+        self._count_failure(item, reason)
+        if item.num_deaths < MAX_DEATHS:
+            self.pool.add(item, first=True)
+            return
+        index = item.key[2]
+        text = (
+            f"{MAX_DEATHS} vision replicas in a row ended while they worked on {item.prepared.kind}"
+            f" {index}, the last one on this item alone, so it is not tried again: {reason}"
+        )
+        self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
 
     def drop(self, key: RequestKey) -> None:
         """Free what is held for the request, here and at the replicas that have its items."""
@@ -157,6 +193,7 @@ class Dispatcher:
             llm=handover.llm,
             timeout=max(0.0, handover.deadline - self._clock()),
             skip_cache=item.skip_cache,
+            apart=item.is_apart,
         )
 
     def _find(self, message: ItemMessage, vision_id: str = "") -> PendingItem | None:
@@ -194,13 +231,10 @@ class Dispatcher:
 
     def _mark_accepted(self, item: PendingItem) -> None:
         item.is_accepted = True
-        item.num_dispatches += 1
         self.pool.remember(item.prepared.mm_hash, item.vision_id)
 
     def _requeue_refused(self, message: Busy, vision_id: str) -> None:
         if item := self._find(message, vision_id):
-            if item.is_accepted:  # its pixels came too late for the grant
-                item.num_dispatches -= 1
             self.pool.forget(item.prepared.mm_hash)
             self.pool.add(item, first=True)
 
@@ -208,6 +242,20 @@ class Dispatcher:
         """Give one failed item to another replica, or end its request after too many failures."""
         if item is None:
             return
+        self._count_failure(item, reason)
+        item.failed_at.add(item.vision_id)
+        item.skip_cache |= skip_cache
+        item.num_failures += 1
+        self.pool.on_item_end(item.vision_id, failed=True)
+        if item.num_failures >= MAX_FAILURES:
+            index = item.key[2]
+            name = f"{item.prepared.kind} {index}"
+            text = f"{name} was given up after {MAX_FAILURES} attempts: {reason}"
+            self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
+        else:
+            self.pool.add(item, first=True)
+
+    def _count_failure(self, item: PendingItem, reason: str) -> None:
         request_id, _, index = item.key
         self._log.warning(
             "image failed",
@@ -217,16 +265,7 @@ class Dispatcher:
             reason=reason,
         )
         self._metrics.failed_dispatches.inc()
-        item.failed_at.add(item.vision_id)
-        item.skip_cache |= skip_cache
         self.pool.forget(item.prepared.mm_hash)
-        self.pool.on_item_end(item.vision_id, failed=True)
-        if item.num_dispatches >= MAX_DISPATCHES:
-            name = f"{item.prepared.kind} {index}"
-            text = f"{name} was given up after {MAX_DISPATCHES} attempts: {reason}"
-            self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
-        else:
-            self.pool.add(item, first=True)
 
     def _why_hopeless(self, item: PendingItem) -> str:
         name = f"{item.prepared.kind} {item.key[2]}"
@@ -256,6 +295,7 @@ class Dispatcher:
 
     def _free(self, item: PendingItem) -> None:
         self.pool.remove(item)
+        self._apart.discard(item)
         self.num_bytes -= item.prepared.nbytes
 
 

@@ -51,12 +51,26 @@ class PendingItem:
     vision_id: str = ""
     is_accepted: bool = False
     """The replica got the pixels or needs none: from now on it is responsible for the item."""
-    num_dispatches: int = 0
-    """The replicas that accepted the item so far, whatever became of it there."""
+    num_failures: int = 0
+    """How often a replica or the language group reported that the item failed."""
+    num_deaths: int = 0
+    """How many replicas died while they worked on the item."""
     failed_at: set[str] = field(default_factory=set)
+    has_passed: bool = False
+    """The replica has finished with the item, as far as its death could be the item's fault."""
     skip_cache: bool = False
     expected_seconds: float = 0.0
     """Expected seconds in the tower, set while the item waits."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether a replica must work on the item alone, because one has died of it, perhaps."""
+        return self.num_deaths > 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its replica works on the item, so that its death may be the item's fault."""
+        return self.is_accepted and not self.has_passed
 
 
 @dataclass(slots=True)

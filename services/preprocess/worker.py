@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from common.apart import Turn
 from common.errors import Internal, InvalidRequest, ServingError, Unavailable
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Failed,
     LlmLoad,
+    Noted,
     Peer,
     PreprocessInbound,
     Prompt,
@@ -62,6 +66,7 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._preparations: OrderedDict[RequestKey, Preparation] = OrderedDict()
+        self._turn = Turn(clock)
         self._pool = pool
         self._dispatcher = Dispatcher(member.links, pool, self._fail, metrics, clock)
         self._groups = LlmGroups(clock)
@@ -91,14 +96,18 @@ class Worker:
             self._member.expected_delay = self._pool.queue_seconds
             if found := self._next():
                 self._advance(*found)
+            self._announce_turn()
 
     def _wait_for_events(self) -> list[Event[PreprocessInbound]] | None:
         timeout = CHECK_SECONDS if self._preparations or self._dispatcher.handovers else None
         return self._member.take_events(wait=self._next() is None, timeout=timeout)
 
     def _next(self) -> tuple[RequestKey, Preparation] | None:
-        """Return the oldest preparation that can go on."""
+        """Return the oldest preparation that can go on, or the one that has the turn."""
+        holder = self._turn.holder
         for key, preparation in self._preparations.items():
+            if holder is not None and (key != holder or not self._turn.is_noted):
+                continue
             if self._can_advance(preparation):
                 return key, preparation
         return None
@@ -129,6 +138,10 @@ class Worker:
                 self._preparations[key] = Preparation(message, peer_id, self._clock())
             case Abort(key=key):
                 self._drop(key)
+            case Noted(key=key):
+                self._turn.note(key)
+            case Cleared(key=key):
+                self._turn.release(key)
             case LlmLoad():
                 self._groups.update_load(peer_id, message)
             case _:
@@ -167,10 +180,12 @@ class Worker:
         for key, owner in owners.items():
             if owner == gateway_id:
                 self._drop(key)
+        self._turn.release_all_of(gateway_id)
 
     def _drop(self, key: RequestKey) -> None:
         self._preparations.pop(key, None)
         self._dispatcher.drop(key)
+        self._turn.release(key)
 
     def _report_missing_roles(self) -> None:
         """Be ready while there is a member of each role that the family's requests pass through."""
@@ -191,12 +206,24 @@ class Worker:
             self._unconfirmed.popleft()
         # The gateway has ended these requests by now.
         for key in [key for key, p in self._preparations.items() if now > p.deadline]:
-            del self._preparations[key]
+            self._drop(key)
 
     # Preparing
 
+    def _announce_turn(self) -> None:
+        """Report a request that will be the only one in preparation."""
+        if announcement := self._turn.announcement():
+            gateway_id, key = announcement
+            self._member.links.send(gateway_id, Alone(**request_ids(key)))
+
     def _advance(self, key: RequestKey, preparation: Preparation) -> None:
-        """Tokenize, or prepare the next item, or hand the request over."""
+        """Tokenize, or prepare the next item, or hand the request over.
+
+        A request that is apart first takes its turn.
+        """
+        if preparation.submit.apart and self._turn.holder is None:
+            self._turn.take(key, preparation.gateway_id)
+            return
         try:
             with self._member.progress.unit(self._times, 1):
                 self._take_step(key, preparation)
@@ -292,6 +319,7 @@ class Worker:
             cache_salt=expanded.cache_salt,
             rope_parameter=expanded.rope_parameter,
             whole=expanded.whole,
+            apart=submit.apart_in_llm,
         )
 
     def _fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:

@@ -187,11 +187,12 @@ class Worker:
         self._member.links.connect(offer.llm, "llm")
         if offer.skip_cache:
             self._cache.drop(job.content)
-        has_room = self._room.admits(job.preprocess_id, self._num_granted()) and not self._draining
+        has_room = self._room.admits(job.preprocess_id, self._num_granted(), offer.apart)
+        has_room = has_room and not self._draining
         if (embeddings := self._cache.get(job.content)) is not None:
             self._send(job, CacheHit(**offer.item_ids))
             self._deliver(job, embeddings, "cached", queued=0.0, encoded=0.0)
-        elif self._is_in_work(job.content) and self._num_jobs_of(job.preprocess_id) < MAX_JOINED:
+        elif self._may_join(job):
             self._jobs[job.key] = job
             self._send(job, CacheHit(**offer.item_ids))
         elif has_room:
@@ -199,6 +200,14 @@ class Worker:
             self._grant(job)
         else:
             self._refuse(job)
+
+    def _may_join(self, job: Job) -> bool:
+        """Whether the item may wait for an equal one that is in work."""
+        return (
+            self._num_jobs_of(job.preprocess_id) < MAX_JOINED
+            and not self._room.is_exclusive
+            and self._is_in_work(job.content)
+        )
 
     def _grant(self, job: Job) -> None:
         was_idle = not self._num_granted()

@@ -51,8 +51,8 @@ class Gateway:
             if submit.request_id.startswith(f"{client_id}~")
         ][-1]
 
-    def on_event(self, *messages: Any) -> None:
-        """Pass messages of the members that hold the requests to the core.
+    def on_event(self, *messages: Any, peer_id: str = "") -> None:
+        """Pass messages of this peer, or of the members that hold the requests, to the core.
 
         They may name a request by its client's id.
         """
@@ -60,7 +60,9 @@ class Gateway:
             if "~" not in message.request_id:
                 message.request_id = self.id_of(message.request_id)
             role = "detokenizer" if isinstance(message, Delta) else "preprocess"
-            self.core.on_event(Received(self.holder_of(message.request_id, role), role, message))
+            sender = peer_id or self.holder_of(message.request_id, role)
+            role = sender.partition("-")[0]
+            self.core.on_event(Received(sender, role, message))
 
     def holder_of(self, id: str, role: str) -> str:
         """Return the member of this role that holds the request, or its first member."""

@@ -7,15 +7,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 
 from common.events import Event, PeerDown, PeerDraining, PeerUp, Received
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Embeddings,
     Failed,
     ItemReceived,
     ItemRejected,
+    Noted,
     Reserved,
     Start,
     StopFound,
@@ -292,3 +296,37 @@ def test_a_rank_that_is_to_leave_drains_the_group() -> None:
     ranks = frozenset({"llm.1"})
     Worker(member, create_engine(), lambda: drained.append("drained"), ranks).run()
     assert drained == ["drained"]
+
+
+def from_gateway(message: Any) -> Received:
+    return Received("gateway", "gateway", message)
+
+
+def test_a_request_that_is_apart_is_reported_and_has_the_group_until_it_is_cleared() -> None:
+    ids = {"request_id": "r", "attempt": 0}
+    sent = work(
+        [prompt("other", max_tokens=3), prompt("r", token_ids=[20, 21], max_tokens=2, apart=True)],
+        [from_gateway(Noted(**ids))],
+        [],
+        [],
+        [from_gateway(Cleared(**ids))],
+    )
+    assert sent[0] == ("gateway", Alone(**ids)), "before anything is computed"
+    order = [message.request_id for _, message in sent if isinstance(message, Tokens)]
+    assert order == ["r", "r", "other", "other", "other"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [abort("r"), PeerDown("gateway", "gateway", "killed")],
+    ids=["abort", "gateway's death"],
+)
+def test_a_request_that_ends_before_its_turn_gives_it_up(event: Event) -> None:
+    sent = work(
+        [
+            prompt("r", token_ids=[20, 21], apart=True),
+            prompt("other", gateway_id="g2", max_tokens=3),
+        ],
+        [event],
+    )
+    assert answers(sent, "r") == [] and answers(sent, "other")[-1].finish_reason == "length"

@@ -163,6 +163,8 @@ def submit(
         timeout=timeout,
         return_prompt_token_ids=fields.get("return_prompt_token_ids", False),
         avoid=fields.get("avoid", ""),
+        apart=fields.get("apart", False),
+        apart_in_llm=fields.get("apart_in_llm", False),
     )
     return received(gateway, "gateway", message)
 

@@ -5,8 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from common.events import PeerDown, PeerDraining, PeerUp
-from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
+from common.apart import REPEAT_SECONDS
+from common.events import Event, PeerDown, PeerDraining, PeerUp
+from common.messages import (
+    Abort,
+    Alone,
+    Cleared,
+    LlmLoad,
+    Noted,
+    Prompt,
+    Routed,
+    Sampling,
+    Stopping,
+)
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
@@ -233,3 +244,42 @@ def test_the_least_busy_group_gets_the_next_request() -> None:
     )
     sent = preprocess.play([event for n in range(5) for event in submit(f"r{n}")])
     assert {receiver for receiver, message in sent if isinstance(message, Prompt)} == {"llm-2"}
+
+
+# Requests that are apart
+
+
+def from_gateway(kind: type[Noted | Cleared], request_id: str) -> list[Event]:
+    return received("gateway-1", "gateway", kind(request_id=request_id, attempt=0))
+
+
+def test_a_request_that_is_apart_is_prepared_alone_once_the_gateway_knows() -> None:
+    preprocess = Preprocess("vision-1")
+    sent = preprocess.play(submit("suspect", IMAGES[0], apart=True) + submit("next", IMAGES[1]))
+    assert sent == [("gateway-1", Alone(request_id="suspect", attempt=0))]
+    assert prompts(preprocess.play(from_gateway(Noted, "suspect"))) == ["suspect"]
+    assert prompts(preprocess.play([])) == [], "the gateway has not seen yet that it has passed"
+    assert prompts(preprocess.play(from_gateway(Cleared, "suspect"))) == ["next"]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [abort("suspect"), [PeerDown("gateway-1", "gateway", "killed")]],
+    ids=["abort", "gateway's death"],
+)
+def test_a_request_that_ends_before_its_turn_gives_it_up(end: list[Event]) -> None:
+    preprocess = Preprocess("vision-1")
+    preprocess.play(submit("suspect", apart=True) + submit("next", gateway="gateway-2"))
+    assert prompts(preprocess.play(end)) == ["next"]
+
+
+def test_alone_is_reported_again_until_the_gateway_answers() -> None:
+    preprocess = Preprocess("vision-1")
+    alone = [("gateway-1", Alone(request_id="suspect", attempt=0))]
+    assert preprocess.play(submit("suspect", apart=True)) == alone
+    assert preprocess.play([]) == [] and preprocess.wait(REPEAT_SECONDS) == alone
+
+
+def test_a_suspect_of_the_language_group_is_apart_there_only() -> None:
+    [(_, _), (_, prompt)] = Preprocess("vision-1").play(submit("r", apart_in_llm=True))
+    assert prompt.apart

@@ -606,3 +606,32 @@ def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
     )
     assert second.embeddings is None and isinstance(second.error, MemoryError)
     assert began[0] > 0 and len(began) >= 3, "each image is a unit of work with an expected time"
+
+
+# Items that are apart
+
+
+def test_an_item_that_is_apart_has_the_replica_to_itself() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1), offer("suspect", "b", apart=True))
+    assert replica.grants() == [("r0", 0)]
+    replica.play(offer("r1", "c", preprocess="preprocess-2"))
+    assert [m.request_id for _, m in replica.take(Busy)] == ["suspect", "r1"]
+    replica.finish()
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+    replica.play(offer("suspect", "b", apart=True), offer("r2", "d"), offer("twin", "b"))
+    assert replica.grants() == [("r0", 0), ("suspect", 0)]
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "twin"]
+    replica.play(offer("cached", "a", preprocess="preprocess-2"))
+    assert [m.request_id for _, m in replica.take(CacheHit)] == ["cached"], "it needs no work"
+    replica.play(pixels("suspect", 2))
+    replica.finish()
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+    replica.play(declines("preprocess-1"))
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
+
+
+def test_an_item_that_is_apart_does_not_join_an_equal_one_among_others() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1), offer("suspect", "a", apart=True))
+    assert [m.request_id for _, m in replica.take(Busy)] == ["suspect"]
