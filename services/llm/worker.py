@@ -30,7 +30,7 @@ from common.timings import ItemTimings
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
-from services.llm.request import Request, objection_to
+from services.llm.request import Request, objection_to, objection_to_grammar
 
 MAX_REQUESTS_OF_A_PREPROCESS = 4096
 """Requests that run or wait. The gateways admit far fewer at once."""
@@ -71,7 +71,7 @@ class Worker:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
             for request, reason in self._engine.take_refused():
-                self._refuse(request.prompt, reason)
+                self._refuse(request.prompt, reason, code="InvalidRequest")
             self._report_reserved()
             outputs = self._engine.step()
             for output in outputs or []:
@@ -160,15 +160,18 @@ class Worker:
         if problem:
             self._refuse(prompt, problem)
             return
+        if prompt.grammar and (problem := objection_to_grammar(prompt.grammar)):
+            self._refuse(prompt, problem, code="InvalidRequest")
+            return
         self._member.links.connect(prompt.detokenizer, "detokenizer")
         self._engine.add(prompt, peer_id)
         num_tokens = prompt.token_ids.shape[0]
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
-    def _refuse(self, prompt: Prompt, reason: str) -> None:
+    def _refuse(self, prompt: Prompt, reason: str, code: str = "Internal") -> None:
         """Report to its gateway that a prompt is not computed."""
         self._log.error("prompt refused", request_id=prompt.request_id, reason=reason)
-        failed = Failed(**prompt.ids, code="Internal", message=reason, stage="llm")
+        failed = Failed(**prompt.ids, code=code, message=reason, stage="llm")
         self._member.links.send(prompt.gateway_id, failed)
 
     def _handle_embeddings(self, message: Embeddings) -> None:

@@ -709,8 +709,8 @@ def test_every_item_that_preprocess_makes_is_taken(
     if min_pixels and max_pixels and min_pixels > max_pixels:
         pytest.skip("they contradict each other")
     rules = create_preprocessor(CHECKPOINT, min_pixels, max_pixels).rules
-    pixels = np.zeros((*size, 3), np.uint8)
-    item = rules.prepare_item("image", pixels, rules.fitting_size(pixels, 0))
+    height, width = rules.fitting_size(np.zeros((*size, 3), np.uint8), 0)
+    item = rules.prepare_item("image", np.zeros((height, width, 3), np.uint8))
     message = Offer(
         request_id="r",
         attempt=0,
