@@ -56,6 +56,8 @@ class Worker:
         self._engine = engine
         self._drain = drain
         self._ranks = ranks
+        self._visitors: set[str] = set()
+        """The peers that connected to this process. It connects to none of them itself."""
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
         member.track_load(lambda: engine.load)
@@ -101,6 +103,11 @@ class Worker:
         self._member.links.send(prompt.gateway_id, failed)
 
     def _handle(self, event: Event[LlmInbound]) -> None:
+        match event:
+            case PeerUp(peer_id=peer_id, address=""):
+                self._visitors.add(peer_id)
+            case PeerDown(peer_id=peer_id):
+                self._visitors.discard(peer_id)
         match event:
             case Received(peer_id=peer_id, message=message):
                 self._handle_message(peer_id, message)
@@ -157,6 +164,8 @@ class Worker:
         problem = objection_to(prompt, self._engine.limits)
         if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
             problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
+        if prompt.detokenizer.id in self._visitors:
+            problem = f"{prompt.detokenizer.id!r} is not a detokenizer"
         if problem:
             self._refuse(prompt, problem)
             return
