@@ -460,7 +460,8 @@ class Embeddings(ItemMessage):
     embeddings: Tensor
     """[num_item_tokens, input width of the language model], in the vision tower's dtype."""
     preprocess_id: Name
-    """The preprocess that owns the item and gets the acknowledgement."""
+    """The preprocess that offered the item. The acknowledgement goes to the one that brought the
+    prompt."""
     queue_seconds: Seconds = 0.0
     encode_seconds: Seconds = 0.0
     cached: bool = False

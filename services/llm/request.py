@@ -127,10 +127,11 @@ def objection_to_texts(prompt: Prompt) -> str:
         return str(e)
     if len(images) != prompt.placeholders.shape[0]:
         return f"timings has {len(images)} images for {prompt.placeholders.shape[0]}"
-    return objection_to_grammar(prompt.grammar) if prompt.grammar else ""
+    return ""
 
 
 def objection_to_grammar(grammar: Tensor) -> str:
+    """Return why a grammar cannot be read; "" if it can."""
     if grammar.dtype != "uint8" or grammar.nbytes > MAX_GRAMMAR_BYTES:
         return f"grammar is {grammar}, at most {MAX_GRAMMAR_BYTES} bytes of UTF-8 are taken"
     try:

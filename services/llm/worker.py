@@ -36,7 +36,7 @@ from common.timings import ItemTimings
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
-from services.llm.request import Request, objection_to
+from services.llm.request import Request, objection_to, objection_to_grammar
 
 MAX_REQUESTS_OF_A_PREPROCESS = 4096
 """Requests that run or wait. The gateways admit far fewer at once."""
@@ -64,6 +64,8 @@ class Worker:
         self._ranks = ranks
         self._step_times = UnitTimes()
         self._prompt_times = UnitTimes()
+        self._visitors: set[str] = set()
+        """The peers that connected to this process. It connects to none of them itself."""
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
         member.track_load(lambda: engine.load)
@@ -79,7 +81,7 @@ class Worker:
                 self._abort(self._engine.expired_keys(now))
                 next_expiry = now + EXPIRY_SECONDS
             for request, reason in self._engine.take_refused():
-                self._refuse(request.prompt, reason)
+                self._refuse(request.prompt, reason, code="InvalidRequest")
             self._report_reserved()
             with self._member.progress.unit(self._step_times, len(self._engine.requests)):
                 outputs = self._engine.step()
@@ -111,6 +113,11 @@ class Worker:
         self._member.links.send(prompt.gateway_id, failed)
 
     def _handle(self, event: Event[LlmInbound]) -> None:
+        match event:
+            case PeerUp(peer_id=peer_id, address=""):
+                self._visitors.add(peer_id)
+            case PeerDown(peer_id=peer_id):
+                self._visitors.discard(peer_id)
         match event:
             case Received(peer_id=peer_id, message=message):
                 self._handle_message(peer_id, message)
@@ -176,8 +183,13 @@ class Worker:
         problem = objection_to(prompt, self._engine.limits)
         if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
             problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
+        if prompt.detokenizer.id in self._visitors:
+            problem = f"{prompt.detokenizer.id!r} is not a detokenizer"
         if problem:
             self._refuse(prompt, problem)
+            return
+        if prompt.grammar and (problem := objection_to_grammar(prompt.grammar)):
+            self._refuse(prompt, problem, code="InvalidRequest")
             return
         self._member.links.connect(prompt.detokenizer, "detokenizer")
         num_tokens = prompt.token_ids.shape[0]
@@ -185,10 +197,10 @@ class Worker:
             self._engine.add(prompt, peer_id)
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
-    def _refuse(self, prompt: Prompt, reason: str) -> None:
+    def _refuse(self, prompt: Prompt, reason: str, code: str = "Internal") -> None:
         """Report to its gateway that a prompt is not computed."""
         self._log.error("prompt refused", request_id=prompt.request_id, reason=reason)
-        failed = Failed(**prompt.ids, code="Internal", message=reason, stage="llm")
+        failed = Failed(**prompt.ids, code=code, message=reason, stage="llm")
         self._member.links.send(prompt.gateway_id, failed)
 
     def _prompt_unit(self, prompt: Prompt) -> AbstractContextManager[None]:

@@ -78,7 +78,7 @@ class Preprocessor:
         """
         pixels = decode(kind, data)
         size = self.rules.fitting_size(pixels, max(buckets, default=0))
-        return self.rules.prepare_item(kind, pixels, size)
+        return self.rules.prepare_item(kind, images.resize(pixels, *size))
 
     def tokenize(self, prompt_kind: str, prompt: Any) -> np.ndarray:
         """Return the token ids of chat messages or of given ids: int64 [num_tokens].

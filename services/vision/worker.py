@@ -88,6 +88,9 @@ class Worker:
         self._encoding: Job | None = None
         self._encoding_since = 0.0
         self._peers: set[str] = set()
+        """Every preprocess that is connected."""
+        self._visitors: set[str] = set()
+        """The peers that connected to this process. It connects to none of them itself."""
         self._draining = False
         self._log = get_logger()
         member.track_load(self.load)
@@ -141,6 +144,11 @@ class Worker:
 
     def _handle(self, event: Event[VisionInbound]) -> None:
         match event:
+            case PeerUp(peer_id=peer_id, address=""):
+                self._visitors.add(peer_id)
+            case PeerDown(peer_id=peer_id):
+                self._visitors.discard(peer_id)
+        match event:
             case Posted(event=EncodeResult() as result):
                 self._handle_result(result)
             case Received(peer_id=peer_id, message=message):
@@ -177,6 +185,8 @@ class Worker:
             self._log.warning(
                 "ignored a second offer", peer=job.preprocess_id, request_id=request_id
             )
+        elif job.offer.llm.id in self._visitors:
+            self._report_failure(job, f"{job.offer.llm.id!r} is not a language group")
         elif reason := self._rules.objection_to(job.offer):
             self._report_failure(job, reason)
         else:

@@ -107,9 +107,8 @@ BAD_PROMPTS: dict[str, Prompt] = {
     "other positions": replace(PLAIN, positions=Tensor.of(np.zeros((2, 8), np.int64))),
     "negative positions": replace(PLAIN, positions=Tensor.of(np.full((3, 8), -1))),
     "positions beyond the context": replace(PLAIN, positions=Tensor.of(np.full((3, 8), 2**40))),
-    "rope_delta below": replace(PLAIN, rope_delta=-(2**62)),
-    "rope_delta above": replace(PLAIN, rope_delta=2**63 - 1),
-    "rope_delta beyond int64": replace(PLAIN, rope_delta=2**64 - 1),
+    "rope_delta below": replace(PLAIN, rope_delta=-(2**48)),
+    "rope_delta above": replace(PLAIN, rope_delta=2**48),
     "rope_parameter": replace(PLAIN, rope_parameter=2**48),
     "adapter": replace(PLAIN, adapter=1),
     "placeholders that overlap": replace(
@@ -129,7 +128,7 @@ BAD_PROMPTS: dict[str, Prompt] = {
     "detokenizer without an address": replace(PLAIN, detokenizer=Peer("d", "")),
     "detokenizer without an id": replace(PLAIN, detokenizer=Peer("", "tcp://127.0.0.1:1")),
     "detokenizer inproc": replace(PLAIN, detokenizer=Peer("d", "inproc://x")),
-    "detokenizer of control characters": replace(PLAIN, detokenizer=Peer("d", "ipc://\0")),
+    "detokenizer without a path": replace(PLAIN, detokenizer=Peer("d", "ipc://")),
 }
 
 
@@ -193,6 +192,18 @@ def test_the_same_prompt_twice_leaves_no_ghost(sender: str) -> None:
     sent = LanguageGroup().play([test_worker.prompt("innocent"), again], [], [again])
     assert answer_of(sent) == undisturbed()
     assert not [m for _, m in sent if isinstance(m, Failed)]
+
+
+def test_a_prompt_cannot_break_the_connection_of_a_peer_that_it_names() -> None:
+    """This process would connect to that peer, and so end the peer's own connection."""
+    bad = replace(PLAIN, detokenizer=Peer("victim", "tcp://127.0.0.1:1"))
+    sent = LanguageGroup().play(
+        [PeerUp("victim", "gateway")],
+        received("preprocess", "preprocess", bad),
+        [test_worker.prompt("innocent")],
+    )
+    assert answer_of(sent) == undisturbed()
+    assert [m.request_id for _, m in sent if isinstance(m, Failed)] == ["bad"]
 
 
 def test_the_requests_of_one_preprocess_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -688,6 +699,14 @@ def test_an_offer_with_wrong_contents_is_refused_alone(changes: dict[str, Any]) 
     assert_the_innocent_is_encoded(replica)
 
 
+def test_an_offer_cannot_break_the_connection_of_a_peer_that_it_names() -> None:
+    replica = checked_replica()
+    replica.play([PeerUp("victim", "preprocess")])
+    replica.play(offer_of("bad", 1, llm=Peer("victim", "ipc:///victim")))
+    assert [m.request_id for m in replica.member.links.of(Failed)] == ["bad"]
+    assert not replica.member.links.connected
+
+
 def test_an_item_beyond_the_largest_bucket_is_refused() -> None:
     grid: dict[str, Any] = {"grid_thw": (1, 4, 4), "content_size": (56, 56), "num_patches": 16}
     replica = checked_replica(buckets=(4, 8))
@@ -709,8 +728,8 @@ def test_every_item_that_preprocess_makes_is_taken(
     if min_pixels and max_pixels and min_pixels > max_pixels:
         pytest.skip("they contradict each other")
     rules = create_preprocessor(CHECKPOINT, min_pixels, max_pixels).rules
-    pixels = np.zeros((*size, 3), np.uint8)
-    item = rules.prepare_item("image", pixels, rules.fitting_size(pixels, 0))
+    height, width = rules.fitting_size(np.zeros((*size, 3), np.uint8), 0)
+    item = rules.prepare_item("image", np.zeros((height, width, 3), np.uint8))
     message = Offer(
         request_id="r",
         attempt=0,

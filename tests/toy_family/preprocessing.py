@@ -9,7 +9,6 @@ from common.checkpoint import Checkpoint
 from common.errors import TooLarge
 from common.item_hash import item_hash
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families import ItemLimits
 from services.preprocess.prepared import PreparedItem
 
@@ -80,12 +79,13 @@ class ToyRules:
         tokens = -(-width // (self._patch * self._patches_per_token))
         return -(-height // self._patch), tokens * self._patches_per_token
 
-    def prepare_item(self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]) -> Picture:
-        height, width = size
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Picture:
+        height, width, _ = pixels.shape
+        size = (height, width)
         rows, columns = self._grid(height, width)
         shape = (rows * self._patch, columns * self._patch, 3)
         padded = np.full(shape, PADDING, dtype=np.uint8)
-        padded[:height, :width] = images.resize(pixels, height, width)
+        padded[:height, :width] = pixels
         picture = Picture(kind, "", padded, size, self._patch, self._patches_per_token)
         cut = np.ascontiguousarray(picture.patches()).data
         mm_hash = item_hash(self._fingerprint, kind, picture.grid_thw, size, cut)

@@ -12,7 +12,6 @@ from common.families import qwen2_5_vl as family_rules
 from common.families.qwen2_5_vl import MAX_ASPECT_RATIO
 from common.item_hash import item_hash
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.prepared import PreparedItem
 
@@ -144,11 +143,12 @@ class Qwen25VLRules:
         """Return the number of patches of a resized image."""
         return height * width // self.patch_size**2
 
-    def prepare_item(self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]) -> Image:
-        rows = patches(images.resize(pixels, *size), self.patch_size, self.merge_size)
-        grid = (1, size[0] // self.patch_size, size[1] // self.patch_size)
-        mm_hash = item_hash(self.fingerprint, kind, grid, size, rows.data)
-        return Image(rows, mm_hash, size, self.patch_size, self.merge_size, kind)
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
+        height, width, _ = pixels.shape
+        rows = patches(pixels, self.patch_size, self.merge_size)
+        grid = (1, height // self.patch_size, width // self.patch_size)
+        mm_hash = item_hash(self.fingerprint, kind, grid, (height, width), rows.data)
+        return Image(rows, mm_hash, (height, width), self.patch_size, self.merge_size, kind)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

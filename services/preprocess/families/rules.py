@@ -29,10 +29,8 @@ class FamilyRules(Protocol):
         """
         ...
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]
-    ) -> PreparedItem:
-        """Resize decoded pixels to (height, width), cut them into patches, and name the result."""
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> PreparedItem:
+        """Cut resized pixels, uint8 [height, width, 3], into patches, and name the result."""
         ...
 
     def positions(
