@@ -32,15 +32,14 @@ class Turn:
         self.holder: RequestKey | None = None
         self.is_noted = False
         """Whether the gateway knows of the holder, so that its work may begin."""
-        self.gateway_id = ""
-        """The gateway of the holder, which alone may note or clear it."""
+        self._gateway_id = ""
         self._announce_at = 0.0
 
     def take(self, key: RequestKey, gateway_id: str) -> None:
         """Give the process to a request of this gateway. It must be free."""
         assert self.holder is None
         self.holder = key
-        self.gateway_id = gateway_id
+        self._gateway_id = gateway_id
         self.is_noted = False
         self._announce_at = self._clock()
 
@@ -50,18 +49,31 @@ class Turn:
         if self.holder is None or self.is_noted or now < self._announce_at:
             return None
         self._announce_at = now + REPEAT_SECONDS
-        return self.gateway_id, self.holder
+        return self._gateway_id, self.holder
 
-    def note(self, key: RequestKey) -> None:
-        """The gateway knows of the request."""
-        self.is_noted |= key == self.holder
+    def note(self, key: RequestKey, peer_id: str) -> None:
+        """Let the work on the request begin, if this peer is its gateway."""
+        self.is_noted |= self._is_gateway_of(key, peer_id)
 
-    def release(self, key: RequestKey) -> None:
-        """The gateway has cleared or ended the request: others may go on."""
+    def release(self, key: RequestKey, peer_id: str) -> bool:
+        """End the turn of a request that the peer has cleared or ended, if it is its gateway.
+
+        Returns whether it was.
+        """
+        is_released = self._is_gateway_of(key, peer_id)
+        if is_released:
+            self.holder = None
+        return is_released
+
+    def release_expired(self, key: RequestKey) -> None:
+        """End the turn of a request that is past its deadline, when the gateway has ended it."""
         if key == self.holder:
             self.holder = None
 
     def release_all_of(self, gateway_id: str) -> None:
-        """The gateway is gone, and its requests with it."""
-        if gateway_id == self.gateway_id:
+        """End the turn of a request whose gateway is gone."""
+        if gateway_id == self._gateway_id:
             self.holder = None
+
+    def _is_gateway_of(self, key: RequestKey, peer_id: str) -> bool:
+        return (key, peer_id) == (self.holder, self._gateway_id)

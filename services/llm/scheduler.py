@@ -138,13 +138,11 @@ class Scheduler:
                 return [Chunk(request, begin, min(request.num_tokens, begin + budget))]
         return []
 
-    def clear(self, key: RequestKey) -> None:
+    def clear(self, key: RequestKey, gateway_id: str) -> None:
         """End the turn of a request. If it goes on, it does so with the others."""
-        if key == self.turn.holder:
+        if self.turn.release(key, gateway_id):
             for request in self.running:
-                if request.key == key:
-                    request.is_apart = False
-        self.turn.release(key)
+                request.is_apart &= request.key != key
 
     def plan(self, chunks: list[Chunk]) -> StepPlan:
         """Return what the ranks need to compute these chunks."""

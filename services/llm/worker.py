@@ -78,7 +78,7 @@ class Worker:
             for event in events:
                 self._handle_alone(event)
             if (now := time.monotonic()) >= next_expiry:
-                self._abort(self._engine.expired_keys(now))
+                self._drop_expired(now)
                 next_expiry = now + EXPIRY_SECONDS
             for request, reason in self._engine.take_refused():
                 self._refuse(request.prompt, reason, code="InvalidRequest")
@@ -154,18 +154,15 @@ class Worker:
                 self._handle_embeddings(message)
             case Abort(key=key):
                 self._send_aborts(self._engine.abort_of(peer_id, key))
-                if peer_id in (self._turn.gateway_id, self._engine.owner_of(key)):
-                    self._turn.release(key)
+                self._turn.release(key, peer_id)
             case StopFound(key=key):
                 request = self._engine.requests.get(key)
                 if request and request.prompt.detokenizer.id == peer_id:
                     self._engine.abort([key])
             case Noted(key=key):
-                if self._turn.gateway_id == peer_id:
-                    self._turn.note(key)
+                self._turn.note(key, peer_id)
             case Cleared(key=key):
-                if self._turn.gateway_id == peer_id:
-                    self._engine.scheduler.clear(key)
+                self._engine.scheduler.clear(key, peer_id)
             case _:
                 self._ignore(peer_id, message, "it has nothing to say to rank 0")
 
@@ -234,6 +231,12 @@ class Worker:
         answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
+    def _drop_expired(self, now: float) -> None:
+        expired = self._engine.expired_keys(now)
+        self._abort(expired)
+        for key in expired:
+            self._turn.release_expired(key)
+
     def _announce_turn(self) -> None:
         """Report a request that will have the steps to itself."""
         if announcement := self._turn.announcement():
@@ -246,8 +249,6 @@ class Worker:
 
     def _abort(self, keys: list[RequestKey]) -> None:
         self._send_aborts(self._engine.abort(keys))
-        for key in keys:
-            self._turn.release(key)
 
     def _send_aborts(self, begun: list[Request]) -> None:
         """Have detokenizers forget the answers that have begun."""

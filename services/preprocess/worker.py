@@ -138,10 +138,11 @@ class Worker:
                 self._preparations[key] = Preparation(message, peer_id, self._clock())
             case Abort(key=key):
                 self._drop(key)
+                self._turn.release(key, peer_id)
             case Noted(key=key):
-                self._turn.note(key)
+                self._turn.note(key, peer_id)
             case Cleared(key=key):
-                self._turn.release(key)
+                self._turn.release(key, peer_id)
             case LlmLoad():
                 self._groups.update_load(peer_id, message)
             case _:
@@ -185,7 +186,6 @@ class Worker:
     def _drop(self, key: RequestKey) -> None:
         self._preparations.pop(key, None)
         self._dispatcher.drop(key)
-        self._turn.release(key)
 
     def _report_missing_roles(self) -> None:
         """Be ready while there is a member of each role that the family's requests pass through."""
@@ -207,6 +207,7 @@ class Worker:
         # The gateway has ended these requests by now.
         for key in [key for key, p in self._preparations.items() if now > p.deadline]:
             self._drop(key)
+            self._turn.release_expired(key)
 
     # Preparing
 

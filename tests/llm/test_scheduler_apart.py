@@ -27,12 +27,12 @@ def suspect(name: str = "suspect", num_tokens: int = 8, first: int = 30, **field
 
 def note(scheduler: Scheduler) -> None:
     assert scheduler.turn.holder is not None
-    scheduler.turn.note(scheduler.turn.holder)
+    scheduler.turn.note(scheduler.turn.holder, "gateway")
 
 
 def clear(scheduler: Scheduler) -> None:
     assert scheduler.turn.holder is not None
-    scheduler.clear(scheduler.turn.holder)
+    scheduler.clear(scheduler.turn.holder, "gateway")
 
 
 def test_nothing_is_computed_until_the_gateway_knows_who_is_alone() -> None:

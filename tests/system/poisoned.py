@@ -12,14 +12,23 @@ import runpy
 import signal
 import sys
 import threading
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-PREPROCESS_MARK = "this text ends preprocess"
+PREPROCESS_MARK = "☢☢"
 LLM_MARKS = {"killed": "☠☠", "rank killed": "☣☣"}
 COLOURS = {"killed": 77, "hung": 78}
+
+
+def coloured(colour: int) -> bytes:
+    """Return a picture whose pixels are all alike."""
+    target = BytesIO()
+    Image.new("RGB", (56, 56), (colour, colour, colour)).save(target, "PNG")
+    return target.getvalue()
 
 
 def end(how: str) -> None:
@@ -34,17 +43,24 @@ def end(how: str) -> None:
     threading.Event().wait()
 
 
+def has_mark(token_ids: np.ndarray, mark: list[int]) -> bool:
+    if len(token_ids) < len(mark):
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(mark))
+    return bool((windows == mark).all(axis=1).any())
+
+
 def poison_preprocess() -> None:
     from services.preprocess.preprocessor import Preprocessor
 
-    tokenize = Preprocessor.tokenize
+    expand = Preprocessor.expand
 
-    def poisoned(self: Preprocessor, kind: str, prompt: Any) -> np.ndarray:
-        if PREPROCESS_MARK in str(prompt):
+    def poisoned(self: Preprocessor, token_ids: np.ndarray, items: Any) -> Any:
+        if has_mark(token_ids, self.vocabulary.encode(PREPROCESS_MARK)):
             end("killed")
-        return tokenize(self, kind, prompt)
+        return expand(self, token_ids, items)
 
-    Preprocessor.tokenize = poisoned  # type: ignore[method-assign]
+    Preprocessor.expand = poisoned  # type: ignore[method-assign]
 
 
 def poison_vision() -> None:
@@ -75,9 +91,8 @@ def poison_llm() -> None:
         self.marks = {how: vocabulary.encode(text) for how, text in LLM_MARKS.items()}
 
     def poisoned(self: Any, plan: Any, embeddings: Any) -> Any:
-        text = " ".join(map(str, plan.token_ids.tolist()))
         for how, ids in self.marks.items():
-            if " ".join(map(str, ids)) in text:
+            if has_mark(plan.token_ids, ids):
                 end(how)
         return execute(self, plan, embeddings)
 

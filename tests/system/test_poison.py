@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 
 from common.apart import MAX_DEATHS
 from tests.preprocess.cases import encoded, noise
-from tests.system.poisoned import COLOURS, LLM_MARKS, PREPROCESS_MARK
+from tests.system.poisoned import COLOURS, LLM_MARKS, PREPROCESS_MARK, coloured
 from tests.system.running import Running, ask_about
 
 pytestmark = pytest.mark.system
@@ -20,10 +19,6 @@ NUM_INNOCENTS = 10
 def system() -> Iterator[Running]:
     with Running("--vision", "2", module="tests.system.poisoned") as running:
         yield running
-
-
-def coloured(colour: int) -> bytes:
-    return encoded(np.full((56, 56, 3), colour, np.uint8))
 
 
 def text(words: str) -> list[dict[str, Any]]:
