@@ -6,7 +6,7 @@ import pytest
 
 from common.apart import MAX_DEATHS
 from common.events import Event, PeerDown, PeerDraining
-from common.messages import Abort, Decline, Grant, Pixels
+from common.messages import Abort, Decline, Failed, Grant, Pixels
 from services.preprocess.dispatcher import MAX_FAILURES
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.preprocessor import Preprocessor
@@ -188,7 +188,7 @@ def test_a_request_ends_once_if_several_of_its_images_end_replicas() -> None:
     sent = preprocess.play(lose(f"vision-{MAX_DEATHS - 1}"), joins("vision-9"))
     [(gateway, request_id, code, item)] = failures(sent)
     assert (gateway, request_id, code, item) == ("gateway-1", "r", "Internal", index)
-    error = next(message for _, message in sent if message.request_id == "r")
+    error = next(message for _, message in sent if isinstance(message, Failed))
     assert error.stage == "vision" and f"image {item}, the last one on this" in error.message
     assert preprocess.holds_nothing and offers(preprocess.play(vacancy("vision-9"))) == []
 
