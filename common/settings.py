@@ -165,7 +165,11 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelSettings):
-    pass
+    sandboxes: int = setting(
+        0,
+        "images or prompts that cost much and are opened at the same time, each in an expendable "
+        "process of up to 512 MiB (default: one per core)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import assert_never
 
 from common.apart import MAX_DEATHS
@@ -79,7 +80,7 @@ class Dispatcher:
         """Handle a message of a vision replica or a language group."""
         match message:
             case VisionLoad():
-                self.pool.update_load(peer_id, message)
+                self._update_load(peer_id, message)
             case Vacancy(wait_seconds=wait):
                 self._note_passed(peer_id)
                 self.pool.update_replica(peer_id, True, wait)
@@ -100,11 +101,14 @@ class Dispatcher:
             case Failed(message=reason):
                 self._retry(self._find_failed(message, peer_id), reason, skip_cache=True)
             case Reserved(key=key):
-                self._start_items(key)
+                if self._is_held_by(key, peer_id):
+                    self._start_items(key)
             case ItemReceived(item=index, key=key):
-                self._release_item(key, index)
-            case ItemRejected(reason=reason):
-                self._retry(self._find(message), reason, skip_cache=True)
+                if self._is_held_by(key, peer_id):
+                    self._release_item(key, index)
+            case ItemRejected(reason=reason, key=key):
+                if self._is_held_by(key, peer_id):
+                    self._retry(self._offered_item(message.item_key), reason, skip_cache=True)
             case _:
                 assert_never(message)
 
@@ -175,6 +179,18 @@ class Dispatcher:
         for key in [key for key, h in handovers if now > h.deadline + LATE_SECONDS]:
             self.drop(key)
 
+    def _update_load(self, vision_id: str, load: VisionLoad) -> None:
+        """Use a replica's report, if its figures fit together."""
+        if is_sound(load):
+            self.pool.update_load(vision_id, load)
+        else:
+            self._log.warning("a report of a vision replica makes no sense", vision=vision_id)
+
+    def _is_held_by(self, key: RequestKey, llm_id: str) -> bool:
+        """Whether this language group has the prompt of the request."""
+        handover = self.handovers.get(key)
+        return handover is not None and handover.llm.id == llm_id
+
     def _all_items(self) -> Iterator[PendingItem]:
         return (item for handover in self.handovers.values() for item in handover.items.values())
 
@@ -196,21 +212,22 @@ class Dispatcher:
             apart=item.is_apart,
         )
 
-    def _find(self, message: ItemMessage, vision_id: str = "") -> PendingItem | None:
+    def _find(self, message: ItemMessage, vision_id: str) -> PendingItem | None:
         """Return the item that the message is about, if the replica that sent it still has it."""
-        return self._item_at(message.item_key, vision_id)
+        item = self._offered_item(message.item_key)
+        return item if item and item.vision_id == vision_id else None
 
     def _find_failed(self, message: Failed, vision_id: str) -> PendingItem | None:
         if message.item is None:
             return None
-        return self._item_at((*message.key, message.item), vision_id)
+        item = self._offered_item((*message.key, message.item))
+        return item if item and item.vision_id == vision_id else None
 
-    def _item_at(self, key: ItemKey, vision_id: str) -> PendingItem | None:
+    def _offered_item(self, key: ItemKey) -> PendingItem | None:
+        """Return an item that some replica has, or was offered."""
         handover = self.handovers.get(request_of(key))
         item = handover.items.get(key[2]) if handover else None
-        if item and item.vision_id and vision_id in ("", item.vision_id):
-            return item
-        return None
+        return item if item and item.vision_id else None
 
     def _start_items(self, key: RequestKey) -> None:
         handover = self.handovers.get(key)
@@ -221,6 +238,9 @@ class Dispatcher:
 
     def _send_pixels(self, grant: Grant, vision_id: str) -> None:
         if item := self._find(grant, vision_id):
+            if item.has_pixels:  # a second grant must not move them again
+                return
+            item.has_pixels = True
             self._mark_accepted(item)
             patches = Tensor.of(item.prepared.patches())
             self._links.send(vision_id, Pixels(**grant.item_ids, patches=patches))
@@ -301,3 +321,9 @@ class Dispatcher:
 
 def request_of(key: ItemKey) -> RequestKey:
     return key[:2]
+
+
+def is_sound(load: VisionLoad) -> bool:
+    """Whether the figures of a report fit together."""
+    is_rising = all(low < high for low, high in pairwise((0, *load.buckets)))
+    return is_rising and 0 not in load.sizes and len(load.sizes) == len(load.seconds)

@@ -6,23 +6,32 @@ import numpy as np
 
 from common.messages import ItemKey, Peer, RequestKey, Submit
 from common.wire import Tensor
-from services.preprocess.prepared import PreparedItem
+from services.preprocess.prepared import PreparedItem, ReadyItem
+from services.preprocess.sandbox.pool import Task
 
 MISSING_SECONDS = 60.0
 """How long work waits for a replica or language group to come back: as long as a restart takes."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Preparation:
     """A request whose prompt was not yet handed to a language group."""
 
     submit: Submit
     gateway_id: str
     received: float
+    task: Task | None = None
+    """What a sandbox does, or must do, for the request now."""
     token_ids: np.ndarray | None = None
     grammar: Tensor | None = None
-    items: list[PreparedItem] = field(default_factory=list)
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of each item, by its header."""
+    items: list[ReadyItem] = field(default_factory=list)
     item_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def key(self) -> RequestKey:
+        return self.submit.key
 
     @property
     def deadline(self) -> float:
@@ -51,6 +60,8 @@ class PendingItem:
     vision_id: str = ""
     is_accepted: bool = False
     """The replica got the pixels or needs none: from now on it is responsible for the item."""
+    has_pixels: bool = False
+    """The replica was sent the pixels."""
     num_failures: int = 0
     """How often a replica or the language group reported that the item failed."""
     num_deaths: int = 0

@@ -53,6 +53,27 @@ class PreparedItem(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class ReadyItem:
+    """An item that a sandbox has prepared. Implements `PreparedItem`."""
+
+    kind: ItemKind
+    mm_hash: str
+    grid_thw: tuple[int, int, int]
+    content_size: tuple[int, int]
+    num_patches: int
+    num_tokens: int
+    rows: np.ndarray
+    """The patches."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def patches(self) -> np.ndarray:
+        return self.rows
+
+
 @dataclass(frozen=True)
 class ExpandedPrompt:
     """A prompt as the language model takes it."""

@@ -147,6 +147,7 @@ class VisionPool:
         item.vision_id = ""
         item.is_accepted = False
         item.has_passed = False
+        item.has_pixels = False
         item.expected_seconds = self._least_seconds(item.prepared.num_patches)
         self._waiting[item.key] = item
         self._waiting_seconds += item.expected_seconds

@@ -1,6 +1,7 @@
 """The preprocess worker turns requests into prompts, and ends those that cannot become one."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from common.messages import (
     Stopping,
 )
 from services.preprocess.in_flight import MISSING_SECONDS
+from services.preprocess.sandbox.jobs import Prepare, Read
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
@@ -34,6 +36,10 @@ from tests.preprocess.builders import (
     prompts,
     submit,
 )
+from tests.preprocess.cases import encoded, noise
+
+LARGE = [encoded(noise(1300, 1300), "JPEG")]
+"""An image that is not prepared together with the prompt."""
 
 
 def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
@@ -80,9 +86,10 @@ def test_an_abort_before_anything_was_done_leaves_nothing() -> None:
     assert preprocess.holds_nothing
 
 
-def test_an_abort_between_two_images_ends_the_preparation() -> None:
+def test_an_abort_while_images_are_prepared_ends_the_preparation() -> None:
     preprocess = Preprocess("vision-1")
-    assert preprocess.play(submit("r", *IMAGES), [], [], abort("r")) == []
+    assert preprocess.play(submit("r", *LARGE), [], abort("r")) == []
+    assert [type(task.job) for task in preprocess.tasks.started] == [Read, Prepare]
     assert preprocess.holds_nothing
 
 
@@ -101,9 +108,18 @@ def test_a_prompt_longer_than_the_context_never_reaches_the_language_group() -> 
     assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
 
 
-def test_an_unforeseen_error_fails_only_its_request() -> None:
+def test_an_unforeseen_error_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess = Preprocess("vision-1")
-    sent = preprocess.play(submit("bad", prompt=b"{no json") + submit("next"))
+    expand = PREPROCESSOR.expand
+    faults = iter([RuntimeError("a bug")])
+
+    def expand_once_wrong(*arguments: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return expand(*arguments)
+
+    monkeypatch.setattr(PREPROCESSOR, "expand", expand_once_wrong)
+    sent = preprocess.play(submit("bad") + submit("next"))
     assert failures(sent) == [("gateway-1", "bad", "Internal", None)]
     assert prompts(sent) == ["next"] and preprocess.holds_nothing
 
@@ -132,7 +148,7 @@ def test_the_requests_of_a_lost_gateway_are_freed_in_every_state() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("taken", IMAGES[0], gateway="gateway-2")
     preprocess.dispatch("kept", IMAGES[1])
-    waiting = submit("waiting", *IMAGES, gateway="gateway-2")
+    waiting = submit("waiting", *LARGE, gateway="gateway-2")
     sent = preprocess.play(waiting, [], [PeerDown("gateway-2", "gateway", "gone")])
     assert sent == [("vision-1", Abort(request_id="taken", attempt=0))]
     assert not preprocess.preparations and list(preprocess.handovers) == [("kept", 0)]
@@ -216,7 +232,7 @@ def test_it_is_ready_with_a_language_group_and_a_vision_replica_that_has_reporte
 def test_a_grant_is_served_between_the_images_of_a_long_request() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("short", IMAGES[0])
-    sent = preprocess.play(submit("long", *IMAGES), [], grant("vision-1", 0, "short"))
+    sent = preprocess.play(submit("long", *LARGE), [], grant("vision-1", 0, "short"))
     assert [(type(message).__name__, message.request_id) for _, message in sent[:2]] == [
         ("Pixels", "short"),
         ("Routed", "long"),

@@ -728,7 +728,7 @@ def test_every_item_that_preprocess_makes_is_taken(
     if min_pixels and max_pixels and min_pixels > max_pixels:
         pytest.skip("they contradict each other")
     rules = create_preprocessor(CHECKPOINT, min_pixels, max_pixels).rules
-    height, width = rules.fitting_size(np.zeros((*size, 3), np.uint8), 0)
+    height, width = rules.fitting_size(*size, 0)
     item = rules.prepare_item("image", np.zeros((height, width, 3), np.uint8))
     message = Offer(
         request_id="r",

@@ -66,8 +66,7 @@ class ToyRules:
         self._patches_per_token: int = eye["patches_per_token"]
         self._fingerprint = checkpoint.fingerprint
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         size = min(height, MAX_SIDE), min(width, MAX_SIDE)
         rows, columns = self._grid(*size)
         if max_patches and rows * columns > max_patches:
@@ -78,6 +77,9 @@ class ToyRules:
         """Return the rows and columns of patches. Each row has whole tokens."""
         tokens = -(-width // (self._patch * self._patches_per_token))
         return -(-height // self._patch), tokens * self._patches_per_token
+
+    def num_tokens(self, height: int, width: int) -> int:
+        return prod(self._grid(height, width)) // self._patches_per_token
 
     def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Picture:
         height, width, _ = pixels.shape

@@ -124,8 +124,7 @@ class Qwen25VLRules:
         """The sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if not max_patches or self.num_patches(rows, columns) <= max_patches:
             return rows, columns
@@ -142,6 +141,9 @@ class Qwen25VLRules:
     def num_patches(self, height: int, width: int) -> int:
         """Return the number of patches of a resized image."""
         return height * width // self.patch_size**2
+
+    def num_tokens(self, height: int, width: int) -> int:
+        return height * width // self.factor**2
 
     def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
         height, width, _ = pixels.shape

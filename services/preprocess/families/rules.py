@@ -16,17 +16,20 @@ class FamilyRules(Protocol):
         """Whether a prompt must be computed in one step, without chunks and prefix cache."""
         ...
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        """Return the (height, width) to which decoded pixels are resized.
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+        """Return the (height, width) to which an item of this size in pixels is resized.
 
-        `pixels` are uint8 [height, width, 3]. The item must have at most `max_patches` patches, if
-        that is not 0.
+        It must have at most `max_patches` patches, if that is not 0.
 
         Raises
         ------
         InvalidRequest
             if the family does not take such an item. It is TooLarge if a smaller one would fit.
         """
+        ...
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return the number of prompt tokens of an item that was resized to this size."""
         ...
 
     def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> PreparedItem:
