@@ -19,8 +19,10 @@ from common.wire import Tensor
 
 PROTOCOL_VERSION = 3
 
+MAX_TEXT_CHARS = 2000
+
 Name = Annotated[str, msgspec.Meta(max_length=200)]
-Text = Annotated[str, msgspec.Meta(max_length=2000)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Salt = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -167,6 +169,9 @@ class Goodbye(Message):
 
     reason: Text
 
+    def __post_init__(self) -> None:
+        self.reason = self.reason[:MAX_TEXT_CHARS]
+
 
 class Beat(Message):
     """The heartbeat sent every second on every connection; it renews the sender's lease."""
@@ -203,6 +208,10 @@ class Failed(RequestMessage):
     stage: Name
     item: Count | None = None
     """Index of the item that failed; None if the request as a whole did."""
+
+    def __post_init__(self) -> None:
+        # It may quote the reason of another peer, which has the length of a Text already.
+        self.message = self.message[:MAX_TEXT_CHARS]
 
 
 class Alone(RequestMessage):
@@ -286,7 +295,7 @@ class Offer(ItemMessage):
     """
 
     mm_hash: Name
-    """Name of the item's content, under the model and its preprocessing settings."""
+    """Name of the item's content (`common/item_hash.py`). Pixels that have another are refused."""
     grid_thw: tuple[Count, Count, Count]
     """The grid of patches: steps in time, rows, columns."""
     num_patches: Count
@@ -366,7 +375,7 @@ VisionToPreprocess = Grant | CacheHit | Busy | Vacancy | VisionLoad | Failed
 
 
 class Prompt(RequestMessage):
-    """The expanded prompt. The embeddings of its items come from vision, before or after it."""
+    """The expanded prompt. The embeddings of its items come from vision once they are Reserved."""
 
     gateway_id: Name
     token_ids: Tensor
@@ -378,7 +387,8 @@ class Prompt(RequestMessage):
     placeholders: Tensor
     """int64 [num_items, 2]: offset and length of each item's placeholder range."""
     mm_hashes: Tensor
-    """uint8 [num_items, 32]."""
+    """uint8 [num_items, 32]: the names of the items' contents. Embeddings under another name are
+    not those of the item."""
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
@@ -417,6 +427,9 @@ class ItemRejected(ItemMessage):
 
     reason: Text
 
+    def __post_init__(self) -> None:
+        self.reason = self.reason[:MAX_TEXT_CHARS]
+
 
 class Reserved(RequestMessage):
     """The embeddings of all items of the request have room, so the items may be encoded."""
@@ -447,7 +460,8 @@ class Embeddings(ItemMessage):
     embeddings: Tensor
     """[num_item_tokens, input width of the language model], in the vision tower's dtype."""
     preprocess_id: Name
-    """The preprocess that owns the item and gets the acknowledgement."""
+    """The preprocess that offered the item. The acknowledgement goes to the one that brought the
+    prompt."""
     queue_seconds: Seconds = 0.0
     encode_seconds: Seconds = 0.0
     cached: bool = False
@@ -493,6 +507,8 @@ class Start(RequestMessage):
     """UTF-8 JSON: the stages before the first token."""
     output_token_ids: Tensor | None = None
     """int64: the tokens of earlier attempts, whose text was delivered with them."""
+    timeout: Seconds = 3600.0
+    """Seconds until the request's deadline, counted from the receipt of this message."""
 
 
 class Tokens(RequestMessage):

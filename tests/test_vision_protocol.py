@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from common.apart import MAX_DEATHS
+from common.checkpoint import open_checkpoint
 from common.errors import ServingError
 from common.events import PeerDown, PeerUp, Received
+from common.item_hash import item_hash
 from common.member import Posted
-from common.messages import Embeddings, ItemKey, ItemReceived, ItemRejected, Peer, RequestKey
+from common.messages import Embeddings, ItemReceived, ItemRejected, Peer, RequestKey
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import Handover, PendingItem
@@ -22,13 +24,16 @@ from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.worker import Job, Worker
+from services.vision.worker import Job, JobKey, Worker
 from tests.fakes import FakeMember
+from tests.golden import GoldenCase
 from tests.vision.test_worker import FakeThread, FakeTower
 
 LLM = Peer("llm", "ipc:///llm")
+CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 STEPS = 1500
 POISON = 99
 """A content that ends each replica that works on it."""
@@ -63,11 +68,12 @@ class Replica:
             "float32",
             EncodeTimes(),
             VisionMetrics(cache),
+            ItemRules.of(CHECKPOINT),
             lambda: net.now,
         )
 
     @property
-    def jobs(self) -> OrderedDict[ItemKey, Job]:
+    def jobs(self) -> OrderedDict[JobKey, Job]:
         return self.worker._jobs
 
     def play(self, *events: Any) -> None:
@@ -227,11 +233,17 @@ class Net:
 
 
 def picture(content: int) -> Image:
-    return Image(np.full((28, 28, 3), content + 1, np.uint8), mm_hash_of(content), 14, 2)
+    rows = rows_of(content)
+    return Image(rows, mm_hash_of(content), (28, 28), 14, 2)
+
+
+def rows_of(content: int) -> np.ndarray:
+    return np.full((4, 588), content + 1, np.uint8)
 
 
 def mm_hash_of(content: int) -> str:
-    return f"{content:064x}"
+    patches = rows_of(content).data
+    return item_hash(CHECKPOINT.fingerprint, "image", (1, 2, 2), (28, 28), patches)
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -1,7 +1,6 @@
 """What the gateway knows about each request in flight."""
 
 import asyncio
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,9 +8,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import ServingError, Unavailable
-from common.messages import Abort, Delta, Item, Peer, RequestIds, Submit
+from common.events import Received
+from common.messages import (
+    Abort,
+    Delta,
+    GatewayInbound,
+    HandedOver,
+    Item,
+    Peer,
+    RequestIds,
+    Routed,
+    Submit,
+)
+from common.timings import Timings
 from common.wire import Tensor
 from services.gateway.generation import Ended, GenerationEvent, GenerationRequest, Piece
+
+MAX_EARLY_MESSAGES = 1000
 
 
 @dataclass(slots=True)
@@ -28,14 +41,29 @@ class Attempt:
     preprocess: str = ""
     detokenizer: str = ""
     llm: str = ""
-    early_deltas: list[Delta] = field(default_factory=list)
-    """Deltas that arrived before Routed, which comes over another connection."""
+    early: list[Received[GatewayInbound]] = field(default_factory=list)
+    """What arrived before Routed, which comes over another connection."""
     is_encoded: bool = False
     """Whether the language group has the prompt and the embeddings of every image."""
     is_answering: bool = False
     """Whether a token of this attempt has arrived."""
     alone_at: set[str] = field(default_factory=set)
     """The ids of the members that work on nothing but this request."""
+
+    def keep_early(self, received: Received[GatewayInbound]) -> None:
+        """Keep a message until Routed says from which language group the attempt's may come."""
+        if len(self.early) < MAX_EARLY_MESSAGES:
+            self.early.append(received)
+
+    def may_send(self, peer_id: str, message: GatewayInbound) -> bool:
+        """Whether this member holds the attempt, and so may send this message about it."""
+        match message:
+            case Routed() | HandedOver():
+                return peer_id == self.preprocess
+            case Delta():
+                return peer_id == self.detokenizer
+            case _:
+                return peer_id in (self.preprocess, self.detokenizer, self.llm)
 
     @property
     def needs_preprocess(self) -> bool:
@@ -140,23 +168,18 @@ class Record:
         """Return the message that cancels the current attempt."""
         return Abort(**self.ids)
 
-    def add_tokens(self, delta: Delta) -> None:
-        """Store the tokens of the delta and pass them to the client."""
-        ids = delta.token_ids.numpy().tolist()
-        self.token_ids += ids
-        logprobs = json.loads(delta.logprobs.bytes()) if delta.logprobs else []
-        self.events.put_nowait(Piece(delta.offset, ids, delta.text.text(), logprobs))
+    def add_tokens(self, piece: Piece) -> None:
+        """Store new tokens and pass them to the client."""
+        self.token_ids += piece.token_ids
+        self.events.put_nowait(piece)
 
-    def finish(self, delta: Delta) -> float:
+    def finish(self, delta: Delta, timings: Timings) -> float:
         """Pass the end of the answer to the client and return the seconds since admission."""
-        assert delta.timings is not None and self.first_token is not None
+        assert self.first_token is not None
         total = time.monotonic() - self.admitted
-        own = {
-            "time_to_first_token_seconds": self.first_token - self.admitted,
-            "total_seconds": total,
-        }
-        timings = json.loads(delta.timings.bytes()) | own
-        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, timings))
+        timings["time_to_first_token_seconds"] = self.first_token - self.admitted
+        timings["total_seconds"] = total
+        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, dict(timings)))
         return total
 
     def cancel_timers(self, *names: str) -> None:

@@ -12,14 +12,17 @@ SALT_BYTES = 16
 
 
 class PreparedItem(Protocol):
-    """One item, decoded and resized, with all that is known before its patches are made."""
+    """One item, decoded, resized and cut into patches."""
 
     @property
     def kind(self) -> ItemKind: ...
 
     @property
     def mm_hash(self) -> str:
-        """64 hex digits: the name of the content, equal for equal pixels in any file format."""
+        """64 hex digits: the name of the content, equal for equal pixels in any file format.
+
+        `common/item_hash.py` computes it.
+        """
         ...
 
     @property

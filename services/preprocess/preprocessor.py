@@ -3,8 +3,6 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
-import hashlib
-import json
 from functools import cached_property
 from typing import Any, assert_never
 
@@ -86,9 +84,7 @@ class Preprocessor:
     def prepare_item(
         self, kind: ItemKind, data: Buffer | Image, max_patches: int = 0
     ) -> PreparedItem:
-        """Decode, resize and name one item, encoded or already opened.
-
-        Its patches are made when they are asked for.
+        """Decode, resize, cut into patches and name one item, encoded or already opened.
 
         It must have at most `max_patches` patches, if that is not 0.
 
@@ -99,18 +95,7 @@ class Preprocessor:
         """
         image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
         size = self.rules.fitting_size(image.height, image.width, max_patches)
-        pixels = images.resize(image, *size)
-        return self.rules.prepare_item(kind, pixels, self.mm_hash(kind, pixels))
-
-    def mm_hash(self, kind: ItemKind, pixels: np.ndarray) -> str:
-        """Return the name of the embeddings of resized pixels, uint8 [height, width, 3].
-
-        The name covers the model and everything that decides the pixels that its tower sees.
-        """
-        about = [self.checkpoint.fingerprint, kind, self.rules.settings, pixels.shape]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() + b"\0")
-        digest.update(np.ascontiguousarray(pixels).data)
-        return digest.hexdigest()
+        return self.rules.prepare_item(kind, images.resize(image, *size))
 
     def tokenize(self, prompt_kind: str, prompt: Any) -> np.ndarray:
         """Return the token ids of chat messages or of given ids: int64 [num_tokens].

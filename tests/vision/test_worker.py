@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.checkpoint import open_checkpoint
 from common.events import Event, PeerDown, PeerUp
 from common.member import Drain, Posted
 from common.messages import (
@@ -31,14 +32,17 @@ from common.progress import Progress
 from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
 from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread, encode
 from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
+from tests.golden import GoldenCase
 
 LLM = Peer("llm-1", "ipc:///llm-1")
 NUM_PATCHES = 4
+CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 
 
 class FakeTower:
@@ -56,6 +60,18 @@ class FakeTower:
         if not total:
             raise self.error("no memory is left")
         return Tensor.of(np.array([[total]], np.float32))
+
+
+class AnyItem(ItemRules):
+    """The rules of tests about other things: contents have short names, patches one value."""
+
+    def objection_to(self, offer: Offer) -> str:
+        return ""
+
+    def objection_to_patches(self, offer: Offer, patches: Tensor) -> str:
+        if (patches.dtype, patches.shape) == ("uint8", (offer.num_patches, 1)):
+            return ""
+        return f"{patches} came for {offer.num_patches} patches"
 
 
 class FakeThread:
@@ -82,8 +98,12 @@ class Replica:
         buckets: tuple[int, ...] = (),
         dtype: str = "float32",
         is_new: bool = False,
+        rules: ItemRules | None = None,
     ) -> None:
-        """Unless it is new, the replica has encoded an image before."""
+        """Unless it is new, the replica has encoded an image before.
+
+        By default it takes any item of NUM_PATCHES patches, whatever its name.
+        """
         self.member = FakeMember()
         self.tower = FakeTower()
         self.thread = FakeThread(self.tower)
@@ -99,6 +119,7 @@ class Replica:
             dtype,
             self.times,
             self.metrics,
+            rules or AnyItem(CHECKPOINT, 1000),
             lambda: self.now,
         )
         if not is_new:
@@ -106,7 +127,7 @@ class Replica:
 
     @property
     def jobs(self) -> OrderedDict[ItemKey, Job]:
-        return self.worker._jobs
+        return OrderedDict((key, job) for (_, key), job in self.worker._jobs.items())
 
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)

@@ -1,6 +1,6 @@
 """What preprocess needs of a model family."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -10,11 +10,6 @@ from services.preprocess.prepared import PreparedItem
 
 class FamilyRules(Protocol):
     """The rules by which one family prepares items and places tokens."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the pixels that the tower sees, apart from the size. JSON values only."""
-        ...
 
     @property
     def whole(self) -> bool:
@@ -37,8 +32,8 @@ class FamilyRules(Protocol):
         """Return the number of prompt tokens of an item that was resized to this size."""
         ...
 
-    def prepare_item(self, kind: ItemKind, pixels: np.ndarray, mm_hash: str) -> PreparedItem:
-        """Prepare resized pixels, uint8 [height, width, 3]. `mm_hash` names the result."""
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> PreparedItem:
+        """Cut resized pixels, uint8 [height, width, 3], into patches, and name the result."""
         ...
 
     def positions(
