@@ -35,7 +35,14 @@ from services.vision.encode_times import EncodeTimes
 from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread, encode
+from services.vision.tower_thread import (
+    DeviceLost,
+    EncodeResult,
+    ItemShape,
+    TowerThread,
+    encode,
+    size_of,
+)
 from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
 from tests.golden import GoldenCase
@@ -635,3 +642,9 @@ def test_an_item_that_is_apart_does_not_join_an_equal_one_among_others() -> None
     replica = Replica()
     replica.play(offer("r0", "a"), pixels("r0", 1), offer("suspect", "a", apart=True))
     assert [m.request_id for _, m in replica.take(Busy)] == ["suspect"]
+
+
+def test_the_size_of_an_item_as_a_unit_of_work_grows_with_its_attention() -> None:
+    """Sixteen times the patches may take 256 times as long, and are not hung before."""
+    few, many = (size_of(Tensor.of(np.zeros((n, 1), np.uint8))) for n in (16_384, 16 * 16_384))
+    assert 128 * few < many
