@@ -3,7 +3,8 @@
 ServingError                 the base, with a code, a stage and perhaps the index of an item
 ├── InvalidRequest           400 / INVALID_ARGUMENT: the request is wrong; the message says how
 │   ├── UnreadableImage      422 / INVALID_ARGUMENT: an image cannot be decoded
-│   └── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count is over a limit
+│   ├── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count is over a limit
+│   └── TooSlow              408 / INVALID_ARGUMENT: a request is sent too slowly
 ├── NotFound                 404 / NOT_FOUND: the model does not exist
 ├── Exhausted                429 / RESOURCE_EXHAUSTED: a queue is full
 ├── Unavailable              503 / UNAVAILABLE: a stage is missing, or was lost with the request
@@ -12,6 +13,17 @@ ServingError                 the base, with a code, a stage and perhaps the inde
 
 A Failed message carries the name of the class, so every process knows the same errors.
 """
+
+MAX_QUOTED_CHARS = 200
+
+
+def shorten(text: str, most: int = MAX_QUOTED_CHARS) -> str:
+    """Return a text from outside as an answer or a log may quote it: at most `most` characters.
+
+    What is left out is replaced by a note of how many characters that were.
+    """
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]}… ({left_out:,} characters left out)"
 
 
 class ServingError(ValueError):
@@ -66,6 +78,12 @@ class TooLarge(InvalidRequest):
     http_status = 413
 
 
+class TooSlow(InvalidRequest):
+    """A request is sent too slowly."""
+
+    http_status = 408
+
+
 class NotFound(ServingError):
     """The model that the client asks for is not served."""
 
@@ -104,6 +122,7 @@ BY_CODE = {
         InvalidRequest,
         UnreadableImage,
         TooLarge,
+        TooSlow,
         NotFound,
         Exhausted,
         Unavailable,

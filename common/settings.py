@@ -108,6 +108,19 @@ class ApiSettings:
         600.0, "seconds until the deadline of a request that sets none"
     )
     max_body_mib: int = setting(64, "largest request body in MiB")
+    max_held_body_mib: int = setting(
+        256,
+        "bodies in MiB that are held at a time for requests which are not admitted yet; one client "
+        "gets at most half, and room for two of the largest bodies is always kept",
+    )
+    max_connections: int = setting(
+        4096,
+        "HTTP connections, of which one client gets at most half; never over half of the "
+        "process's descriptors",
+    )
+    max_connections_per_client: int | None = setting(
+        None, "HTTP connections of one client, if that is to be fewer (default: half of all)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from common.errors import (
     ServingError,
     Unavailable,
     from_code,
+    shorten,
 )
 from common.events import Event, PeerDown, PeerDraining, PeerUp, Received, Sender
 from common.logs import get_logger
@@ -101,7 +102,9 @@ class GatewayCore:
 
     def check_model(self, model: str | None) -> None:
         if model and model != self.model_name:
-            raise NotFound(f"no model {model!r} is served here; served: {self.model_name!r}")
+            raise NotFound(
+                f"no model {shorten(model)!r} is served here; served: {self.model_name!r}"
+            )
 
     def unready_reason(self) -> str:
         return "the gateway is draining" if self.is_draining else self.peers.unready_reason()

@@ -4,6 +4,7 @@ import binascii
 from collections.abc import Sequence
 
 from common.errors import TooLarge, UnreadableImage
+from common.wire import Buffer
 from services.gateway.invalid_field import InvalidField
 
 MAX_IMAGES = 32
@@ -11,6 +12,9 @@ MAX_IMAGE_BYTES = 20 * 10**6
 MAX_HEAD_CHARS = 1000
 """The comma of a data URI must be among its first characters. Without one, the whole payload of
 several megabytes would be searched."""
+
+PIECE_CHARS = 2**20
+"""How much base64 is decoded at a time. Base64 can be cut at multiples of four characters."""
 
 
 def read_data_uri(url: str, field: str, index: int) -> bytes:
@@ -41,14 +45,28 @@ def read_data_uri(url: str, field: str, index: int) -> bytes:
     if len(url) * 3 // 4 > MAX_IMAGE_BYTES + MAX_HEAD_CHARS:
         raise image_too_large(index)
     try:
-        image = binascii.a2b_base64(url[len(head) + 1 :], strict_mode=True)
+        image = decode_base64(url, len(head) + 1)
     except ValueError:
         raise InvalidField(field, "the data after ;base64, is not valid base64") from None
     check_image(image, index)
     return image
 
 
-def check_images(images: Sequence[bytes]) -> None:
+def decode_base64(text: str, start: int) -> bytes:
+    """Return the bytes that the text has in base64 from `start` on, or raise ValueError.
+
+    The text is decoded in pieces, so that no call keeps other threads from running for long.
+    """
+    pieces = [
+        binascii.a2b_base64(text[at : at + PIECE_CHARS], strict_mode=True)
+        for at in range(start, len(text), PIECE_CHARS)
+    ]
+    if any(len(piece) != PIECE_CHARS // 4 * 3 for piece in pieces[:-1]):
+        raise ValueError("there is padding before the end")
+    return b"".join(pieces)
+
+
+def check_images(images: Sequence[Buffer]) -> None:
     """Raise TooLarge or UnreadableImage if the number or size of the files is out of bounds."""
     check_image_count(len(images))
     for index, image in enumerate(images):
@@ -60,7 +78,7 @@ def check_image_count(count: int) -> None:
         raise TooLarge(f"more than {MAX_IMAGES} images in one request; send fewer", stage="gateway")
 
 
-def check_image(image: bytes, index: int) -> None:
+def check_image(image: Buffer, index: int) -> None:
     if not image:
         raise UnreadableImage(f"image {index} is empty", stage="gateway", item=index)
     if len(image) > MAX_IMAGE_BYTES:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,9 +20,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import InvalidRequest, ServingError, TooLarge, Unavailable
+from common.errors import InvalidRequest, ServingError, Unavailable, shorten
 from services.gateway import sse
+from services.gateway.bodies import Bodies, BodyDrop, address_of
+from services.gateway.body_budget import BodyBudget, Reservation
 from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.schema import MAX_TIMEOUT, chat_to_generation, new_request_id, parse_chat
 
@@ -31,12 +35,26 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",
 }
 
+Parsed = tuple[GenerationRequest, sse.CompletionWriter, bool]
+"""A request, what writes its answer, and whether the answer is streamed."""
 
-def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlette:
+
+def create_app(
+    core: MeasuredCore,
+    max_body_bytes: int = 64 * 2**20,
+    budget: BodyBudget | None = None,
+    admitted_images: BodyBudget | None = None,
+) -> Starlette:
+    """Return the application. The budgets are shared with the other API: for bodies before
+    admission, and for the images of admitted requests."""
     info = InfoEndpoints(core)
+    bodies = Bodies(max_body_bytes, budget or BodyBudget())
+    chat_completions = ChatCompletions(
+        core, bodies, admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+    )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(core, max_body_bytes), methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{model:path}", info.model),
             Route("/livez", info.live),
@@ -45,7 +63,7 @@ def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlett
             Route("/metrics", info.metrics),
             Route("/version", info.version),
         ],
-        middleware=[Middleware(RequestMiddleware, core=core)],
+        middleware=[Middleware(RequestMiddleware, core=core, max_dropped_bytes=4 * max_body_bytes)],
         exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False
@@ -53,7 +71,7 @@ def create_app(core: MeasuredCore, max_body_bytes: int = 64 * 2**20) -> Starlett
 
 
 def error_response(error: ServingError) -> JSONResponse:
-    headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
+    headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     return JSONResponse(sse.error_body(error), error.http_status, headers)
@@ -69,7 +87,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = error.detail.lower()
     body = {
-        "message": f"{request.method} {request.scope['path']}: {detail}",
+        "message": f"{request.method} {shorten(request.scope['path'])}: {detail}",
         "type": "invalid_request_error",
         "param": None,
         "code": detail.replace(" ", "_"),
@@ -78,17 +96,22 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 class RequestMiddleware:
-    """Gives each request an id, which every response carries, and responds to unexpected errors."""
+    """Gives each request an id, which every response carries, and responds to unexpected errors.
 
-    def __init__(self, app: ASGIApp, core: MeasuredCore) -> None:
+    It also reads and drops what the application leaves of the request's body.
+    """
+
+    def __init__(self, app: ASGIApp, core: MeasuredCore, max_dropped_bytes: int) -> None:
         self.app = app
         self.core = core
+        self.max_dropped_bytes = max_dropped_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         scope["request_id"] = request_id = new_request_id(Headers(scope=scope).get("x-request-id"))
         started = False
+        drop = BodyDrop(scope, receive, send, self.max_dropped_bytes)
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -96,18 +119,18 @@ class RequestMiddleware:
                 started = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if self.core.is_draining:
+                if self.core.is_draining or drop.is_unread:
                     headers["connection"] = "close"
-            await send(message)
+            await drop.send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 with serving_errors_only(), suppress(ClientDisconnect):
-                    await self.app(scope, receive, send_with_id)
+                    await self.app(scope, drop.receive, send_with_id)
             except ServingError as error:
                 if started:
                     raise
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error)(scope, drop.receive, send_with_id)
 
 
 class InfoEndpoints:
@@ -158,24 +181,44 @@ class ChatCompletions:
     cancelled when the client disconnects, whatever it waits for.
     """
 
-    def __init__(self, core: Core, max_body_bytes: int) -> None:
+    def __init__(self, core: Core, bodies: Bodies, admitted_images: BodyBudget) -> None:
         self.core = core
-        self.max_body_bytes = max_body_bytes
+        self.bodies = bodies
+        self.admitted_images = admitted_images
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation, writer, is_streamed = await self._read(Request(scope, receive))
-        if is_streamed:
-            work = self._send_stream(generation, writer, send)
-        else:
-            work = self._send_whole(generation, writer, scope, receive, send)
-        await cancel_on_disconnect(work, receive)
+        timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))
+        with self.bodies.reserve(scope) as reservation:
+            body = await self.bodies.read(receive, reservation)
+            work = self._answer(body, timeout, reservation, scope, receive, send)
+            del body
+            await cancel_on_disconnect(work, receive)
 
-    async def _read(self, request: Request) -> tuple[GenerationRequest, sse.CompletionWriter, bool]:
-        """Read the request. Its body is not kept, because it may have tens of megabytes."""
-        timeout = read_timeout(request.headers.get("x-request-timeout"))
-        chat = parse_chat(await read_body(request, self.max_body_bytes))
+    async def _answer(
+        self,
+        body: bytearray,
+        timeout: float | None,
+        reservation: Reservation,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Send the answer. The body is not kept, because it may have tens of megabytes."""
+        parse = partial(self._parse, body, scope["request_id"], timeout)
+        generation, writer, is_streamed = await self.bodies.work(scope, body, parse)
+        del body, parse
+        reservation.release()
+        num_image_bytes = sum(map(len, generation.images))
+        with self.admitted_images.reserve(address_of(scope), num_image_bytes):
+            if is_streamed:
+                await self._send_stream(generation, writer, send)
+            else:
+                await self._send_whole(generation, writer, scope, receive, send)
+
+    def _parse(self, body: bytearray, request_id: str, timeout: float | None) -> Parsed:
+        """Return the request in a body. This may run on another thread."""
+        chat = parse_chat(body)
         self.core.check_model(chat.model)
-        request_id = request.scope["request_id"]
         generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
         writer = sse.CompletionWriter(
             request_id,
@@ -242,32 +285,6 @@ async def start_stream(send: Send) -> None:
 async def send_body(send: Send, body: bytes) -> None:
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def read_body(request: Request, limit: int) -> bytearray:
-    """Return the body of the request.
-
-    A body of up to four times the limit is read to its end and dropped, because a client that still
-    sends would not see the response. Reading stops beyond that.
-
-    Raises
-    ------
-    TooLarge
-        if the body has more than `limit` bytes.
-    """
-    body = bytearray()
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            body += chunk
-        elif size > 4 * limit:
-            break
-    if size > limit:
-        raise TooLarge(
-            f"the body is larger than {limit} bytes; send fewer or smaller images", stage="gateway"
-        )
-    return body
 
 
 def read_timeout(header: str | None) -> float | None:

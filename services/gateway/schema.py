@@ -12,6 +12,8 @@ from common.messages import Sampling, Stopping
 from services.gateway.generation import GenerationRequest
 from services.gateway.images import check_image_count, read_data_uri
 from services.gateway.invalid_field import InvalidField, explain_body_error
+from services.gateway.json_bounds import check_json
+from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsupported
 
@@ -63,10 +65,19 @@ class ResponseFormat(Body):
             case "json_object":
                 return "json_object", ""
             case "json_schema":
-                return "json_schema", json.dumps(self._schema())
+                return "json_schema", self._schema_text()
         raise InvalidField(
             "response_format.type", "this is not supported; use text, json_object or json_schema"
         )
+
+    def _schema_text(self) -> str:
+        text = json.dumps(self._schema())
+        if len(text) > MAX_GUIDE_BYTES:
+            raise InvalidField(
+                "response_format.json_schema.schema",
+                f"it has more than {MAX_GUIDE_BYTES} bytes; send a smaller schema",
+            )
+        return text
 
     def _schema(self) -> dict[str, Any]:
         schema = (self.json_schema or {}).get("schema")
@@ -142,12 +153,23 @@ def parse_chat(body: bytes | bytearray) -> ChatRequest:
     InvalidRequest
         if the body is malformed, or asks for something that is not supported.
     """
+    check_json(body)
     try:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise explain_body_error(error) from None
+    check_message_count(chat.messages)
     refuse_unsupported(chat.model_extra or {}, IN_REQUEST)
     return chat
+
+
+def check_message_count(messages: list[ChatMessage]) -> None:
+    """Raise InvalidField if there are too many messages and parts of messages."""
+    parts = sum(len(message.content) for message in messages if isinstance(message.content, list))
+    if len(messages) + parts > MAX_MESSAGES:
+        raise InvalidField(
+            "messages", f"more than {MAX_MESSAGES} messages and parts are not accepted; send fewer"
+        )
 
 
 def chat_to_generation(
@@ -160,6 +182,7 @@ def chat_to_generation(
     messages = [
         read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)
     ]
+    check_text_length(messages, max_model_len)
     guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
     return GenerationRequest(
         request_id=request_id,
@@ -175,6 +198,22 @@ def chat_to_generation(
     )
 
 
+def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None) -> None:
+    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens."""
+    if max_model_len is None:
+        return
+    num_chars = 0
+    for message in messages:
+        match message["content"]:
+            case str(text):
+                num_chars += len(text)
+            case parts:
+                num_chars += sum(len(part.get("text", "")) for part in parts)
+    if num_chars > max_model_len * MAX_TOKEN_BYTES:
+        problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
+        raise InvalidField("messages", f"{problem}; send less text")
+
+
 def encode_messages(messages: list[dict[str, Any]]) -> bytes:
     """Return chat messages in the form of GenerationRequest.prompt."""
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":")).encode()
@@ -187,7 +226,8 @@ def read_message(message: ChatMessage, path: str, images: list[bytes]) -> dict[s
     """
     if message.role not in ROLES:
         raise InvalidField(
-            f"{path}.role", f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}"
+            f"{path}.role",
+            f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}",
         )
     refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{path}.")
     return {"role": ROLES[message.role], "content": read_content(message, path, images)}
@@ -226,6 +266,7 @@ def read_part(part: Any, role: str, path: str, images: list[bytes]) -> dict[str,
             raise InvalidField(f"{path}.image_url", "must be an object with a url, or a string")
         case {"type": str(kind)}:
             raise InvalidField(
-                f"{path}.type", f"{kind[:40]!r} is not supported; send text and image_url parts"
+                f"{path}.type",
+                f"{kind[:40]!r} is not supported; send text and image_url parts",
             )
     raise InvalidField(path, "must be an object with a type, such as text or image_url")

@@ -16,6 +16,7 @@ ERROR_CODES = {
     "InvalidRequest": "invalid_request",
     "UnreadableImage": "unreadable_image",
     "TooLarge": "too_large",
+    "TooSlow": "request_timeout",
     "NotFound": "model_not_found",
     "Exhausted": "rate_limit_exceeded",
     "Unavailable": "unavailable",

@@ -10,6 +10,8 @@ import grpc
 
 from common.errors import NotFound
 from common.messages import Usage
+from services.gateway.body_budget import BodyBudget
+from services.gateway.connection_limits import ConnectionLimits
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
@@ -112,13 +114,15 @@ class FakeCore:
 
 
 @asynccontextmanager
-async def http_server(core: FakeCore) -> AsyncIterator[int]:
+async def http_server(
+    core: FakeCore, budget: BodyBudget | None = None, limits: ConnectionLimits | None = None
+) -> AsyncIterator[int]:
     """Run a real HTTP server and return its port. It listens already, so no caller must wait."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        app = create_app(MeasuredCore(core), max_body_bytes=10**6)
-        server = HttpServer(app)
+        app = create_app(MeasuredCore(core), 10**6, budget)
+        server = HttpServer(app, limits)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]

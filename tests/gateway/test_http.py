@@ -1,12 +1,10 @@
 """The OpenAI HTTP API, request by request."""
 
-import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from common.errors import (
@@ -14,14 +12,13 @@ from common.errors import (
     Exhausted,
     InvalidRequest,
     ServingError,
-    TooLarge,
     Unavailable,
     UnreadableImage,
 )
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
 from services.gateway.metrics import MeasuredCore
-from services.gateway.openai_http import create_app, read_body
+from services.gateway.openai_http import create_app
 from tests.gateway.fake_core import TIMINGS, FakeCore
 
 CHAT = "/v1/chat/completions"
@@ -210,18 +207,6 @@ def test_a_failure_in_mid_stream_is_an_event_and_then_done(error: Exception) -> 
 def test_a_bad_body_is_refused_with_a_message(client: TestClient, body: bytes, status: int) -> None:
     answer = client.post(CHAT, content=body)
     assert answer.status_code == status and answer.json()["error"]["message"]
-
-
-async def test_reading_an_endless_body_stops_at_four_times_the_limit() -> None:
-    chunks = itertools.count()
-
-    async def receive() -> dict[str, Any]:
-        next(chunks)
-        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
-
-    with pytest.raises(TooLarge):
-        await read_body(Request({"type": "http"}, receive), 100)
-    assert next(chunks) == 41
 
 
 def test_the_param_of_an_error_is_the_wrong_field(client: TestClient) -> None:

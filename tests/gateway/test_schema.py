@@ -361,3 +361,32 @@ def test_a_body_that_is_not_a_valid_object_is_refused_with_a_message(body: bytes
     with pytest.raises(InvalidRequest) as caught:
         parse_chat(body)
     assert caught.value.message
+
+
+def test_messages_and_parts_are_counted_together() -> None:
+    parts = [{"type": "text", "text": ""}] * 4000
+    messages = [*user(*parts), *HELLO * 95]
+    generation(messages)
+    assert "4096 messages" in refusal(messages=[*messages, *HELLO]).message
+
+
+def test_text_that_cannot_fit_into_the_context_is_refused() -> None:
+    halves = [{"type": "text", "text": "x" * 4096 * 128}] * 2
+    generation(user(*halves))
+    more = {"role": "user", "content": "x"}
+    assert "context" in refusal(messages=[*user(*halves), more]).message
+
+
+def test_a_large_schema_is_refused() -> None:
+    schema = {"type": "object", "description": "x" * 2**20}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    assert "smaller schema" in refusal(response_format=form).message
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 11, 12, 13])
+def test_base64_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(images, "PIECE_CHARS", 8)
+    image = bytes(range(size))
+    assert generation(user(image_part(image))).images == (image,)
+    padded = {"type": "image_url", "image_url": uri(b"four") + uri(b"more").partition(",")[2]}
+    assert "base64" in refusal(messages=user(padded)).message
