@@ -12,6 +12,7 @@ import threading
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.grpc_server import Context, Server, Services, bounded, next_message
 from common.health import serve_health
 from common.logs import get_logger
 from common.membership import READY, new_member_id
@@ -23,6 +24,8 @@ from services.controller.service import ControlServicer
 
 STOP_SECONDS = 1.0
 """How long calls in flight may take to end when the controller stops."""
+MAX_MESSAGE_BYTES = 64 * 1024
+"""The largest message to the controller."""
 TICK_SECONDS = 1.0
 """Interval at which the asyncio loop proves that it makes progress."""
 
@@ -73,11 +76,11 @@ def describe_controller(name: str) -> control_pb2.Member:
 
 
 async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Server:
-    # Without so_reuseport=0, a second controller would share the port, and thereby the members.
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
+    server = Server()
+    services = Services(server, receive)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, services)
     health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, services)
     try:
         server.add_insecure_port(address)
     except RuntimeError as e:
@@ -88,6 +91,11 @@ async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Serv
     await server.start()
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     return server
+
+
+async def receive(context: Context) -> bytes | None:
+    """Return the next message of a call, however long it takes: a watcher sends only one."""
+    return bounded(await next_message(context), MAX_MESSAGE_BYTES)
 
 
 async def keep_ticking(progress: Progress) -> None:

@@ -7,6 +7,7 @@ from typing import Never
 
 import grpc
 
+from common.errors import ServingError
 from common.logs import get_logger
 from common.membership import DEAD, DRAINING, state_name
 from common.progress import LEASE_SECONDS
@@ -188,8 +189,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 self._handle_report(request)
                 if stream.launcher:
                     stream.launcher.report(request.managed)
-        except (grpc.RpcError, asyncio.CancelledError):
-            pass  # The stream broke.
+        except (grpc.RpcError, asyncio.CancelledError, ServingError):
+            pass  # The stream broke, or what came is not a report.
         finally:
             stream.changed.set()
 

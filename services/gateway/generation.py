@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.messages import Sampling, Stopping, Usage
+from common.wire import Buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class GenerationRequest:
     request_id: str
     prompt_kind: str
     prompt: bytes
-    images: tuple[bytes, ...] = ()
+    images: tuple[Buffer, ...] = ()
     """The encoded image files."""
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()

@@ -2,20 +2,39 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.message import Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from common.errors import Exhausted, ServingError, Unavailable
+from common.errors import Exhausted, ServingError, Unavailable, shorten
+from common.grpc_server import (
+    MAX_ERROR_CHARS,
+    Context,
+    Server,
+    Services,
+    parsed,
+    serving_errors_only,
+)
+from common.logs import get_logger
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
-from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
+from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.body_budget import BodyBudget
+from services.gateway.fair_share import FairShare
+from services.gateway.generation import (
+    Began,
+    Core,
+    Ended,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+)
 from services.gateway.grpc_messages import (
     GenerateRequest,
     end_fields,
@@ -24,104 +43,177 @@ from services.gateway.grpc_messages import (
     to_generation,
     token_logprob,
 )
-from services.gateway.metrics import serving_errors_only
+from services.gateway.grpc_reads import Reads, client_name
+from services.gateway.grpc_wire import TooManyFields, split_images
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES, SMALL_BODY_BYTES
+from services.gateway.readiness import ReadinessServicer
 from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import READ_SECONDS
+from services.gateway.turns import Turns
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CONTROL_SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 READINESS_NAMES = ("", "readiness", INFERENCE_SERVICE, CONTROL_SERVICE)
 """Names under which a health check asks for readiness."""
-WATCH_SECONDS = 0.5
-"""How often readiness is checked for a client that watches it."""
 LIST_TIMEOUT = 5.0
 """Seconds that the controller may take to list the members."""
 CHANGE_TIMEOUT = 10.0
 """Seconds that the controller may take for a change. It waits for a member or the launcher."""
-NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""Codes of a call that the controller did not answer."""
-
-# A client that waits long for a unary answer may ping as often as it likes. A port that is taken is
-# an error, not shared.
+# A client that waits long for a unary answer may ping as often as it likes.
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
 )
+QUICK_FIELDS = 1000
+"""A request of up to this many fields is looked at on the event loop, in about a millisecond."""
+MAX_REFLECTIONS = 100
+"""The most open streams of reflection."""
+CONTROLLER_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.ABORTED,
+}
+"""Codes of the controller whose texts are for the client."""
 
 A = TypeVar("A", bound=Message)
+T = TypeVar("T")
 
 
 def create_server(
-    core: Core, controller: grpc.aio.Channel, max_message_bytes: int = 64 * 2**20
+    core: Core,
+    controller: grpc.aio.Channel,
+    max_message_bytes: int = 64 * 2**20,
+    budget: BodyBudget | None = None,
+    admitted_images: BodyBudget | None = None,
 ) -> grpc.aio.Server:
-    """Return a server with all services. The caller adds a port and starts it."""
-    server = grpc.aio.server(
-        options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
+    """Return a server with all services. The caller adds a port and starts it.
+
+    The budgets are shared with the other API: for messages before admission, and for the images of
+    admitted requests.
+    """
+    server = Server(*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes))
+    reads = Reads(budget or BodyBudget(), max_message_bytes)
+    inference = InferenceServicer(
+        core, reads, admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
     )
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(core), server)
-    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlForwarder(controller), server)
-    health_pb2_grpc.add_HealthServicer_to_server(ReadinessServicer(core), server)
-    reflection.enable_server_reflection(
-        (INFERENCE_SERVICE, CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    server.add_registered_method_handlers(INFERENCE_SERVICE, inference.handlers())
+    services = Services(server, reads.receive_small)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlForwarder(controller), services)
+    readiness = ReadinessServicer(core, READINESS_NAMES)
+    health_pb2_grpc.add_HealthServicer_to_server(readiness, services)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(), services)
     return server
 
 
-class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+class InferenceServicer:
     """Generate and GenerateStream, answered by the core."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, reads: Reads, admitted_images: BodyBudget) -> None:
         self.core = core
+        self.reads = reads
+        self.admitted_images = admitted_images
+        self.turns = Turns("grpc-messages")
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> inference_pb2.GenerateResponse:
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Return the methods by name, for a server. They get no message before they ask for it."""
+        return {
+            "Generate": grpc.stream_unary_rpc_method_handler(
+                self.Generate, None, inference_pb2.GenerateResponse.SerializeToString
+            ),
+            "GenerateStream": grpc.stream_stream_rpc_method_handler(
+                self.GenerateStream, None, inference_pb2.GenerateStreamResponse.SerializeToString
+            ),
+        }
+
+    async def Generate(self, _messages: Any, context: Context) -> inference_pb2.GenerateResponse:
         response = inference_pb2.GenerateResponse()
         texts: list[str] = []
-        async with abort_on_error(context):
-            generation = await self._read(request, context)
-            response.request_id = generation.request_id
-            async with self.core.generate(generation) as events:
-                async for event in events:
-                    match event:
-                        case Began(prompt_token_ids=ids):
-                            response.prompt_token_ids.extend(ids or ())
-                        case Piece():
-                            texts.append(event.text)
-                            response.token_ids.extend(event.token_ids)
-                            response.logprobs.extend(map(token_logprob, event.logprobs))
-                        case Ended():
-                            response.MergeFrom(inference_pb2.GenerateResponse(**end_fields(event)))
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.GenerateRequest, context) as (request_id, events),
+        ):
+            response.request_id = request_id
+            async for event in events:
+                match event:
+                    case Began(prompt_token_ids=ids):
+                        response.prompt_token_ids.extend(ids or ())
+                    case Piece():
+                        texts.append(event.text)
+                        response.token_ids.extend(event.token_ids)
+                        response.logprobs.extend(map(token_logprob, event.logprobs))
+                    case Ended():
+                        response.MergeFrom(inference_pb2.GenerateResponse(**end_fields(event)))
         response.text = "".join(texts)
         return response
 
     # A coroutine that writes, and not a generator: then one task does everything for the call.
-    async def GenerateStream(  # type: ignore[override]
-        self, request: inference_pb2.GenerateStreamRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        async with abort_on_error(context):
-            generation = await self._read(request, context)
-            async with self.core.generate(generation) as events:
-                async for event in events:
-                    await write_in_time(context, stream_response(event, generation.request_id))
+    async def GenerateStream(self, _messages: Any, context: Context) -> None:
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.GenerateStreamRequest, context) as (request_id, events),
+        ):
+            async for event in events:
+                await write_in_time(context, stream_response(event, request_id))
+
+    @asynccontextmanager
+    async def _admitted(
+        self, kind: type[GenerateRequest], context: Context
+    ) -> AsyncIterator[tuple[str, AsyncIterator[GenerationEvent]]]:
+        """Receive the request, and return its id and its events once it is admitted."""
+        client = client_name(context.peer())
+        async with AsyncExitStack() as stack:
+            # The bytes of a request are counted until it is admitted, and its images to the end.
+            with await self.reads.receive(context) as data:
+                generation = await self._read(data or b"", kind, context)
+                num_image_bytes = sum(map(len, generation.images))
+                stack.enter_context(self.admitted_images.reserve(client, num_image_bytes))
+                events = await stack.enter_async_context(self.core.generate(generation))
+            request_id = generation.request_id
+            del generation, data
+            yield request_id, events
 
     async def _read(
-        self, request: GenerateRequest, context: grpc.aio.ServicerContext
+        self, data: bytes, kind: type[GenerateRequest], context: Context
     ) -> GenerationRequest:
         """Return the request as the core takes it, and send its id to the client as metadata."""
+        max_model_len = self.core.max_model_len()
+        try:
+            split = split_images(data, max_model_len, QUICK_FIELDS)
+        except TooManyFields:
+            again = partial(split_images, data, max_model_len)
+            split = await self._work(context, is_large=True, function=again)
+        is_large = len(split.request) > SMALL_BODY_BYTES
+        request = await self._work(context, is_large, partial(message_of, kind, split.request))
         metadata = dict(context.invocation_metadata() or ())
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
-        return to_generation(request, request_id, timeout, self.core.max_model_len())
+        convert = partial(to_generation, request, split.images, request_id, timeout, max_model_len)
+        return await self._work(context, is_large, convert)
+
+    async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:
+        """Return what the function returns, which does something with a request.
+
+        What takes long runs off the event loop, and clients take turns.
+        """
+        if is_large:
+            return await self.turns.run(client_name(context.peer()), function)
+        return function()
 
 
-async def write_in_time(context: grpc.aio.ServicerContext, message: Message) -> None:
+def message_of(kind: type[GenerateRequest], data: bytes) -> GenerateRequest:
+    """Return the bytes as a message of this kind, or raise InvalidRequest."""
+    request = parsed(data, kind.FromString)
+    assert isinstance(request, kind)
+    return request
+
+
+async def write_in_time(context: Context, message: Message) -> None:
     """Write a message, or raise Exhausted if the client does not read for READ_SECONDS."""
     try:
         async with asyncio.timeout(READ_SECONDS):
@@ -138,24 +230,24 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
         self.controller = control_pb2_grpc.ControlServiceStub(controller)
 
     async def ListMembers(
-        self, request: control_pb2.ListMembersRequest, context: grpc.aio.ServicerContext
+        self, request: control_pb2.ListMembersRequest, context: Context
     ) -> control_pb2.ListMembersResponse:
         return await forward(self.controller.ListMembers, request, LIST_TIMEOUT, context)
 
     async def Drain(
-        self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext
+        self, request: control_pb2.DrainRequest, context: Context
     ) -> control_pb2.DrainResponse:
         return await forward(self.controller.Drain, request, CHANGE_TIMEOUT, context)
 
     async def Scale(
-        self, request: control_pb2.ScaleRequest, context: grpc.aio.ServicerContext
+        self, request: control_pb2.ScaleRequest, context: Context
     ) -> control_pb2.ScaleResponse:
         return await forward(self.controller.Scale, request, CHANGE_TIMEOUT, context)
 
     async def Join(  # type: ignore[override]
         self,
         request_iterator: AsyncIterator[control_pb2.JoinRequest],
-        context: grpc.aio.ServicerContext,
+        context: Context,
     ) -> None:
         await context.abort(
             grpc.StatusCode.UNIMPLEMENTED, "members join at the controller, not at the gateway"
@@ -163,62 +255,47 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
 
 
 async def forward(
-    call: Callable[..., Awaitable[A]],
-    request: Message,
-    timeout: float,
-    context: grpc.aio.ServicerContext,
+    call: Callable[..., Awaitable[A]], request: Message, timeout: float, context: Context
 ) -> A:
-    """Return the controller's answer, or abort the client's call with the controller's error."""
+    """Return the controller's answer, or abort the client's call with the controller's error.
+
+    Texts of a library, which may have internal addresses, go into the log only.
+    """
     try:
         return await call(request, timeout=min(context.time_remaining() or timeout, timeout))
     except grpc.aio.AioRpcError as error:
-        if error.code() in NO_ANSWER:
-            reason = f"the controller does not answer: {error.details()}"
-            await abort(context, Unavailable(reason, stage="controller"))
-        await context.abort(error.code(), error.details() or "")
+        if error.code() in CONTROLLER_CODES:
+            await context.abort(error.code(), shorten(error.details() or "", MAX_ERROR_CHARS))
+        get_logger().warning(
+            "the controller failed", code=error.code().name, reason=error.details()
+        )
+        await abort(context, Unavailable("the controller does not answer", stage="controller"))
         raise
 
 
-class ReadinessServicer(health_pb2_grpc.HealthServicer):
-    """Reports whether requests can be answered at present, which each call checks again.
+class Reflection(reflection.aio.ReflectionServicer):
+    """Describes the services to clients that have no stubs."""
 
-    The service "liveness" is SERVING while the process answers.
-    """
+    def __init__(self) -> None:
+        super().__init__(
+            (INFERENCE_SERVICE, CONTROL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        )
+        self._share = FairShare(MAX_REFLECTIONS, "too many streams of reflection: try again")
 
-    def __init__(self, core: Core) -> None:
-        self.core = core
-
-    def status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
-        if service == "liveness":
-            return health_pb2.HealthCheckResponse.SERVING
-        if service not in READINESS_NAMES:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        if self.core.unready_reason():
-            return health_pb2.HealthCheckResponse.NOT_SERVING
-        return health_pb2.HealthCheckResponse.SERVING
-
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
-        status = self.status(request.service)
-        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
-        return health_pb2.HealthCheckResponse(status=status)
-
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        reported = None
-        while True:
-            status = self.status(request.service)
-            if status != reported:
-                await context.write(health_pb2.HealthCheckResponse(status=status))
-            reported = status
-            await asyncio.sleep(WATCH_SECONDS)
+    async def ServerReflectionInfo(
+        self, request_iterator: AsyncIterator[Message], context: Context
+    ) -> AsyncIterator[Message]:
+        client = client_name(context.peer())
+        self._share.take(client)
+        try:
+            async for answer in super().ServerReflectionInfo(request_iterator, context):
+                yield answer
+        finally:
+            self._share.put_back(client)
 
 
 @asynccontextmanager
-async def abort_on_error(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def abort_on_error(context: Context) -> AsyncIterator[None]:
     """Abort the call with the status of the error that the block raises."""
     try:
         with serving_errors_only():
@@ -227,5 +304,5 @@ async def abort_on_error(context: grpc.aio.ServicerContext) -> AsyncIterator[Non
         await abort(context, error)
 
 
-async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
+async def abort(context: Context, error: ServingError) -> None:
     await context.abort_with_status(rpc_status.to_status(error_status(error)))

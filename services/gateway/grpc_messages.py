@@ -8,11 +8,14 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from common.errors import InvalidRequest, ServingError
+from common.errors import InvalidRequest, ServingError, shorten
+from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Usage
+from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
 from services.gateway.images import check_images
+from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.schema import MAX_TIMEOUT, encode_messages
 
@@ -22,12 +25,17 @@ FINISH_REASONS = {
 }
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+Images = tuple[Buffer, ...]
 
 # Requests
 
 
 def to_generation(
-    request: GenerateRequest, request_id: str, timeout: float | None, max_model_len: int | None
+    request: GenerateRequest,
+    images: Images,
+    request_id: str,
+    timeout: float | None,
+    max_model_len: int | None,
 ) -> GenerationRequest:
     """Return the request of either method as a GenerationRequest.
 
@@ -39,9 +47,8 @@ def to_generation(
     InvalidRequest
         if a value is missing or wrong.
     """
-    images = tuple(image.data for image in request.images)
     check_images(images)
-    prompt_kind, prompt = read_prompt(request)
+    prompt_kind, prompt = read_prompt(request, len(images))
     sampling = fields_set(request.sampling)
     stopping = fields_set(request.stopping)
     response = fields_set(request.response)
@@ -68,13 +75,14 @@ def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
         case "json_object" if params.json_object:
             return "json_object", ""
         case "json_schema":
+            check_json(params.json_schema.encode())
             return "json_schema", params.json_schema
         case "regex":
             return "regex", params.regex
     return "", ""
 
 
-def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
+def read_prompt(request: GenerateRequest, num_images: int) -> tuple[str, bytes]:
     """Return the kind and the bytes of the prompt, as GenerationRequest has them.
 
     Text becomes one user turn, with the images before it.
@@ -83,12 +91,12 @@ def read_prompt(request: GenerateRequest) -> tuple[str, bytes]:
         if not request.token_ids.ids:
             raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
         return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
-    if not request.text and not request.images:
+    if not request.text and not num_images:
         raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
-    if not request.images:
+    if not num_images:
         return "messages", encode_messages([{"role": "user", "content": request.text}])
     texts = [{"type": "text", "text": request.text}] if request.text else []
-    content = [{"type": "image"}] * len(request.images) + texts
+    content = [{"type": "image"}] * num_images + texts
     return "messages", encode_messages([{"role": "user", "content": content}])
 
 
@@ -177,7 +185,9 @@ def error_status(error: ServingError) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=packed(details)
+        code=code_pb2.Code.Value(error.grpc_code),
+        message=shorten(error.message, MAX_ERROR_CHARS),
+        details=packed(details),
     )
 
 

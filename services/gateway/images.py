@@ -4,6 +4,7 @@ import binascii
 from collections.abc import Sequence
 
 from common.errors import TooLarge, UnreadableImage
+from common.wire import Buffer
 from services.gateway.invalid_field import InvalidField
 
 MAX_IMAGES = 32
@@ -65,7 +66,7 @@ def decode_base64(text: str, start: int) -> bytes:
     return b"".join(pieces)
 
 
-def check_images(images: Sequence[bytes]) -> None:
+def check_images(images: Sequence[Buffer]) -> None:
     """Raise TooLarge or UnreadableImage if the number or size of the files is out of bounds."""
     check_image_count(len(images))
     for index, image in enumerate(images):
@@ -77,7 +78,7 @@ def check_image_count(count: int) -> None:
         raise TooLarge(f"more than {MAX_IMAGES} images in one request; send fewer", stage="gateway")
 
 
-def check_image(image: bytes, index: int) -> None:
+def check_image(image: Buffer, index: int) -> None:
     if not image:
         raise UnreadableImage(f"image {index} is empty", stage="gateway", item=index)
     if len(image) > MAX_IMAGE_BYTES:

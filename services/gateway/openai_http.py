@@ -40,14 +40,21 @@ Parsed = tuple[GenerationRequest, sse.CompletionWriter, bool]
 
 
 def create_app(
-    core: MeasuredCore, max_body_bytes: int = 64 * 2**20, budget: BodyBudget | None = None
+    core: MeasuredCore,
+    max_body_bytes: int = 64 * 2**20,
+    budget: BodyBudget | None = None,
+    admitted_images: BodyBudget | None = None,
 ) -> Starlette:
-    """Return the application; `budget` is shared with the other API."""
+    """Return the application. The budgets are shared with the other API: for bodies before
+    admission, and for the images of admitted requests."""
     info = InfoEndpoints(core)
     bodies = Bodies(max_body_bytes, budget or BodyBudget())
+    chat_completions = ChatCompletions(
+        core, bodies, admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+    )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(core, bodies), methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{model:path}", info.model),
             Route("/livez", info.live),
@@ -174,10 +181,10 @@ class ChatCompletions:
     cancelled when the client disconnects, whatever it waits for.
     """
 
-    def __init__(self, core: Core, bodies: Bodies) -> None:
+    def __init__(self, core: Core, bodies: Bodies, admitted_images: BodyBudget) -> None:
         self.core = core
         self.bodies = bodies
-        self.admitted_images = BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+        self.admitted_images = admitted_images
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))

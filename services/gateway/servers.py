@@ -10,13 +10,16 @@ import uvicorn
 from starlette.applications import Starlette
 
 from common.address import bound_socket, host_port
+from common.grpc_server import max_connections
 from common.process import CannotStart
 from common.settings import GatewaySettings
 from services.gateway.acceptor import Acceptor
 from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits, num_connections_allowed
 from services.gateway.grpc_api import create_server
+from services.gateway.grpc_connections import ConnectionShares
 from services.gateway.http_protocol import BoundedProtocol
+from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.schema import MAX_TIMEOUT
@@ -114,25 +117,30 @@ async def start_api_servers(
     """
     async with grpc.aio.insecure_channel(settings.controller) as channel:
         max_body_bytes = settings.max_body_mib << 20
-        grpc_server = create_server(core, channel, max_body_bytes)
-        add_port(grpc_server, host_port(settings.host, settings.grpc_port))
+        budget = BodyBudget(max(settings.max_held_body_mib << 20, 2 * max_body_bytes))
+        admitted_images = BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+        grpc_server = create_server(core, channel, max_body_bytes, budget, admitted_images)
+        grpc_port = add_port(grpc_server, host_port(settings.host, settings.grpc_port))
         listener = listen(settings.host, settings.http_port)
         await grpc_server.start()
-        budget = BodyBudget(max(settings.max_held_body_mib << 20, 2 * max_body_bytes))
         limits = ConnectionLimits(
             num_connections_allowed(settings.max_connections), settings.max_connections_per_client
         )
-        http = HttpServer(create_app(core, max_body_bytes, budget), limits)
+        http = HttpServer(create_app(core, max_body_bytes, budget, admitted_images), limits)
         servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server)
+        shares = ConnectionShares(grpc_port, max_connections())
+        keeping_shares = asyncio.create_task(shares.keep())
         try:
             yield servers
         finally:
+            keeping_shares.cancel()
             await servers.close()
 
 
-def add_port(grpc_server: grpc.aio.Server, address: str) -> None:
+def add_port(grpc_server: grpc.aio.Server, address: str) -> int:
+    """Open the port and return it, or raise CannotStart."""
     try:
-        assert grpc_server.add_insecure_port(address)
+        return grpc_server.add_insecure_port(address)
     except RuntimeError as e:
         raise CannotStart(
             f"cannot listen on {address}: free the port, or set another --grpc-port"

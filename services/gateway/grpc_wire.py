@@ -1,0 +1,202 @@
+"""The bounds of a gRPC request, checked on its bytes before objects are built from them.
+
+The images are taken out as views of the bytes. protobuf would copy them twice.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import InvalidRequest, TooLarge
+from common.wire import Buffer
+from services.gateway.images import check_image_count
+from services.gateway.invalid_field import InvalidField
+from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
+MAX_VARINT_BYTES = 10
+
+DEFAULT_CONTEXT = 2**20
+"""The context in tokens that bounds a request while no language group is ready."""
+MAX_UNPACKED_IDS = 2**15
+"""The most token ids that may come as a field each. Packed ids, the usual form, are one field."""
+MAX_OTHER_BYTES = 64 * 1024
+"""The most bytes of all fields but the prompt, the images and the guide."""
+
+TEXT, TOKEN_IDS, IMAGES, GUIDE = 3, 4, 5, 9
+"""Numbers of fields in GenerateRequest and GenerateStreamRequest."""
+NESTED = (6, 7, 8, GUIDE)
+"""Numbers of the fields that are messages with plain values."""
+OTHER = 0
+"""Stands for the numbers of all other fields, which are counted together."""
+FIELD_NAMES = {1: "request_id", 2: "model", TEXT: "text", 7: "stopping", GUIDE: "guide"}
+"""Names of the fields that may be too long, for errors."""
+
+
+class Field(NamedTuple):
+    """A field of a message: its number, its type on the wire, and where its bytes are.
+
+    `start` is where the field begins with its tag. `value` is where its value begins, after the
+    length if it has one.
+    """
+
+    number: int
+    wire_type: int
+    start: int
+    value: int
+    end: int
+
+
+class Split(NamedTuple):
+    """A request without its images, and the images. Both are views of what arrived."""
+
+    request: bytes
+    images: tuple[Buffer, ...]
+
+
+class NotAMessage(InvalidRequest):
+    """The bytes of a request are not a message."""
+
+    def __init__(self) -> None:
+        super().__init__("the bytes sent are not a message of this method", "gateway")
+
+
+class TooManyFields(TooLarge):
+    """A request has more fields than it may have."""
+
+    code = "TooLarge"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the message has more than {most} fields; send fewer", "gateway")
+
+
+class Walker:
+    """Walks over the fields of a message and of those in it, up to a number of fields in all."""
+
+    def __init__(self, data: bytes, max_fields: int) -> None:
+        self._data = data
+        self._max_fields = max_fields
+        self._num_fields = 0
+
+    def fields(self, start: int, end: int) -> Iterator[Field]:
+        """Return the fields between two positions.
+
+        Raises
+        ------
+        InvalidRequest
+            if the bytes are not a message, or if there are too many fields.
+        """
+        position = start
+        while position < end:
+            self._num_fields += 1
+            if self._num_fields > self._max_fields:
+                raise TooManyFields(self._max_fields)
+            tag, value = self._varint(position, end)
+            number = tag >> 3
+            wire_type = tag & 7
+            if wire_type == BYTES:
+                size, value = self._varint(value, end)
+                after = value + size
+            elif wire_type == VARINT:
+                _, after = self._varint(value, end)
+            else:
+                # Groups do not exist in proto3.
+                if wire_type not in FIXED_SIZES:
+                    raise NotAMessage
+                after = value + FIXED_SIZES[wire_type]
+            if after > end or not 0 < number < 2**29:
+                raise NotAMessage
+            yield Field(number, wire_type, position, value, after)
+            position = after
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        """Return the number at the position, and the position after it."""
+        number = 0
+        for shift, byte in enumerate(self._data[position : min(position + MAX_VARINT_BYTES, end)]):
+            number |= (byte & 0x7F) << 7 * shift
+            if byte < 0x80:
+                return number, position + shift + 1
+        raise NotAMessage
+
+
+def split_images(data: bytes, max_model_len: int | None, max_fields: int | None = None) -> Split:
+    """Return the request without its images, and the encoded image files.
+
+    `max_model_len` is the context length in tokens, or None if it is not known. `max_fields` is a
+    smaller number of fields than a request may have, to give up early.
+
+    Raises
+    ------
+    InvalidRequest
+        if the bytes are not a message, or if something in it is beyond its bound.
+    TooManyFields
+        if it has too many fields.
+    """
+    context = max_model_len or DEFAULT_CONTEXT
+    walker = Walker(data, max_fields or MAX_MESSAGES + min(context, MAX_UNPACKED_IDS))
+    view = memoryview(data)
+    images: list[Buffer] = []
+    kept: list[Buffer] = []
+    bounds = Bounds(context)
+    for field in walker.fields(0, len(data)):
+        if field.number == IMAGES and field.wire_type == BYTES:
+            check_image_count(len(images) + 1)
+            images.append(view[image_range(walker, field)])
+            continue
+        if field.number == TOKEN_IDS and field.wire_type == BYTES:
+            bounds.add_token_ids(walker.fields(field.value, field.end), data)
+        else:
+            bounds.add(field)
+            if field.number in NESTED and field.wire_type == BYTES:
+                deque(walker.fields(field.value, field.end), maxlen=0)
+        kept.append(view[field.start : field.end])
+    return Split(b"".join(kept), tuple(images))
+
+
+def image_range(walker: Walker, image: Field) -> slice:
+    """Return where the last field `data` of an Image has its bytes."""
+    found = slice(0, 0)
+    for field in walker.fields(image.value, image.end):
+        if field.number == 1 and field.wire_type == BYTES:
+            found = slice(field.value, field.end)
+    return found
+
+
+class Bounds:
+    """Counts what protobuf would unpack, over all occurrences of a field."""
+
+    def __init__(self, context: int) -> None:
+        self._context = context
+        self._num_token_ids = 0
+        self._sizes = dict.fromkeys((TEXT, GUIDE, OTHER), 0)
+        self._most = {
+            TEXT: context * MAX_TOKEN_BYTES,
+            GUIDE: MAX_GUIDE_BYTES,
+            OTHER: MAX_OTHER_BYTES,
+        }
+
+    def add(self, field: Field) -> None:
+        """Count a field other than the token ids and the images."""
+        kind = field.number if field.number in self._sizes else OTHER
+        self._sizes[kind] += field.end - field.start
+        if self._sizes[kind] > self._most[kind]:
+            raise InvalidField(FIELD_NAMES.get(field.number, "other fields"), self._problem(kind))
+
+    def _problem(self, kind: int) -> str:
+        beyond = f" is beyond the context of {self._context} tokens" if kind == TEXT else ""
+        return f"more than {self._most[kind]} bytes{beyond}; send less"
+
+    def add_token_ids(self, fields: Iterator[Field], data: bytes) -> None:
+        """Count ids, packed or not. Each byte below 0x80 ends one."""
+        for field in fields:
+            size = field.end - field.value
+            if field.wire_type == BYTES and size <= self._context * MAX_VARINT_BYTES:
+                packed = np.frombuffer(data, np.uint8, size, field.value)
+                size = int(np.count_nonzero(packed < 0x80))
+            self._num_token_ids += size if field.wire_type == BYTES else 1
+            if self._num_token_ids > self._context:
+                problem = f"more tokens than the context of {self._context} holds; send fewer"
+                raise InvalidField("token_ids", problem)
