@@ -19,13 +19,27 @@ class Cpu:
 
 
 def cpu_of(pids: list[int]) -> Cpu:
+    """Read the CPU time of processes. An unlisted child's time counts as its parent's."""
     fields = [
         int(ticks) / TICKS_A_SECOND
         for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     ]
     idle = fields[3] + fields[4]
     # The time of guests is already included in that of users.
-    return Cpu({pid: seconds_of(pid) for pid in pids}, sum(fields[:8]) - idle, idle)
+    listed = set(pids)
+    by_pid = {pid: sum(map(seconds_of, with_children(pid, listed))) for pid in pids}
+    return Cpu(by_pid, sum(fields[:8]) - idle, idle)
+
+
+def with_children(pid: int, listed: set[int]) -> list[int]:
+    """Return a process and all that descend from it, apart from those that are listed."""
+    found = [pid]
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                if child not in listed:
+                    found += with_children(child, listed)
+    return found
 
 
 def seconds_of(pid: int) -> float:

@@ -6,6 +6,7 @@ import threading
 
 from common.config import BadSetting
 from common.logs import get_logger
+from common.messages import Peer
 
 RETRY_SECONDS = 1.0
 
@@ -31,6 +32,14 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.close()
         raise
     return bound
+
+
+def objection_to_peer(peer: Peer) -> str:
+    """Return why a peer that a message names cannot be connected to; empty if it may be tried."""
+    scheme, _, rest = peer.address.partition("://")
+    if not peer.id or scheme not in ("tcp", "ipc") or not rest or not peer.address.isprintable():
+        return "a member that the message names is not at tcp://HOST:PORT or ipc://PATH"
+    return ""
 
 
 def is_wildcard(listen: str) -> bool:

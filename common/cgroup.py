@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from math import ceil
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def core_limit(root: Path = ROOT) -> int | None:
     if len(found) != 2 or found[0] in ("max", "-1"):
         return None
     return ceil(int(found[0]) / int(found[1]))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use, by affinity and control group."""
+    return min(len(os.sched_getaffinity(0)), core_limit() or sys.maxsize)
 
 
 def available_memory(root: Path = ROOT) -> int:

@@ -13,7 +13,7 @@ from typing import Generic
 from common.events import Event, M, PeerDown, PeerDraining, PeerUp, Received
 from common.hello import is_hello
 from common.logs import get_logger
-from common.messages import HOPS, Beat, Draining, Goodbye, Hello, Peer
+from common.messages import HOPS, Beat, Draining, Goodbye, Hello, Message, Peer
 from common.progress import LEASE_SECONDS, Progress
 from common.wire import Buffer, WireError, decode, encode
 
@@ -113,6 +113,15 @@ class Connections(Generic[M]):
     def __contains__(self, peer_id: object) -> bool:
         """Whether the peer is connecting or up."""
         return peer_id in self._connections
+
+    def may_send(self, peer_id: str, message: Message) -> bool:
+        """Whether the peer is connecting or up, and its role handles such messages.
+
+        A peer would take any other for an invalid message, and leave. So another member that names
+        a wrong peer in a message could break the connections of this process.
+        """
+        connection = self._connections.get(peer_id)
+        return connection is not None and isinstance(message, HOPS[self._me.role, connection.role])
 
     def take_events(self) -> list[Event[M]]:
         """Return what happened since the last call."""

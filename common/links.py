@@ -131,9 +131,10 @@ class Links(Generic[M]):
         """Send a message to a peer that is connected or connecting.
 
         A message to any other peer is dropped, as it would be if the peer died a moment later.
+        So is one that the peer's role does not handle.
         """
         frames = encode(message)
-        self._do(lambda: self._send(peer_id, frames))
+        self._do(lambda: self._send(peer_id, message, frames))
 
     def announce_draining(self) -> None:
         """Send Draining to all peers that connected to the inbox, and to those that do so later."""
@@ -252,11 +253,15 @@ class Links(Generic[M]):
         else:
             self._endpoints.read(source)
 
-    def _send(self, peer_id: str, frames: list[Buffer]) -> None:
-        if peer_id in self._connections:
+    def _send(self, peer_id: str, message: Message, frames: list[Buffer]) -> None:
+        if self._connections.may_send(peer_id, message):
             self._endpoints.send(peer_id, frames)
         else:
-            self._log.debug("dropped a message to a peer that is gone", peer=peer_id)
+            self._log.debug(
+                "dropped a message to a peer that is gone, or does not handle it",
+                peer=peer_id,
+                name=type(message).__name__,
+            )
 
     def _free(self, linger: int) -> None:
         """Close everything; what is not sent within `linger` milliseconds is dropped."""

@@ -13,11 +13,10 @@ Work and data never pass the controller. They go through `Links` (`common/links.
 to the members that the controller lists.
 """
 
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -39,6 +38,8 @@ from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, DRAINING)
 REPORT_LOADING_SECONDS = 2.0
+MAX_EVENTS = 64
+"""The events that a work loop takes at once. More would be a unit of work of unknown size."""
 QUIET_SECONDS = 0.25
 """How long a draining member must hold nothing before it leaves.
 
@@ -137,6 +138,8 @@ class Member(Generic[M]):
         self.id = new_member_id(settings.name or profile.role)
         self._profile = profile
         self._on_group_loss = on_group_loss
+        self._ranks: frozenset[str] | None = None
+        """The ids of the ranks of the group; None until they have met."""
         self._inbox: deque[Event[M] | None] = deque()
         self._load: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._is_standby = standby
@@ -200,6 +203,11 @@ class Member(Generic[M]):
         """Let `load` return what this function returns. Other threads call it, too."""
         self._load = load
 
+    def meet(self, ranks: Iterable[str]) -> None:
+        """Store the ids of the group's ranks. From now on the loss of any other peer is none of
+        the group, whatever role the peer claims to have."""
+        self._ranks = frozenset(ranks)
+
     def ready(self, max_model_len: int = 0) -> None:
         """Report that this member takes work, or would if it were promoted."""
         self._set_state(STANDBY if self._is_standby else READY, max_model_len=max_model_len)
@@ -243,7 +251,7 @@ class Member(Generic[M]):
         self.links.wake()
 
     def take_events(
-        self, wait: bool, timeout: float | None = None, most: int = sys.maxsize
+        self, wait: bool, timeout: float | None = None, most: int = MAX_EVENTS
     ) -> list[Event[M]] | None:
         """Return the events that have arrived, at most `most`.
 
@@ -334,9 +342,12 @@ class Member(Generic[M]):
         self.links.wake()
 
     def _on_event(self, event: Event[M]) -> None:
-        if isinstance(event, PeerDown) and event.role == "llm" and self._on_group_loss:
+        if isinstance(event, PeerDown) and self._on_group_loss and self._may_be_rank(event):
             self._on_group_loss(event.reason)
         self._inbox.append(event)
+
+    def _may_be_rank(self, event: PeerDown) -> bool:
+        return event.role == "llm" if self._ranks is None else event.peer_id in self._ranks
 
     def _on_members(self, members: list[control_pb2.Member]) -> None:
         self.links.keep_connected(

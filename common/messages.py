@@ -17,10 +17,12 @@ import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+
+MAX_TEXT_CHARS = 2000
 
 Name = Annotated[str, msgspec.Meta(max_length=200)]
-Text = Annotated[str, msgspec.Meta(max_length=2000)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Salt = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -167,6 +169,9 @@ class Goodbye(Message):
 
     reason: Text
 
+    def __post_init__(self) -> None:
+        self.reason = self.reason[:MAX_TEXT_CHARS]
+
 
 class Beat(Message):
     """The heartbeat sent every second on every connection; it renews the sender's lease."""
@@ -204,6 +209,26 @@ class Failed(RequestMessage):
     item: Count | None = None
     """Index of the item that failed; None if the request as a whole did."""
 
+    def __post_init__(self) -> None:
+        # It may quote the reason of another peer, which has the length of a Text already.
+        self.message = self.message[:MAX_TEXT_CHARS]
+
+
+class Alone(RequestMessage):
+    """The sender works on nothing but this request as soon as the receiver has answered Noted.
+
+    If the sender dies then, no other request is to blame. preprocess and llm send it to the gateway
+    for a request that is `apart`, and again each second until the answer.
+    """
+
+
+class Noted(RequestMessage):
+    """The answer to Alone: the gateway knows which request the receiver works on."""
+
+
+class Cleared(RequestMessage):
+    """The gateway has seen the request pass the receiver's stage, so others may go on there."""
+
 
 # gateway -> preprocess
 
@@ -232,9 +257,13 @@ class Submit(RequestMessage):
     """int64: the tokens that earlier attempts delivered; the answer continues after them."""
     avoid: Name = ""
     """Id of the language group that the previous attempt was lost with."""
+    apart: bool = False
+    """Prepare the request while nothing else is prepared, because it may end the process."""
+    apart_in_llm: bool = False
+    """The `apart` of its Prompt."""
 
 
-GatewayToPreprocess = Submit | Abort
+GatewayToPreprocess = Submit | Abort | Noted | Cleared
 
 
 # preprocess -> gateway
@@ -253,7 +282,7 @@ class HandedOver(RequestMessage):
     preprocess."""
 
 
-PreprocessToGateway = Routed | Failed | HandedOver
+PreprocessToGateway = Routed | Failed | HandedOver | Alone
 
 
 # preprocess -> vision
@@ -266,7 +295,7 @@ class Offer(ItemMessage):
     """
 
     mm_hash: Name
-    """Name of the item's content, under the model and its preprocessing settings."""
+    """Name of the item's content (`common/item_hash.py`). Pixels that have another are refused."""
     grid_thw: tuple[Count, Count, Count]
     """The grid of patches: steps in time, rows, columns."""
     num_patches: Count
@@ -279,6 +308,8 @@ class Offer(ItemMessage):
     content_size: tuple[Count, Count] = (0, 0)
     """Height and width of the content in pixels. It is smaller than the grid if the item is
     padded."""
+    apart: bool = False
+    """Accept the item only while the replica holds no other, because it may end the process."""
 
 
 class Pixels(ItemMessage):
@@ -344,7 +375,7 @@ VisionToPreprocess = Grant | CacheHit | Busy | Vacancy | VisionLoad | Failed
 
 
 class Prompt(RequestMessage):
-    """The expanded prompt. The embeddings of its items come from vision, before or after it."""
+    """The expanded prompt. The embeddings of its items come from vision once they are Reserved."""
 
     gateway_id: Name
     token_ids: Tensor
@@ -356,7 +387,8 @@ class Prompt(RequestMessage):
     placeholders: Tensor
     """int64 [num_items, 2]: offset and length of each item's placeholder range."""
     mm_hashes: Tensor
-    """uint8 [num_items, 32]."""
+    """uint8 [num_items, 32]: the names of the items' contents. Embeddings under another name are
+    not those of the item."""
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
@@ -376,6 +408,8 @@ class Prompt(RequestMessage):
     """Index of the request's adapter; 0 for none. Nothing sets it so far."""
     whole: bool = False
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
+    apart: bool = False
+    """Compute the request in steps of its own until it is cleared, because it may end the group."""
 
 
 PreprocessToLlm = Prompt | Abort
@@ -392,6 +426,9 @@ class ItemRejected(ItemMessage):
     """The embeddings of the item cannot be used (shape, NaN)."""
 
     reason: Text
+
+    def __post_init__(self) -> None:
+        self.reason = self.reason[:MAX_TEXT_CHARS]
 
 
 class Reserved(RequestMessage):
@@ -423,7 +460,8 @@ class Embeddings(ItemMessage):
     embeddings: Tensor
     """[num_item_tokens, input width of the language model], in the vision tower's dtype."""
     preprocess_id: Name
-    """The preprocess that owns the item and gets the acknowledgement."""
+    """The preprocess that offered the item. The acknowledgement goes to the one that brought the
+    prompt."""
     queue_seconds: Seconds = 0.0
     encode_seconds: Seconds = 0.0
     cached: bool = False
@@ -469,6 +507,8 @@ class Start(RequestMessage):
     """UTF-8 JSON: the stages before the first token."""
     output_token_ids: Tensor | None = None
     """int64: the tokens of earlier attempts, whose text was delivered with them."""
+    timeout: Seconds = 3600.0
+    """Seconds until the request's deadline, counted from the receipt of this message."""
 
 
 class Tokens(RequestMessage):
@@ -533,8 +573,8 @@ GatewayToDetokenizer = Released
 
 # gateway <-> llm
 
-GatewayToLlm = Abort
-LlmToGateway = Failed
+GatewayToLlm = Abort | Noted | Cleared
+LlmToGateway = Failed | Alone
 
 # What each service handles, whichever peer sends it.
 

@@ -68,8 +68,8 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelSettings:
-    """The settings for the sizes of images."""
+class SizeSettings:
+    """The limits of the sizes of images. Preprocess keeps to them, and vision refuses others."""
 
     min_pixels: int | None = setting(
         None, "smallest size that an image is resized to, in pixels (default: the checkpoint's)"
@@ -77,6 +77,12 @@ class PixelSettings:
     max_pixels: int | None = setting(
         None, "largest size that an image is resized to, in pixels (default: the checkpoint's)"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSettings(SizeSettings):
+    """The settings for the sizes of images."""
+
     oversized_images: str = setting(
         "resize",
         "what happens to images that are too large for the buckets of every vision replica",
@@ -172,11 +178,15 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelSettings):
-    pass
+    sandboxes: int = setting(
+        0,
+        "images or prompts that cost much and are opened at the same time, each in an expendable "
+        "process of up to 512 MiB (default: one per core)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSettings(ServiceSettings, DeviceSettings, ModelSettings):
+class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSettings):
     embedding_cache_mib: int = setting(
         256, "size of the cache of image embeddings, in MiB; 0 for none"
     )

@@ -5,15 +5,13 @@ card was at hand when this was written.
 """
 
 import importlib.util
-import os
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from common import cgroup
-from common.cgroup import core_limit
+from common.cgroup import num_cores
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.settings import DeviceSettings
@@ -119,7 +117,7 @@ def set_threads(threads: int | None, num_sharing: int) -> int:
     it is all of them, because each service would be slow alone. `num_sharing` processes of the
     language model share this number.
     """
-    cores = min(len(os.sched_getaffinity(0)), core_limit() or sys.maxsize)
+    cores = num_cores()
     share = cores if cores <= FEW_CORES else cores // 2
     count = threads or max(1, share // num_sharing)
     torch.set_num_threads(count)

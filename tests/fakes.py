@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from common.events import Event, Received
+from common.member import Posted
 from common.messages import Abort, Peer
 from common.progress import Progress
 
@@ -47,15 +48,23 @@ class FakeMember:
         self.progress = Progress()
         self.missing: list[str] | None = None
         self._script: Iterator[Any] = iter(())
+        self._posted: list[Any] = []
 
     def play(self, worker: Any, *batches: list[Event] | Callable[[], list[Event]]) -> None:
         """Run the worker over the batches, and on until it would wait for more events."""
         self._script = iter(batches)
         worker.run()
 
-    def take_events(self, wait: bool, timeout: float | None = None) -> list[Event] | None:
-        batch = next(self._script, None if wait else [])
-        return batch() if callable(batch) else batch
+    def take_events(self, wait: bool, timeout: float | None = None) -> list[Any] | None:
+        """Return what was posted, and the next batch behind it."""
+        posted = self._posted
+        self._posted = []
+        batch = next(self._script, None if wait and not posted else [])
+        events = batch() if callable(batch) else batch
+        return None if events is None else posted + events
+
+    def post(self, event: object) -> None:
+        self._posted.append(Posted(event))
 
     def events(self) -> Iterator[Event]:
         return itertools.chain.from_iterable(self._script)

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.apart import MAX_DEATHS
+from common.checkpoint import open_checkpoint
 from common.errors import ServingError
 from common.events import PeerDown, PeerUp, Received
+from common.item_hash import item_hash
 from common.member import Posted
-from common.messages import Embeddings, ItemKey, ItemReceived, ItemRejected, Peer, RequestKey
+from common.messages import Embeddings, ItemReceived, ItemRejected, Peer, RequestKey
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import Handover, PendingItem
@@ -21,14 +24,19 @@ from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.worker import Job, Worker
+from services.vision.worker import Job, JobKey, Worker
 from tests.fakes import FakeMember
+from tests.golden import GoldenCase
 from tests.vision.test_worker import FakeThread, FakeTower
 
 LLM = Peer("llm", "ipc:///llm")
+CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 STEPS = 1500
+POISON = 99
+"""A content that ends each replica that works on it."""
 
 
 class Wire:
@@ -60,11 +68,12 @@ class Replica:
             "float32",
             EncodeTimes(),
             VisionMetrics(cache),
+            ItemRules.of(CHECKPOINT),
             lambda: net.now,
         )
 
     @property
-    def jobs(self) -> OrderedDict[ItemKey, Job]:
+    def jobs(self) -> OrderedDict[JobKey, Job]:
         return self.worker._jobs
 
     def play(self, *events: Any) -> None:
@@ -116,6 +125,7 @@ class Net:
         self.replicas: dict[str, Replica] = {}
         self.num_joined = 0
         self.num_submitted = 0
+        self.num_killed = 0
         for _ in range(num_replicas):
             self.add_replica()
 
@@ -126,7 +136,9 @@ class Net:
         replica.play(*(PeerUp(name, "preprocess") for name in self.producers))
 
     def kill_replica(self) -> None:
-        name = self.random.choice(sorted(self.replicas))
+        self.kill(self.random.choice(sorted(self.replicas)))
+
+    def kill(self, name: str) -> None:
         del self.replicas[name]
         for pair in [pair for pair in self.queues if name in pair]:
             del self.queues[pair]
@@ -141,6 +153,15 @@ class Net:
             self.num_submitted,
             [self.random.randrange(12) for _ in range(self.random.randint(1, 4))],
         )
+
+    def kill_replicas_with(self, content: int) -> None:
+        """Kill each replica whose tower works on this content, and start another one for it."""
+        for name, replica in list(self.replicas.items()):
+            encoding = replica.worker._encoding
+            if encoding is not None and encoding.offer.mm_hash == mm_hash_of(content):
+                self.kill(name)
+                self.add_replica()
+                self.num_killed += 1
 
     def abort(self) -> None:
         for producer in self.producers.values():
@@ -197,6 +218,7 @@ class Net:
     def settle(self) -> None:
         """Deliver and finish everything without new requests; unused grants expire."""
         for _ in range(20_000):
+            self.kill_replicas_with(POISON)
             if not self.deliver() and not self.finish():
                 if not any(p.handovers for p in self.producers.values()) and not any(
                     r.jobs for r in self.replicas.values()
@@ -211,7 +233,17 @@ class Net:
 
 
 def picture(content: int) -> Image:
-    return Image(np.full((28, 28, 3), content + 1, np.uint8), f"{content:064x}", 14, 2)
+    rows = rows_of(content)
+    return Image(rows, mm_hash_of(content), (28, 28), 14, 2)
+
+
+def rows_of(content: int) -> np.ndarray:
+    return np.full((4, 588), content + 1, np.uint8)
+
+
+def mm_hash_of(content: int) -> str:
+    patches = rows_of(content).data
+    return item_hash(CHECKPOINT.fingerprint, "image", (1, 2, 2), (28, 28), patches)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -239,11 +271,31 @@ def test_every_image_ends_and_nothing_is_held_afterwards(seed: int) -> None:
             and not producer.dispatcher.pool.num_waiting
             and producer.dispatcher.num_bytes == 0
         )
-        assert all("attempts" in error for error in producer.ended.values()), (
+        assert all("attempts" in e or "in a row" in e for e in producer.ended.values()), (
             "only images that failed three times fail"
         )
     for replica in net.replicas.values():
         assert not replica.jobs and replica.worker._num_granted() == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_only_images_that_end_replicas_fail_whatever_works_next_to_them(seed: int) -> None:
+    net = Net(seed, num_preprocess=1 + seed % 3, num_replicas=1 + seed % 4)
+    poisoned = set[RequestKey]()
+    for _ in range(STEPS):
+        action: Any = net.random.choices([net.deliver, net.finish, net.submit], [60, 12, 4])[0]
+        action()
+        if net.random.random() < 0.005:
+            net.num_submitted += 1
+            producer = net.random.choice(list(net.producers.values()))
+            producer.submit(net.num_submitted, [net.random.randrange(12), POISON])
+            poisoned.add((f"{producer.name}-r{net.num_submitted}", 0))
+        net.kill_replicas_with(POISON)
+        net.now += net.random.choice([0.0, 0.01, 0.3])
+    net.settle()
+    failed = {key: e for p in net.producers.values() for key, e in p.ended.items()}
+    assert poisoned and {key for key, e in failed.items() if "in a row" in e} == poisoned
+    assert net.num_killed <= MAX_DEATHS * len(poisoned)
 
 
 def test_with_several_producers_and_no_faults_no_replica_is_idle_while_images_wait() -> None:

@@ -113,6 +113,28 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def values_per_patch(self, checkpoint: "Checkpoint") -> int:
+        """Return the bytes of a patch as preprocess sends it."""
+
+    def max_patches(
+        self, checkpoint: "Checkpoint", min_pixels: int | None, max_pixels: int | None
+    ) -> int:
+        """Return the most patches that preprocess makes of an item.
+
+        A limit that is None is the checkpoint's. No item is larger than the context.
+        """
+        return self.max_model_len(checkpoint) * self.patches_per_token(checkpoint)
+
+    def objection_to_shape(
+        self,
+        checkpoint: "Checkpoint",
+        grid_thw: tuple[int, int, int],
+        content_size: tuple[int, int],
+    ) -> str:
+        """Return why no item has this grid of patches and this content; empty if one may."""
+        return ""
+
+    @abstractmethod
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         """Return the model's context in tokens, prompt and answer together."""
 

@@ -1,5 +1,6 @@
 """Qwen2.5-VL and RolmOCR, described without torch."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import BadCheckpoint, Family, ModelSizes
@@ -7,7 +8,12 @@ from common.families.family import BadCheckpoint, Family, ModelSizes
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
+DEFAULT_PATCH_SIZE = 14
 DEFAULT_MERGE_SIZE = 2
+# The limits of the family's image processor if preprocessor_config.json names none.
+DEFAULT_MIN_PIXELS = 56 * 56
+DEFAULT_MAX_PIXELS = 28 * 28 * 1280
+MAX_ASPECT_RATIO = 200
 
 
 class Qwen25VL(Family):
@@ -65,11 +71,68 @@ class Qwen25VL(Family):
     def patches_per_token(self, checkpoint: "Checkpoint") -> int:
         return merge_size(checkpoint.vision_config) ** 2
 
+    def values_per_patch(self, checkpoint: "Checkpoint") -> int:
+        return 3 * patch_size(checkpoint) ** 2
+
+    def max_patches(
+        self, checkpoint: "Checkpoint", min_pixels: int | None, max_pixels: int | None
+    ) -> int:
+        """Return the most patches of a resized image.
+
+        `smart_resize` keeps to `max_pixels`, except that it rounds the sides of very small and of
+        very long images up.
+        """
+        low, high = pixel_limits(checkpoint.preprocessor_config, min_pixels, max_pixels)
+        factor = patch_size(checkpoint) * merge_size(checkpoint.vision_config)
+        side = math.sqrt(low * MAX_ASPECT_RATIO) / factor
+        grown = low // factor**2 + 2 * math.ceil(side) + 1
+        tokens = max(high // factor**2, grown, MAX_ASPECT_RATIO)
+        return min(tokens, self.max_model_len(checkpoint)) * self.patches_per_token(checkpoint)
+
+    def objection_to_shape(
+        self,
+        checkpoint: "Checkpoint",
+        grid_thw: tuple[int, int, int],
+        content_size: tuple[int, int],
+    ) -> str:
+        steps, rows, columns = grid_thw
+        merge = merge_size(checkpoint.vision_config)
+        patch = patch_size(checkpoint)
+        if steps != 1 or rows % merge or columns % merge:
+            return f"a still image has one step of whole {merge} x {merge} squares of patches"
+        if content_size != (rows * patch, columns * patch):
+            return "the content does not fill the grid"
+        return ""
+
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.text_config["max_position_embeddings"]
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         return checkpoint.config.get("image_token_id")
+
+
+def patch_size(checkpoint: "Checkpoint") -> int:
+    """Return the pixels on a side of a patch."""
+    size: int = (
+        checkpoint.preprocessor_config.get("patch_size")
+        or checkpoint.vision_config.get("patch_size")
+        or DEFAULT_PATCH_SIZE
+    )
+    return size
+
+
+def pixel_limits(
+    config: dict[str, Any], min_pixels: int | None, max_pixels: int | None
+) -> tuple[int, int]:
+    """Return the least and the most pixels of a resized image.
+
+    A limit that the deployment does not set comes from preprocessor_config.json, which has it under
+    one of two names.
+    """
+    size = config.get("size") or {}
+    low = min_pixels or config.get("min_pixels") or size.get("shortest_edge")
+    high = max_pixels or config.get("max_pixels") or size.get("longest_edge")
+    return low or DEFAULT_MIN_PIXELS, high or DEFAULT_MAX_PIXELS
 
 
 def merge_size(vision_config: dict[str, Any]) -> int:

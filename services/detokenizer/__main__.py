@@ -18,7 +18,12 @@ def main(settings: DetokenizerSettings, stop: Stop) -> None:
         Profile(role="detokenizer", fingerprint=checkpoint.fingerprint),
         drains=True,
     )
-    worker = Worker(member, open_vocabulary(checkpoint))
+    worker = Worker(
+        member,
+        open_vocabulary(checkpoint),
+        checkpoint.sizes.vocab_size,
+        checkpoint.max_model_len,
+    )
     get_logger().info("ready", id=member.id)
     member.ready()
     worker.run()

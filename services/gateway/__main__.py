@@ -136,6 +136,7 @@ class Gateway:
     def handle_event(self, event: Event[GatewayInbound]) -> None:
         self.core.on_event(event)
         self.report_state()
+        self.progress.tick()
 
     def handle_members(self, members: list[control_pb2.Member]) -> None:
         self.core.on_members(members)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import assert_never
 
+from common.address import objection_to_peer
 from common.errors import (
     DeadlineExceeded,
     Exhausted,
@@ -21,14 +22,19 @@ from common.events import Event, PeerDown, PeerDraining, PeerUp, Received, Sende
 from common.logs import get_logger
 from common.messages import (
     Abort,
+    Alone,
     Delta,
     Failed,
     GatewayInbound,
     GatewayOutbound,
     HandedOver,
+    Peer,
+    RequestMessage,
     Routed,
 )
+from common.timings import Timings
 from services.gateway.admission import Admission
+from services.gateway.deltas import read_delta, read_token_ids
 from services.gateway.failover import PATIENCE_SECONDS, RETRY_SECONDS, Failover
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest
 from services.gateway.metrics import Metrics
@@ -129,9 +135,18 @@ class GatewayCore:
     # Called with the events of the connections
 
     def on_event(self, event: Event[GatewayInbound]) -> None:
+        """Handle an event so that whatever is wrong with it fails its own request alone."""
+        try:
+            self._handle(event)
+        except Exception:  # noqa: BLE001 - one message must not end the others
+            self._log.exception("an event could not be handled")
+            if isinstance(event, Received) and isinstance(event.message, RequestMessage):
+                self._fail_unreadable(event)
+
+    def _handle(self, event: Event[GatewayInbound]) -> None:
         match event:
-            case Received(message=message):
-                self._handle_message(message)
+            case Received():
+                self._receive(event)
             case PeerUp():
                 self.peers.on_peer_up(event)
                 self._failover.start_waiting()
@@ -174,19 +189,50 @@ class GatewayCore:
 
     # Messages about requests
 
-    def _handle_message(self, message: GatewayInbound) -> None:
+    def _receive(self, received: Received[GatewayInbound]) -> None:
+        """Handle a message if its sender holds the current attempt of the request."""
+        message = received.message
         record = self._records.get(message.request_id)
         if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):
                 self._abort_late(message)
-            return
+            elif isinstance(message, Alone):
+                self.links.send(received.peer_id, Abort(**message.ids))
+        elif record.attempt.may_send(received.peer_id, message):
+            self._handle_message(record, received)
+        elif received.role == "llm" and not record.attempt.llm:
+            record.attempt.keep_early(received)
+        else:
+            self._log.warning(
+                "ignored a message of a member that does not hold the request",
+                peer=received.peer_id,
+                name=type(message).__name__,
+                request_id=record.id,
+            )
+
+    def _fail_unreadable(self, received: Received[GatewayInbound]) -> None:
+        """Fail the request whose current attempt a message was about that cannot be handled."""
+        message = received.message
+        record = self._records.get(message.request_id)
+        if (
+            record
+            and record.attempt.number == message.attempt
+            and record.attempt.may_send(received.peer_id, message)
+        ):
+            reason = "a message about the request could not be handled: see the gateway log"
+            self._fail(record, Internal(reason, stage=received.role))
+
+    def _handle_message(self, record: Record, received: Received[GatewayInbound]) -> None:
+        message = received.message
         match message:
             case Routed():
                 self._on_routed(record, message)
             case HandedOver():
                 record.attempt.is_encoded = True
+            case Alone():
+                self._failover.on_alone(record, received.peer_id)
             case Delta() if not record.attempt.llm:
-                record.attempt.early_deltas.append(message)
+                record.attempt.keep_early(received)
             case Delta():
                 self._on_delta(record, message)
             case Failed(item=int()) if record.attempt.is_answering:
@@ -198,18 +244,37 @@ class GatewayCore:
 
     def _abort_late(self, routed: Routed) -> None:
         """Abort a request that ended before the gateway knew which language group holds it."""
-        self.links.connect(routed.llm, "llm")
-        self.links.send(routed.llm.id, Abort(**routed.ids))
+        if not self._objection_to_group(routed.llm):
+            self.links.connect(routed.llm, "llm")
+            self.links.send(routed.llm.id, Abort(**routed.ids))
+
+    def _objection_to_group(self, llm: Peer) -> str:
+        """Return why a member that preprocess names cannot be a language group."""
+        role = self.peers.role_of(llm.id)
+        if role not in ("", "llm"):
+            return f"{llm.id!r} is a {role} and not a language group"
+        return objection_to_peer(llm)
 
     def _on_routed(self, record: Record, routed: Routed) -> None:
+        if record.attempt.llm:
+            self._log.warning("ignored a second route", request_id=record.id)
+            return
+        if reason := self._objection_to_group(routed.llm):
+            self._fail(record, Internal(reason, stage="preprocess"))
+            return
         ids = routed.prompt_token_ids
-        record.prompt_token_ids = None if ids is None else ids.numpy().tolist()
+        try:
+            record.prompt_token_ids = None if ids is None else read_token_ids(ids)
+        except ValueError as e:
+            self._fail(record, Internal(str(e), stage="preprocess"))
+            return
         record.attempt.llm = routed.llm.id
+        self._failover.on_routed(record)
         self.links.connect(routed.llm, "llm")
-        early_deltas = record.attempt.early_deltas
-        record.attempt.early_deltas = []
-        for delta in early_deltas:
-            self._handle_message(delta)
+        early = record.attempt.early
+        record.attempt.early = []
+        for received in early:
+            self._receive(received)
 
     def _on_failed(self, record: Record, failed: Failed) -> None:
         error = from_code(failed.code, failed.message, failed.stage, failed.item)
@@ -219,14 +284,20 @@ class GatewayCore:
             self._fail(record, error)
 
     def _on_delta(self, record: Record, delta: Delta) -> None:
+        try:
+            piece, timings = read_delta(delta)
+        except ValueError as e:
+            self._fail(record, Internal(str(e), stage="detokenizer"))
+            return
         if error := self._delta_error(record, delta):
             self._fail(record, error)
             return
         if not record.attempt.is_answering:
             self._on_first_token(record)
-        record.add_tokens(delta)
-        if delta.finish_reason:
-            self._finish(record, delta)
+        record.add_tokens(piece)
+        self._failover.on_tokens(record, is_end=timings is not None)
+        if timings is not None:
+            self._finish(record, delta, timings)
 
     def _delta_error(self, record: Record, delta: Delta) -> ServingError | None:
         """Return why the request must end instead of taking this delta, or None."""
@@ -250,9 +321,9 @@ class GatewayCore:
 
     # Ends
 
-    def _finish(self, record: Record, delta: Delta) -> None:
+    def _finish(self, record: Record, delta: Delta, timings: Timings) -> None:
         self._forget(record)
-        seconds = record.finish(delta)
+        seconds = record.finish(delta, timings)
         self._log.info(
             "answered",
             request_id=record.id,

@@ -2,23 +2,25 @@
 
 An attempt starts once every stage has a connected member. If it is lost, the next attempt continues
 after the tokens that the client already has.
+
+`blame.py` decides which of the lost requests may have been the cause of the loss. They are retried
+apart from the others.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from common.errors import ServingError, Unavailable
 from common.events import PeerDown
 from common.logs import get_logger
+from common.messages import Cleared, Noted
+from services.gateway.blame import PASSED_TOKENS, Loss, acquit, assign_blame, verdict
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
 from services.gateway.record import Attempt, Record
 
 MAX_LOSSES = 10
-"""A request fails when it has lost this many members."""
-MAX_LOSSES_WITHOUT_TOKEN = 4
-"""A request fails when it has lost this many members in a row without a token in between, because
-the request itself may be what kills them."""
+"""A request fails when it has lost this many members for which no other request was to blame."""
 PATIENCE_SECONDS = 120.0
 """An interrupted request fails if it gets no token for this long."""
 RETRY_SECONDS = 0.25
@@ -76,23 +78,46 @@ class Failover:
             self.start_attempt(record)
 
     def on_peer_down(self, down: PeerDown) -> None:
-        """Retry every request whose attempt is lost with this member."""
-        for record in list(self._records.values()):
-            if record.attempt.depends_on(down.peer_id):
+        """Retry every request whose attempt is lost with this member, the suspects apart."""
+        losses = list(self._losses(down))
+        blamed = assign_blame(losses, down)
+        is_proven = any(loss.was_alone(down) for loss in losses)
+        # The least suspicious first, so that they need not wait for another death.
+        for loss in sorted(losses, key=lambda loss: loss.record.deaths[down.role]):
+            record = loss.record
+            if record in blamed or not is_proven:
+                record.losses += 1
+            error = self._reason_to_fail(record, down, record in blamed)
+            if error:
+                self._fail(record, error)
+            elif loss.attempt is record.attempt or record in blamed:
                 self._on_loss(record, down)
 
+    def _losses(self, down: PeerDown) -> Iterator[Loss]:
+        """Yield the attempts that are lost with a member, and those whose loss another stage has
+        just reported."""
+        for record in list(self._records.values()):
+            if record.attempt.depends_on(down.peer_id):
+                yield Loss(record, record.attempt)
+            elif record.reported and record.reported.llm == down.peer_id:
+                yield Loss(record, record.reported)
+                record.reported = None
+
+    def _reason_to_fail(
+        self, record: Record, down: PeerDown, is_blamed: bool
+    ) -> ServingError | None:
+        if is_blamed and (error := verdict(record, down)):
+            return error
+        if record.losses < MAX_LOSSES:
+            return None
+        error = _loss_of(down)
+        error.message += f"; given up because the request has lost {record.losses} members"
+        return error
+
     def _on_loss(self, record: Record, down: PeerDown) -> None:
-        reason = f"{down.role} was lost while it held the request: {down.reason}"
-        error = Unavailable(reason, stage=down.role, retry_after=1.0)
-        record.losses += 1
-        record.losses_without_token += 1
-        if record.losses == MAX_LOSSES or record.losses_without_token == MAX_LOSSES_WITHOUT_TOKEN:
-            error.message += f"; given up because the request has lost {record.losses} members"
-            self._fail(record, error)
-            return
         if down.role == "llm":
             record.avoid = down.peer_id
-        self._end_attempt(record, error)
+        self._end_attempt(record, _loss_of(down))
         self.start_attempt(record)
 
     def retry_later(self, record: Record, error: Unavailable) -> None:
@@ -102,6 +127,7 @@ class Failover:
         """
         if error.stage == "llm":
             record.avoid = record.attempt.llm
+            record.reported = record.attempt
         self._end_attempt(record, error)
         delay = self._retry_seconds * 2 ** min(record.retries, MAX_DOUBLINGS)
         record.retries += 1
@@ -112,10 +138,34 @@ class Failover:
     def on_first_token(self, record: Record) -> None:
         """Reset the counters of the request: the first token of an attempt proves that it works."""
         record.attempt.is_answering = True
-        record.losses_without_token = 0
+        record.reported = None
         record.retries = 0
         record.interruption = None
         record.cancel_timers("patience")
+
+    # Requests that are worked on apart
+
+    def on_alone(self, record: Record, peer_id: str) -> None:
+        """A member works on nothing but this request from now on."""
+        record.attempt.alone_at.add(peer_id)
+        self._peers.links.send(peer_id, Noted(**record.ids))
+
+    def on_routed(self, record: Record) -> None:
+        """The request has passed preprocess."""
+        self._clear(record, "preprocess", record.attempt.preprocess)
+
+    def on_tokens(self, record: Record, is_end: bool) -> None:
+        """The request has passed the language group and the detokenizer once it has made a few
+        tokens or has ended."""
+        if is_end or record.num_new_tokens >= PASSED_TOKENS:
+            acquit(record, "detokenizer")
+            self._clear(record, "llm", record.attempt.llm)
+
+    def _clear(self, record: Record, role: str, peer_id: str) -> None:
+        acquit(record, role)
+        if peer_id in record.attempt.alone_at:
+            record.attempt.alone_at.remove(peer_id)
+            self._peers.links.send(peer_id, Cleared(**record.ids))
 
     def abort(self, record: Record) -> None:
         """Make every stage that holds the request free it.
@@ -140,7 +190,7 @@ class Failover:
 
     def _end_attempt(self, record: Record, error: Unavailable) -> None:
         self.abort(record)
-        record.attempt = Attempt(record.attempt.number + 1)
+        record.attempt = Attempt(record.attempt.number + 1, num_resumed=len(record.token_ids))
         self._metrics.failovers.labels(error.stage).inc()
         self._log.warning(
             "retrying", request_id=record.id, attempt=record.attempt.number, reason=error.message
@@ -159,3 +209,8 @@ class Failover:
     def _on_patience_end(self, record: Record, error: Unavailable) -> None:
         error.message += f"; no replacement was available within {self._patience:g} s"
         self._fail(record, error)
+
+
+def _loss_of(down: PeerDown) -> Unavailable:
+    reason = f"{down.role} was lost while it held the request: {down.reason}"
+    return Unavailable(reason, stage=down.role, retry_after=1.0)

@@ -1,7 +1,7 @@
 """The members that the gateway is connected to, and the choice among them."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from common.events import PeerDown, PeerUp, Sender
@@ -13,6 +13,8 @@ STAGES = ("preprocess", "vision", "llm", "detokenizer")
 CONNECTED_STAGES = ("preprocess", "llm", "detokenizer")
 MAX_PEERS_WITH_UNSENT_ABORTS = 32
 """The gateway keeps aborts for at most this many disconnected members."""
+MAX_UNSENT_ABORTS = 10_000
+"""The gateway keeps at most this many aborts, the latest, for each of them."""
 
 
 class Peers:
@@ -27,7 +29,7 @@ class Peers:
         """By role: when the last connected member of the role was lost."""
         self._members: list[control_pb2.Member] = []
         """Every live member that the controller knows."""
-        self._unsent_aborts: dict[str, list[Abort]] = {}
+        self._unsent_aborts: dict[str, deque[Abort]] = {}
         """By member: the aborts that were due while it was disconnected."""
         self.links: Sender[GatewayOutbound]
 
@@ -40,7 +42,7 @@ class Peers:
     def on_peer_up(self, up: PeerUp) -> None:
         """Store a connected member and send it the aborts that it missed."""
         self._connected[up.peer_id] = up
-        for abort in self._unsent_aborts.pop(up.peer_id, []):
+        for abort in self._unsent_aborts.pop(up.peer_id, ()):
             self.links.send(up.peer_id, abort)
 
     def on_peer_down(self, down: PeerDown) -> None:
@@ -70,7 +72,8 @@ class Peers:
         gateway has given up, or receive it late over another connection.
         """
         if peer_id not in self._connected:
-            self._unsent_aborts.setdefault(peer_id, []).append(abort)
+            unsent = self._unsent_aborts.setdefault(peer_id, deque(maxlen=MAX_UNSENT_ABORTS))
+            unsent.append(abort)
             if len(self._unsent_aborts) > MAX_PEERS_WITH_UNSENT_ABORTS:
                 del self._unsent_aborts[next(iter(self._unsent_aborts))]
         self.links.send(peer_id, abort)
@@ -80,6 +83,11 @@ class Peers:
     def connected(self, role: str) -> list[str]:
         """Return the ids of the connected members of a role."""
         return [peer_id for peer_id, up in self._connected.items() if up.role == role]
+
+    def role_of(self, peer_id: str) -> str:
+        """Return the role of a connected member; empty if it is not connected."""
+        up = self._connected.get(peer_id)
+        return up.role if up else ""
 
     def draining(self, role: str) -> list[str]:
         """Return the ids of the connected members of a role that are draining."""

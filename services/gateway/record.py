@@ -1,16 +1,30 @@
 """What the gateway knows about each request in flight."""
 
 import asyncio
-import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from common.errors import ServingError, Unavailable
-from common.messages import Abort, Delta, Item, Peer, Submit
+from common.events import Received
+from common.messages import (
+    Abort,
+    Delta,
+    GatewayInbound,
+    HandedOver,
+    Item,
+    Peer,
+    RequestIds,
+    Routed,
+    Submit,
+)
+from common.timings import Timings
 from common.wire import Tensor
 from services.gateway.generation import Ended, GenerationEvent, GenerationRequest, Piece
+
+MAX_EARLY_MESSAGES = 1000
 
 
 @dataclass(slots=True)
@@ -22,15 +36,34 @@ class Attempt:
     """
 
     number: int
+    num_resumed: int = 0
+    """The number of tokens that earlier attempts delivered."""
     preprocess: str = ""
     detokenizer: str = ""
     llm: str = ""
-    early_deltas: list[Delta] = field(default_factory=list)
-    """Deltas that arrived before Routed, which comes over another connection."""
+    early: list[Received[GatewayInbound]] = field(default_factory=list)
+    """What arrived before Routed, which comes over another connection."""
     is_encoded: bool = False
     """Whether the language group has the prompt and the embeddings of every image."""
     is_answering: bool = False
     """Whether a token of this attempt has arrived."""
+    alone_at: set[str] = field(default_factory=set)
+    """The ids of the members that work on nothing but this request."""
+
+    def keep_early(self, received: Received[GatewayInbound]) -> None:
+        """Keep a message until Routed says from which language group the attempt's may come."""
+        if len(self.early) < MAX_EARLY_MESSAGES:
+            self.early.append(received)
+
+    def may_send(self, peer_id: str, message: GatewayInbound) -> bool:
+        """Whether this member holds the attempt, and so may send this message about it."""
+        match message:
+            case Routed() | HandedOver():
+                return peer_id == self.preprocess
+            case Delta():
+                return peer_id == self.detokenizer
+            case _:
+                return peer_id in (self.preprocess, self.detokenizer, self.llm)
 
     @property
     def needs_preprocess(self) -> bool:
@@ -70,15 +103,25 @@ class Record:
     avoid: str = ""
     """The language group that the last attempt was lost with."""
     losses: int = 0
-    """The number of attempts lost because a member was lost."""
-    losses_without_token: int = 0
-    """The number of such losses since the last token."""
+    """The number of attempts lost with a member, unless another request was to blame."""
+    deaths: Counter[str] = field(default_factory=Counter)
+    """By role: how many members in a row have died while they worked on this request."""
+    apart: set[str] = field(default_factory=set)
+    """The roles whose members must work on this request apart from the others."""
+    reported: Attempt | None = None
+    """The last attempt that ended because a stage reported the loss of another one. The gateway may
+    notice that loss itself a moment later."""
     retries: int = 0
     """The number of retries since the last token because a stage could not reach its peer."""
     interruption: Unavailable | None = None
     """Why the answer was interrupted; None once a token of the new attempt arrives."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     """Pending timers by name: deadline, patience and retry."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """The number of tokens of the current attempt."""
+        return len(self.token_ids) - self.attempt.num_resumed
 
     @property
     def stage(self) -> str:
@@ -112,29 +155,31 @@ class Record:
             guide=Tensor.of_text(request.guide) if request.guide else None,
             output_token_ids=delivered,
             avoid=avoid,
+            apart="preprocess" in self.apart,
+            apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
         )
+
+    @property
+    def ids(self) -> RequestIds:
+        """The fields that name the current attempt in a message."""
+        return {"request_id": self.id, "attempt": self.attempt.number}
 
     def abort_message(self) -> Abort:
         """Return the message that cancels the current attempt."""
-        return Abort(request_id=self.id, attempt=self.attempt.number)
+        return Abort(**self.ids)
 
-    def add_tokens(self, delta: Delta) -> None:
-        """Store the tokens of the delta and pass them to the client."""
-        ids = delta.token_ids.numpy().tolist()
-        self.token_ids += ids
-        logprobs = json.loads(delta.logprobs.bytes()) if delta.logprobs else []
-        self.events.put_nowait(Piece(delta.offset, ids, delta.text.text(), logprobs))
+    def add_tokens(self, piece: Piece) -> None:
+        """Store new tokens and pass them to the client."""
+        self.token_ids += piece.token_ids
+        self.events.put_nowait(piece)
 
-    def finish(self, delta: Delta) -> float:
+    def finish(self, delta: Delta, timings: Timings) -> float:
         """Pass the end of the answer to the client and return the seconds since admission."""
-        assert delta.timings is not None and self.first_token is not None
+        assert self.first_token is not None
         total = time.monotonic() - self.admitted
-        own = {
-            "time_to_first_token_seconds": self.first_token - self.admitted,
-            "total_seconds": total,
-        }
-        timings = json.loads(delta.timings.bytes()) | own
-        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, timings))
+        timings["time_to_first_token_seconds"] = self.first_token - self.admitted
+        timings["total_seconds"] = total
+        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, dict(timings)))
         return total
 
     def cancel_timers(self, *names: str) -> None:

@@ -1,14 +1,16 @@
 """The language group's inner loop: requests in, tokens out. It knows no socket."""
 
-import json
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from common.messages import ItemKey, Prompt, RequestKey, Usage
+from common.timings import ItemTimings, read_timings, write_timings
+from common.wire import Tensor
+from compute.torch_tensors import to_torch
 from services.llm.embedding_budget import EmbeddingBudget
 from services.llm.guided_decoding import GuidedDecoding, Mask
 from services.llm.ranks import Execute
@@ -17,10 +19,10 @@ from services.llm.sampler import Logprobs, Sampler
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
 
 MAX_REMEMBERED_ENDS = 20_000
-EARLY_SECONDS = 60.0
-"""How long embeddings wait for their prompt, which was sent before them on another connection."""
+MAX_EARLY_ABORTS = 20_000
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
-PREFIX_CACHE_TIMINGS = {"queue_seconds": 0.0, "encode_seconds": 0.0, "cached": True}
+PREFIX_CACHE_TIMINGS: ItemTimings = {"queue_seconds": 0.0, "encode_seconds": 0.0, "cached": True}
 """The timings of an item whose keys and values were in the prefix cache."""
 
 
@@ -37,18 +39,12 @@ class Output:
     logprobs: Logprobs | None = None
 
 
-@dataclass(slots=True)
-class EarlyEmbeddings:
-    """Embeddings that arrived before their prompt."""
-
-    preprocess_id: str
-    arrived: float = field(default_factory=time.monotonic)
-    items: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict)
-    """By item: its embeddings and its timings."""
-
-
 class Engine:
-    """Owns the requests of the group. Prompt, embeddings and abort may arrive in any order."""
+    """Owns the requests of the group.
+
+    An abort may arrive before its prompt. Embeddings come after it, because vision encodes an item
+    only once the prompt has reserved room for it.
+    """
 
     def __init__(
         self,
@@ -60,9 +56,23 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         budget: EmbeddingBudget | None = None,
         num_position_components: int = 3,
+        *,
+        max_model_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`input_width` is the width of embeddings. `budget` bounds the embeddings that are held;
-        by default it is twice the tokens of the KV cache."""
+        """Create the engine of one group.
+
+        Parameters
+        ----------
+        input_width
+            is the width of embeddings.
+        budget
+            bounds the embeddings that are held; by default it is twice the tokens of the KV cache.
+        max_model_len
+            is the context in tokens; by default it is what the KV cache holds.
+        dtype
+            is the dtype that the model computes in.
+        """
         self.scheduler = scheduler
         self.execute = execute
         self.sampler = sampler
@@ -71,92 +81,142 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.budget = budget or EmbeddingBudget(2 * scheduler.max_tokens)
         self.requests: dict[RequestKey, Request] = {}
-        self.early: dict[RequestKey, EarlyEmbeddings] = {}
         self._num_position_components = num_position_components
-        self._ended: OrderedDict[RequestKey, None] = OrderedDict()
+        self._max_tokens = min(max_model_len or scheduler.max_tokens, scheduler.max_tokens)
+        self._dtype = dtype
+        self._ended: OrderedDict[RequestKey, str] = OrderedDict()
+        """The preprocess of each request that ended last."""
+        self._compiling: set[RequestKey] = set()
+        """The requests that the scheduler does not have yet, because they wait for a grammar."""
+        self._early_aborts: OrderedDict[tuple[RequestKey, str], None] = OrderedDict()
+        """(request, peer that aborted it), for prompts that have not arrived."""
 
     @property
     def limits(self) -> Limits:
         """What a request may have at most."""
         return Limits(
             num_position_components=self._num_position_components,
-            max_tokens=self.scheduler.max_tokens,
+            max_tokens=self._max_tokens,
             max_item_tokens=self.budget.num_tokens,
             max_whole_tokens=self.scheduler.max_num_batched_tokens,
+            vocab_size=self.guided_decoding.vocab_size,
         )
 
     @property
     def load(self) -> tuple[int, int]:
         """(running requests, waiting requests)."""
-        return len(self.scheduler.running), len(self.scheduler.waiting)
+        return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
 
-    def add(self, prompt: Prompt, preprocess_id: str = "") -> list[tuple[int, str]]:
-        """Accept a request within the limits.
+    def has_seen(self, key: RequestKey) -> bool:
+        """Whether the attempt runs, waits or ended here, so that another prompt of it is none."""
+        return key in self.requests or key in self._ended
 
-        Returns (item, objection) for each item whose embeddings arrived before the prompt. The
-        budget notifies `preprocess_id` when there is room for the embeddings of the others.
+    def num_requests_of(self, preprocess_id: str) -> int:
+        """Return the number of requests of a preprocess that run or wait."""
+        return sum(r.preprocess_id == preprocess_id for r in self.requests.values())
+
+    def owner_of(self, key: RequestKey) -> str | None:
+        """Return the preprocess of an attempt that runs, waits or ended here; else None."""
+        request = self.requests.get(key)
+        return request.preprocess_id if request else self._ended.get(key)
+
+    def add(self, prompt: Prompt, preprocess_id: str = "") -> bool:
+        """Accept a request within the limits, of a new attempt.
+
+        The budget notifies `preprocess_id` when there is room for the embeddings of its items.
+        Returns whether the request goes on: False if it was aborted before. One with a grammar
+        waits until `take_refused` finds that compiled.
         """
-        request = Request(prompt)
-        if request.key in self._ended:
-            return []
+        request = Request(prompt, preprocess_id)
+        assert not self.has_seen(request.key)
+        if self._was_aborted(request):
+            self._remember_end(request.key, preprocess_id)
+            return False
+        try:
+            self._register(request)
+        except Exception:
+            self._forget(request.key)
+            raise
         self.requests[request.key] = request
-        if request.placeholders:
-            self.budget.add(request.key, request.num_item_tokens, preprocess_id)
+        if prompt.grammar:
+            self._compiling.add(request.key)
+        else:
+            self.scheduler.add(request)
+        return True
+
+    def take_refused(self) -> list[tuple[Request, str]]:
+        """Begin the requests whose grammars were compiled.
+
+        Returns those whose grammars cannot be followed, which have ended, with the reasons.
+        """
+        refused = []
+        for key, problem in self.guided_decoding.take_compiled():
+            request = self.requests[key]
+            if problem:
+                self._end(key)
+                refused.append((request, problem))
+            else:
+                self._compiling.remove(key)
+                self.scheduler.add(request)
+        return refused
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a grammar is being compiled, so that `take_refused` should be called soon."""
+        return self.guided_decoding.is_compiling
+
+    def _was_aborted(self, request: Request) -> bool:
+        """Whether one of its owners aborted the request before it arrived."""
+        owners = (request.preprocess_id, request.prompt.gateway_id)
+        return any((request.key, owner) in self._early_aborts for owner in owners)
+
+    def _register(self, request: Request) -> None:
+        """Hold what the request needs besides its place in the scheduler."""
+        key = request.key
+        prompt = request.prompt
+        if prompt.grammar:
+            self.guided_decoding.add(key, prompt.grammar.text(), request.output_token_ids.copy())
         self.sampler.add(
-            request.key,
+            key,
             prompt.sampling,
             prompt.stopping,
             request.token_ids,
             request.output_token_ids,
             self.eos_token_ids,
         )
-        if prompt.grammar:
-            self.guided_decoding.add(request.key, prompt.grammar.text())
-            for token_id in request.output_token_ids:
-                self.guided_decoding.accept(request.key, token_id)
-        self.scheduler.add(request)
-        early = self.early.pop(request.key, None)
-        if early is None:
-            return []
-        return [
-            (item, self._accept_embeddings(request, item, embeddings, timings))
-            for item, (embeddings, timings) in early.items.items()
-        ]
+        if request.placeholders:
+            self.budget.add(key, request.num_item_tokens, request.preprocess_id)
 
     def add_embeddings(
-        self,
-        key: ItemKey,
-        embeddings: torch.Tensor,
-        timings: dict[str, Any],
-        preprocess_id: str,
+        self, key: ItemKey, mm_hash: str, embeddings: Tensor, timings: ItemTimings
     ) -> str | None:
         """Accept the embeddings of an item.
 
-        Returns "" if they were accepted, what is wrong with them, or None if the prompt has not
-        arrived yet.
+        Returns "" if they were accepted or came too late, what is wrong with them, or None if no
+        prompt here asked for them.
         """
         *_, item = key
         request_key = key[:2]
         if request_key in self._ended:
             return ""
-        if request_key not in self.requests:
-            early = self.early.setdefault(request_key, EarlyEmbeddings(preprocess_id))
-            early.items[item] = (embeddings, timings)
+        request = self.requests.get(request_key)
+        if request is None or request.mm_hash(item) != mm_hash:
             return None
-        return self._accept_embeddings(self.requests[request_key], item, embeddings, timings)
-
-    def _accept_embeddings(
-        self, request: Request, item: int, embeddings: torch.Tensor, timings: dict[str, Any]
-    ) -> str:
-        if reason := self._objection(request, item, embeddings):
-            return reason
-        request.embeddings.setdefault(item, embeddings)
-        request.item_timings.setdefault(item, timings)
+        if item in request.embeddings:
+            return ""
+        wanted = (request.placeholders[item][1], self.input_width)
+        if embeddings.shape != wanted or embeddings.dtype not in FLOAT_DTYPES:
+            return f"embeddings is {embeddings}, floating-point {wanted} is wanted"
+        found = to_torch(embeddings)
+        if not self._is_finite(found):
+            return "embeddings that are not finite"
+        request.embeddings[item] = found
+        request.item_timings[item] = timings
         return ""
 
     @property
     def holds_anything(self) -> bool:
-        return bool(self.requests or self.early)
+        return bool(self.requests)
 
     def abort(self, keys: list[RequestKey]) -> list[Request]:
         """Free everything that is held for these requests.
@@ -166,15 +226,33 @@ class Engine:
         """
         return [request for key in keys if (request := self._end(key)) and request.first_token]
 
+    def abort_of(self, peer_id: str, key: RequestKey) -> list[Request]:
+        """Abort a request, as `abort` does, if this peer owns it.
+
+        If the prompt has not arrived, the abort is remembered for the case that the peer owns it.
+        """
+        request = self.requests.get(key)
+        if request is None:
+            if key not in self._ended:
+                self._early_aborts[key, peer_id] = None
+                if len(self._early_aborts) > MAX_EARLY_ABORTS:
+                    self._early_aborts.popitem(last=False)
+            return []
+        owners = (request.preprocess_id, request.prompt.gateway_id)
+        return self.abort([key]) if peer_id in owners else []
+
     def keys_of(self, peer_id: str) -> list[RequestKey]:
-        """Return the requests of a gateway, or those with early embeddings of a preprocess."""
-        owned = [k for k, r in self.requests.items() if r.prompt.gateway_id == peer_id]
-        return owned + [k for k, e in self.early.items() if e.preprocess_id == peer_id]
+        """Return the requests that are lost with a gateway or a preprocess."""
+        return [
+            key
+            for key, request in self.requests.items()
+            if request.prompt.gateway_id == peer_id
+            or (request.preprocess_id == peer_id and request.depends_on_preprocess)
+        ]
 
     def expired_keys(self, now: float) -> list[RequestKey]:
         """Return what is past its deadline. The gateway has ended it, but its abort may be lost."""
-        late = [k for k, r in self.requests.items() if now > r.deadline]
-        return late + [k for k, e in self.early.items() if now > e.arrived + EARLY_SECONDS]
+        return [k for k, r in self.requests.items() if now > r.deadline]
 
     def step(self) -> list[Output] | None:
         """Run one forward pass; None if nothing can be computed until a message arrives."""
@@ -236,29 +314,36 @@ class Engine:
             return "stop"
         return "length" if count == stopping.max_tokens else ""
 
-    def _objection(self, request: Request, item: int, embeddings: torch.Tensor) -> str:
-        """Return why the embeddings of an item cannot be used; "" if they can."""
-        if item >= len(request.placeholders):
-            return f"item {item} of {len(request.placeholders)}"
-        wanted = (request.placeholders[item][1], self.input_width)
-        if tuple(embeddings.shape) != wanted:
-            return f"embeddings of shape {tuple(embeddings.shape)}, {wanted} are wanted"
-        # A NaN or an infinity is the least or the greatest element. Finding these two is a hundred
-        # times quicker than isfinite of every element.
-        low, high = torch.aminmax(embeddings)
-        return "" if bool(low.isfinite() & high.isfinite()) else "embeddings that are not finite"
+    def _is_finite(self, embeddings: torch.Tensor) -> bool:
+        """Whether all elements are finite, also in the dtype that the model computes in.
+
+        A NaN or an infinity is the least or the greatest element. Finding these two is a hundred
+        times quicker than isfinite of every element.
+        """
+        low, high = (bound.to(self._dtype) for bound in torch.aminmax(embeddings))
+        return bool(low.isfinite() & high.isfinite())
 
     def _end(self, key: RequestKey) -> Request | None:
-        self.early.pop(key, None)
+        request = self.requests.pop(key, None)
+        if request:
+            if key in self._compiling:
+                self._compiling.remove(key)
+            else:
+                self.scheduler.finish(request)
+            self._forget(key)
+            self._remember_end(key, request.preprocess_id)
+        return request
+
+    def _forget(self, key: RequestKey) -> None:
+        """Free what is held for a request besides its place in the scheduler."""
         self.budget.remove(key)
-        if request := self.requests.pop(key, None):
-            self.scheduler.finish(request)
-            self.sampler.remove(key)
-            self.guided_decoding.remove(key)
-        self._ended[key] = None
+        self.sampler.remove(key)
+        self.guided_decoding.remove(key)
+
+    def _remember_end(self, key: RequestKey, preprocess_id: str) -> None:
+        self._ended[key] = preprocess_id
         if len(self._ended) > MAX_REMEMBERED_ENDS:
             self._ended.popitem(last=False)
-        return request
 
 
 def usage_of(request: Request) -> Usage:
@@ -273,9 +358,9 @@ def usage_of(request: Request) -> Usage:
 def timings_of(request: Request) -> bytes:
     """UTF-8 JSON of the stages up to the first token: of the request and of each item."""
     assert request.first_scheduled is not None and request.first_token is not None
-    timings = json.loads(request.prompt.timings.bytes())
-    for item, own in enumerate(timings["images"]):
+    timings = read_timings(request.prompt.timings)
+    for item, own in enumerate(timings.get("images", [])):
         own.update(request.item_timings.get(item, PREFIX_CACHE_TIMINGS))
     timings["queue_seconds"] = request.first_scheduled - request.arrived
     timings["prefill_seconds"] = request.first_token - request.first_scheduled
-    return json.dumps(timings).encode()
+    return write_timings(timings)

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from common.logs import get_logger
 from common.messages import RequestKey
 from common.vocabulary import Vocabulary
+
+MAX_ERROR_CHARS = 200
 
 Mask = np.ndarray
 """bool [vocab_size]: the tokens that may come next."""
@@ -19,7 +22,9 @@ Mask = np.ndarray
 class GuidedDecoding:
     """The grammars of the requests in progress.
 
-    Preprocess has validated each grammar. Without llguidance it has refused the request.
+    Preprocess has validated each grammar. Without llguidance it has refused the request. A grammar
+    is compiled in a thread, because that may take seconds. The smallest one comes first, so that a
+    large one does not hold up the others for longer than it takes itself.
     """
 
     def __init__(
@@ -33,14 +38,52 @@ class GuidedDecoding:
         `vocab_size` is the number of logits, which may exceed the number of tokens.
         """
         self._read_vocabulary = read_vocabulary
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer: Any = None
         self._matchers: dict[RequestKey, Any] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="guided-decoding")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._waiting: dict[RequestKey, tuple[str, list[int]]] = {}
+        """The grammars to compile, and the tokens that were drawn by them already."""
+        self._compiling: tuple[RequestKey, Future[Any]] | None = None
 
-    def add(self, key: RequestKey, grammar: str) -> None:
-        """Have a request follow a grammar."""
+    def add(self, key: RequestKey, grammar: str, token_ids: list[int] | None = None) -> None:
+        """Have a request follow a grammar, after these tokens of earlier attempts.
+
+        `take_compiled` returns the request when it can begin.
+        """
+        self._waiting[key] = grammar, token_ids or []
+        self._compile_next()
+
+    @property
+    def is_compiling(self) -> bool:
+        return bool(self._waiting)
+
+    def take_compiled(self) -> list[tuple[RequestKey, str]]:
+        """Return the requests whose grammars were compiled since the last call.
+
+        With each comes what is wrong with its grammar; empty if the request can begin.
+        """
+        found = []
+        while self._compiling is not None and self._compiling[1].done():
+            key, future = self._compiling
+            self._compiling = None
+            if self._waiting.pop(key, None) is not None:  # otherwise the request has ended
+                problem = problem_of(future)
+                if not problem:
+                    self._matchers[key] = future.result()
+                found.append((key, problem))
+            self._compile_next()
+        return found
+
+    def _compile_next(self) -> None:
+        if self._compiling is None and self._waiting:
+            key = min(self._waiting, key=lambda key: len(self._waiting[key][0]))
+            self._compiling = key, self._compiler.submit(self._compile, *self._waiting[key])
+
+    def _compile(self, grammar: str, token_ids: list[int]) -> Any:
+        """Return the matcher of a grammar. Raises ValueError if it does not compile."""
         from llguidance import (  # an extra, and only needed for requests with a grammar
             LLMatcher,
             LLTokenizer,
@@ -49,13 +92,20 @@ class GuidedDecoding:
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 self._read_vocabulary().tokenizer_json,
-                n_vocab=self._vocab_size,
+                n_vocab=self.vocab_size,
                 eos_token=list(self._eos_token_ids),
             )
-        self._matchers[key] = LLMatcher(self._tokenizer, grammar)
+        matcher = LLMatcher(self._tokenizer, grammar)
+        if not matcher.is_error():
+            matcher.consume_tokens(token_ids)
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
+            raise ValueError(f"the answer cannot follow the grammar: {reason}")
+        return matcher
 
     def remove(self, key: RequestKey) -> None:
         """Forget a request, which need not have a grammar."""
+        self._waiting.pop(key, None)
         self._matchers.pop(key, None)
 
     def begin_masks(self, keys: list[RequestKey]) -> dict[int, "Future[Mask]"]:
@@ -79,4 +129,13 @@ class GuidedDecoding:
 
     def _mask(self, matcher: Any) -> Mask:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+        return np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
+
+
+def problem_of(compiled: "Future[Any]") -> str:
+    """Return why a grammar could not be compiled; empty if it could."""
+    error = compiled.exception()
+    if error is None or isinstance(error, ValueError):
+        return str(error or "")
+    get_logger().error("a grammar could not be compiled", exc_info=error)
+    return "the grammar could not be compiled: see the llm log"

@@ -25,6 +25,8 @@ PATIENCE = datetime.timedelta(days=365)
 FLAG_BYTES = 64
 """A flag fills a cache line, so that writing one does not slow the reading of another."""
 NUM_SLOTS = 2
+MAX_NAME_BYTES = 800
+"""A name has at most 200 characters."""
 SPINS_BEFORE_SLEEP = 2000
 NAP_SECONDS = 50e-6
 
@@ -91,6 +93,20 @@ def agree(device: torch.device, count: int) -> int:
     least = torch.tensor([count], device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least.item())
+
+
+def names_of_ranks(name: str, shard: Shard, device: torch.device) -> list[str]:
+    """Return the names that all ranks pass, in the order of the ranks.
+
+    They come from where the ranks met, so no other process can claim to be a rank.
+    """
+    if shard.world_size == 1:
+        return [name]
+    mine = torch.zeros(MAX_NAME_BYTES, dtype=torch.int64)
+    data = name.encode()
+    mine[: len(data)] = torch.tensor(list(data))
+    names = all_gather(mine.to(device)).view(-1, MAX_NAME_BYTES).tolist()
+    return [bytes(codes).rstrip(b"\0").decode() for codes in names]
 
 
 class SharedMemory:

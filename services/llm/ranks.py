@@ -1,12 +1,13 @@
 """Rank 0 sends each step plan to the other ranks of its group, which only execute it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import assert_never
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
 
+import numpy as np
 from torch import Tensor
 
 from common.events import PeerUp, Received
+from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import ExecuteStep, LlmInbound, RankInbound
 from common.progress import UnitTimes
@@ -21,15 +22,29 @@ CONTEXT_TOKENS = 8192
 """Attention to this many tokens takes about as long as everything else for one token."""
 
 
-def lead(member: Member[LlmInbound], num_followers: int, execute: Execute) -> Execute:
-    """Wait for the other ranks to connect; return an `execute` that makes all ranks execute."""
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The bounds of what a rank can execute."""
+
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    input_width: int
+    num_position_components: int
+
+
+def lead(member: Member[LlmInbound], ranks: Collection[str], execute: Execute) -> Execute:
+    """Wait for the other ranks to connect; return an `execute` that makes all ranks execute.
+
+    `ranks` are the ids of the other ranks.
+    """
     followers: set[str] = set()
     early: list[Event[LlmInbound]] = []
-    while len(followers) < num_followers:
+    while len(followers) < len(ranks):
         event = member.next_event()
         if event is None:
             break
-        if isinstance(event, PeerUp) and event.role == "llm":
+        if isinstance(event, PeerUp) and event.peer_id in ranks:
             followers.add(event.peer_id)
         else:
             early.append(event)
@@ -47,19 +62,63 @@ def lead(member: Member[LlmInbound], num_followers: int, execute: Execute) -> Ex
     return execute_on_all
 
 
-def follow(member: Member[RankInbound], execute: Execute) -> None:
-    """Execute what rank 0 sends until the process must stop."""
+def follow(member: Member[RankInbound], leader: str, limits: StepLimits, execute: Execute) -> None:
+    """Execute what rank 0, whose id is `leader`, sends until the process must stop.
+
+    What any other peer sends is dropped. A step of rank 0 that is wrong ends the process, because
+    rank 0 waits for the result.
+    """
     times = UnitTimes()
+    log = get_logger()
     for event in member.events():
-        if isinstance(event, Received):
-            step: RankInbound = event.message
-            match step:
-                case ExecuteStep():
-                    plan = to_plan(step)
-                    with member.progress.unit(times, size_of(plan)):
-                        execute(plan, [to_torch(part) for part in step.embeddings])
-                case _:
-                    assert_never(step)
+        if not isinstance(event, Received):
+            continue
+        step: object = event.message
+        if event.peer_id != leader or not isinstance(step, ExecuteStep):
+            log.warning("ignored a message", peer=event.peer_id, name=type(step).__name__)
+            continue
+        check_step(step, limits)
+        plan = to_plan(step)
+        with member.progress.unit(times, size_of(plan)):
+            execute(plan, [to_torch(part) for part in step.embeddings])
+
+
+def check_step(step: ExecuteStep, limits: StepLimits) -> None:
+    """Raise ValueError unless a step can be executed.
+
+    Kernels do not check their arguments: a wrong index would read or write anything.
+    """
+    num_tokens = step.token_ids.shape[-1:]
+    num_seqs = step.query_lens.shape[-1:]
+    table = (*num_seqs, *step.block_tables.shape[-1:])
+    most = limits.num_blocks * limits.block_size
+    rows = 0 if num_tokens == () else num_tokens[0]
+    for name, shape, low, high in (
+        ("token_ids", num_tokens, 0, limits.vocab_size),
+        ("positions", (limits.num_position_components, *num_tokens), 0, most),
+        ("slot_mapping", num_tokens, 0, most),
+        ("query_lens", num_seqs, 1, rows + 1),
+        ("context_lens", num_seqs, 1, table[-1] * limits.block_size + 1),
+        ("block_tables", table, 0, limits.num_blocks),
+        ("item_rows", step.item_rows.shape[-1:], 0, rows),
+        ("sampled_rows", step.sampled_rows.shape[-1:], 0, rows),
+        ("rope_parameters", num_seqs, 0, 2**48),
+        ("adapters", num_seqs, 0, 2**48),
+    ):
+        tensor = getattr(step, name)
+        if tensor.dtype != "int64" or len(shape) == 0 or tensor.shape != shape:
+            raise ValueError(f"{name} is {tensor}, int64 {shape} is wanted")
+        # As uint64 a value below the range is far above it: one pass instead of two.
+        values = (tensor.numpy() - low).view(np.uint64) if low else tensor.numpy().view(np.uint64)
+        if values.size and values.max() >= high - low:
+            raise ValueError(f"{name} has a value outside [{low}, {high})")
+    query_lens = step.query_lens.numpy()
+    if query_lens.sum() != rows or (query_lens > step.context_lens.numpy()).any():
+        raise ValueError("the lengths of the sequences do not fit the tokens")
+    widths = {part.shape[1:] for part in step.embeddings}
+    num_rows = sum(part.shape[0] for part in step.embeddings if part.shape)
+    if widths - {(limits.input_width,)} or num_rows != step.item_rows.shape[0]:
+        raise ValueError("the embeddings do not fit the rows of items")
 
 
 def size_of(plan: StepPlan) -> int:

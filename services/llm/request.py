@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from common.messages import Prompt, RequestKey
+from common.address import objection_to_peer
+from common.messages import Prompt, RequestKey, Sampling
+from common.timings import ItemTimings, read_timings
+from common.wire import Tensor
 
 HASH_BYTES = 16
 MM_HASH_BYTES = 32
+MAX_GRAMMAR_BYTES = 256 * 1024
+"""A larger grammar would hold up those of other requests. This much compiles in 4 s at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +28,29 @@ class Limits:
 
     num_position_components: int
     max_tokens: int
-    """Tokens that the KV cache holds."""
+    """Tokens of the context, which the KV cache holds."""
     max_item_tokens: int
     """Tokens of items for whose embeddings there is room."""
     max_whole_tokens: int
     """Tokens of one step."""
+    vocab_size: int
 
 
 def objection_to(prompt: Prompt, limits: Limits) -> str:
     """Return why a prompt cannot be served; "" if it can.
 
-    Its tensors may not fit each other, or it can never fit into the KV cache, into the room for
-    embeddings, or into one step if it must be computed whole.
+    Its tensors may not fit each other, it may lack values or have impossible ones, or it can never
+    fit into the KV cache, into the room for embeddings, or into one step if it must be computed
+    whole.
     """
-    return malformation_of(prompt, limits) or excess_of(prompt, limits)
+    return (
+        malformation_of(prompt, limits)
+        or incompleteness_of(prompt)
+        or excess_of(prompt, limits)
+        or outlier_of(prompt, limits)
+        or objection_to_texts(prompt)
+        or objection_to_peer(prompt.detokenizer)
+    )
 
 
 def malformation_of(prompt: Prompt, limits: Limits) -> str:
@@ -54,6 +68,8 @@ def malformation_of(prompt: Prompt, limits: Limits) -> str:
         dtype = "uint8" if name == "mm_hashes" else "int64"
         if tensor.shape != shape or tensor.dtype != dtype:
             return f"{name} is {tensor}, {dtype} {shape} is wanted"
+    if num_tokens == (0,):
+        return "token_ids is empty"
     resumed = prompt.output_token_ids
     if resumed and (resumed.dtype != "int64" or len(resumed.shape) != 1):
         return f"output_token_ids is {resumed}, int64 [n] is wanted"
@@ -67,6 +83,64 @@ def malformation_of(prompt: Prompt, limits: Limits) -> str:
     return ""
 
 
+def incompleteness_of(prompt: Prompt) -> str:
+    """Return which value preprocess should have filled in; "" if it did that."""
+    if prompt.stopping.max_tokens is None:
+        return "stopping.max_tokens is missing"
+    missing = [
+        name
+        for name in Sampling.__struct_fields__
+        if getattr(prompt.sampling, name) is None and name != "num_logprobs"
+    ]
+    return f"sampling.{missing[0]} is missing" if missing else ""
+
+
+def outlier_of(prompt: Prompt, limits: Limits) -> str:
+    """Return which number of a prompt is outside the model's range; "" if none is."""
+    num_tokens = prompt.token_ids.shape[0]
+    stop_ids = np.array(prompt.stopping.stop_token_ids, np.int64)
+    resumed = prompt.output_token_ids.numpy() if prompt.output_token_ids else stop_ids[:0]
+    delta = prompt.rope_delta
+    most = limits.max_tokens
+    ranges = {
+        "token_ids": (prompt.token_ids.numpy(), 0, limits.vocab_size),
+        "output_token_ids": (resumed, 0, limits.vocab_size),
+        "stop_token_ids": (stop_ids, 0, limits.vocab_size),
+        "positions": (prompt.positions.numpy(), 0, most),
+    }
+    for name, (values, low, high) in ranges.items():
+        if values.size and not low <= values.min() <= values.max() < high:
+            return f"{name} has a value outside [{low}, {high})"
+    highest = most - num_tokens - (prompt.stopping.max_tokens or 0)
+    if not -num_tokens <= delta <= highest:
+        return f"rope_delta is {delta}, outside [{-num_tokens}, {highest}]"
+    if prompt.rope_parameter > most:
+        return f"rope_parameter is {prompt.rope_parameter}, at most {most} is possible"
+    return f"there is no adapter {prompt.adapter}" if prompt.adapter else ""
+
+
+def objection_to_texts(prompt: Prompt) -> str:
+    """Return which text of a prompt cannot be read; "" if all can."""
+    try:
+        images = read_timings(prompt.timings).get("images", [])
+    except ValueError as e:
+        return str(e)
+    if len(images) != prompt.placeholders.shape[0]:
+        return f"timings has {len(images)} images for {prompt.placeholders.shape[0]}"
+    return ""
+
+
+def objection_to_grammar(grammar: Tensor) -> str:
+    """Return why a grammar cannot be read; "" if it can."""
+    if grammar.dtype != "uint8" or grammar.nbytes > MAX_GRAMMAR_BYTES:
+        return f"grammar is {grammar}, at most {MAX_GRAMMAR_BYTES} bytes of UTF-8 are taken"
+    try:
+        grammar.text()
+    except UnicodeDecodeError:
+        return "grammar is not UTF-8"
+    return ""
+
+
 def excess_of(prompt: Prompt, limits: Limits) -> str:
     """Return why a prompt can never fit; "" if it can."""
     item_tokens = int(prompt.placeholders.numpy()[:, 1].sum())
@@ -75,7 +149,11 @@ def excess_of(prompt: Prompt, limits: Limits) -> str:
             f"its images become {item_tokens} tokens, this group has room for the embeddings of "
             f"{limits.max_item_tokens}: send fewer or smaller ones"
         )
-    num_tokens = prompt.token_ids.shape[0] + (prompt.stopping.max_tokens or 0)
+    max_tokens = prompt.stopping.max_tokens or 0
+    num_resumed = prompt.output_token_ids.shape[0] if prompt.output_token_ids else 0
+    if num_resumed >= max_tokens:
+        return f"{num_resumed} tokens were delivered already, max_tokens is {max_tokens}"
+    num_tokens = prompt.token_ids.shape[0] + max_tokens
     if num_tokens > limits.max_tokens:
         return (
             f"{num_tokens} tokens, prompt and answer together, do not fit into the "
@@ -97,13 +175,15 @@ class Request:
     """
 
     prompt: Prompt
+    preprocess_id: str = ""
+    """The peer that brought the prompt. It owns the request, together with its gateway."""
     arrived: float = field(default_factory=time.monotonic)
     token_ids: np.ndarray = field(init=False)
     positions: np.ndarray = field(init=False)
     placeholders: list[tuple[int, int]] = field(init=False)
     embeddings: dict[int, Any] = field(default_factory=dict)
     """By item: [length, input width of the model]. Missing until the item arrives."""
-    item_timings: dict[int, dict[str, Any]] = field(default_factory=dict)
+    item_timings: dict[int, ItemTimings] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
     block_table: "array[int]" = field(default_factory=lambda: array("q"))
     """The blocks of the request, in order. It is empty exactly while the request waits."""
@@ -112,10 +192,13 @@ class Request:
     """Tokens that the prefix cache had when the request was first scheduled."""
     first_scheduled: float | None = None
     first_token: float | None = None
+    is_apart: bool = field(init=False)
+    """Whether it must be computed in steps of its own."""
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt.token_ids.numpy()
+        self.is_apart = self.prompt.apart
         if self.prompt.output_token_ids:
             self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
         self.positions = self.prompt.positions.numpy()
@@ -126,6 +209,11 @@ class Request:
     @property
     def key(self) -> RequestKey:
         return self.prompt.key
+
+    def mm_hash(self, item: int) -> str | None:
+        """Return the name of an item's content in hex digits; None if there is no such item."""
+        hashes = self.prompt.mm_hashes.numpy()
+        return hashes[item].tobytes().hex() if item < len(hashes) else None
 
     @property
     def num_resumed_tokens(self) -> int:
@@ -147,6 +235,11 @@ class Request:
     @property
     def num_item_tokens(self) -> int:
         return sum(length for _, length in self.placeholders)
+
+    @property
+    def depends_on_preprocess(self) -> bool:
+        """Whether the loss of preprocess loses the request, because it still holds items of it."""
+        return self.first_token is None and len(self.embeddings) < len(self.placeholders)
 
     @property
     def num_wanted(self) -> int:

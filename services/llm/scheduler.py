@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.apart import Turn
+from common.messages import RequestKey
 from services.llm.block_pool import BlockPool
 from services.llm.request import Request
 from services.llm.step_plan import StepPlan
@@ -38,6 +40,9 @@ class Scheduler:
     A request is admitted if all its known tokens find room, so that only a decode asks for another
     block. Such a block is taken from a request that waits for an item, or else from the latest
     arrival. The oldest request that can compute always goes on.
+
+    A request that is apart takes its turn once all its items are there and it has room. Then it has
+    the steps to itself, until the gateway has cleared or ended it.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.turn = Turn()
         self.num_preemptions = 0
 
     @property
@@ -85,6 +91,10 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Return the chunks of the next step; empty if nothing can be computed now."""
         self._extend_block_tables()
+        if self.turn.holder is None:
+            self._begin_turn()
+        if self.turn.holder is not None:
+            return self._schedule_alone()
         wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
         # Decodes first: a long prompt waits for them, not they for it.
         wanted.sort(key=lambda w: w[1] > 1)
@@ -96,6 +106,43 @@ class Scheduler:
                 chunks.append(Chunk(request, begin, begin + count))
                 budget -= count
         return chunks + self._admit(budget, self.max_num_seqs - len(chunks), is_idle=not chunks)
+
+    def _begin_turn(self) -> None:
+        """Give the next turn to the first request that is apart and can be computed to its end."""
+        for request in [request for request in self.waiting if request.is_apart]:
+            if request.num_computable(0) < request.num_tokens:
+                continue  # it does not hold up others while it waits for an item
+            cached = self._cached_blocks(request)
+            if not any(other.num_wanted for other in self.running):
+                self._preempt_stalled(request, cached)
+            if self._has_room(request, cached):
+                self.turn.take(request.key, request.prompt.gateway_id)
+            return
+
+    def _schedule_alone(self) -> list[Chunk]:
+        """Return the chunk of the request whose turn it is; empty if the gateway must answer first.
+
+        The turn may outlast its request, until the gateway has seen the end.
+        """
+        if not self.turn.is_noted:
+            return []
+        budget = self.max_num_batched_tokens
+        for request in self.running:
+            if request.key == self.turn.holder:
+                begin = request.num_computed_tokens
+                return [Chunk(request, begin, begin + min(request.num_wanted, budget))]
+        for request in self.waiting:
+            if request.key == self.turn.holder:
+                self._start(request, self._cached_blocks(request))
+                begin = request.num_computed_tokens
+                return [Chunk(request, begin, min(request.num_tokens, begin + budget))]
+        return []
+
+    def clear(self, key: RequestKey, gateway_id: str) -> None:
+        """End the turn of a request. If it goes on, it does so with the others."""
+        if self.turn.release(key, gateway_id):
+            for request in self.running:
+                request.is_apart &= request.key != key
 
     def plan(self, chunks: list[Chunk]) -> StepPlan:
         """Return what the ranks need to compute these chunks."""
@@ -152,9 +199,14 @@ class Scheduler:
                 request.block_table.extend(self.pool.allocate(1))
 
     def _victim(self) -> Request:
-        """Return the request to preempt: the latest that waits for an item, else the latest."""
-        waits = (request for request in reversed(self.running) if request.num_wanted == 0)
-        return next(waits, self.running[-1])
+        """Return the request to preempt: the latest that waits for an item, else the latest.
+
+        The request that has the steps to itself goes last, because no other one frees room then.
+        """
+        holder = self.turn.holder
+        others = [request for request in self.running if request.key != holder] or self.running
+        waits = (request for request in reversed(others) if request.num_wanted == 0)
+        return next(waits, others[-1])
 
     def _admit(self, budget: int, num_seqs: int, is_idle: bool) -> list[Chunk]:
         """Return the chunks of requests that begin or resume, in the order of their arrival.
@@ -169,6 +221,10 @@ class Scheduler:
             begin = len(cached) * self.block_size
             end = request.num_computable(begin)
             misses_item = end < request.num_tokens
+            if request.is_apart:
+                if misses_item:
+                    continue
+                break  # it begins once it has room, before those behind it
             if is_idle and not chunks and not misses_item:
                 self._preempt_stalled(request, cached)
             if self._can_start(request, begin, end, budget) and self._has_room(request, cached):

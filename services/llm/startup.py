@@ -23,8 +23,8 @@ from services.llm.engine import Engine
 from services.llm.grouping import num_ranks_here
 from services.llm.guided_decoding import GuidedDecoding
 from services.llm.model_runner import ModelRunner
-from services.llm.parallel import Shard, join_group
-from services.llm.ranks import follow, lead
+from services.llm.parallel import Shard, join_group, names_of_ranks
+from services.llm.ranks import StepLimits, follow, lead
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
 from services.llm.worker import Worker
@@ -73,7 +73,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         device=str(device.torch_device),
         threads=torch.get_num_threads(),
     )
-    shard = meet_other_ranks(settings, checkpoint, device, member)
+    shard, ranks = meet_other_ranks(settings, checkpoint, device, member)
     cache = size_cache(settings, checkpoint, device, dtype, shard, num_sharing)
     runner = make_runner(settings, checkpoint, device, dtype, shard, cache, member)
     log.info(
@@ -84,12 +84,19 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         max_model_len=context_of(settings, checkpoint),
     )
     if settings.rank == 0:
-        run_leader(settings, checkpoint, stop, member, runner, cache, dtype)
+        run_leader(settings, checkpoint, stop, member, runner, cache, dtype, ranks)
     else:
         # The group drains as one, and ends with rank 0.
         stop.on_drain(member.links.announce_draining)
         member.ready()
-        follow(member, runner.execute)
+        limits = StepLimits(
+            runner.vocab_size,
+            cache.num_blocks,
+            cache.block_size,
+            runner.input_width,
+            checkpoint.family.num_position_components,
+        )
+        follow(member, ranks[0], limits, runner.execute)
     return member
 
 
@@ -120,8 +127,11 @@ def join_control_plane(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop
 
 def meet_other_ranks(
     settings: LlmSettings, checkpoint: Checkpoint, device: Device, member: LlmMember
-) -> Shard:
-    """Wait until all ranks of the group have met, and return this rank's share."""
+) -> tuple[Shard, list[str]]:
+    """Wait until all ranks of the group have met.
+
+    Returns this rank's share, and the ids of all ranks in their order.
+    """
     sizes = checkpoint.sizes
     max_elements = max(
         settings.max_num_batched_tokens * sizes.hidden_size,
@@ -132,8 +142,10 @@ def meet_other_ranks(
     shard = join_group(
         settings.rank, settings.tp, settings.rendezvous, device.torch_device, max_elements
     )
+    ranks = names_of_ranks(member.id, shard, device.torch_device)
+    member.meet(ranks)
     member.progress.begin(LOADING_SECONDS)
-    return shard
+    return shard, ranks
 
 
 def context_of(settings: LlmSettings, checkpoint: Checkpoint) -> int:
@@ -221,9 +233,11 @@ def run_leader(
     runner: ModelRunner,
     cache: KvCache,
     dtype: torch.dtype,
+    ranks: list[str],
 ) -> None:
     """Serve requests as rank 0: schedule steps, and have all ranks execute them."""
-    execute = lead(member, settings.tp - 1, runner.execute)
+    others = frozenset(ranks[1:])
+    execute = lead(member, others, runner.execute)
     scheduler = Scheduler(
         BlockPool(cache.num_blocks),
         cache.block_size,
@@ -246,7 +260,9 @@ def run_leader(
         eos_token_ids,
         budget,
         num_position_components=checkpoint.family.num_position_components,
+        max_model_len=max_model_len,
+        dtype=dtype,
     )
-    worker = Worker(member, engine, stop.drain)
+    worker = Worker(member, engine, stop.drain, others)
     member.ready(max_model_len)
     worker.run()

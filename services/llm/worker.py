@@ -2,35 +2,46 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, assert_never
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
+from common.apart import Turn
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Embeddings,
     Failed,
     ItemIds,
     ItemReceived,
     ItemRejected,
     LlmInbound,
+    Noted,
     Prompt,
     RequestKey,
+    RequestMessage,
     Reserved,
     Start,
     StopFound,
     Tokens,
     request_ids,
 )
+from common.progress import UnitTimes
+from common.timings import ItemTimings
 from common.wire import Tensor
-from compute.torch_tensors import to_torch
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
-from services.llm.request import objection_to
+from services.llm.request import Request, objection_to, objection_to_grammar
 
+MAX_REQUESTS_OF_A_PREPROCESS = 4096
+"""Requests that run or wait. The gateways admit far fewer at once."""
+COMPILED_SECONDS = 0.005
+"""How often a loop that is otherwise idle looks for a grammar that is being compiled."""
 EXPIRY_SECONDS = 1.0
 """How often deadlines are checked."""
 
@@ -39,13 +50,22 @@ class Worker:
     """Connects the engine to the other services."""
 
     def __init__(
-        self, member: Member[LlmInbound], engine: Engine, drain: Callable[[], None] = lambda: None
+        self,
+        member: Member[LlmInbound],
+        engine: Engine,
+        drain: Callable[[], None] = lambda: None,
+        ranks: frozenset[str] = frozenset(),
     ) -> None:
-        """`drain` drains the group. It is called when another rank must leave: no rank can leave
-        without the others."""
+        """`drain` drains the group. It is called when one of the other `ranks` must leave: no rank
+        can leave without the others."""
         self._member = member
         self._engine = engine
         self._drain = drain
+        self._ranks = ranks
+        self._step_times = UnitTimes()
+        self._prompt_times = UnitTimes()
+        self._visitors: set[str] = set()
+        """The peers that connected to this process. It connects to none of them itself."""
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
         member.track_load(lambda: engine.load)
@@ -56,22 +76,48 @@ class Worker:
         next_expiry = 0.0
         while (events := self._wait_for_events(idle)) is not None:
             for event in events:
-                self._handle(event)
+                self._handle_alone(event)
             if (now := time.monotonic()) >= next_expiry:
-                self._abort(self._engine.expired_keys(now))
+                self._drop_expired(now)
                 next_expiry = now + EXPIRY_SECONDS
+            for request, reason in self._engine.take_refused():
+                self._refuse(request.prompt, reason, code="InvalidRequest")
             self._report_reserved()
-            outputs = self._engine.step()
+            with self._member.progress.unit(self._step_times, len(self._engine.requests)):
+                outputs = self._engine.step()
+            self._announce_turn()
             for output in outputs or []:
-                self._send_output(output)
+                self._send_output_alone(output)
             idle = outputs is None
             self._report.send_changes(at_once=idle)
 
     def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
         timeout = EXPIRY_SECONDS if self._engine.holds_anything else None
+        if self._engine.is_compiling:
+            timeout = COMPILED_SECONDS
         return self._member.take_events(wait=idle, timeout=timeout)
 
+    def _handle_alone(self, event: Event[LlmInbound]) -> None:
+        """Handle an event so that whatever is wrong with it fails its own request alone."""
+        try:
+            self._handle(event)
+        except Exception:  # noqa: BLE001 - one message must not end the others
+            self._log.exception("a message could not be handled")
+            if isinstance(event, Received) and isinstance(event.message, Prompt):
+                self._fail(event.message, "the prompt could not be handled: see the llm log")
+
+    def _fail(self, prompt: Prompt, reason: str) -> None:
+        """End a request and report this to its gateway and to its detokenizer."""
+        self._abort([prompt.key])
+        failed = Failed(**prompt.ids, code="Internal", message=reason, stage="llm")
+        self._member.links.send(prompt.gateway_id, failed)
+
     def _handle(self, event: Event[LlmInbound]) -> None:
+        match event:
+            case PeerUp(peer_id=peer_id, address=""):
+                self._visitors.add(peer_id)
+            case PeerDown(peer_id=peer_id):
+                self._visitors.discard(peer_id)
         match event:
             case Received(peer_id=peer_id, message=message):
                 self._handle_message(peer_id, message)
@@ -80,9 +126,10 @@ class Worker:
                 self._report.remove(peer_id)
                 if role in ("gateway", "preprocess"):
                     self._abort(self._engine.keys_of(peer_id))
+                    self._turn.release_all_of(peer_id)
                 elif role == "detokenizer":
                     self._on_detokenizer_down(peer_id, reason)
-            case PeerDraining(role="llm"):
+            case PeerDraining(peer_id=peer_id) if peer_id in self._ranks:
                 self._drain()
             case PeerUp(peer_id=peer_id, role="preprocess"):
                 self._report.add(peer_id)
@@ -106,34 +153,73 @@ class Worker:
             case Embeddings():
                 self._handle_embeddings(message)
             case Abort(key=key):
-                self._abort([key])
+                self._send_aborts(self._engine.abort_of(peer_id, key))
+                self._turn.release(key, peer_id)
             case StopFound(key=key):
-                self._engine.abort([key])
+                request = self._engine.requests.get(key)
+                if request and request.prompt.detokenizer.id == peer_id:
+                    self._engine.abort([key])
+            case Noted(key=key):
+                self._turn.note(key, peer_id)
+            case Cleared(key=key):
+                self._engine.scheduler.clear(key, peer_id)
             case _:
-                assert_never(message)
+                self._ignore(peer_id, message, "it has nothing to say to rank 0")
+
+    def _ignore(self, peer_id: str, message: object, reason: str) -> None:
+        name = type(message).__name__
+        request_id = message.request_id if isinstance(message, RequestMessage) else ""
+        self._log.warning(
+            "ignored a message", peer=peer_id, name=name, request_id=request_id, reason=reason
+        )
 
     def _handle_prompt(self, peer_id: str, prompt: Prompt) -> None:
-        if problem := objection_to(prompt, self._engine.limits):
-            self._log.error("prompt refused", request_id=prompt.request_id, reason=problem)
-            failed = Failed(**prompt.ids, code="Internal", message=problem, stage="llm")
-            self._member.links.send(prompt.gateway_id, failed)
+        if self._engine.has_seen(prompt.key):
+            self._ignore(peer_id, prompt, "the same attempt of the request is or was here")
+            return
+        problem = objection_to(prompt, self._engine.limits)
+        if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
+            problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
+        if prompt.detokenizer.id in self._visitors:
+            problem = f"{prompt.detokenizer.id!r} is not a detokenizer"
+        if problem:
+            self._refuse(prompt, problem)
+            return
+        if prompt.grammar and (problem := objection_to_grammar(prompt.grammar)):
+            self._refuse(prompt, problem, code="InvalidRequest")
             return
         self._member.links.connect(prompt.detokenizer, "detokenizer")
-        for item, objection in self._engine.add(prompt, peer_id):
-            self._acknowledge(peer_id, {**prompt.ids, "item": item}, objection)
         num_tokens = prompt.token_ids.shape[0]
+        with self._prompt_unit(prompt):
+            self._engine.add(prompt, peer_id)
         self._log.debug("prompt", request_id=prompt.request_id, num_tokens=num_tokens)
 
+    def _refuse(self, prompt: Prompt, reason: str, code: str = "Internal") -> None:
+        """Report to its gateway that a prompt is not computed."""
+        self._log.error("prompt refused", request_id=prompt.request_id, reason=reason)
+        failed = Failed(**prompt.ids, code=code, message=reason, stage="llm")
+        self._member.links.send(prompt.gateway_id, failed)
+
+    def _prompt_unit(self, prompt: Prompt) -> AbstractContextManager[None]:
+        """Return the unit of work that the acceptance of a prompt is."""
+        resumed = prompt.output_token_ids
+        num_tokens = prompt.token_ids.shape[0] + (resumed.shape[0] if resumed else 0)
+        return self._member.progress.unit(self._prompt_times, num_tokens)
+
     def _handle_embeddings(self, message: Embeddings) -> None:
-        timings = {
+        """Pass the embeddings of an item to the engine, and report the outcome to its owner."""
+        timings: ItemTimings = {
             "queue_seconds": message.queue_seconds,
             "encode_seconds": message.encode_seconds,
             "cached": message.cached,
         }
-        embeddings = to_torch(message.embeddings)
-        owner = message.preprocess_id
-        objection = self._engine.add_embeddings(message.item_key, embeddings, timings, owner)
-        if objection is not None:
+        objection = self._engine.add_embeddings(
+            message.item_key, message.mm_hash, message.embeddings, timings
+        )
+        owner = self._engine.owner_of(message.key)
+        if objection is None or owner is None:
+            self._ignore(message.preprocess_id, message, "no prompt here asked for it")
+        else:
             self._acknowledge(owner, message.item_ids, objection)
 
     def _report_reserved(self) -> None:
@@ -145,10 +231,38 @@ class Worker:
         answer = ItemRejected(**ids, reason=objection) if objection else ItemReceived(**ids)
         self._member.links.send(preprocess_id, answer)
 
+    def _drop_expired(self, now: float) -> None:
+        expired = self._engine.expired_keys(now)
+        self._abort(expired)
+        for key in expired:
+            self._turn.release_expired(key)
+
+    def _announce_turn(self) -> None:
+        """Report a request that will have the steps to itself."""
+        if announcement := self._turn.announcement():
+            gateway_id, key = announcement
+            self._member.links.send(gateway_id, Alone(**request_ids(key)))
+
+    @property
+    def _turn(self) -> Turn:
+        return self._engine.scheduler.turn
+
     def _abort(self, keys: list[RequestKey]) -> None:
-        for request in self._engine.abort(keys):
+        self._send_aborts(self._engine.abort(keys))
+
+    def _send_aborts(self, begun: list[Request]) -> None:
+        """Have detokenizers forget the answers that have begun."""
+        for request in begun:
             prompt = request.prompt
             self._member.links.send(prompt.detokenizer.id, Abort(**prompt.ids))
+
+    def _send_output_alone(self, output: Output) -> None:
+        """Send an output so that whatever is wrong with it fails its own request alone."""
+        try:
+            self._send_output(output)
+        except Exception:  # noqa: BLE001 - one answer must not end the others
+            self._log.exception("an output could not be sent")
+            self._fail(output.request.prompt, "the answer could not be sent: see the llm log")
 
     def _send_output(self, output: Output) -> None:
         prompt = output.request.prompt
@@ -181,6 +295,7 @@ def start_of(output: Output) -> Start:
         usage=usage_of(request),
         timings=Tensor.of_bytes(timings_of(request)),
         output_token_ids=prompt.output_token_ids,
+        timeout=max(0.0, request.deadline - time.monotonic()),
     )
 
 

@@ -3,6 +3,7 @@
 It applies the chat template, tokenizes, cuts images into patches and computes positions.
 """
 
+from common.cgroup import num_cores
 from common.checkpoint import open_checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
@@ -14,6 +15,8 @@ from services.preprocess import families
 from services.preprocess.families import ItemLimits
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.sandbox.jobs import Setup
+from services.preprocess.sandbox.pool import Sandboxes
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 
@@ -27,6 +30,15 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         preprocessor = Preprocessor(checkpoint, rules, settings.max_model_len)
     except ValueError as e:
         raise BadSetting(str(e)) from e
+    setup = Setup(
+        settings.model,
+        preprocessor.max_model_len,
+        settings.min_pixels,
+        settings.max_pixels,
+        resizes,
+    )
+    sandboxes = Sandboxes(setup, settings.sandboxes or num_cores())
+    sandboxes.wait_until_loaded()
     pool = VisionPool()
     metrics = PreprocessMetrics(pool)
     member: Member[PreprocessInbound] = Member(
@@ -40,7 +52,8 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         drains=True,
         registry=metrics.registry,
     )
-    worker = Worker(member, preprocessor, pool, metrics)
+    sandboxes.begin(member.post)
+    worker = Worker(member, preprocessor, sandboxes, pool, metrics)
     get_logger().info("waiting for a vision replica and a language group", id=member.id)
     worker.run()
     member.close()

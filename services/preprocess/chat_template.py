@@ -10,8 +10,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.chat import ROLES
 from common.checkpoint import BadCheckpoint, read_optional_json
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, shorten
 
+TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What the expressions of a template may raise."""
+TOO_COSTLY = (
+    "the model's chat template takes too much time or memory for these messages: send fewer, or "
+    "correct the template in the model directory"
+)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -33,6 +46,9 @@ class ChatTemplate:
             raise BadCheckpoint(
                 f"the chat template cannot be compiled: line {e.lineno}: {e.message}"
             ) from e
+        except (MemoryError, *TEMPLATE_ERRORS) as e:
+            # Constant expressions are computed, and may be of any size.
+            raise BadCheckpoint(f"the chat template cannot be compiled: {type(e).__name__}") from e
         self.special_tokens = special_tokens
 
     def render(self, messages: Any) -> str:
@@ -43,13 +59,21 @@ class ChatTemplate:
         InvalidRequest
             if the messages are malformed, or the template refuses them.
         """
+        known = normalise(messages)
         try:
             return self.template.render(
-                messages=normalise(messages), add_generation_prompt=True, **self.special_tokens
+                messages=known, add_generation_prompt=True, **self.special_tokens
             )
         except jinja2.TemplateError as e:
             raise InvalidRequest(
-                f"the model's chat template refuses the messages: {e.message}"
+                f"the model's chat template refuses the messages: {shorten(e.message or '')}"
+            ) from e
+        except MemoryError as e:
+            raise InvalidRequest(TOO_COSTLY) from e
+        except TEMPLATE_ERRORS as e:
+            raise InvalidRequest(
+                f"the model's chat template fails with these messages ({type(e).__name__}): "
+                "send others, or correct the template in the model directory"
             ) from e
 
 

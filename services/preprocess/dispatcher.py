@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import assert_never
 
+from common.apart import MAX_DEATHS
 from common.errors import Internal, ServingError, Unavailable
 from common.events import Sender
 from common.logs import get_logger
@@ -33,8 +35,8 @@ from services.preprocess.in_flight import Handover, PendingItem
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.vision_pool import VisionPool
 
-MAX_DISPATCHES = 3
-"""How many replicas may try one item."""
+MAX_FAILURES = 3
+"""How often one item may fail, at whatever replicas."""
 LATE_SECONDS = 5.0
 """How long after its deadline a request is dropped here. The gateway has ended it, but its abort
 may be lost."""
@@ -64,6 +66,8 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
         self._log = get_logger()
+        self._apart: set[PendingItem] = set()
+        """The items that a replica must work on alone."""
         self.num_bytes = 0
         """The bytes of all items that are held."""
 
@@ -76,29 +80,35 @@ class Dispatcher:
         """Handle a message of a vision replica or a language group."""
         match message:
             case VisionLoad():
-                self.pool.update_load(peer_id, message)
+                self._update_load(peer_id, message)
             case Vacancy(wait_seconds=wait):
+                self._note_passed(peer_id)
                 self.pool.update_replica(peer_id, True, wait)
                 if peer_id not in self.offer_waiting():
                     self._links.send(peer_id, Decline())
             case Grant(wait_seconds=wait, has_room=has_room):
                 self.pool.on_answer(peer_id, has_room, wait)
+                self._note_passed(peer_id)
                 self._send_pixels(message, peer_id)
             case CacheHit():
                 self.pool.on_answer(peer_id)
                 if item := self._find(message, peer_id):
                     self._mark_accepted(item)
+                    item.has_passed = item.is_apart  # it never waits for an equal item
             case Busy(wait_seconds=wait):
                 self.pool.on_answer(peer_id, False, wait)
                 self._requeue_refused(message, peer_id)
             case Failed(message=reason):
                 self._retry(self._find_failed(message, peer_id), reason, skip_cache=True)
             case Reserved(key=key):
-                self._start_items(key)
+                if self._is_held_by(key, peer_id):
+                    self._start_items(key)
             case ItemReceived(item=index, key=key):
-                self._release_item(key, index)
-            case ItemRejected(reason=reason):
-                self._retry(self._find(message), reason, skip_cache=True)
+                if self._is_held_by(key, peer_id):
+                    self._release_item(key, index)
+            case ItemRejected(reason=reason, key=key):
+                if self._is_held_by(key, peer_id):
+                    self._retry(self._offered_item(message.item_key), reason, skip_cache=True)
             case _:
                 assert_never(message)
 
@@ -110,15 +120,45 @@ class Dispatcher:
         return {item.vision_id for item in offered}
 
     def on_replica_down(self, vision_id: str, reason: str) -> None:
-        """Give each item of a dead replica to another one."""
+        """Give each item of a dead replica to another one.
+
+        Those that it worked on may be why it died. If it worked on one that is apart, no other one
+        is to blame.
+        """
         self.pool.remove_replica(vision_id)
-        for item in [item for item in self._all_items() if item.vision_id == vision_id]:
+        items = [item for item in self._all_items() if item.vision_id == vision_id]
+        suspects = [item for item in items if item.is_suspect]
+        blamed = [item for item in suspects if item.is_apart] or suspects
+        # The last one is the first to be offered. It is the least suspicious one.
+        for item in sorted(items, key=lambda item: item.num_deaths, reverse=True):
             if request_of(item.key) not in self.handovers:
                 continue  # the failure of another item has just ended this request
-            if item.is_accepted:
-                self._retry(item, f"the vision replica was lost: {reason}")
+            if item in blamed:
+                self._on_death(item, reason)
             else:
                 self.pool.add(item, first=True)
+
+    def _note_passed(self, vision_id: str) -> None:
+        """A replica that works on an item apart gives no room to another one meanwhile."""
+        for item in self._apart:
+            if item.vision_id == vision_id:
+                item.has_passed |= item.is_accepted
+
+    def _on_death(self, item: PendingItem, reason: str) -> None:
+        """Let a replica work on the item alone, or end its request after too many deaths."""
+        item.num_deaths += 1
+        self._apart.add(item)
+        reason = f"the vision replica was lost: {reason}"
+        self._count_failure(item, reason)
+        if item.num_deaths < MAX_DEATHS:
+            self.pool.add(item, first=True)
+            return
+        index = item.key[2]
+        text = (
+            f"{MAX_DEATHS} vision replicas in a row ended while they worked on {item.prepared.kind}"
+            f" {index}, the last one on this item alone, so it is not tried again: {reason}"
+        )
+        self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
 
     def drop(self, key: RequestKey) -> None:
         """Free what is held for the request, here and at the replicas that have its items."""
@@ -139,6 +179,18 @@ class Dispatcher:
         for key in [key for key, h in handovers if now > h.deadline + LATE_SECONDS]:
             self.drop(key)
 
+    def _update_load(self, vision_id: str, load: VisionLoad) -> None:
+        """Use a replica's report, if its figures fit together."""
+        if is_sound(load):
+            self.pool.update_load(vision_id, load)
+        else:
+            self._log.warning("a report of a vision replica makes no sense", vision=vision_id)
+
+    def _is_held_by(self, key: RequestKey, llm_id: str) -> bool:
+        """Whether this language group has the prompt of the request."""
+        handover = self.handovers.get(key)
+        return handover is not None and handover.llm.id == llm_id
+
     def _all_items(self) -> Iterator[PendingItem]:
         return (item for handover in self.handovers.values() for item in handover.items.values())
 
@@ -157,23 +209,25 @@ class Dispatcher:
             llm=handover.llm,
             timeout=max(0.0, handover.deadline - self._clock()),
             skip_cache=item.skip_cache,
+            apart=item.is_apart,
         )
 
-    def _find(self, message: ItemMessage, vision_id: str = "") -> PendingItem | None:
+    def _find(self, message: ItemMessage, vision_id: str) -> PendingItem | None:
         """Return the item that the message is about, if the replica that sent it still has it."""
-        return self._item_at(message.item_key, vision_id)
+        item = self._offered_item(message.item_key)
+        return item if item and item.vision_id == vision_id else None
 
     def _find_failed(self, message: Failed, vision_id: str) -> PendingItem | None:
         if message.item is None:
             return None
-        return self._item_at((*message.key, message.item), vision_id)
+        item = self._offered_item((*message.key, message.item))
+        return item if item and item.vision_id == vision_id else None
 
-    def _item_at(self, key: ItemKey, vision_id: str) -> PendingItem | None:
+    def _offered_item(self, key: ItemKey) -> PendingItem | None:
+        """Return an item that some replica has, or was offered."""
         handover = self.handovers.get(request_of(key))
         item = handover.items.get(key[2]) if handover else None
-        if item and item.vision_id and vision_id in ("", item.vision_id):
-            return item
-        return None
+        return item if item and item.vision_id else None
 
     def _start_items(self, key: RequestKey) -> None:
         handover = self.handovers.get(key)
@@ -184,6 +238,9 @@ class Dispatcher:
 
     def _send_pixels(self, grant: Grant, vision_id: str) -> None:
         if item := self._find(grant, vision_id):
+            if item.has_pixels:  # a second grant must not move them again
+                return
+            item.has_pixels = True
             self._mark_accepted(item)
             patches = Tensor.of(item.prepared.patches())
             self._links.send(vision_id, Pixels(**grant.item_ids, patches=patches))
@@ -194,13 +251,10 @@ class Dispatcher:
 
     def _mark_accepted(self, item: PendingItem) -> None:
         item.is_accepted = True
-        item.num_dispatches += 1
         self.pool.remember(item.prepared.mm_hash, item.vision_id)
 
     def _requeue_refused(self, message: Busy, vision_id: str) -> None:
         if item := self._find(message, vision_id):
-            if item.is_accepted:  # its pixels came too late for the grant
-                item.num_dispatches -= 1
             self.pool.forget(item.prepared.mm_hash)
             self.pool.add(item, first=True)
 
@@ -208,6 +262,20 @@ class Dispatcher:
         """Give one failed item to another replica, or end its request after too many failures."""
         if item is None:
             return
+        self._count_failure(item, reason)
+        item.failed_at.add(item.vision_id)
+        item.skip_cache |= skip_cache
+        item.num_failures += 1
+        self.pool.on_item_end(item.vision_id, failed=True)
+        if item.num_failures >= MAX_FAILURES:
+            index = item.key[2]
+            name = f"{item.prepared.kind} {index}"
+            text = f"{name} was given up after {MAX_FAILURES} attempts: {reason}"
+            self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
+        else:
+            self.pool.add(item, first=True)
+
+    def _count_failure(self, item: PendingItem, reason: str) -> None:
         request_id, _, index = item.key
         self._log.warning(
             "image failed",
@@ -217,16 +285,7 @@ class Dispatcher:
             reason=reason,
         )
         self._metrics.failed_dispatches.inc()
-        item.failed_at.add(item.vision_id)
-        item.skip_cache |= skip_cache
         self.pool.forget(item.prepared.mm_hash)
-        self.pool.on_item_end(item.vision_id, failed=True)
-        if item.num_dispatches >= MAX_DISPATCHES:
-            name = f"{item.prepared.kind} {index}"
-            text = f"{name} was given up after {MAX_DISPATCHES} attempts: {reason}"
-            self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
-        else:
-            self.pool.add(item, first=True)
 
     def _why_hopeless(self, item: PendingItem) -> str:
         name = f"{item.prepared.kind} {item.key[2]}"
@@ -256,8 +315,15 @@ class Dispatcher:
 
     def _free(self, item: PendingItem) -> None:
         self.pool.remove(item)
+        self._apart.discard(item)
         self.num_bytes -= item.prepared.nbytes
 
 
 def request_of(key: ItemKey) -> RequestKey:
     return key[:2]
+
+
+def is_sound(load: VisionLoad) -> bool:
+    """Whether the figures of a report fit together."""
+    is_rising = all(low < high for low, high in pairwise((0, *load.buckets)))
+    return is_rising and 0 not in load.sizes and len(load.sizes) == len(load.seconds)

@@ -21,6 +21,18 @@ class Grammars:
         self._vocabulary = vocabulary
         self._tokenizer: Any = None
 
+    def load(self) -> None:
+        """Load what all grammars need, once. Raises InvalidRequest if it is not installed."""
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as e:
+            raise InvalidRequest(
+                "guided answers need the extra `guided` (llguidance): install it for the "
+                "preprocess and llm services"
+            ) from e
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._vocabulary.tokenizer_json)
+
     def grammar(self, kind: str, text: str) -> str:
         """Return the grammar of "json_object", or of a "json_schema" or "regex" in `text`.
 
@@ -29,15 +41,9 @@ class Grammars:
         InvalidRequest
             if no answer can follow it, or llguidance is not installed.
         """
-        try:
-            from llguidance import LLMatcher, LLTokenizer
-        except ImportError as e:
-            raise InvalidRequest(
-                "guided answers need the extra `guided` (llguidance): install it for the "
-                "preprocess and llm services"
-            ) from e
-        if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._vocabulary.tokenizer_json)
+        self.load()
+        from llguidance import LLMatcher
+
         if kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:

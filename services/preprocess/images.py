@@ -3,15 +3,24 @@
 import struct
 import warnings
 import zlib
+from contextlib import AbstractContextManager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from common.errors import TooLarge, UnreadableImage
+from common.wire import Buffer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
+MAX_SCANNED_PIXELS = 50 * MAX_PIXELS
+"""The most pixels that all scans of a JPEG may have together. Progressive files of common encoders
+have about ten scans."""
+START_OF_SCAN = b"\xff\xda"
+SIDEWAYS = (5, 6, 7, 8)
+"""The EXIF orientations that exchange height and width."""
+TOO_COSTLY = "opening the image takes too much time or memory; send it smaller, or saved plainly"
 
 # Pillow's readers parse hostile bytes in Python. Any of these may result from a broken file.
 READER_ERRORS = (
@@ -24,62 +33,109 @@ READER_ERRORS = (
     AttributeError,
     EOFError,
     RuntimeError,
-    MemoryError,
     struct.error,
     zlib.error,
 )
 
 
-def decode(data: bytes | bytearray | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the pixels of a PNG, JPEG, WEBP or GIF file (its first frame).
-
-    They are uint8 [height, width, 3]. The size is checked in the header, before any pixel is
-    decoded. As in the reference, the orientation noted in EXIF is applied, and transparency is
-    dropped and not blended.
+def open_image(data: Buffer, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the header of a PNG, JPEG, WEBP or GIF file, and check its size.
 
     Raises
     ------
     UnreadableImage
-        if the bytes are not such an image, or the image is broken. Pillow's own text is not passed
-        on, because it may contain memory addresses.
+        if the bytes are not such an image. Pillow's own text is not passed on, because it may
+        contain memory addresses.
     TooLarge
         if the image has more than `max_pixels` pixels.
     """
-    # Pillow warns of large and of slightly broken files. The limit here is lower, and broken files
-    # that decode are welcome.
-    with warnings.catch_warnings(action="ignore"):
-        image = open_checked(data, max_pixels)
+    whole = bytes(data)
+    with quiet():
         try:
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            image = Image.open(BytesIO(whole), formats=FORMATS)
+        except Image.DecompressionBombError as e:
+            raise TooLarge(
+                f"the image has more than the {max_pixels} pixels allowed; send it smaller"
+            ) from e
         except READER_ERRORS as e:
             raise UnreadableImage(
-                f"the image is a broken or cut off {image.format}; send the whole file"
+                f"the bytes are not an image in one of the formats {', '.join(FORMATS)}"
             ) from e
-
-
-def open_checked(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image:
-    """Read the header of an image file and check its size."""
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as e:
-        raise TooLarge(
-            f"the image has more than the {max_pixels} pixels allowed; send it smaller"
-        ) from e
-    except READER_ERRORS as e:
-        raise UnreadableImage(
-            f"the bytes are not an image in one of the formats {', '.join(FORMATS)}"
-        ) from e
+        except MemoryError as e:
+            raise UnreadableImage(TOO_COSTLY) from e
     if image.width * image.height > max_pixels:
         raise TooLarge(
             f"the image has {image.width}x{image.height} pixels, at most {max_pixels} are allowed; "
             "send it smaller"
         )
+    check_scans(image, whole)
     return image
 
 
-def resize(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [height, width, 3] as Pillow does: bicubic, with antialiasing."""
-    if rgb.shape[:2] == (height, width):
-        return rgb
-    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width that `decode` will return, as far as the header knows them.
+
+    The orientation may stand behind the pixels of a PNG. Then height and width are exchanged.
+    Raises UnreadableImage if the Exif data are broken.
+    """
+    size = image.height, image.width
+    if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
+        return size  # getexif would decode the pixels to find it
+    try:
+        with quiet():
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    except READER_ERRORS as e:
+        raise UnreadableImage(f"the Exif data of the {image.format} are broken") from e
+    except MemoryError as e:
+        raise UnreadableImage(TOO_COSTLY) from e
+    return size[::-1] if is_turned else size
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Return the RGB pixels of an opened image, of its first frame.
+
+    As in the reference, the orientation noted in EXIF is applied, and transparency is dropped and
+    not blended. Raises UnreadableImage if the image is broken.
+    """
+    try:
+        with quiet():
+            ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except READER_ERRORS as e:
+        # Decoders of Pillow report a lack of memory as a broken file.
+        raise UnreadableImage(
+            f"the image is a broken or cut off {image.format}, or takes too much memory; send the "
+            "whole file, or a smaller one"
+        ) from e
+    except MemoryError as e:
+        raise UnreadableImage(TOO_COSTLY) from e
+
+
+def quiet() -> AbstractContextManager[object]:
+    """Ignore Pillow's warnings of large and of slightly broken files.
+
+    The limit here is lower, and broken files that decode are welcome.
+    """
+    return warnings.catch_warnings(action="ignore")
+
+
+def check_scans(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG that goes over its pixels far more often than any encoder makes it.
+
+    A scan of some bytes costs a walk over all pixels, so a small file can cost minutes.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return
+    num_scans = data.count(START_OF_SCAN)
+    if num_scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise UnreadableImage(
+            f"the JPEG of {image.width}x{image.height} pixels is stored in {num_scans} scans, "
+            "which take too long to decode; save it with fewer scans"
+        )
+
+
+def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize RGB pixels with bicubic antialiasing, to uint8 [height, width, 3]."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)

@@ -6,23 +6,32 @@ import numpy as np
 
 from common.messages import ItemKey, Peer, RequestKey, Submit
 from common.wire import Tensor
-from services.preprocess.prepared import PreparedItem
+from services.preprocess.prepared import PreparedItem, ReadyItem
+from services.preprocess.sandbox.pool import Task
 
 MISSING_SECONDS = 60.0
 """How long work waits for a replica or language group to come back: as long as a restart takes."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Preparation:
     """A request whose prompt was not yet handed to a language group."""
 
     submit: Submit
     gateway_id: str
     received: float
+    task: Task | None = None
+    """What a sandbox does, or must do, for the request now."""
     token_ids: np.ndarray | None = None
     grammar: Tensor | None = None
-    items: list[PreparedItem] = field(default_factory=list)
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of each item, by its header."""
+    items: list[ReadyItem] = field(default_factory=list)
     item_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def key(self) -> RequestKey:
+        return self.submit.key
 
     @property
     def deadline(self) -> float:
@@ -51,12 +60,28 @@ class PendingItem:
     vision_id: str = ""
     is_accepted: bool = False
     """The replica got the pixels or needs none: from now on it is responsible for the item."""
-    num_dispatches: int = 0
-    """The replicas that accepted the item so far, whatever became of it there."""
+    has_pixels: bool = False
+    """The replica was sent the pixels."""
+    num_failures: int = 0
+    """How often a replica or the language group reported that the item failed."""
+    num_deaths: int = 0
+    """How many replicas died while they worked on the item."""
     failed_at: set[str] = field(default_factory=set)
+    has_passed: bool = False
+    """The replica has finished with the item, as far as its death could be the item's fault."""
     skip_cache: bool = False
     expected_seconds: float = 0.0
     """Expected seconds in the tower, set while the item waits."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether a replica must work on the item alone, because one has died of it, perhaps."""
+        return self.num_deaths > 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its replica works on the item, so that its death may be the item's fault."""
+        return self.is_accepted and not self.has_passed
 
 
 @dataclass(slots=True)

@@ -12,14 +12,17 @@ SALT_BYTES = 16
 
 
 class PreparedItem(Protocol):
-    """One item, decoded and resized, with all that is known before its patches are made."""
+    """One item, decoded, resized and cut into patches."""
 
     @property
     def kind(self) -> ItemKind: ...
 
     @property
     def mm_hash(self) -> str:
-        """64 hex digits: the name of the content, equal for equal pixels in any file format."""
+        """64 hex digits: the name of the content, equal for equal pixels in any file format.
+
+        `common/item_hash.py` computes it.
+        """
         ...
 
     @property
@@ -48,6 +51,27 @@ class PreparedItem(Protocol):
     def patches(self) -> np.ndarray:
         """uint8 [num_patches, values per patch], in the order that the family's tower expects."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyItem:
+    """An item that a sandbox has prepared. Implements `PreparedItem`."""
+
+    kind: ItemKind
+    mm_hash: str
+    grid_thw: tuple[int, int, int]
+    content_size: tuple[int, int]
+    num_patches: int
+    num_tokens: int
+    rows: np.ndarray
+    """The patches."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def patches(self) -> np.ndarray:
+        return self.rows
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
-import hashlib
-import json
+from functools import cached_property
 from typing import Any, assert_never
 
 import numpy as np
+from PIL.Image import Image
 
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.messages import ItemKind
-from common.vocabulary import open_vocabulary
+from common.vocabulary import Vocabulary, open_vocabulary
+from common.wire import Buffer
 from services.preprocess import chat_template, images
+from services.preprocess.chat_template import ChatTemplate
 from services.preprocess.families import FamilyRules
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 
@@ -22,11 +24,14 @@ MAX_CHARS_PER_TOKEN = 16
 tokenized: tokenizing megabytes only to refuse them would block the process for seconds."""
 
 
-def decode(kind: ItemKind, data: bytes | bytearray | memoryview) -> np.ndarray:
-    """Return the pixels of an encoded item: uint8 [height, width, 3]."""
+def open_item(kind: ItemKind, data: Buffer) -> Image:
+    """Read the header of an encoded item.
+
+    Raises UnreadableImage or TooLarge. The caller knows which item it was.
+    """
     match kind:
         case "image":
-            return images.decode(data)
+            return images.open_image(data)
         case _:
             assert_never(kind)
 
@@ -39,12 +44,7 @@ class Preprocessor:
     ) -> None:
         """`max_model_len` is the context in tokens, and the model's own by default.
 
-        Raises
-        ------
-        BadCheckpoint
-            if the vocabulary or the chat template is damaged.
-        ValueError
-            if `max_model_len` exceeds the model's context.
+        Raises ValueError if `max_model_len` exceeds the model's context.
         """
         self.checkpoint = checkpoint
         self.rules = rules
@@ -55,44 +55,47 @@ class Preprocessor:
                 f"{checkpoint.max_model_len}: give at most that"
             )
         self.vocab_size = checkpoint.sizes.vocab_size
-        self.template = chat_template.load(checkpoint.path)
-        self.vocabulary = open_vocabulary(checkpoint)
         self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
-        self.placeholder = self._name_of(self.placeholder_id)
 
-    def _name_of(self, token_id: int | None) -> str | None:
-        return None if token_id is None else self.vocabulary.token_of(token_id)
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the model. Raises BadCheckpoint if its file is damaged."""
+        return open_vocabulary(self.checkpoint)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template of the model. Raises BadCheckpoint if there is none, or it is wrong."""
+        return chat_template.load(self.checkpoint.path)
+
+    @property
+    def placeholder(self) -> str | None:
+        """The name of the token that stands for an item in a prompt, if there is one."""
+        if self.placeholder_id is None:
+            return None
+        return self.vocabulary.token_of(self.placeholder_id)
+
+    def num_tokens(self, size: tuple[int, int], max_patches: int = 0) -> int:
+        """Return the tokens that an item of this (height, width) becomes.
+
+        Raises InvalidRequest if there can be no such item.
+        """
+        return self.rules.num_tokens(*self.rules.fitting_size(*size, max_patches))
 
     def prepare_item(
-        self,
-        kind: ItemKind,
-        data: bytes | bytearray | memoryview,
-        buckets: tuple[int, ...] = (),
+        self, kind: ItemKind, data: Buffer | Image, max_patches: int = 0
     ) -> PreparedItem:
-        """Decode, resize and name one encoded item. Its patches are made when they are asked for.
+        """Decode, resize, cut into patches and name one item, encoded or already opened.
 
-        If there are buckets (patch counts), the item must fit into one of them.
+        It must have at most `max_patches` patches, if that is not 0.
 
         Raises
         ------
         InvalidRequest
             or its children UnreadableImage and TooLarge. The caller knows which item it was.
         """
-        pixels = decode(kind, data)
-        size = self.rules.fitting_size(pixels, max(buckets, default=0))
-        mm_hash = self.mm_hash(kind, pixels, size)
-        return self.rules.prepare_item(kind, pixels, size, mm_hash)
-
-    def mm_hash(self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int]) -> str:
-        """Return the name of the embeddings of decoded pixels, resized to (height, width).
-
-        The name covers the model and everything that decides the pixels that its tower sees.
-        """
-        settings = self.rules.settings
-        about = [self.checkpoint.fingerprint, kind, settings, pixels.shape, *size]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() + b"\0")
-        digest.update(np.ascontiguousarray(pixels).data)
-        return digest.hexdigest()
+        image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
+        size = self.rules.fitting_size(image.height, image.width, max_patches)
+        return self.rules.prepare_item(kind, images.resize(image, *size))
 
     def tokenize(self, prompt_kind: str, prompt: Any) -> np.ndarray:
         """Return the token ids of chat messages or of given ids: int64 [num_tokens].
@@ -105,9 +108,21 @@ class Preprocessor:
             if the messages are malformed, or an id is outside the model's vocabulary.
         """
         if prompt_kind == "messages":
-            return self.encode(self.template.render(prompt))
-        assert prompt_kind == "token_ids", prompt_kind
-        token_ids = np.asarray(prompt, dtype=np.int64)
+            return self.encode(self.render(prompt))
+        return self.check_token_ids(np.asarray(prompt, dtype=np.int64))
+
+    def render(self, messages: Any) -> str:
+        """Return the prompt's text of chat messages.
+
+        Raises InvalidRequest if they are malformed, or the template refuses them.
+        """
+        return self.template.render(messages)
+
+    def check_token_ids(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the token ids of a prompt, int64 [num_tokens], if they are the model's.
+
+        Raises InvalidRequest if there are none, or one is outside the model's vocabulary.
+        """
         if token_ids.size == 0:
             raise InvalidRequest("the prompt is empty")
         bad = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
@@ -138,6 +153,22 @@ class Preprocessor:
             ) from e
         return np.array(self.vocabulary.encode(text), dtype=np.int64)
 
+    def find_placeholders(self, token_ids: np.ndarray, num_items: int) -> np.ndarray:
+        """Return the index of each placeholder of a prompt: int64 [num_items].
+
+        Raises
+        ------
+        InvalidRequest
+            if the number of placeholders is not the number of items.
+        """
+        found = np.flatnonzero(token_ids == self.placeholder_id)
+        if len(found) != num_items:
+            raise InvalidRequest(
+                f"the prompt has {len(found)} image placeholders for {num_items} images:"
+                f" give one for each image, and leave {self.placeholder} out of the text"
+            )
+        return found
+
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:
         """Repeat each item's placeholder as often as the item has tokens, and add the positions.
 
@@ -146,12 +177,7 @@ class Preprocessor:
         InvalidRequest
             if the number of placeholders is not the number of items.
         """
-        found = np.flatnonzero(token_ids == self.placeholder_id)
-        if len(found) != len(items):
-            raise InvalidRequest(
-                f"the prompt has {len(found)} image placeholders for {len(items)} images:"
-                f" give one for each image, and leave {self.placeholder} out of the text"
-            )
+        found = self.find_placeholders(token_ids, len(items))
         lengths = np.array([item.num_tokens for item in items], dtype=np.int64)
         repeats = np.ones(len(token_ids), dtype=np.int64)
         repeats[found] = lengths

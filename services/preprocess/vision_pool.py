@@ -146,6 +146,8 @@ class VisionPool:
         """Queue an item for a replica. An item that has waited before goes `first`."""
         item.vision_id = ""
         item.is_accepted = False
+        item.has_passed = False
+        item.has_pixels = False
         item.expected_seconds = self._least_seconds(item.prepared.num_patches)
         self._waiting[item.key] = item
         self._waiting_seconds += item.expected_seconds

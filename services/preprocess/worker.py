@@ -3,23 +3,28 @@
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
-from common.errors import Internal, InvalidRequest, ServingError, Unavailable
+from common.apart import Turn
+from common.errors import Internal, InvalidRequest, ServingError, Unavailable, from_code, shorten
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
-from common.member import Event, Member
+from common.member import Event, Member, Posted
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Failed,
     LlmLoad,
+    Noted,
     Peer,
     PreprocessInbound,
     Prompt,
     RequestKey,
+    RequestMessage,
     Routed,
     Submit,
     VisionLoad,
@@ -28,13 +33,16 @@ from common.messages import (
 from common.progress import UnitTimes
 from common.wire import Tensor
 from services.preprocess.dispatcher import Dispatcher
-from services.preprocess.grammars import Grammars
 from services.preprocess.in_flight import Handover, PendingItem, Preparation, SentPrompt
 from services.preprocess.llm_groups import LlmGroups
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
+from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
+from services.preprocess.sandbox.pool import Finished, Task, Tasks
+from services.preprocess.submit_checks import check_submit
+from services.preprocess.tasks import preparing, reading, ready_item
 from services.preprocess.vision_pool import VisionPool
 
 CHECK_SECONDS = 0.5
@@ -43,7 +51,10 @@ UNCONFIRMED_SECONDS = 5.0
 breaks within this time (the lease and a margin), it may not have arrived."""
 MAX_HELD_BYTES = 512 * 2**20
 """The bytes of decoded items that may wait to be encoded. Beyond it no other item is decoded."""
-MAX_ERROR_CHARS = 2000
+MAX_ERROR_CHARS = 1900
+LOOK_SECONDS = 0.1
+"""How often the running tasks are looked at while others wait for a sandbox."""
+SEE_LOG = "the request could not be prepared: see the preprocess log"
 
 
 class Worker:
@@ -53,21 +64,24 @@ class Worker:
         self,
         member: Member[PreprocessInbound],
         preprocessor: Preprocessor,
+        tasks: Tasks,
         pool: VisionPool,
         metrics: PreprocessMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._member = member
         self._preprocessor = preprocessor
+        self._tasks = tasks
         self._metrics = metrics
         self._clock = clock
         self._preparations: OrderedDict[RequestKey, Preparation] = OrderedDict()
+        self._turn = Turn(clock)
+        self._prepared_bytes = 0
+        """The bytes of the items of all preparations."""
         self._pool = pool
         self._dispatcher = Dispatcher(member.links, pool, self._fail, metrics, clock)
         self._groups = LlmGroups(clock)
-        self._grammars = Grammars(preprocessor.vocabulary)
-        # The size of a file says little about the size of its picture.
-        self._times = UnitTimes(least_seconds=2.5)
+        self._times = UnitTimes()
         self._unconfirmed: deque[SentPrompt] = deque()
         self._next_check = 0.0
         self._missing: list[str] | None = None
@@ -79,35 +93,81 @@ class Worker:
         return len(self._dispatcher.handovers), len(self._preparations)
 
     def run(self) -> None:
-        """Prepare one step of the oldest request, then handle what arrived meanwhile.
+        """Handle what arrived, then take one step of the oldest request that can go on.
 
-        So a grant never waits for a whole request of many images.
+        The steps that may take long are tasks of sandboxes, which post their results.
         """
         while (events := self._wait_for_events()) is not None:
             for event in events:
-                self._handle(event)
+                self._handle_safely(event)
             self._check_deadlines()
+            self._tasks.look()
             self._dispatcher.offer_waiting()
             self._member.expected_delay = self._pool.queue_seconds
-            if found := self._next():
-                self._advance(*found)
+            if preparation := self._next():
+                self._advance(preparation)
+            self._announce_turn()
 
     def _wait_for_events(self) -> list[Event[PreprocessInbound]] | None:
         timeout = CHECK_SECONDS if self._preparations or self._dispatcher.handovers else None
+        if self._tasks.num_waiting:
+            timeout = LOOK_SECONDS
         return self._member.take_events(wait=self._next() is None, timeout=timeout)
 
-    def _next(self) -> tuple[RequestKey, Preparation] | None:
-        """Return the oldest preparation that can go on."""
-        for key, preparation in self._preparations.items():
-            if self._can_advance(preparation):
-                return key, preparation
-        return None
+    def _next(self) -> Preparation | None:
+        """Return the oldest preparation that can go on, or only the one that has the turn.
+
+        While the next one is apart and others are in sandboxes, none goes on.
+        """
+        preparations = list(self._preparations.values())
+        if holder := self._turn.holder:
+            preparations = [p for p in preparations if p.key == holder and self._turn.is_noted]
+        found = next((p for p in preparations if self._can_advance(p)), None)
+        if found and self._must_take_turn(found) and any(p.task for p in preparations):
+            return None
+        return found
+
+    def _must_take_turn(self, preparation: Preparation) -> bool:
+        return preparation.submit.apart and self._turn.holder is None
 
     def _can_advance(self, preparation: Preparation) -> bool:
+        if preparation.task:
+            return False
         if preparation.is_prepared:
             avoided = preparation.submit.avoid
             return self._groups.has_other(avoided) or self._groups.missing_too_long()
-        return not preparation.needs_item or self._dispatcher.num_bytes < MAX_HELD_BYTES
+        return preparation.token_ids is None or self._has_room_for_items(preparation)
+
+    def _has_room_for_items(self, preparation: Preparation) -> bool:
+        """Whether the next items may be decoded.
+
+        Those of the oldest request only wait for what was handed over: if every request waited for
+        what others hold, none would go on.
+        """
+        handed_over = self._dispatcher.num_bytes
+        if handed_over + self._prepared_bytes < MAX_HELD_BYTES:
+            return True
+        oldest = next((p for p in self._preparations.values() if p.submit.items), None)
+        return preparation is oldest and handed_over < MAX_HELD_BYTES
+
+    def _handle_safely(self, event: Event[PreprocessInbound]) -> None:
+        try:
+            self._handle(event)
+        except Exception:  # noqa: BLE001 - the outermost loop: one message must not end the others
+            self._log.exception("an event failed")
+            if isinstance(event, Received) and isinstance(event.message, RequestMessage):
+                self._fail_owned(event.message.key)
+
+    def _fail_owned(self, key: RequestKey) -> None:
+        """End a request at its gateway after a bug, if it is held here."""
+        if gateway_id := self._owner_of(key):
+            self._drop(key)
+            self._fail(key, gateway_id, Internal(SEE_LOG))
+
+    def _owner_of(self, key: RequestKey) -> str:
+        """Return the id of the gateway that brought a request; empty if it is not held here."""
+        held = self._preparations.get(key) or self._dispatcher.handovers.get(key)
+        return held.gateway_id if held else ""
 
     def _handle(self, event: Event[PreprocessInbound]) -> None:
         match event:
@@ -120,19 +180,43 @@ class Worker:
             case PeerDown(peer_id=peer_id, role=role, reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
                 self._on_peer_down(peer_id, role, reason)
+            case Posted(event=posted):
+                if finished := self._tasks.handle(posted):
+                    self._on_finished(finished)
         if not isinstance(event, Received) or isinstance(event.message, VisionLoad):
             self._report_missing_roles()
 
     def _handle_message(self, peer_id: str, message: PreprocessInbound) -> None:
         match message:
-            case Submit(key=key):
-                self._preparations[key] = Preparation(message, peer_id, self._clock())
+            case Submit():
+                self._on_submit(peer_id, message)
             case Abort(key=key):
-                self._drop(key)
+                if self._owner_of(key) == peer_id:
+                    self._drop(key)
+                self._turn.release(key, peer_id)
+            case Noted(key=key):
+                self._turn.note(key, peer_id)
+            case Cleared(key=key):
+                self._turn.release(key, peer_id)
             case LlmLoad():
                 self._groups.update_load(peer_id, message)
             case _:
                 self._dispatcher.handle_message(peer_id, message)
+
+    def _on_submit(self, gateway_id: str, submit: Submit) -> None:
+        key = submit.key
+        if owner := self._owner_of(key):
+            # Answering its own gateway would end the request that is in work.
+            self._log.warning("a request came twice", request_id=key[0], gateway=gateway_id)
+            if owner != gateway_id:
+                error = InvalidRequest("another gateway uses this request id: choose another one")
+                self._fail(key, gateway_id, error)
+            return
+        preparation = Preparation(submit, gateway_id, self._clock())
+        self._preparations[key] = preparation
+        with self._failing(preparation):
+            model = self._preprocessor
+            check_submit(submit, model.vocab_size, model.max_model_len)
 
     def _on_peer_down(self, peer_id: str, role: str, reason: str) -> None:
         match role:
@@ -167,10 +251,17 @@ class Worker:
         for key, owner in owners.items():
             if owner == gateway_id:
                 self._drop(key)
+        self._turn.release_all_of(gateway_id)
 
     def _drop(self, key: RequestKey) -> None:
-        self._preparations.pop(key, None)
+        self._remove_preparation(key)
         self._dispatcher.drop(key)
+
+    def _remove_preparation(self, key: RequestKey) -> None:
+        if preparation := self._preparations.pop(key, None):
+            self._prepared_bytes -= sum(item.nbytes for item in preparation.items)
+            if preparation.task:
+                self._tasks.cancel(preparation.task)
 
     def _report_missing_roles(self) -> None:
         """Be ready while there is a member of each role that the family's requests pass through."""
@@ -191,67 +282,104 @@ class Worker:
             self._unconfirmed.popleft()
         # The gateway has ended these requests by now.
         for key in [key for key, p in self._preparations.items() if now > p.deadline]:
-            del self._preparations[key]
+            self._drop(key)
+            self._turn.release_expired(key)
 
     # Preparing
 
-    def _advance(self, key: RequestKey, preparation: Preparation) -> None:
-        """Tokenize, or prepare the next item, or hand the request over."""
+    def _announce_turn(self) -> None:
+        """Report a request that will be the only one in preparation."""
+        if announcement := self._turn.announcement():
+            gateway_id, key = announcement
+            self._member.links.send(gateway_id, Alone(**request_ids(key)))
+
+    @contextmanager
+    def _failing(self, preparation: Preparation) -> Iterator[None]:
+        """End the request if the work for it fails."""
+        key = preparation.key
         try:
-            with self._member.progress.unit(self._times, 1):
-                self._take_step(key, preparation)
+            yield
         except ServingError as e:
-            self._preparations.pop(key, None)
+            self._drop(key)
             self._fail(key, preparation.gateway_id, e)
         except Exception:  # noqa: BLE001 - the outermost loop: one request must not end the others
             self._log.exception("request failed", request_id=key[0])
-            self._preparations.pop(key, None)
-            error = Internal("the request could not be prepared: see the preprocess log")
-            self._fail(key, preparation.gateway_id, error)
+            self._drop(key)
+            self._fail(key, preparation.gateway_id, Internal(SEE_LOG))
 
-    def _take_step(self, key: RequestKey, preparation: Preparation) -> None:
-        if preparation.token_ids is None:
-            self._tokenize(preparation)
-        elif preparation.needs_item:
-            self._prepare_item(preparation)
-        else:
-            del self._preparations[key]
-            self._hand_over(key, preparation)
+    def _advance(self, preparation: Preparation) -> None:
+        """Have the next task done, or hand the request over.
 
-    def _tokenize(self, preparation: Preparation) -> None:
-        submit = preparation.submit
-        preparation.token_ids = self._preprocessor.tokenize(submit.prompt_kind, prompt_of(submit))
-        if submit.guide_kind:
-            guide = submit.guide.text() if submit.guide else ""
-            grammar = self._grammars.grammar(submit.guide_kind, guide)
-            preparation.grammar = Tensor.of_text(grammar)
+        A request that is apart first takes its turn.
+        """
+        if self._must_take_turn(preparation):
+            self._turn.take(preparation.key, preparation.gateway_id)
+            return
+        with self._failing(preparation), self._member.progress.unit(self._times, 1):
+            if preparation.is_prepared:
+                self._hand_over(preparation)
+            else:
+                preparation.task = self._next_task(preparation)
+                self._tasks.start(preparation.task)
 
-    def _prepare_item(self, preparation: Preparation) -> None:
-        began = time.monotonic()
-        index = len(preparation.items)
-        item = preparation.submit.items[index]
-        try:
-            prepared = self._preprocessor.prepare_item(
-                item.kind, item.data.data, self._pool.buckets
-            )
-        except InvalidRequest as e:
-            raise type(e)(f"{item.kind} {index}: {e.message}", item=index) from e
-        preparation.items.append(prepared)
-        preparation.item_seconds.append(time.monotonic() - began)
-        self._metrics.image_seconds.observe(preparation.item_seconds[-1])
+    def _next_task(self, preparation: Preparation) -> Task:
+        max_patches = max(self._pool.buckets, default=0)
+        if preparation.token_ids is not None:
+            return preparing(preparation, max_patches)
+        return reading(preparation, max_patches, self._has_room_for_items(preparation))
 
-    def _hand_over(self, key: RequestKey, preparation: Preparation) -> None:
+    def _on_finished(self, finished: Finished) -> None:
+        """Use the result of a task, if the request is still there."""
+        preparations = self._preparations.values()
+        preparation = next((p for p in preparations if p.task is finished.task), None)
+        if preparation is None:
+            return
+        preparation.task = None
+        with self._failing(preparation):
+            match finished.result:
+                case Refused(code=code, message=message, item=item):
+                    raise from_code(code, message, item=item)
+                case ReadDone():
+                    self._on_read(preparation, finished.result, finished.blobs)
+                case Prepared(items=items):
+                    self._on_prepared(preparation, items, finished.blobs)
+
+    def _on_read(self, preparation: Preparation, found: ReadDone, blobs: list[memoryview]) -> None:
+        """Go on only if the prompt will fit into the context with its items."""
+        token_ids, grammar, *patches = blobs
+        preparation.token_ids = np.frombuffer(token_ids, np.int64)
+        if preparation.submit.guide_kind:
+            preparation.grammar = Tensor.of_bytes(grammar)
+        preparation.sizes = found.sizes
+        self._on_prepared(preparation, found.items, patches)
+        num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
+        max_model_len = self._preprocessor.max_model_len
+        resolve_stopping(preparation.submit.stopping, num_tokens, max_model_len)
+
+    def _on_prepared(
+        self, preparation: Preparation, items: tuple[PreparedFacts, ...], blobs: list[memoryview]
+    ) -> None:
+        for facts, patches in zip(items, blobs, strict=True):
+            item = ready_item(facts, patches)
+            preparation.items.append(item)
+            self._prepared_bytes += item.nbytes
+            preparation.item_seconds.append(facts.seconds)
+            self._metrics.image_seconds.observe(facts.seconds)
+
+    def _hand_over(self, preparation: Preparation) -> None:
         """Send the prompt to a language group. Its items follow once the group has room."""
+        key = preparation.key
         submit = preparation.submit
         items = preparation.items
         assert preparation.token_ids is not None
-        expanded = self._preprocessor.expand(preparation.token_ids, items)
+        expanded = self._preprocessor.expand(preparation.token_ids, [*items])
         prompt = self._prompt_of(preparation, expanded)
         llm = self._groups.choose(expanded, [item.mm_hash for item in items], submit.avoid)
         if llm is None:
             error = "no language group is connected: try again in a moment"
             raise Unavailable(error, stage="llm")
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
+        self._remove_preparation(key)
         routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids)
         self._member.links.send(preparation.gateway_id, routed)
         self._member.links.send(llm.id, prompt)
@@ -292,27 +420,21 @@ class Worker:
             cache_salt=expanded.cache_salt,
             rope_parameter=expanded.rope_parameter,
             whole=expanded.whole,
+            apart=submit.apart_in_llm,
         )
 
     def _fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:
         message = Failed(
             **request_ids(key),
             code=error.code,
-            message=error.message[:MAX_ERROR_CHARS],
+            message=shorten(error.message, MAX_ERROR_CHARS),
             stage=error.stage or "preprocess",
             item=error.item,
         )
         self._member.links.send(gateway_id, message)
 
 
-def prompt_of(submit: Submit) -> Any:
-    """Return the chat messages, or the token ids as int64 [n]."""
-    if submit.prompt_kind == "token_ids":
-        return submit.prompt.numpy()
-    return json.loads(submit.prompt.bytes())
-
-
-def hashes_of(items: list[PreparedItem]) -> np.ndarray:
+def hashes_of(items: Sequence[PreparedItem]) -> np.ndarray:
     """uint8 [num_items, 32]."""
     hashes = [list(bytes.fromhex(item.mm_hash)) for item in items]
     return np.array(hashes, np.uint8).reshape(-1, 32)

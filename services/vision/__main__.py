@@ -15,6 +15,7 @@ from common.progress import Progress
 from common.settings import VisionSettings
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.tower_thread import Tower, TowerThread
 from services.vision.worker import Worker
@@ -37,7 +38,8 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     progress = Progress()
     thread = TowerThread(tower, member.post, progress)
     member.progress.include(progress)
-    worker = Worker(member, thread, cache, tower.dtype, EncodeTimes(buckets), metrics)
+    rules = ItemRules.of(checkpoint, settings.min_pixels, settings.max_pixels, buckets)
+    worker = Worker(member, thread, cache, tower.dtype, EncodeTimes(buckets), metrics, rules)
     get_logger().info("ready", id=member.id)
     member.ready()
     worker.run()

@@ -26,6 +26,10 @@ class Room:
           |                ^                          |
           no room          | offer                    v
           +--> in the queue --------vacancy------ invited --decline, or silence--> the next one
+
+    An item that is apart gets the replica to itself. Until its end nobody else is admitted, nor
+    until its owner has answered a vacancy afterwards: then the owner knows that the replica has
+    survived the item, whatever the next one does to it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,14 +41,30 @@ class Room:
         """
         self._queue: OrderedDict[str, None] = OrderedDict()
         self._invited: dict[str, float] = {}
+        self._sole_peer = ""
+        """The peer whose item has the replica to itself, or waits for that."""
 
-    def admits(self, peer_id: str, num_granted: int) -> bool:
+    def admits(self, peer_id: str, num_granted: int, apart: bool = False) -> bool:
         """Whether the peer may have another item while `num_granted` are granted in total.
 
-        This answers the peer's invitation, if it has one.
+        This answers the peer's invitation, if it has one. If `apart`, the item must be the only
+        one. If it cannot be yet, the replica takes no other item until it can.
         """
         self._invited.pop(peer_id, None)
-        return num_granted + len(self._invited) < self.size
+        num_taken = num_granted + len(self._invited)
+        if apart:
+            self._sole_peer = self._sole_peer or peer_id
+            return num_taken == 0 and self._sole_peer == peer_id
+        if self._sole_peer:
+            if num_taken or self._sole_peer != peer_id:
+                return False
+            self._sole_peer = ""
+        return num_taken < self.size
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether an item has the replica to itself, or waits for that."""
+        return bool(self._sole_peer)
 
     def enqueue(self, peer_id: str) -> None:
         """Let the peer wait for room. A peer that waits already keeps its place."""
@@ -52,12 +72,18 @@ class Room:
 
     def declined(self, peer_id: str) -> None:
         """Release the room that was reserved for the peer."""
-        self._invited.pop(peer_id, None)
+        if self._invited.pop(peer_id, None) is not None:
+            self._end_exclusive(peer_id)
 
     def forget(self, peer_id: str) -> None:
         """Remove a peer that is gone."""
         self._invited.pop(peer_id, None)
         self._queue.pop(peer_id, None)
+        self._end_exclusive(peer_id)
+
+    def _end_exclusive(self, peer_id: str) -> None:
+        if self._sole_peer == peer_id:
+            self._sole_peer = ""
 
     def invite(self, num_granted: int) -> list[str]:
         """Reserve free room for the first peers in the queue, and return them.
@@ -65,16 +91,21 @@ class Room:
         Invitations that were not answered in time end.
         """
         now = self._clock()
-        self._invited = {
-            peer_id: since
-            for peer_id, since in self._invited.items()
-            if now - since <= ANSWER_SECONDS
-        }
+        for peer_id, since in list(self._invited.items()):
+            if now - since > ANSWER_SECONDS:
+                self.declined(peer_id)
+        if self._sole_peer:
+            if num_granted or self._invited:
+                return []
+            self._queue.setdefault(self._sole_peer)
+            self._queue.move_to_end(self._sole_peer, last=False)
         invited = []
         while self._queue and num_granted + len(self._invited) < self.size:
             peer_id, _ = self._queue.popitem(last=False)
             self._invited[peer_id] = now
             invited.append(peer_id)
+            if self._sole_peer:
+                break
         return invited
 
     @property

@@ -11,6 +11,9 @@ from common.messages import ItemKey, ItemKind
 from common.progress import Progress, UnitTimes
 from common.wire import Tensor
 
+ATTENDED_PATCHES = 8192
+"""Attention to this many patches takes about as long as everything else for one patch."""
+
 
 class DeviceLost(Exception):
     """This process has lost the device: it must end and be started again."""
@@ -71,9 +74,15 @@ class TowerThread:
         while True:
             self._progress.idle()
             key, patches, shape = self._work.get()
-            with self._progress.unit(self._times, patches.shape[0]):
+            with self._progress.unit(self._times, size_of(patches)):
                 result = encode(self._tower, key, patches, shape)
             self._report(result)
+
+
+def size_of(patches: Tensor) -> int:
+    """Return the size of an item as a unit of work, in patches."""
+    num_patches = patches.shape[0]
+    return num_patches + num_patches**2 // ATTENDED_PATCHES
 
 
 def encode(tower: Tower, key: ItemKey, patches: Tensor, shape: ItemShape) -> EncodeResult:

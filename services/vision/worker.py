@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from common.buckets import bucket_of
 from common.events import PeerDown, PeerUp, Received
@@ -32,12 +31,16 @@ from common.messages import (
 from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED, Room
 from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread
 
 MAX_JOINED = 256
-"""Offers that may wait for an equal item of another request."""
+"""Offers of one preprocess that may wait for an equal item of another request."""
+
+JobKey = tuple[str, ItemKey]
+"""(preprocess, item): one preprocess cannot take the key of an item of another."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +56,8 @@ class Job:
     offered: float = field(default_factory=time.monotonic)
 
     @property
-    def key(self) -> ItemKey:
-        return self.offer.item_key
+    def key(self) -> JobKey:
+        return self.preprocess_id, self.offer.item_key
 
 
 class Worker:
@@ -68,6 +71,7 @@ class Worker:
         dtype: str,
         times: EncodeTimes,
         metrics: VisionMetrics,
+        rules: ItemRules,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Results of `tower` arrive as events posted to `member`."""
@@ -77,12 +81,16 @@ class Worker:
         self._dtype = dtype
         self._times = times
         self._metrics = metrics
+        self._rules = rules
         self._clock = clock
-        self._jobs: OrderedDict[ItemKey, Job] = OrderedDict()
+        self._jobs: OrderedDict[JobKey, Job] = OrderedDict()
         self._room = Room(clock)
         self._encoding: Job | None = None
         self._encoding_since = 0.0
         self._peers: set[str] = set()
+        """Every preprocess that is connected."""
+        self._visitors: set[str] = set()
+        """The peers that connected to this process. It connects to none of them itself."""
         self._draining = False
         self._log = get_logger()
         member.track_load(self.load)
@@ -97,7 +105,7 @@ class Worker:
         """Handle events until the process must stop or has drained."""
         while (events := self._wait_for_events()) is not None:
             for event in events:
-                self._handle(event)
+                self._handle_alone(event)
             self._drop_lapsed_grants()
             self._encode_next()
             self._announce_vacancies()
@@ -121,7 +129,25 @@ class Worker:
     def _expected(self, job: Job) -> float:
         return self._times.expected(job.offer.num_patches)
 
+    def _handle_alone(self, event: Event[VisionInbound]) -> None:
+        """Handle an event so that whatever is wrong with it fails its own item alone."""
+        try:
+            self._handle(event)
+        except DeviceLost:
+            raise
+        except Exception:  # noqa: BLE001 - one message must not end the others
+            self._log.exception("a message could not be handled")
+            if isinstance(event, Received) and isinstance(event.message, Offer | Pixels):
+                job = self._jobs.get((event.peer_id, event.message.item_key))
+                if job is not None:
+                    self._fail(job, "the item could not be handled: see the vision log")
+
     def _handle(self, event: Event[VisionInbound]) -> None:
+        match event:
+            case PeerUp(peer_id=peer_id, address=""):
+                self._visitors.add(peer_id)
+            case PeerDown(peer_id=peer_id):
+                self._visitors.discard(peer_id)
         match event:
             case Posted(event=EncodeResult() as result):
                 self._handle_result(result)
@@ -141,28 +167,42 @@ class Worker:
     def _handle_message(self, peer_id: str, message: VisionInbound) -> None:
         match message:
             case Offer():
-                self._answer_offer(Job(message, peer_id, f"{message.mm_hash}.{self._dtype}"))
+                self._handle_offer(Job(message, peer_id, f"{message.mm_hash}.{self._dtype}"))
             case Pixels():
-                self._handle_pixels(message)
+                self._handle_pixels(peer_id, message)
             case Abort(key=key):
-                self._drop(lambda job: job.offer.key == key)
+                self._drop(lambda job: (job.preprocess_id, job.offer.key) == (peer_id, key))
             case Decline():
                 self._room.declined(peer_id)
             case _:
-                assert_never(message)
+                self._log.warning("ignored a message", peer=peer_id, name=type(message).__name__)
 
     # Offers
+
+    def _handle_offer(self, job: Job) -> None:
+        if job.key in self._jobs:
+            request_id = job.offer.request_id
+            self._log.warning(
+                "ignored a second offer", peer=job.preprocess_id, request_id=request_id
+            )
+        elif job.offer.llm.id in self._visitors:
+            self._report_failure(job, f"{job.offer.llm.id!r} is not a language group")
+        elif reason := self._rules.objection_to(job.offer):
+            self._report_failure(job, reason)
+        else:
+            self._answer_offer(job)
 
     def _answer_offer(self, job: Job) -> None:
         offer = job.offer
         self._member.links.connect(offer.llm, "llm")
         if offer.skip_cache:
             self._cache.drop(job.content)
-        has_room = self._room.admits(job.preprocess_id, self._num_granted()) and not self._draining
+        has_room = self._room.admits(job.preprocess_id, self._num_granted(), offer.apart)
+        has_room = has_room and not self._draining
         if (embeddings := self._cache.get(job.content)) is not None:
             self._send(job, CacheHit(**offer.item_ids))
             self._deliver(job, embeddings, "cached", queued=0.0, encoded=0.0)
-        elif self._is_in_work(job.content) and len(self._jobs) < MAX_JOINED:
+        elif self._may_join(job):
             self._jobs[job.key] = job
             self._send(job, CacheHit(**offer.item_ids))
         elif has_room:
@@ -170,6 +210,14 @@ class Worker:
             self._grant(job)
         else:
             self._refuse(job)
+
+    def _may_join(self, job: Job) -> bool:
+        """Whether the item may wait for an equal one that is in work."""
+        return (
+            self._num_jobs_of(job.preprocess_id) < MAX_JOINED
+            and not self._room.is_exclusive
+            and self._is_in_work(job.content)
+        )
 
     def _grant(self, job: Job) -> None:
         was_idle = not self._num_granted()
@@ -199,6 +247,9 @@ class Worker:
         encoding = self._encoding
         is_orphan = encoding is not None and self._jobs.get(encoding.key) is not encoding
         return granted + is_orphan
+
+    def _num_jobs_of(self, preprocess_id: str) -> int:
+        return sum(job.preprocess_id == preprocess_id for job in self._jobs.values())
 
     def _is_in_work(self, content: str) -> bool:
         if self._encoding and self._encoding.content == content:
@@ -232,15 +283,14 @@ class Worker:
 
     # Items in work
 
-    def _handle_pixels(self, pixels: Pixels) -> None:
-        job = self._jobs.get(pixels.item_key)
-        if job is None or job.granted_at is None:
-            return  # it was aborted, or the grant lapsed
-        patches = pixels.patches
-        if patches.shape[:1] != (job.offer.num_patches,) or patches.dtype != "uint8":
-            self._fail(job, f"{patches} came for {job.offer.num_patches} patches")
+    def _handle_pixels(self, peer_id: str, pixels: Pixels) -> None:
+        job = self._jobs.get((peer_id, pixels.item_key))
+        if job is None or job.granted_at is None or job.patches is not None:
+            return  # it was aborted, or the grant lapsed, or the pixels came twice
+        if reason := self._rules.objection_to_patches(job.offer, pixels.patches):
+            self._fail(job, reason)
         else:
-            job.patches = patches
+            job.patches = pixels.patches
 
     def _encode_next(self) -> None:
         """Give the oldest item with pixels to the tower, if the tower is free."""
@@ -250,12 +300,12 @@ class Worker:
             self._encoding = job
             self._encoding_since = self._clock()
             shape = ItemShape(job.offer.grid_thw, job.offer.content_size, job.offer.kind)
-            self._tower.begin(job.key, job.patches, shape)
+            self._tower.begin(job.offer.item_key, job.patches, shape)
 
     def _handle_result(self, result: EncodeResult) -> None:
         job = self._encoding
         self._encoding = None
-        assert job is not None and job.key == result.key
+        assert job is not None and job.offer.item_key == result.key
         if isinstance(result.error, DeviceLost):
             raise result.error
         if result.embeddings is None:
@@ -321,12 +371,18 @@ class Worker:
         )
 
     def _fail(self, job: Job, reason: str) -> None:
-        self._metrics.images.labels("failed").inc()
         if self._jobs.get(job.key) is job:
-            failed = Failed(**job.offer.item_ids, code="Internal", message=reason, stage="vision")
-            self._send(job, failed)
+            self._report_failure(job, reason)
+        else:
+            self._metrics.images.labels("failed").inc()
         self._drop(lambda other: other is job)
         self._grant_twin(job.content)
+
+    def _report_failure(self, job: Job, reason: str) -> None:
+        self._metrics.images.labels("failed").inc()
+        self._log.warning("image refused", request_id=job.offer.request_id, reason=reason)
+        failed = Failed(**job.offer.item_ids, code="Internal", message=reason, stage="vision")
+        self._send(job, failed)
 
     def _drop(self, is_dropped: Callable[[Job], bool]) -> None:
         """Forget items. The tower finishes what it has begun: another request may ask for it."""

@@ -268,3 +268,14 @@ def test_ranks_share_a_group_by_its_name() -> None:
     assert profile.shares_group_with(entry("llm", group="g", rank=1, state=STARTING))
     assert not profile.shares_group_with(entry("llm", group="g", rank=0))
     assert not profile.shares_group_with(entry("llm", group="other", rank=1))
+
+
+def test_a_work_loop_takes_no_more_events_at_once_than_it_can_stamp(vision: Vision) -> None:
+    """A thousand events are not one unit of work. The rest follows without a wait."""
+    start_working(vision)
+    for number in range(member.MAX_EVENTS + 3):
+        vision.member.post(number)
+    first = vision.member.take_events(wait=True)
+    rest = vision.member.take_events(wait=True)
+    assert first is not None and rest is not None
+    assert (len(first), len(rest)) == (member.MAX_EVENTS, 3)

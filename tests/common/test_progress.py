@@ -10,7 +10,9 @@ class Watched:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.progress = Progress(lambda: self.now)
+        self.starved = 0.0
+        """The share of each second that the work waits for a core."""
+        self.progress = Progress(lambda: self.now, lambda: self.starved)
 
     def pass_time(self, seconds: float) -> None:
         end = self.now + seconds
@@ -75,6 +77,32 @@ def test_a_process_that_was_stopped_as_a_whole_is_not_hung_when_it_continues() -
     assert watched.is_hung_after(2)
 
 
+def test_work_that_waits_for_a_core_is_not_hung() -> None:
+    watched = Watched()
+    watched.progress.begin()
+    watched.starved = 0.75
+    assert not watched.is_hung_after(11)
+    assert watched.progress.age() == pytest.approx(11 / 4)
+    assert watched.is_hung_after(3)
+
+
+def test_waiting_for_a_core_before_a_unit_does_not_excuse_it() -> None:
+    watched = Watched()
+    watched.progress.begin()
+    watched.starved = 0.75
+    watched.pass_time(8)
+    watched.starved = 0.0
+    watched.progress.begin()
+    assert watched.is_hung_after(4)
+
+
+def test_a_hang_is_found_however_busy_the_machine_is() -> None:
+    watched = Watched()
+    watched.progress.begin()
+    watched.starved = 1.0
+    assert watched.is_hung_after(40)
+
+
 def test_units_are_measured_and_set_the_patience_for_their_size() -> None:
     watched = Watched()
     times = UnitTimes()
@@ -87,6 +115,20 @@ def test_units_are_measured_and_set_the_patience_for_their_size() -> None:
     assert not watched.progress.is_hung()
     with watched.progress.unit(times, 100):
         assert not watched.is_hung_after(240)
+
+
+def test_a_unit_within_another_one_leaves_it_its_patience() -> None:
+    watched = Watched()
+    outer = UnitTimes()
+    inner = UnitTimes()
+    outer.measured(1, 10.0)
+    inner.measured(1, 1.0)
+    with watched.progress.unit(outer, 1):
+        with watched.progress.unit(inner, 1):
+            assert watched.is_hung_after(5)
+        assert not watched.is_hung_after(40)
+        assert watched.is_hung_after(1)
+    assert watched.is_hung_after(4)
 
 
 def test_an_unseen_size_is_extrapolated_from_the_nearest_measured_one() -> None:
@@ -115,7 +157,7 @@ def test_at_least_the_given_time_is_expected_of_every_size() -> None:
 
 def test_another_threads_work_counts_as_the_loops_own() -> None:
     watched = Watched()
-    other = Progress(lambda: watched.now)
+    other = Progress(lambda: watched.now, lambda: 0.0)
     watched.progress.include(other)
     watched.progress.idle()
     other.idle()

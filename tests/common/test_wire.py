@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from common.messages import (
     HOPS,
+    Abort,
     Embeddings,
     GatewayToPreprocess,
-    Goodbye,
     Grant,
     Hello,
     Offer,
@@ -159,7 +159,7 @@ def test_text_and_bytes_round_trip() -> None:
 
 def test_a_header_that_would_be_refused_is_not_sent() -> None:
     with pytest.raises(AssertionError, match="belongs into a tensor"):
-        encode(Goodbye(reason="x" * MAX_HEADER_BYTES))
+        encode(Abort(request_id="x" * MAX_HEADER_BYTES, attempt=0))
 
 
 # What is no message

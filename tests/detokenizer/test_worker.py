@@ -30,13 +30,17 @@ from tests.fakes import FakeMember, received
 VOCABULARY = read_tokenizer_json(
     Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json"
 )
+MAX_MODEL_LEN = 1000
 BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}
 
 
 class Detokenizer:
-    def __init__(self) -> None:
+    """A worker to which these gateways are connected."""
+
+    def __init__(self, *gateways: str) -> None:
         self.member = FakeMember()
-        self.worker = Worker(self.member, VOCABULARY)
+        self.worker = Worker(self.member, VOCABULARY, VOCABULARY.size, MAX_MODEL_LEN)
+        self.play([PeerUp(gateway, "gateway") for gateway in gateways])
 
     @property
     def answers(self) -> dict[RequestKey, Answer]:
@@ -112,7 +116,7 @@ def named(kind: type, llm: str = "llm-1", attempt: int = 0, **fields: Any) -> li
 
 
 def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     ids = ids_of("é is 😀!")
     detokenizer.play(
         start(),
@@ -128,7 +132,7 @@ def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
 
 
 def test_only_the_last_delta_carries_the_end_with_usage_and_timings() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(),
         tokens(0, ids_of("ab")),
@@ -149,7 +153,7 @@ def test_only_the_last_delta_carries_the_end_with_usage_and_timings() -> None:
 
 
 def test_text_that_was_held_back_comes_with_the_end() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(stop=("END",)), tokens(0, ids_of("abEN")), tokens(4, ids_of("😀")[:2], "length")
     )
@@ -157,7 +161,7 @@ def test_text_that_was_held_back_comes_with_the_end() -> None:
 
 
 def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(stop=("END",)),
         tokens(0, ids_of("ab EN")),
@@ -179,7 +183,7 @@ def test_a_stop_string_ends_the_answer_here_and_at_the_language_group() -> None:
 
 
 def test_a_stop_string_in_the_last_token_wins_without_a_message_to_the_group() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(start(stop=("END",)), tokens(0, ids_of("aEND"), "length"))
     [last] = detokenizer.deltas
     assert (last.finish_reason, last.text.text()) == ("stop", "a")
@@ -187,7 +191,7 @@ def test_a_stop_string_in_the_last_token_wins_without_a_message_to_the_group() -
 
 
 def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     ids = ids_of("xEND")
     detokenizer.play(start(stop=("END",)), tokens(0, [*ids, *ids_of("more")], logprobs=True))
     [delta] = detokenizer.deltas
@@ -205,13 +209,13 @@ def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
 
 
 def test_without_logprobs_there_are_none() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(start(), tokens(0, ids_of("a")))
     assert [d.logprobs for d in detokenizer.deltas] == [None]
 
 
 def test_a_failure_of_the_language_group_is_passed_on_as_the_end() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     failure = named(Failed, code="Internal", message="no numbers", stage="llm")
     detokenizer.play(start(), tokens(0, ids_of("a")), failure, failure, tokens(1, ids_of("b")))
     assert [message for _, message in detokenizer.member.links.sent[1:]] == [failure[0].message]
@@ -227,7 +231,7 @@ def test_a_failure_of_the_language_group_is_passed_on_as_the_end() -> None:
 def test_an_answer_whose_group_or_gateway_is_gone_is_freed_and_no_other(
     event: list[Event],
 ) -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(), start("other", gateway="gateway-2", llm="llm-2"), event, tokens(0, ids_of("a"))
     )
@@ -236,7 +240,7 @@ def test_an_answer_whose_group_or_gateway_is_gone_is_freed_and_no_other(
 
 
 def test_attempts_of_one_request_are_separate() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(),
         tokens(0, ids_of("é")[:1]),
@@ -251,7 +255,7 @@ def test_attempts_of_one_request_are_separate() -> None:
 
 
 def test_tokens_before_any_start_are_dropped() -> None:
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(tokens(0, ids_of("a"), "length"), named(Abort))
     assert detokenizer.member.links.sent == []
 
@@ -262,10 +266,10 @@ def test_an_answer_continues_at_another_detokenizer_without_a_difference(
 ) -> None:
     """The change may cut a character, and a stop string may begin before it."""
     ids = ids_of("a\u00e9b\u20acSTOP and more")
-    whole = Detokenizer()
+    whole = Detokenizer("gateway-1", "gateway-2")
     whole.play(start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids)])
-    first = Detokenizer()
-    second = Detokenizer()
+    first = Detokenizer("gateway-1", "gateway-2")
+    second = Detokenizer("gateway-1", "gateway-2")
     first.play(
         start(stop=("STOP",)), *[tokens(n, [token]) for n, token in enumerate(ids[:num_delivered])]
     )
@@ -282,7 +286,7 @@ def test_an_answer_continues_at_another_detokenizer_without_a_difference(
 
 def test_a_lost_language_group_is_reported_to_the_gateways_of_its_answers() -> None:
     """Their own connections to the group may stand. Then only the detokenizer notices."""
-    detokenizer = Detokenizer()
+    detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(),
         start("other", gateway="gateway-2", llm="llm-2"),

@@ -51,12 +51,23 @@ class Gateway:
             if submit.request_id.startswith(f"{client_id}~")
         ][-1]
 
-    def on_event(self, *messages: Any) -> None:
-        """Pass messages to the core. They may name a request by its client's id."""
+    def on_event(self, *messages: Any, peer_id: str = "") -> None:
+        """Pass messages of this peer, or of the members that hold the requests, to the core.
+
+        They may name a request by its client's id.
+        """
         for message in messages:
             if "~" not in message.request_id:
                 message.request_id = self.id_of(message.request_id)
-            self.core.on_event(Received("peer", "role", message))
+            role = "detokenizer" if isinstance(message, Delta) else "preprocess"
+            sender = peer_id or self.holder_of(message.request_id, role)
+            role = sender.partition("-")[0]
+            self.core.on_event(Received(sender, role, message))
+
+    def holder_of(self, id: str, role: str) -> str:
+        """Return the member of this role that holds the request, or its first member."""
+        record = self.core._records.get(id)
+        return (record and getattr(record.attempt, role)) or f"{role}-1"
 
     def lose(self, role: str, number: int = 1, reason: str = "killed") -> None:
         self.core.on_event(PeerDown(f"{role}-{number}", role, reason))

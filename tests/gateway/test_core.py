@@ -68,7 +68,8 @@ async def test_an_answer_is_began_then_pieces_then_ended() -> None:
 
 async def test_a_piece_has_the_logprobs_of_its_tokens() -> None:
     gateway = Gateway()
-    entry = {"token": "a", "logprob": -0.5}
+    token = {"token": "a", "logprob": -0.5, "bytes": [97], "token_id": 10}
+    entry = token | {"top_logprobs": [token]}
     message = delta(0, [10], "a")
     message.logprobs = Tensor.of_text(json.dumps([entry]))
     async with gateway.core.generate(request()) as events:

@@ -37,6 +37,7 @@ def create_prompt(
     rope_parameter: int = 0,
     adapter: int = 0,
     whole: bool = False,
+    apart: bool = False,
     **stopping: Any,
 ) -> Prompt:
     ids = np.array(token_ids or range(1, num_tokens + 1), np.int64)
@@ -65,6 +66,7 @@ def create_prompt(
         rope_parameter=rope_parameter,
         adapter=adapter,
         whole=whole,
+        apart=apart,
     )
 
 
@@ -214,7 +216,7 @@ def assert_plan_is_allowed(scheduler: Scheduler, plan: StepPlan, chunks: list[Ch
     assert len(chunks) <= scheduler.max_num_seqs
     computed = {id(chunk.request) for chunk in chunks}
     assert len(computed) == len(chunks)
-    if plan.query_lens.max() > 1:
+    if plan.query_lens.max() > 1 and scheduler.turn.holder is None:
         assert all(id(r) in computed for r in scheduler.running if r.num_wanted == 1), (
             "a prompt holds up a decode"
         )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.messages import RequestKey
+from compute.torch_tensors import to_wire
 from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
 from tests.llm.builders import create_prompt
 from tests.llm.test_engine import create_engine, images, outputs_of
@@ -80,7 +81,9 @@ def test_requests_of_many_images_that_all_want_more_than_there_is_end_one_after_
         for k, left in sendable.items():
             if left:
                 image = left.pop(0)
-                assert engine.add_embeddings((*k, image), images(image), {}, "preprocess") == ""
+                key = (*k, image)
+                mm_hash = engine.requests[k].mm_hash(image) or ""
+                assert engine.add_embeddings(key, mm_hash, to_wire(images(image)), {}) == ""
         ended += [
             output.request.prompt.request_id
             for output in outputs_of(engine)

@@ -1,4 +1,4 @@
-"""Prompt, embeddings and abort in any order; how answers end; what is wrong with one request harms
+"""Prompt, embeddings and abort; how answers end; what is wrong with one request harms
 no other."""
 
 import json
@@ -14,6 +14,7 @@ from common.checkpoint import open_checkpoint
 from common.messages import RequestKey
 from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Tensor
+from compute.torch_tensors import to_wire
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.guided_decoding import GuidedDecoding
 from services.llm.model_runner import ModelRunner
@@ -82,7 +83,9 @@ def images(content: int = 1, length: int = 5) -> torch.Tensor:
 def send_embeddings(
     engine: Engine, tensor: torch.Tensor, image: int = 0, key: RequestKey = KEY
 ) -> str | None:
-    return engine.add_embeddings((*key, image), tensor, {"encode_seconds": 1.0}, "preprocess")
+    request = engine.requests.get(key)
+    mm_hash = (request.mm_hash(image) if request else None) or ""
+    return engine.add_embeddings((*key, image), mm_hash, to_wire(tensor), {"encode_seconds": 1.0})
 
 
 def outputs_of(engine: Engine) -> list[Output]:
@@ -110,7 +113,7 @@ def undisturbed(**fields: Any) -> list[int]:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
-    assert not engine.requests and not engine.early and not engine.sampler._requests
+    assert not engine.requests and not engine.sampler._requests
     assert engine.scheduler.pool.num_free == NUM_BLOCKS
     assert_blocks_are_owned(engine.scheduler)
 
@@ -120,20 +123,26 @@ def assert_nothing_is_held(engine: Engine) -> None:
 
 def test_embeddings_after_their_prompt() -> None:
     engine = create_engine()
-    assert engine.add(create_prompt(images=IMAGE)) == []
+    assert engine.add(create_prompt(images=IMAGE))
     assert outputs_of(engine) == []
     assert send_embeddings(engine, images()) == ""
     assert answer(outputs_of(engine)) == (undisturbed(images=IMAGE), "length")
     assert_nothing_is_held(engine)
 
 
-def test_embeddings_before_their_prompt_are_taken_when_it_comes() -> None:
+def test_embeddings_without_a_prompt_are_not_kept() -> None:
+    """Vision encodes an item only once its prompt has reserved room for it."""
     engine = create_engine()
     assert send_embeddings(engine, images()) is None
-    assert engine.add(create_prompt(images=IMAGE)) == [(0, "")]
-    assert not engine.early
-    assert answer(outputs_of(engine)) == (undisturbed(images=IMAGE), "length")
     assert_nothing_is_held(engine)
+
+
+def test_embeddings_under_another_name_are_not_taken() -> None:
+    engine = create_engine()
+    engine.add(create_prompt(images=IMAGE))
+    assert engine.add_embeddings((*KEY, 0), "02" * 32, to_wire(images(2)), {}) is None
+    assert send_embeddings(engine, images()) == ""
+    assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
 
 
 def test_embeddings_that_come_twice_are_taken_once() -> None:
@@ -154,13 +163,21 @@ def test_embeddings_that_come_after_the_end_are_acknowledged_and_dropped() -> No
     assert_nothing_is_held(engine)
 
 
-def test_an_abort_before_the_prompt_cancels_it() -> None:
+@pytest.mark.parametrize("owner", ["preprocess", "gateway"])
+def test_an_abort_before_the_prompt_cancels_it(owner: str) -> None:
     engine = create_engine()
-    send_embeddings(engine, images())
-    engine.abort([KEY])
-    assert engine.add(create_prompt(images=IMAGE)) == []
+    assert engine.abort_of(owner, KEY) == []
+    assert not engine.add(create_prompt(images=IMAGE), "preprocess")
     assert engine.step() is None
     assert_nothing_is_held(engine)
+
+
+def test_an_abort_of_another_peer_cancels_nothing() -> None:
+    engine = create_engine()
+    engine.abort_of("another", KEY)
+    assert engine.add(create_prompt(), "preprocess")
+    engine.abort_of("another", KEY)
+    assert answer(outputs_of(engine)) == (undisturbed(), "length")
 
 
 def test_an_abort_between_prompt_and_embeddings_frees_what_is_held() -> None:
@@ -190,18 +207,13 @@ def test_an_abort_of_one_attempt_leaves_the_next() -> None:
     assert answer(outputs_of(engine)) == (undisturbed(), "length")
 
 
-@pytest.mark.parametrize("order", range(5))
-def test_several_images_may_come_around_the_prompt(order: int) -> None:
+def test_several_images_may_come_in_any_order() -> None:
     three = ((1, 2, 1), (4, 3, 2), (9, 4, 3))
     engine = create_engine()
-    prompt = create_prompt(num_tokens=14, images=three)
-    for turn, image in enumerate((2, 0, 1)):
-        if turn == order:
-            engine.add(prompt)
+    engine.add(create_prompt(num_tokens=14, images=three))
+    for image in (2, 0, 1):
         engine.step()
-        send_embeddings(engine, images(three[image][2], three[image][1]), image)
-    if order >= 3:
-        assert engine.add(prompt) == [(2, ""), (0, ""), (1, "")]
+        assert send_embeddings(engine, images(three[image][2], three[image][1]), image) == ""
     assert answer(outputs_of(engine))[0] == undisturbed(num_tokens=14, images=three)
 
 
@@ -209,22 +221,24 @@ def test_several_images_may_come_around_the_prompt(order: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "image", "reason"),
+    ("tensor", "reason"),
     [
-        (images(length=4), 0, "shape (4, 2), (5, 2) are wanted"),
-        (torch.zeros(5, 3), 0, "shape (5, 3)"),
-        (torch.zeros(10), 0, "shape (10,)"),
-        (torch.full((5, 2), torch.nan), 0, "not finite"),
-        (torch.full((5, 2), torch.inf), 0, "not finite"),
-        (images(), 1, "item 1 of 1"),
+        (images(length=4), "(4, 2)), floating-point (5, 2) is wanted"),
+        (torch.zeros(5, 3), "(5, 3))"),
+        (torch.zeros(10), "(10,))"),
+        (torch.zeros(0), "(0,))"),
+        (torch.zeros(0, 2), "(0, 2))"),
+        (torch.zeros(5, 2, dtype=torch.int64), "int64"),
+        (torch.full((5, 2), torch.nan), "not finite"),
+        (torch.full((5, 2), torch.inf), "not finite"),
     ],
 )
 def test_bad_embeddings_are_refused_by_name_and_good_ones_still_taken(
-    tensor: torch.Tensor, image: int, reason: str
+    tensor: torch.Tensor, reason: str
 ) -> None:
     engine = create_engine()
     engine.add(create_prompt(images=IMAGE))
-    assert reason in (send_embeddings(engine, tensor, image) or "")
+    assert reason in (send_embeddings(engine, tensor) or "")
     assert outputs_of(engine) == []
     send_embeddings(engine, images())
     assert answer(outputs_of(engine))[0] == undisturbed(images=IMAGE)
@@ -241,12 +255,11 @@ def test_one_bad_element_is_found(bad: float, dtype: torch.dtype, place: int) ->
     assert "not finite" in send_embeddings(engine, tensor)
 
 
-def test_bad_embeddings_before_their_prompt_are_refused_when_it_comes() -> None:
+def test_embeddings_that_the_models_dtype_cannot_hold_are_refused() -> None:
     engine = create_engine()
-    send_embeddings(engine, torch.full((5, 2), torch.nan))
-    ((image, objection),) = engine.add(create_prompt(images=IMAGE))
-    assert image == 0 and "not finite" in objection
-    assert outputs_of(engine) == []
+    engine._dtype = torch.float16
+    engine.add(create_prompt(images=IMAGE))
+    assert "not finite" in (send_embeddings(engine, torch.full((5, 2), 1e6)) or "")
 
 
 def test_a_request_whose_logits_are_no_numbers_fails_alone() -> None:
@@ -349,13 +362,13 @@ def test_a_gateways_death_ends_its_requests_only() -> None:
     assert_nothing_is_held(engine)
 
 
-def test_a_preprocess_death_frees_embeddings_whose_prompt_it_did_not_send() -> None:
+def test_a_preprocess_death_ends_the_requests_whose_items_it_still_holds() -> None:
     engine = create_engine()
-    send_embeddings(engine, images())
-    engine.abort(engine.keys_of("another"))
-    assert list(engine.early) == [KEY]
-    engine.abort(engine.keys_of("preprocess"))
-    assert_nothing_is_held(engine)
+    engine.add(create_prompt("misses", images=IMAGE), "dead")
+    engine.add(create_prompt("other", images=IMAGE), "alive")
+    engine.add(create_prompt("has", images=IMAGE), "dead")
+    send_embeddings(engine, images(), key=("has", 0))
+    assert engine.keys_of("dead") == [("misses", 0)]
 
 
 # What is told of a request
@@ -462,14 +475,13 @@ def test_logprobs_come_with_the_token_where_they_are_asked_for() -> None:
 def test_a_request_past_its_deadline_is_freed_though_no_abort_came() -> None:
     engine = create_engine()
     engine.add(create_prompt("late", images=IMAGE))
-    engine.add_embeddings(("early", 0, 0), images(), {}, "preprocess")
     arrived = engine.requests["late", 0].arrived
     engine.abort(engine.expired_keys(arrived + 59))
-    assert engine.requests and engine.early
+    assert engine.requests
     engine.abort(engine.expired_keys(arrived + 61))
     assert not engine.holds_anything
     assert_blocks_are_owned(engine.scheduler)
-    assert engine.add_embeddings(("late", 0, 0), images(), {}, "preprocess") == ""
+    assert send_embeddings(engine, images(), key=("late", 0)) == ""
 
 
 def test_an_image_that_was_not_awaited_has_timings_all_the_same() -> None:

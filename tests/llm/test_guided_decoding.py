@@ -19,13 +19,20 @@ def guides() -> GuidedDecoding:
     return GuidedDecoding(lambda: VOCABULARY, 288, (END,))
 
 
+def add(found: GuidedDecoding, key: tuple[str, int], grammar: str) -> None:
+    """Have a request follow a grammar, and wait until that is compiled."""
+    found.add(key, grammar)
+    while key not in found._matchers:
+        assert not any(problem for _, problem in found.take_compiled())
+
+
 def allowed(found: GuidedDecoding, key: tuple[str, int]) -> set[int]:
     return set(np.flatnonzero(found.begin_masks([key])[0].result()).tolist())
 
 
 def test_only_tokens_that_follow_the_grammar_may_be_drawn() -> None:
     found = guides()
-    found.add(A, LLMatcher.grammar_from_regex("(ab|ac)"))
+    add(found, A, LLMatcher.grammar_from_regex("(ab|ac)"))
     assert allowed(found, A) == {ord("a")}
     assert found.accept(A, ord("a"))
     assert allowed(found, A) == {ord("b"), ord("c")}
@@ -34,7 +41,7 @@ def test_only_tokens_that_follow_the_grammar_may_be_drawn() -> None:
 
 def test_requests_without_a_grammar_have_no_mask() -> None:
     found = guides()
-    found.add(A, LLMatcher.grammar_from_regex("x"))
+    add(found, A, LLMatcher.grammar_from_regex("x"))
     masks = found.begin_masks([B, A])
     assert list(masks) == [1]
     assert found.accept(B, 7)
@@ -42,7 +49,7 @@ def test_requests_without_a_grammar_have_no_mask() -> None:
 
 def test_a_request_that_ended_is_forgotten() -> None:
     found = guides()
-    found.add(A, LLMatcher.grammar_from_regex("x"))
+    add(found, A, LLMatcher.grammar_from_regex("x"))
     found.remove(A)
     found.remove(A)
     assert found.begin_masks([A]) == {}
@@ -51,8 +58,30 @@ def test_a_request_that_ended_is_forgotten() -> None:
 def test_each_request_has_its_own_place_in_its_grammar() -> None:
     found = guides()
     for key in (A, B):
-        found.add(key, LLMatcher.grammar_from_regex("[0-9]x"))
+        add(found, key, LLMatcher.grammar_from_regex("[0-9]x"))
     found.accept(A, ord("1"))
     masks = found.begin_masks([A, B])
     assert masks[0].result()[ord("x")] and not masks[0].result()[ord("1")]
     assert masks[1].result()[ord("1")] and not masks[1].result()[ord("x")]
+
+
+def test_a_small_grammar_is_compiled_before_a_large_one_that_waits() -> None:
+    found = guides()
+    sizes = {("first", 0): 3, ("large", 0): 900, ("small", 0): 1}
+    for key, size in sizes.items():
+        found.add(key, LLMatcher.grammar_from_regex("x" * size))
+    order: list[str] = []
+    while found.is_compiling:
+        order += [key[0] for key, problem in found.take_compiled() if not problem]
+    assert order == ["first", "small", "large"]
+
+
+def test_a_request_that_ends_while_its_grammar_is_compiled_is_forgotten() -> None:
+    found = guides()
+    found.add(A, LLMatcher.grammar_from_regex("x" * 900))
+    found.add(B, LLMatcher.grammar_from_regex("x"))
+    found.remove(A)
+    taken: list[tuple[tuple[str, int], str]] = []
+    while found.is_compiling:
+        taken += found.take_compiled()
+    assert taken == [(B, "")] and A not in found._matchers

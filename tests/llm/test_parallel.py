@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.llm.parallel import Shard, SharedMemory, join_group
+from services.llm import parallel
+from services.llm.parallel import Shard, SharedMemory, join_group, names_of_ranks
 
 MAX_ELEMENTS = 64
 
@@ -73,6 +74,17 @@ def test_an_empty_part_is_no_obstacle(tmp_path: Path) -> None:
         ],
     )
     assert [tuple(t.shape) for t in results[0]] == [(0, 3), (0, 6)]
+
+
+def test_ranks_learn_each_others_names_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["llm-ä.0", "llm.1" * 40, ""]
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(parallel, "all_gather", lambda part: parts.append(part) or part)
+    shards = [Shard(rank, 3) for rank in range(3)]
+    for name, shard in zip(names, shards, strict=True):
+        assert names_of_ranks(name, shard, torch.device("cpu")) == [name]
+    monkeypatch.setattr(parallel, "all_gather", lambda part: torch.cat(parts, -1))
+    assert names_of_ranks(names[0], shards[0], torch.device("cpu")) == names
 
 
 def test_one_rank_needs_nobody() -> None:

@@ -10,9 +10,13 @@ from common.events import Event, PeerUp, Received
 from common.messages import HOPS, ExecuteStep
 from common.progress import Progress
 from common.wire import decode, encode
-from services.llm.ranks import follow, lead, to_message, to_plan
+from services.llm.ranks import StepLimits, follow, lead, to_message, to_plan
 from services.llm.step_plan import StepPlan
 from tests.fakes import FakeLinks
+
+LIMITS = StepLimits(
+    vocab_size=10, num_blocks=4, block_size=16, input_width=4, num_position_components=3
+)
 
 
 class ScriptedMember:
@@ -69,7 +73,7 @@ def test_rank_0_waits_for_all_ranks_and_then_sends_each_step_to_all() -> None:
         [PeerUp("llm.1", "llm"), early, PeerUp("preprocess", "preprocess"), PeerUp("llm.2", "llm")]
     )
     executed: list[StepPlan] = []
-    execute = lead(member, 2, lambda p, e: executed.append(p) or torch.zeros(1))
+    execute = lead(member, {"llm.1", "llm.2"}, lambda p, e: executed.append(p) or torch.zeros(1))
     execute(plan(), [])
     assert len(executed) == 1
     assert sorted(
@@ -79,7 +83,7 @@ def test_rank_0_waits_for_all_ranks_and_then_sends_each_step_to_all() -> None:
 
 
 def test_the_other_ranks_execute_what_they_are_sent_in_order() -> None:
-    steps = [to_message(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 1)]
+    steps = [to_message(plan(n), [torch.full((1, 4), float(n))]) for n in (3, 2)]
     member = ScriptedMember(
         [PeerUp("llm.0", "llm"), *(Received("llm.0", "llm", step) for step in steps)]
     )
@@ -89,5 +93,5 @@ def test_the_other_ranks_execute_what_they_are_sent_in_order() -> None:
         executed.append((step.num_tokens, embeddings[0].mean().item()))
         return torch.zeros(0)
 
-    follow(member, execute)
-    assert executed == [(3, 3.0), (1, 1.0)]
+    follow(member, "llm.0", LIMITS, execute)
+    assert executed == [(3, 3.0), (2, 2.0)]

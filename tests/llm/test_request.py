@@ -146,7 +146,9 @@ IMAGES = ((2, 3, 1), (6, 2, 2))
 
 
 def test_a_prompt_whose_tensors_fit_each_other_is_taken() -> None:
-    assert objection_to(create_prompt(num_tokens=10, images=IMAGES), Limits(3, 14, 100, 16)) == ""
+    assert (
+        objection_to(create_prompt(num_tokens=10, images=IMAGES), Limits(3, 14, 100, 16, 50)) == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,17 +168,17 @@ def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(
     changes: dict[str, Tensor], words: str
 ) -> None:
     prompt = msgspec.structs.replace(create_prompt(num_tokens=10, images=IMAGES), **changes)
-    assert re.search(words, objection_to(prompt, Limits(3, 1000, 1000, 1000)))
+    assert re.search(words, objection_to(prompt, Limits(3, 1000, 1000, 1000, 50)))
 
 
 def test_one_that_can_never_fit_is_refused_with_the_numbers() -> None:
     prompt = create_prompt(num_tokens=10, max_tokens=4)
-    assert re.search("14 tokens.* the 13 ", objection_to(prompt, Limits(3, 13, 100, 16)))
+    assert re.search("14 tokens.* the 13 ", objection_to(prompt, Limits(3, 13, 100, 16, 50)))
     with_images = create_prompt(num_tokens=16, images=TWO_IMAGES)
-    assert "room for the embeddings of 4" in objection_to(with_images, Limits(3, 100, 4, 16))
+    assert "room for the embeddings of 4" in objection_to(with_images, Limits(3, 100, 4, 16, 50))
 
 
 def test_a_prompt_that_must_be_whole_must_fit_into_one_step() -> None:
     prompt = create_prompt(num_tokens=10, max_tokens=4, whole=True)
-    assert objection_to(prompt, Limits(3, 100, 100, 14)) == ""
-    assert "--max-num-batched-tokens 14" in objection_to(prompt, Limits(3, 100, 100, 13))
+    assert objection_to(prompt, Limits(3, 100, 100, 14, 50)) == ""
+    assert "--max-num-batched-tokens 14" in objection_to(prompt, Limits(3, 100, 100, 13, 50))

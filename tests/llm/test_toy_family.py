@@ -15,6 +15,7 @@ from common.families import FAMILIES
 from common.messages import Peer, Prompt, Sampling, Stopping
 from common.vocabulary import open_vocabulary
 from common.wire import Tensor as WireTensor
+from compute.torch_tensors import to_wire
 from services.llm import families
 from services.llm.block_pool import BlockPool
 from services.llm.decoder import Decoder
@@ -126,10 +127,12 @@ class Group:
         )
 
     def add(self, case: Case, request_id: str, **fields: Any) -> None:
-        assert self.engine.add(case.prompt(request_id, **fields)) == []
+        assert self.engine.add(case.prompt(request_id, **fields))
         for item, embeddings in enumerate(case.embeddings):
             key = (request_id, 0, item)
-            assert self.engine.add_embeddings(key, embeddings, {}, "preprocess") == ""
+            mm_hash = self.engine.requests[key[:2]].mm_hash(item) or ""
+            wire = to_wire(embeddings)
+            assert self.engine.add_embeddings(key, mm_hash, wire, {}) == ""
 
     def answers(self) -> dict[str, list[int]]:
         """Step until nothing is left to compute."""

@@ -1,6 +1,7 @@
 """What the language group tells whom, and in which order."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from common.events import Event, PeerDown, PeerDraining, PeerUp, Received
 from common.messages import (
     Abort,
+    Alone,
+    Cleared,
     Embeddings,
     Failed,
     ItemReceived,
     ItemRejected,
+    Noted,
     Reserved,
     Start,
     StopFound,
@@ -24,7 +28,7 @@ from common.messages import (
 from common.progress import Progress
 from common.wire import Tensor, encode
 from compute.torch_tensors import to_wire
-from services.llm.worker import Worker
+from services.llm.worker import COMPILED_SECONDS, Worker
 from tests.llm.builders import create_prompt
 from tests.llm.test_engine import (
     IMAGE,
@@ -67,6 +71,9 @@ class FakeMember:
         assert self.num_loops < 1000, "it steps though there is nothing to compute"
         if self.batches:
             return self.batches.pop(0)
+        if timeout == COMPILED_SECONDS:  # it only looks whether a grammar is compiled
+            time.sleep(timeout)
+            return []
         return None if wait else []
 
 
@@ -92,7 +99,7 @@ def embeddings(
         "request_id": request_id,
         "attempt": 0,
         "item": 0,
-        "mm_hash": "00",
+        "mm_hash": "01" * 32,
         "preprocess_id": owner,
     }
     return Received(
@@ -126,7 +133,7 @@ def test_an_answer_is_a_start_and_then_tokens_without_a_gap() -> None:
 def test_the_start_names_the_gateway_and_tells_the_prompts_usage() -> None:
     start = answers(work([prompt(images=IMAGE, gateway_id="g7"), embeddings()]))[0]
     assert (start.gateway_id, start.usage.prompt_tokens, start.usage.image_tokens) == ("g7", 8, 5)
-    assert b'"encode_seconds": 2.0' in start.timings.bytes()
+    assert b'"encode_seconds":2.0' in start.timings.bytes()
 
 
 def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:
@@ -135,20 +142,8 @@ def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:
     assert member.links.connected == [("detokenizer", "detokenizer")]
 
 
-@pytest.mark.parametrize(
-    "events",
-    [
-        [prompt(images=IMAGE), embeddings(owner="p2")],
-        [embeddings(owner="p2"), prompt(images=IMAGE)],
-    ],
-)
-def test_an_image_is_acknowledged_to_its_owner_whatever_came_first(events: list[Event]) -> None:
-    events = [
-        Received("p2", "preprocess", e.message) if e.role == "preprocess" else e
-        for e in events
-        if isinstance(e, Received)
-    ]
-    sent = work(events)
+def test_an_image_is_acknowledged_to_the_peer_that_brought_its_prompt() -> None:
+    sent = work([prompt(peer_id="p2", images=IMAGE), embeddings(owner="p3")])
     assert [(peer, m.request_id, m.item) for peer, m in sent if isinstance(m, ItemReceived)] == [
         ("p2", "r", 0)
     ]
@@ -156,8 +151,7 @@ def test_an_image_is_acknowledged_to_its_owner_whatever_came_first(events: list[
 
 
 def test_an_image_is_not_acknowledged_before_its_prompt_is_there() -> None:
-    sent = work([embeddings()], [PeerDown("preprocess", "preprocess", "killed")])
-    assert sent == []
+    assert work([embeddings()]) == []
 
 
 def test_bad_embeddings_are_refused_and_the_next_ones_taken() -> None:
@@ -299,5 +293,40 @@ def test_a_rank_that_is_to_leave_drains_the_group() -> None:
     member: Any = FakeMember(
         ([PeerDraining("llm.1", "llm")], [PeerDraining("detokenizer", "detokenizer")])
     )
-    Worker(member, create_engine(), lambda: drained.append("drained")).run()
+    ranks = frozenset({"llm.1"})
+    Worker(member, create_engine(), lambda: drained.append("drained"), ranks).run()
     assert drained == ["drained"]
+
+
+def from_gateway(message: Any) -> Received:
+    return Received("gateway", "gateway", message)
+
+
+def test_a_request_that_is_apart_is_reported_and_has_the_group_until_it_is_cleared() -> None:
+    ids = {"request_id": "r", "attempt": 0}
+    sent = work(
+        [prompt("other", max_tokens=3), prompt("r", token_ids=[20, 21], max_tokens=2, apart=True)],
+        [from_gateway(Noted(**ids))],
+        [],
+        [],
+        [from_gateway(Cleared(**ids))],
+    )
+    assert sent[0] == ("gateway", Alone(**ids)), "before anything is computed"
+    order = [message.request_id for _, message in sent if isinstance(message, Tokens)]
+    assert order == ["r", "r", "other", "other", "other"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [abort("r"), PeerDown("gateway", "gateway", "killed")],
+    ids=["abort", "gateway's death"],
+)
+def test_a_request_that_ends_before_its_turn_gives_it_up(event: Event) -> None:
+    sent = work(
+        [
+            prompt("r", token_ids=[20, 21], apart=True),
+            prompt("other", gateway_id="g2", max_tokens=3),
+        ],
+        [event],
+    )
+    assert answers(sent, "r") == [] and answers(sent, "other")[-1].finish_reason == "length"

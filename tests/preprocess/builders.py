@@ -33,6 +33,9 @@ from services.preprocess.families import ItemLimits
 from services.preprocess.in_flight import Handover, Preparation
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.sandbox.meter import Meter
+from services.preprocess.sandbox.pool import Finished, Task
+from services.preprocess.sandbox.work import Workbench
 from services.preprocess.vision_pool import VisionPool
 from services.preprocess.worker import Worker
 from tests.fakes import FakeMember, received
@@ -66,6 +69,29 @@ class Clock:
         return self.now
 
 
+class InlineTasks:
+    """Does each task at once, in this process, and posts what came of it."""
+
+    def __init__(self, preprocessor: Preprocessor, member: FakeMember) -> None:
+        self._workbench = Workbench(preprocessor)
+        self._member = member
+        self.num_waiting = 0
+        self.started: list[Task] = []
+
+    def start(self, task: Task) -> None:
+        self.started.append(task)
+        result, blobs = self._workbench.do(task.job, task.blobs, Meter())
+        self._member.post(Finished(task, result, [memoryview(blob) for blob in blobs]))
+
+    def cancel(self, task: Task) -> None: ...
+
+    def handle(self, event: object) -> Finished | None:
+        assert isinstance(event, Finished)
+        return event
+
+    def look(self) -> None: ...
+
+
 class Preprocess:
     """A worker that is connected to a language group and these replicas (100 ms per image)."""
 
@@ -81,7 +107,8 @@ class Preprocess:
         self.encoded: list[str] = []
         pool = VisionPool(self.clock)
         self.metrics = PreprocessMetrics(pool)
-        self.worker = Worker(self.member, preprocessor, pool, self.metrics, self.clock)
+        self.tasks = InlineTasks(preprocessor, self.member)
+        self.worker = Worker(self.member, preprocessor, self.tasks, pool, self.metrics, self.clock)
         self.play(
             [event for vision_id in vision_ids for event in joins(vision_id, buckets)]
             + [PeerUp(LLM.id, "llm", LLM.address)] * llm
@@ -125,6 +152,7 @@ class Preprocess:
             not worker._pool.num_waiting
             and worker._pool.queue_seconds == 0
             and worker._dispatcher.num_bytes == 0
+            and worker._prepared_bytes == 0
         )
         return not self.preparations and not self.handovers and pool_is_empty
 
@@ -163,6 +191,8 @@ def submit(
         timeout=timeout,
         return_prompt_token_ids=fields.get("return_prompt_token_ids", False),
         avoid=fields.get("avoid", ""),
+        apart=fields.get("apart", False),
+        apart_in_llm=fields.get("apart_in_llm", False),
     )
     return received(gateway, "gateway", message)
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from common.apart import MAX_DEATHS
 from common.events import Event, PeerDown, PeerDraining
-from common.messages import Abort, Decline, Grant, Pixels
-from services.preprocess.dispatcher import MAX_DISPATCHES
+from common.messages import Abort, Decline, Failed, Grant, Pixels
+from services.preprocess.dispatcher import MAX_FAILURES
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.preprocessor import Preprocessor
 from tests.fakes import aborts, received
@@ -74,9 +75,7 @@ def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:
     [IMAGES[0], encoded(noise(56, 56, 0), "WEBP", lossless=True)],
     ids=["same file", "other format"],
 )
-def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
-    data: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_image_is_offered_to_the_replica_that_has_it(data: bytes) -> None:
     preprocess = Preprocess("vision-1", "vision-2", "vision-3")
     [(first, _)] = offers(preprocess.dispatch("r", IMAGES[0]))
     preprocess.play(grant(first, 0), arrived(0))
@@ -85,10 +84,6 @@ def test_a_known_image_is_offered_to_the_replica_that_has_it_without_patches(
         preprocess.play(vacancy(vision_id))
     preprocess.play(
         received(first, "vision", Grant(request_id="x", attempt=0, item=0, wait_seconds=5.0))
-    )
-    monkeypatch.setattr(
-        "services.preprocess.families.qwen2_5_vl.patches",
-        lambda *_: pytest.fail("patches were made"),
     )
     assert offers(preprocess.dispatch("r2", data)) == [(first, 0)]
     assert preprocess.play(held(first, 0, "r2"), arrived(0, "r2")) == []
@@ -136,7 +131,7 @@ def test_unfinished_images_of_a_lost_replica_go_to_another() -> None:
 def test_a_lost_replica_counts_as_an_attempt_only_if_it_had_the_pixels() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", IMAGES[0])
-    for n in range(2 * MAX_DISPATCHES):
+    for n in range(2 * MAX_FAILURES):
         [(vision_id, _)] = offers(
             preprocess.play([PeerDown(f"vision-{n}", "vision", "gone")], joins(f"vision-{n + 1}"))
         )
@@ -162,7 +157,7 @@ def test_only_the_image_that_failed_goes_to_another_replica(objection: list[Even
 def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", *IMAGES[:2])
-    for _ in range(MAX_DISPATCHES - 1):
+    for _ in range(MAX_FAILURES - 1):
         assert offers(preprocess.play(grant("vision-1", 1), failed("vision-1", 1))) == [
             ("vision-1", 1)
         ]
@@ -178,17 +173,64 @@ def test_an_image_that_fails_everywhere_fails_its_request_by_index_and_cause() -
     assert preprocess.holds_nothing and preprocess.play(failed("vision-1", 0)) == []
 
 
-def test_a_request_ends_once_if_several_images_lose_their_last_attempt() -> None:
+def lose(vision_id: str) -> list[Event]:
+    return [PeerDown(vision_id, "vision", "gone")]
+
+
+def test_a_request_ends_once_if_several_of_its_images_end_replicas() -> None:
     preprocess = Preprocess("vision-0")
     preprocess.dispatch("r", *IMAGES[:2])
-    for n in range(MAX_DISPATCHES):
-        sent = preprocess.play(
-            grant(f"vision-{n}", 0) + grant(f"vision-{n}", 1),
-            joins(f"vision-{n + 1}"),
-            [PeerDown(f"vision-{n}", "vision", "gone")],
-        )
-    assert failures(sent) == [("gateway-1", "r", "Internal", 0)]
-    assert preprocess.holds_nothing and offers(preprocess.play(vacancy("vision-3"))) == []
+    preprocess.play(grant("vision-0", 0) + grant("vision-0", 1))
+    for n in range(1, MAX_DEATHS):
+        sent = preprocess.play(lose(f"vision-{n - 1}"), joins(f"vision-{n}"))
+        index = offers(sent)[0][1]
+        preprocess.play(grant(f"vision-{n}", index))
+    sent = preprocess.play(lose(f"vision-{MAX_DEATHS - 1}"), joins("vision-9"))
+    [(gateway, request_id, code, item)] = failures(sent)
+    assert (gateway, request_id, code, item) == ("gateway-1", "r", "Internal", index)
+    [error] = [message for _, message in sent if isinstance(message, Failed)]
+    assert error.stage == "vision" and f"image {item}, the last one on this" in error.message
+    assert preprocess.holds_nothing and offers(preprocess.play(vacancy("vision-9"))) == []
+
+
+def test_the_items_of_a_dead_replica_are_retried_apart_and_only_what_is_alone_is_blamed() -> None:
+    preprocess = Preprocess("vision-0")
+    preprocess.dispatch("poison", IMAGES[0], timeout=600)
+    preprocess.dispatch("innocent", IMAGES[1], timeout=600)
+    preprocess.play(grant("vision-0", 0, "poison"), grant("vision-0", 0, "innocent"))
+    sent = preprocess.play(lose("vision-0"), joins("vision-1"))
+    assert [offer.apart for _, offer in sent] == [True, True]
+    for n in range(1, MAX_DEATHS):
+        preprocess.play(grant(f"vision-{n}", 0, "poison"), busy(f"vision-{n}", 0, "innocent"))
+        sent = preprocess.play(lose(f"vision-{n}"), joins(f"vision-{n + 1}"))
+    assert failures(sent) == [("gateway-1", "poison", "Internal", 0)]
+    assert list(preprocess.handovers) == [("innocent", 0)]
+    assert preprocess.handovers["innocent", 0].items[0].num_deaths == 1
+
+
+@pytest.mark.parametrize("survives", ["vacancy", "grant"])
+def test_an_item_that_its_replica_has_survived_is_not_blamed_any_more(survives: str) -> None:
+    """The replica took something else, so the item that was alone there is done."""
+    preprocess = Preprocess("vision-0")
+    preprocess.dispatch("r", *IMAGES[:2])
+    preprocess.play(grant("vision-0", 0), lose("vision-0"), joins("vision-1"))
+    preprocess.play(grant("vision-1", 0, has_room=False), busy("vision-1", 1))
+    preprocess.play(vacancy("vision-1"))
+    if survives == "grant":
+        preprocess.play(grant("vision-1", 1))
+    preprocess.play(lose("vision-1"), joins("vision-2"))
+    items = preprocess.handovers["r", 0].items
+    assert [item.num_deaths for item in items.values()] == [1, int(survives == "grant")]
+
+
+def test_an_item_next_to_many_poisons_is_not_given_up() -> None:
+    preprocess = Preprocess("vision-0")
+    preprocess.dispatch("innocent", IMAGES[0], timeout=600)
+    for n in range(2 * MAX_DEATHS):
+        preprocess.dispatch(f"poison{n}", IMAGES[1 + n % 7], timeout=600)
+        preprocess.play(grant(f"vision-{n}", 0, f"poison{n}"))
+        sent = preprocess.play(lose(f"vision-{n}"), joins(f"vision-{n + 1}"))
+        assert failures(sent) == []
 
 
 @pytest.mark.parametrize(
@@ -211,7 +253,7 @@ def test_reports_about_an_image_that_went_elsewhere_are_ignored(
 def test_an_image_whose_pixels_came_too_late_is_offered_again_and_not_counted() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("r", IMAGES[0])
-    for _ in range(2 * MAX_DISPATCHES):
+    for _ in range(2 * MAX_FAILURES):
         preprocess.play(grant("vision-1", 0), busy("vision-1", 0))
         assert offers(preprocess.play(vacancy("vision-1"))) == [("vision-1", 0)]
 

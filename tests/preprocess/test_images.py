@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import InvalidRequest, TooLarge, UnreadableImage
-from services.preprocess.images import decode, resize
+from services.preprocess import images
+from services.preprocess.images import open_image, resize, size_of
 from tests.preprocess.cases import encoded, noise
+
+
+def decode(data: bytes | bytearray | memoryview, **limits: int) -> np.ndarray:
+    """Return the decoded pixels, uint8 [height, width, 3]."""
+    return np.asarray(images.decode(images.open_image(data, **limits)))
 
 
 def png_with_header(width: int, height: int) -> bytes:
@@ -179,8 +185,37 @@ def test_damaged_files_decode_or_raise_our_own_error(
 
 def test_resize_is_pillows_bicubic_and_keeps_an_image_of_the_right_size() -> None:
     rgb = noise(50, 70)
-    found = resize(rgb, 28, 56)
+    found = resize(Image.fromarray(rgb), 28, 56)
     assert np.array_equal(
         found, np.asarray(Image.fromarray(rgb).resize((56, 28), Image.Resampling.BICUBIC))
     )
-    assert resize(rgb, 50, 70) is rgb
+    assert np.array_equal(resize(Image.fromarray(rgb), 50, 70), rgb)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_knows_the_size_of_an_upright_image(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(8, 16), format, exif=exif)
+    assert size_of(open_image(data)) == decode(data).shape[:2]
+
+
+def test_the_size_is_known_without_decoding_a_pixel() -> None:
+    assert size_of(open_image(png_with_header(5000, 9000))) == (9000, 5000)
+
+
+def scanned_jpeg(side: int, num_scans: int) -> bytes:
+    """A JPEG whose header declares a size, and that has this number of empty scans."""
+    data = encoded(noise(16, 16), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    sides = struct.pack(">HH", side, side)
+    scans = data.index(b"\xff\xda")
+    return data[: frame + 5] + sides + data[frame + 9 : scans] + b"\xff\xda\0\2" * num_scans
+
+
+def test_a_jpeg_with_more_scans_than_any_encoder_makes_is_refused_by_its_header() -> None:
+    assert open_image(scanned_jpeg(7000, 51)).size == (7000, 7000)
+    with pytest.raises(UnreadableImage, match="7000x7000 pixels is stored in 300 scans"):
+        open_image(scanned_jpeg(7000, 300))
+    assert open_image(scanned_jpeg(500, 300)).size == (500, 500)

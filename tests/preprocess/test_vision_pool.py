@@ -45,8 +45,9 @@ class Pool(VisionPool):
 
 
 def dispatched(content: int, num_patches: int = 64) -> PendingItem:
-    rgb = np.zeros((14 * 2, 14 * num_patches // 2, 3), np.uint8)
-    return PendingItem(("r", 0, content), Image(rgb, f"{content:064x}", 14, 2))
+    rows = np.zeros((num_patches, 588), np.uint8)
+    size = (14 * 2, 14 * num_patches // 2)
+    return PendingItem(("r", 0, content), Image(rows, f"{content:064x}", size, 14, 2))
 
 
 def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:

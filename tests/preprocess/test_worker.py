@@ -1,13 +1,26 @@
 """The preprocess worker turns requests into prompts, and ends those that cannot become one."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from common.events import PeerDown, PeerDraining, PeerUp
-from common.messages import Abort, LlmLoad, Prompt, Routed, Sampling, Stopping
+from common.apart import REPEAT_SECONDS
+from common.events import Event, PeerDown, PeerDraining, PeerUp
+from common.messages import (
+    Abort,
+    Alone,
+    Cleared,
+    LlmLoad,
+    Noted,
+    Prompt,
+    Routed,
+    Sampling,
+    Stopping,
+)
 from services.preprocess.in_flight import MISSING_SECONDS
+from services.preprocess.sandbox.jobs import Prepare, Read
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
@@ -23,6 +36,10 @@ from tests.preprocess.builders import (
     prompts,
     submit,
 )
+from tests.preprocess.cases import encoded, noise
+
+LARGE = [encoded(noise(1300, 1300), "JPEG")]
+"""An image that is not prepared together with the prompt."""
 
 
 def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
@@ -69,9 +86,10 @@ def test_an_abort_before_anything_was_done_leaves_nothing() -> None:
     assert preprocess.holds_nothing
 
 
-def test_an_abort_between_two_images_ends_the_preparation() -> None:
+def test_an_abort_while_images_are_prepared_ends_the_preparation() -> None:
     preprocess = Preprocess("vision-1")
-    assert preprocess.play(submit("r", *IMAGES), [], [], abort("r")) == []
+    assert preprocess.play(submit("r", *LARGE), [], abort("r")) == []
+    assert [type(task.job) for task in preprocess.tasks.started] == [Read, Prepare]
     assert preprocess.holds_nothing
 
 
@@ -90,9 +108,18 @@ def test_a_prompt_longer_than_the_context_never_reaches_the_language_group() -> 
     assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
 
 
-def test_an_unforeseen_error_fails_only_its_request() -> None:
+def test_an_unforeseen_error_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess = Preprocess("vision-1")
-    sent = preprocess.play(submit("bad", prompt=b"{no json") + submit("next"))
+    expand = PREPROCESSOR.expand
+    faults = iter([RuntimeError("a bug")])
+
+    def expand_once_wrong(*arguments: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return expand(*arguments)
+
+    monkeypatch.setattr(PREPROCESSOR, "expand", expand_once_wrong)
+    sent = preprocess.play(submit("bad") + submit("next"))
     assert failures(sent) == [("gateway-1", "bad", "Internal", None)]
     assert prompts(sent) == ["next"] and preprocess.holds_nothing
 
@@ -121,7 +148,7 @@ def test_the_requests_of_a_lost_gateway_are_freed_in_every_state() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("taken", IMAGES[0], gateway="gateway-2")
     preprocess.dispatch("kept", IMAGES[1])
-    waiting = submit("waiting", *IMAGES, gateway="gateway-2")
+    waiting = submit("waiting", *LARGE, gateway="gateway-2")
     sent = preprocess.play(waiting, [], [PeerDown("gateway-2", "gateway", "gone")])
     assert sent == [("vision-1", Abort(request_id="taken", attempt=0))]
     assert not preprocess.preparations and list(preprocess.handovers) == [("kept", 0)]
@@ -205,7 +232,7 @@ def test_it_is_ready_with_a_language_group_and_a_vision_replica_that_has_reporte
 def test_a_grant_is_served_between_the_images_of_a_long_request() -> None:
     preprocess = Preprocess("vision-1")
     preprocess.dispatch("short", IMAGES[0])
-    sent = preprocess.play(submit("long", *IMAGES), [], grant("vision-1", 0, "short"))
+    sent = preprocess.play(submit("long", *LARGE), [], grant("vision-1", 0, "short"))
     assert [(type(message).__name__, message.request_id) for _, message in sent[:2]] == [
         ("Pixels", "short"),
         ("Routed", "long"),
@@ -233,3 +260,42 @@ def test_the_least_busy_group_gets_the_next_request() -> None:
     )
     sent = preprocess.play([event for n in range(5) for event in submit(f"r{n}")])
     assert {receiver for receiver, message in sent if isinstance(message, Prompt)} == {"llm-2"}
+
+
+# Requests that are apart
+
+
+def from_gateway(kind: type[Noted | Cleared], request_id: str) -> list[Event]:
+    return received("gateway-1", "gateway", kind(request_id=request_id, attempt=0))
+
+
+def test_a_request_that_is_apart_is_prepared_alone_once_the_gateway_knows() -> None:
+    preprocess = Preprocess("vision-1")
+    sent = preprocess.play(submit("suspect", IMAGES[0], apart=True) + submit("next", IMAGES[1]))
+    assert sent == [("gateway-1", Alone(request_id="suspect", attempt=0))]
+    assert prompts(preprocess.play(from_gateway(Noted, "suspect"))) == ["suspect"]
+    assert prompts(preprocess.play([])) == [], "the gateway has not seen yet that it has passed"
+    assert prompts(preprocess.play(from_gateway(Cleared, "suspect"))) == ["next"]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [abort("suspect"), [PeerDown("gateway-1", "gateway", "killed")]],
+    ids=["abort", "gateway's death"],
+)
+def test_a_request_that_ends_before_its_turn_gives_it_up(end: list[Event]) -> None:
+    preprocess = Preprocess("vision-1")
+    preprocess.play(submit("suspect", apart=True) + submit("next", gateway="gateway-2"))
+    assert prompts(preprocess.play(end)) == ["next"]
+
+
+def test_alone_is_reported_again_until_the_gateway_answers() -> None:
+    preprocess = Preprocess("vision-1")
+    alone = [("gateway-1", Alone(request_id="suspect", attempt=0))]
+    assert preprocess.play(submit("suspect", apart=True)) == alone
+    assert preprocess.play([]) == [] and preprocess.wait(REPEAT_SECONDS) == alone
+
+
+def test_a_suspect_of_the_language_group_is_apart_there_only() -> None:
+    [(_, _), (_, prompt)] = Preprocess("vision-1").play(submit("r", apart_in_llm=True))
+    assert prompt.apart

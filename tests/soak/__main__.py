@@ -50,6 +50,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vision-ms", type=float, default=60.0, help="how long a simulated image takes"
     )
+    parser.add_argument(
+        "--poison-every",
+        type=int,
+        default=0,
+        help="how many requests there are for each one that ends processes (default: none is)",
+    )
     parser.add_argument("--log", type=Path, help="file for the log of the disturbed system")
     return parser.parse_args()
 

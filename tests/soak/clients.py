@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.soak.answers import BY_CODE, BY_STATUS, Answer, CallFailed, HungUp, Outcome
-from tests.soak.workload import SAMPLED_TOP_K, Call, files_of
+from tests.soak.workload import SAMPLED_TOP_K, Call, files_of, text_of
 
 LATE_SECONDS = 20.0
 """How long after its deadline a call is given up as lost."""
@@ -236,7 +236,8 @@ def http_body(call: Call, model: str) -> dict[str, Any]:
     images = [
         {"type": "image_url", "image_url": {"url": data_uri(file)}} for file in files_of(call)
     ]
-    content: Any = [*images, {"type": "text", "text": question.text}] if images else question.text
+    text = text_of(call)
+    content: Any = [*images, {"type": "text", "text": text}] if images else text
     body: dict[str, Any] = {
         "model": "no-such-model" if call.mistake == "model" else model,
         "messages": [] if call.mistake == "empty" else [{"role": "user", "content": content}],
@@ -271,7 +272,7 @@ def grpc_fields(call: Call) -> dict[str, Any]:
     is_empty = call.mistake == "empty"
     return {
         "model": "no-such-model" if call.mistake == "model" else "",
-        "text": "" if is_empty else question.text,
+        "text": "" if is_empty else text_of(call),
         "images": [] if is_empty else [inference_pb2.Image(data=file) for file in files_of(call)],
         "sampling": inference_pb2.SamplingParams(**sampling),
         "stopping": inference_pb2.StoppingParams(

@@ -99,7 +99,10 @@ class Soak:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._calls = make_calls(
-            options.seed, options.requests, options.questions or max(1, options.requests // 5)
+            options.seed,
+            options.requests,
+            options.questions or max(1, options.requests // 5),
+            options.poison_every,
         )
         self.report = Report(
             {"requests": options.requests, "seed": options.seed, "clients": options.clients}
@@ -121,7 +124,9 @@ class Soak:
 
     def _running(self, vision_ms: float, **replicas: int) -> Running:
         counts = [word for role, count in replicas.items() for word in (f"--{role}", str(count))]
-        return Running(*counts, "--simulate-vision-ms", str(vision_ms), *ALWAYS)
+        module = "tests.system.poisoned" if self._options.poison_every else "services.cli"
+        arguments = (*counts, "--simulate-vision-ms", str(vision_ms), *ALWAYS)
+        return Running(*arguments, module=module)
 
     async def _references(self) -> dict[Question, Reference]:
         questions = list({call.question: None for call in self._calls if not call.mistake})

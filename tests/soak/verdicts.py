@@ -102,7 +102,11 @@ class Tally:
 
 def is_due(call: Call, outcome: Outcome) -> bool:
     """Whether the refusal is right: the call was wrong, or its deadline could not be met."""
-    expected = {"mistaken": ("INVALID_ARGUMENT", "NOT_FOUND"), "hurried": ("RESOURCE_EXHAUSTED",)}
+    expected = {
+        "mistaken": ("INVALID_ARGUMENT", "NOT_FOUND"),
+        "hurried": ("RESOURCE_EXHAUSTED",),
+        "poison": ("INTERNAL",),
+    }
     return outcome.code in expected.get(call.manner, ())
 
 

@@ -4,12 +4,14 @@ The calls have every manner that a client may have.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
+
+from tests.system.poisoned import COLOURS, LLM_MARKS, PREPROCESS_MARK, coloured
 
 SIZES = ((56, 56), (84, 56), (112, 112), (100, 180), (224, 224), (300, 260))
 SIZE_WEIGHTS = (6, 4, 4, 3, 2, 1)
@@ -24,6 +26,9 @@ SENTENCE = (
 )
 STOP_STRINGS = ("e", "t", "0", "an", ". ", "\n", "e ", "s", "th", "No")
 PATIENCE_SECONDS = 60.0
+POISON_SECONDS = 300.0
+"""The deadline of a poison. It must fail before, because of what it does."""
+POISONED_ROLES = ("preprocess", "vision", "llm")
 SAMPLED_TOP_K = 8
 """Few enough that a client can ask for the log-probabilities of all candidates."""
 
@@ -65,13 +70,26 @@ class Call:
     """The number of pieces after which the client hangs up; 0: after `hang_up_seconds`."""
     hang_up_seconds: float = 0.0
     mistake: str = ""
+    poison: str = ""
+    """The role whose processes end when they work on the call."""
 
 
-def make_calls(seed: int, number: int, num_questions: int) -> list[Call]:
+def make_calls(seed: int, number: int, num_questions: int, poison_every: int = 0) -> list[Call]:
     """Return calls that depend on the arguments only.
 
-    Later questions are first asked later, so that new ones come until the end.
+    Later questions are first asked later, so that new ones come until the end. One call of
+    `poison_every` ends the processes that work on it.
     """
+    calls = make_harmless_calls(seed, number, num_questions)
+    for n in range(poison_every - 1, number, poison_every) if poison_every else ():
+        role = POISONED_ROLES[n // poison_every % len(POISONED_ROLES)]
+        calls[n] = replace(
+            calls[n], manner="poison", poison=role, mistake="poison", deadline=POISON_SECONDS
+        )
+    return calls
+
+
+def make_harmless_calls(seed: int, number: int, num_questions: int) -> list[Call]:
     draw = random.Random(seed)
     questions = [make_question(draw) for _ in range(num_questions)]
     return [make_call(draw, n, choose(draw, questions, (n + 1) / number)) for n in range(number)]
@@ -145,4 +163,9 @@ def files_of(call: Call) -> list[bytes]:
         case "cut_off":
             whole = picture_file(Picture(call.number, 112, 112, is_lossy=False), "PNG")
             return [*files, whole[: len(whole) // 2]]
-    return files
+    return [*files, coloured(COLOURS["killed"])] if call.poison == "vision" else files
+
+
+def text_of(call: Call) -> str:
+    marks = {"preprocess": PREPROCESS_MARK, "llm": LLM_MARKS["killed"]}
+    return call.question.text + marks.get(call.poison, "")

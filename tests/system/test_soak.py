@@ -21,6 +21,7 @@ async def test_no_answer_is_lost_doubled_or_changed_while_members_come_and_go() 
         faults=list(WEIGHTS),
         vision_ms=60.0,
         log=None,
+        poison_every=0,
     )
     report = await Soak(options).run()
     assert report.is_clean, report.table()

@@ -46,6 +46,9 @@ class Toy(Family):
     def patches_per_token(self, checkpoint: Checkpoint) -> int:
         return checkpoint.config["eye"]["patches_per_token"]
 
+    def values_per_patch(self, checkpoint: Checkpoint) -> int:
+        return 3 * checkpoint.config["eye"]["patch"] ** 2
+
     def max_model_len(self, checkpoint: Checkpoint) -> int:
         return checkpoint.config["context"]
 

@@ -1,15 +1,14 @@
 """The preprocess rules of the toy family: pictures keep their size, and are padded with white."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from common.checkpoint import Checkpoint
 from common.errors import TooLarge
+from common.item_hash import item_hash
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families import ItemLimits
 from services.preprocess.prepared import PreparedItem
 
@@ -60,15 +59,14 @@ class ToyRules:
     """Implements `FamilyRules`."""
 
     whole = False
-    settings: dict[str, Any] = {"padding": PADDING}
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         eye = checkpoint.config["eye"]
         self._patch: int = eye["patch"]
         self._patches_per_token: int = eye["patches_per_token"]
+        self._fingerprint = checkpoint.fingerprint
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         size = min(height, MAX_SIDE), min(width, MAX_SIDE)
         rows, columns = self._grid(*size)
         if max_patches and rows * columns > max_patches:
@@ -80,15 +78,20 @@ class ToyRules:
         tokens = -(-width // (self._patch * self._patches_per_token))
         return -(-height // self._patch), tokens * self._patches_per_token
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
-    ) -> Picture:
-        height, width = size
+    def num_tokens(self, height: int, width: int) -> int:
+        return prod(self._grid(height, width)) // self._patches_per_token
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Picture:
+        height, width, _ = pixels.shape
+        size = (height, width)
         rows, columns = self._grid(height, width)
         shape = (rows * self._patch, columns * self._patch, 3)
         padded = np.full(shape, PADDING, dtype=np.uint8)
-        padded[:height, :width] = images.resize(pixels, height, width)
-        return Picture(kind, mm_hash, padded, size, self._patch, self._patches_per_token)
+        padded[:height, :width] = pixels
+        picture = Picture(kind, "", padded, size, self._patch, self._patches_per_token)
+        cut = np.ascontiguousarray(picture.patches()).data
+        mm_hash = item_hash(self._fingerprint, kind, picture.grid_thw, size, cut)
+        return replace(picture, mm_hash=mm_hash)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

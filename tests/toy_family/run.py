@@ -23,11 +23,13 @@ def register(role: str) -> None:
         from tests.toy_family import tower
 
         vision_families.FAMILIES[MODEL_TYPE] = tower.load
-    elif role == "preprocess":
+    elif role.startswith("preprocess"):
         from services.preprocess import families as preprocess_families
+        from services.preprocess.sandbox import pool
         from tests.toy_family import preprocessing
 
         preprocess_families.FAMILIES[MODEL_TYPE] = preprocessing.load
+        pool.PROGRAM = ["tests.toy_family.run", "preprocess.sandbox.child"]
 
 
 if __name__ == "__main__":

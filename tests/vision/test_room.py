@@ -76,3 +76,47 @@ def test_peers_that_keep_asking_are_served_in_the_order_of_their_first_refusal(
         served += invited
         assert room.admits(invited[0], MAX_GRANTED - 1)
     assert served == expected
+
+
+# Items that are apart
+
+
+def test_an_item_that_is_apart_is_admitted_alone_and_nobody_next_to_it() -> None:
+    room = full_size()
+    assert not room.admits("a", 1, apart=True), "another item is in work"
+    assert not room.admits("b", 1), "and no other one is accepted meanwhile"
+    assert room.invite(1) == [] and room.invite(0) == ["a"]
+    assert not room.admits("b", 0)
+    assert room.admits("a", 0, apart=True)
+    assert not room.admits("a", 1) and not room.admits("b", 1) and not room.admits("b", 1, True)
+
+
+@pytest.mark.parametrize("answer", ["offer", "declined", "forget", "silence"])
+def test_others_are_admitted_once_the_owner_of_an_item_that_was_apart_has_answered(
+    answer: str,
+) -> None:
+    """Its answer proves that it knows that the replica has survived the item."""
+    clock = Clock()
+    room = full_size(clock)
+    assert room.admits("a", 0, apart=True)
+    room.enqueue("b")
+    assert room.invite(1) == [], "it is in work"
+    assert room.invite(0) == ["a"] and not room.admits("b", 0)
+    match answer:
+        case "offer":
+            assert room.admits("a", 0)
+        case "silence":
+            clock.now += ANSWER_SECONDS + 0.1
+        case _:
+            getattr(room, answer)("a")
+    assert room.invite(0)[0] == "b"
+    assert room.admits("b", 0)
+
+
+def test_a_late_answer_to_an_earlier_vacancy_does_not_end_the_turn_of_an_item() -> None:
+    room = full_size()
+    room.enqueue("a")
+    assert room.invite(0) == ["a"]
+    assert room.admits("a", 0, apart=True)
+    room.declined("a")
+    assert not room.admits("b", 0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.checkpoint import open_checkpoint
 from common.events import Event, PeerDown, PeerUp
 from common.member import Drain, Posted
 from common.messages import (
@@ -31,14 +32,24 @@ from common.progress import Progress
 from common.wire import Tensor
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
+from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED
-from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread, encode
+from services.vision.tower_thread import (
+    DeviceLost,
+    EncodeResult,
+    ItemShape,
+    TowerThread,
+    encode,
+    size_of,
+)
 from services.vision.worker import MAX_JOINED, Job, Worker
 from tests.fakes import FakeMember, received
+from tests.golden import GoldenCase
 
 LLM = Peer("llm-1", "ipc:///llm-1")
 NUM_PATCHES = 4
+CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 
 
 class FakeTower:
@@ -56,6 +67,18 @@ class FakeTower:
         if not total:
             raise self.error("no memory is left")
         return Tensor.of(np.array([[total]], np.float32))
+
+
+class AnyItem(ItemRules):
+    """The rules of tests about other things: contents have short names, patches one value."""
+
+    def objection_to(self, offer: Offer) -> str:
+        return ""
+
+    def objection_to_patches(self, offer: Offer, patches: Tensor) -> str:
+        if (patches.dtype, patches.shape) == ("uint8", (offer.num_patches, 1)):
+            return ""
+        return f"{patches} came for {offer.num_patches} patches"
 
 
 class FakeThread:
@@ -82,8 +105,12 @@ class Replica:
         buckets: tuple[int, ...] = (),
         dtype: str = "float32",
         is_new: bool = False,
+        rules: ItemRules | None = None,
     ) -> None:
-        """Unless it is new, the replica has encoded an image before."""
+        """Unless it is new, the replica has encoded an image before.
+
+        By default it takes any item of NUM_PATCHES patches, whatever its name.
+        """
         self.member = FakeMember()
         self.tower = FakeTower()
         self.thread = FakeThread(self.tower)
@@ -99,6 +126,7 @@ class Replica:
             dtype,
             self.times,
             self.metrics,
+            rules or AnyItem(CHECKPOINT, 1000),
             lambda: self.now,
         )
         if not is_new:
@@ -106,7 +134,7 @@ class Replica:
 
     @property
     def jobs(self) -> OrderedDict[ItemKey, Job]:
-        return self.worker._jobs
+        return OrderedDict((key, job) for (_, key), job in self.worker._jobs.items())
 
     def play(self, *batches: list[Event]) -> None:
         self.member.play(self.worker, *batches)
@@ -585,3 +613,38 @@ def test_the_thread_reports_each_image_and_stamps_its_progress() -> None:
     )
     assert second.embeddings is None and isinstance(second.error, MemoryError)
     assert began[0] > 0 and len(began) >= 3, "each image is a unit of work with an expected time"
+
+
+# Items that are apart
+
+
+def test_an_item_that_is_apart_has_the_replica_to_itself() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1), offer("suspect", "b", apart=True))
+    assert replica.grants() == [("r0", 0)]
+    replica.play(offer("r1", "c", preprocess="preprocess-2"))
+    assert [m.request_id for _, m in replica.take(Busy)] == ["suspect", "r1"]
+    replica.finish()
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+    replica.play(offer("suspect", "b", apart=True), offer("r2", "d"), offer("twin", "b"))
+    assert replica.grants() == [("r0", 0), ("suspect", 0)]
+    assert [m.request_id for _, m in replica.take(Busy)] == ["r2", "twin"]
+    replica.play(offer("cached", "a", preprocess="preprocess-2"))
+    assert [m.request_id for _, m in replica.take(CacheHit)] == ["cached"], "it needs no work"
+    replica.play(pixels("suspect", 2))
+    replica.finish()
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-1"]
+    replica.play(declines("preprocess-1"))
+    assert [receiver for receiver, _ in replica.take(Vacancy)] == ["preprocess-2"]
+
+
+def test_an_item_that_is_apart_does_not_join_an_equal_one_among_others() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1), offer("suspect", "a", apart=True))
+    assert [m.request_id for _, m in replica.take(Busy)] == ["suspect"]
+
+
+def test_the_size_of_an_item_as_a_unit_of_work_grows_with_its_attention() -> None:
+    """Sixteen times the patches may take 256 times as long, and are not hung before."""
+    few, many = (size_of(Tensor.of(np.zeros((n, 1), np.uint8))) for n in (16_384, 16 * 16_384))
+    assert 128 * few < many

@@ -8,15 +8,12 @@ import numpy as np
 
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest, TooLarge
+from common.families import qwen2_5_vl as family_rules
+from common.families.qwen2_5_vl import MAX_ASPECT_RATIO
+from common.item_hash import item_hash
 from common.messages import ItemKind
-from services.preprocess import images
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.prepared import PreparedItem
-
-MAX_ASPECT_RATIO = 200
-# The limits of the family's image processor if preprocessor_config.json names none.
-DEFAULT_MIN_PIXELS = 56 * 56
-DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 
 
 def smart_resize(
@@ -66,29 +63,26 @@ def patches(rgb: np.ndarray, patch_size: int, merge_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Image:
-    """A resized image, with all that is known before its patches are made."""
+    """A resized image, cut into patches."""
 
-    rgb: np.ndarray
-    """uint8 [height, width, 3], resized."""
+    rows: np.ndarray
+    """uint8 [num_patches, 3 * patch_size * patch_size]: its patches."""
     mm_hash: str
     """64 hex digits, equal for equal pixels in any file format, given the same model and limits."""
+    content_size: tuple[int, int]
     patch_size: int
     merge_size: int
     kind: ItemKind = "image"
 
     @property
-    def content_size(self) -> tuple[int, int]:
-        height, width, _ = self.rgb.shape
-        return height, width
-
-    @property
     def nbytes(self) -> int:
-        return self.rgb.nbytes
+        return self.rows.nbytes
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
         """The grid of patches. A still image is one step in time."""
-        return 1, self.rgb.shape[0] // self.patch_size, self.rgb.shape[1] // self.patch_size
+        height, width = self.content_size
+        return 1, height // self.patch_size, width // self.patch_size
 
     @property
     def merged_grid(self) -> tuple[int, int]:
@@ -108,7 +102,7 @@ class Image:
 
         The tower normalises them, and repeats them, because it takes two frames at a time.
         """
-        return patches(self.rgb, self.patch_size, self.merge_size)
+        return self.rows
 
 
 class Qwen25VLRules:
@@ -118,7 +112,8 @@ class Qwen25VLRules:
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""
-        self.patch_size, self.merge_size, self.settings = image_settings(checkpoint)
+        self.fingerprint = checkpoint.fingerprint
+        self.patch_size, self.merge_size = patch_sizes(checkpoint)
         self.min_pixels, self.max_pixels = pixel_limits(
             checkpoint.preprocessor_config, limits, self.factor
         )
@@ -129,8 +124,7 @@ class Qwen25VLRules:
         """The sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        height, width, _ = pixels.shape
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if not max_patches or self.num_patches(rows, columns) <= max_patches:
             return rows, columns
@@ -148,10 +142,15 @@ class Qwen25VLRules:
         """Return the number of patches of a resized image."""
         return height * width // self.patch_size**2
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
-    ) -> Image:
-        return Image(images.resize(pixels, *size), mm_hash, self.patch_size, self.merge_size, kind)
+    def num_tokens(self, height: int, width: int) -> int:
+        return height * width // self.factor**2
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
+        height, width, _ = pixels.shape
+        rows = patches(pixels, self.patch_size, self.merge_size)
+        grid = (1, height // self.patch_size, width // self.patch_size)
+        mm_hash = item_hash(self.fingerprint, kind, grid, (height, width), rows.data)
+        return Image(rows, mm_hash, (height, width), self.patch_size, self.merge_size, kind)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
@@ -192,28 +191,20 @@ def rope_positions(
     return positions, counter - done
 
 
-def image_settings(checkpoint: Checkpoint) -> tuple[int, int, dict[str, Any]]:
-    """Return the patch size, the merge size, and all that decides the pixels the tower sees."""
+def patch_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return the patch size and the merge size."""
     config = checkpoint.preprocessor_config
     vision = checkpoint.vision_config
-    patch_size = config.get("patch_size") or vision["patch_size"]
     merge_size = config.get("merge_size") or vision["spatial_merge_size"]
-    normalise = {key: config.get(key) for key in ("rescale_factor", "image_mean", "image_std")}
-    sizes = {"patch_size": patch_size, "merge_size": merge_size}
-    return patch_size, merge_size, {"resample": "bicubic", **sizes, **normalise}
+    return family_rules.patch_size(checkpoint), merge_size
 
 
 def pixel_limits(config: dict[str, Any], limits: ItemLimits, factor: int) -> tuple[int, int]:
     """Return the least and the most pixels of a resized image.
 
-    A limit that the deployment does not set comes from preprocessor_config.json, which has it under
-    one of two names.
+    Raises ValueError if they contradict each other, or no image can keep to them.
     """
-    size = config.get("size") or {}
-    low = limits.min_pixels or config.get("min_pixels") or size.get("shortest_edge")
-    high = limits.max_pixels or config.get("max_pixels") or size.get("longest_edge")
-    low = low or DEFAULT_MIN_PIXELS
-    high = high or DEFAULT_MAX_PIXELS
+    low, high = family_rules.pixel_limits(config, limits.min_pixels, limits.max_pixels)
     if not 0 < low <= high or high < factor * factor:
         raise ValueError(
             f"min_pixels is {low} and max_pixels {high}: give 0 < min_pixels <= max_pixels, and at "

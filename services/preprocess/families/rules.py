@@ -1,6 +1,6 @@
 """What preprocess needs of a model family."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -12,20 +12,14 @@ class FamilyRules(Protocol):
     """The rules by which one family prepares items and places tokens."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the pixels that the tower sees, apart from the size. JSON values only."""
-        ...
-
-    @property
     def whole(self) -> bool:
         """Whether a prompt must be computed in one step, without chunks and prefix cache."""
         ...
 
-    def fitting_size(self, pixels: np.ndarray, max_patches: int) -> tuple[int, int]:
-        """Return the (height, width) to which decoded pixels are resized.
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+        """Return the (height, width) to which an item of this size in pixels is resized.
 
-        `pixels` are uint8 [height, width, 3]. The item must have at most `max_patches` patches, if
-        that is not 0.
+        It must have at most `max_patches` patches, if that is not 0.
 
         Raises
         ------
@@ -34,10 +28,12 @@ class FamilyRules(Protocol):
         """
         ...
 
-    def prepare_item(
-        self, kind: ItemKind, pixels: np.ndarray, size: tuple[int, int], mm_hash: str
-    ) -> PreparedItem:
-        """Resize decoded pixels to (height, width). `mm_hash` names the result."""
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return the number of prompt tokens of an item that was resized to this size."""
+        ...
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> PreparedItem:
+        """Cut resized pixels, uint8 [height, width, 3], into patches, and name the result."""
         ...
 
     def positions(

@@ -1,0 +1,157 @@
+"""Does the jobs of a sandbox."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, assert_never
+
+import numpy as np
+from PIL.Image import Image
+
+from common.errors import InvalidRequest, ServingError, shorten
+from common.messages import ItemKind
+from common.wire import Buffer, Tensor
+from services.preprocess.grammars import Grammars
+from services.preprocess.images import size_of
+from services.preprocess.preprocessor import Preprocessor, open_item
+from services.preprocess.sandbox import meter
+from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
+from services.preprocess.sandbox.jobs import (
+    MAX_FAULT_CHARS,
+    Job,
+    Prepare,
+    Prepared,
+    PreparedFacts,
+    Read,
+    ReadDone,
+    Refused,
+    Result,
+)
+from services.preprocess.sandbox.meter import CPU_SECONDS, Meter
+
+CHARS_A_SECOND = 500_000
+"""No text is tokenized more slowly, so a text has this much more time than a unit."""
+
+Answer = tuple[Result, list[Buffer]]
+"""A result and its blobs."""
+
+
+class Workbench:
+    """What the jobs of one model need, loaded once."""
+
+    def __init__(self, preprocessor: Preprocessor) -> None:
+        self._preprocessor = preprocessor
+        self._grammars = Grammars(preprocessor.vocabulary)
+
+    def do(self, job: Job, blobs: Sequence[Buffer], limits: Meter) -> Answer:
+        """Do a job, and return its result."""
+        try:
+            match job:
+                case Read():
+                    return self._read(job, blobs, limits)
+                case Prepare():
+                    items, patches = self._prepare(
+                        job.first, job.kinds, blobs, job.max_patches, limits
+                    )
+                    return Prepared(items), patches
+                case _:
+                    assert_never(job)
+        except ServingError as e:
+            return Refused(e.code, shorten(e.message, MAX_FAULT_CHARS), e.item), []
+        except MemoryError:
+            return Refused("InvalidRequest", "the request takes too much memory: send less"), []
+
+    def _read(self, job: Read, blobs: Sequence[Buffer], limits: Meter) -> Answer:
+        prompt, guide, *files = blobs
+        token_ids = self._tokenize(job.prompt_kind, prompt, limits)
+        self._preprocessor.find_placeholders(token_ids, len(files))
+        grammar = self._check_guide(job.guide_kind, guide, limits)
+        # One limit for all headers: those of honest files take microseconds.
+        limits.begin(0)
+        opened = []
+        sizes = []
+        num_tokens = []
+        for index, (kind, file) in enumerate(zip(job.kinds, files, strict=True)):
+            limits.note(index)
+            with naming(kind, index):
+                opened.append(open_item(kind, file))
+                sizes.append(size_of(opened[-1]))
+                num_tokens.append(self._preprocessor.num_tokens(sizes[-1], job.max_patches))
+        items: tuple[PreparedFacts, ...] = ()
+        patches: list[Buffer] = []
+        costs = sum(map(item_seconds, map(len, files), sizes))
+        if job.has_room and costs <= BATCH_SECONDS:
+            items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
+        result = ReadDone(tuple(sizes), tuple(num_tokens), items)
+        return result, [Tensor.of(token_ids).data, grammar, *patches]
+
+    def _tokenize(self, kind: str, prompt: Buffer, limits: Meter) -> np.ndarray:
+        if kind != "messages":
+            ids = np.frombuffer(prompt, dtype=np.int64)
+            return self._preprocessor.check_token_ids(ids)
+        limits.begin(meter.TEMPLATE)
+        text = self._preprocessor.render(messages_of(prompt))
+        limits.begin(meter.TOKENIZER, CPU_SECONDS + len(text) / CHARS_A_SECOND)
+        return self._preprocessor.encode(text)
+
+    def _check_guide(self, kind: str, guide: Buffer, limits: Meter) -> bytes:
+        if not kind:
+            return b""
+        self._grammars.load()
+        limits.begin(meter.GUIDE)
+        try:
+            text = str(guide, "utf-8")
+        except UnicodeDecodeError as e:
+            raise InvalidRequest(f"the {kind} is not valid UTF-8") from e
+        return self._grammars.grammar(kind, text).encode()
+
+    def _prepare(
+        self,
+        first: int,
+        kinds: tuple[ItemKind, ...],
+        files: Sequence[Buffer | Image],
+        max_patches: int,
+        limits: Meter,
+    ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
+        """Prepare the items from index `first` on: files, or opened ones.
+
+        Returns them, and the patches of each.
+        """
+        facts = []
+        patches: list[Buffer] = []
+        for index, (kind, file) in enumerate(zip(kinds, files, strict=True), first):
+            began = time.monotonic()
+            limits.begin(index)
+            with naming(kind, index):
+                item = self._preprocessor.prepare_item(kind, file, max_patches)
+                patches.append(Tensor.of(item.patches()).data)
+            facts.append(
+                PreparedFacts(
+                    kind,
+                    item.mm_hash,
+                    item.grid_thw,
+                    item.content_size,
+                    item.num_patches,
+                    item.num_tokens,
+                    time.monotonic() - began,
+                )
+            )
+        return tuple(facts), patches
+
+
+@contextmanager
+def naming(kind: ItemKind, index: int) -> Iterator[None]:
+    """Put the name of an item in front of what is wrong with it."""
+    try:
+        yield
+    except InvalidRequest as e:
+        raise type(e)(f"{kind} {index}: {e.message}", item=index) from e
+
+
+def messages_of(prompt: Buffer) -> Any:
+    """Return the chat messages of a prompt. Raises InvalidRequest if it holds none."""
+    try:
+        return json.loads(bytes(prompt))
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequest("the messages are not valid JSON") from e

@@ -1,0 +1,50 @@
+"""Checks of what a Submit holds, before any work is done for it."""
+
+import numpy as np
+
+from common.errors import InvalidRequest
+from common.messages import Submit
+from common.wire import Tensor
+
+PROMPT_DTYPES = {"messages": "uint8", "token_ids": "int64"}
+GUIDES_WITHOUT_TEXT = ("", "json_object")
+
+
+def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
+    """Refuse a request whose fields do not fit together, or do not fit the model.
+
+    Raises InvalidRequest.
+    """
+    check_vector(submit.prompt, PROMPT_DTYPES.get(submit.prompt_kind, ""), "the prompt")
+    if submit.prompt_kind == "token_ids" and len(submit.prompt.data) > 8 * max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {len(submit.prompt.data) // 8} tokens and the model's context is "
+            f"{max_model_len}: shorten it"
+        )
+    for index, item in enumerate(submit.items):
+        check_vector(item.data, "uint8", f"{item.kind} {index}")
+    if submit.guide is not None:
+        check_vector(submit.guide, "uint8", f"the {submit.guide_kind}")
+    elif submit.guide_kind not in GUIDES_WITHOUT_TEXT:
+        raise InvalidRequest(f"the {submit.guide_kind} is missing")
+    if submit.output_token_ids is not None:
+        check_output(submit.output_token_ids, vocab_size, max_model_len)
+    if any(token_id >= vocab_size for token_id in submit.stopping.stop_token_ids):
+        raise InvalidRequest(f"a stop token is outside the model's vocabulary of {vocab_size}")
+
+
+def check_output(tensor: Tensor, vocab_size: int, max_model_len: int) -> None:
+    """Check the token ids that earlier attempts delivered."""
+    check_vector(tensor, "int64", "the delivered output")
+    token_ids = tensor.numpy()
+    if len(token_ids) > max_model_len:
+        raise InvalidRequest("the delivered output is longer than the model's context")
+    if np.any((token_ids < 0) | (token_ids >= vocab_size)):
+        raise InvalidRequest(
+            f"the delivered output has a token outside the model's vocabulary of {vocab_size}"
+        )
+
+
+def check_vector(tensor: Tensor, dtype: str, name: str) -> None:
+    if tensor.dtype != dtype or len(tensor.shape) != 1:
+        raise InvalidRequest(f"{name} must be a list of {dtype}" if dtype else "no such prompt")

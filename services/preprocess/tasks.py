@@ -1,0 +1,58 @@
+"""What a request must have done in a sandbox, and what comes of it."""
+
+from itertools import count
+
+import numpy as np
+
+from services.preprocess.in_flight import Preparation
+from services.preprocess.prepared import ReadyItem
+from services.preprocess.sandbox.costs import (
+    BATCH_SECONDS,
+    LEAST_SECONDS,
+    SECONDS_PER_BYTE,
+    item_seconds,
+)
+from services.preprocess.sandbox.jobs import Prepare, PreparedFacts, Read
+from services.preprocess.sandbox.pool import Task
+
+
+def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
+    """Return the task that reads the prompt and the headers of the items.
+
+    If there is room for the items, it also prepares them, if that takes little time.
+    """
+    submit = preparation.submit
+    kinds = tuple(item.kind for item in submit.items)
+    guide = submit.guide.data if submit.guide else b""
+    blobs = [submit.prompt.data, guide, *(item.data.data for item in submit.items)]
+    seconds = LEAST_SECONDS + SECONDS_PER_BYTE * sum(map(len, blobs))
+    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room)
+    return Task(job, blobs, seconds)
+
+
+def preparing(preparation: Preparation, max_patches: int) -> Task:
+    """Return the task that prepares the next items: one, or some that take little time."""
+    first = len(preparation.items)
+    items = preparation.submit.items
+    seconds = LEAST_SECONDS
+    for end in count(first):
+        if end == len(items) or (end > first and seconds > BATCH_SECONDS):
+            break
+        seconds += item_seconds(len(items[end].data.data), preparation.sizes[end])
+    batch = items[first:end]
+    job = Prepare(first, tuple(item.kind for item in batch), max_patches)
+    return Task(job, [item.data.data for item in batch], seconds)
+
+
+def ready_item(facts: PreparedFacts, patches: memoryview) -> ReadyItem:
+    """Return an item that a sandbox has prepared, with its patches where the sandbox put them."""
+    rows = np.frombuffer(patches, np.uint8).reshape(facts.num_patches, -1)
+    return ReadyItem(
+        facts.kind,
+        facts.mm_hash,
+        facts.grid_thw,
+        facts.content_size,
+        facts.num_patches,
+        facts.num_tokens,
+        rows,
+    )

@@ -1,0 +1,303 @@
+"""A prompt, template, guide or image that costs much to open ends a sandbox, never preprocess."""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.checkpoint import BadCheckpoint
+from services.preprocess.sandbox.jobs import Prepare, Prepared, Read, ReadDone, Refused, Setup
+from services.preprocess.sandbox.meter import NOTHING, read_mark
+from services.preprocess.sandbox.pool import AGING, Finished, Sandboxes, Task
+from tests.preprocess.cases import encoded, noise
+from tests.system.running import ROOT
+
+MODEL = ROOT / "models" / "tiny-ocr"
+PATIENCE_SECONDS = 120.0
+"""A limit of 3 s of CPU time takes longer on a busy machine."""
+
+
+class Running:
+    """Sandboxes of a model, and what they have posted."""
+
+    def __init__(self, model: Path = MODEL, size: int = 2) -> None:
+        self.posted: queue.Queue[object] = queue.Queue()
+        self.sandboxes = Sandboxes(Setup(str(model), 4096), size)
+        try:
+            self.sandboxes.wait_until_loaded()
+        except BadCheckpoint:
+            self.sandboxes.close()
+            raise
+        self.sandboxes.begin(self.posted.put)
+
+    def next_finished(self) -> Finished:
+        while True:
+            event = self.posted.get(timeout=PATIENCE_SECONDS)
+            if finished := self.sandboxes.handle(event):
+                return finished
+
+    def do(self, task: Task) -> Any:
+        self.sandboxes.start(task)
+        finished = self.next_finished()
+        assert finished.task is task
+        return finished.result
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    found = Running()
+    yield found
+    found.sandboxes.close()
+
+
+def preparing(*files: bytes, seconds: float = 0.01, first: int = 0) -> Task:
+    return Task(Prepare(first, ("image",) * len(files), 0), files, seconds)
+
+
+def reading(
+    *files: bytes,
+    text: str = "hi",
+    guide_kind: str = "",
+    guide: bytes = b"",
+    has_room: bool = False,
+) -> Task:
+    content = [*({"type": "image"} for _ in files), {"type": "text", "text": text}]
+    prompt = json.dumps([{"role": "user", "content": content}]).encode()
+    job = Read("messages", guide_kind, ("image",) * len(files), 0, False)
+    return Task(job, [prompt, guide, *files], 0.002)
+
+
+IMAGE = encoded(noise(56, 56))
+JPEG = encoded(noise(56, 56), "JPEG")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def with_segments(kind: int, data: bytes, number: int) -> bytes:
+    """A JPEG with this segment many times in its header."""
+    segment = bytes((0xFF, kind)) + struct.pack(">H", 2 + len(data)) + data
+    return JPEG[:2] + segment * number + JPEG[2:]
+
+
+SLOW = with_segments(0xFE, b"AB", 3_000_000)
+"""A picture that takes longer than the limit to open."""
+
+
+def frames(format: str) -> bytes:
+    """An animation of which only the first frame may be decoded."""
+    first = Image.new("RGB", (1000, 1000))
+    others = [Image.new("RGB", (1000, 1000), (n, n, n)) for n in range(1, 20)]
+    return encoded(first, format, save_all=True, append_images=others)
+
+
+def is_unreadable(result: object, index: int = 0) -> bool:
+    return isinstance(result, Refused) and (result.code, result.item) == ("UnreadableImage", index)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# Images
+
+
+def test_an_image_is_prepared_as_without_a_sandbox(running: Running) -> None:
+    running.sandboxes.start(preparing(IMAGE, JPEG))
+    finished = running.next_finished()
+    assert isinstance(finished.result, Prepared)
+    assert [facts.grid_thw for facts in finished.result.items] == [(1, 4, 4)] * 2
+    assert [len(blob) for blob in finished.blobs] == [56 * 56 * 3] * 2
+    rows = np.frombuffer(finished.blobs[0], np.uint8).reshape(2, 2, 2, 2, 3, 14, 14)
+    pixels = rows.transpose(0, 2, 5, 1, 3, 6, 4).reshape(56, 56, 3)
+    assert np.array_equal(pixels, noise(56, 56))
+
+
+def test_a_header_that_takes_seconds_to_read_is_refused(running: Running) -> None:
+    """Pillow joins the Exif segments of a JPEG one by one, in quadratic time."""
+    file = with_segments(0xE1, b"Exif\0\0AB", 1_000_000)
+    assert is_unreadable(running.do(reading(IMAGE, file)), index=1)
+    assert isinstance(running.do(reading(IMAGE)), ReadDone)
+
+
+def test_an_image_that_takes_seconds_to_decode_is_refused(running: Running) -> None:
+    assert is_unreadable(running.do(preparing(SLOW, first=3)), index=3)
+    assert isinstance(running.do(preparing(IMAGE)), Prepared)
+
+
+def test_an_image_that_takes_too_much_memory_is_refused(running: Running) -> None:
+    webp = encoded(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, quality=0, method=0)
+    assert is_unreadable(running.do(preparing(webp)))
+    assert isinstance(running.do(preparing(IMAGE)), Prepared)
+
+
+@pytest.mark.parametrize(
+    "text", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"], ids=lambda text: text.decode()
+)
+def test_a_bomb_in_the_header_of_a_png_is_refused_or_left_packed(
+    running: Running, text: bytes
+) -> None:
+    bomb = zlib.compress(bytes(2**28), 9)
+    data = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0", b"tEXt": b"k\0"}[text]
+    file = IMAGE[:33] + chunk(text, data + bomb) + IMAGE[33:]
+    result = running.do(reading(file))
+    assert is_unreadable(result) or isinstance(result, ReadDone)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "MPO"])
+def test_of_an_animation_only_the_first_frame_is_decoded(running: Running, format: str) -> None:
+    result = running.do(preparing(frames(format)))
+    assert isinstance(result, Prepared) and result.items[0].grid_thw[0] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=str)
+def test_an_image_that_ends_its_sandbox_is_refused_and_the_next_one_is_served(
+    running: Running, number: int
+) -> None:
+    sandboxes: Any = running.sandboxes
+    running.sandboxes.start(preparing(SLOW))
+    [busy] = [s for s in sandboxes._sandboxes if s.task]
+    while read_mark(busy.mark) == NOTHING:
+        time.sleep(0.001)
+    for pid in children_of(sandboxes._program.pid):
+        os.kill(pid, number)
+    assert is_unreadable(running.next_finished().result)
+    assert isinstance(running.do(preparing(IMAGE)), Prepared)
+
+
+# Prompts, templates and guides
+
+
+def model_with(folder: Path, **files: str) -> Path:
+    shutil.copytree(MODEL, folder / "model", copy_function=os.symlink)
+    for name, text in files.items():
+        file = folder / "model" / name.replace("__", ".")
+        file.unlink(missing_ok=True)
+        file.write_text(text)
+    return folder / "model"
+
+
+TIME_BOMB = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}"
+)
+MEMORY_BOMB = (
+    "{% set found = namespace(text=messages[0].content[0].text) %}"
+    "{% for a in range(40) %}{% set found.text = found.text + found.text %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "bomb", [TIME_BOMB, MEMORY_BOMB, "{{ 'a' * 9999999999 }}"], ids=["time", "memory", "constant"]
+)
+def test_a_template_that_takes_too_much_fails_the_request_and_names_the_template(
+    tmp_path: Path, bomb: str
+) -> None:
+    running = Running(model_with(tmp_path, chat_template__jinja=bomb), size=1)
+    result = running.do(reading())
+    assert result.code == "InvalidRequest" and "chat template" in result.message
+    running.sandboxes.close()
+
+
+def test_a_template_that_takes_too_much_to_compile_is_a_bad_checkpoint(tmp_path: Path) -> None:
+    bomb = "{{ 9 ** (9 ** 9) }}"
+    with pytest.raises(BadCheckpoint, match="the chat template takes too much time"):
+        Running(model_with(tmp_path, chat_template__jinja=bomb))
+
+
+@pytest.mark.parametrize(
+    ("kind", "guide"),
+    [
+        ("regex", b"[a-"),
+        ("json_schema", b"\xff\xfe"),
+        ("json_schema", b"[" * 500_000),
+    ],
+)
+def test_a_guide_that_cannot_be_followed_fails_its_request(
+    running: Running, kind: str, guide: bytes
+) -> None:
+    result = running.do(reading(guide_kind=kind, guide=guide))
+    assert result.code == "InvalidRequest" and len(result.message) < 500
+    assert isinstance(running.do(reading(guide_kind="json_object")), ReadDone)
+
+
+@pytest.mark.parametrize("prompt", [b"[" * 500_000, b"\xff", b"", b"{", b"3"])
+def test_messages_that_are_none_fail_their_request(running: Running, prompt: bytes) -> None:
+    result = running.do(Task(Read("messages", "", (), 0, False), [prompt, b""], 0.002))
+    assert isinstance(result, Refused) and result.code == "InvalidRequest"
+
+
+# Turns
+
+
+def test_a_cheap_task_overtakes_costly_ones_and_they_overtake_newer_ones_in_time() -> None:
+    running = Running(size=1)
+    sandboxes: Any = running.sandboxes
+    costly = [preparing(IMAGE, seconds=1.0) for _ in range(3)]
+    cheap = preparing(IMAGE)
+    for task in [*costly, cheap]:
+        sandboxes.start(task)
+    assert [s.task for s in sandboxes._sandboxes] == [costly[0], cheap]
+    late = [preparing(IMAGE, seconds=0.5), preparing(IMAGE, seconds=0.5)]
+    for task, queued in zip(late, (0.0, AGING), strict=True):
+        sandboxes.start(task)
+        task.queued = costly[1].queued + queued
+    order = [running.next_finished().task for _ in range(6)]
+    order.remove(cheap)
+    assert order == [costly[0], late[0], costly[1], costly[2], late[1]]
+    running.sandboxes.close()
+
+
+def test_a_task_that_takes_unexpectedly_long_leaves_room_for_others() -> None:
+    running = Running(size=1)
+    slow = [preparing(SLOW) for _ in range(2)]
+    for task in slow:
+        running.sandboxes.start(task)
+    cheap = reading()
+    running.sandboxes.start(cheap)
+    finished = running.next_finished()
+    assert finished.task is cheap and isinstance(finished.result, ReadDone)
+    running.sandboxes.close()
+
+
+def test_tasks_are_done_after_the_program_was_killed() -> None:
+    running = Running(size=1)
+    sandboxes: Any = running.sandboxes
+    sandboxes._program.kill()
+    sandboxes._program.wait()
+    assert isinstance(running.do(preparing(IMAGE)), Prepared)
+    running.sandboxes.close()
+
+
+def test_sandboxes_end_with_their_program() -> None:
+    running = Running(size=1)
+    running.do(preparing(IMAGE))
+    sandboxes: Any = running.sandboxes
+    sandboxes._program.kill()
+    event: Any = running.posted.get(timeout=PATIENCE_SECONDS)
+    assert event.message is None and event.sandbox in sandboxes._sandboxes
+    running.sandboxes.close()
+
+
+def test_memory_of_results_is_used_again_once_nothing_refers_to_it(running: Running) -> None:
+    sandboxes: Any = running.sandboxes
+    for _ in range(40):
+        running.do(preparing(IMAGE))
+    assert sandboxes._spares._num_made <= 2
+    kept = []
+    for _ in range(20):
+        running.sandboxes.start(preparing(IMAGE))
+        kept.append(running.next_finished().blobs[0])
+    assert len({bytes(blob) for blob in kept}) == 1
