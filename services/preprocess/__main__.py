@@ -22,6 +22,8 @@ from services.preprocess.worker import Worker
 
 
 def main(settings: PreprocessSettings, stop: Stop) -> None:
+    if settings.sandboxes < 0:
+        raise BadSetting(f"sandboxes is {settings.sandboxes}: give 1 or more, or 0 for the default")
     checkpoint = open_checkpoint(settings.model)
     resizes = settings.oversized_images == "resize"
     limits = ItemLimits(settings.min_pixels, settings.max_pixels, resizes)

@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 import msgspec
 
@@ -79,11 +80,11 @@ def serve_in_fork(workbench: Workbench, control: socket.socket, connection: int,
         os.close(connection)
         os.close(mark)
         return
-    control.close()
-    die_with_parent(me)
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write(MOST_KILLABLE)
     try:
+        control.close()
+        die_with_parent(me)
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write(MOST_KILLABLE)
         serve(workbench, socket.socket(fileno=connection), Meter(mmap.mmap(mark, MARK.size)))
     finally:
         os._exit(0)
