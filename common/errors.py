@@ -13,6 +13,17 @@ ServingError                 the base, with a code, a stage and perhaps the inde
 A Failed message carries the name of the class, so every process knows the same errors.
 """
 
+MAX_QUOTED_CHARS = 200
+
+
+def shorten(text: str, most: int = MAX_QUOTED_CHARS) -> str:
+    """Return a text from outside as an answer or a log may quote it: at most `most` characters.
+
+    What is left out is replaced by a note of how many characters that were.
+    """
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]}… ({left_out:,} characters left out)"
+
 
 class ServingError(ValueError):
     """The base of all errors that a client may see."""
