@@ -11,7 +11,7 @@ from typing import Any
 
 from common.checkpoint import BadCheckpoint
 from common.config import BadSetting, load
-from common.logs import get_logger, set_up_logging
+from common.logs import get_logger, report_left_out, set_up_logging
 from common.settings import KNOWN_NAMES, SERVICES
 
 EXIT_OK = 0
@@ -135,6 +135,7 @@ def handle_signals(signals: int, stop: Stop) -> None:
 
 def leave(status: int) -> None:
     """Exit without waiting for library threads that may hang in a call."""
+    report_left_out()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

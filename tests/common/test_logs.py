@@ -35,9 +35,9 @@ except ValueError:
 """
 
 
-def logged(log_format: str) -> str:
+def logged(log_format: str, program: str = PROGRAM) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, log_format],
+        [sys.executable, "-c", program, log_format],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -105,3 +105,37 @@ def test_no_log_holds_the_value_of_a_local_variable(log_format: str) -> None:
     said = logged(log_format)
     assert "spoilt" in said
     assert "what-a-prompt-says" not in said
+
+
+FLOOD = """
+import logging, sys
+from common.logs import get_logger, set_up_logging
+from common.process import leave
+
+set_up_logging("vision", sys.argv[1], "info")
+log = get_logger()
+for n in range(1000):
+    log.warning("refused a connection", peer=f"p-{n}", reason="x" * 5_000_000)
+    logging.getLogger("library").warning("cannot accept %s", n)
+    log.info("answered", request_id=f"r-{n}") if n < 30 else None
+log.error("named\\nforged \x1b[31m", lines=["y" * 10_000], given=b"z" * 10_000)
+try:
+    raise ValueError("v" * 5_000_000)
+except ValueError:
+    log.exception("failed")
+    logging.getLogger("library").exception("failed too %s", "w" * 10_000)
+leave(0)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_a_flood_of_lines_and_long_values_stays_small_and_is_counted(log_format: str) -> None:
+    said = logged(log_format, FLOOD)
+    assert len(said) < 30_000
+    assert said.count("refused a connection") == said.count("cannot accept") == 10 + 1
+    assert said.count("answered") == 30
+    assert " (4,999,500 characters left out)" in said
+    assert "z" * 501 not in said and "w" * 501 not in said
+    assert "\x1b" not in said and "\nforged" not in said
+    last = said.splitlines()[-1]
+    assert "log lines were left out" in last and last.count("990") == 2
