@@ -102,7 +102,7 @@ class Endpoints(Generic[M]):
             try:
                 stream.receive(self._scratch)
             except ZmtpError as e:
-                self._lose(stream, str(e))
+                self._lose(stream, stream.failure or str(e))
                 return
             self._read_messages(stream)
 
