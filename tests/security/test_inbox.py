@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -279,7 +279,7 @@ def test_a_peer_is_not_read_while_the_loop_has_not_handled_what_came_before(
     assert num_early < 8
     ends = time.monotonic() + DEADLINE
     num_received = 0
-    while num_received < 90 and time.monotonic() < ends:
+    while (sending.is_alive() or num_received < 90) and time.monotonic() < ends:
         links.wait(0.1)
         while not vision.events.empty():
             event = vision.events.get()
@@ -333,11 +333,14 @@ def test_a_process_without_free_descriptors_goes_on_and_accepts_again(
     monkeypatch.setattr(connections, "BEAT_SECONDS", 0.05)
     preprocess = Member("p", "preprocess")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
     waiting = [socket.socket() for _ in range(3)]
+    taken: list[int] = []
     try:
         with structlog.testing.capture_logs() as logs:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + len(waiting), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
             for each in waiting:
                 each.connect(tcp_target(vision.peer.address))
             preprocess.connect(vision, "vision")
@@ -352,6 +355,8 @@ def test_a_process_without_free_descriptors_goes_on_and_accepts_again(
         vision.expect(PeerUp)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
         for each in waiting:
             each.close()
         preprocess.links.close()
