@@ -299,11 +299,19 @@ class Stream:
             self._backlog.clear()
             self._changed.notify_all()
         if self._socket is not None:
+            self._discard_unread(self._socket)
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR if self._num_users > 1 else socket.SHUT_WR)
         if self._long_frames is not None:
             self._long_frames.put(None)
         self._release()
+
+    def _discard_unread(self, connection: socket.socket) -> None:
+        """Discard a little of what arrived: closed with it, TCP drops what it has not sent."""
+        with suppress(OSError):
+            for _ in range(4):
+                if len(connection.recv(CHUNK_BYTES, socket.MSG_DONTWAIT)) < CHUNK_BYTES:
+                    return
 
     def join(self, seconds: float) -> None:
         """Wait until the threads have ended, after `close`."""
