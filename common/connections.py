@@ -8,16 +8,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 from common.events import Event, M, PeerDown, PeerDraining, PeerUp, Received
-from common.hello import is_hello
+from common.hops import CONNECTS, max_tensor_bytes
 from common.logs import get_logger
 from common.messages import HOPS, Beat, Draining, Goodbye, Hello, Message, Peer
 from common.progress import LEASE_SECONDS, Progress
 from common.wire import Buffer, WireError, decode, encode
 
 BEAT_SECONDS = 1.0
+MAX_INBOX_PEERS = 512
+"""Peers at the inbox."""
+MAX_OTHER_PEERS = 256
+"""Peers that this process connects to although the controller did not name them."""
+
+Stranger = Any
+"""A connection to the inbox whose Hello was not accepted yet; any object stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +45,43 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Close the connection that was opened to a peer."""
+    """Close the connection to a peer, whichever end opened it."""
 
     peer_id: str
 
 
-Action = Open | Send | Close
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """The stranger is the peer of this id from now on."""
+
+    stranger: Stranger
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Accept messages of a peer with this number of bytes in tensors."""
+
+    peer_id: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Read nothing more of a stranger until it is admitted."""
+
+    stranger: Stranger
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Send a stranger these frames, and close its connection."""
+
+    stranger: Stranger
+    frames: list[Buffer]
+
+
+Action = Open | Send | Close | Admit | Allow | Hold | Refuse
 
 
 @dataclass(slots=True)
@@ -69,7 +107,7 @@ class Connections(Generic[M]):
         calls `connect`              arrives at the inbox
               |                        |           |
           Hello sent                accepted,    refused: Goodbye sent,
-              |                    Hello sent    no event
+              |                    Hello sent    connection closed, no event
               v                        |
           CONNECTING --accepted------> UP, PeerUp
               |        Hello           |
@@ -79,16 +117,20 @@ class Connections(Generic[M]):
 
     A connection goes down when
 
-    - it breaks, which only the end that opened it can see,
+    - it breaks,
     - nothing arrived for LEASE_SECONDS,
     - a heartbeat of the peer says that its work loop hangs,
     - the peer says Goodbye, or sends a Hello that is not acceptable, or an invalid message,
-    - the peer connects again,
+    - it came to the inbox, and this process must connect to the member of its id,
     - this process was frozen for longer than its lease, because the peers went on without it.
 
     A connection that went down is never reused. A peer that comes back has a new one, so no message
     survives from one life of a peer to the next. If this process hangs, it refuses and opens no
     connections.
+
+    An id is taken while a peer has it, because ids are no secrets: the controller names them to all
+    members. A stranger that claims a taken id waits. A member that comes back is admitted as soon
+    as its former connection is down. Nobody can end the connection of another one.
 
     After each call the caller performs the `actions` in their order, and reports the `events`.
     `M` is the union of all messages that this process handles.
@@ -105,6 +147,9 @@ class Connections(Generic[M]):
         self._clock = clock
         self._connections: dict[str, Connection] = {}
         self._wanted: list[tuple[Peer, str]] = []
+        self._wanted_ids: set[str] = set()
+        self._waiting: dict[str, tuple[Stranger, Hello]] = {}
+        """Strangers that claim the id of a peer, by that id."""
         self._is_draining = False
         self._last_active = clock()
         self._next_beat = self._last_active + BEAT_SECONDS
@@ -133,16 +178,30 @@ class Connections(Generic[M]):
 
     def connect(self, peer: Peer, role: str) -> None:
         """Open a connection to a peer, unless there is one."""
-        if peer.id in self._connections:
+        if existing := self._connections.get(peer.id):
+            if existing.is_outgoing:
+                return
+            self._refuse_waiting(peer.id, OWN_CONNECTION)
+            self._log.warning("refused a connection", peer=peer.id, reason=OWN_CONNECTION)
+            self._end(existing, OWN_CONNECTION)
+        if self._has_too_many(peer):
+            self._log.warning("did not connect to a peer", peer=peer.id, reason=TOO_MANY)
+            self.events.append(PeerDown(peer.id, role, TOO_MANY))
             return
         self._connections[peer.id] = Connection(
             peer, role, is_outgoing=True, is_up=False, last_seen=self._clock()
         )
         self.actions.append(Open(peer, encode(self._me)))
 
+    def _has_too_many(self, peer: Peer) -> bool:
+        """Whether there is no room for a peer that a message named."""
+        num_outgoing = sum(each.is_outgoing for each in self._connections.values())
+        return num_outgoing >= MAX_OTHER_PEERS and peer.id not in self._wanted_ids
+
     def keep_connected(self, wanted: list[tuple[Peer, str]]) -> None:
         """Connect to these peers, now and at every heartbeat at which one is not connected."""
         self._wanted = wanted
+        self._wanted_ids = {peer.id for peer, _ in wanted}
         self._connect_wanted()
 
     def announce_draining(self) -> None:
@@ -154,12 +213,31 @@ class Connections(Generic[M]):
 
     # What happens to it
 
-    def on_inbox_frames(self, peer_id: str, frames: list[Buffer]) -> None:
-        """Handle a message that arrived at the inbox."""
-        if peer_id not in self._connections or is_hello(frames):
-            self._accept(peer_id, frames)
+    def on_stranger(self, stranger: Stranger, frames: list[Buffer], identity: str = "") -> None:
+        """Handle the first message of a connection to the inbox, which must be a fitting Hello.
+
+        `identity` is the id that the connection itself has, if it has one.
+        """
+        try:
+            hello = decode(frames, Hello)
+        except WireError as e:
+            self._refuse(stranger, identity, f"say Hello first ({e})")
+            return
+        reason = self._objection_to(hello) or self._objection_at_inbox(hello, identity)
+        if reason:
+            self._refuse(stranger, hello.id, reason)
+        elif hello.id in self._connections:
+            self._waiting[hello.id] = (stranger, hello)
+            self.actions.append(Hold(stranger))
         else:
-            self.on_frames(peer_id, frames)
+            self._admit(stranger, hello)
+
+    def on_stranger_gone(self, stranger: Stranger) -> None:
+        """Forget a stranger whose connection is closed."""
+        for peer_id, (waiting, _) in self._waiting.items():
+            if waiting is stranger:
+                del self._waiting[peer_id]
+                return
 
     def on_frames(self, peer_id: str, frames: list[Buffer]) -> None:
         """Handle a message of a peer that is connecting or up."""
@@ -173,6 +251,9 @@ class Connections(Generic[M]):
             self._end(connection, f"it sent an invalid message: {e}")
             return
         connection.last_seen = self._clock()
+        if not connection.is_up and not isinstance(message, Hello | Goodbye):
+            self._end(connection, "it did not say Hello first")
+            return
         match message:
             case Beat(hung_seconds=seconds):
                 if seconds:
@@ -183,13 +264,20 @@ class Connections(Generic[M]):
                 self.events.append(PeerDraining(peer_id, connection.role))
             case Hello() if connection.is_outgoing:
                 self._on_answer(connection, message)
+            case Hello():
+                self._end(connection, "it sent an invalid message: it says Hello again")
             case _:
                 self.events.append(Received(peer_id, connection.role, message))
 
     def on_broken(self, peer_id: str, reason: str) -> None:
-        """Handle the end of a connection that this process opened, or could not open."""
+        """Handle the end of a connection to a peer, or that it cannot be opened."""
         if connection := self._connections.get(peer_id):
             self._end(connection, reason)
+
+    def renew(self, peer_id: str) -> None:
+        """Renew the lease of a peer whose messages this process does not read yet."""
+        if connection := self._connections.get(peer_id):
+            connection.last_seen = self._clock()
 
     # What time does to it
 
@@ -225,32 +313,44 @@ class Connections(Generic[M]):
             self._end(connection, "this process was frozen beyond its lease")
         return True
 
-    def _accept(self, peer_id: str, frames: list[Buffer]) -> None:
-        """Handle the first message of a connection to the inbox, which must be a fitting Hello."""
-        try:
-            hello = decode(frames, Hello)
-        except WireError as e:
-            self._refuse(peer_id, f"say Hello first: your lease ended or never began ({e})")
-            return
-        reason = self._objection_to(hello)
-        if not reason and hello.id != peer_id:
-            reason = "the id in Hello is not the connection's"
-        if reason:
-            self._refuse(peer_id, reason)
-            return
-        if old := self._connections.get(peer_id):
-            self._end(old, "it connected again")
+    def _objection_at_inbox(self, hello: Hello, identity: str) -> str:
+        """Return why the sender of a Hello cannot be a peer at the inbox; empty if it can."""
+        if identity not in ("", hello.id):
+            return "the id in Hello is not the connection's"
+        if (hello.role, self._me.role) not in CONNECTS:
+            return f"a {hello.role} does not connect to a {self._me.role}"
+        if hello.id == self._me.id:
+            return "the id in Hello is that of this process"
+        old = self._connections.get(hello.id)
+        if old and old.is_outgoing:
+            return OWN_CONNECTION
+        if hello.id in self._waiting:
+            return "another connection waits for this id"
+        num_peers = sum(not each.is_outgoing for each in self._connections.values())
+        return TOO_MANY if num_peers >= MAX_INBOX_PEERS else ""
+
+    def _admit(self, stranger: Stranger, hello: Hello) -> None:
+        peer_id = hello.id
         self._connections[peer_id] = Connection(
             Peer(peer_id, ""), hello.role, is_outgoing=False, is_up=True, last_seen=self._clock()
         )
+        self.actions.append(Admit(stranger, peer_id))
+        self._allow(peer_id, hello.role)
         self.actions.append(Send(peer_id, encode(self._me)))
         if self._is_draining:
             self.actions.append(Send(peer_id, encode(Draining())))
         self.events.append(PeerUp(peer_id, hello.role))
 
-    def _refuse(self, peer_id: str, reason: str) -> None:
+    def _allow(self, peer_id: str, role: str) -> None:
+        self.actions.append(Allow(peer_id, max_tensor_bytes(role, self._me.role)))
+
+    def _refuse(self, stranger: Stranger, peer_id: str, reason: str) -> None:
         self._log.warning("refused a connection", peer=peer_id, reason=reason)
-        self.actions.append(Send(peer_id, encode(Goodbye(reason=reason))))
+        self.actions.append(Refuse(stranger, encode(Goodbye(reason=reason))))
+
+    def _refuse_waiting(self, peer_id: str, reason: str) -> None:
+        if waiting := self._waiting.pop(peer_id, None):
+            self._refuse(waiting[0], peer_id, reason)
 
     def _on_answer(self, connection: Connection, hello: Hello) -> None:
         """Handle the Hello by which a peer answers the one of this process."""
@@ -265,6 +365,7 @@ class Connections(Generic[M]):
             self._end(connection, reason or "another process has its address")
         elif not connection.is_up:
             connection.is_up = True
+            self._allow(peer.id, connection.role)
             self.events.append(PeerUp(peer.id, connection.role, peer.address))
 
     def _objection_to(self, hello: Hello) -> str:
@@ -306,9 +407,18 @@ class Connections(Generic[M]):
     def _end(self, connection: Connection, reason: str) -> None:
         peer_id = connection.peer.id
         del self._connections[peer_id]
-        if connection.is_outgoing:
-            self.actions.append(Close(peer_id))
+        self.actions.append(Close(peer_id))
         self.events.append(PeerDown(peer_id, connection.role, reason))
+        if waiting := self._waiting.pop(peer_id, None):
+            stranger, hello = waiting
+            if objection := self._objection_to(hello):
+                self._refuse(stranger, peer_id, objection)
+            else:
+                self._admit(stranger, hello)
+
+
+OWN_CONNECTION = "this process connects to the member of that id itself"
+TOO_MANY = "there are too many connections"
 
 
 def hung_reason(seconds: float) -> str:

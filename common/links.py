@@ -1,10 +1,11 @@
 """The threads behind the connections of a process: which one receives, and what wakes it.
 
-A process has at most one inbox (ROUTER, bound), and one connection (DEALER) to each peer that it
-gives work to. Both directions of a hop use the one connection. Three files share the work:
+A process has at most one inbox, and opens one connection to each peer that it gives work to. Both
+directions of a hop use the one connection. These files share the work:
 
 - `common/connections.py` is the protocol: who is connected, and what a message leads to.
-- `common/endpoints.py` has the sockets.
+- `common/endpoints.py` has the connections as streams, and the limits of what peers may send.
+- `common/streams.py` reads and writes one of them, and `common/zmtp.py` knows its bytes.
 - This file has the threads and locks.
 
 Two threads can receive. A loop that calls `wait` receives on its own thread, because passing each
@@ -26,11 +27,12 @@ Right after a change both threads may poll, and either may get the next message.
 at a time, so events stay in order. A thread that polls is woken by one of two eventfds:
 
 - `_recheck_fd` wakes the thread that receives. It is written if a call such as `send` leads to
-  events, or may have consumed the signal of a message that arrived (see `common/poller.py`).
+  events, or if a thread of a stream has done its part.
 - `_wake_fd` ends the loop's `wait`. It is written by `wake`, which the I/O thread calls when it has
   reported events that the loop should handle.
 
-Sending needs neither thread. The calling thread writes to the socket itself, under a lock.
+Sending needs neither thread. The calling thread writes to the socket itself, under a lock, and
+leaves the rest to a thread of the stream if the kernel does not take all at once.
 """
 
 import os
@@ -45,12 +47,11 @@ from common.endpoints import Endpoints
 from common.events import Event, M
 from common.logs import get_logger
 from common.messages import Hello, Message, Peer
-from common.poller import Poller, Source
 from common.process import EXIT_FAILED, CannotStart
 from common.progress import Progress
 from common.wire import Buffer, encode
 
-CLOSE_LINGER_MS = 500
+CLOSE_SECONDS = 0.5
 
 
 class Links(Generic[M]):
@@ -80,23 +81,22 @@ class Links(Generic[M]):
             if `listen` cannot be bound.
         """
         self._on_event = on_event
-        self._poller = Poller()
+        self._poller = select.epoll()
         self._connections = Connections[M](me, progress or Progress())
-        self._endpoints = Endpoints(self._connections, me.id, self._poller)
         self._recheck_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._endpoints = Endpoints(self._connections, me.id, self._poller, self._recheck)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self._poller.register(self._recheck_fd)
+        self._poller.register(self._recheck_fd, select.EPOLLIN)
         self._waiter = select.epoll()
         for descriptor in (self._poller.fileno(), self._wake_fd):
             self._waiter.register(descriptor, select.EPOLLIN)
         self._lock = threading.RLock()
-        """Held while the connections, the endpoints or the poller are used."""
+        """Held while the connections or the endpoints are used."""
         self._receiving = threading.Lock()
         """Held while a thread receives and reports events."""
         self._is_waiting = False
         self._has_waited = False
         """Whether the loop has waited since the I/O thread looked last."""
-        self._waiting_thread = 0
         self._is_closed = False
         self._ending = threading.Event()
         self._log = get_logger().bind(member=me.id)
@@ -108,7 +108,7 @@ class Links(Generic[M]):
         try:
             return self._endpoints.bind(listen, advertise)
         except CannotStart:
-            self._free(linger=0)
+            self._free(seconds=0.0)
             raise
 
     # Called by any thread
@@ -154,11 +154,11 @@ class Links(Generic[M]):
         if self._ending.is_set():
             return
         self._ending.set()
-        os.eventfd_write(self._recheck_fd, 1)
+        self._recheck()
         self._thread.join()
         with self._receiving, self._lock:
             self._is_closed = True
-            self._free(CLOSE_LINGER_MS)
+            self._free(CLOSE_SECONDS)
 
     def _do(self, command: Callable[[], None]) -> None:
         """Run a command on the calling thread, because another thread would cost a switch."""
@@ -168,33 +168,37 @@ class Links(Generic[M]):
             self._reset_if_frozen()
             command()
             self._endpoints.perform_actions()
-            if self._connections.events or self._must_recheck():
-                os.eventfd_write(self._recheck_fd, 1)
+            if self._connections.events:
+                self._recheck()
 
-    def _must_recheck(self) -> bool:
-        """Whether a message may lie unnoticed. The waiting loop itself checks before it waits."""
-        return self._waiting_thread != threading.get_ident() and self._poller.has_unreported()
+    def _recheck(self) -> None:
+        os.eventfd_write(self._recheck_fd, 1)
 
     # Called by one loop
 
     def wait(self, seconds: float | None = None) -> None:
         """Receive what has arrived, or wait for it: at most `seconds`, or until `wake`."""
-        if seconds != 0.0:
-            self._waiting_thread = threading.get_ident()
+        self._endpoints.turn += 1
+        if self._endpoints.has_paused:
             with self._lock:
-                if self._poller.has_unreported():
-                    seconds = 0.0
+                self._endpoints.resume()
+                if self._connections.events:
+                    self._recheck()
         self._is_waiting = True
         descriptors = [descriptor for descriptor, _ in self._waiter.poll(seconds)]
         self._is_waiting = False
         self._has_waited = True
         if self._wake_fd in descriptors:
             os.eventfd_read(self._wake_fd)
-        self._receive(self._poller.wait(0.0))
+        self._receive(self._poll(0.0))
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when `wait` would return at once."""
         return self._waiter.fileno()
+
+    def _poll(self, seconds: float) -> list[int]:
+        """Wait for descriptors, and return those that can be read."""
+        return [descriptor for descriptor, _ in self._poller.poll(seconds)]
 
     # The I/O thread
 
@@ -214,9 +218,10 @@ class Links(Generic[M]):
             self._has_waited = False
             self._ending.wait(pause)
             pause = 0.0
-        reported = self._receive(self._poller.wait(pause))
+        reported = self._receive(self._poll(pause))
         if self._connections.seconds_until_heartbeat() == 0.0:
             with self._lock:
+                self._endpoints.heartbeat()
                 self._connections.heartbeat()
                 self._endpoints.perform_actions()
             reported |= self._receive([])
@@ -229,11 +234,10 @@ class Links(Generic[M]):
         with self._receiving:
             with self._lock:
                 self._reset_if_frozen()
-                for source in self._poller.ready(descriptors):
-                    self._read(source)
+                for descriptor in descriptors:
+                    self._read(descriptor)
+                self._endpoints.continue_streams()
                 self._connections.mark_active()
-                if self._must_recheck():
-                    os.eventfd_write(self._recheck_fd, 1)
                 events = self._connections.take_events()
             # Outside the lock, because a callback may want to send.
             for event in events:
@@ -246,12 +250,12 @@ class Links(Generic[M]):
         if self._connections.reset_if_frozen():
             self._endpoints.perform_actions()
 
-    def _read(self, source: Source) -> None:
-        if isinstance(source, int):
+    def _read(self, descriptor: int) -> None:
+        if descriptor == self._recheck_fd:
             with suppress(BlockingIOError):  # the other thread was woken, too, and has read it
                 os.eventfd_read(self._recheck_fd)
         else:
-            self._endpoints.read(source)
+            self._endpoints.read(descriptor)
 
     def _send(self, peer_id: str, message: Message, frames: list[Buffer]) -> None:
         if self._connections.may_send(peer_id, message):
@@ -263,10 +267,10 @@ class Links(Generic[M]):
                 name=type(message).__name__,
             )
 
-    def _free(self, linger: int) -> None:
-        """Close everything; what is not sent within `linger` milliseconds is dropped."""
+    def _free(self, seconds: float) -> None:
+        """Close everything; what is not sent within `seconds` is dropped."""
+        self._endpoints.close(seconds)
         self._waiter.close()
         self._poller.close()
         os.close(self._recheck_fd)
         os.close(self._wake_fd)
-        self._endpoints.close(linger)

@@ -21,9 +21,13 @@ PROTOCOL_VERSION = 3
 
 MAX_TEXT_CHARS = 2000
 
-Name = Annotated[str, msgspec.Meta(max_length=200)]
+NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+"""What a name is made of, because names stand in logs and addresses."""
+
+Name = Annotated[str, msgspec.Meta(max_length=200, pattern=NO_CONTROL_CHARACTERS)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Salt = Annotated[bytes, msgspec.Meta(max_length=64)]
+Offset = Annotated[int, msgspec.Meta(ge=-(2**48), le=2**48)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
@@ -130,7 +134,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """When an answer ends. If `max_tokens` is None, the rest of the context is the limit."""
 
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
     min_tokens: Count = 0
     ignore_eos: bool = False
     stop: Annotated[
@@ -382,7 +386,7 @@ class Prompt(RequestMessage):
     """int64 [num_tokens], placeholders expanded."""
     positions: Tensor
     """int64 [num_components, num_tokens]: the position of each token, by the family's rule."""
-    rope_delta: int
+    rope_delta: Offset
     """The position of a token after the prompt is its index + rope_delta, in every component."""
     placeholders: Tensor
     """int64 [num_items, 2]: offset and length of each item's placeholder range."""

@@ -1,96 +1,104 @@
-"""ZeroMQ sockets, set up and used as the connections between processes need them."""
+"""The sockets under the connections between processes, and the addresses that lead to them.
 
-from collections.abc import Sequence
+    tcp://HOST:PORT    HOST may be a name, an address, an IPv6 address in brackets, or * to listen
+    ipc://PATH         a Unix socket
 
-import zmq
+No other address is accepted, because addresses also come from peers.
+"""
 
-from common.wire import MAX_TENSOR_BYTES, Buffer
+import os
+import socket
+import stat
+from contextlib import suppress
 
-Socket = zmq.Socket[bytes]
-
-# Plain numbers, because arithmetic with zmq's enumerations takes longer than the call itself.
-EVENTS = int(zmq.EVENTS)
-POLLIN = int(zmq.POLLIN)
-DONTWAIT = int(zmq.DONTWAIT)
-DONTWAIT_SNDMORE = int(zmq.DONTWAIT | zmq.SNDMORE)
-
-COPIED_BYTES = 2**19
-"""Smaller frames are copied, which takes less time than tracking when their memory is free."""
-NEVER_MS = 24 * 3600 * 1000
+CONNECT_SECONDS = 3.0
+LISTEN_BACKLOG = 512
 
 
-def new_socket(context: zmq.Context[Socket], kind: int) -> Socket:
-    """Return a socket with the limits that all sockets of the connections share."""
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.LINGER, 0)
-    # ZeroMQ's high-water mark is not flow control (a ROUTER drops, a DEALER blocks). What is sent
-    # is bounded by grants.
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_TENSOR_BYTES)
-    socket.copy_threshold = COPIED_BYTES
-    return socket
-
-
-def new_inbox(context: zmq.Context[Socket]) -> Socket:
-    """Return a ROUTER for the peers that connect to this process, not yet bound."""
-    socket = new_socket(context, zmq.ROUTER)
-    # Without this option, a message to a peer that is gone is dropped silently.
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    # A peer may connect again under its old id.
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    return socket
-
-
-def new_dealer(context: zmq.Context[Socket], identity: str) -> tuple[Socket, Socket]:
-    """Return a DEALER, not yet connected, and a monitor that is readable once it is broken."""
-    socket = new_socket(context, zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity.encode())
-    # ZeroMQ must not reconnect, because a broken connection is a death. -1 means never, but with it
-    # a break discards messages that arrived and are not read yet, and makes sending fail.
-    socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
-    monitor = socket.get_monitor_socket(
-        zmq.EVENT_DISCONNECTED
-        | zmq.EVENT_CLOSED
-        | zmq.EVENT_CONNECT_RETRIED
-        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    )
-    return socket, monitor
-
-
-def send_frames(socket: Socket, frames: Sequence[Buffer]) -> None:
-    """Send one message, without waiting."""
-    *first, last = frames
-    for frame in first:
-        socket.send(frame, DONTWAIT_SNDMORE, copy=False)
-    socket.send(last, DONTWAIT, copy=False)
-
-
-def receive_frames(socket: Socket) -> list[zmq.Frame]:
-    """Return the frames of one message, without waiting.
-
-    `recv_multipart` does the same, but asks the socket after every frame whether there is another.
+def tcp_target(address: str) -> tuple[str, int]:
+    """Return the host and the port of a tcp address; port * is 0.
 
     Raises
     ------
-    zmq.Again
-        if there is no message.
+    ValueError
+        if it has no such form.
     """
-    frames = [socket.recv(DONTWAIT, copy=False)]
-    while frames[-1].more:
-        frames.append(socket.recv(DONTWAIT, copy=False))
-    return frames
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    number = 0 if port == "*" else int(port) if port.isascii() and port.isdecimal() else -1
+    if not host or not 0 <= number < 2**16:
+        raise ValueError(f"{address!r} is not tcp://HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), number
 
 
-def has_message(socket: Socket) -> bool:
-    """Whether a message can be received. Asking also resets the socket's file descriptor."""
-    return bool(int(socket.getsockopt(EVENTS)) & POLLIN)
+def connected_socket(address: str) -> socket.socket:
+    """Connect to an address, and return a socket that blocks.
+
+    Raises
+    ------
+    OSError
+        if there is no connection within CONNECT_SECONDS, or no descriptor is free.
+    ValueError
+        if the address is not acceptable.
+    """
+    if address.startswith("tcp://"):
+        connected = socket.create_connection(tcp_target(address), CONNECT_SECONDS)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    elif address.startswith("ipc:///"):
+        connected = socket.socket(socket.AF_UNIX)
+        try:
+            connected.settimeout(CONNECT_SECONDS)
+            connected.connect(address.removeprefix("ipc://"))
+        except BaseException:
+            connected.close()
+            raise
+    else:
+        raise ValueError(f"{address!r} is neither tcp://HOST:PORT nor ipc:///PATH")
+    connected.settimeout(None)
+    return connected
 
 
-def address_of(inbox: Socket, advertise: str) -> str:
+def listening_socket(listen: str) -> socket.socket:
+    """Return a socket that listens on an address, and does not block.
+
+    Raises
+    ------
+    OSError
+        if it cannot be bound.
+    ValueError
+        if the address is not acceptable.
+    """
+    if listen.startswith("tcp://"):
+        host, port = tcp_target(listen)
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        target: tuple[str, int] | str = ("" if host == "*" else host, port)
+    elif listen.startswith("ipc://"):
+        listener = socket.socket(socket.AF_UNIX)
+        target = listen.removeprefix("ipc://")
+        remove_unix_socket(target)
+    else:
+        raise ValueError(f"{listen!r} is neither tcp://HOST:PORT nor ipc://PATH")
+    try:
+        listener.bind(target)
+        listener.listen(LISTEN_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def remove_unix_socket(path: str) -> None:
+    """Remove a Unix socket that a process which is gone has left behind."""
+    with suppress(OSError, ValueError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+
+
+def address_of(listener: socket.socket, advertise: str) -> str:
     """Return the address that others connect to: with the host `advertise`, unless it is empty."""
-    bound = inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-    scheme, _, rest = bound.partition("://")
-    if scheme != "tcp" or not advertise:
-        return bound
-    return f"tcp://{advertise}:{rest.rpartition(':')[2]}"
+    bound = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"ipc://{os.path.abspath(bound)}"
+    host, port = bound[:2]
+    return f"tcp://{advertise or (f'[{host}]' if ':' in host else host)}:{port}"

@@ -4,7 +4,22 @@ from typing import Any
 
 import pytest
 
-from common.connections import BEAT_SECONDS, Action, Close, Connections, Open, Send
+from common.connections import (
+    BEAT_SECONDS,
+    MAX_INBOX_PEERS,
+    MAX_OTHER_PEERS,
+    OWN_CONNECTION,
+    TOO_MANY,
+    Action,
+    Admit,
+    Allow,
+    Close,
+    Connections,
+    Hold,
+    Open,
+    Refuse,
+    Send,
+)
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.hello import hello
 from common.messages import (
@@ -57,8 +72,15 @@ class Side:
         self.connections: Connections[Any] = Connections(me, self.progress, clock)
 
     def accept(self, peer_id: str, message: Message) -> None:
-        """Let a message arrive at the inbox."""
-        self.connections.on_inbox_frames(peer_id, encode(message))
+        """Let a message of this peer, or of a stranger of this name, arrive at the inbox."""
+        if peer_id in self.connections:
+            self.connections.on_frames(peer_id, encode(message))
+        else:
+            self.greet(peer_id, message)
+
+    def greet(self, stranger: str, message: Message) -> None:
+        """Let the first message of another connection arrive at the inbox."""
+        self.connections.on_stranger(stranger, encode(message))
 
     def actions(self) -> list[Action]:
         """Return the actions since the last call."""
@@ -67,11 +89,17 @@ class Side:
         return actions
 
     def sent(self) -> list[tuple[str, Any]]:
-        """Return the actions since the last call, which must all be Sends, as messages."""
+        """Return what was sent since the last call, to peers and to strangers that are refused.
+
+        There must be no other actions, except those that admit a stranger.
+        """
         sent: list[tuple[str, Any]] = []
         for action in self.actions():
-            assert isinstance(action, Send), action
-            sent.append((action.peer_id, decode(action.frames, SENT)))
+            match action:
+                case Send(receiver, frames) | Refuse(receiver, frames):
+                    sent.append((receiver, decode(frames, SENT)))
+                case _:
+                    assert isinstance(action, Admit | Allow), action
         return sent
 
     def events(self) -> list[Any]:
@@ -114,6 +142,7 @@ def answer(preprocess: Side) -> None:
     """Let the vision replica accept the connection."""
     preprocess.connections.on_frames("v", encode(hello("v", "vision")))
     assert preprocess.events() == [PeerUp("v", "vision", VISION.address)]
+    assert preprocess.actions() == [Allow("v", 0)], "a replica sends no tensors to preprocess"
 
 
 # Connecting
@@ -149,24 +178,117 @@ def test_a_message_before_hello_is_refused_without_an_event(vision: Side) -> Non
     assert "x" not in vision.connections
 
 
-def test_a_peer_that_says_hello_again_ends_its_former_connection(vision: Side) -> None:
+def test_a_peer_that_says_hello_again_is_dropped(vision: Side) -> None:
     vision.accept("p", hello("p", "preprocess"))
-    assert vision.events() == [
-        PeerDown("p", "preprocess", "it connected again"),
-        PeerUp("p", "preprocess"),
-    ]
-    assert vision.sent() == [("p", hello("v", "vision"))]
+    (down,) = vision.events()
+    assert isinstance(down, PeerDown) and "says Hello again" in down.reason
+    assert vision.actions() == [Close("p")]
 
 
-def test_a_peer_at_the_inbox_replaces_an_outgoing_connection_of_the_same_id(clock: Clock) -> None:
+def test_nobody_takes_the_place_of_a_peer_that_lives(vision: Side) -> None:
+    vision.greet("thief", hello("p", "preprocess"))
+    assert vision.actions() == [Hold("thief")]
+    assert vision.events() == []
+    vision.greet("second thief", hello("p", "preprocess"))
+    ((_, goodbye),) = vision.sent()
+    assert goodbye.reason == "another connection waits for this id"
+    vision.accept("p", ABORT)
+    assert vision.events() == [Received("p", "preprocess", ABORT)]
+    vision.connections.on_stranger_gone("thief")
+    vision.connections.on_broken("p", "it broke")
+    assert vision.events() == [PeerDown("p", "preprocess", "it broke")]
+    assert vision.actions() == [Close("p")]
+
+
+def test_a_peer_that_comes_back_is_admitted_once_its_former_connection_is_down(
+    vision: Side,
+) -> None:
+    vision.greet("again", hello("p", "preprocess"))
+    vision.actions()
+    vision.connections.on_broken("p", "it broke")
+    assert vision.events() == [PeerDown("p", "preprocess", "it broke"), PeerUp("p", "preprocess")]
+    closed, admitted, allowed, greeted = vision.actions()
+    assert (closed, admitted) == (Close("p"), Admit("again", "p"))
+    assert isinstance(allowed, Allow) and isinstance(greeted, Send)
+
+
+def test_a_peer_that_comes_back_to_a_process_that_hangs_by_then_is_refused(vision: Side) -> None:
+    vision.greet("again", hello("p", "preprocess"))
+    vision.actions()
+    vision.progress.hangs = True
+    vision.connections.on_broken("p", "it broke")
+    assert vision.events() == [PeerDown("p", "preprocess", "it broke")]
+    assert isinstance(vision.actions()[-1], Refuse)
+
+
+def test_a_stranger_cannot_have_the_id_of_a_member_that_this_process_connects_to(
+    clock: Clock,
+) -> None:
     leader = Side(clock, hello("llm-0", "llm"))
-    leader.connections.connect(Peer("llm-1", "tcp://llm:1"), "llm")
+    follower = Peer("llm-1", "tcp://llm:1")
+    leader.connections.connect(follower, "llm")
     leader.actions()
-    leader.accept("llm-1", hello("llm-1", "llm"))
-    closed, greeted = leader.actions()
+    leader.greet("thief", hello("llm-1", "llm"))
+    assert leader.sent() == [("thief", Goodbye(reason=OWN_CONNECTION))]
+    assert leader.events() == []
+
+
+def test_a_process_connects_to_a_member_although_a_thief_has_its_id(clock: Clock) -> None:
+    leader = Side(clock, hello("llm-0", "llm"))
+    leader.greet("thief", hello("llm-1", "llm"))
+    leader.greet("second thief", hello("llm-1", "llm"))
+    assert leader.events() == [PeerUp("llm-1", "llm")]
+    leader.actions()
+    leader.connections.connect(Peer("llm-1", "tcp://llm:1"), "llm")
+    refused, closed, opened = leader.actions()
+    assert isinstance(refused, Refuse) and refused.stranger == "second thief"
     assert closed == Close("llm-1")
-    assert isinstance(greeted, Send)
-    assert [type(event) for event in leader.events()] == [PeerDown, PeerUp]
+    assert isinstance(opened, Open)
+    assert leader.events() == [PeerDown("llm-1", "llm", OWN_CONNECTION)]
+
+
+@pytest.mark.parametrize("role", ["vision", "llm", "gateway"])
+def test_only_roles_that_connect_to_this_one_are_admitted(vision: Side, role: str) -> None:
+    vision.greet("x", hello("x", role))
+    ((_, goodbye),) = vision.sent()
+    assert "does not connect to a vision" in goodbye.reason or "nothing to say" in goodbye.reason
+    assert vision.events() == []
+
+
+def test_a_stranger_with_the_id_of_this_process_is_refused(vision: Side) -> None:
+    vision.greet("x", hello("v", "preprocess"))
+    assert vision.sent() == [("x", Goodbye(reason="the id in Hello is that of this process"))]
+
+
+def test_the_number_of_peers_is_bounded_at_the_inbox(clock: Clock) -> None:
+    vision = Side(clock, hello("v", "vision"))
+    for n in range(MAX_INBOX_PEERS):
+        vision.greet(f"p-{n}", hello(f"p-{n}", "preprocess"))
+    vision.actions()
+    vision.greet("p", hello("p", "preprocess"))
+    assert vision.sent() == [("p", Goodbye(reason=TOO_MANY))]
+
+
+def test_peers_that_messages_name_are_bounded_and_wanted_ones_are_not(clock: Clock) -> None:
+    vision = Side(clock, hello("v", "vision"))
+    for n in range(2 * MAX_OTHER_PEERS):
+        vision.connections.connect(Peer(f"l-{n}", "tcp://x:1"), "llm")
+    assert len(vision.actions()) == MAX_OTHER_PEERS
+    assert vision.events()[-1] == PeerDown(f"l-{2 * MAX_OTHER_PEERS - 1}", "llm", TOO_MANY)
+    vision.connections.keep_connected([(Peer("l", "tcp://x:1"), "llm")])
+    assert [type(action) for action in vision.actions()] == [Open]
+    for _ in range(1 + int(LEASE_SECONDS / BEAT_SECONDS)):
+        vision.beat()
+    assert "l-0" not in vision.connections, "it never answered"
+
+
+@pytest.mark.parametrize("message", [Beat(), GRANT, Draining()])
+def test_a_peer_that_does_not_answer_with_hello_first_is_dropped(
+    preprocess: Side, message: Message
+) -> None:
+    preprocess.connections.on_frames("v", encode(message))
+    assert preprocess.events() == [PeerDown("v", "vision", "it did not say Hello first")]
+    assert preprocess.actions() == [Close("v")]
 
 
 # Talking
@@ -228,7 +350,7 @@ def test_a_peer_is_dead_once_it_was_silent_for_longer_than_its_lease(vision: Sid
         assert vision.sent() == [("p", Beat())]
     vision.beat()
     assert vision.events() == [PeerDown("p", "preprocess", "no sign of life for 3 s")]
-    assert vision.actions() == []
+    assert vision.actions() == [Close("p")]
 
 
 @pytest.mark.parametrize("message", [Beat(), ABORT])
@@ -267,13 +389,10 @@ def test_a_process_that_was_frozen_beyond_its_lease_drops_all_connections(
     assert preprocess.connections.reset_if_frozen()
     reason = "this process was frozen beyond its lease"
     assert vision.events() == [PeerDown("p", "preprocess", reason)]
-    assert vision.actions() == []
+    assert vision.actions() == [Close("p")]
     assert preprocess.events() == [PeerDown("v", "vision", reason)]
     assert preprocess.actions() == [Close("v")]
     assert not preprocess.connections.reset_if_frozen()
-    vision.accept("p", ABORT)
-    ((_, goodbye),) = vision.sent()
-    assert "your lease ended" in goodbye.reason
 
 
 def test_a_broken_connection_is_a_death_once(preprocess: Side) -> None:

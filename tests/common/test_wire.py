@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from common.messages import (
     HOPS,
     Abort,
+    Beat,
     Embeddings,
     GatewayToPreprocess,
     Grant,
@@ -509,3 +510,16 @@ def test_a_field_changed_in_a_good_header_does_no_harm(data: st.DataObject) -> N
         data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
     ] = data.draw(values)
     read([msgpack.packb(fields), *frames], union)
+
+
+@pytest.mark.parametrize("name", ["r\nforged", "r\x1b[31m", "r\x00", "r\u2028", "r\n"])
+def test_a_name_with_control_characters_is_refused(name: str) -> None:
+    header = msgpack.packb({"type": "Abort", "request_id": name, "attempt": 1})
+    with pytest.raises(WireError):
+        decode([header], Abort)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300])
+def test_seconds_that_are_not_a_duration_are_refused(seconds: float) -> None:
+    with pytest.raises(WireError):
+        decode([msgpack.packb({"type": "Beat", "hung_seconds": seconds})], Beat)
