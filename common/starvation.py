@@ -33,7 +33,7 @@ class Starvation:
         delays = {}
         for task in self._tasks.glob("[0-9]*"):
             try:
-                fields = (task / "schedstat").read_text().split()
+                fields = (task / "schedstat").read_text(encoding="utf-8").split()
             except OSError:  # the thread has ended
                 continue
             if task.name != own:

@@ -36,9 +36,9 @@ def test_a_service_uses_no_more_threads_than_its_container_allows(
     other."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
-    monkeypatch.setattr("compute.device.core_limit", lambda: 3)
+    monkeypatch.setattr("common.cgroup.core_limit", lambda: 3)
     assert set_threads(None, 1) == 3
-    monkeypatch.setattr("compute.device.core_limit", lambda: None)
+    monkeypatch.setattr("common.cgroup.core_limit", lambda: None)
     assert set_threads(None, 1) == 32
 
 

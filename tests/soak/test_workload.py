@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from services.preprocess.images import decode
+from services.preprocess.images import decode, open_image
 from tests.soak.workload import (
     LOSSLESS,
     MANNERS,
@@ -42,12 +42,14 @@ def test_questions_come_again_and_new_ones_come_until_the_end() -> None:
 
 def test_lossless_files_of_one_picture_hold_the_same_pixels() -> None:
     picture = Picture(3, 100, 180, is_lossy=False)
-    png, webp = (decode(picture_file(picture, file_format)) for file_format in LOSSLESS)
+    png, webp = (pixels(picture, file_format) for file_format in LOSSLESS)
     assert png.shape == (180, 100, 3)
     assert np.array_equal(png, webp)
-    assert not np.array_equal(
-        png, decode(picture_file(Picture(4, 100, 180, is_lossy=False), "PNG"))
-    )
+    assert not np.array_equal(png, pixels(Picture(4, 100, 180, is_lossy=False), "PNG"))
+
+
+def pixels(picture: Picture, file_format: str) -> np.ndarray:
+    return np.asarray(decode(open_image(picture_file(picture, file_format))))
 
 
 def test_a_mistaken_image_comes_after_the_good_ones() -> None:

@@ -83,7 +83,7 @@ def serve_in_fork(workbench: Workbench, control: socket.socket, connection: int,
     try:
         control.close()
         die_with_parent(me)
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write(MOST_KILLABLE)
         serve(workbench, socket.socket(fileno=connection), Meter(mmap.mmap(mark, MARK.size)))
     finally:

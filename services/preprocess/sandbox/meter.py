@@ -62,6 +62,6 @@ def limit_memory() -> None:
 
 def private_bytes() -> int:
     """Return the bytes of this process that RLIMIT_DATA counts."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     [found] = [line for line in lines if line.startswith("VmData:")]
     return 1024 * int(found.split()[1])
