@@ -170,11 +170,13 @@ def test_requests_that_arrive_while_a_member_is_restarted_wait_for_it(
     pid_of(system, role)
 
 
-def num_failovers(system: Running) -> float:
+def metric(system: Running, name: str) -> float:
     lines = system.get("/metrics")[1].splitlines()
-    return sum(
-        float(line.split()[-1]) for line in lines if line.startswith("twinlens_failovers_total")
-    )
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def num_failovers(system: Running) -> float:
+    return metric(system, "twinlens_failovers_total")
 
 
 @pytest.mark.parametrize("role", ["llm", "detokenizer"])
@@ -187,7 +189,7 @@ def test_a_terminated_stage_finishes_what_it_has_and_what_is_on_its_way_to_it(
     before = num_failovers(system)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(system.chat, ask_about(RECEIPT), **LONG) for _ in range(4)]
-        until(lambda: [m.queued for m in system.members("llm")] == [2], "two answers have begun")
+        until(lambda: metric(system, "twinlens_requests_waiting") == 2, "two answers have begun")
         os.kill(leaving, signal.SIGTERM)
         assert [text_of(answer.result()[1]) for answer in answers] == [long_text] * 4
     assert num_failovers(system) == before, "no request was retried"
