@@ -58,8 +58,16 @@ AGING = 10.0
 """A task waits at most for newer tasks that arrive within this many times its cost."""
 MAX_STARTS = 3
 """How often a task is started if sandboxes die before they begin it."""
-ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
-"""A sandbox has one thread."""
+ENVIRONMENT = {
+    # A sandbox has one thread.
+    "TOKENIZERS_PARALLELISM": "false",
+    "OPENBLAS_NUM_THREADS": "1",
+    # What pixels free is used again, not given back: the kernel takes 2 us for each new page. Eight
+    # images of 224x224 take 12.6 ms instead of 17.9.
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TOP_PAD_": str(8 * 2**20),
+}
 
 
 @dataclass(slots=True, eq=False)
