@@ -2,6 +2,7 @@
 
 from tests.fuzz import clock  # noqa: F401  it must come before the services
 from tests.fuzz.apis import Bodies
+from tests.fuzz.controller import ControllerTarget
 from tests.fuzz.detokenizer import DetokenizerTarget
 from tests.fuzz.gateway import GatewayTarget
 from tests.fuzz.llm import LlmTarget
@@ -18,6 +19,7 @@ TARGETS: dict[str, type[Target]] = {
     "llm": LlmTarget,
     "rank": RankTarget,
     "detokenizer": DetokenizerTarget,
+    "controller": ControllerTarget,
 }
 BODIES = "bodies"
 

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from common.wire import Tensor
-from tests.fuzz.actions import Action, Say, compose
+from tests.fuzz.actions import Action, Call, Say
 from tests.fuzz.making import Maker
 from tests.fuzz.targets import Target
 
@@ -91,15 +91,19 @@ class Rounds:
         maker = Maker(
             Random(f"{self._seed} {target.name or target.role} {number}"), target.pools(number)
         )
-        actions = compose(maker, target.peers, target.role, ROUND_ACTIONS, target.converse)
+        actions = target.compose(maker, ROUND_ACTIONS)
         if number % 2:
             return actions
         question = target.question(2 * number)
         return merged(maker.draw, actions, question) if target.innocents else actions
 
     def _count(self, actions: Sequence[Action]) -> None:
-        says = (action for action in actions if isinstance(action, Say))
-        self.result.counts.update(type(say.message).__name__ for say in says)
+        for action in actions:
+            match action:
+                case Say(message=message):
+                    self.result.counts[type(message).__name__] += 1
+                case Call(name=name):
+                    self.result.counts[name] += 1
 
     def _report(self, number: int, actions: list[Action], error: Exception) -> str:
         """Return what failed, and the fewest actions that were found to do it."""
@@ -200,7 +204,7 @@ def num_descriptors() -> int:
 def show(action: Action) -> str:
     """Return an action as text, with the beginnings of the tensors."""
     if not isinstance(action, Say):
-        return repr(action)
+        return f"{action!r:.1000}"
     return f"{action.peer.id} says {action.message!r:.1000}" + "".join(
         f"\n        {name}: {bytes(value.data[:MAX_SHOWN_BYTES])!r}"
         for name, value in contents(action.message)

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.events import Event
 from common.messages import PROTOCOL_VERSION, Hello, Peer, RequestKey
-from tests.fuzz.actions import Action, Call, Leave, Member, Say, Wait, Work
+from tests.fuzz.actions import Action, Call, Leave, Member, Say, Wait, Work, compose
 from tests.fuzz.clock import CLOCK
 from tests.fuzz.door import Door
 from tests.fuzz.making import Maker
@@ -92,6 +92,10 @@ class Target(ABC):
         """Return the answer to an innocent request at a service that nothing disturbed."""
         with closing(cls()) as target:
             return target.ask(0)
+
+    def compose(self, maker: Maker, size: int) -> list[Action]:
+        """Return about `size` random actions."""
+        return compose(maker, self.peers, self.role, size, self.converse)
 
     # Playing
 
