@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from tests.fuzz.jobs import BODIES, TARGETS, Job, run
+from tests.fuzz.jobs import BODIES, IMAGES, TARGETS, Job, run
 from tests.fuzz.rounds import Result
 
 PART = 10_000
@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", default="1", help="what is random depends on it only")
     parser.add_argument("--messages", type=int, default=1_000_000, help="to all targets together")
     parser.add_argument("--bodies", type=int, default=100_000, help="of HTTP and gRPC requests")
+    parser.add_argument("--images", type=int, default=5000, help="files")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser.parse_args()
@@ -29,7 +30,8 @@ def parse() -> argparse.Namespace:
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """Yield parts of the work. Each has a seed of its own."""
     counts = {name: options.messages // len(options.targets) for name in options.targets}
-    for name, count in (counts | {BODIES: options.bodies}).items():
+    counts |= {BODIES: options.bodies, IMAGES: options.images}
+    for name, count in counts.items():
         for part, begin in enumerate(range(0, count, PART)):
             yield name, f"{options.seed}.{part}", min(PART, count - begin)
 
@@ -54,16 +56,23 @@ def main() -> int:
             results[name].add(result)
     for name, result in results.items():
         show(name, result)
+    print(summary(results))
+    return int(any(result.faults or result.unforeseen for result in results.values()))
+
+
+def summary(results: Mapping[str, Result]) -> str:
+    """Return the figures of all results in one line."""
     total = Result()
     for result in results.values():
         total.add(result)
-    messages = total.counts.total() - results[BODIES].counts.total()
-    print(
-        f"{messages:,} messages, {results[BODIES].counts.total():,} bodies, "
+    counts = {name: result.counts.total() for name, result in results.items()}
+    bodies = counts.pop(BODIES, 0)
+    images = counts.pop(IMAGES, 0)
+    return (
+        f"{sum(counts.values()):,} messages, {bodies:,} bodies, {images:,} images, "
         f"{total.seconds:.0f} s of work, {len(total.faults)} faults, "
         f"{total.unforeseen.total()} unforeseen exceptions"
     )
-    return 1 if total.faults or total.unforeseen else 0
 
 
 if __name__ == "__main__":

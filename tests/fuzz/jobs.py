@@ -5,6 +5,7 @@ from tests.fuzz.apis import Bodies
 from tests.fuzz.controller import ControllerTarget
 from tests.fuzz.detokenizer import DetokenizerTarget
 from tests.fuzz.gateway import GatewayTarget
+from tests.fuzz.images import Images
 from tests.fuzz.llm import LlmTarget
 from tests.fuzz.preprocess import PreprocessTarget
 from tests.fuzz.rank import RankTarget
@@ -22,18 +23,22 @@ TARGETS: dict[str, type[Target]] = {
     "controller": ControllerTarget,
 }
 BODIES = "bodies"
+IMAGES = "images"
 
 
 Job = tuple[str, str, int]
-"""(target or BODIES, seed, number of messages or bodies)."""
+"""(target or BODIES or IMAGES, seed, number of messages, bodies or files)."""
 
 
 def run(job: Job) -> tuple[Job, Result]:
     name, seed, count = job
     with quiet() as log:
-        if name == BODIES:
-            result = Bodies(seed).run(count)
-        else:
-            result = Rounds(TARGETS[name], seed).run(count)
+        match name:
+            case "bodies":
+                result = Bodies(seed).run(count)
+            case "images":
+                result = Images(seed).run(count)
+            case _:
+                result = Rounds(TARGETS[name], seed).run(count)
     result.unforeseen = log.counts
     return job, result
