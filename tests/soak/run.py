@@ -103,6 +103,7 @@ class Soak:
             options.requests,
             options.questions or max(1, options.requests // 5),
             options.poison_every,
+            options.poisons,
         )
         self.report = Report(
             {"requests": options.requests, "seed": options.seed, "clients": options.clients}
