@@ -36,7 +36,7 @@ sanitize: install
 	scripts/sanitize
 
 soak: install
-	$(VENV)/bin/python -m tests.soak
+	$(VENV)/bin/python -m tests.soak --poison-every 100
 
 # Random messages to every service and random bodies to both APIs: about three minutes.
 SEED ?= 1
