@@ -43,7 +43,8 @@ SEED ?= 1
 COUNT ?= 1000000
 BODIES ?= 100000
 fuzz: install
-	$(VENV)/bin/python -m tests.fuzz --seed $(SEED) --messages $(COUNT) --bodies $(BODIES)
+	$(VENV)/bin/python -m tests.fuzz --seed $(SEED) --messages $(COUNT) --bodies $(BODIES) \
+		--processes 20000
 
 proto: install
 	scripts/proto

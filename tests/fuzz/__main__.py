@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from tests.fuzz.jobs import BODIES, IMAGES, TARGETS, Job, run
+from tests.fuzz.jobs import BODIES, IMAGES, PROCESSES, TARGETS, Job, run
 from tests.fuzz.rounds import Result
 
 PART = 10_000
@@ -22,6 +22,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, default=1_000_000, help="to all targets together")
     parser.add_argument("--bodies", type=int, default=100_000, help="of HTTP and gRPC requests")
     parser.add_argument("--images", type=int, default=5000, help="files")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="messages to the processes of a running system"
+    )
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser.parse_args()
@@ -30,7 +33,7 @@ def parse() -> argparse.Namespace:
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """Yield parts of the work. Each has a seed of its own."""
     counts = {name: options.messages // len(options.targets) for name in options.targets}
-    counts |= {BODIES: options.bodies, IMAGES: options.images}
+    counts |= {BODIES: options.bodies, IMAGES: options.images, PROCESSES: options.processes}
     for name, count in counts.items():
         for part, begin in enumerate(range(0, count, PART)):
             yield name, f"{options.seed}.{part}", min(PART, count - begin)

@@ -8,6 +8,7 @@ from tests.fuzz.gateway import GatewayTarget
 from tests.fuzz.images import Images
 from tests.fuzz.llm import LlmTarget
 from tests.fuzz.preprocess import PreprocessTarget
+from tests.fuzz.processes import Processes
 from tests.fuzz.rank import RankTarget
 from tests.fuzz.rounds import Result, Rounds, quiet
 from tests.fuzz.targets import Target
@@ -24,10 +25,11 @@ TARGETS: dict[str, type[Target]] = {
 }
 BODIES = "bodies"
 IMAGES = "images"
+PROCESSES = "processes"
 
 
 Job = tuple[str, str, int]
-"""(target or BODIES or IMAGES, seed, number of messages, bodies or files)."""
+"""(target, BODIES, IMAGES or PROCESSES; seed; number of messages, bodies or files)."""
 
 
 def run(job: Job) -> tuple[Job, Result]:
@@ -38,6 +40,8 @@ def run(job: Job) -> tuple[Job, Result]:
                 result = Bodies(seed).run(count)
             case "images":
                 result = Images(seed).run(count)
+            case "processes":
+                result = Processes(seed).run(count)
             case _:
                 result = Rounds(TARGETS[name], seed).run(count)
     result.unforeseen = log.counts
