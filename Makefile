@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit sanitize install check proto images image-cuda lock soak
+.PHONY: run test unit sanitize install check proto images image-cuda lock soak fuzz
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -36,7 +36,15 @@ sanitize: install
 	scripts/sanitize
 
 soak: install
-	$(VENV)/bin/python -m tests.soak
+	$(VENV)/bin/python -m tests.soak --poison-every 100
+
+# Random messages to every service and random bodies to both APIs: about three minutes.
+SEED ?= 1
+COUNT ?= 1000000
+BODIES ?= 100000
+fuzz: install
+	$(VENV)/bin/python -m tests.fuzz --seed $(SEED) --messages $(COUNT) --bodies $(BODIES) \
+		--processes 20000
 
 proto: install
 	scripts/proto

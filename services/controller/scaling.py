@@ -6,6 +6,7 @@ The controller repeats a wanted count to the launcher until the launcher reports
 import asyncio
 from collections.abc import Callable
 
+from common.errors import shorten
 from common.settings import MAX_REPLICAS, SCALABLE_ROLES
 from proto.twinlens.control.v1 import control_pb2
 
@@ -71,7 +72,7 @@ def invalid_scale_reason(role: str, replicas: int) -> str:
     """Return why no launcher could keep this many replicas; empty if one could."""
     if role not in SCALABLE_ROLES:
         return (
-            f"role {role!r} cannot be scaled: use one of {', '.join(SCALABLE_ROLES)} "
+            f"role {shorten(role)!r} cannot be scaled: use one of {', '.join(SCALABLE_ROLES)} "
             "(there is always one gateway and one controller)"
         )
     if not 1 <= replicas <= MAX_REPLICAS:

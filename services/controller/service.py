@@ -7,7 +7,7 @@ from typing import Never
 
 import grpc
 
-from common.errors import ServingError
+from common.errors import ServingError, shorten
 from common.logs import get_logger
 from common.membership import DEAD, DRAINING, state_name
 from common.progress import LEASE_SECONDS
@@ -291,7 +291,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         if member:
             member = self._drains.leader_of(member)
         if member is None or member.state == DEAD:
-            reason = f"there is no member {member_id!r}: `twinlens status` lists the members"
+            name = shorten(member_id)
+            reason = f"there is no member {name!r}: `twinlens status` lists the members"
             await refuse(context, grpc.StatusCode.NOT_FOUND, reason)
         if self._drains.is_last_ready(member):
             is_gateway = member.role == "gateway"

@@ -151,3 +151,15 @@ async def test_a_controller_that_cannot_expire_leases_ends(
     async with asyncio.timeout(DEADLINE):
         with pytest.raises(LookupError):
             await controller_main.serve(settings, controller_main.threading.Event())
+
+
+@pytest.mark.parametrize("method", ["Drain", "Scale"])
+async def test_a_long_name_is_cut_in_the_answer(stub: Any, method: str) -> None:
+    name = "x" * 5000
+    requests = {
+        "Drain": control_pb2.DrainRequest(member_id=name),
+        "Scale": control_pb2.ScaleRequest(role=name, replicas=1),
+    }
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await getattr(stub, method)(requests[method], timeout=DEADLINE)
+    assert len(caught.value.details() or "") < 600

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.soak.faults import WEIGHTS
 from tests.soak.run import Soak
+from tests.soak.workload import POISONS
 
 
 def parse() -> argparse.Namespace:
@@ -54,7 +55,14 @@ def parse() -> argparse.Namespace:
         "--poison-every",
         type=int,
         default=0,
-        help="how many requests there are for each one that ends processes (default: none is)",
+        help="how many requests there are for each one that is a poison (default: none is)",
+    )
+    parser.add_argument(
+        "--poisons",
+        nargs="+",
+        default=list(POISONS),
+        choices=list(POISONS),
+        help="kinds of poisons: a role that ends of it, or an attack on an API (default: all)",
     )
     parser.add_argument("--log", type=Path, help="file for the log of the disturbed system")
     return parser.parse_args()

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 # The names that gRPC has for statuses of HTTP, and for the codes of errors inside a stream.
 BY_STATUS = {
     400: "INVALID_ARGUMENT",
+    408: "INVALID_ARGUMENT",
     413: "INVALID_ARGUMENT",
     422: "INVALID_ARGUMENT",
+    431: "INVALID_ARGUMENT",
     404: "NOT_FOUND",
     429: "RESOURCE_EXHAUSTED",
 }

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proto.twinlens.control.v1 import control_pb2
+from services.preprocess.sandbox.jobs import MAX_SPARES
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-MORE_DESCRIPTORS = 8
+MORE_DESCRIPTORS = 8 + 2 * MAX_SPARES
 MORE_THREADS = 3
 MORE_BYTES = 256 * 2**20
 """How much more a process may have than the largest of its role had before.
 
-Caches of kernels fill, and freed memory is kept for reuse. Ten thousand requests may thus cost at
-most 30 kB each.
+Caches of kernels fill, and freed memory is kept for reuse: in preprocess, MAX_SPARES pieces with
+two descriptors each. Ten thousand requests may thus cost at most 30 kB each.
 """
 
 

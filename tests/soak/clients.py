@@ -7,7 +7,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.soak.answers import BY_CODE, BY_STATUS, Answer, CallFailed, HungUp, Outcome
+from tests.soak.attacks import GRPC, HTTP, attack_grpc, attack_http
 from tests.soak.workload import SAMPLED_TOP_K, Call, files_of, text_of
 
 LATE_SECONDS = 20.0
@@ -40,10 +41,15 @@ class Client:
         self._channel = grpc.aio.insecure_channel(
             f"127.0.0.1:{grpc_port}", options=[("grpc.max_send_message_length", -1)]
         )
+        self._attacking_channel = grpc.aio.insecure_channel(
+            f"127.0.0.1:{grpc_port}",
+            options=[("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)],
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
+        await self._attacking_channel.close()
 
     async def ask(self, call: Call) -> Outcome:
         answer = Answer()
@@ -58,7 +64,7 @@ class Client:
             async with asyncio.timeout(
                 call.hang_up_seconds if hangs_up_by_time else call.deadline + LATE_SECONDS
             ):
-                await (self._ask_http if call.api == "http" else self._ask_grpc)(call, answer)
+                await self._way_of(call)(call, answer)
         except TimeoutError:
             return Outcome(
                 "hung_up" if hangs_up_by_time else "nothing", answer, message="no end in time"
@@ -74,6 +80,18 @@ class Client:
             answer,
             message="the stream stopped without an end",
         )
+
+    def _way_of(self, call: Call) -> Callable[[Call, Answer], Awaitable[None]]:
+        """Return the method that sends a call."""
+        if call.poison in HTTP or call.poison in GRPC:
+            return self._attack
+        return self._ask_http if call.api == "http" else self._ask_grpc
+
+    async def _attack(self, call: Call, answer: Answer) -> None:
+        if call.poison in GRPC:
+            await attack_grpc(self._attacking_channel, call.poison, call.deadline)
+        else:
+            read_whole(*await attack_http(self._http_port, call.poison), answer)
 
     async def _after_piece(self, call: Call, num_pieces: int) -> None:
         if call.manner == "slow":

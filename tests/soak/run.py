@@ -103,6 +103,7 @@ class Soak:
             options.requests,
             options.questions or max(1, options.requests // 5),
             options.poison_every,
+            options.poisons,
         )
         self.report = Report(
             {"requests": options.requests, "seed": options.seed, "clients": options.clients}
@@ -235,13 +236,22 @@ class Soak:
 
 
 def crashes_of(system: Running) -> list[str]:
-    """Return a line for each child that ended by itself, not by a fault of the soak."""
+    """Return a line for each child that ended by itself, not by a fault of the soak.
+
+    No fault freezes a gateway, so one that was killed as hung had too much to do.
+    """
     ended = [
         entry
         for entry in system.logged(event="service exited, restarting it")
         if entry["status"] not in (KILLED, 0)
     ]
-    return [f"{entry['name']} ended with status {entry['status']}" for entry in ended]
+    killed = [
+        entry for entry in system.logged(event="killed") if entry["name"].startswith("gateway")
+    ]
+    return [
+        *(f"{entry['name']} ended with status {entry['status']}" for entry in ended),
+        *(f"{entry['name']} was killed: {entry['reason']}" for entry in killed),
+    ]
 
 
 async def ended(task: asyncio.Task[None]) -> None:

@@ -3,12 +3,15 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from services.preprocess.images import decode, open_image
+from tests.soak.attacks import HTTP, http_body
 from tests.soak.workload import (
     LOSSLESS,
     MANNERS,
     MISTAKES,
+    POISONS,
     Picture,
     files_of,
     make_calls,
@@ -56,3 +59,15 @@ def test_a_mistaken_image_comes_after_the_good_ones() -> None:
     for call in make_calls(1, 800, 160):
         extra = call.mistake in ("no_image", "cut_off")
         assert len(files_of(call)) == len(call.question.pictures) + extra
+
+
+def test_one_call_of_so_many_is_a_poison_and_each_kind_takes_its_turn() -> None:
+    calls = make_calls(1, 2000, 400, poison_every=100)
+    poisons = [call for call in calls if call.poison]
+    assert [call.number for call in poisons] == list(range(99, 2000, 100))
+    assert {call.poison for call in poisons} == set(POISONS)
+
+
+@pytest.mark.parametrize("kind", HTTP)
+def test_an_attack_has_a_body_that_could_be_a_request(kind: str) -> None:
+    assert http_body(kind).startswith(b'{"')

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tests.soak.answers import Answer, Outcome
 from tests.soak.reference import Reference
-from tests.soak.workload import Call, Question
+from tests.soak.workload import POISONED_ROLES, Call, Question
 
 REFUSALS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "NOT_FOUND")
 ADMISSION_STAGE = "gateway"
@@ -105,7 +105,7 @@ def is_due(call: Call, outcome: Outcome) -> bool:
     expected = {
         "mistaken": ("INVALID_ARGUMENT", "NOT_FOUND"),
         "hurried": ("RESOURCE_EXHAUSTED",),
-        "poison": ("INTERNAL",),
+        "poison": ("INTERNAL",) if call.poison in POISONED_ROLES else REFUSALS,
     }
     return outcome.code in expected.get(call.manner, ())
 

@@ -4,6 +4,7 @@ The calls have every manner that a client may have.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
@@ -11,6 +12,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from tests.soak.attacks import GRPC, HTTP
 from tests.system.poisoned import COLOURS, LLM_MARKS, PREPROCESS_MARK, coloured
 
 SIZES = ((56, 56), (84, 56), (112, 112), (100, 180), (224, 224), (300, 260))
@@ -29,6 +31,7 @@ PATIENCE_SECONDS = 60.0
 POISON_SECONDS = 300.0
 """The deadline of a poison. It must fail before, because of what it does."""
 POISONED_ROLES = ("preprocess", "vision", "llm")
+POISONS = (*POISONED_ROLES, *HTTP, *GRPC)
 SAMPLED_TOP_K = 8
 """Few enough that a client can ask for the log-probabilities of all candidates."""
 
@@ -71,20 +74,26 @@ class Call:
     hang_up_seconds: float = 0.0
     mistake: str = ""
     poison: str = ""
-    """The role whose processes end when they work on the call."""
+    """The role whose processes end when they work on the call, or an attack on an API."""
 
 
-def make_calls(seed: int, number: int, num_questions: int, poison_every: int = 0) -> list[Call]:
+def make_calls(
+    seed: int,
+    number: int,
+    num_questions: int,
+    poison_every: int = 0,
+    poisons: Sequence[str] = POISONS,
+) -> list[Call]:
     """Return calls that depend on the arguments only.
 
     Later questions are first asked later, so that new ones come until the end. One call of
-    `poison_every` ends the processes that work on it.
+    `poison_every` is a poison, of each kind in turn.
     """
     calls = make_harmless_calls(seed, number, num_questions)
     for n in range(poison_every - 1, number, poison_every) if poison_every else ():
-        role = POISONED_ROLES[n // poison_every % len(POISONED_ROLES)]
+        kind = poisons[n // poison_every % len(poisons)]
         calls[n] = replace(
-            calls[n], manner="poison", poison=role, mistake="poison", deadline=POISON_SECONDS
+            calls[n], manner="poison", poison=kind, mistake="poison", deadline=POISON_SECONDS
         )
     return calls
 

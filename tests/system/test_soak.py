@@ -6,6 +6,7 @@ import pytest
 
 from tests.soak.faults import WEIGHTS
 from tests.soak.run import Soak
+from tests.soak.workload import POISONS
 
 pytestmark = pytest.mark.system
 
@@ -22,6 +23,7 @@ async def test_no_answer_is_lost_doubled_or_changed_while_members_come_and_go() 
         vision_ms=60.0,
         log=None,
         poison_every=0,
+        poisons=list(POISONS),
     )
     report = await Soak(options).run()
     assert report.is_clean, report.table()
