@@ -38,7 +38,7 @@ sanitize: install
 soak: install
 	$(VENV)/bin/python -m tests.soak --poison-every 100
 
-# Random messages to every service and random bodies to both APIs: about three minutes.
+# Random messages to every service and random bodies to both APIs: about five minutes.
 SEED ?= 1
 COUNT ?= 1000000
 BODIES ?= 100000

@@ -8,10 +8,9 @@ from typing import Any, get_args
 from common.messages import HOPS, Beat, Draining, Goodbye, Hello, Message
 from tests.fuzz.making import Maker
 
-LEAVE_SHARE = 0.01
-WAIT_SHARE = 0.02
-RANDOM_SHARE = 0.35
-REPEAT_SHARE = 0.08
+WEIGHTS = {"goes on": 54, "random": 35, "repeated": 8, "waits": 2, "leaves": 1}
+"""What may happen next."""
+MAX_CONVERSATIONS = 5
 MUTATED_SHARE = 0.6
 """How many of the conversations have a message that was changed."""
 WORK_SHARE = 0.25
@@ -59,6 +58,8 @@ class Call:
 
     name: str
     arguments: tuple[Any, ...] = ()
+    message: str = ""
+    """The type of the message that this is, if it is one."""
 
 
 Action = Say | Leave | Wait | Work | Call
@@ -82,26 +83,25 @@ def compose(
     found: list[Action] = []
     said: list[Say] = []
     while len(found) < size:
-        share = draw.random()
-        if share < LEAVE_SHARE:
-            found.append(Leave(draw.choice(peers)))
-        elif share < LEAVE_SHARE + WAIT_SHARE:
-            found.append(Wait(draw.choice([0.01, 1.0, 2.5])))
-        elif share < LEAVE_SHARE + WAIT_SHARE + RANDOM_SHARE:
-            peer = draw.choice(peers)
-            said.append(Say(peer, maker.make(draw.choice(kinds_from(peer.role, role)))))
-            found.append(said[-1])
-        elif share < LEAVE_SHARE + WAIT_SHARE + RANDOM_SHARE + REPEAT_SHARE and said:
-            found.append(repeated(draw, draw.choice(said[-20:]), peers))
-        else:
-            if len(running) < 5:
-                running.append(changed(maker, converse(maker)))
-            conversation = draw.choice(running)
-            if conversation:
-                found.append(conversation.pop(0))
-                said += [found[-1]] if isinstance(found[-1], Say) else []
-            else:
-                running.remove(conversation)
+        match draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]:
+            case "leaves":
+                found.append(Leave(draw.choice(peers)))
+            case "waits":
+                found.append(Wait(draw.choice([0.01, 1.0, 2.5])))
+            case "random":
+                peer = draw.choice(peers)
+                found.append(Say(peer, maker.make(draw.choice(kinds_from(peer.role, role)))))
+            case "repeated" if said:
+                found.append(repeated(draw, draw.choice(said[-20:]), peers))
+            case _:
+                while len(running) < MAX_CONVERSATIONS:
+                    running.append(changed(maker, converse(maker)))
+                conversation = draw.choice(running)
+                found += conversation[:1]
+                del conversation[:1]
+                running = [each for each in running if each]
+        if found and isinstance(found[-1], Say):
+            said.append(found[-1])
         if draw.random() < WORK_SHARE:
             found.append(Work())
     return found

@@ -123,24 +123,25 @@ class ControllerTarget(Target):
             slot = draw.choice(SLOTS)
             match draw.randrange(20):
                 case 0 | 1 | 2:
-                    found.append(Call("join", (slot, report_of(maker))))
+                    found.append(Call("join", (slot, report_of(maker)), "JoinRequest"))
                 case 3:
                     found.append(Call("report", (slot, b"")))
                 case 4:
                     found.append(Wait(draw.choice([0.1, 1.1, 2.5, 100.0])))
                 case 5:
                     request = control_pb2.DrainRequest(member_id=draw.choice(IDS))
-                    found.append(Call("call", ("Drain", request)))
+                    found.append(Call("call", ("Drain", request), "DrainRequest"))
                 case 6:
                     role = draw.choice([*SERVICES, "", "x" * 5000])
                     request = control_pb2.ScaleRequest(role=role, replicas=draw.choice([0, 1, 70]))
-                    found.append(Call("call", ("Scale", request)))
+                    found.append(Call("call", ("Scale", request), "ScaleRequest"))
                 case 7:
-                    found.append(Call("call", ("ListMembers", control_pb2.ListMembersRequest())))
+                    request = control_pb2.ListMembersRequest()
+                    found.append(Call("call", ("ListMembers", request), "ListMembersRequest"))
                 case 8 | 9 | 10:
                     found.append(Work())
                 case _:
-                    found.append(Call("report", (slot, report_of(maker))))
+                    found.append(Call("report", (slot, report_of(maker)), "JoinRequest"))
         return found
 
     def question(self, number: int) -> Sequence[Action]:

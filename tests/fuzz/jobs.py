@@ -1,6 +1,6 @@
 """Parts of the work of a run, each for one process."""
 
-from tests.fuzz import clock  # noqa: F401  it must come before the services
+from tests.fuzz import clock  # it must come before the services
 from tests.fuzz.apis import Bodies
 from tests.fuzz.controller import ControllerTarget
 from tests.fuzz.detokenizer import DetokenizerTarget
@@ -27,12 +27,12 @@ BODIES = "bodies"
 IMAGES = "images"
 PROCESSES = "processes"
 
-
 Job = tuple[str, str, int]
 """(target, BODIES, IMAGES or PROCESSES; seed; number of messages, bodies or files)."""
 
 
 def run(job: Job) -> tuple[Job, Result]:
+    """Do a part of the work, and return what it found."""
     name, seed, count = job
     with quiet() as log:
         match name:
@@ -43,6 +43,7 @@ def run(job: Job) -> tuple[Job, Result]:
             case "processes":
                 result = Processes(seed).run(count)
             case _:
-                result = Rounds(TARGETS[name], seed).run(count)
+                with clock.CLOCK.stopped():
+                    result = Rounds(TARGETS[name], seed).run(count)
     result.unforeseen = log.counts
     return job, result

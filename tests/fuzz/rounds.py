@@ -102,7 +102,7 @@ class Rounds:
             match action:
                 case Say(message=message):
                     self.result.counts[type(message).__name__] += 1
-                case Call(name=name):
+                case Call(message=str(name)) if name:
                     self.result.counts[name] += 1
 
     def _report(self, number: int, actions: list[Action], error: Exception) -> str:
