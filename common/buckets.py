@@ -5,7 +5,10 @@ two.
 """
 
 from common.config import BadSetting
+from common.errors import shorten
 from common.messages import MAX_BUCKETS
+
+MAX_BUCKET_PATCHES = 2**20
 
 
 def bucket_of(num_patches: int, buckets: tuple[int, ...]) -> int:
@@ -44,10 +47,12 @@ def parse_buckets(text: str, patches_per_token: int) -> tuple[int, ...]:
         buckets = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         buckets = (0,)
-    is_bad = any(bucket < 1 or bucket % patches_per_token for bucket in buckets)
+    is_bad = any(
+        not 1 <= bucket <= MAX_BUCKET_PATCHES or bucket % patches_per_token for bucket in buckets
+    )
     if is_bad or len(buckets) > MAX_BUCKETS:
         raise BadSetting(
-            f"--vision-buckets {text}: give numbers of patches separated by commas, multiples of "
-            f"{patches_per_token}, at most {MAX_BUCKETS}"
+            f"--vision-buckets {shorten(text)}: give at most {MAX_BUCKETS} numbers of patches "
+            f"separated by commas, multiples of {patches_per_token} of at most {MAX_BUCKET_PATCHES}"
         )
     return buckets

@@ -5,8 +5,10 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
+
+from common.errors import shorten
 
 PREFIX = "TWINLENS_"
 T = TypeVar("T")
@@ -16,10 +18,51 @@ class BadSetting(ValueError):
     """A flag or variable is unknown or has an invalid value. The message names it."""
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), hidden: bool = False) -> Any:
-    """Return a field of a settings dataclass. It is typed Any, as `dataclasses.field` is."""
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a number may have."""
+
+    least: float
+    most: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most  # NaN is in no range
+
+    def __str__(self) -> str:
+        return f"from {self.least:.15g} to {self.most:.15g}"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    hidden: bool = False,
+    range: Range | None = None,
+    objection: Callable[[str], str] | None = None,
+) -> Any:
+    """Return a field of a settings dataclass. It is typed Any, as `dataclasses.field` is.
+
+    Parameters
+    ----------
+    default, help, choices
+        are those of its flag.
+    hidden
+        whether `--help` leaves it out.
+    range
+        has the values that a number may have.
+    objection
+        returns what is wrong with a text, in words; empty if nothing is.
+    """
     return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "hidden": hidden}
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "hidden": hidden,
+            "range": range,
+            "objection": objection,
+        },
     )
 
 
@@ -39,9 +82,32 @@ def load(
     add_arguments(settings, parser)
     try:
         set_environment_defaults(parser, os.environ, known)
+        loaded = from_namespace(settings, parser.parse_args(argv))
+        check_values(loaded)
     except BadSetting as e:
         parser.error(str(e))
-    return from_namespace(settings, parser.parse_args(argv))
+    return loaded
+
+
+def check_values(settings: Any) -> None:
+    """Check each value of a settings dataclass against what its field says.
+
+    Raises
+    ------
+    BadSetting
+        if a number is out of its range, or there is an objection to a text.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is None:
+            continue
+        allowed = field.metadata["range"]
+        object_to = field.metadata["objection"]
+        reason = object_to(value) if object_to else ""
+        if allowed and value not in allowed:
+            reason = f"must be {allowed}"
+        if reason:
+            raise BadSetting(f"{flag(field.name)} {shorten(str(value))}: {reason}")
 
 
 def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Any
+from typing import Any, BinaryIO
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -31,7 +32,10 @@ REQUEST_SECONDS = 5.0
 CONNECTION_SECONDS = 15.0
 """How long a connection may last."""
 MAX_CONNECTIONS = 32
-"""Connections at a time; a further one is closed at once."""
+"""Connections at a time. A further one takes the place of the oldest one: a probe takes
+milliseconds, so whoever is the oldest is no probe."""
+MAX_HEAD_BYTES = 16 * 1024
+"""Request line and headers of one request."""
 EMFILE_SECONDS = 0.5
 """The pause after a connection could not be accepted for want of descriptors."""
 TEXT = "text/plain; charset=utf-8"
@@ -155,13 +159,15 @@ class HealthServer(ThreadingHTTPServer):
             time.sleep(EMFILE_SECONDS)
             raise
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for another connection."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer on a new thread. If there are too many, the oldest connection ends."""
         with self._lock:
-            has_room = len(self._connections) < MAX_CONNECTIONS
-            if has_room:
-                self._connections[request] = time.monotonic()
-        return has_room
+            if len(self._connections) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._connections))
+                del self._connections[oldest]
+                end_connection(oldest)
+            self._connections[request] = time.monotonic()
+        super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
@@ -175,8 +181,7 @@ class HealthServer(ThreadingHTTPServer):
         with self._lock:
             for connection, began in self._connections.items():
                 if now - began > CONNECTION_SECONDS:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
+                    end_connection(connection)
 
     def handle_error(self, request: object, client_address: object) -> None:
         # A client that hangs up is not our failure.
@@ -188,9 +193,40 @@ class HealthServer(ThreadingHTTPServer):
         self.server_close()
 
 
+def end_connection(connection: socket.socket) -> None:
+    """End a connection under the thread that serves it, which then closes it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class HeadReader:
+    """Reads the lines of a request's head, up to a size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = MAX_HEAD_BYTES
+        self.close = file.close
+
+    def readline(self, most: int) -> bytes:
+        """Return the next line. Raise LineTooLong if the head is larger than MAX_HEAD_BYTES."""
+        if self._left <= 0:
+            raise LineTooLong("head")
+        line = self._file.readline(min(most, self._left))
+        self._left -= len(line)
+        return line
+
+
 class Handler(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
     server: HealthServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: Any = HeadReader(self.rfile)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with the error's own text only: `message` would repeat what the client sent."""
+        super().send_error(code)
 
     def do_GET(self) -> None:
         status, content_type, body = self.server.health.answer(self.path)

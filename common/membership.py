@@ -3,6 +3,7 @@
 `common/member.py` says how this relates to `Member` and `MembershipTable`.
 """
 
+import math
 import os
 import secrets
 import socket
@@ -24,7 +25,16 @@ LAST_RETRY_SECONDS = 2.0
 
 REFUSED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 """The codes with which the controller refuses a member that need not try again."""
-MAX_DETAIL_CHARS = 500
+MAX_DETAIL_CHARS = 200
+MAX_DELAY_SECONDS = 1e9
+"""The longest expected delay that a member reports."""
+MAX_LIST_BYTES = 32 * 2**20
+"""The largest message of the controller: 4,096 members of 2 KiB, and room for more."""
+CHANNEL_OPTIONS = (
+    # A proxy that the environment sets is not meant for members.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", MAX_LIST_BYTES),
+)
 
 STARTING = control_pb2.MEMBER_STATE_STARTING
 READY = control_pb2.MEMBER_STATE_READY
@@ -35,6 +45,8 @@ STANDBY = control_pb2.MEMBER_STATE_STANDBY
 
 def state_name(state: "control_pb2.MemberState.ValueType") -> str:
     """Return the name of a member's state as users see it, such as `ready`."""
+    if state not in control_pb2.MemberState.values():
+        return f"state {state}"  # of another version
     return control_pb2.MemberState.Name(state).removeprefix("MEMBER_STATE_").lower()
 
 
@@ -66,6 +78,7 @@ class Membership:
         on_response: Callable[[control_pb2.JoinResponse], None] | None = None,
         is_hung: Callable[[], bool] = lambda: False,
         expected_delay: Callable[[], float] = lambda: 0.0,
+        key: str = "",
     ) -> None:
         """Start reporting. All functions are called on the thread of this object.
 
@@ -87,6 +100,8 @@ class Membership:
             is called with every message of the controller.
         is_hung, expected_delay
             return the two fields of the entry with these names.
+        key
+            is what a launcher must know. A member has a key of its own, which nobody else knows.
         """
         if member:
             member.pid = os.getpid()
@@ -100,6 +115,7 @@ class Membership:
         self._on_response = on_response
         self._is_hung = is_hung
         self._expected_delay = expected_delay
+        self._key = key or secrets.token_hex()
         self._changed = threading.Event()
         self._stopped = False
         self._log = get_logger()
@@ -112,7 +128,7 @@ class Membership:
         """Change the state of the entry, and report it at once."""
         assert self._member is not None
         self._member.state = state
-        self._member.detail = shorten(detail, MAX_DETAIL_CHARS)
+        self._member.detail = shorten(printable(detail), MAX_DETAIL_CHARS)
         self._member.max_model_len = max_model_len
         self._changed.set()
 
@@ -128,19 +144,22 @@ class Membership:
     def _run(self) -> None:
         retry = FIRST_RETRY_SECONDS
         while not self._stopped:
-            with grpc.insecure_channel(
-                self._controller, options=[("grpc.enable_http_proxy", 0)]
-            ) as channel:
-                try:
-                    for response in control_pb2_grpc.ControlServiceStub(channel).Join(
-                        self._reports(), wait_for_ready=False
-                    ):
-                        retry = FIRST_RETRY_SECONDS
-                        self._on_join_response(response)
-                except grpc.RpcError as e:
-                    self._on_error(e)
+            try:
+                for response in self._join():
+                    retry = FIRST_RETRY_SECONDS
+                    self._on_join_response(response)
+            except grpc.RpcError as e:
+                self._on_error(e)
+            except Exception:  # noqa: BLE001 - the outermost loop; it must go on reporting
+                self._log.exception("the controller's message was not handled")
             self._changed.wait(retry)
             retry = min(2 * retry, LAST_RETRY_SECONDS)
+
+    def _join(self) -> Iterator[control_pb2.JoinResponse]:
+        """Yield the messages of the controller until the stream ends."""
+        with grpc.insecure_channel(self._controller, options=CHANNEL_OPTIONS) as channel:
+            stub = control_pb2_grpc.ControlServiceStub(channel)
+            yield from stub.Join(self._reports(), wait_for_ready=False)
 
     def _on_error(self, error: grpc.RpcError) -> None:
         if error.code() in REFUSED:
@@ -158,9 +177,11 @@ class Membership:
             if self._member:
                 self._member.in_flight, self._member.queued = self._load()
                 self._member.hung = self._is_hung()
-                self._member.expected_delay = self._expected_delay()
+                self._member.expected_delay = reportable_delay(self._expected_delay())
             managed = self._managed() if self._managed else None
-            yield control_pb2.JoinRequest(member=self._member, watch=watches, managed=managed)
+            yield control_pb2.JoinRequest(
+                member=self._member, watch=watches, managed=managed, key=self._key
+            )
             self._changed.wait(REPORT_SECONDS)
 
     def _on_join_response(self, response: control_pb2.JoinResponse) -> None:
@@ -170,3 +191,13 @@ class Membership:
             self._on_drain()
         if self._on_response:
             self._on_response(response)
+
+
+def reportable_delay(seconds: float) -> float:
+    """Return an expected delay as the controller accepts it, whatever was computed."""
+    return min(max(seconds, 0.0), MAX_DELAY_SECONDS) if not math.isnan(seconds) else 0.0
+
+
+def printable(text: str) -> str:
+    """Return a text with spaces in the place of line breaks and control characters."""
+    return "".join(character if character.isprintable() else " " for character in text)

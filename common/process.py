@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -71,6 +72,7 @@ def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
     SIGTERM drains and SIGINT stops. Each further signal escalates: from draining to stopping, and
     from stopping to exiting at once.
     """
+    write_utf8()
     parser = argparse.ArgumentParser(
         f"python -m services.{role}", description=description, allow_abbrev=False
     )
@@ -84,6 +86,13 @@ def run(role: str, description: str, main: Callable[[Any, Stop], None]) -> None:
     if settings.die_with_parent:
         die_with_parent(settings.die_with_parent)
     leave(run_main(main, settings, stop))
+
+
+def write_utf8() -> None:
+    """Let the standard streams write any text, whatever the locale is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def run_main(main: Callable[[Any, Stop], None], settings: Any, stop: Stop) -> int:

@@ -6,11 +6,26 @@ They are in one place because each service must know which TWINLENS_* variables 
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import names_of, setting
+from common.config import Range, names_of, setting
+from common.setting_checks import objection_to_address, objection_to_name, objection_to_text
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "npu")
+MAX_REPLICAS = 256
+MAX_RANKS = 1024
+
+PORTS = Range(1, 65535)
+OPTIONAL_PORTS = Range(0, 65535)
+PROCESS_IDS = Range(0, 2**31 - 1)
+SECONDS = Range(0.0, 30 * 86400.0)
+TIMEOUTS = Range(0.001, SECONDS.most)
+TOKENS = Range(1, 2**30)
+PIXELS = Range(1, 2**31 - 1)
+MEBIBYTES = Range(1, 2**24)
+BYTES = Range(1, 2**50)
+REPLICAS = Range(1, MAX_REPLICAS)
+COUNTS = Range(1, 2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +33,25 @@ class ServiceSettings:
     """The settings of every service."""
 
     controller: str = setting(
-        "127.0.0.1:50050", "gRPC address of the controller (HOST:PORT, or unix:PATH)"
+        "127.0.0.1:50050",
+        "gRPC address of the controller (HOST:PORT, or unix:PATH)",
+        objection=objection_to_address,
     )
     listen: str = setting(
         "tcp://127.0.0.1:*",
         "ZeroMQ address of this service's inbox (tcp://HOST:PORT, PORT may be *, or ipc://PATH)",
+        objection=objection_to_address,
     )
     advertise: str = setting(
         "",
         "host under which others reach the inbox (default: the host of --listen, or the address "
         "towards the controller if that is every interface)",
+        objection=objection_to_text,
     )
     name: str = setting(
         "",
         "name of this member, to which each start adds a random suffix (default: the role)",
+        objection=objection_to_name,
     )
     log_format: str = setting(
         "auto", "auto: readable on a terminal, JSON otherwise", choices=("auto", "console", "json")
@@ -40,9 +60,11 @@ class ServiceSettings:
         "info", "lowest level that is logged", choices=("debug", "info", "warning", "error")
     )
     health_port: int = setting(
-        0, "port of /healthz, /readyz and /metrics on every interface; 0 for none"
+        0,
+        "port of /healthz, /readyz and /metrics on every interface; 0 for none",
+        range=OPTIONAL_PORTS,
     )
-    die_with_parent: int = setting(0, "pid of the launcher", hidden=True)
+    die_with_parent: int = setting(0, "pid of the launcher", hidden=True, range=PROCESS_IDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +86,7 @@ class DeviceSettings:
         None,
         "CPU threads of each computing process (default: half of the cores, or all if there are at "
         "most 4, divided among the ranks)",
+        range=Range(1, 4096),
     )
 
 
@@ -72,10 +95,14 @@ class SizeSettings:
     """The limits of the sizes of images. Preprocess keeps to them, and vision refuses others."""
 
     min_pixels: int | None = setting(
-        None, "smallest size that an image is resized to, in pixels (default: the checkpoint's)"
+        None,
+        "smallest size that an image is resized to, in pixels (default: the checkpoint's)",
+        range=PIXELS,
     )
     max_pixels: int | None = setting(
-        None, "largest size that an image is resized to, in pixels (default: the checkpoint's)"
+        None,
+        "largest size that an image is resized to, in pixels (default: the checkpoint's)",
+        range=PIXELS,
     )
 
 
@@ -97,6 +124,7 @@ class ContextSettings:
     max_model_len: int | None = setting(
         None,
         "length of the context in tokens, prompt and answer together (default: the checkpoint's)",
+        range=TOKENS,
     )
 
 
@@ -104,28 +132,36 @@ class ContextSettings:
 class ApiSettings:
     """The settings of the APIs for clients."""
 
-    host: str = setting("127.0.0.1", "address on which HTTP and gRPC listen")
-    http_port: int = setting(8000, "port of the OpenAI HTTP API")
-    grpc_port: int = setting(50051, "port of the gRPC API")
+    host: str = setting(
+        "127.0.0.1", "address on which HTTP and gRPC listen", objection=objection_to_text
+    )
+    http_port: int = setting(8000, "port of the OpenAI HTTP API", range=PORTS)
+    grpc_port: int = setting(50051, "port of the gRPC API", range=PORTS)
     max_waiting: int = setting(
-        256, "admitted requests that may wait for their first token; more are refused (429)"
+        256,
+        "admitted requests that may wait for their first token; more are refused (429)",
+        range=COUNTS,
     )
     request_timeout: float = setting(
-        600.0, "seconds until the deadline of a request that sets none"
+        600.0, "seconds until the deadline of a request that sets none", range=TIMEOUTS
     )
-    max_body_mib: int = setting(64, "largest request body in MiB")
+    max_body_mib: int = setting(64, "largest request body in MiB", range=Range(1, 2047))
     max_held_body_mib: int = setting(
         256,
         "bodies in MiB that are held at a time for requests which are not admitted yet; one client "
         "gets at most half, and room for two of the largest bodies is always kept",
+        range=MEBIBYTES,
     )
     max_connections: int = setting(
         4096,
         "HTTP connections, of which one client gets at most half; never over half of the "
         "process's descriptors",
+        range=COUNTS,
     )
     max_connections_per_client: int | None = setting(
-        None, "HTTP connections of one client, if that is to be fewer (default: half of all)"
+        None,
+        "HTTP connections of one client, if that is to be fewer (default: half of all)",
+        range=COUNTS,
     )
 
 
@@ -133,21 +169,23 @@ class ApiSettings:
 class BatchSettings:
     """The settings of a language group."""
 
-    max_num_seqs: int = setting(64, "most requests in one step")
+    max_num_seqs: int = setting(64, "most requests in one step", range=COUNTS)
     max_num_batched_tokens: int = setting(
-        1024, "most tokens in one step, prompt chunks and decodes together"
+        1024, "most tokens in one step, prompt chunks and decodes together", range=COUNTS
     )
     block_size: int | None = setting(
         None,
         "tokens in one block of the KV cache (default: 16, or 256 on CUDA in half precision, where "
         "paged attention needs a multiple of 256)",
+        range=COUNTS,
     )
     kv_memory: int | None = setting(
         None,
         "size of the KV cache in bytes (default: a fifth of the available memory on CPU, four "
         "fifths minus the weights on CUDA)",
+        range=BYTES,
     )
-    tp: int = setting(1, "tensor-parallel ranks of a language group")
+    tp: int = setting(1, "tensor-parallel ranks of a language group", range=Range(1, MAX_RANKS))
     quantization: str = setting(
         "none",
         "int8: 8-bit weights in the layers of the language model, on CPU in bfloat16 only",
@@ -163,16 +201,23 @@ class ControllerSettings(ServiceSettings):
     control_listen: str = setting(
         "127.0.0.1:50050",
         "gRPC address on which the controller listens (HOST:PORT, or unix:PATH)",
+        objection=objection_to_address,
+    )
+    launcher_key: str = setting(
+        "", "what a launcher must know to join", hidden=True, objection=objection_to_text
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings(ServiceSettings, ApiSettings):
-    served_model_name: str = setting(EMBEDDED_MODEL.name, "name of the model for clients")
+    served_model_name: str = setting(
+        EMBEDDED_MODEL.name, "name of the model for clients", objection=objection_to_text
+    )
     drain_delay: float = setting(
         5.0,
         "seconds between SIGTERM, after which the gateway is not ready, and the closing of its "
         "ports",
+        range=SECONDS,
     )
 
 
@@ -182,13 +227,16 @@ class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelS
         0,
         "images or prompts that cost much and are opened at the same time, each in an expendable "
         "process of up to 512 MiB (default: one per core)",
+        range=Range(0, 1024),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSettings):
     embedding_cache_mib: int = setting(
-        256, "size of the cache of image embeddings, in MiB; 0 for none"
+        256,
+        "size of the cache of image embeddings, in MiB; 0 for none",
+        range=Range(0, MEBIBYTES.most),
     )
     vision_buckets: str = setting(
         "",
@@ -200,23 +248,32 @@ class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSetting
         None,
         "simulate the tower: each image takes this many milliseconds and yields noise, for tests "
         "and measurements",
+        range=Range(0.0, 1000 * SECONDS.most),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSettings(ServiceSettings, BatchSettings, ContextSettings, DeviceSettings, ModelSettings):
-    group: str = setting("llm", "name of the tensor-parallel group, which all its ranks share")
-    rank: int = setting(0, "rank of this process in its group")
-    local_groups: int = setting(1, "language groups that share the memory of this host")
+    group: str = setting(
+        "llm",
+        "name of the tensor-parallel group, which all its ranks share",
+        objection=objection_to_name,
+    )
+    rank: int = setting(0, "rank of this process in its group", range=Range(0, MAX_RANKS - 1))
+    local_groups: int = setting(
+        1, "language groups that share the memory of this host", range=Range(1, MAX_REPLICAS)
+    )
     rendezvous: str = setting(
         "",
         "tcp://HOST:PORT of rank 0, where ranks meet that are started one by one (default: rank 0 "
         "starts the others on its host)",
+        objection=objection_to_text,
     )
     ordinal: str = setting(
         "",
         "a number, or a name that ends in a number, from which --group and --rank are computed; "
         "{leader} in --rendezvous stands for the ordinal of the group's rank 0",
+        objection=objection_to_text,
     )
 
 
@@ -232,21 +289,26 @@ class ServeSettings(
     """The settings of the local launcher: its own, and those that it passes to services."""
 
     served_model_name: str = setting(
-        "", "name of the model for clients (default: the name of its folder)"
+        "",
+        "name of the model for clients (default: the name of its folder)",
+        objection=objection_to_text,
     )
-    vision: int = setting(1, "number of vision replicas")
+    vision: int = setting(1, "number of vision replicas", range=REPLICAS)
     vision_standby: int = setting(
         0,
         "number of further vision replicas, loaded and idle, that take over at once when a replica "
         "is added or dies",
+        range=Range(0, MAX_REPLICAS),
     )
     autoscale: str = setting(
         "", "vision=LEAST:MOST: scale the vision replicas with the expected wait of images"
     )
-    preprocess: int = setting(1, "number of preprocess replicas")
-    detokenizer: int = setting(1, "number of detokenizer replicas")
+    preprocess: int = setting(1, "number of preprocess replicas", range=REPLICAS)
+    detokenizer: int = setting(1, "number of detokenizer replicas", range=REPLICAS)
     embedding_cache_mib: int = setting(
-        256, "size of each vision replica's cache of image embeddings, in MiB; 0 for none"
+        256,
+        "size of each vision replica's cache of image embeddings, in MiB; 0 for none",
+        range=Range(0, MEBIBYTES.most),
     )
     vision_buckets: str = setting(
         "",
@@ -256,8 +318,9 @@ class ServeSettings(
     simulate_vision_ms: float | None = setting(
         None,
         "simulate the vision towers: each image takes this many milliseconds and yields noise",
+        range=Range(0.0, 1000 * SECONDS.most),
     )
-    llm: int = setting(1, "number of language groups, each with --tp ranks")
+    llm: int = setting(1, "number of language groups, each with --tp ranks", range=REPLICAS)
     read: str = setting(
         "", "image to read once the system is ready: print its text and the time of each stage"
     )
@@ -277,25 +340,36 @@ class PlanSettings(ModelSettings):
     max_model_len: int | None = setting(
         None,
         "length of the context in tokens, prompt and answer together (default: the checkpoint's)",
+        range=TOKENS,
     )
     card_gib: float = setting(
-        0.0, "memory of one card in GiB, to show how many tokens its KV cache holds"
+        0.0,
+        "memory of one card in GiB, to show how many tokens its KV cache holds",
+        range=Range(0.0, 2.0**20),
     )
     image: str = setting(
         "",
         "a typical image, with which the stages of the system at --grpc are measured",
     )
     grpc: str = setting(
-        "127.0.0.1:50051", "gRPC address of a running system that is otherwise idle"
+        "127.0.0.1:50051",
+        "gRPC address of a running system that is otherwise idle",
+        objection=objection_to_text,
     )
-    max_tokens: int = setting(128, "length of each measured answer in tokens")
-    concurrency: int = setting(16, "number of concurrent measured requests")
-    images_per_request: float = setting(1.0, "average number of images in a request")
+    max_tokens: int = setting(128, "length of each measured answer in tokens", range=TOKENS)
+    concurrency: int = setting(16, "number of concurrent measured requests", range=Range(1, 1024))
+    images_per_request: float = setting(
+        1.0, "average number of images in a request", range=Range(0.001, 1000.0)
+    )
     vision_seconds: float = setting(
-        0.0, "seconds that an image takes in a vision replica, instead of measuring it"
+        0.0,
+        "seconds that an image takes in a vision replica, instead of measuring it",
+        range=SECONDS,
     )
     group_rate: float = setting(
-        0.0, "requests that a language group answers per second, instead of measuring it"
+        0.0,
+        "requests that a language group answers per second, instead of measuring it",
+        range=Range(0.0, 1e6),
     )
 
 
@@ -308,7 +382,6 @@ SERVICES = {
     "detokenizer": DetokenizerSettings,
 }
 SCALABLE_ROLES = ("vision", "preprocess", "llm", "detokenizer")
-MAX_REPLICAS = 256
 CLIENT_NAMES = {"grpc"}
 KNOWN_NAMES = set().union(
     CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings, PlanSettings])

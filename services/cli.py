@@ -5,12 +5,13 @@ import os
 import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
-from common.process import EXIT_INTERRUPTED
+from common.process import EXIT_INTERRUPTED, write_utf8
 from common.settings import KNOWN_NAMES, PlanSettings, ServeSettings
 from services.commands import control, generate
 
 
 def main() -> None:
+    write_utf8()
     try:
         sys.exit(run(make_parser().parse_args()))
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from common.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from services.commands.output import one_line
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 CHANNEL_OPTIONS = (
@@ -65,7 +66,7 @@ def run_command(work: Callable[[argparse.Namespace], None], arguments: argparse.
     try:
         work(arguments)
     except ClientError as error:
-        print(f"twinlens: {error}", file=sys.stderr)
+        print(f"twinlens: {one_line(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
         # The reader of our output has closed it. Python flushes stdout again at exit, which must

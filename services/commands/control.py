@@ -1,7 +1,6 @@
 """`twinlens status`, `scale` and `drain`: show and change the members of a running system."""
 
 import argparse
-import json
 from typing import Any
 
 from common.membership import state_name
@@ -14,6 +13,7 @@ from services.commands.client import (
     run_command,
     whole_number,
 )
+from services.commands.output import json_line, one_line
 
 TIMEOUT = 15.0
 COLUMNS = ("role", "id", "state", "pid", "in_flight", "queued", "detail")
@@ -65,9 +65,7 @@ def print_members(arguments: argparse.Namespace) -> None:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         found = stub.ListMembers(control_pb2.ListMembersRequest(), timeout=TIMEOUT)
     members = [describe(member) for member in found.members]
-    print(
-        json.dumps({"members": members}, ensure_ascii=False) if arguments.json else table(members)
-    )
+    print(json_line({"members": members}) if arguments.json else table(members))
 
 
 def describe(member: control_pb2.Member) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def table(members: list[dict[str, Any]]) -> str:
     """Return the members as text, one a line, in aligned columns."""
     rows = [
         [name.replace("_", " ") for name in COLUMNS],
-        *([str(member[name]) for name in COLUMNS] for member in members),
+        *([one_line(str(member[name])) for name in COLUMNS] for member in members),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -93,7 +91,7 @@ def scale_role(arguments: argparse.Namespace) -> None:
     with connect(arguments.grpc) as channel:
         done = control_pb2_grpc.ControlServiceStub(channel).Scale(request, timeout=TIMEOUT)
     text = f"{arguments.role}: {done.replicas} wanted, {done.replicas_before} before"
-    print(json.dumps({"role": arguments.role} | as_dict(done)) if arguments.json else text)
+    print(json_line({"role": arguments.role} | as_dict(done)) if arguments.json else text)
 
 
 def drain_member(arguments: argparse.Namespace) -> None:
@@ -102,4 +100,4 @@ def drain_member(arguments: argparse.Namespace) -> None:
         member = control_pb2_grpc.ControlServiceStub(channel).Drain(request, timeout=TIMEOUT).member
     state = state_name(member.state)
     text = f"{member.id}: {state}, {member.in_flight} in flight, {member.queued} queued"
-    print(json.dumps(describe(member), ensure_ascii=False) if arguments.json else text)
+    print(json_line(describe(member)) if arguments.json else one_line(text))

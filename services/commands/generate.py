@@ -1,7 +1,6 @@
 """`twinlens generate`: ask a running system over gRPC, and print its answer."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from services.commands.client import (
     run_command,
     whole_number,
 )
+from services.commands.output import answer_text, json_line
 
 FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -102,7 +102,7 @@ def print_answer(arguments: argparse.Namespace) -> None:
         "usage": as_dict(response.usage),
         "timings": as_dict(response.timings),
     }
-    print(json.dumps(answer, ensure_ascii=False))
+    print(json_line(answer))
 
 
 def stream_answer(arguments: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def stream_answer(arguments: argparse.Namespace) -> None:
         for response in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
             request, timeout=arguments.timeout
         ):
-            print(response.delta.text, end="", flush=True)
+            print(answer_text(response.delta.text), end="", flush=True)
     print(flush=True)
 
 

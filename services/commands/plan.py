@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
-from common.config import BadSetting
+from common.config import BadSetting, check_values
 from common.families.family import TP_SIZES
 from common.process import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from common.settings import PlanSettings
@@ -58,16 +58,7 @@ def lines(settings: PlanSettings) -> Iterator[str]:
 
 
 def check(settings: PlanSettings) -> None:
-    if (
-        settings.images_per_request <= 0
-        or settings.card_gib < 0
-        or settings.concurrency < 1
-        or settings.max_tokens < 1
-    ):
-        raise BadSetting(
-            "--images-per-request, --concurrency and --max-tokens must be more than 0, and "
-            "--card-gib must not be less"
-        )
+    check_values(settings)
     if settings.image and not Path(settings.image).is_file():
         raise BadSetting(f"--image {settings.image}: no such file")
     if bool(settings.vision_seconds) != bool(settings.group_rate):

@@ -6,6 +6,7 @@ from typing import Any
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.commands.client import as_dict, connect, read_file
+from services.commands.output import answer_text
 
 SAMPLE_PROMPT = (
     "Return the plain text representation of this document as if you were reading it naturally.\n"
@@ -16,7 +17,7 @@ SAMPLE_PROMPT = (
 def show_sample(target: str, image: Path) -> None:
     """Print the text of an image and the duration of each stage."""
     text, timings = read_image(target, image, SAMPLE_PROMPT)
-    print(f"\n{image} says:\n\n{text}\n", flush=True)
+    print(f"\n{image} says:\n\n{answer_text(text)}\n", flush=True)
     for name, seconds in stage_durations(timings):
         print(f"  {name:<22} {seconds * 1000:8.1f} ms", flush=True)
     print(flush=True)

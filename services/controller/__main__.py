@@ -5,12 +5,14 @@ Its state is soft: it may stop and come back, and members then join again.
 
 import asyncio
 import os
+import secrets
 import socket
 import threading
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.errors import NotFound, shorten
 from common.grpc_server import Context, Server, Services, bounded, next_message
 from common.health import serve_health
 from common.logs import get_logger
@@ -42,7 +44,8 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
         if the port cannot be opened.
     """
     member = describe_controller(settings.name)
-    servicer = ControlServicer(member)
+    # Without a key there is no launcher: somebody else starts the members.
+    servicer = ControlServicer(member, settings.launcher_key or secrets.token_hex())
     server = await start_server(servicer, settings.control_listen)
     progress = Progress()
     health_port = serve_health(
@@ -83,8 +86,7 @@ async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Serv
     server = Server()
     services = Services(server, receive)
     control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, services)
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, services)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), services)
     try:
         server.add_insecure_port(address)
     except RuntimeError as e:
@@ -94,8 +96,18 @@ async def start_server(servicer: ControlServicer, address: str) -> grpc.aio.Serv
             "--control-listen"
         ) from e
     await server.start()
-    await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     return server
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Reports that the controller answers. Nobody watches that, so there is no Watch."""
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service:
+            raise NotFound(f"no service {shorten(request.service)!r} here")
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
 async def receive(context: Context) -> bytes | None:

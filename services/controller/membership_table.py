@@ -56,6 +56,16 @@ class MembershipTable:
             del self._last_seen[member_id]
         return expired
 
+    def forget_oldest_dead(self) -> bool:
+        """Remove the member that has been dead for longest, and return whether there was one."""
+        dead = [member_id for member_id in self._members if self.is_dead(member_id)]
+        if not dead:
+            return False
+        oldest = min(dead, key=self._last_seen.__getitem__)
+        del self._members[oldest]
+        del self._last_seen[oldest]
+        return True
+
     def is_alive(self, member_id: str) -> bool:
         return member_id in self._members and self._members[member_id].state != DEAD
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Never
 
@@ -14,7 +15,8 @@ from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.draining import Drains
 from services.controller.membership_table import MembershipTable
-from services.controller.reachability import location_of, unreachable_reason
+from services.controller.places import Places, Refused
+from services.controller.reachability import LOCAL, location_of
 from services.controller.report_checks import objection_to
 from services.controller.scaling import (
     JoinedLauncher,
@@ -28,9 +30,10 @@ TICK_SECONDS = 1.0
 """How often leases are checked and the launcher gets the load of all members."""
 FIRST_REPORT_SECONDS = 5.0
 """How long a stream may take to send its first message."""
-MAX_MEMBERS = 4096
-"""Members in the table, including those that died within the last minute."""
-MAX_WATCHERS = 4096
+MAX_SILENT_STREAMS = 256
+"""Streams that have sent nothing yet."""
+REPORT_SECONDS = 0.01
+"""The least time between two reports of a stream that are handled."""
 ANSWER_SECONDS = 5.0
 """How long a member may take to start draining, and the launcher to accept a replica count."""
 
@@ -38,8 +41,10 @@ ANSWER_SECONDS = 5.0
 class JoinStream:
     """One call of Join, by a member, a watcher, a launcher, or one that is several of these."""
 
-    def __init__(self, first: control_pb2.JoinRequest) -> None:
+    def __init__(self, first: control_pb2.JoinRequest, location: str = LOCAL) -> None:
         self.member_id = first.member.id if first.HasField("member") else ""
+        self.role = first.member.role
+        self.location = location
         self.is_watching = first.watch
         self.changed = asyncio.Event()
         """Set when there is something to send."""
@@ -49,20 +54,23 @@ class JoinStream:
 
     def objection_to(self, request: control_pb2.JoinRequest) -> str:
         """Return why this stream cannot bring the report: it speaks for one member only."""
-        return "" if request.member.id == self.member_id else "it reports as another member"
+        is_same = (request.member.id, request.member.role) == (self.member_id, self.role)
+        return "" if is_same else "it reports as another member"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     """The control plane. Its state is soft: after a restart, members join again."""
 
-    def __init__(self, controller: control_pb2.Member) -> None:
+    def __init__(self, controller: control_pb2.Member, launcher_key: str = "") -> None:
+        """`launcher_key` is what a launcher must know. If it is empty, the first one may stay."""
         self._table = MembershipTable()
+        self._places = Places(self._table, controller.id, launcher_key)
+        self._silent: OrderedDict[object, asyncio.Timeout] = OrderedDict()
+        """What ends each stream that has sent nothing yet, the oldest one first."""
         self._controller = controller
         self._watchers: set[JoinStream] = set()
         self._streams: dict[str, JoinStream] = {}
         """The latest stream of each member by its id."""
-        self._locations: dict[str, str] = {}
-        """Where each member runs, by its id."""
         self._drains = Drains(self._table)
         self._launcher: JoinedLauncher | None = None
         self._log = get_logger()
@@ -75,9 +83,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         first = await self._first_report(requests, context)
         if first is None:
             return
-        await self._check_place(first, context)
-        await self._check_reachable(first, context)
-        stream = JoinStream(first)
+        location = location_of(context.peer())
+        await self._check_place(first, location, context)
+        stream = JoinStream(first, location)
         self._open(stream, first)
         reports = asyncio.create_task(self._read_reports(requests, stream))
         try:
@@ -145,71 +153,62 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def _forget_removed_members(self) -> None:
         known = {member.id for member in self._table.members()}
         self._drains.keep(known)
-        for member_id in self._locations.keys() - known:
-            del self._locations[member_id]
+        self._places.keep(known)
 
     # The streams of Join
 
     async def _first_report(
         self, requests: AsyncIterator[control_pb2.JoinRequest], context: grpc.aio.ServicerContext
     ) -> control_pb2.JoinRequest | None:
-        """Return the first message of a stream, or refuse the call if it is late or malformed."""
+        """Return the first message of a stream, or refuse the call if it is late or malformed.
+
+        Members report at once. So if many streams say nothing, the oldest one is ended early.
+        """
+        if len(self._silent) >= MAX_SILENT_STREAMS:
+            _, oldest = self._silent.popitem(last=False)
+            oldest.reschedule(asyncio.get_running_loop().time())
+        me = object()
         try:
-            first = await asyncio.wait_for(anext(requests, None), FIRST_REPORT_SECONDS)
+            async with asyncio.timeout(FIRST_REPORT_SECONDS) as timeout:
+                self._silent[me] = timeout
+                first = await anext(requests, None)
         except TimeoutError:
             reason = f"no report within {FIRST_REPORT_SECONDS:g} s: send one to join"
             await refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, reason)
+        finally:
+            self._silent.pop(me, None)
         if first is not None and (reason := objection_to(first)):
             await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
         return first
 
     async def _check_place(
-        self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
+        self,
+        first: control_pb2.JoinRequest,
+        location: str,
+        context: grpc.aio.ServicerContext,
     ) -> None:
-        """Refuse a stream that would take the place of a living one, or for which there is no room.
-
-        A member whose connection broke unnoticed joins again once its lease has ended.
-        """
-        member_id = first.member.id
-        if member_id == self._controller.id or (
-            member_id in self._streams and self._table.is_alive(member_id)
-        ):
-            reason = f"there is a living member {member_id}: try again once its lease has ended"
-            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, reason)
-        if first.HasField("managed") and self._launcher:
-            reason = "a launcher has joined already: give each one its own controller"
-            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, reason)
-        is_new = self._table.get(member_id) is None
-        if first.HasField("member") and is_new and len(self._table.members()) >= MAX_MEMBERS:
-            reason = f"there are {MAX_MEMBERS} members, which is the most"
-            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        if first.watch and len(self._watchers) >= MAX_WATCHERS:
-            reason = f"there are {MAX_WATCHERS} watchers, which is the most"
-            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-
-    async def _check_reachable(
-        self, first: control_pb2.JoinRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        """Refuse a member if it and a peer of it could not reach each other."""
-        if not first.HasField("member"):
-            return
-        location = location_of(context.peer())
-        others = [
-            (other, self._locations[other.id])
-            for other in self._table.members()
-            if other.state != DEAD and other.id != first.member.id
-        ]
-        if reason := unreachable_reason(first.member, location, others):
-            self._log.warning("refused a member", id=first.member.id, reason=reason)
-            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
-        self._locations[first.member.id] = location
+        """Refuse a stream that would take the place of another caller, or that has no room."""
+        try:
+            if first.HasField("managed"):
+                self._places.check_launcher(first.key, self._launcher is not None)
+            if first.watch and not first.HasField("managed"):
+                watching = [watcher.location for watcher in self._watchers]
+                self._places.check_watcher(location, watching)
+            if first.HasField("member"):
+                self._places.check_member(first.member, first.key, location)
+        except Refused as e:
+            self._log.warning("refused to join", id=first.member.id, reason=e.reason)
+            await refuse(context, e.code, e.reason)
 
     def _open(self, stream: JoinStream, first: control_pb2.JoinRequest) -> None:
         """Register a new stream. Its own first report does not notify it."""
         self._launcher = stream.launcher or self._launcher
         self._handle_report(first)
         if stream.member_id:
+            former = self._streams.get(stream.member_id)
             self._streams[stream.member_id] = stream
+            if former:
+                former.changed.set()  # ends it
         if stream.is_watching:
             self._watchers.add(stream)
 
@@ -235,11 +234,12 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 if reason := objection_to(request) or stream.objection_to(request):
                     self._log.warning("dropped a member", id=stream.member_id, reason=reason)
                     break
-                if request.HasField("member") and not self._table.is_alive(request.member.id):
+                if self._has_died(stream):
                     break  # Its lease ended while it was frozen, so it must join again.
                 self._handle_report(request)
                 if stream.launcher:
                     stream.launcher.report(request.managed)
+                await asyncio.sleep(REPORT_SECONDS)
         except (grpc.RpcError, asyncio.CancelledError, ServingError):
             pass  # The stream broke, or what came is not a report.
         finally:
@@ -255,7 +255,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             self._notify_watchers()
 
     def _has_died(self, stream: JoinStream) -> bool:
-        return bool(stream.member_id) and not self._table.is_alive(stream.member_id)
+        """Whether the stream's member is dead, or has another stream by now."""
+        if not stream.member_id:
+            return False
+        is_latest = self._streams.get(stream.member_id) is stream
+        return not is_latest or not self._table.is_alive(stream.member_id)
 
     def _on_member_dead(self, member_id: str) -> None:
         self._drains.on_started(member_id)

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 
 from common.address import bound_socket, host_port
 from common.grpc_server import max_connections
+from common.membership import CHANNEL_OPTIONS
 from common.process import CannotStart
 from common.settings import GatewaySettings
 from services.gateway.acceptor import Acceptor
@@ -115,7 +116,7 @@ async def start_api_servers(
     CannotStart
         if one of the ports cannot be opened.
     """
-    async with grpc.aio.insecure_channel(settings.controller) as channel:
+    async with grpc.aio.insecure_channel(settings.controller, CHANNEL_OPTIONS) as channel:
         max_body_bytes = settings.max_body_mib << 20
         budget = BodyBudget(max(settings.max_held_body_mib << 20, 2 * max_body_bytes))
         admitted_images = BodyBudget(MAX_ADMITTED_IMAGE_BYTES)

@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from common.config import BadSetting
+from common.errors import shorten
+from common.settings import MAX_REPLICAS
 
 HIGH_DELAY_SECONDS = 1.0
 LOW_DELAY_SECONDS = 0.2
@@ -96,13 +98,15 @@ def parse_bounds(text: str) -> Bounds:
     BadSetting
         If the text has another form, or MOST is less than LEAST.
     """
-    found = re.fullmatch(r"vision=(\d{1,3}):(\d{1,3})", text)
+    found = re.fullmatch(r"vision=([0-9]{1,3}):([0-9]{1,3})", text)
     if not found:
         raise BadSetting(
-            f"--autoscale {text}: write vision=LEAST:MOST, such as vision=1:4; only vision can be "
-            "autoscaled"
+            f"--autoscale {shorten(text)}: write vision=LEAST:MOST, such as vision=1:4; only "
+            "vision can be autoscaled"
         )
     bounds = Bounds(int(found[1]), int(found[2]))
-    if not 1 <= bounds.least <= bounds.most:
-        raise BadSetting(f"--autoscale {text}: LEAST must be at least 1, and MOST at least LEAST")
+    if not 1 <= bounds.least <= bounds.most <= MAX_REPLICAS:
+        raise BadSetting(
+            f"--autoscale {text}: LEAST must be at least 1, and MOST from LEAST to {MAX_REPLICAS}"
+        )
     return bounds

@@ -6,11 +6,9 @@ from pathlib import Path
 from common.address import bound_socket, host_port
 from common.buckets import parse_buckets
 from common.checkpoint import open_checkpoint
-from common.config import BadSetting, flag
+from common.config import BadSetting, check_values, flag
 from common.settings import ServeSettings
 from services.launcher.autoscale import parse_bounds
-
-MAX_PORT = 65535
 
 
 def check(settings: ServeSettings) -> ServeSettings:
@@ -23,10 +21,8 @@ def check(settings: ServeSettings) -> ServeSettings:
     BadCheckpoint
         If the model directory cannot be served.
     """
+    check_values(settings)
     checkpoint = open_checkpoint(settings.model)
-    for name in ("llm", "tp", "detokenizer", "preprocess", "vision"):
-        if (count := getattr(settings, name)) < 1:
-            raise BadSetting(f"{flag(name)} {count}: must be at least 1")
     check_scaling(settings)
     if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
         raise BadSetting(
@@ -46,8 +42,6 @@ def check(settings: ServeSettings) -> ServeSettings:
 
 
 def check_scaling(settings: ServeSettings) -> None:
-    if settings.vision_standby < 0:
-        raise BadSetting(f"--vision-standby {settings.vision_standby}: must be 0 or more")
     if settings.autoscale and settings.vision > (most := parse_bounds(settings.autoscale).most):
         raise BadSetting(
             f"--vision {settings.vision} with --autoscale {settings.autoscale}: start with at most "
@@ -56,8 +50,6 @@ def check_scaling(settings: ServeSettings) -> None:
 
 
 def check_port(host: str, port: int, name: str) -> None:
-    if not 0 < port <= MAX_PORT:
-        raise BadSetting(f"{name} {port}: must be from 1 to {MAX_PORT}")
     try:
         bound_socket(host, port).close()
     except OSError as e:

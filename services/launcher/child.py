@@ -41,9 +41,11 @@ class Child:
     group: str = ""
     """The language group of a rank, else empty. The ranks of a group start and end together."""
     is_standby: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    """What its processes get besides the environment that all children of its role get."""
     process: subprocess.Popen[bytes] | None = None
     member: control_pb2.Member | None = None
-    """The last report of the controller about this process."""
+    """The last report of the controller about this process; `is_reported_as` says which one is."""
     dead_since: float | None = None
     """When the controller first reported this live process dead."""
     status: int = EXIT_OK
@@ -65,6 +67,16 @@ class Child:
             self.status == EXIT_USAGE or self.failed_starts >= MAX_FAILED_STARTS
         )
 
+    def is_reported_as(self, member: control_pb2.Member) -> bool:
+        """Whether a member that has the pid of this process is this process.
+
+        A pid alone says nothing, because any member may report any pid.
+        """
+        if self.member is not None:
+            return member.id == self.member.id
+        name, _, _ = member.id.rpartition("-")
+        return name == self.name and member.role == self.role
+
     def is_in(self, *states: "control_pb2.MemberState.ValueType") -> bool:
         return self.process is not None and self.member is not None and self.member.state in states
 
@@ -77,7 +89,6 @@ def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None
     OSError
         if there are too few descriptors, processes or threads.
     """
-    child.num_starts += 1
     # In a process group of its own a child does not receive the terminal's Ctrl-C. The launcher
     # does, and stops the children in order.
     process = subprocess.Popen(
@@ -86,7 +97,7 @@ def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         process_group=0,
-        env=child_environment(child.role),
+        env=child_environment(child.role) | child.environment,
     )
     child.last_lines.clear()
     relay = threading.Thread(target=relay_logs, args=(child, process), daemon=True)
@@ -98,6 +109,8 @@ def start(child: Child, command: list[str], on_exit: Callable[[], None]) -> None
         process.kill()
         process.wait()
         raise OSError(errno.EAGAIN, str(e)) from e
+    # A start that failed does not count: the ranks of a group count their starts together.
+    child.num_starts += 1
     child.process = process
     child.relay = relay
     child.was_ready = False
@@ -147,10 +160,11 @@ def child_environment(role: str) -> dict[str, str]:
     """Return the environment of a child: the launcher's own, and the tuning of the child's role.
 
     The launcher's TWINLENS_* variables are left out, because children get their settings by flag.
-    PYTHONSAFEPATH keeps a folder `services` in the working directory from being imported.
+    PYTHONSAFEPATH keeps a folder `services` in the working directory from being imported, and
+    PYTHONUTF8 makes names of files UTF-8 in any locale.
     """
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
-    return with_tuning(role, own) | {"PYTHONSAFEPATH": "1"}
+    return with_tuning(role, own) | {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 
 
 def relay_logs(child: Child, process: subprocess.Popen[bytes]) -> None:
@@ -160,8 +174,10 @@ def relay_logs(child: Child, process: subprocess.Popen[bytes]) -> None:
         while line := log.readline(MAX_LINE_BYTES):
             text = line[: 4 * MAX_LAST_LINE_CHARS].decode(errors="replace").rstrip()
             child.last_lines.append(text[:MAX_LAST_LINE_CHARS])
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+            # The child must be able to log even if nobody reads what we write.
+            with contextlib.suppress(OSError):
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
 
 
 def stop_child(child: Child) -> None:

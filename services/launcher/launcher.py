@@ -54,6 +54,7 @@ class Launcher:
             lambda: (0, 0),
             managed=lambda: self._managed,
             on_response=self._receive,
+            key=self.supervisor.key,
         )
         try:
             while not self._stopping:

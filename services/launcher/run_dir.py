@@ -14,11 +14,10 @@ from pathlib import Path
 
 from common.config import BadSetting
 from common.logs import get_logger
+from common.setting_checks import MAX_SOCKET_PATH_BYTES
 
 PREFIX = "twinlens-"
 LOCK = "launcher.lock"
-MAX_SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket on Linux (unix(7))."""
 LONGEST_NAME = "detokenizer-255.1023.sock"
 """No socket of `services/launcher/replicas.py` has a longer name."""
 

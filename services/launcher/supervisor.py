@@ -1,8 +1,10 @@
 """The children of one `twinlens serve`: started, watched, restarted, scaled and stopped."""
 
+import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.logs import get_logger
@@ -62,6 +64,8 @@ class Supervisor:
         )
         self._controller = Progress()
         """The controller reports the other members, so the launcher itself watches it."""
+        self.key = secrets.token_hex()
+        """What makes this launcher the launcher for the controllers that it starts."""
         self.is_draining = False
         self.has_come_up = False
         """Whether all children were ready at the same time at least once."""
@@ -118,7 +122,7 @@ class Supervisor:
     def on_response(self, response: control_pb2.JoinResponse) -> None:
         """Handle the controller's view: the members, the drained ones, and the wanted replicas."""
         self._controller.begin(CONTROLLER_SECONDS)
-        self._update_members({member.pid: member for member in response.members})
+        self._update_members(response.members)
         self._remove_drained(set(response.drained))
         for role, wanted in response.wanted.items():
             if role in SCALABLE_ROLES:
@@ -160,6 +164,8 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         """Start the child's process, or try again later if there are no resources for it now."""
+        if child.role == "controller":
+            child.environment["TWINLENS_LAUNCHER_KEY"] = self.key
         try:
             start(child, self._command(child, self._run_dir), self._on_exit)
         except OSError as e:
@@ -228,12 +234,17 @@ class Supervisor:
         )
         return replica.is_retired or has_old_rank
 
-    def _update_members(self, members: dict[int, control_pb2.Member]) -> None:
-        """Record the reports, by pid, and kill the children that hang."""
+    def _update_members(self, reported: Iterable[control_pb2.Member]) -> None:
+        """Record the reports, and kill the children that hang."""
+        members: defaultdict[int, list[control_pb2.Member]] = defaultdict(list)
+        for member in reported:
+            members[member.pid].append(member)
         for child in self.fleet.children:
             if child.process is None:
                 continue
-            child.member = members.get(child.process.pid, child.member)
+            for member in members.get(child.process.pid, []):
+                if child.is_reported_as(member):
+                    child.member = member
             if child.is_in(READY, STANDBY):
                 child.was_ready = True
                 child.failed_starts = 0

@@ -121,21 +121,44 @@ def test_one_who_connects_and_says_nothing_keeps_no_probe_waiting(
         assert asked.get("/healthz")[0] == 200
 
 
-def test_further_connections_are_closed_at_once_and_room_comes_back(
+def test_connections_that_say_nothing_never_keep_a_probe_out(
     asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An orchestrator would kill a service whose probe is not answered."""
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(Handler, "timeout", None)
     address = ("127.0.0.1", asked.server.server_address[1])
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(address)) for _ in range(3)]
-        with socket.create_connection(address) as further:
-            further.settimeout(DEADLINE)
-            assert further.recv(1) == b""
-        held[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        assert b"200 OK" in held[0].recv(1000)
-        while held[0].recv(1000):
-            pass
         assert asked.get("/healthz")[0] == 200
+        held[0].settimeout(DEADLINE)
+        assert held[0].recv(1) == b""
+        held[2].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        held[2].settimeout(DEADLINE)
+        assert b"200 OK" in held[2].recv(1000)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"x" * 20_000,
+        b"GET / HTTP/1.0\r\nX: " + b"y" * 20_000,
+        b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 5000,
+        b"no request at all <b>\r\n\r\n",
+    ],
+    ids=["path", "header", "headers", "nonsense"],
+)
+def test_a_head_is_bounded_and_never_repeated(asked: Asked, head: bytes) -> None:
+    address = ("127.0.0.1", asked.server.server_address[1])
+    with socket.create_connection(address) as client:
+        client.settimeout(DEADLINE)
+        with contextlib.suppress(ConnectionError):
+            client.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            answer = client.makefile("rb").read(10_000)
+            assert b"xxx" not in answer and b"request at all" not in answer
+            assert not answer or b" 431 " in answer or b" 400 " in answer
+    assert asked.get("/healthz")[0] == 200
 
 
 def test_a_connection_that_lasts_too_long_is_ended(

@@ -37,11 +37,13 @@ def member(member_id: str = "v-1", **fields: Any) -> control_pb2.Member:
 class Joined:
     """A Join stream that the test uses as a member or a watcher."""
 
-    def __init__(self, stub: Any) -> None:
+    def __init__(self, stub: Any, key: str = "") -> None:
         self.call = stub.Join(timeout=DEADLINE)
+        self._key = key
 
     async def report(self, reported: control_pb2.Member | None, watch: bool = False) -> None:
-        await self.call.write(control_pb2.JoinRequest(member=reported, watch=watch))
+        request = control_pb2.JoinRequest(member=reported, watch=watch, key=self._key)
+        await self.call.write(request)
 
     async def read_states(self) -> dict[str, int]:
         """Return the states of all members but the controller in the next response."""
@@ -157,11 +159,11 @@ async def test_a_change_of_load_is_listed_but_does_not_notify_watchers(
     assert await watcher.read_states() == {"v-1": READY}
     for in_flight in range(1, 6):
         await joined.report(member(in_flight=in_flight))
-    await joined.report(member(in_flight=9, address="moved"))
+    await joined.report(member(in_flight=9, address="tcp://moved:1"))
     # The watcher is notified of the move next: the five reports before it did not notify it.
     answer = await watcher.call.read()
     (moved,) = (m for m in answer.members if m.id == "v-1")
-    assert (moved.address, moved.in_flight) == ("moved", 9)
+    assert (moved.address, moved.in_flight) == ("tcp://moved:1", 9)
 
 
 @pytest.mark.parametrize("how", ["cancel", "done_writing"])
@@ -224,17 +226,35 @@ async def test_a_member_whose_stream_broke_unnoticed_joins_again_after_its_lease
 ) -> None:
     """The old stream ends after that, which does not end the member."""
     old = Joined(stub)
-    await old.report(member(address="old"))
+    await old.report(member(address="tcp://old:1"))
     await watcher.read_until({"v-1": READY})
     await watcher.read_until({"v-1": DEAD})
     new = Joined(stub)
-    await new.report(member(address="new"))
+    await new.report(member(address="tcp://new:1"))
     await watcher.read_until({"v-1": READY})
     await old.call.done_writing()
     assert await old.ends()
-    await new.report(member(address="newer"))
+    await new.report(member(address="tcp://newer:1"))
     answer = await watcher.call.read()
-    assert [(m.address, m.state) for m in answer.members if m.id == "v-1"] == [("newer", READY)]
+    (found,) = (m for m in answer.members if m.id == "v-1")
+    assert (found.address, found.state) == ("tcp://newer:1", READY)
+
+
+async def test_a_member_that_knows_its_key_joins_again_at_once(stub: Any, watcher: Joined) -> None:
+    """A connection breaks, the member joins again, and the controller sees the break only then."""
+    old = Joined(stub, key="mine")
+    new = Joined(stub, key="mine")
+    await old.report(member(address="tcp://old:1"))
+    await watcher.read_until({"v-1": READY})
+    await new.report(member(address="tcp://new:1"))
+    assert await watcher.read_states() == {"v-1": READY}
+    assert await old.ends()
+    await new.report(member(address="tcp://newer:1"))
+    answer = await watcher.call.read()
+    (found,) = (m for m in answer.members if m.id == "v-1")
+    assert (found.address, found.state) == ("tcp://newer:1", READY)
+    await new.call.done_writing()
+    await watcher.read_until({"v-1": DEAD})
 
 
 async def test_an_invalid_report_ends_only_its_own_stream(stub: Any, watcher: Joined) -> None:

@@ -262,12 +262,14 @@ def test_a_member_that_an_operator_drains_is_not_replaced(supervise: Supervise) 
     supervisor = supervise(vision=2)
     supervisor.keep_running()
     report(supervisor)
-    drained = child_named(supervisor, "vision-0").member
-    assert drained is not None
+    child = child_named(supervisor, "vision-0")
+    drained = child.member
+    process = child.process
+    assert drained is not None and process is not None
     for _ in range(2):  # the controller repeats it with every response
         supervisor.on_response(control_pb2.JoinResponse(drained=[drained.id, "someone-else"]))
         supervisor.keep_running()
-    kill(supervisor, "vision-0")
+    process.wait()  # it ends at the signal that asks it to drain
     supervisor.keep_running()
     assert [name for name in pids(supervisor) if name.startswith("vision")] == ["vision-1"]
     assert supervisor.managed().replicas["vision"] == 1

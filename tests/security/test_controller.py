@@ -7,15 +7,19 @@ from typing import Any
 import grpc
 import pytest
 
+from common.membership import CHANNEL_OPTIONS, MAX_LIST_BYTES
 from common.settings import ControllerSettings
 from proto.twinlens.control.v1 import control_pb2
 from services.controller import __main__ as controller_main
-from services.controller import service
-from services.controller.report_checks import MAX_DETAIL_CHARS
+from services.controller import places, service
+from services.controller.membership_table import MembershipTable
+from services.controller.places import MAX_MEMBERS, Places, Refused
+from services.controller.report_checks import MAX_DETAIL_CHARS, MAX_MEMBER_BYTES, objection_to
 from tests.controller.test_service import (  # fixtures
     DEADLINE,
     READY,
     Joined,
+    listed,
     member,
 )
 from tests.controller.test_service import address as address
@@ -33,7 +37,7 @@ Code = grpc.StatusCode
         {"member_id": ""},
         {"member_id": "x" * 201},
         {"member_id": "a\nb"},
-        {"address": "tcp://" + "x" * 201},
+        {"address": "tcp://" + "x" * 201 + ":1"},
         {"host": "x" * 201},
         {"group": "\x00"},
         {"fingerprint": "x" * 201},
@@ -44,6 +48,11 @@ Code = grpc.StatusCode
         {"expected_delay": float("nan")},
         {"expected_delay": float("inf")},
         {"expected_delay": -1.0},
+        {"state": control_pb2.MEMBER_STATE_DEAD},
+        {"pid": 2**31},
+        {"max_model_len": 2**31},
+        {"address": "inproc://x"},
+        {"address": "tcp://host\n:1"},
     ],
     ids=str,
 )
@@ -120,8 +129,8 @@ async def test_nobody_takes_the_place_of_the_controller_or_the_launcher(stub: An
 async def test_the_numbers_of_members_and_watchers_are_bounded(
     stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "MAX_MEMBERS", 1)
-    monkeypatch.setattr(service, "MAX_WATCHERS", 1)
+    monkeypatch.setattr(places, "MAX_MEMBERS", 1)
+    monkeypatch.setattr(places, "MAX_WATCHERS", 1)
     first = Joined(stub)
     await first.report(member(), watch=True)
     await first.read_until({"v-1": READY})
@@ -131,11 +140,127 @@ async def test_the_numbers_of_members_and_watchers_are_bounded(
         assert await further.call.code() == Code.RESOURCE_EXHAUSTED
 
 
+def room(*members: tuple[str, str]) -> tuple[MembershipTable, Places]:
+    """Return a table in which these (id, location) have joined."""
+    table = MembershipTable()
+    found = Places(table, "controller-1", "")
+    for member_id, location in members:
+        found.check_member(member(member_id), "", location)
+        table.report(member(member_id), 0.0)
+    return table, found
+
+
+def test_the_members_and_watchers_of_one_address_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "MAX_MEMBERS", 4)
+    monkeypatch.setattr(places, "MAX_WATCHERS", 4)
+    _, found = room(("v-1", "10.0.0.1"), ("v-2", "10.0.0.1"))
+    with pytest.raises(Refused, match="2 members from this address"):
+        found.check_member(member("v-3"), "", "10.0.0.1")
+    found.check_member(member("v-4"), "", "10.0.0.2")
+    with pytest.raises(Refused, match="2 watchers"):
+        found.check_watcher("10.0.0.1", ["10.0.0.1"] * 2)
+    found.check_watcher("10.0.0.2", ["10.0.0.1"] * 2)
+
+
+def test_members_that_died_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "MAX_MEMBERS", 2)
+    table, found = room(("v-1", ""), ("v-2", "10.0.0.1"))
+    table.mark_dead("v-1", 1.0)
+    found.check_member(member("v-3"), "", "")
+    assert table.get("v-1") is None
+
+
+async def test_the_list_of_as_many_members_as_may_join_reaches_a_watcher() -> None:
+    """Two members with 3 MB of detail once made the list larger than watchers accept."""
+    largest = MAX_MEMBERS * (MAX_MEMBER_BYTES + 16)
+    assert largest < MAX_LIST_BYTES
+    assert dict(CHANNEL_OPTIONS)["grpc.max_receive_message_length"] == MAX_LIST_BYTES
+    wide = "\N{GRINNING FACE}"
+    full = member(detail=wide * MAX_DETAIL_CHARS, host=wide * 200)
+    assert "bytes" in objection_to(control_pb2.JoinRequest(member=full))
+
+
 async def test_a_stream_that_says_nothing_is_ended(
     stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "FIRST_REPORT_SECONDS", 0.01)
     assert await stub.Join(timeout=DEADLINE).code() == Code.DEADLINE_EXCEEDED
+
+
+async def test_streams_that_say_nothing_keep_no_place_from_those_that_report(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "FIRST_REPORT_SECONDS", 10 * DEADLINE)
+    monkeypatch.setattr(service, "MAX_SILENT_STREAMS", 2)
+    silent = [stub.Join(timeout=DEADLINE) for _ in range(3)]
+    ended = [asyncio.create_task(call.code()) for call in silent]
+    done, _ = await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+    assert [task.result() for task in done] == [Code.DEADLINE_EXCEEDED]
+    joined = Joined(stub)
+    await joined.report(member())
+    assert await joined.read_states() == {}
+    assert sum(task.done() for task in ended) == 2
+    for task in ended:
+        task.cancel()
+
+
+async def test_a_member_is_no_launcher(stub: Any) -> None:
+    call = stub.Join(timeout=DEADLINE)
+    managed = control_pb2.Managed(replicas={"vision": 1})
+    await call.write(control_pb2.JoinRequest(member=member(), managed=managed))
+    assert await call.code() == Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("key", ["", "wrong", "right"])
+def test_only_who_knows_the_key_is_the_launcher(key: str) -> None:
+    found = Places(MembershipTable(), "controller-1", "right")
+    if key == "right":
+        for has_launcher in (False, True):  # it may come back before its break is seen
+            found.check_launcher(key, has_launcher)
+    else:
+        with pytest.raises(Refused, match="only the launcher that started"):
+            found.check_launcher(key, has_launcher=False)
+
+
+def test_nobody_takes_the_id_of_a_member_that_was_frozen() -> None:
+    table = MembershipTable()
+    found = Places(table, "controller-1", "")
+    found.check_member(member(), "its own", "")
+    table.report(member(), 0.0)
+    table.mark_dead("v-1", 1.0)
+    with pytest.raises(Refused, match="there is a member v-1"):
+        found.check_member(member(), "a guess", "")
+    found.check_member(member(), "its own", "")
+
+
+async def test_a_watcher_that_does_not_read_costs_no_memory(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the latest list waits for it, however many changes there were."""
+    monkeypatch.setattr(service, "REPORT_SECONDS", 0.0)
+    made: list[int] = []
+    original = service.ControlServicer._response
+
+    def count(self: Any, stream: Any) -> Any:
+        response = original(self, stream)
+        made.append(response.ByteSize() if stream.is_watching else 0)
+        return response
+
+    monkeypatch.setattr(service.ControlServicer, "_response", count)
+    others = [Joined(stub) for _ in range(40)]
+    for n, other in enumerate(others):
+        await other.report(member(f"v-{n}", detail="\N{GRINNING FACE}" * 450))
+        await other.call.read()
+    deaf = Joined(stub)
+    await deaf.report(None, watch=True)  # and never reads
+    for n in range(500):
+        await others[0].report(member("v-0", detail=f"change {n}"))
+    while "change 499" not in [m.detail for m in await listed(stub)]:
+        pass
+    assert sum(made) < 20 * 2**20  # all lists together have 37 MB
+    deaf.call.cancel()
 
 
 async def test_a_controller_that_cannot_expire_leases_ends(

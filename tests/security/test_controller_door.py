@@ -56,7 +56,7 @@ async def test_a_path_that_is_not_utf8_does_not_end_the_server(address: str) -> 
 
 
 async def test_garbage_after_the_first_report_ends_the_stream_only(address: str) -> None:
-    report = control_pb2.JoinRequest(member=control_pb2.Member(id="llm-1", role="llm"))
+    report = control_pb2.JoinRequest(member=control_pb2.Member(id="llm-1", role="llm", state=2))
     messages = [report.SerializeToString(), b"\xff" * 10]
     async with grpc.aio.insecure_channel(address) as channel:
         join = channel.stream_stream(

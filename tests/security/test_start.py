@@ -9,15 +9,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
 from common.config import BadSetting
+from common.membership import READY
 from common.progress import Progress
+from proto.twinlens.control.v1 import control_pb2
 from services.launcher import child as child_module
 from services.launcher import run_dir as run_dir_module
 from services.launcher import supervisor as supervisor_module
+from services.launcher.child import Child
 from services.launcher.run_dir import LOCK, open_run_dir
 from tests.launcher.conftest import Supervise
 from tests.launcher.conftest import launch as launch  # fixtures
@@ -174,3 +178,78 @@ def test_a_child_that_cannot_be_started_for_want_of_descriptors_is_started_later
     assert {entry["event"] for entry in logs} == {"cannot start a process now; trying again"}
     supervisor.keep_running()
     assert len(pids(supervisor)) == 6
+
+
+def test_no_other_member_speaks_for_a_child(supervise: Supervise) -> None:
+    """A member that claims a child's pid, and to hang, once got the child killed."""
+    supervisor = supervise()
+    supervisor.keep_running()
+    before = pids(supervisor)
+    pid = before["vision-0"]
+    for fields in ({"id": "vision-9-abc", "role": "vision"}, {"id": "vision-0-abc", "role": "llm"}):
+        liar = control_pb2.Member(pid=pid, state=READY, hung=True, **fields)
+        supervisor.on_response(control_pb2.JoinResponse(members=[liar]))
+        assert child_named(supervisor, "vision-0").member is None
+    report(supervisor)
+    liar = control_pb2.Member(id="vision-0-zzz", role="vision", pid=pid, state=READY, hung=True)
+    supervisor.on_response(control_pb2.JoinResponse(members=[liar]))
+    supervisor.keep_running()
+    assert pids(supervisor) == before
+    member = child_named(supervisor, "vision-0").member
+    assert member is not None and not member.hung
+
+
+def test_only_the_controller_learns_the_launchers_key(supervise: Supervise) -> None:
+    supervisor = supervise()
+    supervisor.keep_running()
+    for child in supervisor.fleet.children:
+        assert child.process is not None
+        environment = Path(f"/proc/{child.process.pid}/environ").read_bytes()
+        assert (supervisor.key.encode() in environment) == (child.role == "controller")
+
+
+def test_the_ranks_of_a_group_meet_though_one_could_not_be_started_at_first(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "LAST_BACKOFF_SECONDS", 0.0)
+    supervisor = supervise(tp=2)
+    popen = subprocess.Popen
+    failures = [OSError(24, "Too many open files")]
+
+    def fail_once(*arguments: object, **options: object) -> object:
+        if "llm-0" in failing and failures:
+            raise failures.pop()
+        return popen(*arguments, **options)  # type: ignore[call-overload]
+
+    failing: list[str] = []
+    command = supervisor._command
+
+    def note(child: Child, run_dir: Path) -> list[str]:
+        failing[:] = [child.name]
+        return command(child, run_dir)
+
+    monkeypatch.setattr(supervisor, "_command", note)
+    monkeypatch.setattr(child_module.subprocess, "Popen", fail_once)
+    supervisor.keep_running()
+    assert "llm-0" not in pids(supervisor) and "llm-0.1" in pids(supervisor)
+    supervisor.keep_running()
+    starts = {c.name: c.num_starts for c in supervisor.fleet.children if c.role == "llm"}
+    assert starts == {"llm-0": 1, "llm-0.1": 1}
+
+
+def test_a_child_goes_on_logging_when_nobody_reads_the_launchers_log(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed:
+        def write(self, data: bytes) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    line = "import sys; [print('x' * 100, file=sys.stderr) for _ in range(10_000)]; sys.exit(7)"
+    supervisor = supervise({"vision": line})
+    closed = SimpleNamespace(buffer=Closed(), isatty=lambda: False)
+    monkeypatch.setattr(child_module.sys, "stderr", closed)
+    supervisor.keep_running()
+    assert wait_for_status(supervisor, "vision-0") == 7

@@ -134,8 +134,14 @@ class JoinRequest(_message.Message):
     MEMBER_FIELD_NUMBER: _builtins.int
     WATCH_FIELD_NUMBER: _builtins.int
     MANAGED_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     watch: _builtins.bool
     """Whether the caller wants all members. Read from the first message only."""
+    key: _builtins.str
+    """A secret of the caller, read from the first message only. Only who knows the key of a living
+    member can take its place, as the member itself does when its connection broke. Only who knows
+    the key that the controller was started with can be the launcher.
+    """
     @_builtins.property
     def member(self) -> Global___Member:
         """Absent if the caller only watches, as the launcher does."""
@@ -150,10 +156,11 @@ class JoinRequest(_message.Message):
         member: Global___Member | None = ...,
         watch: _builtins.bool = ...,
         managed: Global___Managed | None = ...,
+        key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["managed", b"managed", "member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["managed", b"managed", "member", b"member", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "managed", b"managed", "member", b"member", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
