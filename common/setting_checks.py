@@ -5,8 +5,9 @@ import re
 
 MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux (unix(7))."""
-MAX_NAME_CHARS = 100
-"""The longest name that a setting gives. Member ids and file names are made of names."""
+MAX_NAME_CHARS = 190
+"""The longest name that a setting gives. A member id is a name and a suffix, of at most 200
+characters together; a name may be that of a host in a cluster."""
 MAX_TEXT_CHARS = 250
 SOCKET_SCHEMES = ("ipc://", "unix://", "unix:")
 

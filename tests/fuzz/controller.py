@@ -12,7 +12,8 @@ from common.settings import SERVICES
 from proto.twinlens.control.v1 import control_pb2
 from services.controller.__main__ import MAX_MESSAGE_BYTES
 from services.controller.membership_table import REMEMBER_DEAD_SECONDS
-from services.controller.service import MAX_MEMBERS, ControlServicer
+from services.controller.places import MAX_MEMBERS
+from services.controller.service import ControlServicer
 from tests.fuzz.actions import Action, Call, Wait, Work
 from tests.fuzz.clock import CLOCK
 from tests.fuzz.making import FLOATS, INTS, STRINGS, Maker
@@ -174,7 +175,8 @@ class ControllerTarget(Target):
             "members": len(servicer._table.members()),
             "watchers": len(servicer._watchers),
             "streams": len(servicer._streams),
-            "locations": len(servicer._locations),
+            "locations": len(servicer._places._locations),
+            "keys": len(servicer._places._keys),
             "drains": len(servicer._drains.drained) + len(servicer._drains._requests),
             "launcher": float(servicer._launcher is not None),
             "calls": len(self._calls),

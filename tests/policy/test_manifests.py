@@ -66,7 +66,9 @@ def refused_settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch)
             for name, value in environment(manifests, pod).items():
                 patched.setenv(name, value)
             argv = [
-                argument.replace("$(LWS_WORKER_INDEX)", "1")
+                argument.replace("$(LWS_WORKER_INDEX)", "1").replace(
+                    "$(LWS_LEADER_ADDRESS)", "llm-0.llm.default"
+                )
                 for argument in container(pod).get("args", [])
             ]
             try:
