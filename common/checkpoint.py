@@ -1,16 +1,27 @@
 """A model directory in Hugging Face layout: its configuration, tensors and fingerprint."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, check_fields
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
+from common.model_files import (
+    MAX_SHOWN_CHARS,
+    check_place,
+    parse_json,
+    read_file,
+    read_json,
+    read_optional_json,
+    shown,
+)
 
-__all__ = ["BadCheckpoint", "Checkpoint", "TensorInfo", "open_checkpoint", "read_json"]
+__all__ = ["BadCheckpoint", "Checkpoint", "TensorInfo", "open_checkpoint"]
 
+INDEX = "model.safetensors.index.json"
 FINGERPRINTED = (
     "config.json",
     "generation_config.json",
@@ -21,30 +32,17 @@ FINGERPRINTED = (
     "chat_template.jinja",
 )
 MAX_HEADER_BYTES = 100 * 2**20
-MAX_JSON_BYTES = 64 * 2**20
-"""No JSON file of a checkpoint is larger. The index of 100,000 tensors has about 10 MB."""
 SAMPLE_BYTES = 64
-MAX_COUNT = 2**31
-COUNTS = frozenset(
-    {
-        "depth",
-        "head_dim",
-        "hidden_size",
-        "intermediate_size",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "out_hidden_size",
-        "patch_size",
-        "spatial_merge_size",
-        "temporal_patch_size",
-        "vocab_size",
-        "window_size",
-    }
-)
-"""The fields of config.json that must be positive integers where they stand."""
+MAX_TENSORS = 2**20
+MAX_DIMENSIONS = 8
+MAX_NAME_CHARS = 1024
+ITEM_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+"""The size of an element by its type. Other types are not checked, and not loaded either."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,21 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.path}: {name} in config.json is not an object")
         return section
 
-    def check_counts(self) -> None:
-        """Raise BadCheckpoint if a size in config.json is not a positive integer."""
+    def check(self) -> None:
+        """Check the fields of config.json, and that no file leads out of the directory.
+
+        Raises
+        ------
+        BadCheckpoint
+            if something is wrong; the message names it.
+        """
+        file = self.path / "config.json"
         for config in (self.text_config, self.vision_config):
-            for name in COUNTS & config.keys():
-                value = config[name]
-                if type(value) is not int or not 0 < value <= MAX_COUNT:
-                    raise BadCheckpoint(
-                        f"{self.path}: {name} in config.json is {shown(value)}, which is not a "
-                        f"positive integer of at most {MAX_COUNT}"
-                    )
+            check_fields(config, CONFIG, file)
+            for name in ("rope_parameters", "rope_scaling"):
+                check_fields(config.get(name) or {}, ROPE, file)
+        for name in (*FINGERPRINTED, INDEX):
+            check_place(self.path, self.path / name)
 
     @property
     def max_model_len(self) -> int:
@@ -141,12 +144,19 @@ class Checkpoint:
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
-        return read_json(self.path / "preprocessor_config.json")
+        file = self.path / "preprocessor_config.json"
+        config = read_json(file)
+        check_fields(config, PREPROCESSOR, file)
+        check_fields(config.get("size") or {}, SIZE, file)
+        return config
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """The checkpoint's own sampling defaults; empty if it has none."""
-        return read_optional_json(self.path / "generation_config.json")
+        file = self.path / "generation_config.json"
+        config = read_optional_json(file)
+        check_fields(config, GENERATION, file)
+        return config
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -164,7 +174,7 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files. They need not exist."""
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if not index.exists():
             return [self.path / "model.safetensors"]
         weight_map = read_json(index).get("weight_map")
@@ -174,7 +184,6 @@ class Checkpoint:
             raise BadCheckpoint(f"{index} has no weight_map of tensor names to files")
         names = sorted(set(weight_map.values()))
         for name in names:
-            # A file may be a link, as in the cache of a hub, but its name may not lead elsewhere.
             if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
                 raise BadCheckpoint(
                     f"{index} names the weight file {shown(name)}, which is not in this directory"
@@ -192,7 +201,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name in dict.fromkeys((*FINGERPRINTED, *self.required_files)):
             if (file := self.path / name).exists():
-                digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+                digest.update(name.encode() + b"\0" + read_file(file) + b"\0")
         for name, info in sorted(self.tensors.items()):
             digest.update(
                 f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode() + read_sample(info)
@@ -218,8 +227,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise BadCheckpoint(
             f"{path} has no config.json: it is not a model directory in Hugging Face layout"
         )
+    check_place(path, path / "config.json")
     checkpoint = Checkpoint(path, read_json(path / "config.json"))
-    checkpoint.check_counts()
+    checkpoint.check()
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
@@ -231,11 +241,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise BadCheckpoint(
                 f"{path} is incomplete: {name} is missing; download the whole repository"
             )
+        check_place(path, path / name)
     missing = [file.name for file in checkpoint.weight_files if not file.exists()]
     if missing:
         raise BadCheckpoint(
             f"{path} is incomplete: {', '.join(missing[:5])} missing; download the whole repository"
         )
+    for file in checkpoint.weight_files:
+        check_place(path, file)
     if not checkpoint.tensors:
         raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
     return checkpoint
@@ -251,56 +264,14 @@ def read_sample(info: TensorInfo) -> bytes:
         return f.read(min(SAMPLE_BYTES, info.num_bytes - info.num_bytes // 2))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file with a JSON object. Raises BadCheckpoint if it is missing or not one."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise BadCheckpoint(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
-        data = file.read_bytes()
-    except OSError as e:
-        raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
-    return parse_json(data, str(file))
-
-
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in UTF-8 that a file, or a part of one, holds.
-
-    Raises
-    ------
-    BadCheckpoint
-        if it is something else; `name` is what the error calls it.
-    """
-    try:
-        found = json.loads(data.decode(), parse_constant=refuse_constant)
-    except RecursionError as e:
-        raise BadCheckpoint(f"{name} is nested too deeply") from e
-    except ValueError as e:
-        raise BadCheckpoint(f"{name} is not valid JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise BadCheckpoint(f"{name} does not hold a JSON object")
-    return found
-
-
-def refuse_constant(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number")
-
-
-def shown(value: object) -> str:
-    """Return a value of a checkpoint as an error shows it."""
-    return repr(value)[:80]
-
-
-def read_optional_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, which is empty if there is no such file."""
-    return read_json(file) if file.exists() else {}
-
-
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Read the table of contents of a safetensors file.
 
     The file begins with the length of the table in 8 bytes, and the table itself in JSON
     (https://huggingface.co/docs/safetensors).
     """
+    if not file.is_file():
+        raise BadCheckpoint(f"{file} is not a regular file")
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -314,6 +285,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{file} is not a safetensors file: {e}") from e
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise BadCheckpoint(f"{file} has more than {MAX_TENSORS} tensors")
     return {name: read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
@@ -321,13 +294,22 @@ def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> Tens
     """Return one tensor of a file of `size` bytes. The file's data begins at byte `start`."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            0 <= begin <= end and all(type(n) is int and n >= 0 for n in shape)
+            0 <= begin <= end
+            and all(type(n) is int and 0 <= n <= size for n in shape)
+            and len(shape) <= MAX_DIMENSIONS
+            and len(name) <= MAX_NAME_CHARS
         ):
             pass
         case _:
             raise BadCheckpoint(
-                f"{file} is not a safetensors file: its entry of {name} is malformed"
+                f"{file} is not a safetensors file: its entry of {name[:MAX_SHOWN_CHARS]} is "
+                "malformed"
             )
+    if dtype in ITEM_BITS and prod(shape) * ITEM_BITS[dtype] != 8 * (end - begin):
+        raise BadCheckpoint(
+            f"{file} is damaged: {name[:MAX_SHOWN_CHARS]} has {end - begin} bytes, which is not "
+            f"{shape} of {dtype}; download it again"
+        )
     if start + end > size:
         raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
     return TensorInfo(file, dtype, tuple(shape), end - begin, start + begin)

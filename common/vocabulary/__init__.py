@@ -1,5 +1,7 @@
 """Tokens as ids, text and bytes, read from any of three kinds of vocabulary file."""
 
+from pathlib import Path
+
 from common.checkpoint import Checkpoint
 from common.families import BadCheckpoint
 from common.vocabulary.sentencepiece import read_sentencepiece
@@ -8,6 +10,9 @@ from common.vocabulary.tokenizer_json import read_tokenizer_json
 from common.vocabulary.vocabulary import Vocabulary
 
 __all__ = ["Vocabulary", "open_vocabulary"]
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a file raises that has other values than the readers expect."""
 
 
 def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
@@ -19,6 +24,15 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
         if the file is damaged, or uses something that is not supported.
     """
     file = checkpoint.path / checkpoint.family.vocabulary_file
+    try:
+        return read_vocabulary(file, checkpoint)
+    except BadCheckpoint:
+        raise
+    except MALFORMED as e:
+        raise BadCheckpoint(f"{file} is malformed ({type(e).__name__}): download it again") from e
+
+
+def read_vocabulary(file: Path, checkpoint: Checkpoint) -> Vocabulary:
     match file.suffix:
         case ".json":
             return read_tokenizer_json(file)

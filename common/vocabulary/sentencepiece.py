@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import read_optional_json
 from common.families.family import BadCheckpoint
+from common.model_files import read_optional_json
 from common.vocabulary.sentencepiece_model import (
     ModelPiece,
     ModelType,
@@ -19,7 +19,7 @@ from common.vocabulary.sentencepiece_model import (
     read_model,
 )
 from common.vocabulary.tokenizer_json import added_token
-from common.vocabulary.vocabulary import ONE_MARK_PER_BYTE, Vocabulary
+from common.vocabulary.vocabulary import MAX_TOKENS, ONE_MARK_PER_BYTE, Vocabulary
 
 SPACE = "\u2581"
 """What pieces have in the place of a space."""
@@ -85,9 +85,17 @@ def added_tokens(file: Path) -> dict[int, str]:
     """Return the special tokens of a tokenizer_config.json by id."""
     entries = read_optional_json(file).get("added_tokens_decoder") or {}
     try:
-        return {int(id): entry["content"] for id, entry in entries.items() if entry["special"]}
+        tokens = {int(id): entry["content"] for id, entry in entries.items() if entry["special"]}
+        is_sound = all(0 <= id < MAX_TOKENS and content for id, content in tokens.items())
+        is_text = all(isinstance(content, str) for content in tokens.values())
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise BadCheckpoint(f"{file} has malformed added_tokens_decoder: download it again") from e
+    if not is_sound or not is_text:
+        raise BadCheckpoint(
+            f"{file} has malformed added_tokens_decoder: its ids are from 0 to {MAX_TOKENS - 1}, "
+            "and its tokens are texts"
+        )
+    return tokens
 
 
 def named_tokens(file: Path) -> list[str]:
@@ -96,6 +104,8 @@ def named_tokens(file: Path) -> list[str]:
     found = [config.get(name) for name in SINGLE_SPECIAL_TOKENS]
     found += config.get("additional_special_tokens") or []
     tokens = [token.get("content") if isinstance(token, dict) else token for token in found]
+    if not all(token is None or isinstance(token, str) for token in tokens):
+        raise BadCheckpoint(f"{file} names a token that is not a text")
     return [token for token in tokens if token]
 
 

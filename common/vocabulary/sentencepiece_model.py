@@ -1,12 +1,16 @@
 """The fields of a SentencePiece model file (sentencepiece_model.proto) that decide its tokens."""
 
+import math
+import re
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from common.families.family import BadCheckpoint
+from common.model_files import read_file
 from common.vocabulary.protobuf import BadProtobuf, read_fields
+from common.vocabulary.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS
 
 Fields = dict[int, int | bytes]
 
@@ -58,10 +62,9 @@ class SentencePieceModel:
 
 def read_model(file: Path) -> SentencePieceModel:
     """Read a model file. Raises BadCheckpoint if it is damaged."""
+    data = read_file(file)
     try:
-        return parse_model(file.read_bytes())
-    except OSError as e:
-        raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
+        return parse_model(data)
     except ValueError as e:
         raise BadCheckpoint(f"{file} is not a SentencePiece model: {e}; download it again") from e
 
@@ -74,6 +77,8 @@ def parse_model(data: bytes) -> SentencePieceModel:
         match number:
             case 1:
                 pieces.append(parse_piece(fields_of(value)))
+                if len(pieces) > MAX_TOKENS:
+                    raise BadProtobuf(f"it has more than {MAX_TOKENS} pieces")
             case 2:
                 trainer = fields_of(value)
             case 3:
@@ -95,11 +100,16 @@ def parse_piece(fields: Fields) -> ModelPiece:
     score = bytes_of(fields, 2) or bytes(4)
     if len(score) != 4:
         raise BadProtobuf("the score of a piece is not a float")
-    return ModelPiece(
+    piece = ModelPiece(
         bytes_of(fields, 1).decode(),
         struct.unpack("<f", score)[0],
         PieceType(number_of(fields, 3, PieceType.NORMAL)),
     )
+    if len(piece.text) > MAX_TOKEN_BYTES or not math.isfinite(piece.score):
+        raise BadProtobuf(f"a piece is longer than {MAX_TOKEN_BYTES}, or its score is no number")
+    if piece.type is PieceType.BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece.text):
+        raise BadProtobuf("a byte piece is not of the form <0x0A>")
+    return piece
 
 
 def fields_of(value: int | bytes) -> Fields:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common.families.family import BadCheckpoint, TiktokenRules
+from common.model_files import read_file
 from common.vocabulary.byte_level import token_of
 from common.vocabulary.tokenizer_json import added_token
-from common.vocabulary.vocabulary import Vocabulary
+from common.vocabulary.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS, Vocabulary
 
 
 def read_tiktoken(file: Path, rules: TiktokenRules | None) -> Vocabulary:
@@ -34,17 +35,21 @@ def read_tokens(file: Path) -> list[bytes]:
     """Return the tokens in the order of their ranks."""
     ranks: dict[bytes, int] = {}
     try:
-        for line in file.read_bytes().split(b"\n"):
+        for line in read_file(file).split(b"\n"):
             if line := line.strip():
                 token, rank = line.split()
                 ranks[b64decode(token, validate=True)] = int(rank)
-    except OSError as e:
-        raise BadCheckpoint(f"{file} cannot be read: {e.strerror}") from e
+    except BadCheckpoint:
+        raise
     except (ValueError, binascii.Error) as e:
         raise BadCheckpoint(
             f"{file} is not a tiktoken file: {line[:80]!r} is not a token in base64 and its rank; "
             "download it again"
         ) from e
+    if len(ranks) > MAX_TOKENS or max(map(len, ranks), default=0) > MAX_TOKEN_BYTES:
+        raise BadCheckpoint(
+            f"{file} has more than {MAX_TOKENS} tokens, or one of more than {MAX_TOKEN_BYTES} bytes"
+        )
     tokens = sorted(ranks, key=ranks.__getitem__)
     if [ranks[token] for token in tokens] != list(range(len(tokens))):
         raise BadCheckpoint(f"{file} is damaged: it lacks ranks; download it again")

@@ -9,6 +9,10 @@ from tokenizers import Tokenizer
 
 from common.families.family import BadCheckpoint
 
+MAX_TOKENS = 2**22
+"""The most token ids. The largest vocabularies have a sixteenth of it."""
+MAX_TOKEN_BYTES = 512
+"""The longest token that is built from others. Looking for its parts takes quadratic time."""
 ONE_MARK_PER_BYTE = "one_mark_per_byte"
 """The error handler of `codecs` that replaces each byte of a broken character by U+FFFD.
 

@@ -8,7 +8,7 @@ from proto.twinlens.control.v1 import control_pb2
 
 MAX_MEMBER_BYTES = 2048
 """The size of a member's entry. Watchers get all entries in one message."""
-MAX_NAME_CHARS = 200
+MAX_NAME_CHARS = 256
 MAX_DETAIL_CHARS = 500
 MAX_PID = 2**22
 """The largest id of a process on Linux."""

@@ -8,13 +8,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.config import BadSetting
 from common.logs import get_logger
 from common.setting_checks import MAX_SOCKET_PATH_BYTES
+from common.temporary import temporary_folder
 
 PREFIX = "twinlens-"
 LOCK = "launcher.lock"
@@ -31,21 +31,11 @@ def open_run_dir() -> Iterator[Path]:
     BadSetting
         if there is no folder for temporary files, or its path is too long for sockets.
     """
-    try:
-        parent = Path(tempfile.gettempdir())
-        remove_abandoned(parent)
-        run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    except OSError as e:
-        raise BadSetting(
-            f"no temporary folder can be made ({e.strerror or e}): set TMPDIR to a folder that "
-            "exists and can be written to"
-        ) from e
-    try:
+    with temporary_folder(PREFIX) as run_dir:
+        remove_abandoned(run_dir.parent)
         check_length(run_dir)
         with lock(run_dir):
             yield run_dir
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def check_length(run_dir: Path) -> None:

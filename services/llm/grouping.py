@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -15,6 +14,7 @@ from common.logs import get_logger
 from common.membership import new_member_id
 from common.process import EXIT_FAILED, EXIT_USAGE, leave
 from common.settings import LlmSettings
+from common.temporary import temporary_folder
 
 
 def resolve_rank(settings: LlmSettings) -> LlmSettings:
@@ -56,7 +56,7 @@ def other_ranks(settings: LlmSettings) -> Iterator[LlmSettings]:
     if settings.tp == 1 or settings.rendezvous:
         yield settings
         return
-    with tempfile.TemporaryDirectory(prefix="twinlens-llm-") as folder:
+    with temporary_folder("twinlens-llm-") as folder:
         # Several groups may have the same name, and none may take another's ranks for its own.
         group = settings.group if settings.ordinal else new_member_id(settings.group)
         settings = replace(settings, rendezvous=f"file://{folder}/meet", group=group)

@@ -9,8 +9,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.chat import ROLES
-from common.checkpoint import BadCheckpoint, read_optional_json
+from common.checkpoint import BadCheckpoint
 from common.errors import InvalidRequest, shorten
+from common.model_files import read_file, read_optional_json
 
 TEMPLATE_ERRORS = (
     ArithmeticError,
@@ -25,6 +26,7 @@ TOO_COSTLY = (
     "the model's chat template takes too much time or memory for these messages: send fewer, or "
     "correct the template in the model directory"
 )
+MAX_TEMPLATE_BYTES = 2**20
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -46,8 +48,9 @@ class ChatTemplate:
             raise BadCheckpoint(
                 f"the chat template cannot be compiled: line {e.lineno}: {e.message}"
             ) from e
-        except (MemoryError, *TEMPLATE_ERRORS) as e:
-            # Constant expressions are computed, and may be of any size.
+        except (MemoryError, SyntaxError, *TEMPLATE_ERRORS) as e:
+            # Constant expressions are computed, and may be of any size. Blocks become blocks of
+            # Python, which allows only a few inside each other.
             raise BadCheckpoint(f"the chat template cannot be compiled: {type(e).__name__}") from e
         self.special_tokens = special_tokens
 
@@ -90,24 +93,44 @@ def load(path: Path) -> ChatTemplate:
             f"{path} has no chat template: put chat_template.jinja, chat_template.json or "
             "tokenizer_config.json with one there"
         )
+    if len(source) > MAX_TEMPLATE_BYTES:
+        raise BadCheckpoint(f"{path}: the chat template is larger than {MAX_TEMPLATE_BYTES} bytes")
+    return ChatTemplate(source, special_tokens(path, tokenizer_config))
+
+
+def special_tokens(path: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens that templates may name, where each is a text or an object."""
     named = {name: tokenizer_config.get(name) for name in SPECIAL_TOKENS}
-    tokens = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in named.items()
-        if token
-    }
-    return ChatTemplate(source, tokens)
+    tokens = {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and not isinstance(text, str):
+            raise BadCheckpoint(f"{path}/tokenizer_config.json: {name} is not a text")
+        if text:
+            tokens[name] = text
+    return tokens
 
 
 def find_source(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """Return the text of the template, if there is one."""
     if (file := path / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8")
+        return decoded(file)
     own_file = read_optional_json(path / "chat_template.json")
     found = own_file.get("chat_template") or tokenizer_config.get("chat_template")
     if isinstance(found, list):  # several named templates
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = next((e.get("template") for e in entries if e.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise BadCheckpoint(f"{path}: chat_template is not a text")
     return found
+
+
+def decoded(file: Path) -> str:
+    """Return a text file. Raises BadCheckpoint if it is not UTF-8, or too large."""
+    try:
+        return read_file(file, MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as e:
+        raise BadCheckpoint(f"{file} is not UTF-8 text") from e
 
 
 def normalise(messages: Any) -> list[dict[str, Any]]:

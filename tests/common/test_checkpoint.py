@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.checkpoint import MAX_JSON_BYTES, BadCheckpoint, Checkpoint, open_checkpoint
+from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.model_files import MAX_JSON_BYTES
 from tests.golden import CASES, ROOT
 
 TEXT = {"hidden_size": 8, "max_position_embeddings": 64, "eos_token_id": 3}
@@ -217,6 +218,17 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         (index(b'{"weight_map": {"a": "/etc/passwd"}}'), "not in this directory"),
         (index(b'{"weight_map": {"a": ".."}}'), "not in this directory"),
         (index(b'{"weight_map": {"a": ""}}'), "not in this directory"),
+        (put("config.json", b"[" + b"[]," * 4_200_000), "more than 4194304 values"),
+        (config(text_config=TEXT | {"rope_scaling": [1]}), "rope_scaling in config.json is [1]"),
+        (
+            config(text_config=TEXT | {"rope_scaling": {"mrope_section": [1] * 9999}}),
+            "mrope_section in config.json",
+        ),
+        (config(text_config=TEXT | {"rms_norm_eps": 0}), "rms_norm_eps in config.json is 0"),
+        (config(vision_config={"fullatt_block_indexes": 5}), "fullatt_block_indexes in config"),
+        (weights({"a": ENTRY | {"shape": [3]}}, b"ab"), "which is not [3] of U8"),
+        (weights({"a": ENTRY | {"shape": [1] * 9}}, b"ab"), "entry of a is malformed"),
+        (weights({"a" * 5000: ENTRY}, b"ab"), "malformed"),
     ],
 )
 def test_what_is_wrong_is_told_by_name(
@@ -290,11 +302,92 @@ def test_the_name_is_the_folders_however_it_is_called(
     assert isinstance(open_checkpoint("."), Checkpoint)
 
 
-def test_a_weight_file_may_be_a_link_as_in_the_cache_of_a_hub(model: Path, tmp_path: Path) -> None:
-    blob = tmp_path / "blob"
-    (model / "model.safetensors").rename(blob)
-    (model / "model.safetensors").symlink_to(blob)
-    assert open_checkpoint(model).tensors
+def test_files_may_be_links_as_in_the_cache_of_a_hub(model: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    model.rename(snapshot)
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.tensors and checkpoint.fingerprint
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "chat_template.jinja",
+    ],
+)
+@pytest.mark.parametrize("is_in_a_cache", [False, True])
+def test_a_file_is_no_link_that_leads_out_of_the_directory(
+    model: Path, tmp_path: Path, name: str, is_in_a_cache: bool
+) -> None:
+    """A cloned repository once had its chat template read from anywhere on the host."""
+    if is_in_a_cache:
+        (tmp_path / "repository" / "snapshots").mkdir(parents=True)
+        model = model.rename(tmp_path / "repository" / "snapshots" / "0123")
+    secret = tmp_path / "secret"
+    if (model / name).exists():
+        (model / name).rename(secret)
+    else:
+        secret.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    (model / name).symlink_to(secret)
+    with pytest.raises(BadCheckpoint, match=f"{name} is a link to a file outside"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_or_a_device_is_not_read(model: Path, name: str) -> None:
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(BadCheckpoint, match=f"{name} is not a regular file"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        ("generation_config", {"temperature": -1}, "temperature in generation_config.json is -1"),
+        ("generation_config", {"top_p": 2}, "top_p in generation_config.json is 2"),
+        ("generation_config", {"top_k": 1.5}, "top_k in generation_config.json is 1.5"),
+        ("generation_config", {"min_p": "x" * 999}, "min_p in generation_config.json is 'xxx"),
+        ("generation_config", {"repetition_penalty": 0}, "repetition_penalty in generation"),
+        ("generation_config", {"do_sample": 1}, "do_sample in generation_config.json is 1"),
+        ("generation_config", {"eos_token_id": ["a"]}, "eos_token_id in generation_config.json"),
+        ("generation_config", {"eos_token_id": [1] * 9999}, "eos_token_id in generation"),
+        ("preprocessor_config", {"patch_size": 0}, "patch_size in preprocessor_config.json is 0"),
+        ("preprocessor_config", {"max_pixels": 2.5}, "max_pixels in preprocessor_config.json"),
+        ("preprocessor_config", {"size": []}, "size in preprocessor_config.json is []"),
+        ("preprocessor_config", {"size": {"longest_edge": -1}}, "longest_edge in preprocessor"),
+        ("preprocessor_config", {"image_std": [0, 1, 1]}, "image_std in preprocessor_config.json"),
+        ("preprocessor_config", {"image_mean": "ab"}, "image_mean in preprocessor_config.json"),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_field(
+    model: Path, file: str, fields: dict[str, Any], said: str
+) -> None:
+    write(model, **{file: fields})
+    checkpoint = open_checkpoint(model)
+    with pytest.raises(BadCheckpoint) as caught:
+        assert getattr(checkpoint, file)
+    assert said in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_is_too_large_is_not_infinite(model: Path, number: str) -> None:
+    (model / "generation_config.json").write_text(f'{{"temperature": {number}}}')
+    with pytest.raises(BadCheckpoint, match="temperature in generation_config"):
+        assert open_checkpoint(model).generation_config
 
 
 def test_a_checkpoint_is_read_in_any_locale(model: Path) -> None:

@@ -21,6 +21,7 @@ from common.vocabulary import Vocabulary, open_vocabulary
 from common.vocabulary.protobuf import BadProtobuf, read_fields
 from common.vocabulary.sentencepiece import ALL_SPACES, read_sentencepiece
 from common.vocabulary.tiktoken import read_tiktoken
+from common.vocabulary.vocabulary import MAX_TOKEN_BYTES
 from tests import golden, golden_vocabularies
 from tests.golden_vocabularies import CASES, QWEN, SENTENCEPIECE, expected, vocabulary
 
@@ -176,6 +177,14 @@ def test_a_damaged_tiktoken_file_is_refused(tmp_path: Path, content: bytes, word
         read_tiktoken(tmp_path / "x.tiktoken", QWEN)
 
 
+def test_a_tiktoken_file_of_long_tokens_does_not_hold_the_process(tmp_path: Path) -> None:
+    """Looking for the parts of one token of a megabyte takes hours."""
+    lines = [base64.b64encode(b"a" * (MAX_TOKEN_BYTES + 1)) + b" 0"]
+    (tmp_path / "x.tiktoken").write_bytes(b"\n".join(lines))
+    with pytest.raises(BadCheckpoint, match="or one of more than 512 bytes"):
+        read_tiktoken(tmp_path / "x.tiktoken", QWEN)
+
+
 # SentencePiece
 
 
@@ -217,12 +226,32 @@ def entry(content: str) -> dict[str, Any]:
         ({"509": {"content": "x"}}, "malformed added_tokens_decoder"),
         ({"x": entry("<s>")}, "malformed added_tokens_decoder"),
         (["<s>"], "malformed added_tokens_decoder"),
+        ({"99999999999": entry("<far>")}, "ids are from 0 to"),
+        ({"-1": entry("<s>")}, "ids are from 0 to"),
+        ({"509": entry(5)}, "its tokens are texts"),  # type: ignore[arg-type]
     ],
 )
 def test_special_tokens_that_cannot_be_are_refused(wemm: Path, added: Any, words: str) -> None:
     (wemm / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     with pytest.raises(BadCheckpoint, match=rf"tokenizer_config\.json.*{words}"):
         read_sentencepiece(wemm / "tokenizer.model")
+
+
+@pytest.mark.parametrize("named", [{"eos_token": 5}, {"additional_special_tokens": [["x"]]}])
+def test_names_of_special_tokens_that_are_no_texts_are_refused(wemm: Path, named: Any) -> None:
+    (wemm / "special_tokens_map.json").write_text(json.dumps(named))
+    with pytest.raises(BadCheckpoint, match="names a token that is not a text"):
+        read_sentencepiece(wemm / "tokenizer.model")
+
+
+def piece(text: bytes, *fields: bytes) -> bytes:
+    """Return a piece of a model file, as field 1 of the model."""
+    body = b"\x0a" + varint(len(text)) + text + b"".join(fields)
+    return b"\x0a" + varint(len(body)) + body
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7F | 0x80, number >> 7]) if number > 0x7F else bytes([number])
 
 
 def test_how_many_spaces_of_an_answer_are_the_tokenizers() -> None:
@@ -262,6 +291,9 @@ def unknown_model(data: bytes) -> bytes:
         (lambda data: b"\x0a\x03\x12\x01x", "the score of a piece"),
         (word_model, "type WORD, which is not supported; supported: BPE, UNIGRAM"),
         (unknown_model, "not a SentencePiece model"),
+        (lambda data: piece(b"a" * 513), "a piece is longer than 512"),
+        (lambda data: piece(b"a", b"\x15\x00\x00\xc0\x7f"), "its score is no number"),
+        (lambda data: piece(b"<0xXY>", b"\x18\x06"), "a byte piece is not of the form"),
     ],
 )
 def test_a_damaged_model_file_is_refused(
@@ -296,8 +328,22 @@ def test_every_wire_type_is_read() -> None:
     [
         (b"{", "not valid JSON"),
         (b"{}", "decoder None, which is not supported yet"),
-        (b'{"decoder": {"type": "ByteLevel"}}', "not a tokenizer.json: download it again"),
-        (b'{"decoder": {"type": "ByteLevel"}, "model": []}', "not a tokenizer.json"),
+        (b'{"decoder": {"type": "ByteLevel"}}', r"is malformed \(KeyError\): download it again"),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": []}', "is malformed"),
+        (
+            b'{"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"a": 1e9}}}',
+            "the id 1000000000",
+        ),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"a": -1}}}', "the id -1"),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"a": 99999999}}}', "99999999"),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": {"vocab": [1]}}', "is malformed"),
+        (
+            b'{"decoder": {"type": "ByteLevel"}, "model": {"vocab": {}}, "added_tokens": '
+            b'[{"id": 0, "content": 5, "special": true}]}',
+            "the token 5",
+        ),
+        (b'{"decoder": "ByteLevel"}', "is malformed"),
+        (b'{"decoder":' * 100_000, "nested too deeply"),
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:

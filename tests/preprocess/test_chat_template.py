@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from common.checkpoint import BadCheckpoint
 from common.errors import InvalidRequest
-from services.preprocess.chat_template import ChatTemplate, load
+from services.preprocess.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load
 from tests.preprocess.cases import CASES, checkpoint_path, expected, request
 
 IMAGE = {"type": "image"}
@@ -150,4 +150,53 @@ def test_the_template_is_found_in_each_of_its_places(tmp_path: Path) -> None:
     assert render_from(tmp_path) == "jinja"
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(BadCheckpoint, match="cannot be compiled: line 1"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{" + "(" * 100_000,
+        "{% if a %}" * 5_000 + "{% endif %}" * 5_000,
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+        "{{ a" + ".b" * 20_000 + " }}",
+        "{{ a" + "|upper" * 20_000 + " }}",
+    ],
+    ids=["brackets", "conditions", "loops", "attributes", "filters"],
+)
+def test_a_template_that_is_nested_too_deeply_is_a_bad_checkpoint(source: str) -> None:
+    with pytest.raises(BadCheckpoint, match="the chat template cannot be compiled"):
+        ChatTemplate(source, {})
+
+
+BAD_TOKEN = b'{"bos_token": {"content": 5}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"chat_template.jinja": b"\xff"}, "chat_template.jinja is not UTF-8"),
+        ({"chat_template.jinja": b"x" * (MAX_TEMPLATE_BYTES + 1)}, "larger than 1 MiB"),
+        (
+            {"chat_template.json": json.dumps({"chat_template": "x" * 2**21}).encode()},
+            "the chat template is larger",
+        ),
+        ({"chat_template.json": b'{"chat_template": 5}'}, "chat_template is not a text"),
+        ({"chat_template.json": b'{"chat_template": [5, {}]}'}, "has no chat template"),
+        (
+            {
+                "chat_template.jinja": b"x",
+                "tokenizer_config.json": b'{"bos_token": {"content": 5}}',
+            },
+            "bos_token is not a text",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_malformed_file_is_told_by_name(
+    tmp_path: Path, files: dict[str, bytes], said: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=said):
         load(tmp_path)

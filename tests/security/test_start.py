@@ -3,6 +3,7 @@
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from services.launcher.run_dir import LOCK, open_run_dir
 from tests.launcher.conftest import Supervise
 from tests.launcher.conftest import launch as launch  # fixtures
 from tests.launcher.conftest import supervise as supervise
-from tests.launcher.processes import child_named, pids, report, wait_for_status
+from tests.launcher.processes import MODEL, child_named, pids, report, wait_for_status
 
 
 @pytest.fixture
@@ -253,3 +254,25 @@ def test_a_child_goes_on_logging_when_nobody_reads_the_launchers_log(
     monkeypatch.setattr(child_module.sys, "stderr", closed)
     supervisor.keep_running()
     assert wait_for_status(supervisor, "vision-0") == 7
+
+
+# Locales
+
+
+@pytest.mark.parametrize("command", [["plan"], ["serve", "--http-port", "0"]], ids=" ".join)
+def test_a_command_writes_any_name_in_any_locale(tmp_path: Path, command: list[str]) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "modèle")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", *command, "--model", str(model)],
+        env=os.environ | locale,
+        capture_output=True,
+        timeout=60,
+    )
+    said = done.stdout + done.stderr
+    assert b"Traceback" not in said
+    assert (b"Qwen2.5-VL" if command == ["plan"] else b"--http-port 0: must be from 1") in said
+
+
+def test_children_name_files_in_utf8() -> None:
+    assert child_module.child_environment("llm")["PYTHONUTF8"] == "1"

@@ -33,6 +33,13 @@ class TextConfig:
             config = cls._read(given, given.get("rope_parameters") or given["rope_scaling"])
         except KeyError as e:
             raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {e}") from e
+        except BadCheckpoint:
+            raise
+        except (TypeError, ValueError) as e:
+            raise BadCheckpoint(
+                f"{checkpoint.path}: mrope_section in config.json is not three counts, or "
+                "rms_norm_eps or rope_theta is no number"
+            ) from e
         head_dim = checkpoint.sizes.head_dim
         if 2 * sum(config.mrope_section) != head_dim:
             raise BadCheckpoint(

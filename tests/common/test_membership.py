@@ -1,0 +1,89 @@
+"""A member stays registered whatever its controller sends, and nobody else can be it."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from common.membership import (
+    MAX_DELAY_SECONDS,
+    MAX_DETAIL_CHARS,
+    READY,
+    STARTING,
+    Membership,
+    reportable_delay,
+)
+from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
+from services.controller.__main__ import describe_controller, start_server
+from services.controller.report_checks import objection_to
+from services.controller.service import ControlServicer
+
+DEADLINE = 20.0
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    address = f"unix:{tmp_path}/control"
+    server = await start_server(ControlServicer(describe_controller("")), address)
+    yield address
+    await server.stop(None)
+
+
+def vision(member_id: str = "vision-1") -> control_pb2.Member:
+    return control_pb2.Member(id=member_id, role="vision", state=STARTING)
+
+
+async def test_an_error_while_members_are_handled_does_not_end_the_reports(address: str) -> None:
+    """A member that reports no more is dead for all others, though it works."""
+    lists: list[int] = []
+    handled = threading.Event()
+
+    def fail_once(members: list[control_pb2.Member]) -> None:
+        lists.append(len(members))
+        if len(lists) == 1:
+            raise LookupError("a bug")
+        handled.set()
+
+    membership = Membership(address, vision(), lambda: (0, 0), on_members=fail_once)
+    assert await asyncio.to_thread(handled.wait, DEADLINE)
+    membership.leave()
+
+
+async def test_nobody_else_joins_under_the_id_of_a_member(address: str) -> None:
+    joined = threading.Event()
+    membership = Membership(
+        address, vision(), lambda: (0, 0), on_members=lambda members: joined.set()
+    )
+    assert await asyncio.to_thread(joined.wait, DEADLINE)
+    async with grpc.aio.insecure_channel(address) as channel:
+        for key in ("", "guessed"):
+            call = control_pb2_grpc.ControlServiceStub(channel).Join(timeout=DEADLINE)
+            await call.write(control_pb2.JoinRequest(member=vision(), key=key))
+            assert await call.code() == grpc.StatusCode.ALREADY_EXISTS
+    membership.leave()
+
+
+def test_whatever_a_member_says_of_itself_is_acceptable() -> None:
+    """The controller refuses a malformed report for good, which ends the member."""
+    membership = Membership("unix:/nowhere", member := vision(), lambda: (0, 0))
+    membership.set_state(READY, "a\nb\x1b[2J\N{GRINNING FACE}" * 1000)
+    membership.leave()
+    assert objection_to(control_pb2.JoinRequest(member=member)) == ""
+    assert len(member.detail) < MAX_DETAIL_CHARS + 50
+
+
+@pytest.mark.parametrize(
+    ("computed", "reported"),
+    [
+        (1.5, 1.5),
+        (-1.0, 0.0),
+        (float("nan"), 0.0),
+        (float("inf"), MAX_DELAY_SECONDS),
+        (float("-inf"), 0.0),
+    ],
+)
+def test_any_computed_delay_can_be_reported(computed: float, reported: float) -> None:
+    assert reportable_delay(computed) == reported
