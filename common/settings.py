@@ -257,7 +257,7 @@ class LlmSettings(ServiceSettings, BatchSettings, ContextSettings, DeviceSetting
     group: str = setting(
         "llm",
         "name of the tensor-parallel group, which all its ranks share",
-        objection=objection_to_text,
+        objection=objection_to_name,
     )
     rank: int = setting(0, "rank of this process in its group", range=Range(0, MAX_RANKS - 1))
     local_groups: int = setting(

@@ -206,6 +206,22 @@ async def test_streams_that_say_nothing_keep_no_place_from_those_that_report(
         task.cancel()
 
 
+async def test_a_member_that_reports_all_the_time_is_read_slowly(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change costs a list for each watcher."""
+    monkeypatch.setattr(service, "REPORT_SECONDS", 10 * DEADLINE)
+    busy = Joined(stub)
+    await busy.report(member())
+    for n in range(5):
+        await busy.report(member(detail=f"change {n}"))
+    for n in range(5):
+        other = Joined(stub)
+        await other.report(member(f"v-{n + 2}"))
+        await other.read_states()
+    assert next(m.detail for m in await listed(stub) if m.id == "v-1") == "change 0"
+
+
 async def test_a_member_is_no_launcher(stub: Any) -> None:
     call = stub.Join(timeout=DEADLINE)
     managed = control_pb2.Managed(replicas={"vision": 1})
