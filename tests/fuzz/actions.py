@@ -11,6 +11,8 @@ from tests.fuzz.making import Maker
 WEIGHTS = {"goes on": 54, "random": 35, "repeated": 8, "waits": 2, "leaves": 1}
 """What may happen next."""
 MAX_CONVERSATIONS = 5
+HOLDER = "holder"
+"""The id of whichever member of a role holds the request that a message is about."""
 MUTATED_SHARE = 0.6
 """How many of the conversations have a message that was changed."""
 WORK_SHARE = 0.25
@@ -23,6 +25,11 @@ class Member:
 
     id: str
     role: str
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it sends only what belongs to an innocent request."""
+        return self.id == HOLDER or self.id.endswith("-i")
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,12 @@ from common.wire import Tensor
 from services.gateway.core import GatewayCore
 from services.gateway.generation import GenerationRequest
 from services.gateway.peers import MAX_PEERS_WITH_UNSENT_ABORTS
-from tests.fuzz.actions import Action, Call, Member, Say, Work
+from tests.fuzz.actions import HOLDER, Action, Call, Member, Say, Work
 from tests.fuzz.clock import CLOCK
 from tests.fuzz.making import Maker
 from tests.fuzz.targets import ADDRESS, REQUEST_IDS, Target
 
 ROLES = ("preprocess", "llm", "detokenizer")
-HOLDER = "holder"
-"""The id of whichever member of a role holds the request."""
 TEXT = "It is read."
 FAILED = Failed(request_id="none", attempt=0, code="Internal", message="", stage="")
 
@@ -120,6 +118,10 @@ class GatewayTarget(Target):
 
     # The target
 
+    def pools(self, number: int) -> dict[str, Sequence[Any]]:
+        ids = (*REQUEST_IDS, name_of(2 * number))
+        return super().pools(number) | {"request_id": ids}
+
     def converse(self, maker: Maker) -> list[Action]:
         draw = maker.draw
         request_id = draw.choice(REQUEST_IDS)
@@ -141,11 +143,11 @@ class GatewayTarget(Target):
             for role in ("preprocess", "llm")
         ]
         joins.append(Say(Member("detokenizer-i", "detokenizer"), FAILED))
-        name = f"innocent-{number}"
+        name = name_of(number)
         return [*joins, Work(), Call("begin", (name, True)), *answering(name, "llm-i")]
 
     def answer(self, number: int, sent: list[tuple[str, Any]]) -> Any:
-        task = self._clients.pop(f"innocent-{number}")
+        task = self._clients.pop(name_of(number))
         assert task.done(), "the innocent request has no end"
         return [without_times(event) for event in task.result()]
 
@@ -160,6 +162,37 @@ class GatewayTarget(Target):
             "peers": len(core.peers._connected) + len(core.peers._draining),
             "too many unsent aborts": float(unsent > MAX_PEERS_WITH_UNSENT_ABORTS),
         }
+
+
+class GroupsTarget(GatewayTarget):
+    """The core whose language groups send anything, while its other members can be trusted."""
+
+    name = "gateway from groups"
+    peers = (Member("llm-1", "llm"), Member("llm-2", "llm"))
+    innocents = (
+        Member("preprocess-i", "preprocess"),
+        Member("detokenizer-i", "detokenizer"),
+        Member("llm-i", "llm"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        for peer in self.innocents:
+            self.door.join(peer.id, peer.role)
+        self.play(self.door.take_events())
+
+    def converse(self, maker: Maker) -> list[Action]:
+        peer = maker.draw.choice(self.peers)
+        kind = maker.draw.choice([Failed, Alone])
+        return [Say(peer, maker.make(kind))]
+
+    def held(self) -> dict[str, float]:
+        return super().held() | {"peers": 0}
+
+
+def name_of(number: int) -> str:
+    """Return what its client calls an innocent request."""
+    return f"innocent-{number}"
 
 
 def actual(peer: Member, holder: str) -> Member:

@@ -4,10 +4,10 @@ from tests.fuzz import clock  # it must come before the services
 from tests.fuzz.apis import Bodies
 from tests.fuzz.controller import ControllerTarget
 from tests.fuzz.detokenizer import DetokenizerTarget
-from tests.fuzz.gateway import GatewayTarget
+from tests.fuzz.gateway import GatewayTarget, GroupsTarget
 from tests.fuzz.images import Images
 from tests.fuzz.llm import LlmTarget
-from tests.fuzz.preprocess import PreprocessTarget
+from tests.fuzz.preprocess import GatewaysTarget, PreprocessTarget
 from tests.fuzz.processes import Processes
 from tests.fuzz.rank import RankTarget
 from tests.fuzz.rounds import Result, Rounds, quiet
@@ -16,7 +16,9 @@ from tests.fuzz.vision import VisionTarget
 
 TARGETS: dict[str, type[Target]] = {
     "gateway": GatewayTarget,
+    "gateway from groups": GroupsTarget,
     "preprocess": PreprocessTarget,
+    "preprocess from gateways": GatewaysTarget,
     "vision": VisionTarget,
     "llm": LlmTarget,
     "rank": RankTarget,

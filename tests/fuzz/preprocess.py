@@ -122,10 +122,17 @@ class PreprocessTarget(Target):
         ]
 
     def answer(self, number: int, sent: list[tuple[str, Any]]) -> Any:
+        """Return what was sent about the request to those that may be trusted.
+
+        Others may submit a request of the same name once this one was handed over.
+        """
         return [
             (peer_id, type(message).__name__, told(message))
             for peer_id, message in sent
-            if isinstance(message, RequestMessage) and message.key == innocent_key(number)
+            if isinstance(message, RequestMessage)
+            and message.key == innocent_key(number)
+            and peer_id in (GATEWAY.id, REPLICA.id, GROUP.id)
+            and getattr(message, "gateway_id", GATEWAY.id) == GATEWAY.id
         ]
 
     def held(self) -> dict[str, float]:
@@ -142,6 +149,34 @@ class PreprocessTarget(Target):
             "replicas": len(self._pool._replicas),
             "groups": len(worker._groups),
         }
+
+
+class GatewaysTarget(PreprocessTarget):
+    """Preprocess whose gateways send anything, while its replica and its group can be trusted.
+
+    So an innocent request among them must be handed over.
+    """
+
+    name = "preprocess from gateways"
+    peers = GATEWAYS
+    innocents = (GATEWAY, REPLICA, GROUP)
+
+    def __init__(self) -> None:
+        super().__init__()
+        for peer in self.innocents:
+            self.door.join(peer.id, peer.role)
+
+    def question(self, number: int) -> list[Action]:
+        """Return the question with the request first, so that no other one takes its name."""
+        loads, rest = (found := super().question(number))[:2], found[2:]
+        return [*rest[:1], *loads, *rest[1:]]
+
+    def converse(self, maker: Maker) -> list[Action]:
+        found = super().converse(maker)
+        return [each for each in found if isinstance(each, Say) and each.peer in GATEWAYS]
+
+    def held(self) -> dict[str, float]:
+        return super().held() | {"replicas": 0, "groups": 0}
 
 
 def submit(request_id: str, attempt: int, num_images: int, first_image: int) -> Submit:
