@@ -13,7 +13,7 @@ from proto.twinlens.control.v1 import control_pb2
 from services.controller.__main__ import MAX_MESSAGE_BYTES
 from services.controller.membership_table import REMEMBER_DEAD_SECONDS
 from services.controller.places import MAX_MEMBERS
-from services.controller.service import ControlServicer
+from services.controller.service import REPORT_SECONDS, ControlServicer
 from tests.fuzz.actions import Action, Call, Wait, Work
 from tests.fuzz.clock import CLOCK
 from tests.fuzz.making import FLOATS, INTS, STRINGS, Maker
@@ -175,8 +175,8 @@ class ControllerTarget(Target):
             "members": len(servicer._table.members()),
             "watchers": len(servicer._watchers),
             "streams": len(servicer._streams),
-            "locations": len(servicer._places._locations),
-            "keys": len(servicer._places._keys),
+            "silent streams": len(servicer._silent),
+            "locations": len(servicer._places._locations) + len(servicer._places._keys),
             "drains": len(servicer._drains.drained) + len(servicer._drains._requests),
             "launcher": float(servicer._launcher is not None),
             "calls": len(self._calls),
@@ -185,9 +185,10 @@ class ControllerTarget(Target):
 
 
 async def turns() -> None:
-    """Let everything happen that is due."""
+    """Let everything happen that is due, and one more report of each stream."""
     for _ in range(8):
         await asyncio.sleep(0)
+        CLOCK.ahead += REPORT_SECONDS / 4
 
 
 async def decoded(reports: asyncio.Queue[bytes]) -> AsyncIterator[control_pb2.JoinRequest]:
@@ -198,7 +199,7 @@ async def decoded(reports: asyncio.Queue[bytes]) -> AsyncIterator[control_pb2.Jo
 def report_of(maker: Maker) -> bytes:
     """Return a report of a member, a watcher or a launcher; many say something impossible."""
     draw = maker.draw
-    request = control_pb2.JoinRequest(watch=draw.random() < 0.3)
+    request = control_pb2.JoinRequest(watch=draw.random() < 0.3, key=draw.choice(["", "a", "b"]))
     if draw.random() < 0.9:
         request.member.CopyFrom(valid_member(maker))
     for _ in range(draw.choice([0, 0, 0, 1, 3])):
