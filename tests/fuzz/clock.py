@@ -28,12 +28,17 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Let no time pass by itself, so that a busy machine changes nothing."""
+        """Let no time pass by itself, so that a busy machine changes nothing.
+
+        Begin with nothing put forward: far in the future, the clock would be inexact.
+        """
+        self.ahead = 0.0
         self._stopped = self._real()
         try:
             yield
         finally:
             self._stopped = None
+            self.ahead = 0.0
 
 
 CLOCK = Clock()
