@@ -1,6 +1,5 @@
 """What the fields of a checkpoint's JSON files may hold. A field that is not listed is not read."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from common.families.family import BadCheckpoint
 from common.model_files import shown
 
 MAX_COUNT = 2**31
+MAX_NUMBER = 1e30
 MAX_ITEMS = 1024
 
 
@@ -24,7 +24,7 @@ class Kind:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER  # NaN is neither
 
 
 def is_token(value: Any) -> bool:
@@ -64,7 +64,7 @@ CONFIG = {
     "depth": COUNT,
     "dtype": TEXT,
     "eos_token_id": TOKENS,
-    "fullatt_block_indexes": COUNTS,
+    "fullatt_block_indexes": Kind(COUNTS.name, COUNTS.fits, is_optional=False),
     "head_dim": OPTIONAL_COUNT,
     "hidden_size": COUNT,
     "image_token_id": TOKEN,

@@ -226,6 +226,8 @@ ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         ),
         (config(text_config=TEXT | {"rms_norm_eps": 0}), "rms_norm_eps in config.json is 0"),
         (config(vision_config={"fullatt_block_indexes": 5}), "fullatt_block_indexes in config"),
+        (config(vision_config={"fullatt_block_indexes": None}), "fullatt_block_indexes in config"),
+        (put("config.json", b'{"rope_theta": 1' + b"0" * 400 + b"}"), "rope_theta in config.json"),
         (weights({"a": ENTRY | {"shape": [3]}}, b"ab"), "which is not [3] of U8"),
         (weights({"a": ENTRY | {"shape": [1] * 9}}, b"ab"), "entry of a is malformed"),
         (weights({"a" * 5000: ENTRY}, b"ab"), "malformed"),

@@ -144,7 +144,7 @@ def test_connections_that_say_nothing_never_keep_a_probe_out(
         b"GET /" + b"x" * 20_000,
         b"GET / HTTP/1.0\r\nX: " + b"y" * 20_000,
         b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 5000,
-        b"no request at all <b>\r\n\r\n",
+        b"xxxnonsense\r\n\r\n",
     ],
     ids=["path", "header", "headers", "nonsense"],
 )
@@ -156,7 +156,7 @@ def test_a_head_is_bounded_and_never_repeated(asked: Asked, head: bytes) -> None
             client.sendall(head)
         with contextlib.suppress(ConnectionError):
             answer = client.makefile("rb").read(10_000)
-            assert b"xxx" not in answer and b"request at all" not in answer
+            assert b"xxx" not in answer
             assert not answer or b" 431 " in answer or b" 400 " in answer
     assert asked.get("/healthz")[0] == 200
 

@@ -18,6 +18,7 @@ from common.membership import (
 )
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.__main__ import describe_controller, start_server
+from services.controller.places import Places
 from services.controller.report_checks import objection_to
 from services.controller.service import ControlServicer
 
@@ -64,6 +65,39 @@ async def test_nobody_else_joins_under_the_id_of_a_member(address: str) -> None:
             await call.write(control_pb2.JoinRequest(member=vision(), key=key))
             assert await call.code() == grpc.StatusCode.ALREADY_EXISTS
     membership.leave()
+
+
+async def test_a_member_has_a_key_of_its_own_and_keeps_it(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it, a member whose connection broke takes its place again at once."""
+    keys: list[tuple[str, str]] = []
+    check = Places.check_member
+
+    def note(self: Places, member: control_pb2.Member, key: str, location: str) -> None:
+        keys.append((member.id, key))
+        check(self, member, key, location)
+
+    monkeypatch.setattr(Places, "check_member", note)
+    rejoined = threading.Event()
+
+    def fail_once(members: list[control_pb2.Member]) -> None:
+        if len([id for id, _ in keys if id == "vision-1"]) == 1:
+            raise LookupError("the stream breaks")
+        rejoined.set()
+
+    first = Membership(address, vision(), lambda: (0, 0), on_members=fail_once)
+    assert await asyncio.to_thread(rejoined.wait, DEADLINE)
+    joined = threading.Event()
+    second = Membership(
+        address, vision("vision-2"), lambda: (0, 0), on_members=lambda members: joined.set()
+    )
+    assert await asyncio.to_thread(joined.wait, DEADLINE)
+    first.leave()
+    second.leave()
+    own = {id: {key for other, key in keys if other == id} for id in ("vision-1", "vision-2")}
+    assert [len(found) for found in own.values()] == [1, 1]
+    assert own["vision-1"] != own["vision-2"] and "" not in own["vision-1"]
 
 
 def test_whatever_a_member_says_of_itself_is_acceptable() -> None:

@@ -151,13 +151,22 @@ def test_a_controller_that_answers_is_kept_and_so_is_one_whose_launcher_was_stop
     assert pids(supervisor)["controller-0"] == before
 
 
-def test_a_log_line_without_end_takes_little_memory(supervise: Supervise) -> None:
+def test_a_log_line_without_end_takes_little_memory(
+    supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[int] = []
+    log = SimpleNamespace(write=lambda data: pieces.append(len(data)), flush=lambda: None)
     line = "import sys; sys.stderr.write('x' * 20_000_000); sys.exit(1)"
     supervisor = supervise({"vision": line})
+    monkeypatch.setattr(
+        child_module.sys, "stderr", SimpleNamespace(buffer=log, isatty=lambda: False)
+    )
     supervisor.keep_running()
     child = child_named(supervisor, "vision-0")
     wait_for_status(supervisor, "vision-0")
+    assert child.relay is not None
     child.relay.join()
+    assert sum(pieces) == 20_000_000 and max(pieces) <= child_module.MAX_LINE_BYTES
     assert sum(map(len, child.last_lines)) <= (
         child_module.NUM_LAST_LINES * child_module.MAX_LAST_LINE_CHARS
     )
@@ -272,6 +281,17 @@ def test_a_command_writes_any_name_in_any_locale(tmp_path: Path, command: list[s
     said = done.stdout + done.stderr
     assert b"Traceback" not in said
     assert (b"Qwen2.5-VL" if command == ["plan"] else b"--http-port 0: must be from 1") in said
+
+
+def test_any_text_can_be_written_in_any_locale() -> None:
+    program = (
+        "from common.process import write_utf8; write_utf8(); print(chr(0xeb)); print(chr(0xdcff))"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | locale, capture_output=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["ë".encode(), b"\\udcff"], done.stderr
 
 
 def test_children_name_files_in_utf8() -> None:

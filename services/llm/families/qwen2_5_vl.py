@@ -35,7 +35,7 @@ class TextConfig:
             raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {e}") from e
         except BadCheckpoint:
             raise
-        except (TypeError, ValueError) as e:
+        except (AttributeError, TypeError, ValueError) as e:
             raise BadCheckpoint(
                 f"{checkpoint.path}: mrope_section in config.json is not three counts, or "
                 "rms_norm_eps or rope_theta is no number"
