@@ -1,7 +1,8 @@
 """Reads the files of a model directory. They come from elsewhere, and may be made to do harm.
 
-A file is read only if it is a regular file of bounded size in the directory, or in the cache of a
-hub that the directory is part of.
+A text file is read only if it is a regular file of bounded size in the directory, or in the cache
+of a hub that the directory is part of: what it holds may end in prompts, which clients can read.
+Weights may be links to anywhere.
 """
 
 import json
@@ -41,7 +42,7 @@ def read_file(file: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def check_place(model: Path, file: Path) -> None:
-    """Check that a file of a model directory does not lead out of it.
+    """Check that a text file of a model directory does not lead out of it.
 
     The files in a directory of the Hugging Face cache (`snapshots/REVISION`) are links to files of
     the same repository in the cache.
@@ -57,8 +58,8 @@ def check_place(model: Path, file: Path) -> None:
     root = folder.parents[1] if folder.parent.name == "snapshots" else folder
     if not file.resolve().is_relative_to(root):
         raise BadCheckpoint(
-            f"{file} is a link to a file outside of {root}: if you trust it, put the file itself "
-            "there"
+            f"{file} is a link to a file outside of {root}: if you trust that file, copy it there "
+            "(weights may be links)"
         )
 
 

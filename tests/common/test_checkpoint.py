@@ -324,13 +324,12 @@ def test_files_may_be_links_as_in_the_cache_of_a_hub(model: Path, tmp_path: Path
         "generation_config.json",
         "preprocessor_config.json",
         "tokenizer.json",
-        "model.safetensors",
         "model.safetensors.index.json",
         "chat_template.jinja",
     ],
 )
 @pytest.mark.parametrize("is_in_a_cache", [False, True])
-def test_a_file_is_no_link_that_leads_out_of_the_directory(
+def test_a_text_file_is_no_link_that_leads_out_of_the_directory(
     model: Path, tmp_path: Path, name: str, is_in_a_cache: bool
 ) -> None:
     """A cloned repository once had its chat template read from anywhere on the host."""
@@ -345,6 +344,12 @@ def test_a_file_is_no_link_that_leads_out_of_the_directory(
     (model / name).symlink_to(secret)
     with pytest.raises(BadCheckpoint, match=f"{name} is a link to a file outside"):
         open_checkpoint(model)
+
+
+def test_weights_may_be_links_to_anywhere(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").rename(tmp_path / "weights")
+    (model / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert open_checkpoint(model).tensors
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

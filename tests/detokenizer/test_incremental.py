@@ -291,7 +291,7 @@ def test_each_byte_of_a_broken_character_is_marked_as_in_sentencepiece() -> None
 def test_a_tokenizer_with_another_decoder_is_refused_by_name(tmp_path: Path) -> None:
     config = json.loads(FILES["a_image"].read_text())
     for decoder, told in (
-        ({"type": "WordPiece"}, "decoder WordPiece, which is not supported yet"),
+        ({"type": "WordPiece"}, "decoder 'WordPiece', which is not supported yet"),
         (None, "decoder None"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(config | {"decoder": decoder}))

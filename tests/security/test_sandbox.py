@@ -181,7 +181,7 @@ def test_an_image_that_ends_its_sandbox_is_refused_and_the_next_one_is_served(
 
 
 def model_with(folder: Path, **files: str) -> Path:
-    shutil.copytree(MODEL, folder / "model", copy_function=os.symlink)
+    shutil.copytree(MODEL, folder / "model")
     for name, text in files.items():
         file = folder / "model" / name.replace("__", ".")
         file.unlink(missing_ok=True)
