@@ -36,7 +36,7 @@ class Asked:
         self.hung = False
         self.registry = CollectorRegistry()
         self.server = HealthServer(
-            free_port(), Health(self.member, lambda: self.load, lambda: self.hung, self.registry)
+            0, Health(self.member, lambda: self.load, lambda: self.hung, self.registry)
         )
 
     def get(self, path: str, host: str = "127.0.0.1", method: str = "GET") -> tuple[int, str]:
