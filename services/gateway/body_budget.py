@@ -1,10 +1,10 @@
 """How many bytes of bodies the gateway holds for requests that are not admitted yet."""
 
-from collections import Counter
 from ipaddress import IPv6Address, ip_address
 from types import TracebackType
 
 from common.errors import Exhausted
+from services.gateway.fair_share import Shares
 from services.gateway.limits import MAX_HELD_BODY_BYTES, SMALL_BODY_BYTES
 
 RETRY_SECONDS = 1.0
@@ -51,21 +51,17 @@ class Reservation:
 class BodyBudget:
     """Reserves room for bodies, so that no number of clients makes the gateway hold more.
 
-    A client gets at most half of what the others leave. So one client alone never takes more than
-    half, and there is always room for the next one. Small bodies are not counted: the number of
-    connections bounds them. All calls are made on the event loop.
+    Clients share it as `Shares` says. Small bodies are not counted: the number of connections
+    bounds them. All calls are made on the event loop.
     """
 
     def __init__(self, total_bytes: int = MAX_HELD_BODY_BYTES) -> None:
-        self.total_bytes = total_bytes
-        self._held = Counter[str]()
-        """Counted bytes by client, for the clients that hold any."""
-        self._num_held = 0
+        self._shares = Shares(total_bytes)
 
     @property
     def num_held(self) -> int:
         """The counted bytes that are reserved at present."""
-        return self._num_held
+        return self._shares.num_held
 
     def reserve(self, address: str, num_bytes: int) -> Reservation:
         """Return room for a body of this size from this address.
@@ -83,24 +79,19 @@ class BodyBudget:
         """Count bytes for the client, or raise Exhausted."""
         if num_bytes == 0:
             return
-        wanted = self._held[client] + num_bytes
-        left_by_others = self.total_bytes - (self._num_held - self._held[client])
-        if wanted > left_by_others // 2:
+        wanted, share = self._shares.wanted_and_share(client, num_bytes)
+        if wanted > share:
             raise Exhausted(
                 "too many bytes of requests are being received: try again in a moment",
                 "gateway",
                 retry_after=RETRY_SECONDS,
                 cause="body_bytes",
             )
-        self._held[client] = wanted
-        self._num_held += num_bytes
+        self._shares.add(client, num_bytes)
 
     def put_back(self, client: str, num_bytes: int) -> None:
         """Stop counting bytes for the client."""
-        self._num_held -= num_bytes
-        self._held[client] -= num_bytes
-        if self._held[client] == 0:
-            del self._held[client]
+        self._shares.remove(client, num_bytes)
 
 
 def counted_bytes(num_bytes: int) -> int:

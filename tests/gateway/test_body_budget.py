@@ -53,7 +53,7 @@ def test_a_refusal_leaves_nothing_behind() -> None:
     for n in range(100):
         with pytest.raises(Exhausted):
             budget.reserve(f"10.0.0.{n}", MIB)
-    assert not budget._held
+    assert not budget._shares._held
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_what_one_client_takes_does_not_refuse_another() -> None:
     for _ in range(25):
         share.put_back("b")
     share.put_back("c")
-    assert not share._held and share._num_held == 0
+    assert not share._shares._held and share._shares.num_held == 0
 
 
 async def test_watches_are_limited_and_share_one_timer() -> None:
