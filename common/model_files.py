@@ -16,7 +16,6 @@ MAX_JSON_BYTES = 64 * 2**20
 """No JSON file of a checkpoint is larger. The index of 100,000 tensors has about 10 MB."""
 MAX_JSON_VALUES = 4 * 2**20
 """No JSON file has more values. A vocabulary of 256,000 tokens with its merges has 2 million."""
-MAX_VOCABULARY_BYTES = 64 * 2**20
 MAX_SHOWN_CHARS = 80
 
 

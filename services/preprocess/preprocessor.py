@@ -97,20 +97,6 @@ class Preprocessor:
         size = self.rules.fitting_size(image.height, image.width, max_patches)
         return self.rules.prepare_item(kind, images.resize(image, *size))
 
-    def tokenize(self, prompt_kind: str, prompt: Any) -> np.ndarray:
-        """Return the token ids of chat messages or of given ids: int64 [num_tokens].
-
-        They hold one placeholder for each item.
-
-        Raises
-        ------
-        InvalidRequest
-            if the messages are malformed, or an id is outside the model's vocabulary.
-        """
-        if prompt_kind == "messages":
-            return self.encode(self.render(prompt))
-        return self.check_token_ids(np.asarray(prompt, dtype=np.int64))
-
     def render(self, messages: Any) -> str:
         """Return the prompt's text of chat messages.
 

@@ -93,8 +93,13 @@ def test_unusable_images_are_refused_by_name(
     assert type(caught.value) is error
 
 
+def token_ids_of(preprocessor: Preprocessor, content: Any) -> np.ndarray:
+    """Return the token ids of one message of a user."""
+    return preprocessor.encode(preprocessor.render([{"role": "user", "content": content}]))
+
+
 def test_token_ids_are_taken_as_they_are(preprocessor: Preprocessor) -> None:
-    found = preprocessor.tokenize("token_ids", np.array([513, preprocessor.placeholder_id, 0, 543]))
+    found = preprocessor.check_token_ids(np.array([513, preprocessor.placeholder_id, 0, 543]))
     assert found.tolist() == [513, 524, 0, 543]
 
 
@@ -110,12 +115,12 @@ def test_token_ids_that_are_not_the_models_are_refused(
     preprocessor: Preprocessor, ids: list[int], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        preprocessor.tokenize("token_ids", np.array(ids, dtype=np.int64))
+        preprocessor.check_token_ids(np.array(ids, dtype=np.int64))
 
 
 def test_half_a_surrogate_pair_is_refused(preprocessor: Preprocessor) -> None:
     with pytest.raises(InvalidRequest, match="surrogate"):
-        preprocessor.tokenize("messages", [{"role": "user", "content": "\ud83d"}])
+        token_ids_of(preprocessor, "\ud83d")
 
 
 def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> None:
@@ -129,9 +134,7 @@ def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> No
 
 def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
     image = image_of(preprocessor, 56, 56)
-    two = preprocessor.tokenize(
-        "messages", [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    )
+    two = token_ids_of(preprocessor, [{"type": "image"}, {"type": "image"}])
     with pytest.raises(InvalidRequest, match="2 image placeholders for 1 images"):
         preprocessor.expand(two, [image])
     with pytest.raises(InvalidRequest, match="2 image placeholders for 3 images"):
@@ -141,7 +144,7 @@ def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
 
 def test_a_placeholder_written_in_the_text_is_refused(preprocessor: Preprocessor) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "what is <|image_pad|>?"}]
-    token_ids = preprocessor.tokenize("messages", [{"role": "user", "content": parts}])
+    token_ids = token_ids_of(preprocessor, parts)
     with pytest.raises(InvalidRequest, match=r"leave <\|image_pad\|> out of the text"):
         preprocessor.expand(token_ids, [image_of(preprocessor, 56, 56)])
 

@@ -57,7 +57,7 @@ def test_golden_requests_become_the_references_tensors(case: str) -> None:
     assert len(plans) == {"a_image": 1, "b_two_images_tied": 2, "c_gqa_tp8": 1, "d_text": 0}[case]
     assert [list(plan.grid_thw) for plan in plans] == want.get("image_grid_thw", [])
 
-    found = preprocessor.expand(preprocessor.tokenize("messages", messages), plans)
+    found = preprocessor.expand(preprocessor.encode(preprocessor.render(messages)), plans)
     assert found.token_ids.dtype == np.int64 and found.token_ids.tolist() == want["input_ids"]
     assert found.num_tokens == want["num_prompt_tokens"]
     assert found.positions.dtype == np.int64 and np.array_equal(
