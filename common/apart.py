@@ -21,7 +21,8 @@ MAX_DEATHS = 3
 """A request or item fails when this many processes in a row have died while they worked on it. It
 was alone in the last one, and in one before unless it had begun to answer."""
 REPEAT_SECONDS = 1.0
-"""Alone is sent again if there is no answer for this long: the gateway may not be connected yet."""
+"""Alone is sent again after this long without an answer, because the gateway may not be connected
+yet."""
 
 
 class Turn:

@@ -194,7 +194,7 @@ class Connections(Generic[M]):
         self.actions.append(Open(peer, encode(self._me)))
 
     def _has_too_many(self, peer: Peer) -> bool:
-        """Whether there is no room for a peer that a message named."""
+        """Whether too many peers are connected because messages named them."""
         num_outgoing = sum(each.is_outgoing for each in self._connections.values())
         return num_outgoing >= MAX_OTHER_PEERS and peer.id not in self._wanted_ids
 

@@ -33,7 +33,7 @@ CONNECTION_SECONDS = 15.0
 """How long a connection may last."""
 MAX_CONNECTIONS = 32
 """Connections at a time. A further one takes the place of the oldest one: a probe takes
-milliseconds, so whoever is the oldest is no probe."""
+milliseconds, so the oldest connection is not a probe."""
 MAX_HEAD_BYTES = 16 * 1024
 """Request line and headers of one request."""
 EMFILE_SECONDS = 0.5

@@ -25,7 +25,7 @@ def read_file(file: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     Raises
     ------
     BadCheckpoint
-        if it cannot be read, is no regular file, or is larger than `max_bytes`.
+        if it cannot be read, is not a regular file, or is larger than `max_bytes`.
     """
     try:
         # A pipe or a device would be read for ever.
@@ -68,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, which is empty if there is no such file."""
+    """Read a JSON object. Return an empty one if the file does not exist."""
     return read_json(file) if file.exists() else {}
 
 

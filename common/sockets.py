@@ -36,7 +36,7 @@ def connected_socket(address: str) -> socket.socket:
     Raises
     ------
     OSError
-        if there is no connection within CONNECT_SECONDS, or no descriptor is free.
+        if it cannot connect within CONNECT_SECONDS, or has no free descriptor.
     ValueError
         if the address is not acceptable.
     """

@@ -18,7 +18,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     Raises
     ------
     BadSetting
-        if there is no place for temporary files.
+        if the folder cannot be made.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix=prefix))

@@ -44,7 +44,7 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
         if the port cannot be opened.
     """
     member = describe_controller(settings.name)
-    # Without a key there is no launcher: somebody else starts the members.
+    # Without a key, no launcher may join: something else starts the members.
     servicer = ControlServicer(member, settings.launcher_key or secrets.token_hex())
     server = await start_server(servicer, settings.control_listen)
     progress = Progress()

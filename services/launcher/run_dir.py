@@ -29,7 +29,7 @@ def open_run_dir() -> Iterator[Path]:
     Raises
     ------
     BadSetting
-        if there is no folder for temporary files, or its path is too long for sockets.
+        if the folder cannot be made, or its path is too long for sockets.
     """
     with temporary_folder(PREFIX) as run_dir:
         remove_abandoned(run_dir.parent)
@@ -59,7 +59,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders of this user's launchers that live no more."""
+    """Remove the folders of this user's launchers that no longer run."""
     for file in parent.glob(f"{PREFIX}*/{LOCK}"):
         # A folder of another user, or one that disappears meanwhile, is left alone.
         with contextlib.suppress(OSError):
