@@ -8,7 +8,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -163,7 +163,7 @@ class Worker:
             case Released():
                 self._unreleased.discard(peer_id)
             case _:
-                self._log.warning("ignored a message", peer=peer_id, name=type(message).__name__)
+                assert_never(message)
 
     def _owns(self, llm_id: str, key: RequestKey) -> bool:
         """Whether this language group brought the answer."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from common.messages import (
     Alone,
     Cleared,
     Embeddings,
+    ExecuteStep,
     Failed,
     ItemIds,
     ItemReceived,
@@ -163,8 +164,11 @@ class Worker:
                 self._turn.note(key, peer_id)
             case Cleared(key=key):
                 self._engine.scheduler.clear(key, peer_id)
-            case _:
+            case ExecuteStep():
+                # Not among the messages of rank 0, but whoever says that it is a rank may send it.
                 self._ignore(peer_id, message, "it has nothing to say to rank 0")
+            case _:
+                assert_never(message)
 
     def _ignore(self, peer_id: str, message: object, reason: str) -> None:
         name = type(message).__name__

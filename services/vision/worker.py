@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from common.buckets import bucket_of
 from common.events import PeerDown, PeerUp, Received
@@ -175,7 +176,7 @@ class Worker:
             case Decline():
                 self._room.declined(peer_id)
             case _:
-                self._log.warning("ignored a message", peer=peer_id, name=type(message).__name__)
+                assert_never(message)
 
     # Offers
 
