@@ -214,13 +214,15 @@ class Dispatcher:
 
     def _find(self, message: ItemMessage, vision_id: str) -> PendingItem | None:
         """Return the item that the message is about, if the replica that sent it still has it."""
-        item = self._offered_item(message.item_key)
-        return item if item and item.vision_id == vision_id else None
+        return self._item_at(message.item_key, vision_id)
 
     def _find_failed(self, message: Failed, vision_id: str) -> PendingItem | None:
         if message.item is None:
             return None
-        item = self._offered_item((*message.key, message.item))
+        return self._item_at((*message.key, message.item), vision_id)
+
+    def _item_at(self, key: ItemKey, vision_id: str) -> PendingItem | None:
+        item = self._offered_item(key)
         return item if item and item.vision_id == vision_id else None
 
     def _offered_item(self, key: ItemKey) -> PendingItem | None:
