@@ -14,7 +14,7 @@ from common.vocabulary.tokenizer_json import read_tokenizer_json
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
 from tests import golden_vocabularies
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"
 CASES = ("a_image", "b_two_images_tied", "c_gqa_tp8", "d_text")
 FILES = {case: GOLDEN / case / "checkpoint" / "tokenizer.json" for case in CASES}
 TOKENIZERS = {case: Tokenizer.from_file(str(file)) for case, file in FILES.items()}

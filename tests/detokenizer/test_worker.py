@@ -28,7 +28,12 @@ from services.detokenizer.worker import Answer, Worker
 from tests.fakes import FakeMember, received
 
 VOCABULARY = read_tokenizer_json(
-    Path(__file__).parents[1] / "golden" / "a_image" / "checkpoint" / "tokenizer.json"
+    Path(__file__).parents[1]
+    / "golden"
+    / "qwen2_5_vl"
+    / "a_image"
+    / "checkpoint"
+    / "tokenizer.json"
 )
 MAX_MODEL_LEN = 1000
 BY_BYTES = {data: id for id, data in VOCABULARY.bytes_by_id.items()}

@@ -1,9 +1,12 @@
 """Golden cases: small random checkpoints with the float32 outputs of the reference implementation.
 
-<case>/checkpoint/  the model directory
-<case>/inputs/      messages.json, and the pictures that it names
-<case>/expected/    expected.json (ids, texts, grids) and tensors.safetensors (pixel values,
-                    positions, embeddings, logits)
+<family>/<case>/checkpoint/  the model directory
+<family>/<case>/inputs/      messages.json or requests.json, and the pictures that it names
+<family>/<case>/expected/    expected.json (ids, texts, grids) and tensors.safetensors (pixel
+                             values, positions, embeddings, logits)
+
+The references are transformers 4.51.3 (qwen2_5_vl), the published code (qwen_vl, vlmo), and for
+wemm the vision tower and base decoder of transformers 4.51.3 with an oracle for the rest.
 """
 
 import json
@@ -23,22 +26,27 @@ CASES_WITH_IMAGES = CASES[:3]
 @dataclass(frozen=True)
 class GoldenCase:
     name: str
+    family: str = "qwen2_5_vl"
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.family / self.name
 
     @property
     def checkpoint(self) -> Path:
-        return ROOT / self.name / "checkpoint"
+        return self.path / "checkpoint"
 
     @property
     def inputs(self) -> Path:
-        return ROOT / self.name / "inputs"
+        return self.path / "inputs"
 
     @cached_property
     def expected(self) -> dict[str, Any]:
-        return json.loads((ROOT / self.name / "expected" / "expected.json").read_text())
+        return json.loads((self.path / "expected" / "expected.json").read_text())
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
-        return load_file(ROOT / self.name / "expected" / "tensors.safetensors")
+        return load_file(self.path / "expected" / "tensors.safetensors")
 
 
 def max_difference(actual: np.ndarray, expected: np.ndarray) -> float:

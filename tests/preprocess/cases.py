@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"
 WITH_IMAGES = ("a_image", "b_two_images_tied", "c_gqa_tp8")
 CASES = (*WITH_IMAGES, "d_text")
 

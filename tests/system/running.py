@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.serving import READY_SECONDS, ROOT, Serving, own_environment
 from proto.twinlens.control.v1 import control_pb2
 
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = ROOT / "tests" / "golden" / "qwen2_5_vl"
 RECEIPT = ROOT / "examples" / "receipt.png"
 
 
