@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from common.model_files import MAX_JSON_BYTES
-from tests.golden import CASES, ROOT
+from tests.golden import CASES, GoldenCase
 
 TEXT = {"hidden_size": 8, "max_position_embeddings": 64, "eos_token_id": 3}
 VISION = {"depth": 2}
@@ -115,7 +115,7 @@ def test_end_tokens_come_from_the_generation_config_then_from_the_model(
 
 @pytest.mark.parametrize("name", CASES)
 def test_real_checkpoints_open(name: str) -> None:
-    checkpoint = open_checkpoint(ROOT / name / "checkpoint")
+    checkpoint = open_checkpoint(GoldenCase(name).checkpoint)
     assert (
         checkpoint.max_model_len > 0 and checkpoint.eos_token_ids and len(checkpoint.tensors) > 20
     )

@@ -40,7 +40,7 @@ def test_texts_become_the_references_tokens(case: str) -> None:
 
 @pytest.mark.parametrize("case", golden.CASES)
 def test_texts_become_the_tokens_of_transformers(case: str) -> None:
-    found = open_vocabulary(open_checkpoint(golden.ROOT / case / "checkpoint"))
+    found = open_vocabulary(open_checkpoint(golden.GoldenCase(case).checkpoint))
     probes = golden.GoldenCase(case).expected["tokenizer_probes"]
     assert probes
     for probe in probes:
@@ -347,7 +347,7 @@ def test_every_wire_type_is_read() -> None:
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
-    model = shutil.copytree(golden.ROOT / "a_image" / "checkpoint", tmp_path / "model")
+    model = shutil.copytree(golden.GoldenCase("a_image").checkpoint, tmp_path / "model")
     (model / "tokenizer.json").write_bytes(content)
     with pytest.raises(BadCheckpoint, match=rf"tokenizer\.json .*{words}"):
         open_vocabulary(open_checkpoint(model))
