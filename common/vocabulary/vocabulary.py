@@ -1,6 +1,8 @@
 """The vocabulary of a model: text to token ids, and token ids to bytes."""
 
 import codecs
+import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,8 +49,21 @@ class Vocabulary:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        return self._open(self.tokenizer_json)
+
+    @cached_property
+    def _continuing_tokenizer(self) -> Tokenizer:
+        """The tokenizer without the space that it puts in front of each text."""
+        described = json.loads(self.tokenizer_json)
+        normalizer = described["normalizer"]
+        if normalizer and normalizer["type"] == "Sequence":
+            steps = normalizer["normalizers"]
+            normalizer["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
+        return self._open(json.dumps(described))
+
+    def _open(self, tokenizer_json: str) -> Tokenizer:
         try:
-            tokenizer = Tokenizer.from_str(self.tokenizer_json)
+            tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as e:
             raise BadCheckpoint(
                 f"{self.file} is damaged, or needs a newer tokenizers package: {e}; "
@@ -64,12 +79,34 @@ class Vocabulary:
         """The number of token ids, unused ids below the largest one included."""
         return max(self.bytes_by_id, default=-1) + 1
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, special_tokens: frozenset[str] | None = None, continues: bool = False
+    ) -> list[int]:
         """Return the token ids of a text.
 
-        The names of special tokens in it become these tokens. No other special tokens are added.
+        Parameters
+        ----------
+        special_tokens
+            are those whose names in the text become these tokens; None for all. The names of the
+            others are text. No special tokens are added.
+        continues
+            says that the text continues a line: a SentencePiece model puts no space in front of it.
         """
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        tokenizer = self._continuing_tokenizer if continues else self._tokenizer
+        tokenizer.encode_special_tokens = special_tokens is not None
+        if not special_tokens:
+            return encode(tokenizer, text)
+        token_ids: list[int] = []
+        longest_first = sorted(special_tokens, key=len, reverse=True)
+        names = "|".join(map(re.escape, longest_first))
+        for part in re.split(f"({names})", text):
+            if part in special_tokens:
+                token_id = self.id_of(part)
+                assert token_id is not None, f"{part} is no token of {self.file}"
+                token_ids.append(token_id)
+            elif part:
+                token_ids += encode(tokenizer, part)
+        return token_ids
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token by its name in the file, or None if there is no such token."""
@@ -91,3 +128,7 @@ class Vocabulary:
         if skip_special_tokens and token_id in self.special_ids:
             return b""
         return self.token_bytes(token_id)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -54,18 +54,14 @@ class ChatTemplate:
             raise BadCheckpoint(f"the chat template cannot be compiled: {type(e).__name__}") from e
         self.special_tokens = special_tokens
 
-    def render(self, messages: Any) -> str:
+    def render(self, messages: list[dict[str, Any]]) -> str:
         """Return the prompt of a conversation, up to where the assistant begins to speak.
 
-        Raises
-        ------
-        InvalidRequest
-            if the messages are malformed, or the template refuses them.
+        Raises InvalidRequest if the template refuses the messages, which are those of `normalise`.
         """
-        known = normalise(messages)
         try:
             return self.template.render(
-                messages=known, add_generation_prompt=True, **self.special_tokens
+                messages=messages, add_generation_prompt=True, **self.special_tokens
             )
         except jinja2.TemplateError as e:
             raise InvalidRequest(
@@ -136,7 +132,8 @@ def decoded(file: Path) -> str:
 def normalise(messages: Any) -> list[dict[str, Any]]:
     """Return messages with only what templates may rely on.
 
-    That is a known role, and content that is text or a list of text and image parts.
+    That is a known role, and content that is text or a list of text and image parts. Raises
+    InvalidRequest if they are malformed.
     """
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message")

@@ -18,6 +18,7 @@ from services.preprocess import chat_template, images
 from services.preprocess.chat_template import ChatTemplate
 from services.preprocess.families import FamilyRules
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
+from services.preprocess.prompts import Piece, PromptParts, num_chars
 
 MAX_CHARS_PER_TOKEN = 16
 """No text has this many characters per token on average. Longer texts are refused before they are
@@ -97,47 +98,58 @@ class Preprocessor:
         size = self.rules.fitting_size(image.height, image.width, max_patches)
         return self.rules.prepare_item(kind, images.resize(image, *size))
 
-    def render(self, messages: Any) -> str:
-        """Return the prompt's text of chat messages.
+    def render(self, messages: Any) -> PromptParts:
+        """Return the prompt of chat messages.
 
-        Raises InvalidRequest if they are malformed, or the template refuses them.
+        Raises InvalidRequest if they are malformed, or the model has no words for them.
         """
-        return self.template.render(messages)
+        known = chat_template.normalise(messages)
+        if self.rules.chat_prompt is not None:
+            return self.rules.chat_prompt(known)
+        return [Piece(self.template.render(known))]
 
     def check_token_ids(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the token ids of a prompt, int64 [num_tokens], if they are the model's.
 
-        Raises InvalidRequest if there are none, or one is outside the model's vocabulary.
+        Raises InvalidRequest if there are none, or one is outside the model's vocabulary. The
+        placeholder of items may be outside it.
         """
         if token_ids.size == 0:
             raise InvalidRequest("the prompt is empty")
-        bad = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
+        is_outside = (token_ids < 0) | (token_ids >= self.vocab_size)
+        bad = token_ids[is_outside & (token_ids != self.placeholder_id)]
         if bad.size:
             raise InvalidRequest(
                 f"token id {bad[0]} is outside the model's vocabulary of {self.vocab_size}"
             )
         return token_ids
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the token ids of a prompt's text: int64 [num_tokens].
+    def encode(self, parts: PromptParts) -> np.ndarray:
+        """Return the token ids of a prompt: int64 [num_tokens].
 
         Raises
         ------
         InvalidRequest
             if the text is far longer than the model's context, or not valid Unicode.
         """
-        if len(text) > MAX_CHARS_PER_TOKEN * self.max_model_len:
+        if (length := num_chars(parts)) > MAX_CHARS_PER_TOKEN * self.max_model_len:
             raise InvalidRequest(
-                f"the prompt's text has {len(text)} characters, far more than the model's context "
+                f"the prompt's text has {length} characters, far more than the model's context "
                 f"of {self.max_model_len} tokens: shorten it"
             )
+        token_ids: list[int] = []
+        for part in parts:
+            token_ids += self._encode_piece(part) if isinstance(part, Piece) else [part]
+        return np.array(token_ids, dtype=np.int64)
+
+    def _encode_piece(self, piece: Piece) -> list[int]:
         try:
-            text.encode()
+            piece.text.encode()
         except UnicodeEncodeError as e:
             raise InvalidRequest(
                 "the text holds half of a surrogate pair; send valid Unicode"
             ) from e
-        return np.array(self.vocabulary.encode(text), dtype=np.int64)
+        return self.vocabulary.encode(piece.text, piece.special_tokens, piece.continues)
 
     def find_placeholders(self, token_ids: np.ndarray, num_items: int) -> np.ndarray:
         """Return the index of each placeholder of a prompt: int64 [num_items].
@@ -149,9 +161,10 @@ class Preprocessor:
         """
         found = np.flatnonzero(token_ids == self.placeholder_id)
         if len(found) != num_items:
+            advice = f", and leave {self.placeholder} out of the text" if self.placeholder else ""
             raise InvalidRequest(
                 f"the prompt has {len(found)} image placeholders for {num_items} images:"
-                f" give one for each image, and leave {self.placeholder} out of the text"
+                f" give one for each image{advice}"
             )
         return found
 

@@ -38,6 +38,27 @@ def test_texts_become_the_references_tokens(case: str) -> None:
         assert vocabulary(case).encode(probe["text"]) == probe["ids"], probe["text"]
 
 
+@pytest.mark.parametrize("case", ["qwen_vl", "wemm"])
+def test_special_tokens_that_a_text_may_not_name_are_text(case: str) -> None:
+    found = vocabulary(case)
+    names = list(expected(case)["special_tokens"])[:2]
+    text = f"a{names[0]}b{names[1]}c"
+    ids = [found.id_of(name) for name in names]
+    plain = found.encode(text, frozenset())
+    assert b"".join(map(found.token_bytes, plain)) == text.encode()
+    assert not found.special_ids.intersection(plain)
+    one = found.encode(text, frozenset(names[1:]))
+    assert ids[1] in one and ids[0] not in one
+    assert one[-1] == found.encode("c")[-1]
+    assert found.encode(text, frozenset(names)) == found.encode(text)
+
+
+def test_a_text_that_continues_a_line_gets_no_space_in_front() -> None:
+    found = vocabulary("sentencepiece_bpe_prefix")
+    assert b"".join(map(found.token_bytes, found.encode("ab"))) == b" ab"
+    assert b"".join(map(found.token_bytes, found.encode("ab", continues=True))) == b"ab"
+
+
 @pytest.mark.parametrize("case", golden.CASES)
 def test_texts_become_the_tokens_of_transformers(case: str) -> None:
     found = open_vocabulary(open_checkpoint(golden.GoldenCase(case).checkpoint))

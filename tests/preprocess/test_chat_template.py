@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from common.checkpoint import BadCheckpoint
 from common.errors import InvalidRequest
-from services.preprocess.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load
+from services.preprocess.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load, normalise
 from tests.preprocess.cases import CASES, checkpoint_path, expected, request
 
 IMAGE = {"type": "image"}
@@ -84,9 +84,11 @@ def test_strftime_now_formats_the_date() -> None:
 
 def test_a_developer_speaks_as_the_system_and_no_content_is_empty_text() -> None:
     template = load(checkpoint_path("a_image"))
-    found = template.render(
-        [{"role": "developer", "content": "be brief"}, {"role": "assistant", "content": None}]
-    )
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "assistant", "content": None},
+    ]
+    found = template.render(normalise(messages))
     assert found.startswith(
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
     )
@@ -126,7 +128,7 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
 )
 def test_malformed_messages_are_refused_by_name(messages: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        load(checkpoint_path("a_image")).render(messages)
+        normalise(messages)
 
 
 def render_from(path: Path) -> str:

@@ -15,6 +15,7 @@ from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest, UnreadableImage
 from services.preprocess.prepared import PreparedItem
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.prompts import Piece, PromptParts
 from tests.preprocess.builders import create_preprocessor
 from tests.preprocess.cases import CASES, checkpoint_path, encoded, expected, noise
 
@@ -34,7 +35,7 @@ def test_golden_texts_tokenize_as_in_the_reference(case: str) -> None:
     probes = expected(case)["tokenizer_probes"]
     assert probes
     for probe in probes:
-        assert preprocessor.encode(probe["text"]).tolist() == probe["ids"]
+        assert preprocessor.encode([Piece(probe["text"])]).tolist() == probe["ids"]
 
 
 def test_equal_pixels_have_one_hash_in_any_file_format(preprocessor: Preprocessor) -> None:
@@ -125,11 +126,11 @@ def test_half_a_surrogate_pair_is_refused(preprocessor: Preprocessor) -> None:
 
 def test_a_text_far_beyond_the_context_is_refused_before_it_is_tokenized() -> None:
     short = create_preprocessor(open_checkpoint(checkpoint_path("a_image")), max_model_len=10)
-    assert len(short.encode("a" * 160)) == 160
+    assert len(short.encode([Piece("a" * 160)])) == 160
     with pytest.raises(
         InvalidRequest, match="161 characters, far more than the model's context of 10 tokens"
     ):
-        short.encode("a" * 161)
+        short.encode([Piece("a" * 161)])
 
 
 def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
@@ -162,13 +163,15 @@ def test_the_tokenizers_own_padding_and_truncation_are_switched_off(tmp_path: Pa
     tokenizer.enable_truncation(2)
     assert len(tokenizer.encode("a b c d e f").ids) == 2
     truncation = json.loads(tokenizer.to_str())["truncation"]
-    assert len(changed_tokenizer(tmp_path, truncation=truncation).encode("a b c d e f")) > 2
+    assert (
+        len(changed_tokenizer(tmp_path, truncation=truncation).encode([Piece("a b c d e f")])) > 2
+    )
 
 
 def test_a_tokenizer_that_would_add_tokens_adds_none_to_a_finished_prompt(
     preprocessor: Preprocessor, tmp_path: Path
 ) -> None:
-    want = preprocessor.encode("a b").tolist()
+    want = preprocessor.encode([Piece("a b")]).tolist()
     tokenizer = Tokenizer.from_file(str(checkpoint_path("a_image") / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 512)]
@@ -176,7 +179,7 @@ def test_a_tokenizer_that_would_add_tokens_adds_none_to_a_finished_prompt(
     assert tokenizer.encode("a b").ids == [512, *want]
     post_processor = json.loads(tokenizer.to_str())["post_processor"]
     changed = changed_tokenizer(tmp_path, post_processor=post_processor)
-    assert changed.encode("a b").tolist() == want
+    assert changed.encode([Piece("a b")]).tolist() == want
 
 
 def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Preprocessor) -> None:
@@ -186,3 +189,18 @@ def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Pr
     found = preprocessor.expand(token_ids, [image] * 30)
     assert time.perf_counter() - started < 0.5
     assert found.num_tokens == 30 * (4 + 324)
+
+
+def test_a_family_may_say_messages_by_itself(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat_prompt(messages: list[dict[str, Any]]) -> PromptParts:
+        return [7, Piece(messages[0]["content"], frozenset()), 8]
+
+    monkeypatch.setattr(preprocessor.rules, "chat_prompt", chat_prompt)
+    name = preprocessor.placeholder
+    found = preprocessor.encode(preprocessor.render([{"role": "user", "content": f"a{name}"}]))
+    assert (found[0], found[-1]) == (7, 8)
+    assert preprocessor.placeholder_id not in found
+    with pytest.raises(InvalidRequest, match="role"):
+        preprocessor.render([{"role": "nobody", "content": ""}])

@@ -59,6 +59,7 @@ class ToyRules:
     """Implements `FamilyRules`."""
 
     whole = False
+    chat_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         eye = checkpoint.config["eye"]

@@ -109,6 +109,7 @@ class Qwen25VLRules:
     """The rules of Qwen2.5-VL for one checkpoint. They do not change."""
 
     whole = False
+    chat_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from common.messages import ItemKind
 from services.preprocess.prepared import PreparedItem
+from services.preprocess.prompts import ChatPrompt
 
 
 class FamilyRules(Protocol):
@@ -14,6 +15,11 @@ class FamilyRules(Protocol):
     @property
     def whole(self) -> bool:
         """Whether a prompt must be computed in one step, without chunks and prefix cache."""
+        ...
+
+    @property
+    def chat_prompt(self) -> ChatPrompt | None:
+        """Makes prompts of chat messages; None if the checkpoint brings a template for that."""
         ...
 
     def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:

@@ -63,9 +63,11 @@ def load(setup: Setup) -> Workbench:
     limits = ItemLimits(setup.min_pixels, setup.max_pixels, setup.resizes_oversized)
     rules = families.load(checkpoint, limits)
     preprocessor = Preprocessor(checkpoint, rules, setup.max_model_len)
+    workbench = Workbench(preprocessor)
+    if rules.chat_prompt is not None:
+        return workbench
     if preprocessor.placeholder_id is not None and preprocessor.placeholder is None:
         raise BadCheckpoint(f"the vocabulary has no token {preprocessor.placeholder_id} for images")
-    workbench = Workbench(preprocessor)
     # The template comes from elsewhere, and constant expressions in it are computed at once.
     limit_memory()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

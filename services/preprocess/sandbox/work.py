@@ -15,6 +15,7 @@ from common.wire import Buffer, Tensor
 from services.preprocess.grammars import Grammars
 from services.preprocess.images import size_of
 from services.preprocess.preprocessor import Preprocessor, open_item
+from services.preprocess.prompts import num_chars
 from services.preprocess.sandbox import meter
 from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
 from services.preprocess.sandbox.jobs import (
@@ -91,9 +92,9 @@ class Workbench:
             ids = np.frombuffer(prompt, dtype=np.int64)
             return self._preprocessor.check_token_ids(ids)
         limits.begin(meter.TEMPLATE)
-        text = self._preprocessor.render(messages_of(prompt))
-        limits.begin(meter.TOKENIZER, CPU_SECONDS + len(text) / CHARS_A_SECOND)
-        return self._preprocessor.encode(text)
+        parts = self._preprocessor.render(messages_of(prompt))
+        limits.begin(meter.TOKENIZER, CPU_SECONDS + num_chars(parts) / CHARS_A_SECOND)
+        return self._preprocessor.encode(parts)
 
     def _check_guide(self, kind: str, guide: Buffer, limits: Meter) -> bytes:
         if not kind:
