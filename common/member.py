@@ -30,7 +30,7 @@ from common.hello import hello
 from common.links import Links
 from common.logs import get_logger
 from common.membership import DRAINING, READY, STANDBY, STARTING, Membership, new_member_id
-from common.messages import Peer
+from common.messages import Peer, Task
 from common.process import EXIT_OK, Stop, leave
 from common.progress import LOADING_SECONDS, Progress
 from common.settings import ServiceSettings
@@ -77,6 +77,10 @@ class Profile:
     group: str = ""
     """Name of the tensor-parallel group, if the member is one of its ranks."""
     rank: int = 0
+    tasks: tuple[Task, ...] = ()
+    """What the model does. Gateways learn it from preprocess."""
+    stages: tuple[str, ...] = ()
+    """The roles that requests to the model pass through. Gateways learn them from preprocess."""
 
     def gives_work_to(self, other: control_pb2.Member) -> bool:
         """Whether the other is ready to take work of this member. Rank 0 speaks for its group."""
@@ -182,6 +186,8 @@ class Member(Generic[M]):
             group=profile.group,
             rank=profile.rank,
             detail="loading",
+            tasks=profile.tasks,
+            stages=profile.stages,
         )
         serve_health(settings.health_port, entry, self.load, self.progress.is_hung, registry)
         watches = bool(profile.peers) or (self._on_group_loss is not None and profile.rank == 0)

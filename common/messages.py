@@ -11,13 +11,13 @@ Every message about a request carries (request_id, attempt). A receiver drops wh
 older attempt.
 """
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_TEXT_CHARS = 2000
 
@@ -40,6 +40,10 @@ Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
 ItemKind = Literal["image"]
 """What an item is. Each kind has a preparation in preprocess and an encoder in vision."""
+
+Task = Literal["generate", "classify", "embed"]
+"""What is asked of the model: a text, the probabilities of its labels, or a feature vector."""
+TASKS: tuple[Task, ...] = get_args(Task)
 
 RequestKey = tuple[str, int]
 """(request_id, attempt): names one attempt of a request."""
@@ -104,6 +108,10 @@ class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     id: Name
     address: Name
+
+
+NO_PEER = Peer("", "")
+"""Stands for the detokenizer of a request that needs none."""
 
 
 class Item(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -251,6 +259,7 @@ class Submit(RequestMessage):
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
+    """NO_PEER if the task generates no text."""
     timeout: Seconds
     """Seconds until the request's deadline, counted from the receipt of this message."""
     return_prompt_token_ids: bool = False
@@ -265,6 +274,7 @@ class Submit(RequestMessage):
     """Prepare the request while nothing else is prepared, because it may end the process."""
     apart_in_llm: bool = False
     """The `apart` of its Prompt."""
+    task: Task = "generate"
 
 
 GatewayToPreprocess = Submit | Abort | Noted | Cleared
@@ -279,6 +289,8 @@ class Routed(RequestMessage):
 
     llm: Peer
     prompt_token_ids: Tensor | None = None
+    item_sizes: Tensor | None = None
+    """int64 [num_items, 2]: height and width of each item as the client sent it, in pixels."""
 
 
 class HandedOver(RequestMessage):
@@ -396,6 +408,7 @@ class Prompt(RequestMessage):
     sampling: Sampling
     stopping: Stopping
     detokenizer: Peer
+    """NO_PEER if the task generates no text."""
     timeout: Seconds
     timings: Tensor
     """UTF-8 JSON: the stage timings so far."""
@@ -414,6 +427,7 @@ class Prompt(RequestMessage):
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
     apart: bool = False
     """Compute the request in steps of its own until it is cleared, because it may end the group."""
+    task: Task = "generate"
 
 
 PreprocessToLlm = Prompt | Abort
@@ -560,6 +574,9 @@ class Delta(RequestMessage):
     logprobs: Tensor | None = None
     """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token."""
     timings: Tensor | None = None
+    boxes: Tensor | None = None
+    """UTF-8 JSON: the boxes of the whole answer, on the grid of its family (`common/boxes.py`).
+    With the last piece only, and only if the family's answers hold boxes."""
 
 
 DetokenizerToGateway = Delta | Failed
@@ -578,7 +595,21 @@ GatewayToDetokenizer = Released
 # gateway <-> llm
 
 GatewayToLlm = Abort | Noted | Cleared
-LlmToGateway = Failed | Alone
+
+
+class Pooled(RequestMessage):
+    """The result of a request that generates no text. It is the last message of the attempt."""
+
+    values: Tensor
+    """float32 [n]: the probabilities of all labels, or the embedding, whose length is 1."""
+    labels: Tensor | None = None
+    """UTF-8 JSON: a list of the n labels. Only for the task classify."""
+    num_prompt_tokens: Count = 0
+    timings: Tensor | None = None
+    """UTF-8 JSON: the stage timings."""
+
+
+LlmToGateway = Failed | Alone | Pooled
 
 # What each service handles, whichever peer sends it.
 

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.messages import Task
+
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
@@ -83,12 +85,25 @@ class Family(ABC):
     """What a model directory must hold besides config.json, the vocabulary and the weights."""
     needed_roles: tuple[str, ...] = ("vision", "llm")
     """The stages after preprocess that a request with items passes through."""
+    tasks: tuple[Task, ...] = ("generate",)
+    """What the family's models can do. A checkpoint may do less: see `tasks_of`."""
+    markup_tokens: tuple[str, ...] = ()
+    """The special tokens that stay in an answer's text, because a client reads them."""
     num_position_components: int = 1
     """The number of rows of `Prompt.positions`."""
     tower_prefixes: tuple[str, ...] = ()
     """The prefixes of the canonical names of the vision tower's tensors."""
     embedding_name: str
     """The canonical name of the token embedding."""
+
+    def tasks_of(self, checkpoint: "Checkpoint") -> tuple[Task, ...]:
+        """Return what this checkpoint can do; the first task is what it is mainly for."""
+        return self.tasks
+
+    def stages_of(self, checkpoint: "Checkpoint") -> tuple[str, ...]:
+        """Return the roles that requests to this checkpoint pass through."""
+        writes = "generate" in self.tasks_of(checkpoint)
+        return ("preprocess", *self.needed_roles, *(("detokenizer",) if writes else ()))
 
     @abstractmethod
     def canonical_name(self, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from common.address import objection_to_peer
 from common.membership import DRAINING, MAX_DELAY_SECONDS, READY, STANDBY, STARTING
-from common.messages import Peer
+from common.messages import TASKS, Peer
 from common.settings import MAX_RANKS, MAX_REPLICAS, SCALABLE_ROLES, SERVICES, TOKENS
 from proto.twinlens.control.v1 import control_pb2
 
@@ -52,6 +52,10 @@ def _objection_to_member(member: control_pb2.Member) -> str:
         return "expected_delay must be a number of seconds from 0"
     if len(member.detail) > MAX_DETAIL_CHARS or not member.detail.isprintable():
         return f"detail must have at most {MAX_DETAIL_CHARS} printable characters"
+    if not set(member.tasks) <= set(TASKS):
+        return f"tasks must be among {', '.join(TASKS)}"
+    if not set(member.stages) <= set(SERVICES):
+        return f"stages must be among {', '.join(SERVICES)}"
     return ""
 
 

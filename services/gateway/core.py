@@ -29,17 +29,27 @@ from common.messages import (
     GatewayOutbound,
     HandedOver,
     Peer,
+    Pooled,
     RequestMessage,
     Routed,
+    Usage,
 )
-from common.timings import Timings
 from services.gateway.admission import Admission
 from services.gateway.deltas import read_delta, read_token_ids
 from services.gateway.failover import PATIENCE_SECONDS, RETRY_SECONDS, Failover
-from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest
+from services.gateway.generation import (
+    Began,
+    Ended,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+    Result,
+)
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
+from services.gateway.pooled import read_pooled
 from services.gateway.record import Record
+from services.gateway.served_tasks import task_for
 
 MAX_UNREAD_EVENTS = 10_000
 """A request fails if its client has left this many events unread."""
@@ -163,9 +173,10 @@ class GatewayCore:
     def _admit(self, request: GenerationRequest) -> Record:
         timeout = self._request_timeout if request.timeout is None else request.timeout
         self._admission.check(self._num_waiting, timeout)
+        task = task_for(request, self.peers.tasks)
         self._num_admitted += 1
         record_id = f"{request.request_id}~{self._instance}{self._num_admitted:x}"
-        record = Record(request, record_id, timeout)
+        record = Record(request, record_id, timeout, task)
         self._failover.start_attempt(record)
         self._records[record.id] = record
         self._change_waiting(1)
@@ -184,7 +195,7 @@ class GatewayCore:
             if isinstance(event, ServingError):
                 raise event
             yield event
-            if isinstance(event, Ended):
+            if isinstance(event, Ended | Result):
                 return
 
     # Messages about requests
@@ -235,6 +246,8 @@ class GatewayCore:
                 record.attempt.keep_early(received)
             case Delta():
                 self._on_delta(record, message)
+            case Pooled():
+                self._on_pooled(record, message)
             case Failed(item=int()) if record.attempt.is_answering:
                 pass  # The prefix cache had this image, so the answer does not need it.
             case Failed():
@@ -297,7 +310,24 @@ class GatewayCore:
         record.add_tokens(piece)
         self._failover.on_tokens(record, is_end=timings is not None)
         if timings is not None:
-            self._finish(record, delta, timings)
+            end = Ended(delta.finish_reason, delta.usage, record.complete(timings))
+            self._finish(record, end)
+
+    def _on_pooled(self, record: Record, pooled: Pooled) -> None:
+        """End the request with its result, or with the best label if it asked for a text."""
+        try:
+            pool, timings = read_pooled(pooled, record.task)
+        except ValueError as e:
+            self._fail(record, Internal(str(e), stage="llm"))
+            return
+        self._on_first_token(record)
+        self._failover.on_tokens(record, is_end=True)
+        usage = Usage(prompt_tokens=pooled.num_prompt_tokens)
+        if record.request.task == "generate":
+            record.add_tokens(Piece(0, [], pool.best_label, []))
+            self._finish(record, Ended("stop", usage, record.complete(timings)))
+        else:
+            self._finish(record, Result(*pool, usage, record.complete(timings)))
 
     def _delta_error(self, record: Record, delta: Delta) -> ServingError | None:
         """Return why the request must end instead of taking this delta, or None."""
@@ -321,15 +351,15 @@ class GatewayCore:
 
     # Ends
 
-    def _finish(self, record: Record, delta: Delta, timings: Timings) -> None:
+    def _finish(self, record: Record, end: Ended | Result) -> None:
         self._forget(record)
-        seconds = record.finish(delta, timings)
+        record.events.put_nowait(end)
         self._log.info(
             "answered",
             request_id=record.id,
-            finish_reason=delta.finish_reason,
+            finish_reason=end.finish_reason if isinstance(end, Ended) else "",
             tokens=len(record.token_ids),
-            seconds=round(seconds, 3),
+            seconds=round(end.timings["total_seconds"], 3),
         )
 
     def _on_deadline(self, record: Record) -> None:

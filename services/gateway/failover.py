@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from common.errors import ServingError, Unavailable
 from common.events import PeerDown
 from common.logs import get_logger
-from common.messages import Cleared, Noted
+from common.messages import NO_PEER, Cleared, Noted
 from services.gateway.blame import PASSED_TOKENS, Loss, acquit, assign_blame, verdict
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
@@ -65,7 +65,9 @@ class Failover:
         self._waiting.pop(record.id, None)
         attempts = [r.attempt for r in self._records.values()]
         preprocess = self._peers.choose("preprocess", (a.preprocess for a in attempts if not a.llm))
-        detokenizer = self._peers.choose("detokenizer", (a.detokenizer for a in attempts))
+        detokenizer = NO_PEER
+        if record.task == "generate":
+            detokenizer = self._peers.choose("detokenizer", (a.detokenizer for a in attempts))
         record.attempt.preprocess = preprocess.id
         record.attempt.detokenizer = detokenizer.id
         avoid = self._peers.group_to_avoid(record.avoid)

@@ -5,7 +5,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from common.messages import Sampling, Stopping, Usage
+import numpy as np
+
+from common.messages import Sampling, Stopping, Task, Usage
 from common.wire import Buffer
 
 
@@ -32,6 +34,7 @@ class GenerationRequest:
     """json_object, json_schema or regex; empty if the answer is not constrained."""
     guide: str = ""
     """The JSON schema or regular expression that the answer must follow."""
+    task: Task = "generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,20 @@ class Ended:
     """The fields of the proto message Timings, by name."""
 
 
-GenerationEvent = Began | Piece | Ended
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The last event of a request that asks for no text."""
+
+    values: np.ndarray
+    """float32 [n]: the probability of each label, or an embedding of length 1."""
+    labels: list[str]
+    """The n labels; empty for an embedding."""
+    usage: Usage
+    timings: dict[str, Any]
+    """The fields of the proto message Timings, by name."""
+
+
+GenerationEvent = Began | Piece | Ended | Result
 
 
 class Core(Protocol):
@@ -84,7 +100,8 @@ class Core(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """Admit the request and return its events: Began, any number of Pieces, Ended.
 
-        Leaving the context before Ended aborts the request in every stage.
+        If it asks for no text, they are Began and Result. Leaving the context before the last event
+        aborts the request in every stage.
 
         Raises
         ------

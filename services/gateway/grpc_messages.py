@@ -13,7 +13,14 @@ from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Usage
 from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
-from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.generation import (
+    Began,
+    Ended,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+    Result,
+)
 from services.gateway.images import check_images
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
@@ -138,6 +145,8 @@ def stream_response(
         case Ended():
             end = inference_pb2.End(**end_fields(event))
             return inference_pb2.GenerateStreamResponse(end=end)
+        case Result():
+            raise AssertionError("a text was asked for")
 
 
 def end_fields(ended: Ended) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from common.errors import Internal, ServingError
 from common.logs import get_logger
-from services.gateway.generation import Core, Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.generation import (
+    Core,
+    Ended,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+    Result,
+)
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -87,7 +94,7 @@ class ObservedEvents:
         match event:
             case Piece(token_ids=ids) if ids:
                 self._observe_tokens(len(ids))
-            case Ended():
+            case Ended() | Result():
                 self._observe_end(event)
         return event
 
@@ -100,8 +107,8 @@ class ObservedEvents:
         self._last_token = now
         self._metrics.generation_tokens.inc(count)
 
-    def _observe_end(self, event: Ended) -> None:
-        self.outcome = event.finish_reason
+    def _observe_end(self, event: Ended | Result) -> None:
+        self.outcome = event.finish_reason if isinstance(event, Ended) else "pooled"
         self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
         self._metrics.image_tokens.inc(event.usage.image_tokens)
 

@@ -29,6 +29,10 @@ class Peers:
         """By role: when the last connected member of the role was lost."""
         self._members: list[control_pb2.Member] = []
         """Every live member that the controller knows."""
+        self.tasks: tuple[str, ...] = ("generate",)
+        """What the served model does. The gateway opens no checkpoint: preprocess reports it."""
+        self._stages: tuple[str, ...] = STAGES
+        """The roles that requests to the served model pass through."""
         self._unsent_aborts: dict[str, deque[Abort]] = {}
         """By member: the aborts that were due while it was disconnected."""
         self.links: Sender[GatewayOutbound]
@@ -38,6 +42,10 @@ class Peers:
     def on_members(self, members: list[control_pb2.Member]) -> None:
         """Store the members that the controller knows."""
         self._members = [m for m in members if m.state != DEAD]
+        for member in self._members:
+            if member.role == "preprocess" and member.tasks and member.stages:
+                self.tasks = tuple(member.tasks)
+                self._stages = tuple(role for role in STAGES if role in member.stages)
 
     def on_peer_up(self, up: PeerUp) -> None:
         """Store a connected member and send it the aborts that it missed."""
@@ -98,7 +106,8 @@ class Peers:
 
         With `min_seconds`, a stage that lost its last member more recently than that is left out.
         """
-        missing = [role for role in CONNECTED_STAGES if not self.connected(role)]
+        connected = [role for role in CONNECTED_STAGES if role in self._stages]
+        missing = [role for role in connected if not self.connected(role)]
         if min_seconds is None:
             return missing
         now = self._clock()
@@ -112,7 +121,7 @@ class Peers:
         """Return which stages are not ready or not connected; empty if every stage is."""
         missing = [
             role
-            for role in STAGES
+            for role in self._stages
             if not any(m.role == role and m.state == READY for m in self._members)
         ]
         missing += [role for role in self.missing() if role not in missing]

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,15 @@ from common.messages import (
     HandedOver,
     Item,
     Peer,
+    Pooled,
     RequestIds,
     Routed,
     Submit,
+    Task,
 )
 from common.timings import Timings
 from common.wire import Tensor
-from services.gateway.generation import Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.generation import GenerationEvent, GenerationRequest, Piece
 
 MAX_EARLY_MESSAGES = 1000
 
@@ -62,6 +65,8 @@ class Attempt:
                 return peer_id == self.preprocess
             case Delta():
                 return peer_id == self.detokenizer
+            case Pooled():
+                return peer_id == self.llm
             case _:
                 return peer_id in (self.preprocess, self.detokenizer, self.llm)
 
@@ -91,6 +96,8 @@ class Record:
     the client chose need not be."""
     timeout: float
     """Seconds from admission to the deadline."""
+    task: Task
+    """What the model is asked for, which for a generation may be a label."""
     attempt: Attempt = field(default_factory=lambda: Attempt(0))
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] = field(default_factory=list)
@@ -157,6 +164,7 @@ class Record:
             avoid=avoid,
             apart="preprocess" in self.apart,
             apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
+            task=self.task,
         )
 
     @property
@@ -173,14 +181,14 @@ class Record:
         self.token_ids += piece.token_ids
         self.events.put_nowait(piece)
 
-    def finish(self, delta: Delta, timings: Timings) -> float:
-        """Pass the end of the answer to the client and return the seconds since admission."""
+    def complete(self, timings: Timings) -> dict[str, Any]:
+        """Return the stage timings of an answer with those that only the gateway knows."""
         assert self.first_token is not None
-        total = time.monotonic() - self.admitted
-        timings["time_to_first_token_seconds"] = self.first_token - self.admitted
-        timings["total_seconds"] = total
-        self.events.put_nowait(Ended(delta.finish_reason, delta.usage, dict(timings)))
-        return total
+        return {
+            **timings,
+            "time_to_first_token_seconds": self.first_token - self.admitted,
+            "total_seconds": time.monotonic() - self.admitted,
+        }
 
     def cancel_timers(self, *names: str) -> None:
         """Cancel the timers with these names, or all timers if no name is passed."""

@@ -50,6 +50,8 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
             role="preprocess",
             fingerprint=checkpoint.fingerprint,
             peers=checkpoint.family.needed_roles,
+            tasks=checkpoint.family.tasks_of(checkpoint),
+            stages=checkpoint.family.stages_of(checkpoint),
         ),
         drains=True,
         registry=metrics.registry,

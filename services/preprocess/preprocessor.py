@@ -57,6 +57,7 @@ class Preprocessor:
             )
         self.vocab_size = checkpoint.sizes.vocab_size
         self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
+        self.tasks = checkpoint.family.tasks_of(checkpoint)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -1,9 +1,11 @@
 """Checks of what a Submit holds, before any work is done for it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from common.errors import InvalidRequest
-from common.messages import Submit
+from common.messages import Submit, Task
 from common.wire import Tensor
 
 PROMPT_DTYPES = {"messages": "uint8", "token_ids": "int64"}
@@ -31,6 +33,12 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
         check_output(submit.output_token_ids, vocab_size, max_model_len)
     if any(token_id >= vocab_size for token_id in submit.stopping.stop_token_ids):
         raise InvalidRequest(f"a stop token is outside the model's vocabulary of {vocab_size}")
+
+
+def check_task(task: Task, tasks: Sequence[Task]) -> None:
+    """Raise InvalidRequest unless the model, which can do `tasks`, can do this one."""
+    if task not in tasks:
+        raise InvalidRequest(f"the model cannot {task}, it can {' and '.join(tasks)}")
 
 
 def check_output(tensor: Tensor, vocab_size: int, max_model_len: int) -> None:

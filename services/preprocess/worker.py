@@ -41,7 +41,7 @@ from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
 from services.preprocess.sandbox.pool import Finished, Task, Tasks
-from services.preprocess.submit_checks import check_submit
+from services.preprocess.submit_checks import check_submit, check_task
 from services.preprocess.tasks import preparing, reading, ready_item
 from services.preprocess.vision_pool import VisionPool
 
@@ -217,6 +217,7 @@ class Worker:
         with self._failing(preparation):
             model = self._preprocessor
             check_submit(submit, model.vocab_size, model.max_model_len)
+            check_task(submit.task, model.tasks)
 
     def _on_peer_down(self, peer_id: str, role: str, reason: str) -> None:
         match role:
@@ -421,6 +422,7 @@ class Worker:
             rope_parameter=expanded.rope_parameter,
             whole=expanded.whole,
             apart=submit.apart_in_llm,
+            task=submit.task,
         )
 
     def _fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:

@@ -69,7 +69,8 @@ class OpeningCore(FakeCore):
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         self.requests.clear()
-        submit = Record(request, request.request_id, 60.0).submit_message(Peer("d", "ipc:///d"), "")
+        record = Record(request, request.request_id, 60.0, request.task)
+        submit = record.submit_message(Peer("d", "ipc:///d"), "")
         received = decode(encode(submit), HOPS["gateway", "preprocess"])
         if self._draw.random() < OPENED_SHARE:
             try:

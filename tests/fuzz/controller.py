@@ -222,6 +222,8 @@ def valid_member(maker: Maker) -> control_pb2.Member:
         in_flight=draw.randrange(3),
         rank=draw.choice([0, 0, 1]),
         group=draw.choice(["", "g"]),
+        tasks=draw.choice([[], ["generate"], ["embed", "classify"]]),
+        stages=draw.choice([[], ["llm"]]),
     )
 
 
@@ -234,4 +236,8 @@ def set_somehow(maker: Maker, member: control_pb2.Member) -> None:
         field.TYPE_BOOL: (True, False),
         field.TYPE_ENUM: tuple(range(8)),
     }.get(field.type, tuple(n for n in INTS if n < 2**32))
-    setattr(member, field.name, maker.draw.choice(values))
+    value = maker.draw.choice(values)
+    if field.is_repeated:
+        getattr(member, field.name).append(value)
+    else:
+        setattr(member, field.name, value)

@@ -71,6 +71,8 @@ class Member(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     HUNG_FIELD_NUMBER: _builtins.int
     EXPECTED_DELAY_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A new id for each start of a process."""
     role: _builtins.str
@@ -100,6 +102,16 @@ class Member(_message.Message):
     """For vision, the seconds until the member would start another image. For preprocess, the seconds
     that the images waiting there add to that.
     """
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the model does: generate, classify, embed. preprocess only; if there is none, the model
+        generates.
+        """
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The roles that requests to the model pass through. preprocess only; if there are none, all."""
+
     def __init__(
         self,
         *,
@@ -118,10 +130,12 @@ class Member(_message.Message):
         host: _builtins.str = ...,
         hung: _builtins.bool = ...,
         expected_delay: _builtins.float = ...,
+        tasks: _abc.Iterable[_builtins.str] | None = ...,
+        stages: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "expected_delay", b"expected_delay", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "hung", b"hung", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "expected_delay", b"expected_delay", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "hung", b"hung", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "stages", b"stages", "state", b"state", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
