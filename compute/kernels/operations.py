@@ -122,6 +122,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return (x - mean(x)) / std(x) * weight + bias, for x [n, width], weight and bias [width]."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return x * the normal distribution function of x, entry by entry."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return the approximation of `gelu` by tanh, entry by entry."""
+    return F.gelu(x, approximate="tanh")
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up [n, width], for gate and up side by side in [n, 2 * width]."""
     kernels = kernels_for(gate_up)

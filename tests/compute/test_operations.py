@@ -10,6 +10,9 @@ from compute.kernels.operations import (
     attention,
     can_attend_blocks,
     decode_attention,
+    gelu,
+    gelu_tanh,
+    layer_norm,
     rms_norm,
     rotate,
     silu_mul,
@@ -56,6 +59,19 @@ def test_rms_norm_and_gate(num_rows: int, width: int, dtype: torch.dtype) -> Non
     gate_up = 9 * random(num_rows, 2 * width, dtype=dtype)
     gate, up = gate_up.float().chunk(2, -1)
     assert_near(silu_mul(gate_up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [16, 50, 896])
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_layer_norm_and_gelu(num_rows: int, width: int, dtype: torch.dtype) -> None:
+    x = 3 * random(num_rows, width, dtype=dtype) + 1
+    weight, bias = random(2, width, dtype=dtype)
+    assert_near(
+        layer_norm(x, weight, bias, 1e-6),
+        F.layer_norm(x.float(), (width,), weight.float(), bias.float(), 1e-6),
+    )
+    assert_near(gelu(x), F.gelu(x.float()))
+    assert_near(gelu_tanh(x), F.gelu(x.float(), approximate="tanh"))
 
 
 def test_gates_far_from_zero_neither_overflow_nor_hide_a_nan(dtype: torch.dtype) -> None:
