@@ -3,25 +3,17 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, check_fields
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
-from common.model_files import (
-    MAX_SHOWN_CHARS,
-    check_place,
-    parse_json,
-    read_file,
-    read_json,
-    read_optional_json,
-    shown,
-)
+from common.model_files import check_place, read_file, read_json, read_optional_json, shown
+from common.tensor_info import TensorInfo
+from common.weight_files import INDEXES, find_weight_files, read_table
 
 __all__ = ["BadCheckpoint", "Checkpoint", "TensorInfo", "open_checkpoint"]
 
-INDEX = "model.safetensors.index.json"
 FINGERPRINTED = (
     "config.json",
     "generation_config.json",
@@ -31,31 +23,9 @@ FINGERPRINTED = (
     "chat_template.json",
     "chat_template.jinja",
 )
-MAX_HEADER_BYTES = 100 * 2**20
 SAMPLE_BYTES = 64
-MAX_TENSORS = 2**20
-MAX_DIMENSIONS = 8
-MAX_NAME_CHARS = 1024
-ITEM_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64"), 64),
-}
-"""The size of an element by its type. Other types are not checked, and not loaded either."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """The place of a tensor in its file, its type and its shape."""
-
-    file: Path
-    dtype: str
-    """The name of the type in safetensors: BF16, F32, ..."""
-    shape: tuple[int, ...]
-    num_bytes: int
-    offset: int
-    """The position of its first byte in the file."""
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What torch calls the types of weights, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +41,17 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return FAMILIES[self.config["model_type"]]
+        """The family of the model. Raises BadCheckpoint if it is not supported."""
+        for family in FAMILIES.values():
+            if family.recognises(self.path, self.config):
+                return family
+        if not (self.path / "config.json").exists():
+            raise BadCheckpoint(f"{self.path} has no config.json: it is not a model directory")
+        known = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
+        raise BadCheckpoint(
+            f"{self.path} is of the family {shown(self.config.get('model_type'))}, which is not "
+            f"supported; supported: {known}"
+        )
 
     @property
     def required_files(self) -> tuple[str, ...]:
@@ -121,7 +101,7 @@ class Checkpoint:
             check_fields(config, CONFIG, file)
             for name in ("rope_parameters", "rope_scaling"):
                 check_fields(config.get(name) or {}, ROPE, file)
-        for name in (*FINGERPRINTED, INDEX):
+        for name in (*FINGERPRINTED, *INDEXES, *self.family.optional_files):
             check_place(self.path, self.path / name)
 
     @property
@@ -139,8 +119,14 @@ class Checkpoint:
             self.config.get("dtype")
             or self.config.get("torch_dtype")
             or self.text_config.get("dtype")
-            or "bfloat16"
+            or self._stored_dtype
         )
+
+    @property
+    def _stored_dtype(self) -> str:
+        """The dtype of the largest tensor."""
+        largest = max(self.tensors.values(), key=lambda info: info.num_bytes)
+        return DTYPES.get(largest.dtype, "bfloat16")
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
@@ -166,29 +152,14 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """All tensors of all safetensors files, by their names in the files."""
-        return {
-            name: info for file in self.weight_files for name, info in read_header(file).items()
-        }
+        """All tensors of all files with weights, by their names in the files."""
+        return {name: info for file in self.weight_files for name, info in read_table(file).items()}
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files. They need not exist."""
-        index = self.path / INDEX
-        if not index.exists():
-            return [self.path / "model.safetensors"]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            raise BadCheckpoint(f"{index} has no weight_map of tensor names to files")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-                raise BadCheckpoint(
-                    f"{index} names the weight file {shown(name)}, which is not in this directory"
-                )
-        return [self.path / name for name in names]
+        """The files with the weights. They need not exist."""
+        found = find_weight_files(self.path) or self.family.weight_files(self.path)
+        return found or [self.path / "model.safetensors"]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,7 +170,8 @@ class Checkpoint:
         each tensor distinguish a fine-tuned model from its base.
         """
         digest = hashlib.sha256()
-        for name in dict.fromkeys((*FINGERPRINTED, *self.required_files)):
+        names = (*FINGERPRINTED, *self.required_files, *self.family.optional_files)
+        for name in dict.fromkeys(names):
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + read_file(file) + b"\0")
         for name, info in sorted(self.tensors.items()):
@@ -221,21 +193,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise BadCheckpoint(
             f"no model directory {path}: give --model a folder with config.json, the tokenizer and "
-            "*.safetensors"
-        )
-    if not (path / "config.json").exists():
-        raise BadCheckpoint(
-            f"{path} has no config.json: it is not a model directory in Hugging Face layout"
+            "the weights"
         )
     check_place(path, path / "config.json")
-    checkpoint = Checkpoint(path, read_json(path / "config.json"))
+    checkpoint = Checkpoint(path, read_optional_json(path / "config.json"))
     checkpoint.check()
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(f"{key} ({family.title})" for key, family in FAMILIES.items())
-        raise BadCheckpoint(
-            f"{path} is of the family {model_type!r}, which is not supported; supported: {known}"
-        )
     for name in checkpoint.required_files:
         if not (path / name).exists():
             raise BadCheckpoint(
@@ -260,54 +222,3 @@ def read_sample(info: TensorInfo) -> bytes:
     with info.file.open("rb", buffering=0) as f:
         f.seek(info.offset + info.num_bytes // 2)
         return f.read(min(SAMPLE_BYTES, info.num_bytes - info.num_bytes // 2))
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read the table of contents of a safetensors file.
-
-    The file begins with the length of the table in 8 bytes, and the table itself in JSON
-    (https://huggingface.co/docs/safetensors).
-    """
-    if not file.is_file():
-        raise BadCheckpoint(f"{file} is not a regular file")
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise BadCheckpoint(
-                f"{file} is not a safetensors file, or is cut off: download it again"
-            )
-        table = f.read(length)
-    try:
-        header = parse_json(table, "its table of contents")
-    except BadCheckpoint as e:
-        raise BadCheckpoint(f"{file} is not a safetensors file: {e}") from e
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise BadCheckpoint(f"{file} has more than {MAX_TENSORS} tensors")
-    return {name: read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
-
-
-def read_entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
-    """Return one tensor of a file of `size` bytes. The file's data begins at byte `start`."""
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            0 <= begin <= end
-            and all(type(n) is int and 0 <= n <= size for n in shape)
-            and len(shape) <= MAX_DIMENSIONS
-            and len(name) <= MAX_NAME_CHARS
-        ):
-            pass
-        case _:
-            raise BadCheckpoint(
-                f"{file} is not a safetensors file: its entry of {name[:MAX_SHOWN_CHARS]} is "
-                "malformed"
-            )
-    if dtype in ITEM_BITS and prod(shape) * ITEM_BITS[dtype] != 8 * (end - begin):
-        raise BadCheckpoint(
-            f"{file} is damaged: {name[:MAX_SHOWN_CHARS]} has {end - begin} bytes, which is not "
-            f"{shape} of {dtype}; download it again"
-        )
-    if start + end > size:
-        raise BadCheckpoint(f"{file} is cut off at {size} bytes: download it again")
-    return TensorInfo(file, dtype, tuple(shape), end - begin, start + begin)

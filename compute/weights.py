@@ -1,10 +1,12 @@
 """Reads the tensors of a checkpoint, whole or as slices, by their canonical names."""
 
+import mmap
 from collections.abc import Callable
-from typing import Any
+from math import prod
+from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
 
@@ -30,7 +32,7 @@ class Weights:
         self._tensors = {
             canonical_name(name): (name, info) for name, info in checkpoint.tensors.items()
         }
-        self._files: dict[str, Any] = {}
+        self._files: dict[Path, mmap.mmap] = {}
         self._report_loading = report_loading
         self._unread = {
             name: info.num_bytes for name, (_, info) in self._tensors.items() if counts(name)
@@ -71,14 +73,11 @@ class Weights:
         device: torch.device,
     ) -> torch.Tensor:
         stored_name, info = self._find(name, shape)
-        try:
-            stored = self._file(info).get_slice(stored_name)[index or ...]
-        except (SafetensorError, OSError) as e:
-            raise BadCheckpoint(f"{info.file}: {stored_name} cannot be read: {e}") from e
-        # Always a copy: safetensors returns a view of the mapped file, and the file may be replaced
-        # while it is served.
+        part = self._mapped(stored_name, info)[index or ...]
+        # Always a copy: the file may be replaced while it is served.
+        stored = torch.from_numpy(part.copy()).view(DTYPES[info.dtype])
         self.num_bytes_read += stored.nbytes
-        loaded = stored.to(device=device, dtype=dtype, copy=True)
+        loaded = stored.to(device=device, dtype=dtype)
         self._unread.pop(name, None)
         self._report_loading(1 - sum(self._unread.values()) / self._total)
         return loaded
@@ -101,8 +100,16 @@ class Weights:
             )
         return stored_name, info
 
-    def _file(self, info: TensorInfo) -> Any:
-        key = str(info.file)
-        if key not in self._files:
-            self._files[key] = safe_open(key, framework="pt")
-        return self._files[key]
+    def _mapped(self, name: str, info: TensorInfo) -> np.ndarray:
+        """Return a view of a tensor in its file, as integers of the elements' size."""
+        try:
+            if info.file not in self._files:
+                with info.file.open("rb") as f:
+                    self._files[info.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e:
+            raise BadCheckpoint(f"{info.file} cannot be read: {e}") from e
+        file = self._files[info.file]
+        if info.offset + info.num_bytes > len(file):
+            raise BadCheckpoint(f"{info.file}: {name} cannot be read: the file was cut off")
+        item = np.dtype(f"i{DTYPES[info.dtype].itemsize}")
+        return np.frombuffer(file, item, prod(info.shape), info.offset).reshape(info.shape)

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.messages import Task
 
@@ -73,7 +74,7 @@ class Family(ABC):
     """One model family. It is the same for all its checkpoints, which methods get as arguments."""
 
     model_type: str
-    """The `model_type` in config.json."""
+    """The `model_type` in config.json, and the family's name in all tables."""
     title: str
     """The common names of the family's models."""
     vocabulary_file: str = "tokenizer.json"
@@ -83,6 +84,8 @@ class Family(ABC):
     """What completes a tiktoken file; None for other kinds of vocabulary file."""
     required_files: tuple[str, ...] = ("preprocessor_config.json",)
     """What a model directory must hold besides config.json, the vocabulary and the weights."""
+    optional_files: tuple[str, ...] = ()
+    """Further files that the family reads if they exist."""
     needed_roles: tuple[str, ...] = ("vision", "llm")
     """The stages after preprocess that a request with items passes through."""
     tasks: tuple[Task, ...] = ("generate",)
@@ -95,6 +98,21 @@ class Family(ABC):
     """The prefixes of the canonical names of the vision tower's tensors."""
     embedding_name: str
     """The canonical name of the token embedding."""
+
+    def recognises(self, path: Path, config: dict[str, Any]) -> bool:
+        """Whether a model directory is of this family.
+
+        `config` is what config.json holds; it is empty if there is no such file.
+        """
+        return config.get("model_type") == self.model_type
+
+    def weight_files(self, path: Path) -> list[Path]:
+        """Return the files with the weights of a directory that has them in no usual place.
+
+        The usual places are those of Hugging Face: `model.safetensors` and `pytorch_model.bin`, and
+        their shards.
+        """
+        return []
 
     def tasks_of(self, checkpoint: "Checkpoint") -> tuple[Task, ...]:
         """Return what this checkpoint can do; the first task is what it is mainly for."""

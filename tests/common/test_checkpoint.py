@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.families import FAMILIES
+from common.families.qwen2_5_vl import Qwen25VL
 from common.model_files import MAX_JSON_BYTES
 from tests.golden import CASES, GoldenCase
 
@@ -26,6 +29,7 @@ NESTED = {
     "vision_config": VISION,
     "text_config": TEXT,
 }
+BIN = "pytorch_model.bin"
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.float16)}
 
 
@@ -84,7 +88,21 @@ def test_both_layouts_of_the_configuration_say_the_same(
     assert (checkpoint.name, checkpoint.family.model_type) == ("model", "qwen2_5_vl")
 
 
-@pytest.mark.parametrize("cut", [lambda folder: None, shard], ids=["one file", "shards"])
+def as_torch_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(a) for name, a in TENSORS.items()}, folder / BIN)
+
+
+def as_torch_shards(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for name, array in TENSORS.items():
+        torch.save({name: torch.from_numpy(array)}, folder / f"pytorch_model-{name}.bin")
+    (folder / f"{BIN}.index.json").write_text(
+        json.dumps({"weight_map": {name: f"pytorch_model-{name}.bin" for name in TENSORS}})
+    )
+
+
+@pytest.mark.parametrize("cut", [lambda folder: None, shard, as_torch_file, as_torch_shards])
 def test_every_tensor_is_listed_with_its_place(model: Path, cut: Callable[[Path], None]) -> None:
     cut(model)
     found = open_checkpoint(model).tensors
@@ -97,6 +115,54 @@ def test_every_tensor_is_listed_with_its_place(model: Path, cut: Callable[[Path]
             info.file.read_bytes()[info.offset : info.offset + info.num_bytes]
             == TENSORS[name].tobytes()
         )
+
+
+def test_safetensors_are_preferred_to_torch_files(model: Path) -> None:
+    (model / BIN).write_bytes(b"not read")
+    assert [file.suffix for file in open_checkpoint(model).weight_files] == [".safetensors"]
+
+
+class Unusual(Qwen25VL):
+    """A family whose directories have no config.json, and weights of any name."""
+
+    model_type = "unusual"
+    vocabulary_file = "words.txt"
+    required_files = ()
+    optional_files = ("sizes.json",)
+
+    def recognises(self, path: Path, config: dict[str, Any]) -> bool:
+        return not config and (path / "words.txt").exists()
+
+    def weight_files(self, path: Path) -> list[Path]:
+        return list(path.glob("*.pt"))
+
+
+@pytest.fixture
+def unusual(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(FAMILIES, "unusual", Unusual())
+    as_torch_file(model)
+    (model / BIN).rename(model / "finetuned.pt")
+    (model / "config.json").unlink()
+    (model / "words.txt").write_text("a")
+    return model
+
+
+def test_a_family_is_recognised_by_what_it_looks_for(unusual: Path) -> None:
+    checkpoint = open_checkpoint(unusual)
+    assert checkpoint.family.model_type == "unusual" and checkpoint.tensors.keys() == {"a", "b"}
+    assert checkpoint.dtype == "float32"
+
+
+def test_the_optional_files_of_a_family_are_part_of_the_model(
+    unusual: Path, tmp_path: Path
+) -> None:
+    before = open_checkpoint(unusual).fingerprint
+    (unusual / "sizes.json").write_text("{}")
+    assert open_checkpoint(unusual).fingerprint != before
+    (unusual / "sizes.json").rename(tmp_path / "elsewhere")
+    (unusual / "sizes.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadCheckpoint, match=r"sizes.json is a link to a file outside"):
+        open_checkpoint(unusual)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +331,7 @@ def save(**changed: np.ndarray) -> Callable[[Path], None]:
         lambda folder: write(folder, chat_template={"chat_template": "{{ messages }}"}),
         remove("generation_config.json"),
         shard,
+        as_torch_file,
         save(c=np.zeros(1, np.float32)),
         save(a=TENSORS["a"].reshape(3, 2)),
         save(a=TENSORS["a"].astype(np.float64)),
@@ -278,6 +345,7 @@ def save(**changed: np.ndarray) -> Callable[[Path], None]:
         "template",
         "generation",
         "shards",
+        "torch file",
         "name",
         "shape",
         "dtype",
@@ -287,6 +355,14 @@ def save(**changed: np.ndarray) -> Callable[[Path], None]:
 def test_another_model_has_another_fingerprint(model: Path, change: Callable[[Path], Any]) -> None:
     before = open_checkpoint(model).fingerprint
     change(model)
+    assert open_checkpoint(model).fingerprint != before
+
+
+def test_the_fingerprint_covers_the_weights_in_torch_files(model: Path) -> None:
+    as_torch_file(model)
+    before = open_checkpoint(model).fingerprint
+    changed = TENSORS | {"a": TENSORS["a"] + 1}
+    torch.save({name: torch.from_numpy(a) for name, a in changed.items()}, model / BIN)
     assert open_checkpoint(model).fingerprint != before
 
 
@@ -325,6 +401,7 @@ def test_files_may_be_links_as_in_the_cache_of_a_hub(model: Path, tmp_path: Path
         "preprocessor_config.json",
         "tokenizer.json",
         "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
         "chat_template.jinja",
     ],
 )

@@ -16,14 +16,19 @@ CPU = torch.device("cpu")
 NORM = "model.language_model.norm.weight"
 
 
-def checkpoint_of(path: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+FORMATS = {"model.safetensors": save_file, "pytorch_model.bin": torch.save}
+
+
+def checkpoint_of(
+    path: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors"
+) -> Checkpoint:
     for name, content in {
         "config.json": {"model_type": "qwen2_5_vl"},
         "tokenizer.json": {},
         "preprocessor_config.json": {},
     }.items():
         (path / name).write_text(json.dumps(content))
-    save_file(tensors, path / "model.safetensors")
+    FORMATS[file](tensors, path / file)
     return open_checkpoint(path)
 
 
@@ -49,22 +54,33 @@ def test_a_tensor_is_found_in_either_layout(tmp_path: Path, stored: str) -> None
     assert found.dtype == torch.float32 and found.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("file", FORMATS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_slice_is_that_part_of_the_tensor(tmp_path: Path, dim: int) -> None:
-    given = torch.arange(24.0).view(4, 6)
-    found = Weights(checkpoint_of(tmp_path, {"w": given})).slice(
-        "w", (4, 6), dim, 1, 3, torch.float32, CPU
-    )
-    assert found.equal(given.narrow(dim, 1, 2))
+def test_a_slice_is_that_part_of_the_tensor(
+    tmp_path: Path, dim: int, file: str, dtype: torch.dtype
+) -> None:
+    given = torch.arange(24.0).view(4, 6).to(dtype)
+    weights = Weights(checkpoint_of(tmp_path, {"before": torch.ones(3), "w": given}, file))
+    found = weights.slice("w", (4, 6), dim, 1, 3, torch.float32, CPU)
+    assert found.equal(given.narrow(dim, 1, 2).float())
+    assert weights.num_bytes_read == found.numel() * dtype.itemsize
+    assert weights.slice("w", (4, 6), dim, 1, 3, dtype, CPU).equal(given.narrow(dim, 1, 2))
 
 
-def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
-    found = Weights(checkpoint_of(tmp_path, {"w": torch.ones(4)})).tensor(
-        "w", (4,), torch.float32, CPU
-    )
-    file = tmp_path / "model.safetensors"
-    with file.open("r+b") as f:
-        f.seek(-16, 2)
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_scalar_and_a_tensor_at_an_odd_place_are_read(tmp_path: Path, file: str) -> None:
+    tensors = {"byte": torch.ones(1, dtype=torch.uint8), "one": torch.tensor(2.5)}
+    weights = Weights(checkpoint_of(tmp_path, tensors, file))
+    assert weights.tensor("one", (), torch.float32, CPU).item() == 2.5
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path, file: str) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"w": torch.ones(4)}, file)
+    found = Weights(checkpoint).tensor("w", (4,), torch.float32, CPU)
+    with (tmp_path / file).open("r+b") as f:
+        f.seek(checkpoint.tensors["w"].offset)
         f.write(bytes(16))
     assert found.tolist() == [1, 1, 1, 1]
 
