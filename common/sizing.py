@@ -31,7 +31,7 @@ class Footprint:
         family = self.checkpoint.family
         sizes = self.checkpoint.sizes
         return self.item_bytes * sum(
-            prod(shape) // family.num_shares(name, sizes, world_size)
+            int(prod(shape) // family.num_shares(name, sizes, world_size))
             for name, shape in self._shapes()
             if not name.startswith(family.tower_prefixes)
         )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,35 @@ class ModelSizes:
     num_kv_heads: int
     """0 if the model keeps no keys and values."""
     head_dim: int
+    pads_groups: bool = False
+    """Whether the family's loader adds query heads of zeros, so that ranks share a key head evenly.
+    They change nothing: such heads have no weight in the output."""
+
+    def heads_per_rank(self, world_size: int) -> int:
+        """Return the query heads of each of `world_size` ranks, those of zeros included.
+
+        Return 0 if the ranks cannot share the heads.
+        """
+        if self.num_heads % world_size == 0:
+            return self.num_heads // world_size
+        kv = self.num_kv_heads
+        if not self.pads_groups or kv == 0 or world_size % kv or self.num_heads % kv:
+            return 0
+        group = self.num_heads // kv
+        ranks = world_size // kv
+        share = -(-group // ranks)
+        # A rank with nothing but zeros would be of no use.
+        return share if (ranks - 1) * share < group else 0
+
+    def query_heads(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the bounds of a rank's query heads in the file; heads of zeros follow them."""
+        share = self.heads_per_rank(world_size)
+        if self.num_heads % world_size == 0:
+            return rank * share, (rank + 1) * share
+        group = self.num_heads // self.num_kv_heads
+        index, part = divmod(rank, world_size // self.num_kv_heads)
+        first = index * group + part * share
+        return first, min(first + share, (index + 1) * group)
 
     def kv_bytes_per_token(self, world_size: int, item_bytes: int) -> int:
         """Return the bytes that a token takes in the KV cache of one of `world_size` ranks."""
@@ -53,11 +83,11 @@ class ModelSizes:
 
         Ranks share a key head if there are fewer key heads than ranks.
         """
-        counts = (self.num_heads, self.intermediate_size, self.vocab_size)
-        if any(count % world_size for count in counts):
+        if self.intermediate_size % world_size or self.vocab_size % world_size:
             return False
         kv = self.num_kv_heads
-        return kv == 0 or kv % world_size == 0 or world_size % kv == 0
+        shares_keys = kv == 0 or kv % world_size == 0 or world_size % kv == 0
+        return shares_keys and self.heads_per_rank(world_size) > 0
 
     def check_fits(self, world_size: int) -> None:
         """Raise BadCheckpoint if `world_size` ranks cannot share the model."""
@@ -132,10 +162,11 @@ class Family(ABC):
         """Return the sizes of the language model. Raises BadCheckpoint if one is missing."""
 
     @abstractmethod
-    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
-        """Return the number of parts into which `world_size` ranks split a tensor.
+    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int | Fraction:
+        """Return how many times the part of one of `world_size` ranks makes up a tensor.
 
-        `name` is its canonical name.
+        It is less than the number of ranks if they hold parts in common, or pad theirs. `name` is
+        its canonical name.
         """
 
     @abstractmethod

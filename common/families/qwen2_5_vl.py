@@ -1,6 +1,7 @@
 """Qwen2.5-VL and RolmOCR, described without torch."""
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import BadCheckpoint, Family, ModelSizes
@@ -59,11 +60,14 @@ class Qwen25VL(Family):
             num_heads=given["num_attention_heads"],
             num_kv_heads=given["num_key_value_heads"],
             head_dim=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
+            pads_groups=True,
         )
 
-    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
+    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int | Fraction:
         if name.endswith("norm.weight"):
             return 1
+        if ".q_proj." in name or ".o_proj." in name:
+            return Fraction(sizes.num_heads, sizes.heads_per_rank(world_size))
         if ".k_proj." in name or ".v_proj." in name:
             return min(world_size, sizes.num_kv_heads)
         return world_size

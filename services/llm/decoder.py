@@ -106,8 +106,7 @@ class Decoder:
 
     @property
     def num_local_heads(self) -> int:
-        first, last = self.shard.split(self.sizes.num_heads)
-        return last - first
+        return self.sizes.heads_per_rank(self.shard.world_size)
 
     @property
     def num_local_kv_heads(self) -> int:

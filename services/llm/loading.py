@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,15 @@ from compute.weights import Weights
 from services.llm.decoder import LowRank, Projection
 from services.llm.parallel import Shard
 
-Bounds = tuple[int, int]
-"""First row, and the row after the last one."""
+
+class Bounds(NamedTuple):
+    """The rows of a rank in a tensor of the file."""
+
+    first: int
+    last: int
+    """The row after the last one."""
+    num_zeros: int = 0
+    """Rows of zeros that follow them."""
 
 
 class ShardLoader:
@@ -46,15 +54,17 @@ class ShardLoader:
 
     @property
     def q_bounds(self) -> Bounds:
-        return self._rows_of_heads(self.shard.split(self.sizes.num_heads))
+        first, last = self.sizes.query_heads(self.shard.rank, self.shard.world_size)
+        num_zeros = self.sizes.heads_per_rank(self.shard.world_size) - (last - first)
+        return self._rows_of_heads(first, last, num_zeros)
 
     @property
     def kv_bounds(self) -> Bounds:
-        return self._rows_of_heads(self.shard.split_kv_heads(self.sizes.num_kv_heads))
+        return self._rows_of_heads(*self.shard.split_kv_heads(self.sizes.num_kv_heads))
 
     @property
     def mlp_bounds(self) -> Bounds:
-        return self.shard.split(self.sizes.intermediate_size)
+        return Bounds(*self.shard.split(self.sizes.intermediate_size))
 
     def whole(self, name: str, *shape: int) -> Tensor:
         """Return a tensor that every rank holds whole."""
@@ -62,11 +72,11 @@ class ShardLoader:
 
     def rows(self, name: str, shape: tuple[int, ...], bounds: Bounds) -> Tensor:
         """Return rows (outputs) of a tensor of this shape in the file."""
-        return self._weights.slice(name, shape, 0, *bounds, self.dtype, self.device)
+        return self._part(name, shape, 0, bounds)
 
     def columns(self, name: str, shape: tuple[int, int], bounds: Bounds) -> Tensor:
         """Return columns (inputs) of a tensor of this shape in the file."""
-        return self._weights.slice(name, shape, 1, *bounds, self.dtype, self.device)
+        return self._part(name, shape, 1, bounds)
 
     def projection(
         self, weight: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
@@ -90,8 +100,16 @@ class ShardLoader:
 
     def _vocabulary_rows(self, name: str) -> Tensor:
         shape = (self.sizes.vocab_size, self.sizes.hidden_size)
-        return self.rows(name, shape, self.shard.split(self.sizes.vocab_size))
+        return self.rows(name, shape, Bounds(*self.shard.split(self.sizes.vocab_size)))
 
-    def _rows_of_heads(self, heads: Bounds) -> Bounds:
-        first, last = heads
-        return first * self.sizes.head_dim, last * self.sizes.head_dim
+    def _rows_of_heads(self, first: int, last: int, num_zeros: int = 0) -> Bounds:
+        return Bounds(*(heads * self.sizes.head_dim for heads in (first, last, num_zeros)))
+
+    def _part(self, name: str, shape: tuple[int, ...], dim: int, bounds: Bounds) -> Tensor:
+        first, last, num_zeros = bounds
+        part = self._weights.slice(name, shape, dim, first, last, self.dtype, self.device)
+        if not num_zeros:
+            return part
+        zeros = list(part.shape)
+        zeros[dim] = num_zeros
+        return torch.cat((part, part.new_zeros(zeros)), dim)
