@@ -18,11 +18,14 @@ FINGERPRINTED = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
 )
+ALTERNATIVES = {"preprocessor_config.json": "processor_config.json"}
+"""The files in which transformers 5 writes what older ones held."""
 SAMPLE_BYTES = 64
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What torch calls the types of weights, by their names in safetensors."""
@@ -72,10 +75,12 @@ class Checkpoint:
     def text_config(self) -> dict[str, Any]:
         """The language model's configuration.
 
-        Published files are flat. transformers 5 nests it in `text_config`.
+        Published files are flat. Newer transformers nest it in `text_config`, or write both; some
+        of them write null there for what only the flat part says.
         """
         flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
-        return flat | self._section("text_config")
+        nested = self._section("text_config")
+        return flat | {k: v for k, v in nested.items() if v is not None or k not in flat}
 
     @cached_property
     def vision_config(self) -> dict[str, Any]:
@@ -130,8 +135,14 @@ class Checkpoint:
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
+        """How items are prepared: preprocessor_config.json, or what newer files say instead."""
         file = self.path / "preprocessor_config.json"
-        config = read_json(file)
+        config: Any = read_optional_json(file)
+        if not file.exists():
+            file = self.path / ALTERNATIVES[file.name]
+            config = read_json(file).get("image_processor")
+        if not isinstance(config, dict):
+            raise BadCheckpoint(f"{file} does not say how images are prepared")
         check_fields(config, PREPROCESSOR, file)
         check_fields(config.get("size") or {}, SIZE, file)
         return config
@@ -199,7 +210,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(path, read_optional_json(path / "config.json"))
     checkpoint.check()
     for name in checkpoint.required_files:
-        if not (path / name).exists():
+        names = (name, ALTERNATIVES.get(name, name))
+        if not any((path / name).exists() for name in names):
             raise BadCheckpoint(
                 f"{path} is incomplete: {name} is missing; download the whole repository"
             )

@@ -41,10 +41,11 @@ class Footprint:
         return self.checkpoint.sizes.kv_bytes_per_token(world_size, self.item_bytes)
 
     def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The canonical name and the shape of every tensor."""
-        canonical_name = self.checkpoint.family.canonical_name
-        tensors = self.checkpoint.tensors.items()
-        return [(canonical_name(name), info.shape) for name, info in tensors]
+        """The canonical name and the shape of every tensor that the model needs."""
+        checkpoint = self.checkpoint
+        family = checkpoint.family
+        named = ((family.canonical_name(n), info.shape) for n, info in checkpoint.tensors.items())
+        return [(name, shape) for name, shape in named if family.uses(checkpoint, name)]
 
 
 def cache_bytes(card_bytes: int, num_weight_bytes: int) -> int:

@@ -34,8 +34,11 @@ class Weights:
         }
         self._files: dict[Path, mmap.mmap] = {}
         self._report_loading = report_loading
+        uses = checkpoint.family.uses
         self._unread = {
-            name: info.num_bytes for name, (_, info) in self._tensors.items() if counts(name)
+            name: info.num_bytes
+            for name, (_, info) in self._tensors.items()
+            if counts(name) and uses(checkpoint, name)
         }
         self._total = max(sum(self._unread.values()), 1)
         self.num_bytes_read = 0

@@ -157,6 +157,10 @@ class Family(ABC):
     def canonical_name(self, name: str) -> str:
         """Return the one name of a tensor in our code, whichever layout its file follows."""
 
+    def uses(self, checkpoint: "Checkpoint", name: str) -> bool:
+        """Whether the model needs a tensor, by its canonical name. Others are not loaded."""
+        return True
+
     @abstractmethod
     def sizes(self, checkpoint: "Checkpoint") -> ModelSizes:
         """Return the sizes of the language model. Raises BadCheckpoint if one is missing."""

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import BadCheckpoint, Family, ModelSizes
@@ -17,14 +18,27 @@ DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
 
 
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+HEAD = "lm_head.weight"
+
+
 class Qwen25VL(Family):
-    """Qwen2.5-VL in its published layout and in the layout of transformers 5."""
+    """Qwen2.5-VL and its fine-tunes, in the published layout and in those of newer transformers."""
 
     model_type = "qwen2_5_vl"
-    title = "Qwen2.5-VL, RolmOCR"
+    title = "Qwen2.5-VL, RolmOCR, olmOCR, Nanonets-OCR2"
     num_position_components = 3
     tower_prefixes = ("model.visual.",)
     embedding_name = "model.language_model.embed_tokens.weight"
+
+    def recognises(self, path: Path, config: dict[str, Any]) -> bool:
+        """Some trainers save the model type of the language model alone."""
+        architectures = config.get("architectures")
+        is_named = isinstance(architectures, list) and ARCHITECTURE in architectures
+        return is_named or super().recognises(path, config)
+
+    def uses(self, checkpoint: "Checkpoint", name: str) -> bool:
+        return name != HEAD or not is_tied(checkpoint)
 
     def canonical_name(self, name: str) -> str:
         """Return the name in the layout of transformers 5.
@@ -112,7 +126,20 @@ class Qwen25VL(Family):
         return checkpoint.text_config["max_position_embeddings"]
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
-        return checkpoint.config.get("image_token_id")
+        return checkpoint.text_config.get("image_token_id")
+
+
+def is_tied(checkpoint: "Checkpoint") -> bool:
+    """Whether the embedding is the head, too.
+
+    Files say so for the whole model, for the language model, or for both. If they disagree, the
+    weights decide.
+    """
+    said = {
+        section.get("tie_word_embeddings", False)
+        for section in (checkpoint.config, checkpoint.text_config)
+    }
+    return said == {True} or (True in said and HEAD not in checkpoint.tensors)
 
 
 def patch_size(checkpoint: "Checkpoint") -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
+from common.families.qwen2_5_vl import HEAD, is_tied
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, RotaryTables, rotary_tables
 from services.llm.loading import ShardLoader
@@ -30,7 +31,8 @@ class TextConfig:
         """Raises BadCheckpoint if a value is missing or not supported."""
         given = checkpoint.text_config
         try:
-            config = cls._read(given, given.get("rope_parameters") or given["rope_scaling"])
+            rope = given.get("rope_parameters") or given["rope_scaling"]
+            config = cls._read(given, rope, is_tied(checkpoint))
         except KeyError as e:
             raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {e}") from e
         except BadCheckpoint:
@@ -51,8 +53,8 @@ class TextConfig:
         return config
 
     @classmethod
-    def _read(cls, given: dict[str, Any], rope: dict[str, Any]) -> "TextConfig":
-        kind = rope.get("rope_type", rope.get("type"))
+    def _read(cls, given: dict[str, Any], rope: dict[str, Any], tied: bool) -> "TextConfig":
+        kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):
             raise BadCheckpoint(f"rope of type {kind!r} is not supported")
         time, height, width = rope["mrope_section"]
@@ -60,7 +62,7 @@ class TextConfig:
             norm_eps=given["rms_norm_eps"],
             rope_theta=rope.get("rope_theta") or given["rope_theta"],
             mrope_section=(time, height, width),
-            tied=given.get("tie_word_embeddings", False),
+            tied=tied,
         )
 
 
@@ -83,7 +85,7 @@ def load(checkpoint: Checkpoint, loader: ShardLoader) -> Decoder:
     config = TextConfig.of(checkpoint)
     sizes = loader.sizes
     embedding_name = checkpoint.family.embedding_name
-    lookup, head = loader.vocabulary(embedding_name, None if config.tied else "lm_head.weight")
+    lookup, head = loader.vocabulary(embedding_name, None if config.tied else HEAD)
     return Decoder(
         sizes=sizes,
         norm_eps=config.norm_eps,

@@ -66,7 +66,7 @@ class VisionConfig:
         values: dict[str, Any] = {key: given.get(key, default) for key, default in DEFAULTS.items()}
         values["fullatt_block_indexes"] = tuple(values["fullatt_block_indexes"])
         config = cls(
-            num_channels=given.get("in_channels", given.get("in_chans", 3)),
+            num_channels=given.get("in_channels") or given.get("in_chans") or 3,
             out_hidden_size=given.get("out_hidden_size", checkpoint.sizes.hidden_size),
             **values,
         )
