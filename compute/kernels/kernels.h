@@ -32,6 +32,10 @@ INLINE void touch(const void *address)
 #endif
 }
 
+/* GELU, approximated by tanh, is x / (1 + 2^(x * (GELU_CUBE * x * x + GELU_LINE))). */
+#define GELU_LINE -2.302208198f
+#define GELU_CUBE -0.102943240f
+
 INLINE uint32_t bits_of(float x)
 {
     uint32_t bits;
@@ -107,6 +111,9 @@ void merge_task(const Paged *paged, bf16 *y, const float *partials, long task);
 
 /* y [width] = x / rms(x) * weight */
 void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width);
+
+/* y [width] = gelu(x), approximated by tanh */
+void gelu_tanh_row(const bf16 *x, bf16 *y, long width);
 
 /* y [width] = silu(gate) * up, for gate and up side by side in x [2 * width] */
 void silu_mul_row(const bf16 *x, bf16 *y, long width);
