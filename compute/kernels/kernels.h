@@ -15,6 +15,7 @@ typedef uint16_t bf16;
 /* Python repeats these constants, and the structures below, in structures.py. */
 enum {
     CONTEXT_PADDING = 64, /* the workspace of attention rounds contexts up to this */
+    HEAD_PADDING = 16,    /* and heads up to this */
     MAX_GROUP = 16,       /* query heads that share a key head */
     MAX_HEAD_DIM = 256,
     MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; AVX2 accepts more */
@@ -35,6 +36,10 @@ INLINE void touch(const void *address)
 /* GELU, approximated by tanh, is x / (1 + 2^(x * (GELU_CUBE * x * x + GELU_LINE))). */
 #define GELU_LINE -2.302208198f
 #define GELU_CUBE -0.102943240f
+
+/* The softmax of attention begins with it, which makes masked scores before the first visible one
+ * harmless: their distance to the greatest score is a number. */
+#define LEAST_SCORE -1e30f
 
 INLINE uint32_t bits_of(float x)
 {

@@ -19,6 +19,7 @@ typedef struct {
 
 const Entry layout[] = {
     CONSTANT(CONTEXT_PADDING),
+    CONSTANT(HEAD_PADDING),
     CONSTANT(MAX_GROUP),
     CONSTANT(MAX_HEAD_DIM),
     CONSTANT(MAX_LINEAR_ROWS),

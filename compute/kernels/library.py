@@ -46,6 +46,8 @@ SIGNATURES: dict[str, list[type]] = {
         c_long,
         c_void_p,
         c_void_p,
+        c_void_p,
+        c_void_p,
         c_long,
         c_long,
         c_long,
