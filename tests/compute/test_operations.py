@@ -150,14 +150,10 @@ def test_attention_with_a_bias_and_hidden_keys(
     q, k, v = qkv.split(num_heads, 1)
     found = attention(q, k, v, num_seqs, bias=bias, visible=visible if has_mask else None)
     sequences = zip(*(x.split(length) for x in (q, k, v)), visible, strict=True)
+    added = 0.0 if bias is None else bias.float()
     expected = [
-        softmaxed(
-            *parts,
-            causal=False,
-            bias=(0.0 if bias is None else bias.float())
-            + torch.zeros(length).masked_fill(~seen, -torch.inf),
-        )
-        for *parts, seen in sequences
+        softmaxed(q, k, v, False, added + torch.zeros(length).masked_fill(~seen, -torch.inf))
+        for q, k, v, seen in sequences
     ]
     rows = torch.arange(num_seqs * length) > 0  # the query that was overwritten
     assert_near(found[rows], torch.cat(expected)[rows])
