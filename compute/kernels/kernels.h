@@ -48,6 +48,16 @@ INLINE uint32_t bits_of(float x)
     return bits;
 }
 
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* A bfloat16 is the upper half of a float32. */
+INLINE float widen(bf16 x) { return float_of((uint32_t)x << 16); }
+
 /* Rounds to the nearest bfloat16, ties to even. A NaN stays a NaN. */
 INLINE bf16 narrow(float x)
 {

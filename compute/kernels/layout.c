@@ -67,6 +67,7 @@ const Entry layout[] = {
     STRUCTURE(Step),
     FIELD(Step, cos),
     FIELD(Step, signed_sin),
+    FIELD(Step, query_scale),
     FIELD(Step, slots),
     FIELD(Step, tables),
     FIELD(Step, contexts),

@@ -88,6 +88,7 @@ class StepStruct(Structure):
     _fields_ = [
         ("cos", c_void_p),
         ("signed_sin", c_void_p),
+        ("query_scale", c_void_p),
         ("slots", c_void_p),
         ("tables", c_void_p),
         ("contexts", c_void_p),
