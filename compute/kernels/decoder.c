@@ -43,7 +43,12 @@ static void linear_stage(Worker *me, const Weights *weights, const bf16 *x, cons
     for (long task; (task = next_task(me)) >= 0;) linear_task(weights, &rows, num_threads, task);
 }
 
-/* Rotates queries and keys, and writes keys and values to the KV cache. */
+static void scale_row(bf16 *x, bf16 factor, long width)
+{
+    for (long j = 0; j < width; j++) x[j] = narrow(widen(x[j]) * widen(factor));
+}
+
+/* Rotates queries and keys, scales the queries, and writes keys and values to the KV cache. */
 static void store_stage(Worker *me, const Decoder *decoder, const Step *step, bf16 *qkv,
                         bf16 *cache)
 {
@@ -55,6 +60,7 @@ static void store_stage(Worker *me, const Decoder *decoder, const Step *step, bf
         bf16 *keys = cache + step->slots[s] * kv_width;
         rotate_row(row, step->cos + s * decoder->dim, step->signed_sin + s * decoder->dim,
                    decoder->num_heads + decoder->num_kv_heads, decoder->dim);
+        if (step->query_scale) scale_row(row, step->query_scale[s], q_width);
         memcpy(keys, row + q_width, kv_width * sizeof(bf16));
         memcpy(keys + step->values_at, row + q_width + kv_width, kv_width * sizeof(bf16));
     }

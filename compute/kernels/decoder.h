@@ -29,6 +29,7 @@ typedef struct {
 typedef struct {
     const float *cos;        /* [num_seqs, dim] */
     const float *signed_sin; /* [num_seqs, dim] */
+    const bf16 *query_scale; /* [num_seqs]: a factor of the queries, or null */
     const int64_t *slots;    /* [num_seqs]: where the new tokens' keys and values go */
     const int64_t *tables;   /* [num_seqs, table_stride]: the blocks of each sequence */
     const int64_t *contexts; /* [num_seqs]: tokens in the KV cache, the new one included */

@@ -15,6 +15,7 @@ typedef uint16_t bf16;
 /* Python repeats these constants, and the structures below, in structures.py. */
 enum {
     CONTEXT_PADDING = 64, /* the workspace of attention rounds contexts up to this */
+    HEAD_PADDING = 16,    /* and heads up to this */
     MAX_GROUP = 16,       /* query heads that share a key head */
     MAX_HEAD_DIM = 256,
     MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; AVX2 accepts more */
@@ -32,12 +33,30 @@ INLINE void touch(const void *address)
 #endif
 }
 
+/* GELU, approximated by tanh, is x / (1 + 2^(x * (GELU_CUBE * x * x + GELU_LINE))). */
+#define GELU_LINE -2.302208198f
+#define GELU_CUBE -0.102943240f
+
+/* The softmax of attention begins with it, which makes masked scores before the first visible one
+ * harmless: their distance to the greatest score is a number. */
+#define LEAST_SCORE -1e30f
+
 INLINE uint32_t bits_of(float x)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* A bfloat16 is the upper half of a float32. */
+INLINE float widen(bf16 x) { return float_of((uint32_t)x << 16); }
 
 /* Rounds to the nearest bfloat16, ties to even. A NaN stays a NaN. */
 INLINE bf16 narrow(float x)
@@ -107,6 +126,9 @@ void merge_task(const Paged *paged, bf16 *y, const float *partials, long task);
 
 /* y [width] = x / rms(x) * weight */
 void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long width);
+
+/* y [width] = gelu(x), approximated by tanh */
+void gelu_tanh_row(const bf16 *x, bf16 *y, long width);
 
 /* y [width] = silu(gate) * up, for gate and up side by side in x [2 * width] */
 void silu_mul_row(const bf16 *x, bf16 *y, long width);

@@ -19,6 +19,7 @@ typedef struct {
 
 const Entry layout[] = {
     CONSTANT(CONTEXT_PADDING),
+    CONSTANT(HEAD_PADDING),
     CONSTANT(MAX_GROUP),
     CONSTANT(MAX_HEAD_DIM),
     CONSTANT(MAX_LINEAR_ROWS),
@@ -66,6 +67,7 @@ const Entry layout[] = {
     STRUCTURE(Step),
     FIELD(Step, cos),
     FIELD(Step, signed_sin),
+    FIELD(Step, query_scale),
     FIELD(Step, slots),
     FIELD(Step, tables),
     FIELD(Step, contexts),

@@ -35,6 +35,7 @@ SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
     "take_rows": [c_void_p, c_void_p, c_void_p, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
+    "gelu_tanh": [c_void_p, c_void_p, c_long, c_long, c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],
     "attention": [
@@ -43,6 +44,8 @@ SIGNATURES: dict[str, list[type]] = {
         c_void_p,
         c_void_p,
         c_long,
+        c_void_p,
+        c_void_p,
         c_void_p,
         c_void_p,
         c_long,

@@ -37,6 +37,13 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long num_ro
         rms_norm_row(x + i * width, weight, y + i * width, eps, width);
 }
 
+/* y [num_rows, width] = gelu(x), approximated by tanh */
+void gelu_tanh(const bf16 *x, bf16 *y, long num_rows, long width, int num_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long i = 0; i < num_rows; i++) gelu_tanh_row(x + i * width, y + i * width, width);
+}
+
 /* y [num_rows, width] = silu(gate) * up, for gate and up side by side in x [num_rows, 2 * width] */
 void silu_mul(const bf16 *x, bf16 *y, long num_rows, long width, int num_threads)
 {

@@ -14,6 +14,7 @@ from torch import Tensor
 from compute.kernels.library import bfloat16_kernels
 from compute.kernels.structures import (
     CONTEXT_PADDING,
+    HEAD_PADDING,
     MAX_GROUP,
     MAX_HEAD_DIM,
     PART_TOKENS,
@@ -133,8 +134,15 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Return the approximation of `gelu` by tanh, entry by entry."""
-    return F.gelu(x, approximate="tanh")
+    """Return the approximation of `gelu` by tanh, for x [n, width]."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return F.gelu(x, approximate="tanh")
+    num_rows, width = x.shape
+    out = x.new_empty(x.shape)
+    x = x.contiguous()
+    kernels.gelu_tanh(x.data_ptr(), out.data_ptr(), num_rows, width, num_threads_for(x.numel()))
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -182,29 +190,52 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, num_seqs: int = 1, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_seqs: int = 1,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
     """Return the attention of sequences of equal lengths, which follow each other in the tensors.
 
     q [num_seqs * Q, num_heads, D], k and v [num_seqs * C, num_kv_heads, D]
     -> [num_seqs * Q, num_heads * D].
     If `causal`, the last Q of a sequence's C keys belong to the queries themselves.
+    `bias`, [num_heads, Q, C] in the dtype of q, is added to the scaled scores of every sequence.
+    `visible`, bool [num_seqs, C], names the keys that are attended to; every query needs one.
+    Both are for models with as many key heads as query heads, and without `causal`.
     """
+    is_plain = bias is None and visible is None
+    assert is_plain or (not causal and k.shape[1] == q.shape[1])
     kernels = kernels_for(q)
-    if kernels is None or q.shape[2] % 16 or q.shape[2] > MAX_HEAD_DIM:
-        return attention_by_torch(q, k, v, num_seqs, causal)
+    if kernels is None or q.shape[2] % 2 or q.shape[2] > MAX_HEAD_DIM:
+        return attention_by_torch(q, k, v, num_seqs, causal, bias, visible)
     num_rows, num_heads, dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     query_len = num_rows // num_seqs
     context_len = num_keys // num_seqs
     padded_len = -(-context_len // CONTEXT_PADDING) * CONTEXT_PADDING
+    padded_dim = -(-dim // HEAD_PADDING) * HEAD_PADDING
     out = q.new_empty(num_rows, num_heads * dim)
-    workspace = q.new_empty(2 * num_seqs * num_kv_heads * padded_len * dim)
+    workspace = q.new_empty(2 * num_seqs * num_kv_heads * padded_len * padded_dim)
+    if bias is not None:
+        assert bias.dtype is q.dtype and bias.shape == (num_heads, query_len, context_len)
+        bias = bias.contiguous()
+    mask = None
+    if visible is not None:
+        assert visible.shape == (num_seqs, context_len)
+        mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
     kernels.attention(
         q.data_ptr(),
         q.stride(0),
         k.data_ptr(),
         v.data_ptr(),
         k.stride(0),
+        None if bias is None else bias.data_ptr(),
+        None if mask is None else mask.data_ptr(),
         out.data_ptr(),
         workspace.data_ptr(),
         num_seqs,
@@ -219,18 +250,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_seqs: int = 1, causal: bool =
     return out
 
 
-def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, num_seqs: int, causal: bool) -> Tensor:
+def attention_by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_seqs: int,
+    causal: bool,
+    bias: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
     """Return the same as `attention`, on any device and in any dtype."""
     q, k, v = (x.unflatten(0, (num_seqs, -1)).transpose(1, 2) for x in (q, k, v))
     _, num_heads, query_len, dim = q.shape
     _, num_kv_heads, context_len, _ = k.shape
+    mask = None
+    if bias is not None:
+        mask = bias[None]
+    if visible is not None:
+        hidden = ~visible[:, None, None]
+        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
+        mask = mask.masked_fill(hidden, -torch.inf)
     if num_heads > num_kv_heads:
         # Each key head becomes a batch entry, and the query heads that share it become its heads.
         # So the keys are expanded as views and not copied.
         groups = num_heads // num_kv_heads
         q = q.unflatten(1, (num_kv_heads, groups)).flatten(0, 1)
         k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
-    mask = None
     if causal and query_len < context_len:
         mask = torch.ones(query_len, context_len, dtype=torch.bool, device=q.device).tril(
             context_len - query_len

@@ -9,6 +9,9 @@ from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_long, c_void_
 CONTEXT_PADDING = 64
 """The workspace of `attention` holds each context rounded up to a multiple of this."""
 
+HEAD_PADDING = 16
+"""The same for the entries of a head."""
+
 MAX_GROUP = 16
 """The greatest number of query heads that share a key head in `decode_attention`."""
 
@@ -85,6 +88,7 @@ class StepStruct(Structure):
     _fields_ = [
         ("cos", c_void_p),
         ("signed_sin", c_void_p),
+        ("query_scale", c_void_p),
         ("slots", c_void_p),
         ("tables", c_void_p),
         ("contexts", c_void_p),
@@ -111,6 +115,7 @@ def expected_layout() -> dict[str, int]:
     """Return what layout.c must export for every instruction set, by name."""
     layout = {
         "CONTEXT_PADDING": CONTEXT_PADDING,
+        "HEAD_PADDING": HEAD_PADDING,
         "MAX_GROUP": MAX_GROUP,
         "MAX_HEAD_DIM": MAX_HEAD_DIM,
         "MAX_LINEAR_ROWS": MAX_LINEAR_ROWS,

@@ -119,7 +119,7 @@ class Decoder:
 
         A class that changes a method is another model.
         """
-        return type(self) is Decoder and self.query_scale is None
+        return type(self) is Decoder
 
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         num_kv_heads = self.num_local_kv_heads
@@ -135,10 +135,14 @@ class Decoder:
         x[(local_ids < 0) | (local_ids >= last - first)] = 0
         return self.shard.all_reduce(x)
 
+    def scale_of(self, batch: Batch) -> Tensor | None:
+        """Return the factor of each token's queries in the model's dtype, [T]; None for one."""
+        return None if self.query_scale is None else self.query_scale(batch).to(self.dtype)
+
     def forward(self, x: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
         """[T, hidden] -> float32 logits [S, vocab_size]."""
         tables = self.rotary(batch)
-        scale = None if self.query_scale is None else self.query_scale(batch).view(-1, 1, 1)
+        scale = self.scale_of(batch)
         item_rows = batch.item_rows
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             attended = self._attend(layer, x, batch, tables, scale, cache)
@@ -170,7 +174,7 @@ class Decoder:
         rotate(qkv, num_q + num_kv, *tables)
         q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
         if scale is not None:
-            q = q * scale.to(q.dtype)
+            q = q * scale[:, None, None]
         return batch.attention.run(q, k, v, cache)
 
     def _add(

@@ -80,6 +80,7 @@ class FusedDecode:
     def run(self, plan: StepPlan, x: Tensor, batch: Batch) -> Tensor:
         """[T, hidden], which is overwritten -> float32 logits [T, vocab_size]."""
         cos, signed_sin = self._model.rotary(batch)
+        scale = self._model.scale_of(batch)
         slots, tables, contexts = (
             np.ascontiguousarray(array, np.int64)
             for array in (plan.slot_mapping, plan.block_tables, plan.context_lens)
@@ -88,6 +89,7 @@ class FusedDecode:
         step = StepStruct(
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
+            query_scale=None if scale is None else scale.data_ptr(),
             slots=slots.ctypes.data,
             tables=tables.ctypes.data,
             contexts=contexts.ctypes.data,

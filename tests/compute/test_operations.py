@@ -40,10 +40,10 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert ((found.float() - expected).abs() <= TOLERANCE[found.dtype] * (1 + expected.abs())).all()
 
 
-def softmaxed(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def softmaxed(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: float | Tensor = 0.0) -> Tensor:
     """Return the attention of one sequence by its definition: q [Q, H, D], k and v [C, K, D]."""
     k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,chd->hqc", q.float(), k) * q.shape[2] ** -0.5
+    scores = torch.einsum("qhd,chd->hqc", q.float(), k) * q.shape[2] ** -0.5 + bias
     if causal:
         hidden = torch.ones(scores.shape[1:]).triu(len(k) - len(q) + 1).bool()
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -102,7 +102,12 @@ def test_rotation_changes_only_the_first_heads(head_dim: int, dtype: torch.dtype
         (1, 7, 600, 2, 1, 128, True),
         (5, 33, 33, 3, 3, 80, False),
         (1, 300, 300, 2, 2, 48, False),
+        (2, 150, 150, 2, 2, 72, False),
+        (1, 270, 270, 2, 2, 104, False),
+        (2, 37, 290, 2, 2, 128, False),
+        (3, 20, 20, 4, 2, 34, True),
         (2, 9, 9, 2, 2, 10, False),
+        (2, 9, 9, 2, 2, 9, False),
     ],
 )
 def test_attention(
@@ -125,6 +130,33 @@ def test_attention(
         attention(q, k, v, num_seqs, causal),
         torch.cat([softmaxed(*sequence, causal) for sequence in sequences]),
     )
+
+
+@pytest.mark.parametrize("head_dim", [34, 64])
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_attention_with_a_bias_and_hidden_keys(
+    has_bias: bool, has_mask: bool, head_dim: int, dtype: torch.dtype
+) -> None:
+    num_seqs, length, num_heads = 2, 310, 3
+    qkv = random(num_seqs * length, 3 * num_heads, head_dim, dtype=dtype)
+    bias = random(num_heads, length, length, dtype=dtype) if has_bias else None
+    visible = torch.ones(num_seqs, length, dtype=torch.bool)
+    if has_mask:
+        visible[0, :290] = False  # more than the kernels work on at a time
+        visible[1, 5:40] = False
+        # A hidden key is not read: it may be anything finite.
+        qkv.view(num_seqs, length, 3 * num_heads, head_dim)[0, 0, num_heads:] = 1e18
+    q, k, v = qkv.split(num_heads, 1)
+    found = attention(q, k, v, num_seqs, bias=bias, visible=visible if has_mask else None)
+    sequences = zip(*(x.split(length) for x in (q, k, v)), visible, strict=True)
+    added = 0.0 if bias is None else bias.float()
+    expected = [
+        softmaxed(q, k, v, False, added + torch.zeros(length).masked_fill(~seen, -torch.inf))
+        for q, k, v, seen in sequences
+    ]
+    rows = torch.arange(num_seqs * length) > 0  # the query that was overwritten
+    assert_near(found[rows], torch.cat(expected)[rows])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from common.checkpoint import open_checkpoint
 from compute.kernels.library import bfloat16_kernels, int8_kernels
 from compute.linear import Linear
 from compute.quantization import quantize
+from services.llm import families
 from services.llm.batch import Batch
+from services.llm.decoder import Decoder
 from services.llm.fused_decode import FusedDecode
+from services.llm.language_model import LanguageModel
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.llm.step_plan import StepPlan
@@ -244,10 +249,14 @@ def test_int8_computes_with_the_weights_that_its_bytes_mean(
 
 @pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-@pytest.mark.parametrize("name", ["a_image", "c_gqa_tp8"])
+@pytest.mark.parametrize(
+    ("name", "scales"), [("a_image", False), ("c_gqa_tp8", False), ("c_gqa_tp8", True)]
+)
 def test_decodes_in_one_call_give_what_single_operations_give(
-    name: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+    name: str, scales: bool, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if scales:
+        scale_queries(monkeypatch)
     case = GoldenCase(name)
     fused = runner_of(case, torch.bfloat16, quantization=quantization)
     if fused._fused_decode is None:
@@ -294,6 +303,18 @@ def test_a_context_that_is_divided_gives_the_same_in_one_call() -> None:
     assert runner._fused_decode is not None
     runner._fused_decode = None
     assert fused.equal(runner.execute(plan, []))
+
+
+def scale_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on loaded models scale their queries, as models with logn attention do."""
+    load = families.load
+
+    def load_scaled(*given: Any) -> LanguageModel:
+        model = load(*given)
+        assert isinstance(model, Decoder)
+        return replace(model, query_scale=lambda batch: 1 + 0.1 * batch.positions[0].float())
+
+    monkeypatch.setattr(families, "load", load_scaled)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, fused_decode: FusedDecode) -> list[int]:
@@ -379,10 +400,12 @@ def test_the_shares_of_all_ranks_make_the_whole_model(world_size: int) -> None:
 
 
 @pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
-@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize(("world_size", "scales"), [(2, True), (8, False)])
 def test_ranks_decode_in_calls_of_half_a_layer(
-    world_size: int, monkeypatch: pytest.MonkeyPatch
+    world_size: int, scales: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if scales:
+        scale_queries(monkeypatch)
     case = GoldenCase("c_gqa_tp8")
 
     is_fused: list[bool] = []

@@ -32,6 +32,18 @@ INLINE void transpose(__m256i r[8])
 
 static const bf16 ZEROS[MAX_HEAD_DIM];
 
+/* The entries of a head, filled up to whole panels. */
+INLINE int filled(int dim) { return (dim + PANEL - 1) / PANEL * PANEL; }
+
+/* Returns up to 16 entries, of which `left` exist; the others are zero. */
+INLINE __m256i load_entries(const bf16 *x, int left)
+{
+    bf16 few[PANEL] = {0};
+    if (left >= PANEL) return _mm256_loadu_si256((const __m256i *)x);
+    memcpy(few, x, left * sizeof *x);
+    return _mm256_loadu_si256((const __m256i *)few);
+}
+
 /* The number of keys in a packed chunk, if `count` keys are left. */
 INLINE int padded(long count)
 {
@@ -39,20 +51,21 @@ INLINE int padded(long count)
 }
 
 /* Packs keys as weights, in panels of 16 keys, and values as weights whose inputs are the tokens,
- * in panels of 16 entries. After the last token there are zeros. */
+ * in panels of 16 entries. After the last token and the last entry there are zeros. */
 static void pack(const bf16 *keys, const bf16 *values, const long *places, int count, int dim,
                  bf16 *packed_keys, bf16 *packed_values)
 {
     int size = padded(count);
+    int width = filled(dim);
     for (int t = 0; t < size; t += LANES)
         for (int d = 0; d < dim; d += PANEL) {
             __m256i r[LANES];
             for (int i = 0; i < LANES; i++) {
                 const bf16 *key = t + i < count ? keys + places[t + i] : ZEROS;
-                r[i] = _mm256_loadu_si256((const __m256i *)(key + d));
+                r[i] = load_entries(key + d, dim - d);
             }
             transpose(r);
-            bf16 *place = packed_keys + t / PANEL * PANEL * dim + d * PANEL + t % PANEL * 2;
+            bf16 *place = packed_keys + t / PANEL * PANEL * width + d * PANEL + t % PANEL * 2;
             for (int i = 0; i < LANES; i++)
                 _mm256_storeu_si256((__m256i *)(place + i * 2 * PANEL), r[i]);
         }
@@ -60,8 +73,8 @@ static void pack(const bf16 *keys, const bf16 *values, const long *places, int c
         const bf16 *even = t < count ? values + places[t] : ZEROS;
         const bf16 *odd = t + 1 < count ? values + places[t + 1] : ZEROS;
         for (int d = 0; d < dim; d += PANEL) {
-            __m256i a = _mm256_loadu_si256((const __m256i *)(even + d));
-            __m256i b = _mm256_loadu_si256((const __m256i *)(odd + d));
+            __m256i a = load_entries(even + d, dim - d);
+            __m256i b = load_entries(odd + d, dim - d);
             __m256i low = _mm256_unpacklo_epi16(a, b);
             __m256i high = _mm256_unpackhi_epi16(a, b);
             __m256i first = _mm256_permute2x128_si256(low, high, 0x20);
@@ -73,10 +86,17 @@ static void pack(const bf16 *keys, const bf16 *values, const long *places, int c
     }
 }
 
+/* What is added to the scores, besides the product of queries and keys. Each may be null. */
+typedef struct {
+    const bf16 *bias;  /* [queries, context_len] */
+    const float *mask; /* [context_len] */
+    long context_len;
+} Added;
+
 /* The state of the running softmax of a block of rows. */
 typedef struct {
-    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64))); /* [rows][dim] */
-    float q[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));    /* [rows][dim], scaled */
+    float sums[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64))); /* [rows][filled dim] */
+    float q[BLOCK_ROWS * MAX_HEAD_DIM] __attribute__((aligned(64)));    /* the same, scaled */
     float totals[BLOCK_ROWS];
     float greatest[BLOCK_ROWS];
 } Running;
@@ -85,13 +105,13 @@ typedef struct {
 static void begin(Running *running, const bf16 *q, long q_stride, int num_rows, int dim)
 {
     float scale = LOG2_E / sqrtf(dim);
+    int width = filled(dim);
     for (int i = 0; i < num_rows; i++) {
         running->totals[i] = 0;
-        running->greatest[i] = -INFINITY;
-        for (int d = 0; d < dim; d++) {
-            running->q[i * dim + d] = widen(q[i * q_stride + d]) * scale;
-            running->sums[i * dim + d] = 0;
-        }
+        running->greatest[i] = LEAST_SCORE;
+        for (int d = 0; d < dim; d++)
+            running->q[i * width + d] = widen(q[i * q_stride + d]) * scale;
+        for (int d = 0; d < width; d++) running->sums[i * width + d] = 0;
     }
 }
 
@@ -100,12 +120,22 @@ static void end(const Running *running, int num_rows, int dim, bf16 *y, long y_s
 {
     for (int i = 0; i < num_rows; i++)
         for (int d = 0; d < dim; d++)
-            y[i * y_stride + d] = narrow(running->sums[i * dim + d] / running->totals[i]);
+            y[i * y_stride + d] = narrow(running->sums[i * filled(dim) + d] / running->totals[i]);
+}
+
+/* Adds to the first `visible` scores of one row what must be added from the chunk's `first` key
+ * on. */
+static void add(const Added *added, int row, long first, float *scores, int visible)
+{
+    const bf16 *bias = added->bias ? added->bias + row * added->context_len + first : 0;
+    const float *mask = added->mask ? added->mask + first : 0;
+    for (int j = 0; bias && j < visible; j++) scores[j] += widen(bias[j]) * LOG2_E;
+    for (int j = 0; mask && j < visible; j++) scores[j] += mask[j];
 }
 
 /* Turns one row's scores, of which the first `visible` count, into weights. Rescales the row's
  * state to the new greatest score. */
-static void softmax_row(float *scores, int count, int visible, int dim, Running *running, int row)
+static void softmax_row(float *scores, int count, int visible, int width, Running *running, int row)
 {
     float best = running->greatest[row];
     float total = 0;
@@ -120,30 +150,32 @@ static void softmax_row(float *scores, int count, int visible, int dim, Running 
     float shrink = power_of_two(running->greatest[row] - best);
     running->greatest[row] = best;
     running->totals[row] = running->totals[row] * shrink + total;
-    for (int d = 0; d < dim; d++) running->sums[row * dim + d] *= shrink;
+    for (int d = 0; d < width; d++) running->sums[row * width + d] *= shrink;
 }
 
-/* A block of rows against the first `count` keys of a packed chunk of `size` keys. Row r sees
- * `visible` + r * `step` of them. */
+/* A block of rows against the first `count` keys of a packed chunk of `size` keys, which begins with
+ * key `first`. Row r sees `visible` + r * `step` of them. */
 static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 *values, int size,
-                   int count, int dim, long visible, int step)
+                   int count, int dim, long visible, int step, const Added *added, long first)
 {
+    int width = filled(dim);
     int used = padded(count);
     int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int t = 0, row = 0; t < num_tiles; t++) {
         float scores[TILE_ROWS * CHUNK] __attribute__((aligned(64)));
         int rows = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
         for (int j = 0; j < used; j += PANEL)
-            all_rows(tiles, rows, running->q + row * dim, dim, keys + j * dim, AHEAD_BYTES, dim / 2,
-                     scores + j, CHUNK, 1);
+            all_rows(tiles, rows, running->q + row * width, width, keys + j * width, AHEAD_BYTES,
+                     dim / 2, scores + j, CHUNK, 1);
         for (int i = 0; i < rows; i++) {
             long seen = visible + (long)(row + i) * step;
-            softmax_row(scores + i * CHUNK, used, seen < 0 ? 0 : seen > count ? count : (int)seen,
-                        dim, running, row + i);
+            seen = seen < 0 ? 0 : seen > count ? count : seen;
+            add(added, row + i, first, scores + i * CHUNK, (int)seen);
+            softmax_row(scores + i * CHUNK, used, (int)seen, width, running, row + i);
         }
         for (int d = 0; d < dim; d += PANEL)
             all_rows(tiles, rows, scores, CHUNK, values + d * size, AHEAD_BYTES, used / 2,
-                     running->sums + row * dim + d, dim, 0);
+                     running->sums + row * width + d, width, 0);
         row += rows;
     }
 }
@@ -153,13 +185,17 @@ static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 
  * `query_len` keys belong to the queries themselves.
  *
  * q, keys and values are [.., heads, dim] with strides between rows, y [num_seqs * query_len,
- * num_heads, dim] is contiguous. dim is a multiple of 16 up to MAX_HEAD_DIM. The workspace holds
- * keys and values of all heads, with contexts rounded up to CONTEXT_PADDING. */
+ * num_heads, dim] is contiguous. dim is even and at most MAX_HEAD_DIM. The bias [num_heads,
+ * query_len, context_len] and the mask [num_seqs, context_len], which is 0 or -infinity, are added
+ * to the scaled scores; both may be null. The workspace holds keys and values of all heads, with
+ * contexts rounded up to CONTEXT_PADDING and heads to HEAD_PADDING. */
 void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride,
-               bf16 *y, bf16 *workspace, long num_seqs, long query_len, long context_len,
-               int num_heads, int num_kv_heads, int dim, int causal, int num_threads)
+               const bf16 *bias, const float *mask, bf16 *y, bf16 *workspace, long num_seqs,
+               long query_len, long context_len, int num_heads, int num_kv_heads, int dim,
+               int causal, int num_threads)
 {
-    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * dim;
+    int width = filled(dim);
+    long size = (context_len + CONTEXT_PADDING - 1) / CONTEXT_PADDING * CONTEXT_PADDING * width;
     long num_blocks = (query_len + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
@@ -167,7 +203,7 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
         for (long s = 0; s < num_seqs; s++)
             for (long h = 0; h < num_kv_heads; h++)
                 for (long first = 0; first < context_len; first += CHUNK) {
-                    bf16 *packed = workspace + (s * num_kv_heads + h) * 2 * size + first * dim;
+                    bf16 *packed = workspace + (s * num_kv_heads + h) * 2 * size + first * width;
                     long places[CHUNK];
                     long at = (s * context_len + first) * kv_stride + h * dim;
                     for (int t = 0; t < CHUNK; t++) places[t] = t * kv_stride;
@@ -187,12 +223,14 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
                     long rows = query_len - row < BLOCK_ROWS ? query_len - row : BLOCK_ROWS;
                     long visible = causal ? context_len - query_len + row + 1 : context_len;
                     long length = visible + (rows - 1) * causal;
+                    Added added = {bias ? bias + (h * query_len + row) * context_len : 0,
+                                   mask ? mask + s * context_len : 0, context_len};
                     begin(&running, q + at * q_stride + h * dim, q_stride, rows, dim);
                     for (long first = 0; first < length; first += CHUNK)
-                        attend(&running, rows, packed + first * dim, packed + size + first * dim,
-                               padded(context_len - first),
+                        attend(&running, rows, packed + first * width,
+                               packed + size + first * width, padded(context_len - first),
                                length - first < CHUNK ? length - first : CHUNK, dim,
-                               visible - first, causal);
+                               visible - first, causal, &added, first);
                     end(&running, rows, dim, y + (at * num_heads + h) * dim, (long)num_heads * dim);
                 }
     }
@@ -213,6 +251,7 @@ void attend_part(const Paged *paged, long seq, int kv_head, long first, long cou
                  bf16 *y, float *partial)
 {
     Running running;
+    const Added nothing = {0};
     bf16 packed[2 * CHUNK * MAX_HEAD_DIM] __attribute__((aligned(64)));
     int dim = paged->dim;
     int group = paged->num_heads / paged->num_kv_heads;
@@ -237,7 +276,8 @@ void attend_part(const Paged *paged, long seq, int kv_head, long first, long cou
             }
         }
         pack(keys, values, places, size, dim, packed, packed + CHUNK * dim);
-        attend(&running, group, packed, packed + CHUNK * dim, padded(size), size, dim, size, 0);
+        attend(&running, group, packed, packed + CHUNK * dim, padded(size), size, dim, size, 0,
+               &nothing, 0);
     }
     if (partial)
         end_part(&running, group, dim, partial);

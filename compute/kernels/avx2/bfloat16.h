@@ -25,15 +25,6 @@ enum {
     AHEAD_BYTES = 2048 /* how far ahead weights of the same panel are prefetched */
 };
 
-INLINE float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-INLINE float widen(bf16 x) { return float_of((uint32_t)x << 16); }
-
 /* 2^x, nearly as exact as float32 itself: a polynomial for the fraction, the exponent for the
  * rest. Adding 1.5 * 2^23 leaves the integer in the lowest bits. */
 INLINE float power_of_two(float x)

@@ -12,6 +12,16 @@ void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long wi
     for (long j = 0; j < width; j++) y[j] = narrow(widen(x[j]) * scale * widen(weight[j]));
 }
 
+void gelu_tanh_row(const bf16 *x, bf16 *y, long width)
+{
+#pragma omp simd
+    for (long j = 0; j < width; j++) {
+        float value = widen(x[j]);
+        float power = power_of_two(value * (GELU_CUBE * value * value + GELU_LINE));
+        y[j] = narrow(value / (1 + power));
+    }
+}
+
 void silu_mul_row(const bf16 *x, bf16 *y, long width)
 {
 #pragma omp simd

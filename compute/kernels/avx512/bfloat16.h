@@ -37,7 +37,7 @@ INLINE void touch_lanes(const void *x, long stride, __mmask16 mask)
         if (mask >> i & 1) touch((const char *)x + i * stride);
 }
 
-INLINE __m512 widen(__m256i x)
+INLINE __m512 widen_all(__m256i x)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
@@ -45,7 +45,7 @@ INLINE __m512 widen(__m256i x)
 INLINE __m512 load(const bf16 *x, __mmask16 mask)
 {
     touch_lanes(x, sizeof *x, mask);
-    return widen(_mm256_maskz_loadu_epi16(mask, x));
+    return widen_all(_mm256_maskz_loadu_epi16(mask, x));
 }
 
 INLINE __m512 load_floats(const float *x, __mmask16 mask)

@@ -18,6 +18,21 @@ void rms_norm_row(const bf16 *x, const bf16 *weight, bf16 *y, float eps, long wi
     }
 }
 
+void gelu_tanh_row(const bf16 *x, bf16 *y, long width)
+{
+    const __m512 one = _mm512_set1_ps(1);
+    for (long j = 0; j < width; j += LANES) {
+        __mmask16 mask = mask_of(width - j);
+        __m512 value = load(x + j, mask);
+        __m512 square = _mm512_mul_ps(value, value);
+        __m512 factor = _mm512_fmadd_ps(square, _mm512_set1_ps(GELU_CUBE), _mm512_set1_ps(GELU_LINE));
+        /* In this order of the arguments of min a NaN stays a NaN. */
+        __m512 power = _mm512_min_ps(_mm512_set1_ps(128), _mm512_mul_ps(value, factor));
+        __m512 divisor = _mm512_add_ps(one, power_of_two(power));
+        store(y + j, mask, _mm512_div_ps(value, divisor));
+    }
+}
+
 void silu_mul_row(const bf16 *x, bf16 *y, long width)
 {
     const __m512 one = _mm512_set1_ps(1);
