@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, check_fields
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
@@ -64,6 +64,9 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
+
+    has_weights: ClassVar[bool] = True
+    """Whether `tensors` can be read. Those of a compiled model have only names and shapes."""
 
     @property
     def name(self) -> str:

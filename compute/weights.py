@@ -1,4 +1,7 @@
-"""Reads the tensors of a checkpoint, whole or as slices, by their canonical names."""
+"""Reads the tensors of a checkpoint, whole or as slices, by their canonical names.
+
+The tensors of a checkpoint that has no weights are on the device `meta`: they have no values.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +74,8 @@ class Weights:
         device: torch.device,
     ) -> torch.Tensor:
         stored_name, info = self._find(name, shape)
+        if not self._checkpoint.has_weights:
+            return torch.empty(shape, dtype=dtype, device="meta")[index or ...]
         try:
             stored = self._file(info).get_slice(stored_name)[index or ...]
         except (SafetensorError, OSError) as e:
