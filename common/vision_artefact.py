@@ -23,6 +23,7 @@ from common.config import BadSetting
 from common.families import FAMILIES, BadCheckpoint
 from common.messages import MAX_BUCKETS
 from common.model_files import check_place, read_file, read_json, shown
+from common.sizing import ITEM_BYTES
 
 MANIFEST = "manifest.json"
 FORMAT = "twinlens-vision-artefact"
@@ -196,6 +197,8 @@ def objection_to(manifest: Manifest) -> str:
             return f"{bucket.num_patches} patches do not fit into {bucket.length}"
     if not manifest.column_widths or min(manifest.column_widths) < 1:
         return "it has no columns"
+    if manifest.dtype not in ITEM_BYTES:
+        return f"its dtype {shown(manifest.dtype)} is not that of embeddings"
     names = [*manifest.files, MANIFEST]
     if any(Path(name).name != name or "\0" in name for name in names):
         return "it names a file that is not in its folder"

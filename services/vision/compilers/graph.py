@@ -310,11 +310,11 @@ def check_results(graph: Graph, weights: Mapping[str, Tensor], widths: Sequence[
     """
     meta = torch.device("meta")
     shapes = {name: torch.empty_like(weight, device=meta) for name, weight in weights.items()}
-    inputs = [
-        torch.empty(each.shape, dtype=ALL_DTYPES[each.dtype], device=meta) for each in graph.inputs
-    ]
+    program = Program(graph, shapes, meta)
     try:
-        results = Program(graph, shapes, meta).run(inputs)
+        results = program.run(
+            [torch.empty(x.shape, dtype=ALL_DTYPES[x.dtype], device=meta) for x in graph.inputs]
+        )
     except (RuntimeError, TypeError, IndexError, KeyError, NotImplementedError) as e:
         raise BadGraph(f"it cannot be run: {e}") from e
     if any(not isinstance(x, Tensor) or x.dim() != 2 for x in results) or [
