@@ -36,8 +36,12 @@ def expected_seconds(
     return measured[nearest] * bucket / nearest
 
 
-def parse_buckets(text: str, patches_per_token: int) -> tuple[int, ...]:
-    """Read --vision-buckets: patch counts in rising order, multiples of `patches_per_token`.
+def parse_buckets(
+    text: str, patches_per_token: int, flag: str = "--vision-buckets"
+) -> tuple[int, ...]:
+    """Read the buckets that a flag lists, and return them in rising order.
+
+    They are patch counts, and multiples of `patches_per_token`.
 
     Raises
     ------
@@ -52,7 +56,7 @@ def parse_buckets(text: str, patches_per_token: int) -> tuple[int, ...]:
     )
     if is_bad or len(buckets) > MAX_BUCKETS:
         raise BadSetting(
-            f"--vision-buckets {shorten(text)}: give at most {MAX_BUCKETS} numbers of patches "
+            f"{flag} {shorten(text)}: give at most {MAX_BUCKETS} numbers of patches "
             f"separated by commas, multiples of {patches_per_token} of at most {MAX_BUCKET_PATCHES}"
         )
     return buckets

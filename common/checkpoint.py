@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, check_fields
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
@@ -37,6 +37,9 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
+
+    has_weights: ClassVar[bool] = True
+    """Whether `tensors` can be read. Those of a compiled model have only names and shapes."""
 
     @property
     def name(self) -> str:

@@ -243,6 +243,11 @@ class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSetting
         "numbers of patches that a static-shape tower pads images to, such as 1024,2048,5120 "
         "(default: images are not padded)",
     )
+    vision_artefact: str = setting(
+        "",
+        "folder that `twinlens compile` wrote: the tower, its buckets and all else that the "
+        "service needs of the model (default: the tower of --model)",
+    )
     standby: bool = setting(False, "take no work until SIGUSR1 arrives", hidden=True)
     simulate_vision_ms: float | None = setting(
         None,
@@ -315,6 +320,11 @@ class ServeSettings(
         "numbers of patches that static-shape vision replicas pad images to, such as "
         "1024,2048,5120 (default: images are not padded)",
     )
+    vision_artefact: str = setting(
+        "",
+        "folder that `twinlens compile` wrote, from which the vision replicas start (default: the "
+        "tower of --model)",
+    )
     simulate_vision_ms: float | None = setting(
         None,
         "simulate the vision towers: each image takes this many milliseconds and yields noise",
@@ -373,6 +383,20 @@ class PlanSettings(ModelSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileSettings(ModelSettings):
+    """The settings of `twinlens compile`."""
+
+    buckets: str = setting(
+        "", "numbers of patches to compile the vision tower for, such as 1024,5120"
+    )
+    out: str = setting("", "new folder for the artefact")
+    dtype: str = setting("auto", "auto: the dtype of the checkpoint", choices=DTYPES)
+    column_chunks: bool = setting(
+        False, "let the embeddings leave the tower in parts of at most 640 columns"
+    )
+
+
 SERVICES = {
     "controller": ControllerSettings,
     "gateway": GatewaySettings,
@@ -384,5 +408,5 @@ SERVICES = {
 SCALABLE_ROLES = ("vision", "preprocess", "llm", "detokenizer")
 CLIENT_NAMES = {"grpc"}
 KNOWN_NAMES = set().union(
-    CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings, PlanSettings])
+    CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings, PlanSettings, CompileSettings])
 )

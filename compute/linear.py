@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compute.kernels.library import AVX2, bfloat16_kernels, cpu_flags
+from compute.kernels.library import AVX2, PORTABLE, bfloat16_kernels, cpu_flags
 from compute.kernels.operations import PackedWeights
 from compute.kernels.structures import MAX_LINEAR_ROWS
 
@@ -78,7 +78,7 @@ def max_kernel_rows() -> int:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN packs weights of this dtype."""
-    if not torch.backends.mkldnn.is_available():
+    if PORTABLE.get() or not torch.backends.mkldnn.is_available():
         return False
     return dtype is torch.float32 or (
         dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -91,7 +91,7 @@ def packing_kernels(weight: Tensor) -> ctypes.CDLL | None:
     They multiply any number of rows.
     """
     is_ours = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
-    kernels = bfloat16_kernels() if is_ours else None
+    kernels = bfloat16_kernels() if is_ours and not PORTABLE.get() else None
     return kernels if hasattr(kernels, "pack_weights") else None
 
 

@@ -1,4 +1,7 @@
-"""Reads the tensors of a checkpoint, whole or as slices, by their canonical names."""
+"""Reads the tensors of a checkpoint, whole or as slices, by their canonical names.
+
+The tensors of a checkpoint that has no weights are on the device `meta`: they have no values.
+"""
 
 import mmap
 from collections.abc import Callable
@@ -76,6 +79,8 @@ class Weights:
         device: torch.device,
     ) -> torch.Tensor:
         stored_name, info = self._find(name, shape)
+        if not self._checkpoint.has_weights:
+            return torch.empty(shape, dtype=dtype, device="meta")[index or ...]
         part = self._mapped(stored_name, info)[index or ...]
         # Always a copy: the file may be replaced while it is served.
         stored = torch.from_numpy(part.copy()).view(DTYPES[info.dtype])

@@ -1,4 +1,4 @@
-"""The command `twinlens`: serve, generate, status, scale, drain and plan."""
+"""The command `twinlens`: serve, generate, status, scale, drain, plan and compile."""
 
 import argparse
 import os
@@ -6,8 +6,9 @@ import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
 from common.process import EXIT_INTERRUPTED, write_utf8
-from common.settings import KNOWN_NAMES, PlanSettings, ServeSettings
+from common.settings import KNOWN_NAMES, CompileSettings, PlanSettings, ServeSettings
 from services.commands import control, generate
+from services.commands.compile import compile_model
 
 
 def main() -> None:
@@ -36,12 +37,14 @@ def make_parser() -> argparse.ArgumentParser:
     scale = add("scale", "change how many replicas of a role run")
     drain = add("drain", "let one member finish what it holds and leave")
     plan = add("plan", "show a model's memory and the vision replicas per language group")
+    compiling = add("compile", "compile a model's vision tower for fixed patch counts")
     add_arguments(ServeSettings, serve)
     generate.add_generate_arguments(ask)
     control.add_status_arguments(status)
     control.add_scale_arguments(scale)
     control.add_drain_arguments(drain)
     add_arguments(PlanSettings, plan)
+    add_arguments(CompileSettings, compiling)
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
@@ -64,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             from services.commands.plan import plan
 
             return plan(from_namespace(PlanSettings, arguments))
+        case "compile":
+            return compile_model(from_namespace(CompileSettings, arguments))
         case "generate":
             return generate.generate(arguments)
         case "scale":

@@ -10,6 +10,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +34,8 @@ FLAGS = (
 )
 NATIVE = ("-march=native",)
 COMPILE_SECONDS = 60
+PORTABLE = ContextVar("PORTABLE", default=False)
+"""Whether this is inside of `portable`."""
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
     "take_rows": [c_void_p, c_void_p, c_void_p, c_long, c_int],
@@ -113,6 +118,19 @@ AVX2 = Sources(
         "pack_int8": [c_void_p, c_void_p, c_long, c_long],
     },
 )
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Compute with torch's own operations alone, as a model that is exported must.
+
+    What is loaded here packs no weights, and nothing that runs here uses the C kernels.
+    """
+    token = PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        PORTABLE.reset(token)
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compute.kernels.library import bfloat16_kernels
+from compute.kernels.library import PORTABLE, bfloat16_kernels
 from compute.kernels.structures import (
     CONTEXT_PADDING,
     HEAD_PADDING,
@@ -28,7 +28,8 @@ MIN_ENTRIES_PER_THREAD = 16384
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     """Return the C kernels for this tensor, or None if torch must compute with it."""
-    return bfloat16_kernels() if x.dtype is torch.bfloat16 and x.device.type == "cpu" else None
+    is_ours = x.dtype is torch.bfloat16 and x.device.type == "cpu" and not PORTABLE.get()
+    return bfloat16_kernels() if is_ours else None
 
 
 class PackedWeights:

@@ -8,6 +8,7 @@ from common.buckets import parse_buckets
 from common.checkpoint import open_checkpoint
 from common.config import BadSetting, check_values, flag
 from common.settings import ServeSettings
+from common.vision_artefact import check_artefact_settings, open_artefact
 from services.launcher.autoscale import parse_bounds
 
 
@@ -30,6 +31,9 @@ def check(settings: ServeSettings) -> ServeSettings:
             f"{checkpoint.max_model_len} tokens"
         )
     parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
+    if settings.vision_artefact:
+        artefact = open_artefact(settings.vision_artefact)
+        check_artefact_settings(artefact, vars(settings), checkpoint.fingerprint)
     if settings.http_port == settings.grpc_port:
         raise BadSetting(
             f"--http-port and --grpc-port are both {settings.http_port}: set two different ports"

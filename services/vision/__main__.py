@@ -13,6 +13,7 @@ from common.messages import VisionInbound
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import VisionSettings
+from common.vision_artefact import VisionArtefact, check_artefact_settings, open_artefact
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
 from services.vision.item_rules import ItemRules
@@ -22,8 +23,13 @@ from services.vision.worker import Worker
 
 
 def main(settings: VisionSettings, stop: Stop) -> None:
-    checkpoint = open_checkpoint(settings.model)
-    buckets = parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
+    artefact = open_given_artefact(settings)
+    checkpoint = artefact.checkpoint if artefact else open_checkpoint(settings.model)
+    buckets = (
+        artefact.buckets
+        if artefact
+        else parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
+    )
     cache = EmbeddingCache(settings.embedding_cache_mib << 20)
     metrics = VisionMetrics(cache)
     member: Member[VisionInbound] = Member(
@@ -34,7 +40,7 @@ def main(settings: VisionSettings, stop: Stop) -> None:
         standby=settings.standby,
         registry=metrics.registry,
     )
-    tower = make_tower(settings, checkpoint, member, buckets)
+    tower = make_tower(settings, checkpoint, member, buckets, artefact)
     progress = Progress()
     thread = TowerThread(tower, member.post, progress)
     member.progress.include(progress)
@@ -46,13 +52,23 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     member.close()
 
 
+def open_given_artefact(settings: VisionSettings) -> VisionArtefact | None:
+    """Return the artefact that the settings name. The model directory is not read then."""
+    if not settings.vision_artefact:
+        return None
+    artefact = open_artefact(settings.vision_artefact)
+    check_artefact_settings(artefact, vars(settings))
+    return artefact
+
+
 def make_tower(
     settings: VisionSettings,
     checkpoint: Checkpoint,
     member: Member[VisionInbound],
     buckets: tuple[int, ...],
+    artefact: VisionArtefact | None,
 ) -> Tower:
-    """Return the real tower, or a simulated one if the settings ask for it.
+    """Return the model's tower or a compiled one, or a simulated one if the settings ask for it.
 
     torch is imported only if needed, so that many simulated replicas fit on a small machine.
     """
@@ -67,7 +83,7 @@ def make_tower(
         return SimulatedTower(checkpoint, settings.simulate_vision_ms / 1000, buckets)
     from services.vision.torch_tower import TorchTower
 
-    return TorchTower(settings, checkpoint, member, buckets)
+    return TorchTower(settings, checkpoint, member, buckets, artefact)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from common.logs import get_logger
 from common.member import Member
 from common.messages import VisionInbound
 from common.settings import VisionSettings
+from common.vision_artefact import VisionArtefact
 from common.wire import Tensor
 from compute.device import prepare
-from compute.torch_tensors import NAMES, to_torch, to_wire
+from compute.torch_tensors import DTYPES, NAMES, to_torch, to_wire
+from services.vision.compiled_tower import CompiledTower
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
 from services.vision.graphed_tower import GraphedTower
@@ -29,9 +31,15 @@ class TorchTower:
         checkpoint: Checkpoint,
         member: Member[VisionInbound],
         buckets: tuple[int, ...],
+        artefact: VisionArtefact | None = None,
     ) -> None:
-        """Load the weights. `member` reports the progress of that."""
+        """Load the weights of the checkpoint, or the artefact if there is one.
+
+        `member` reports the progress of that.
+        """
         device, dtype = prepare(settings, checkpoint)
+        if artefact is not None:
+            dtype = DTYPES[artefact.manifest.dtype]
         get_logger().info(
             "loading",
             id=member.id,
@@ -39,9 +47,13 @@ class TorchTower:
             device=str(device.torch_device),
             threads=torch.get_num_threads(),
         )
-        self._encoder = make_encoder(
-            checkpoint, dtype, device.torch_device, member.report_loading, buckets
-        )
+        self._encoder: Encoder
+        if artefact is not None:
+            self._encoder = CompiledTower(artefact, device.torch_device, member.report_loading)
+        else:
+            self._encoder = make_encoder(
+                checkpoint, dtype, device.torch_device, member.report_loading, buckets
+            )
         self.dtype = NAMES[dtype]
 
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:

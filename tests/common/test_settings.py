@@ -10,10 +10,24 @@ from typing import Any
 import pytest
 
 from common.config import BadSetting, check_values, flag, plain_type
-from common.settings import SERVICES, PlanSettings, ServeSettings
+from common.settings import SERVICES, CompileSettings, PlanSettings, ServeSettings
 
-COMMANDS = {**SERVICES, "serve": ServeSettings, "plan": PlanSettings}
-FILES_AND_LISTS = {"model", "read", "image", "vision_buckets", "autoscale"}
+COMMANDS = {
+    **SERVICES,
+    "serve": ServeSettings,
+    "plan": PlanSettings,
+    "compile": CompileSettings,
+}
+FILES_AND_LISTS = {
+    "model",
+    "read",
+    "image",
+    "vision_buckets",
+    "vision_artefact",
+    "autoscale",
+    "buckets",
+    "out",
+}
 """Texts that their own readers check."""
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from common.checkpoint import BadCheckpoint
 from common.config import BadSetting
 from common.settings import ServeSettings
 from services.launcher.checks import check
+from services.launcher.replicas import make_children
 from tests.loopback import LOOPBACKS, free_port
 from tests.system.running import GOLDEN
 
@@ -56,6 +58,26 @@ def test_a_setting_that_cannot_work_is_refused_by_its_flag(
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match=r"config\.json"):
         check(settings(model=str(tmp_path)))
+
+
+def test_a_folder_that_is_no_vision_artefact_is_refused() -> None:
+    with pytest.raises(BadCheckpoint, match="twinlens compile"):
+        check(settings(vision_artefact=str(MODEL)))
+
+
+def test_the_artefact_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = SimpleNamespace(fingerprint="other", model="its-name")
+    artefact = SimpleNamespace(path="/artefact", manifest=manifest)
+    monkeypatch.setattr("services.launcher.checks.open_artefact", lambda path: artefact)
+    with pytest.raises(BadSetting, match=r"--vision-artefact /artefact.*its-name"):
+        check(settings(vision_artefact="/artefact"))
+
+
+def test_vision_replicas_and_no_others_start_from_the_artefact(tmp_path: Path) -> None:
+    given = settings(vision_artefact="/artefact")
+    for role in ("vision", "llm", "preprocess"):
+        [child] = make_children(given, tmp_path, role, 0)
+        assert ("--vision-artefact=/artefact" in child.arguments) == (role == "vision")
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)

@@ -19,7 +19,7 @@ SERVE = """
 --max-connections-per-client --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
 --quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
---vision --vision-standby --vision-buckets --oversized-images
+--vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
 --grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout --top-k
@@ -29,6 +29,7 @@ PLAN = """
 --card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request
 --max-model-len --max-tokens --model --vision-seconds
 """
+COMPILE = "--buckets --column-chunks --dtype --help --model --no-column-chunks --out"
 STATUS = "--grpc --help --json"
 
 
@@ -61,6 +62,7 @@ def flags_in(text: str) -> set[str]:
         ("generate", GENERATE),
         ("status", STATUS),
         ("plan", PLAN),
+        ("compile", COMPILE),
         ("scale", STATUS),
         ("drain", STATUS),
     ],

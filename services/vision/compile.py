@@ -1,0 +1,217 @@
+"""Compiles the vision tower of a model for fixed patch counts. `twinlens compile` runs this."""
+
+from common.tuning import apply_tuning
+
+if __name__ == "__main__":
+    apply_tuning("vision")  # first, because the libraries read it when they are imported
+
+import argparse
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.buckets import parse_buckets
+from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.config import BadSetting, load
+from common.process import EXIT_OK, EXIT_USAGE, write_utf8
+from common.settings import KNOWN_NAMES, CompileSettings
+from common.vision_artefact import (
+    FORMAT,
+    FORMAT_VERSION,
+    CompiledBucket,
+    Manifest,
+    copy_model_files,
+    hashes_of,
+    open_artefact,
+    tower_tensors,
+    write_manifest,
+)
+from compute.device import set_threads
+from compute.kernels.library import portable
+from compute.torch_tensors import DTYPES, NAMES
+from services.vision.compiled_tower import CPU, CompiledTower
+from services.vision.compilers import COMPILERS, Compiler, TowerProgram
+from services.vision.compilers.graph import BadGraph
+from services.vision.families import AnyTower
+from services.vision.families import load as load_tower
+from services.vision.plans import tensors_of, values_of, with_tensors
+from services.vision.sample_shapes import sample_shape
+from services.vision.static_tower import StaticTower
+
+COLUMNS_PER_CHUNK = 640
+"""The widest part of the embeddings that leaves a card at once, if they leave in chunks."""
+MAX_DIFFERENCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""How far a compiled tower may be from the eager one, relative to the largest embedding."""
+
+
+class StaticForward(nn.Module):
+    """The forward pass of a tower at one static shape, as torch.export wants it."""
+
+    def __init__(self, tower: AnyTower, plan: Any, column_widths: list[int]) -> None:
+        super().__init__()
+        self._tower = tower
+        self._plan = plan
+        self._names = list(tensors_of(plan))
+        self._column_widths = column_widths
+
+    def forward(self, patches: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The patches and the tensors of a plan -> the columns of the embeddings."""
+        plan = with_tensors(self._plan, dict(zip(self._names, tensors, strict=True)))
+        rows = self._tower.forward(patches, plan)
+        return rows.split(self._column_widths, dim=1)
+
+
+def export(
+    tower: AnyTower, checkpoint: Checkpoint, num_patches: int, column_widths: list[int]
+) -> TowerProgram:
+    """Return the program of a bucket, traced with an item of nearly that many patches."""
+    length = tower.padded_length(num_patches)
+    plan = tower.plan(sample_shape(checkpoint, num_patches), length)
+    tensors = tensors_of(plan)
+    patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8, device=tower.device)
+    module = StaticForward(tower, plan, column_widths)
+    with warnings.catch_warnings():
+        # torch copies a structure that warns about its own class.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+        exported = torch.export.export(module, (patches, *tensors.values()), strict=False)
+        # Without in-place operations, and otherwise with nothing taken apart: a card's compiler
+        # knows best what to do with an attention or a norm.
+        exported = exported.run_decompositions({})
+    return TowerProgram(num_patches, exported, ("patches", *tensors), values_of(plan))
+
+
+def column_widths_of(width: int, in_chunks: bool) -> list[int]:
+    """Return the widths in which embeddings of this width leave the tower."""
+    most = COLUMNS_PER_CHUNK if in_chunks else width
+    return [min(most, width - begin) for begin in range(0, width, most)]
+
+
+def compile_vision(
+    checkpoint: Checkpoint,
+    buckets: tuple[int, ...],
+    dtype: torch.dtype,
+    out: Path,
+    *,
+    in_chunks: bool = False,
+    compiler: Compiler = COMPILERS["torch.export"],
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write the artefact of a checkpoint's vision tower into the new folder `out`.
+
+    Raises
+    ------
+    BadCheckpoint
+        if the tower cannot be loaded.
+    BadGraph
+        if it cannot be compiled.
+    """
+    began = time.monotonic()
+    report(f"loading the vision tower of {checkpoint.name}")
+    with portable(), torch.inference_mode(False), torch.no_grad():
+        tower = load_tower(checkpoint, dtype, CPU)
+        widths = column_widths_of(tower.output_width, in_chunks)
+        programs = []
+        for bucket in buckets:
+            report(f"bucket {bucket}: exporting")
+            programs.append(export(tower, checkpoint, bucket, widths))
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        names = compiler.compile(programs, unfinished, report)
+        names += copy_model_files(checkpoint, unfinished)
+        write_manifest(
+            unfinished,
+            Manifest(
+                format=FORMAT,
+                format_version=FORMAT_VERSION,
+                compiler=compiler.name,
+                compiler_version=compiler.version,
+                model=checkpoint.name,
+                family=checkpoint.family.model_type,
+                fingerprint=checkpoint.fingerprint,
+                dtype=NAMES[dtype],
+                values_per_patch=tower.values_per_patch,
+                column_widths=tuple(widths),
+                buckets=tuple(
+                    CompiledBucket(bucket, tower.padded_length(bucket)) for bucket in buckets
+                ),
+                tensors=tower_tensors(checkpoint),
+                files=hashes_of(unfinished, names),
+            ),
+        )
+        difference = check(unfinished, tower, checkpoint)
+    report(f"checked: within {difference:.1e} of the tower that was compiled")
+    unfinished.rename(out)
+    report(f"wrote {out} in {time.monotonic() - began:.1f} s")
+
+
+def check(folder: Path, tower: AnyTower, checkpoint: Checkpoint) -> float:
+    """Load the artefact and compare it with its tower, on noise in the smallest bucket.
+
+    Return the largest difference relative to the largest embedding.
+
+    Raises
+    ------
+    BadGraph
+        if they differ too much.
+    """
+    artefact = open_artefact(folder)
+    smallest = artefact.buckets[0]
+    shape = sample_shape(checkpoint, smallest)
+    _, rows, columns = shape.grid_thw
+    size = (rows * columns, tower.values_per_patch)
+    patches = torch.randint(
+        0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    expected = StaticTower(tower, (smallest,)).encode(patches, shape).float()
+    found = CompiledTower(artefact, CPU).encode(patches, shape).float()
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= MAX_DIFFERENCES[tower.dtype]:
+        raise BadGraph(f"the compiled tower differs from the model's by {difference:.1e}")
+    return difference
+
+
+def main(settings: CompileSettings) -> None:
+    out = Path(settings.out).expanduser()
+    if not settings.out:
+        raise BadSetting("--out: name the folder that gets the artefact")
+    if out.exists():
+        raise BadSetting(f"--out {out}: it exists; remove it, or choose another folder")
+    checkpoint = open_checkpoint(settings.model)
+    buckets = parse_buckets(settings.buckets, checkpoint.patches_per_token, "--buckets")
+    if not buckets:
+        raise BadSetting("--buckets: name the numbers of patches to compile for, such as 5120")
+    set_threads(None, 1)
+    dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
+    compile_vision(
+        checkpoint,
+        buckets,
+        DTYPES[dtype],
+        out,
+        in_chunks=settings.column_chunks,
+        report=lambda line: print(line, flush=True),
+    )
+
+
+def run() -> int:
+    """Run the command and return its exit status."""
+    write_utf8()
+    parser = argparse.ArgumentParser("twinlens compile", description=__doc__, allow_abbrev=False)
+    settings = load(CompileSettings, parser, None, KNOWN_NAMES)
+    try:
+        main(settings)
+    except (BadCheckpoint, BadSetting, BadGraph) as e:
+        print(f"twinlens compile: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,111 @@
+"""The compiler that every machine has: torch.export, whose programs torch runs on any device.
+
+weights.safetensors   the weights of all programs, once
+graph-PATCHES.json    the program of a bucket: portable ATen operations (`graph.py`)
+
+Neither file is code: a graph can only call operations of a table, and nothing is unpickled.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.checkpoint import BadCheckpoint
+from common.model_files import read_file
+from common.vision_artefact import VisionArtefact
+from services.vision.compilers.compiler import TowerProgram
+from services.vision.compilers.graph import (
+    BadGraph,
+    Program,
+    check_inputs,
+    check_results,
+    graph_of,
+    read_graph,
+)
+
+WEIGHTS = "weights.safetensors"
+
+
+def graph_file(num_patches: int) -> str:
+    return f"graph-{num_patches}.json"
+
+
+class TorchExport:
+    """Implements `Compiler`."""
+
+    name = "torch.export"
+    version = str(torch.__version__)
+
+    def compile(
+        self, programs: list[TowerProgram], folder: Path, report: Callable[[str], None]
+    ) -> list[str]:
+        """Raises BadGraph if a program cannot be written."""
+        weights = {
+            id(constant): constant
+            for program in programs
+            for constant in program.exported.constants.values()
+        }
+        names = {key: f"weight.{number}" for number, key in enumerate(weights)}
+        written = []
+        for program in programs:
+            graph = graph_of(program.exported, program.input_names, program.plan_values, names)
+            (folder / graph_file(program.num_patches)).write_bytes(msgspec.json.encode(graph))
+            written.append(graph_file(program.num_patches))
+            report(f"bucket {program.num_patches}: {len(graph.steps)} operations")
+        # Cloned, because a safetensors file holds no views of other tensors.
+        stored = {names[key]: weight.detach().clone() for key, weight in weights.items()}
+        save_file(stored, folder / WEIGHTS)
+        num_bytes = sum(weight.nbytes for weight in stored.values())
+        report(f"weights: {len(stored)} tensors, {num_bytes / 2**20:.1f} MiB")
+        return [WEIGHTS, *written]
+
+    def load(
+        self,
+        artefact: VisionArtefact,
+        device: torch.device,
+        report_loading: Callable[[float], None],
+    ) -> "LoadedGraphs":
+        weights = load_weights(artefact.file(WEIGHTS), device, report_loading)
+        programs = {}
+        for bucket in artefact.manifest.buckets:
+            file = artefact.file(graph_file(bucket.num_patches))
+            try:
+                graph = read_graph(read_file(file))
+                check_results(graph, weights, artefact.manifest.column_widths)
+                programs[bucket.num_patches] = Program(graph, weights, device)
+            except BadGraph as e:
+                raise BadCheckpoint(f"{file} is damaged: {e}") from e
+        return LoadedGraphs(programs)
+
+
+class LoadedGraphs:
+    """The programs of all buckets. Implements `Runtime`."""
+
+    def __init__(self, programs: Mapping[int, Program]) -> None:
+        self._programs = programs
+
+    def run(self, num_patches: int, plan_values: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        program = self._programs[num_patches]
+        check_inputs(program.graph, plan_values, inputs)
+        return program.run([x.to(program.device) for x in inputs.values()])
+
+
+def load_weights(
+    file: Path, device: torch.device, report_loading: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """Load all tensors of a safetensors file. Raises BadCheckpoint if it is damaged."""
+    weights: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            for number, name in enumerate(names, 1):
+                weights[name] = opened.get_tensor(name).to(device, copy=True)
+                report_loading(number / len(names))
+    except (SafetensorError, OSError) as e:
+        raise BadCheckpoint(f"{file} cannot be read: {e}") from e
+    return weights
