@@ -45,6 +45,19 @@ class Checkpoint:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model may be called.
+
+        It is the name of its folder, that of its repository if the folder is in the cache of a hub
+        (`models--OWNER--NAME/snapshots/REVISION`), and the one in config.json.
+        """
+        folder = self.path.resolve()
+        repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+        said = self.config.get("_name_or_path")
+        found = (folder.name, repository, said if isinstance(said, str) else "")
+        return tuple(filter(None, found))
+
     @cached_property
     def family(self) -> Family:
         """The family of the model. Raises BadCheckpoint if it is not supported."""

@@ -29,6 +29,18 @@ class TiktokenRules:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What a model does if a request leaves it open. What a client sends always wins."""
+
+    instruction: str = ""
+    """What the user says if a conversation has items and no text of the user."""
+    temperature: float | None = None
+    """It replaces the value of generation_config.json."""
+    max_tokens: int | None = None
+    """The length of an answer; None for what the prompt leaves of the context."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """The sizes of a language model, read from its configuration."""
 
@@ -205,6 +217,10 @@ class Family(ABC):
     @abstractmethod
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         """Return the model's context in tokens, prompt and answer together."""
+
+    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
+        """Return what the model does if a request leaves it open."""
+        return RequestDefaults()
 
     @abstractmethod
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:

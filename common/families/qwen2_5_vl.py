@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.families.family import BadCheckpoint, Family, ModelSizes
+from common.families.family import BadCheckpoint, Family, ModelSizes, RequestDefaults
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -20,6 +20,16 @@ MAX_ASPECT_RATIO = 200
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 HEAD = "lm_head.weight"
+DEFAULTS = {
+    "rolmocr": RequestDefaults(
+        "Return the plain text representation of this document as if you were reading it "
+        "naturally.\n",
+        temperature=0.2,
+        max_tokens=4096,
+    )
+}
+"""What fine-tunes do if a request leaves it open, by a part of their names in lower case. The
+model card of RolmOCR has these values (https://huggingface.co/reducto/RolmOCR)."""
 
 
 class Qwen25VL(Family):
@@ -124,6 +134,11 @@ class Qwen25VL(Family):
 
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.text_config["max_position_embeddings"]
+
+    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
+        names = [name.lower() for name in checkpoint.names]
+        found = (d for part, d in DEFAULTS.items() if any(part in name for name in names))
+        return next(found, RequestDefaults())
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         return checkpoint.text_config.get("image_token_id")

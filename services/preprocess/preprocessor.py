@@ -19,6 +19,7 @@ from services.preprocess.chat_template import ChatTemplate
 from services.preprocess.families import FamilyRules
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.prompts import Piece, PromptParts, num_chars
+from services.preprocess.sampling_defaults import add_instruction
 
 MAX_CHARS_PER_TOKEN = 16
 """No text has this many characters per token on average. Longer texts are refused before they are
@@ -58,6 +59,7 @@ class Preprocessor:
         self.vocab_size = checkpoint.sizes.vocab_size
         self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
         self.tasks = checkpoint.family.tasks_of(checkpoint)
+        self.defaults = checkpoint.family.request_defaults(checkpoint)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -104,7 +106,7 @@ class Preprocessor:
 
         Raises InvalidRequest if they are malformed, or the model has no words for them.
         """
-        known = chat_template.normalise(messages)
+        known = add_instruction(chat_template.normalise(messages), self.defaults.instruction)
         if self.rules.chat_prompt is not None:
             return self.rules.chat_prompt(known)
         return [Piece(self.template.render(known))]

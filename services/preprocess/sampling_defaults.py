@@ -5,12 +5,19 @@ from typing import Any
 import msgspec
 
 from common.errors import InvalidRequest
+from common.families.family import RequestDefaults
 from common.messages import Sampling, Stopping
 
 
-def resolve_sampling(sampling: Sampling, generation_config: dict[str, Any]) -> Sampling:
-    """Replace every None by the checkpoint's own default. The client's values always win."""
+def resolve_sampling(
+    sampling: Sampling,
+    generation_config: dict[str, Any],
+    model: RequestDefaults = RequestDefaults(),
+) -> Sampling:
+    """Replace every None by the model's own default. The client's values always win."""
     config = {key: value for key, value in generation_config.items() if value is not None}
+    if model.temperature is not None:
+        config |= {"do_sample": True, "temperature": model.temperature}
     defaults = {
         "temperature": 0.0
         if config.get("do_sample") is False
@@ -25,8 +32,15 @@ def resolve_sampling(sampling: Sampling, generation_config: dict[str, Any]) -> S
     return msgspec.structs.replace(sampling, **absent)
 
 
-def resolve_stopping(stopping: Stopping, num_prompt_tokens: int, max_model_len: int) -> Stopping:
-    """Fill `max_tokens` in with what the prompt leaves of the context, or check it against that.
+def resolve_stopping(
+    stopping: Stopping,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    model: RequestDefaults = RequestDefaults(),
+) -> Stopping:
+    """Fill `max_tokens` in, or check it against what the prompt leaves of the context.
+
+    It becomes the model's own length, if it has one, but at most what is left.
 
     Raises InvalidRequest if the context is too short.
     """
@@ -38,7 +52,7 @@ def resolve_stopping(stopping: Stopping, num_prompt_tokens: int, max_model_len: 
             " shorten it, or send fewer or smaller images"
         )
     if stopping.max_tokens is None:
-        return msgspec.structs.replace(stopping, max_tokens=left)
+        return msgspec.structs.replace(stopping, max_tokens=min(left, model.max_tokens or left))
     if stopping.max_tokens > left:
         raise InvalidRequest(
             f"max_tokens is {stopping.max_tokens}, but the prompt has {num_prompt_tokens} tokens "
@@ -46,3 +60,28 @@ def resolve_stopping(stopping: Stopping, num_prompt_tokens: int, max_model_len: 
             f" ask for at most {left}"
         )
     return stopping
+
+
+def add_instruction(messages: list[dict[str, Any]], instruction: str) -> list[dict[str, Any]]:
+    """Let the user say the model's own instruction after the last items.
+
+    Messages in which the user says something, or which have no items, stay as they are.
+    """
+    if not instruction:
+        return messages
+    users = [message for message in messages if message["role"] == "user"]
+    parts = [part for message in users for part in parts_of(message)]
+    if any(part.get("text", "").strip() for part in parts):
+        return messages
+    holders = [m for m in users if any(part["type"] != "text" for part in parts_of(m))]
+    if not holders:
+        return messages
+    last = holders[-1]
+    content = [*parts_of(last), {"type": "text", "text": instruction}]
+    return [m | {"content": content} if m is last else m for m in messages]
+
+
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a message, one of which may be its whole text."""
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content or ""}]

@@ -401,8 +401,9 @@ class Worker:
     def _prompt_of(self, preparation: Preparation, expanded: ExpandedPrompt) -> Prompt:
         submit = preparation.submit
         max_model_len = self._preprocessor.max_model_len
-        stopping = resolve_stopping(submit.stopping, expanded.num_tokens, max_model_len)
-        defaults = self._preprocessor.checkpoint.generation_config
+        defaults = self._preprocessor.defaults
+        stopping = resolve_stopping(submit.stopping, expanded.num_tokens, max_model_len, defaults)
+        config = self._preprocessor.checkpoint.generation_config
         return Prompt(
             **submit.ids,
             gateway_id=preparation.gateway_id,
@@ -411,7 +412,7 @@ class Worker:
             rope_delta=expanded.rope_delta,
             placeholders=Tensor.of(expanded.placeholders),
             mm_hashes=Tensor.of(hashes_of(preparation.items)),
-            sampling=resolve_sampling(submit.sampling, defaults),
+            sampling=resolve_sampling(submit.sampling, config, defaults),
             stopping=stopping,
             detokenizer=submit.detokenizer,
             timeout=max(0.0, preparation.deadline - self._clock()),

@@ -3,8 +3,13 @@
 import pytest
 
 from common.errors import InvalidRequest
+from common.families.family import RequestDefaults
 from common.messages import Sampling, Stopping
-from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
+from services.preprocess.sampling_defaults import (
+    add_instruction,
+    resolve_sampling,
+    resolve_stopping,
+)
 
 CONFIG = {
     "do_sample": True,
@@ -68,3 +73,74 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(num_prompt_to
     ):
         resolve_stopping(Stopping(), num_prompt_tokens, 100)
     assert resolve_stopping(Stopping(), 99, 100).max_tokens == 1
+
+
+# What a model does by itself
+
+MODEL = RequestDefaults("Read it.\n", temperature=0.2, max_tokens=5)
+
+
+def test_the_models_temperature_replaces_that_of_its_file_and_not_the_clients() -> None:
+    found = resolve_sampling(Sampling(), CONFIG | {"do_sample": False}, MODEL)
+    assert (found.temperature, found.top_p) == (0.2, 0.8)
+    assert resolve_sampling(Sampling(temperature=0.0), CONFIG, MODEL).temperature == 0.0
+
+
+def test_the_models_length_is_kept_as_far_as_the_context_and_the_client_allow() -> None:
+    assert resolve_stopping(Stopping(), 90, 100, MODEL).max_tokens == 5
+    assert resolve_stopping(Stopping(), 97, 100, MODEL).max_tokens == 3
+    assert resolve_stopping(Stopping(max_tokens=9), 90, 100, MODEL).max_tokens == 9
+
+
+IMAGE = {"type": "image"}
+SAID = {"type": "text", "text": "Read it.\n"}
+
+
+def user(*content: object) -> dict[str, object]:
+    return {"role": "user", "content": list(content)}
+
+
+SYSTEM = {"role": "system", "content": "You read."}
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "found"),
+    [
+        ([user(IMAGE)], [user(IMAGE, SAID)]),
+        ([SYSTEM, user(IMAGE, IMAGE)], [SYSTEM, user(IMAGE, IMAGE, SAID)]),
+        (
+            [user(IMAGE, {"type": "text", "text": " \n"})],
+            [user(IMAGE, {"type": "text", "text": " \n"}, SAID)],
+        ),
+        ([user(IMAGE), ANSWER, user(IMAGE)], [user(IMAGE), ANSWER, user(IMAGE, SAID)]),
+        (
+            [user(IMAGE), {"role": "user", "content": ""}],
+            [user(IMAGE, SAID), {"role": "user", "content": ""}],
+        ),
+    ],
+)
+def test_a_user_who_says_nothing_says_the_models_instruction(
+    messages: list[dict[str, object]], found: list[dict[str, object]]
+) -> None:
+    assert add_instruction(messages, MODEL.instruction) == found
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user(IMAGE, {"type": "text", "text": "What is it?"})],
+        [user({"type": "text", "text": "What is it?"}), ANSWER, user(IMAGE)],
+        [user(IMAGE), {"role": "user", "content": "What is it?"}],
+        [{"role": "user", "content": ""}],
+        [SYSTEM],
+    ],
+)
+def test_what_a_user_says_and_requests_without_items_stay(
+    messages: list[dict[str, object]],
+) -> None:
+    assert add_instruction(messages, MODEL.instruction) == messages
+
+
+def test_a_model_without_an_instruction_adds_none() -> None:
+    assert add_instruction([user(IMAGE)], "") == [user(IMAGE)]
