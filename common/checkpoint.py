@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, check_fields
+from common.embedding_table import find_table, table_info
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
 from common.model_files import check_place, read_file, read_json, read_optional_json, shown
 from common.tensor_info import TensorInfo
@@ -37,6 +38,8 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
+    embeddings: Path | None = None
+    """A file with the token embeddings, which replace those among the weights."""
 
     has_weights: ClassVar[bool] = True
     """Whether `tensors` can be read. Those of a compiled model have only names and shapes."""
@@ -146,7 +149,7 @@ class Checkpoint:
     @property
     def _stored_dtype(self) -> str:
         """The dtype of the largest tensor."""
-        largest = max(self.tensors.values(), key=lambda info: info.num_bytes)
+        largest = max(self.stored_tensors.values(), key=lambda info: info.num_bytes)
         return DTYPES.get(largest.dtype, "bfloat16")
 
     @cached_property
@@ -178,9 +181,26 @@ class Checkpoint:
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def stored_tensors(self) -> dict[str, TensorInfo]:
         """All tensors of all files with weights, by their names in the files."""
         return {name: info for file in self.weight_files for name, info in read_table(file).items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by their names in the files, with the embeddings from their own file."""
+        if self.embeddings is None:
+            return self.stored_tensors
+        name, shape = self.embedding_table
+        return self.stored_tensors | {name: table_info(self.embeddings, shape)}
+
+    @property
+    def embedding_table(self) -> tuple[str, tuple[int, ...]]:
+        """The name and the shape of the token embeddings, which need not be among the weights."""
+        wanted = self.family.embedding_name
+        for name, info in self.stored_tensors.items():
+            if self.family.canonical_name(name) == wanted:
+                return name, info.shape
+        return wanted, (self.sizes.vocab_size, self.sizes.hidden_size)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -194,27 +214,31 @@ class Checkpoint:
 
         Two directories with one fingerprint hold the same configuration, and the same tensors by
         name, type and place. The weights are too large to be read by every process: a few bytes of
-        each tensor distinguish a fine-tuned model from its base.
+        each tensor distinguish a fine-tuned model from its base. Embeddings in a file of their own
+        are not covered: only language groups know of them.
         """
         digest = hashlib.sha256()
         names = (*FINGERPRINTED, *self.required_files, *self.family.optional_files)
         for name in dict.fromkeys(names):
             if (file := self.path / name).exists():
                 digest.update(name.encode() + b"\0" + read_file(file) + b"\0")
-        for name, info in sorted(self.tensors.items()):
+        for name, info in sorted(self.stored_tensors.items()):
             digest.update(
                 f"{name} {info.file.name} {info.dtype} {info.shape}\n".encode() + read_sample(info)
             )
         return digest.hexdigest()[:16]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, embeddings: str = "") -> Checkpoint:
     """Open a model directory and check that it is whole.
+
+    `embeddings` is a file with the token embeddings in float16, or its folder.
 
     Raises
     ------
     BadCheckpoint
-        if it is missing or incomplete, or its family is not supported.
+        if it is missing or incomplete, or its family is not supported, or the embeddings are not
+        those of the model.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -223,7 +247,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "the weights"
         )
     check_place(path, path / "config.json")
-    checkpoint = Checkpoint(path, read_optional_json(path / "config.json"))
+    config = read_optional_json(path / "config.json")
+    checkpoint = Checkpoint(path, config, find_table(embeddings) if embeddings else None)
     checkpoint.check()
     for name in checkpoint.required_files:
         names = (name, ALTERNATIVES.get(name, name))

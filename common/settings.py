@@ -191,6 +191,11 @@ class BatchSettings:
         "int8: 8-bit weights in the layers of the language model, on CPU in bfloat16 only",
         choices=("none", "int8"),
     )
+    embeddings: str = setting(
+        "",
+        "file with the token embeddings in float16, as `twinlens extract-embeddings` writes it, or "
+        "its folder (default: the embeddings of the model directory)",
+    )
 
 
 # The fields of a dataclass's last base come first, also in --help.
@@ -343,6 +348,13 @@ class ServeSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractSettings(ModelSettings):
+    """The settings of `twinlens extract-embeddings`."""
+
+    out: str = setting("", "folder to write to (default: the model directory)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanSettings(ModelSettings):
     """The settings of `twinlens plan`."""
 
@@ -405,8 +417,13 @@ SERVICES = {
     "llm": LlmSettings,
     "detokenizer": DetokenizerSettings,
 }
+COMMANDS = {
+    "serve": ServeSettings,
+    "plan": PlanSettings,
+    "compile": CompileSettings,
+    "extract-embeddings": ExtractSettings,
+}
+"""The commands whose flags are settings."""
 SCALABLE_ROLES = ("vision", "preprocess", "llm", "detokenizer")
 CLIENT_NAMES = {"grpc"}
-KNOWN_NAMES = set().union(
-    CLIENT_NAMES, *map(names_of, [*SERVICES.values(), ServeSettings, PlanSettings, CompileSettings])
-)
+KNOWN_NAMES = set().union(CLIENT_NAMES, *map(names_of, [*SERVICES.values(), *COMMANDS.values()]))

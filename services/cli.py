@@ -1,4 +1,4 @@
-"""The command `twinlens`: serve, generate, status, scale, drain, plan and compile."""
+"""The command `twinlens` with its subcommands."""
 
 import argparse
 import os
@@ -6,7 +6,14 @@ import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
 from common.process import EXIT_INTERRUPTED, write_utf8
-from common.settings import KNOWN_NAMES, CompileSettings, PlanSettings, ServeSettings
+from common.settings import (
+    COMMANDS,
+    KNOWN_NAMES,
+    CompileSettings,
+    ExtractSettings,
+    PlanSettings,
+    ServeSettings,
+)
 from services.commands import control, generate
 from services.commands.compile import compile_model
 
@@ -31,20 +38,20 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
 
-    serve = add("serve", "start every service on this machine and keep it running")
+    add("serve", "start every service on this machine and keep it running")
     ask = add("generate", "ask a running system over gRPC, and stream the answer to stdout")
     status = add("status", "list the members of a running system and their load")
     scale = add("scale", "change how many replicas of a role run")
     drain = add("drain", "let one member finish what it holds and leave")
-    plan = add("plan", "show a model's memory and the vision replicas per language group")
-    compiling = add("compile", "compile a model's vision tower for fixed patch counts")
-    add_arguments(ServeSettings, serve)
+    add("plan", "show a model's memory and the vision replicas per language group")
+    add("compile", "compile a model's vision tower for fixed patch counts")
+    add("extract-embeddings", "write a model's token embeddings to a file of their own")
     generate.add_generate_arguments(ask)
     control.add_status_arguments(status)
     control.add_scale_arguments(scale)
     control.add_drain_arguments(drain)
-    add_arguments(PlanSettings, plan)
-    add_arguments(CompileSettings, compiling)
+    for name, settings in COMMANDS.items():
+        add_arguments(settings, commands.choices[name])
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
@@ -56,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen command and return the exit status.
 
-    `serve` and `plan` are imported here, because the other commands should start quickly.
+    `serve` and what reads models are imported here, because the others should start quickly.
     """
     match arguments.command:
         case "serve":
@@ -69,6 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
             return plan(from_namespace(PlanSettings, arguments))
         case "compile":
             return compile_model(from_namespace(CompileSettings, arguments))
+        case "extract-embeddings":
+            from services.commands.extract import extract
+
+            return extract(from_namespace(ExtractSettings, arguments))
         case "generate":
             return generate.generate(arguments)
         case "scale":

@@ -23,7 +23,7 @@ def check(settings: ServeSettings) -> ServeSettings:
         If the model directory cannot be served.
     """
     check_values(settings)
-    checkpoint = open_checkpoint(settings.model)
+    checkpoint = open_checkpoint(settings.model, settings.embeddings)
     check_scaling(settings)
     if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
         raise BadSetting(

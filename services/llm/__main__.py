@@ -18,7 +18,7 @@ def main(settings: LlmSettings, stop: Stop) -> None:
     if stop.is_set():  # a signal came during these imports, which take seconds
         return
     settings = resolve_rank(settings)
-    checkpoint = open_checkpoint(settings.model)
+    checkpoint = open_checkpoint(settings.model, settings.embeddings)
     check_settings(settings, checkpoint)
     with other_ranks(settings) as settings:
         member = run_rank(settings, checkpoint, stop)

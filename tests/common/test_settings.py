@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 
 from common.config import BadSetting, check_values, flag, plain_type
-from common.settings import SERVICES, CompileSettings, PlanSettings, ServeSettings
+from common.settings import COMMANDS as PROGRAMS
+from common.settings import SERVICES
 
-COMMANDS = {
-    **SERVICES,
-    "serve": ServeSettings,
-    "plan": PlanSettings,
-    "compile": CompileSettings,
-}
+COMMANDS = {**SERVICES, **PROGRAMS}
 FILES_AND_LISTS = {
     "model",
     "read",
@@ -26,6 +22,7 @@ FILES_AND_LISTS = {
     "vision_artefact",
     "autoscale",
     "buckets",
+    "embeddings",
     "out",
 }
 """Texts that their own readers check."""

@@ -14,7 +14,8 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --grpc-port --help
+--autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
+--grpc-port --help
 --host --http-port --kv-memory --log-format --log-level --llm --max-body-mib --max-connections
 --max-connections-per-client --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
@@ -59,6 +60,7 @@ def flags_in(text: str) -> set[str]:
     ("command", "flags"),
     [
         ("serve", SERVE),
+        ("extract-embeddings", "--help --model --out"),
         ("generate", GENERATE),
         ("status", STATUS),
         ("plan", PLAN),
