@@ -1,7 +1,7 @@
 """A model directory in Hugging Face layout: its configuration, tensors and fingerprint."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    embeddings: Path | None = None
+    embeddings: Path | None = field(default=None, kw_only=True)
     """A file with the token embeddings, which replace those among the weights."""
 
     has_weights: ClassVar[bool] = True
@@ -248,7 +248,8 @@ def open_checkpoint(path: str | Path, embeddings: str = "") -> Checkpoint:
         )
     check_place(path, path / "config.json")
     config = read_optional_json(path / "config.json")
-    checkpoint = Checkpoint(path, config, find_table(embeddings) if embeddings else None)
+    table = find_table(embeddings) if embeddings else None
+    checkpoint = Checkpoint(path, config, embeddings=table)
     checkpoint.check()
     for name in checkpoint.required_files:
         names = (name, ALTERNATIVES.get(name, name))

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 FORMAT = "twinlens-vision-artefact"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
-MODEL_FILES = ("config.json", "preprocessor_config.json")
+MODEL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 """The files of a model that are copied if it has them, besides those that its family requires."""
 
 
@@ -96,7 +96,7 @@ class CompiledCheckpoint(Checkpoint):
         return self.manifest.fingerprint
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def stored_tensors(self) -> dict[str, TensorInfo]:
         """The tower's tensors. Their values are nowhere."""
         return {
             name: TensorInfo(self.path / MANIFEST, stored.dtype, stored.shape, 0, 0)
@@ -158,7 +158,7 @@ def open_artefact(path: str | Path) -> VisionArtefact:
             raise BadCheckpoint(f"{path / name} is damaged: it is not the file that was compiled")
     checkpoint = CompiledCheckpoint(path, read_json(path / "config.json"), manifest)
     checkpoint.check()
-    if checkpoint.config.get("model_type") != manifest.family:
+    if checkpoint.family.model_type != manifest.family:
         raise BadCheckpoint(f"{path}: config.json is not of the family {shown(manifest.family)}")
     return VisionArtefact(path, manifest, checkpoint)
 

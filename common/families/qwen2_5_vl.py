@@ -18,7 +18,6 @@ DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
 
 
-ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 HEAD = "lm_head.weight"
 DEFAULTS = {
     "rolmocr": RequestDefaults(
@@ -43,9 +42,7 @@ class Qwen25VL(Family):
 
     def recognises(self, path: Path, config: dict[str, Any]) -> bool:
         """Some trainers save the model type of the language model alone."""
-        architectures = config.get("architectures")
-        is_named = isinstance(architectures, list) and ARCHITECTURE in architectures
-        return is_named or super().recognises(path, config)
+        return config.get("model_type") in (self.model_type, f"{self.model_type}_text")
 
     def uses(self, checkpoint: "Checkpoint", name: str) -> bool:
         return name != HEAD or not is_tied(checkpoint)
