@@ -15,6 +15,7 @@ from services.commands.client import ClientError
 from services.commands.stage_times import StageTimes, measure
 
 COLUMN_WIDTH = 12
+NO_FIT = "does not divide this model"
 
 
 def plan(settings: PlanSettings) -> int:
@@ -44,17 +45,29 @@ def lines(settings: PlanSettings) -> Iterator[str]:
     check(settings)
     checkpoint = open_checkpoint(settings.model)
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
+    if dtype not in ITEM_BYTES:
+        raise BadSetting(
+            f"--dtype auto: the model is in {dtype}; set one of {', '.join(ITEM_BYTES)}"
+        )
     footprint = Footprint(checkpoint, ITEM_BYTES[dtype])
     context = settings.max_model_len or checkpoint.max_model_len
     yield f"{checkpoint.name} ({checkpoint.family.title}) in {dtype}, {context} tokens of context"
-    yield (
-        f"a vision replica: {size(footprint.vision_bytes)} of weights, and the activations of one "
-        "image"
-    )
+    has_tower = "vision" in checkpoint.family.needed_roles
+    if has_tower:
+        yield (
+            f"a vision replica: {size(footprint.vision_bytes)} of weights, and the activations of "
+            "one image"
+        )
+    else:
+        yield "no vision replicas: the language group computes images and texts together"
     yield ""
-    yield from table(footprint, settings.card_gib, context)
-    yield ""
-    yield from replicas(settings, footprint)
+    if checkpoint.sizes.num_kv_heads:
+        yield from table(footprint, settings.card_gib, context)
+    else:
+        yield from table_without_cache(footprint, settings.card_gib)
+    if has_tower:
+        yield ""
+        yield from replicas(settings, footprint)
 
 
 def check(settings: PlanSettings) -> None:
@@ -74,7 +87,7 @@ def table(footprint: Footprint, card_gib: float, context: int) -> Iterator[str]:
     yield row([*head, f"tokens in {card_gib:g} GiB"] if card_gib else head)
     for world_size in TP_SIZES:
         if not footprint.checkpoint.sizes.fits(world_size):
-            yield row([str(world_size), "does not divide this model"])
+            yield row([str(world_size), NO_FIT])
             continue
         weights = footprint.rank_bytes(world_size)
         per_token = footprint.kv_bytes_per_token(world_size)
@@ -85,6 +98,20 @@ def table(footprint: Footprint, card_gib: float, context: int) -> Iterator[str]:
             if card_gib
             else cells
         )
+
+
+def table_without_cache(footprint: Footprint, card_gib: float) -> Iterator[str]:
+    """Yield the same of a model that computes each request in one step and keeps nothing."""
+    head = ["tp", "weights/rank", "KV/token/rank"]
+    yield row([*head, f"left of {card_gib:g} GiB"] if card_gib else head)
+    for world_size in TP_SIZES:
+        if not footprint.checkpoint.sizes.fits(world_size):
+            yield row([str(world_size), NO_FIT])
+            continue
+        weights = footprint.rank_bytes(world_size)
+        left = card_gib * 2**30 - weights
+        cells = [str(world_size), size(weights), "none"]
+        yield row([*cells, size(left) if left > 0 else "too small"] if card_gib else cells)
 
 
 def replicas(settings: PlanSettings, footprint: Footprint) -> Iterator[str]:

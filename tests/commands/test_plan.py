@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
 
 from benchmarks.checkpoints import COPIED, SHAPES, config_of, language_tensors, vision_tensors
+from common.checkpoint import Checkpoint
+from common.families import FAMILIES, ModelSizes
+from common.families.qwen2_5_vl import Qwen25VL
 from common.settings import EMBEDDED_MODEL, PlanSettings
 from services.commands import plan
 from services.commands.client import ClientError
@@ -61,7 +65,7 @@ def test_the_memory_of_a_7b_model_is_what_it_is_known_to_be(
     cells = {line.split()[0]: line.split() for line in lines if line.strip()[:1].isdigit()}
     assert cells["1"] == ["1", "14.2", "GiB", "56.0", "KiB", "1.8", "GiB", "93900"]
     assert cells["4"][:5] == ["4", "3.5", "GiB", "14.0", "KiB"]
-    assert cells["8"] == ["8", "does", "not", "divide", "this", "model"]
+    assert cells["8"][:7] == ["8", "1.8", "GiB", "14.0", "KiB", "448.0", "MiB"], "padded heads"
 
 
 def test_a_card_that_cannot_hold_a_whole_context_is_marked(
@@ -80,6 +84,44 @@ def test_every_number_of_ranks_that_the_service_accepts_is_listed(
     _, lines, _ = planned(capsys, PlanSettings(model=str(GoldenCase("c_gqa_tp8").checkpoint)))
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["1", "2", "4", "8"]
     assert not any("does not divide" in line for line in lines)
+
+
+class OneStep(Qwen25VL):
+    """A family that computes images and texts in one step of the language group."""
+
+    tower_prefixes = ()
+    needed_roles = ("llm",)
+
+    def sizes(self, checkpoint: Checkpoint) -> ModelSizes:
+        return replace(super().sizes(checkpoint), num_heads=4, num_kv_heads=0)
+
+    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
+        return world_size
+
+
+@pytest.mark.parametrize("card_gib", [0.0, 1.0, 0.001])
+def test_a_model_of_one_step_has_neither_tower_nor_cache(
+    card_gib: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen2_5_vl", OneStep())
+    model = str(GoldenCase("a_image").checkpoint)
+    status, lines, _ = planned(capsys, PlanSettings(model=model, card_gib=card_gib))
+    assert status == 0 and lines[1].startswith("no vision replicas")
+    rows = [line.split() for line in lines if line.strip()[:1].isdigit()]
+    assert [row[3] for row in rows[:3]] == ["none"] * 3
+    assert rows[3] == ["8", "does", "not", "divide", "this", "model"]
+    assert not any("replica" in line for line in lines[2:])
+    assert rows[0][-1] == {0.0: "none", 1.0: "MiB", 0.001: "small"}[card_gib]
+
+
+def test_a_dtype_without_a_size_is_refused_by_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(GoldenCase("a_image").checkpoint, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"torch_dtype": "float64"}
+    (model / "config.json").write_text(json.dumps(config))
+    status, _, err = planned(capsys, PlanSettings(model=str(model)))
+    assert status == 2 and "--dtype" in err and "float64" in err
 
 
 @pytest.mark.parametrize(
