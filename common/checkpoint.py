@@ -103,7 +103,8 @@ class Checkpoint:
 
     @cached_property
     def vision_config(self) -> dict[str, Any]:
-        return self._section("vision_config")
+        """The vision tower's configuration, which Qwen-VL calls `visual`."""
+        return self._section("vision_config") or self._section("visual")
 
     def _section(self, name: str) -> dict[str, Any]:
         """Return an object in config.json, which is empty if it is missing."""
@@ -178,7 +179,8 @@ class Checkpoint:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         ids = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        named = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        return tuple(dict.fromkeys((*named, *self.family.end_token_ids(self))))
 
     @cached_property
     def stored_tensors(self) -> dict[str, TensorInfo]:

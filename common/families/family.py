@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from common.messages import Task
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from common.checkpoint import Checkpoint
 
 TP_SIZES = (1, 2, 4, 8)
@@ -225,3 +227,18 @@ class Family(ABC):
     @abstractmethod
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         """Return the token that stands for an item in a prompt; None if there is no such token."""
+
+    def num_ranks(self, checkpoint: "Checkpoint") -> int | None:
+        """Return how many tokens its tiktoken file has; None if config.json does not say."""
+        return None
+
+    def end_token_ids(self, checkpoint: "Checkpoint") -> tuple[int, ...]:
+        """Return the tokens that end an answer besides the checkpoint's `eos_token_id`."""
+        return ()
+
+    def objection_to_prompt(self, checkpoint: "Checkpoint", token_ids: "np.ndarray") -> str:
+        """Return why no unexpanded prompt has these tokens; empty if one may.
+
+        Their number of placeholders is right.
+        """
+        return ""

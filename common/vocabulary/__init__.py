@@ -37,7 +37,9 @@ def read_vocabulary(file: Path, checkpoint: Checkpoint) -> Vocabulary:
         case ".json":
             return read_tokenizer_json(file)
         case ".tiktoken":
-            return read_tiktoken(file, checkpoint.family.tiktoken)
+            return read_tiktoken(
+                file, checkpoint.family.tiktoken, checkpoint.family.num_ranks(checkpoint)
+            )
         case ".model":
             return read_sentencepiece(file)
     raise BadCheckpoint(f"{file} is not a vocabulary file of a known kind")

@@ -13,14 +13,21 @@ from common.vocabulary.tokenizer_json import added_token
 from common.vocabulary.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS, Vocabulary
 
 
-def read_tiktoken(file: Path, rules: TiktokenRules | None) -> Vocabulary:
+def read_tiktoken(
+    file: Path, rules: TiktokenRules | None, num_ranks: int | None = None
+) -> Vocabulary:
     """Read a tiktoken file, with what its family adds to it.
 
-    Raises BadCheckpoint if the file is damaged.
+    Raises BadCheckpoint if the file is damaged, or has not `num_ranks` tokens, if that is known.
     """
     if rules is None:
         raise BadCheckpoint(f"{file}: the family has no rules for a tiktoken file")
     tokens = read_tokens(file)
+    if num_ranks is not None and len(tokens) != num_ranks:
+        raise BadCheckpoint(
+            f"{file} has {len(tokens)} tokens, config.json needs {num_ranks}: they do not belong "
+            "together; download both again"
+        )
     special = dict(enumerate(rules.special_tokens, start=len(tokens)))
     special_bytes = {id: token.encode() for id, token in special.items()}
     return Vocabulary(

@@ -169,6 +169,9 @@ class Preprocessor:
                 f"the prompt has {len(found)} image placeholders for {num_items} images:"
                 f" give one for each image{advice}"
             )
+        family = self.checkpoint.family
+        if objection := family.objection_to_prompt(self.checkpoint, token_ids):
+            raise InvalidRequest(f"the prompt's markers of images are wrong: {objection}")
         return found
 
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:

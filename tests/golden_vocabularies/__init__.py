@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.families.family import TiktokenRules
+from common.families.qwen_vl import QwenVL
 from common.vocabulary import Vocabulary
 from common.vocabulary.sentencepiece import read_sentencepiece
 from common.vocabulary.tiktoken import read_tiktoken
@@ -29,16 +29,7 @@ SENTENCEPIECE = (
     "sentencepiece_unigram",
 )
 CASES = ("qwen_vl", *SENTENCEPIECE)
-QWEN = TiktokenRules(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    (
-        *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        *(f"<|extra_{i}|>" for i in range(205)),
-        *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
-        *("<img>", "</img>", "<imgpad>"),
-    ),
-)
+QWEN = QwenVL.tiktoken
 
 
 def vocabulary_file(case: str) -> Path:
