@@ -97,7 +97,8 @@ class Preprocessor:
         """
         image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
         size = self.rules.fitting_size(image.height, image.width, max_patches)
-        return self.rules.prepare_item(kind, images.resize(image, *size))
+        resampling = self.checkpoint.family.resampling
+        return self.rules.prepare_item(kind, images.resize(image, *size, resampling))
 
     def render(self, messages: Any) -> PromptParts:
         """Return the prompt of chat messages.
@@ -167,6 +168,9 @@ class Preprocessor:
                 f"the prompt has {len(found)} image placeholders for {num_items} images:"
                 f" give one for each image{advice}"
             )
+        family = self.checkpoint.family
+        if objection := family.objection_to_prompt(self.checkpoint, token_ids):
+            raise InvalidRequest(f"the prompt's markers of images are wrong: {objection}")
         return found
 
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:

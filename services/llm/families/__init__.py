@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 
 from common.checkpoint import Checkpoint
-from services.llm.families import qwen2_5_vl
+from services.llm.families import qwen2_5_vl, wemm
 from services.llm.language_model import LanguageModel
 from services.llm.loading import ShardLoader
 from services.llm.parallel import Shard
 
 FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
     "qwen2_5_vl": qwen2_5_vl.load,
+    "wemm": wemm.load,
 }
 """How the model of a family is loaded, by its `model_type`."""
 
