@@ -103,7 +103,7 @@ class LayerLoader:
         def rows(kv_head: int, begin: int, end: int) -> Tensor:
             """Return some heads of a group."""
             start = kv_head * (group + 2)
-            bounds = (start + begin) * sizes.head_dim, (start + end) * sizes.head_dim
+            bounds = Bounds(*(sizes.head_dim * (start + i) for i in (begin, end)))
             shape = (sizes.num_kv_heads * (group + 2) * sizes.head_dim, width)
             return self._loader.rows(f"{self._name}.{name}", shape, bounds)
 
