@@ -1,4 +1,4 @@
-"""The command `twinlens`: serve, generate, status, scale, drain, plan and compile."""
+"""The command `twinlens`: serve, generate, status, scale, drain, plan, compile and convert."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
 from common.process import EXIT_INTERRUPTED, write_utf8
 from common.settings import KNOWN_NAMES, CompileSettings, PlanSettings, ServeSettings
-from services.commands import control, generate
+from services.commands import control, convert, generate
 from services.commands.compile import compile_model
 
 
@@ -38,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     drain = add("drain", "let one member finish what it holds and leave")
     plan = add("plan", "show a model's memory and the vision replicas per language group")
     compiling = add("compile", "compile a model's vision tower for fixed patch counts")
+    converting = add("convert", "write a copy of a model with other names of its tensors")
     add_arguments(ServeSettings, serve)
     generate.add_generate_arguments(ask)
     control.add_status_arguments(status)
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     control.add_drain_arguments(drain)
     add_arguments(PlanSettings, plan)
     add_arguments(CompileSettings, compiling)
+    convert.add_convert_arguments(converting)
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
@@ -69,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             return plan(from_namespace(PlanSettings, arguments))
         case "compile":
             return compile_model(from_namespace(CompileSettings, arguments))
+        case "convert":
+            return convert.convert(arguments)
         case "generate":
             return generate.generate(arguments)
         case "scale":

@@ -124,6 +124,8 @@ class Family(ABC):
     config_sections: tuple[str, ...] = ()
     """The objects in config.json that the family reads besides `text_config` and
     `vision_config`."""
+    converts_names: bool = False
+    """Whether `twinlens convert` writes the family's checkpoints with their canonical names."""
     needed_roles: tuple[str, ...] = ("vision", "llm")
     """The stages after preprocess that a request with items passes through."""
     tasks: tuple[Task, ...] = ("generate",)

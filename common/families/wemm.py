@@ -47,6 +47,7 @@ class Wemm(Family):
     vocabulary_file = "tokenizer.model"
     required_files = ()
     optional_files = (ADAPTER_CONFIG, LORA_ADAPTER)
+    converts_names = True
     resampling = "bilinear"
     config_sections = ("image_processor", "downsampler_config", "spliter_emb_config")
     tower_prefixes = ("vision_tower.", "downsampler.", "visual_source_spliter_emb.")
