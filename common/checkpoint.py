@@ -87,7 +87,7 @@ class Checkpoint:
 
     @property
     def patches_per_token(self) -> int:
-        """The number of an item's patches that become one embedding."""
+        """A number of which the patch counts of items are multiples."""
         return self.family.patches_per_token(self)
 
     @cached_property
@@ -98,15 +98,15 @@ class Checkpoint:
         of them write null there for what only the flat part says.
         """
         flat = {k: v for k, v in self.config.items() if k not in ("vision_config", "text_config")}
-        nested = self._section("text_config")
+        nested = self.section("text_config")
         return flat | {k: v for k, v in nested.items() if v is not None or k not in flat}
 
     @cached_property
     def vision_config(self) -> dict[str, Any]:
         """The vision tower's configuration, which Qwen-VL calls `visual`."""
-        return self._section("vision_config") or self._section("visual")
+        return self.section("vision_config") or self.section("visual")
 
-    def _section(self, name: str) -> dict[str, Any]:
+    def section(self, name: str) -> dict[str, Any]:
         """Return an object in config.json, which is empty if it is missing."""
         section = self.config.get(name, {})
         if not isinstance(section, dict):
@@ -126,6 +126,10 @@ class Checkpoint:
             check_fields(config, CONFIG, file)
             for name in ("rope_parameters", "rope_scaling"):
                 check_fields(config.get(name) or {}, ROPE, file)
+        for name in self.family.config_sections:
+            section = self.section(name)
+            check_fields(section, CONFIG, file)
+            check_fields(section.get("size") or {}, SIZE, file)
         for name in (*FINGERPRINTED, *INDEXES, *self.family.optional_files):
             check_place(self.path, self.path / name)
 
@@ -267,6 +271,7 @@ def open_checkpoint(path: str | Path, embeddings: str = "") -> Checkpoint:
         )
     if not checkpoint.tensors:
         raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
+    checkpoint.family.check(checkpoint)
     return checkpoint
 
 

@@ -14,7 +14,7 @@ from common.settings import (
     PlanSettings,
     ServeSettings,
 )
-from services.commands import control, generate
+from services.commands import control, convert, generate
 from services.commands.compile import compile_model
 
 
@@ -46,10 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("plan", "show a model's memory and the vision replicas per language group")
     add("compile", "compile a model's vision tower for fixed patch counts")
     add("extract-embeddings", "write a model's token embeddings to a file of their own")
+    converting = add("convert", "write a copy of a model with other names of its tensors")
     generate.add_generate_arguments(ask)
     control.add_status_arguments(status)
     control.add_scale_arguments(scale)
     control.add_drain_arguments(drain)
+    convert.add_convert_arguments(converting)
     for name, settings in COMMANDS.items():
         add_arguments(settings, commands.choices[name])
     for command in commands.choices.values():
@@ -80,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
             from services.commands.extract import extract
 
             return extract(from_namespace(ExtractSettings, arguments))
+        case "convert":
+            return convert.convert(arguments)
         case "generate":
             return generate.generate(arguments)
         case "scale":

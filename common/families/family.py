@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.messages import Task
 
@@ -130,6 +131,13 @@ class Family(ABC):
     """What a model directory must hold besides config.json, the vocabulary and the weights."""
     optional_files: tuple[str, ...] = ()
     """Further files that the family reads if they exist."""
+    resampling: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pixels are interpolated when an image is resized."""
+    config_sections: tuple[str, ...] = ()
+    """The objects in config.json that the family reads besides `text_config` and
+    `vision_config`."""
+    converts_names: bool = False
+    """Whether `twinlens convert` writes the family's checkpoints with their canonical names."""
     needed_roles: tuple[str, ...] = ("vision", "llm")
     """The stages after preprocess that a request with items passes through."""
     tasks: tuple[Task, ...] = ("generate",)
@@ -167,6 +175,12 @@ class Family(ABC):
         writes = "generate" in self.tasks_of(checkpoint)
         return ("preprocess", *self.needed_roles, *(("detokenizer",) if writes else ()))
 
+    def check(self, checkpoint: "Checkpoint") -> None:  # noqa: B027 - most have nothing to check
+        """Check what the family alone reads of a model directory.
+
+        Raises BadCheckpoint if something is wrong.
+        """
+
     @abstractmethod
     def canonical_name(self, name: str) -> str:
         """Return the one name of a tensor in our code, whichever layout its file follows."""
@@ -189,10 +203,14 @@ class Family(ABC):
 
     @abstractmethod
     def patches_per_token(self, checkpoint: "Checkpoint") -> int:
-        """Return the number of patches that become one embedding.
+        """Return a number of which the patch counts of items and buckets are multiples.
 
-        The patch counts of items and buckets are multiples of it.
+        It is the patches that become one embedding, unless the family overrides `num_item_tokens`.
         """
+
+    def num_item_tokens(self, checkpoint: "Checkpoint", grid_thw: tuple[int, int, int]) -> int:
+        """Return the number of embeddings that an item with this grid of patches becomes."""
+        return prod(grid_thw) // self.patches_per_token(checkpoint)
 
     @abstractmethod
     def values_per_patch(self, checkpoint: "Checkpoint") -> int:

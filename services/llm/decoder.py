@@ -46,11 +46,21 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Pairs of one input, whose outputs stand side by side."""
+
+    pairs: tuple[LowRank, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([pair(x) for pair in self.pairs], -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Projection:
     """A product, and a low-rank pair whose result is added on the rows of items."""
 
     product: Product
-    low_rank: LowRank | None = None
+    low_rank: LowRank | SideBySide | None = None
 
     def __call__(
         self, x: Tensor, item_rows: Tensor | None, residual: Tensor | None = None

@@ -12,7 +12,7 @@ from common.checkpoint import Checkpoint
 from compute.linear import Linear
 from compute.quantization import Int8Linear
 from compute.weights import Weights
-from services.llm.decoder import LowRank, Projection
+from services.llm.decoder import LowRank, Projection, SideBySide
 from services.llm.parallel import Shard
 
 
@@ -79,7 +79,10 @@ class ShardLoader:
         return self._part(name, shape, 1, bounds)
 
     def projection(
-        self, weight: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        low_rank: LowRank | SideBySide | None = None,
     ) -> Projection:
         return Projection(self._product(weight, bias), low_rank)
 

@@ -101,9 +101,13 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
     stop_ids = np.array(prompt.stopping.stop_token_ids, np.int64)
     resumed = prompt.output_token_ids.numpy() if prompt.output_token_ids else stop_ids[:0]
     delta = prompt.rope_delta
+    # No token may stand for an item, so its placeholders may lie outside the vocabulary.
+    is_item = np.zeros(num_tokens, dtype=bool)
+    for offset, length in prompt.placeholders.numpy().tolist():
+        is_item[offset : offset + length] = True
     most = limits.max_tokens
     ranges = {
-        "token_ids": (prompt.token_ids.numpy(), 0, limits.vocab_size),
+        "token_ids": (prompt.token_ids.numpy()[~is_item], 0, limits.vocab_size),
         "output_token_ids": (resumed, 0, limits.vocab_size),
         "stop_token_ids": (stop_ids, 0, limits.vocab_size),
         "positions": (prompt.positions.numpy(), 0, most),

@@ -158,14 +158,17 @@ class Scheduler:
         deltas = np.array([request.prompt.rope_delta for request in requests], np.int64)
         tables = self._block_tables(requests)
         blocks = tables[seqs, index // self.block_size]
+        token_ids = np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks])
+        item_rows = self._item_rows(chunks, starts)
+        token_ids[item_rows] = 0  # placeholders may lie outside the vocabulary
         return StepPlan(
-            token_ids=np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks]),
+            token_ids=token_ids,
             positions=self._positions(chunks, starts, index + deltas[seqs]),
             slot_mapping=blocks * self.block_size + index % self.block_size,
             query_lens=query_lens,
             context_lens=context_lens,
             block_tables=tables,
-            item_rows=self._item_rows(chunks, starts),
+            item_rows=item_rows,
             sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
             adapters=np.array([r.prompt.adapter for r in requests], np.int64),

@@ -1,10 +1,11 @@
-"""Encoded image files to RGB pixels, and bicubic resizing."""
+"""Encoded image files to RGB pixels, and resizing."""
 
 import struct
 import warnings
 import zlib
 from contextlib import AbstractContextManager
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
@@ -18,6 +19,7 @@ MAX_SCANNED_PIXELS = 50 * MAX_PIXELS
 """The most pixels that all scans of a JPEG may have together. Progressive files of common encoders
 have about ten scans."""
 START_OF_SCAN = b"\xff\xda"
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SIDEWAYS = (5, 6, 7, 8)
 """The EXIF orientations that exchange height and width."""
 TOO_COSTLY = "opening the image takes too much time or memory; send it smaller, or saved plainly"
@@ -134,8 +136,13 @@ def check_scans(image: Image.Image, data: bytes) -> None:
         )
 
 
-def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize RGB pixels with bicubic antialiasing, to uint8 [height, width, 3]."""
+def resize(
+    image: Image.Image,
+    height: int,
+    width: int,
+    resampling: Literal["bicubic", "bilinear"] = "bicubic",
+) -> np.ndarray:
+    """Resize RGB pixels with antialiasing, to uint8 [height, width, 3]."""
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), RESAMPLING[resampling])
     return np.asarray(image)

@@ -99,7 +99,8 @@ class Preprocessor:
         """
         image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
         size = self.rules.fitting_size(image.height, image.width, max_patches)
-        return self.rules.prepare_item(kind, images.resize(image, *size))
+        resampling = self.checkpoint.family.resampling
+        return self.rules.prepare_item(kind, images.resize(image, *size, resampling))
 
     def render(self, messages: Any) -> PromptParts:
         """Return the prompt of chat messages.

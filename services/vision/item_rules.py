@@ -44,7 +44,7 @@ class ItemRules:
             )
         whole = self.checkpoint.patches_per_token
         if not num_patches or num_patches % whole or math.prod(offer.grid_thw) != num_patches:
-            return f"a grid of {offer.grid_thw} has not {num_patches} patches, {whole} to a token"
+            return f"a grid of {offer.grid_thw} has not {num_patches} patches in groups of {whole}"
         shape = self.checkpoint.family.objection_to_shape(
             self.checkpoint, offer.grid_thw, offer.content_size
         )

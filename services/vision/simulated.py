@@ -38,7 +38,7 @@ class SimulatedTower:
         self._seconds = seconds
         self._buckets = buckets
         self._hidden_size: int = checkpoint.sizes.hidden_size
-        self._patches_per_token = checkpoint.patches_per_token
+        self._checkpoint = checkpoint
         self._spread = np.float32(spread_of_token_embeddings(checkpoint))
         self._noise = (
             np.random.default_rng(0).standard_normal(NOISE_LENGTH, np.float32)
@@ -47,12 +47,12 @@ class SimulatedTower:
         )
 
     def encode(self, patches: Tensor, shape: ItemShape) -> Tensor:
-        """Return noise, float32 [num_patches / patches_per_token, hidden_size]."""
+        """Return noise, float32 [num_tokens, hidden_size]."""
         began = time.monotonic()
         digest = hashlib.sha256(patches.data)  # the fastest hash on CPUs with SHA instructions
         digest.update(repr(shape.grid_thw).encode())
         num_patches = math.prod(shape.grid_thw)
-        num_tokens = num_patches // self._patches_per_token
+        num_tokens = self._checkpoint.family.num_item_tokens(self._checkpoint, shape.grid_thw)
         embeddings = self._noise_of(digest.digest(), num_tokens * self._hidden_size)
         embeddings -= embeddings.mean()
         time.sleep(max(0.0, began + self.seconds_of(num_patches) - time.monotonic()))

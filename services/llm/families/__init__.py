@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from common.checkpoint import Checkpoint
-from services.llm.families import qwen2_5_vl, qwen_vl
+from services.llm.families import qwen2_5_vl, qwen_vl, wemm
 from services.llm.language_model import LanguageModel
 from services.llm.loading import ShardLoader
 from services.llm.parallel import Shard
@@ -13,6 +13,7 @@ from services.llm.parallel import Shard
 FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
     "qwen2_5_vl": qwen2_5_vl.load,
     "qwen": qwen_vl.load,
+    "wemm": wemm.load,
 }
 """How the model of a family is loaded, by its `model_type`."""
 

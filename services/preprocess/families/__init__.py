@@ -6,7 +6,7 @@ Nothing outside this folder imports a family.
 from collections.abc import Callable
 
 from common.checkpoint import Checkpoint
-from services.preprocess.families import qwen2_5_vl, qwen_vl
+from services.preprocess.families import qwen2_5_vl, qwen_vl, wemm
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.families.rules import FamilyRules
 
@@ -15,6 +15,7 @@ __all__ = ["FAMILIES", "FamilyRules", "ItemLimits", "load"]
 FAMILIES: dict[str, Callable[[Checkpoint, ItemLimits], FamilyRules]] = {
     "qwen2_5_vl": qwen2_5_vl.Qwen25VLRules,
     "qwen": qwen_vl.QwenVLRules,
+    "wemm": wemm.WemmRules,
 }
 """The rules of a family, by its `model_type`."""
 

@@ -8,6 +8,7 @@ import torch
 from common.checkpoint import Checkpoint
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 from services.vision.families.qwen_vl import QwenVisionTower
+from services.vision.families.wemm import WemmVisionTower
 from services.vision.tower import VisionTower
 
 # Each family has a type of plan of its own, which nobody else looks into.
@@ -17,6 +18,7 @@ Report: TypeAlias = Callable[[float], None]
 FAMILIES: dict[str, Callable[[Checkpoint, torch.dtype, torch.device, Report], AnyTower]] = {
     "qwen2_5_vl": Qwen25VisionTower,
     "qwen": QwenVisionTower,
+    "wemm": WemmVisionTower,
 }
 """How the vision tower of a family is loaded, by its `model_type`."""
 

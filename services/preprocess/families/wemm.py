@@ -1,0 +1,202 @@
+"""WeMM-Chat-2k-CN: images to patches, and chat messages to prompts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint import Checkpoint
+from common.errors import InvalidRequest, TooLarge
+from common.families import wemm as family_rules
+from common.families.wemm import END, START, grid_of
+from common.item_hash import item_hash
+from common.messages import ItemKind
+from services.preprocess.families.limits import ItemLimits
+from services.preprocess.prepared import PreparedItem
+from services.preprocess.prompts import Piece, PromptParts
+
+PLAIN: frozenset[str] = frozenset()
+"""What a text may name of the special tokens: nobody writes them in words."""
+DEFAULT_BOS_ID = 1
+
+
+def full_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Return the (height, width) of an image whose longer side becomes `longest`.
+
+    No side becomes shorter than `shortest`, which distorts long images.
+    """
+    aspect = width / height
+    if width >= height:
+        width = longest
+        height = int(width / aspect)
+    else:
+        height = longest
+        width = int(height * aspect)
+    return max(height, shortest), max(width, shortest)
+
+
+def smaller_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:
+    """Return the largest (height, width) of this shape whose longer side is whole patches, and
+    which has at most `max_patches`."""
+    longer = max(height, width)
+    for side in range(longer // patch, 0, -1):
+        size = height * side * patch // longer, width * side * patch // longer
+        if math.prod(grid_of(*size, patch)) <= max_patches:
+            return size
+    return patch, patch
+
+
+def patches(rgb: np.ndarray, patch: int) -> np.ndarray:
+    """Cut uint8 [height, width, 3] into uint8 [num_patches, 3 * patch * patch].
+
+    Patches are in raster order, and the values of one are ordered by (channel, y, x). Patches at
+    the right and the lower edge are filled up with values that the tower does not read.
+    """
+    height, width, _ = rgb.shape
+    rows, columns = grid_of(height, width, patch)
+    padding = ((0, rows * patch - height), (0, columns * patch - width), (0, 0))
+    cells = np.pad(rgb, padding).reshape(rows, patch, columns, patch, 3)
+    return np.ascontiguousarray(cells.transpose(0, 2, 4, 1, 3)).reshape(rows * columns, -1)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A resized image, cut into patches."""
+
+    rows: np.ndarray
+    """uint8 [num_patches, 3 * patch_size * patch_size]: its patches."""
+    mm_hash: str
+    content_size: tuple[int, int]
+    patch_size: int
+    stride: int
+    kind: ItemKind = "image"
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        return 1, *grid_of(*self.content_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        _, rows, columns = self.grid_thw
+        return family_rules.num_tokens(rows, columns, self.stride)
+
+    def patches(self) -> np.ndarray:
+        return self.rows
+
+
+class WemmRules:
+    """The rules of WeMM for one checkpoint. They do not change."""
+
+    whole = False
+
+    def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
+        """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""
+        self.fingerprint = checkpoint.fingerprint
+        self.patch_size = family_rules.patch_size(checkpoint)
+        self.stride = family_rules.downsampler_stride(checkpoint)
+        self.shortest, self.longest = family_rules.edges(checkpoint)
+        self.max_patches = self._max_patches(limits)
+        self.resizes_oversized = limits.resizes_oversized
+        self._bos_id: int = checkpoint.text_config.get("bos_token_id", DEFAULT_BOS_ID)
+        self._start_id = family_rules.special_id(checkpoint, START)
+        self._end_id = family_rules.special_id(checkpoint, END)
+        self._placeholder_id = checkpoint.family.placeholder_id(checkpoint)
+
+    def _max_patches(self, limits: ItemLimits) -> int:
+        """Return the most patches that the deployment allows; 0 if it sets no limit."""
+        if limits.min_pixels is not None:
+            raise ValueError(
+                f"min_pixels is {limits.min_pixels}, but this model enlarges every image to sides "
+                f"of at least {self.shortest} pixels: leave min_pixels out"
+            )
+        if limits.max_pixels is None:
+            return 0
+        if limits.max_pixels < self.patch_size**2:
+            raise ValueError(
+                f"max_pixels is {limits.max_pixels}: give at least {self.patch_size**2}"
+            )
+        return limits.max_pixels // self.patch_size**2
+
+    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+        size = full_size(height, width, self.shortest, self.longest)
+        if self.max_patches and self._num_patches(size) > self.max_patches:
+            size = smaller_size(*size, self.patch_size, self.max_patches)
+        if not max_patches or self._num_patches(size) <= max_patches:
+            return size
+        if not self.resizes_oversized:
+            raise TooLarge(
+                f"it has {self._num_patches(size)} patches, the vision replicas take at most "
+                f"{max_patches}: give --max-pixels {max_patches * self.patch_size**2}"
+            )
+        return smaller_size(*size, self.patch_size, max_patches)
+
+    def _num_patches(self, size: tuple[int, int]) -> int:
+        return math.prod(grid_of(*size, self.patch_size))
+
+    def num_tokens(self, height: int, width: int) -> int:
+        return family_rules.num_tokens(*grid_of(height, width, self.patch_size), self.stride)
+
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
+        height, width, _ = pixels.shape
+        rows = patches(pixels, self.patch_size)
+        grid = (1, *grid_of(height, width, self.patch_size))
+        mm_hash = item_hash(self.fingerprint, kind, grid, (height, width), rows.data)
+        return Image(rows, mm_hash, (height, width), self.patch_size, self.stride, kind)
+
+    def positions(
+        self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
+    ) -> tuple[np.ndarray, int]:
+        """Text and images count up alike."""
+        return np.arange(num_tokens, dtype=np.int64)[None], 0
+
+    def rope_parameter(self, num_tokens: int) -> int:
+        return 0
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> PromptParts:
+        """Return the prompt of a conversation with at most one image.
+
+        A single question ends without a newline, each message of a longer conversation with one.
+        """
+        kinds = [
+            part["type"]
+            for message in messages
+            for part in message["content"]
+            if isinstance(part, dict)
+        ]
+        if objection := family_rules.objection_to_images(len(kinds) - kinds.count("text")):
+            raise InvalidRequest(objection)
+        is_single = [message["role"] for message in messages] == ["user"]
+        parts: list[Piece | int] = [self._bos_id]
+        for message in messages:
+            parts += [self._start_id, *self._said(message), self._end_id]
+            if not is_single:
+                parts.append(Piece("\n", PLAIN))
+        return [*parts, self._start_id, Piece("assistant\n", PLAIN)]
+
+    def _said(self, message: dict[str, Any]) -> list[Piece | int]:
+        """Return a message's role and content.
+
+        The image stands before the text, wherever the message has it: the model knows no other
+        order. Each part of the text is a line.
+        """
+        role, content = message["role"], message["content"]
+        if isinstance(content, str):
+            return [Piece(f"{role}\n{content}", PLAIN)]
+        text = "\n".join(part["text"] for part in content if part["type"] == "text")
+        if all(part["type"] == "text" for part in content):
+            return [Piece(f"{role}\n{text}", PLAIN)]
+        assert self._placeholder_id is not None
+        return [
+            Piece(f"{role}\n", PLAIN),
+            self._placeholder_id,
+            Piece(f"\n{text}", PLAIN, continues=True),
+        ]
