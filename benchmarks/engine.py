@@ -29,7 +29,6 @@ from compute.device import Device, choose_dtype
 from compute.kernels.library import bfloat16_kernels, cpu_flags
 from compute.quantization import check_quantization
 from services.llm.model_runner import ModelRunner
-from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 
 BIG = 10**9
 ROUNDS = 7
@@ -193,13 +192,11 @@ def parse() -> argparse.Namespace:
 def choose_passes(
     options: argparse.Namespace, checkpoint: Checkpoint, runner: ModelRunner, dtype: torch.dtype
 ) -> list[Pass]:
-    found = passes.of_language(
-        runner, checkpoint.sizes, dtype, options.context, options.quantization
-    )
+    found = passes.of_language(runner, checkpoint, dtype, options.context)
     if options.decode_only:
         return found[: len(passes.BATCHES)]
     pictures = list(PICTURES)[: 1 if options.quick else None]
-    return found + passes.of_vision(Qwen25VisionTower(checkpoint, dtype, CPU), dtype, pictures)
+    return found + passes.of_vision(checkpoint, dtype, pictures)
 
 
 @torch.inference_mode()

@@ -5,29 +5,35 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle, islice
 from math import ceil
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.families import ModelSizes
+from benchmarks.recording import Attention, Calls, Product, recorded
+from common.checkpoint import Checkpoint
 from compute.kernels.operations import attention, attention_by_torch, kernels_for
 from compute.linear import Linear, can_pack
 from compute.quantization import Int8Linear
 from services.llm.attention import GatheredAttention
+from services.llm.decoder import Decoder
 from services.llm.model_runner import ModelRunner
 from services.llm.step_plan import StepPlan
+from services.preprocess import families as preprocess_families
+from services.vision import families as vision_families
 from services.vision.eager_tower import EagerTower
-from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
 from services.vision.tower_thread import ItemShape
-from services.vision.windows import window_order
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 BATCHES = (1, 16)
 PROMPT_TOKENS = 1000
-PICTURES = {"448x448": (32, 32), "1288x728": (52, 92)}
+ITEM_TOKENS = 900
+"""The tokens of a prompt that are an item's, for models that compute something else for them."""
+PICTURES = {"448x448": (448, 448), "1288x728": (728, 1288)}
+"""Height and width of pictures as they are sent."""
 # With more rows a product is bound by arithmetic, and it does not matter where its weights are.
 MAX_STREAMING_ROWS = 64
 WEIGHTS_BYTES = 128 * 2**20
@@ -146,46 +152,74 @@ def linear_part(
     )
 
 
-def attention_part(
-    label: str,
-    count: int,
-    num_seqs: int,
-    length: int,
-    num_heads: int,
-    num_kv_heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    causal: bool,
-) -> Part:
+def attention_part(label: str, count: int, call: Attention, dtype: torch.dtype) -> Part:
     q, k, v = (
-        torch.randn(num_seqs * length, num_heads + 2 * num_kv_heads, dim)
-        .to(dtype)
-        .split((num_heads, num_kv_heads, num_kv_heads), 1)
+        torch.randn(call.num_seqs * length, num_heads, call.dim).to(dtype)
+        for length, num_heads in (
+            (call.query_len, call.num_heads),
+            (call.context_len, call.num_kv_heads),
+            (call.context_len, call.num_kv_heads),
+        )
     )
+    bias = visible = None
+    if call.has_bias:
+        bias = torch.randn(call.num_heads, call.query_len, call.context_len).to(dtype)
+    if call.has_mask:
+        visible = torch.ones(call.num_seqs, call.context_len, dtype=torch.bool)
+    rest = (call.num_seqs, call.causal)
     torch_dtype = dtype if can_pack(dtype) else torch.float32
     given = [tensor.to(torch_dtype) for tensor in (q, k, v)]
+    given_bias = None if bias is None else bias.to(torch_dtype)
     kernels: dict[str, Callable[[], object]] = {
-        "torch": lambda: attention_by_torch(*given, num_seqs, causal)
+        "torch": lambda: attention_by_torch(*given, *rest, given_bias, visible)
     }
     if kernels_for(q) is not None:
-        kernels["ours"] = lambda: attention(q, k, v, num_seqs, causal)
-    num_flops = 4 * num_seqs * num_heads * length**2 * dim // (2 if causal else 1)
-    name = f"{label} {num_seqs} x {length}, {num_heads} heads of {dim}"
+        kernels["ours"] = lambda: attention(q, k, v, *rest, bias, visible)
+    num_pairs = call.num_seqs * call.num_heads * call.query_len * call.context_len
+    additions = [
+        name for name, is_there in (("bias", call.has_bias), ("mask", call.has_mask)) if is_there
+    ]
+    lengths = f"{call.query_len}"
+    if call.query_len != call.context_len:
+        lengths += f" of {call.context_len}"
+    name = f"{label} {call.num_seqs} x {lengths}, {call.num_heads} heads of {call.dim}"
     return Part(
-        name,
+        " ".join((name, *additions)),
         count,
         kernels,
         list(kernels)[-1],
         1,
         2 * k.numel() * dtype.itemsize,
-        num_flops,
+        4 * num_pairs * call.dim // (2 if call.causal else 1),
         is_linear=False,
     )
 
 
+def parts_of(calls: Calls, dtype: torch.dtype, prefix: str = "") -> list[Part]:
+    """Return the calls that were recorded, as they are timed alone."""
+    products = [product_part(prefix, count, each, dtype) for each, count in calls.products.items()]
+    return products + [
+        attention_part(f"{prefix}attention", count, call, dtype)
+        for call, count in calls.attentions.items()
+    ]
+
+
+def product_part(prefix: str, count: int, product: Product, dtype: torch.dtype) -> Part:
+    return linear_part(
+        prefix + product.label,
+        count,
+        product.num_rows,
+        product.num_outputs,
+        product.num_inputs,
+        dtype,
+        "int8" if product.is_int8 else "none",
+    )
+
+
 def decode_attention_part(
-    runner: ModelRunner, plan: StepPlan, sizes: ModelSizes, dtype: torch.dtype
+    runner: ModelRunner, plan: StepPlan, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> Part:
+    sizes = checkpoint.sizes
     kv_cache = runner._kv_cache
     step = GatheredAttention(plan, BLOCK_SIZE, dtype, CPU)
     qkv = torch.randn(plan.num_tokens, sizes.num_heads + 2 * sizes.num_kv_heads, sizes.head_dim).to(
@@ -211,121 +245,73 @@ def decode_attention_part(
 
 
 def of_language(
-    runner: ModelRunner, sizes: ModelSizes, dtype: torch.dtype, context: int, quantization: str
+    runner: ModelRunner, checkpoint: Checkpoint, dtype: torch.dtype, context: int
 ) -> list[Pass]:
+    """Return the decodes of each batch size, and the prefills."""
     found = []
+    num_components = checkpoint.family.num_position_components
     for batch in BATCHES:
-        plan = plan_of([1] * batch, [context] * batch)
-        parts = [
-            *decoder_parts(sizes, sizes.num_layers, batch, batch, dtype, quantization),
-            decode_attention_part(runner, plan, sizes, dtype),
-        ]
-        found.append(Pass(f"decode, batch {batch}", partial(runner.execute, plan, []), parts))
-    plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS])
-    heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-    parts = decoder_parts(sizes, sizes.num_layers - 1, PROMPT_TOKENS, 1, dtype, quantization)
-    parts.append(
-        attention_part("attention", sizes.num_layers, 1, PROMPT_TOKENS, *heads, dtype, causal=True)
-    )
-    return [
-        *found,
-        Pass(f"prefill of {PROMPT_TOKENS} tokens", partial(runner.execute, plan, []), parts),
-    ]
-
-
-def decoder_parts(
-    sizes: ModelSizes,
-    num_whole_layers: int,
-    num_rows: int,
-    num_sampled: int,
-    dtype: torch.dtype,
-    quantization: str,
-) -> list[Part]:
-    """Return the calls of the decoder and the head.
-
-    In the last layer only the attention needs the rows that are not sampled.
-    """
-    hidden = sizes.hidden_size
-    q_size = sizes.num_heads * sizes.head_dim
-    inner = sizes.intermediate_size
-    after_attention = (
-        ("o", hidden, q_size),
-        ("gate and up", 2 * inner, hidden),
-        ("down", hidden, inner),
-    )
-    qkv_size = q_size + 2 * sizes.num_kv_heads * sizes.head_dim
-    parts = [linear_part("qkv", sizes.num_layers, num_rows, qkv_size, hidden, dtype, quantization)]
-    parts += [
-        linear_part(label, num_whole_layers, num_rows, n, k, dtype, quantization)
-        for label, n, k in after_attention
-    ]
-    if num_whole_layers < sizes.num_layers:
-        last = sizes.num_layers - num_whole_layers
-        parts += [
-            linear_part(label, last, num_sampled, n, k, dtype, quantization)
-            for label, n, k in after_attention
-        ]
-    return [*parts, linear_part("head", 1, num_sampled, sizes.vocab_size, hidden, dtype)]
-
-
-def of_vision(tower: Qwen25VisionTower, dtype: torch.dtype, pictures: list[str]) -> list[Pass]:
-    encoder = EagerTower(tower)
-    found = []
-    for name in pictures:
-        height, width = PICTURES[name]
-        size = tower.config.patch_size
-        patches = torch.randint(0, 256, (height * width, 3 * size**2), dtype=torch.uint8)
-        shape = ItemShape((1, height, width), (size * height, size * width))
-        run = partial(encoder.encode, patches, shape)
-        found.append(
-            Pass(f"vision encode of {name}", run, vision_parts(tower, height, width, dtype))
-        )
+        plan = plan_of([1] * batch, [context] * batch, num_components)
+        run = partial(runner.execute, plan, [])
+        parts = parts_of(calls_of(runner, run), dtype)
+        parts.append(decode_attention_part(runner, plan, checkpoint, dtype))
+        found.append(Pass(f"decode, batch {batch}", run, parts))
+    for num_item_rows in (0, ITEM_TOKENS) if has_low_rank(runner) else (0,):
+        plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS], num_components, num_item_rows)
+        embeddings = [torch.randn(num_item_rows, runner.input_width).to(dtype)]
+        run = partial(runner.execute, plan, embeddings if num_item_rows else [])
+        name = f"prefill of {PROMPT_TOKENS} tokens"
+        if num_item_rows:
+            name += f", {num_item_rows} an item's"
+        found.append(Pass(name, run, parts_of(calls_of(runner, run), dtype)))
     return found
 
 
-def vision_parts(
-    tower: Qwen25VisionTower, height: int, width: int, dtype: torch.dtype
-) -> list[Part]:
-    c: VisionConfig = tower.config
-    rows = height * width
-    merged = c.hidden_size * c.merge_unit
-    num_full = len(c.fullatt_block_indexes)
-    shapes = (
-        ("patches", 1, rows, c.hidden_size, c.num_channels * c.patch_size**2),
-        ("vision qkv", c.depth, rows, 3 * c.hidden_size, c.hidden_size),
-        ("vision proj", c.depth, rows, c.hidden_size, c.hidden_size),
-        ("vision gate and up", c.depth, rows, 2 * c.intermediate_size, c.hidden_size),
-        ("vision down", c.depth, rows, c.hidden_size, c.intermediate_size),
-        ("merger in", 1, rows // c.merge_unit, merged, merged),
-        ("merger out", 1, rows // c.merge_unit, c.out_hidden_size, merged),
-    )
-    parts = [
-        linear_part(label, count, num_rows, n, k, dtype) for label, count, num_rows, n, k in shapes
-    ]
-    heads = (c.num_heads, c.num_heads, c.head_dim)
-    parts.append(attention_part("all patches", num_full, 1, rows, *heads, dtype, causal=False))
-    _, windows = window_order(
-        height // c.spatial_merge_size,
-        width // c.spatial_merge_size,
-        c.window_size // c.patch_size // 2,
-    )
-    for count, units in windows:
-        parts.append(
-            attention_part(
-                "windows",
-                c.depth - num_full,
-                count,
-                units * c.merge_unit,
-                *heads,
-                dtype,
-                causal=False,
-            )
-        )
-    return parts
+def calls_of(runner: ModelRunner, run: Callable[[], object]) -> Calls:
+    """Return the calls of a step. One that is a single call is recorded as single operations."""
+    with patch.object(runner, "_fused_decode", None):
+        return recorded(runner._model, run)
 
 
-def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
-    """Return a plan of sequences with consecutive blocks; the last token of each is sampled."""
+def has_low_rank(runner: ModelRunner) -> bool:
+    """Whether the model computes something else for the rows of items."""
+    model = runner._model
+    return isinstance(model, Decoder) and any(
+        projection.low_rank is not None
+        for layer in model.layers
+        for projection in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    )
+
+
+def of_vision(checkpoint: Checkpoint, dtype: torch.dtype, pictures: list[str]) -> list[Pass]:
+    """Return the encoding of each picture, as preprocess prepares it for this model."""
+    tower = vision_families.load(checkpoint, dtype, CPU)
+    encoder = EagerTower(tower)
+    rules = preprocess_families.load(checkpoint)
+    found = {}
+    for name in pictures:
+        size = rules.fitting_size(*PICTURES[name], 0)
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        item = rules.prepare_item("image", pixels)
+        shape = ItemShape(item.grid_thw, item.content_size)
+        run = partial(encoder.encode, torch.from_numpy(item.patches()), shape)
+        _, rows, columns = shape.grid_thw
+        name = f"vision, {rows} x {columns} patches"
+        if name not in found:
+            found[name] = Pass(name, run, parts_of(recorded(tower, run), dtype, "vision "))
+    return list(found.values())
+
+
+def plan_of(
+    query_lens: list[int],
+    context_lens: list[int],
+    num_components: int,
+    num_item_rows: int = 0,
+) -> StepPlan:
+    """Return a plan of sequences with consecutive blocks; the last token of each is sampled.
+
+    The first `num_item_rows` rows hold embeddings of an item.
+    """
     num_blocks = [-(-context // BLOCK_SIZE) for context in context_lens]
     tables = np.zeros((len(context_lens), max(num_blocks)), np.int64)
     for row, count, first in zip(tables, num_blocks, np.cumsum([0, *num_blocks]), strict=False):
@@ -336,7 +322,7 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
     ]
     return StepPlan(
         token_ids=np.arange(sum(query_lens)) % 200,
-        positions=np.tile(np.concatenate(index), (3, 1)),
+        positions=np.tile(np.concatenate(index), (num_components, 1)),
         slot_mapping=np.concatenate(
             [
                 row[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
@@ -346,7 +332,7 @@ def plan_of(query_lens: list[int], context_lens: list[int]) -> StepPlan:
         query_lens=np.array(query_lens),
         context_lens=np.array(context_lens),
         block_tables=tables,
-        item_rows=np.zeros(0, np.int64),
+        item_rows=np.arange(num_item_rows),
         sampled_rows=np.cumsum(query_lens) - 1,
         rope_parameters=np.zeros(len(query_lens), np.int64),
         adapters=np.zeros(len(query_lens), np.int64),

@@ -49,7 +49,7 @@ def overhead(
         eos,
     )
     for number in range(BATCH):
-        engine.add(prompt_of(number, context))
+        engine.add(prompt_of(number, context, checkpoint.family.num_position_components))
     engine.step()
     engine.step()
     inside[0] = 0.0
@@ -59,13 +59,13 @@ def overhead(
     return 1 - inside[0] / (time.thread_time() - began)
 
 
-def prompt_of(number: int, length: int) -> Prompt:
+def prompt_of(number: int, length: int, num_components: int) -> Prompt:
     return Prompt(
         request_id=f"request-{number}",
         attempt=0,
         gateway_id="gateway",
         token_ids=WireTensor.of(np.random.default_rng(number).integers(0, 200, length)),
-        positions=WireTensor.of(np.tile(np.arange(length), (3, 1))),
+        positions=WireTensor.of(np.tile(np.arange(length), (num_components, 1))),
         rope_delta=0,
         placeholders=WireTensor.of(np.zeros((0, 2), np.int64)),
         mm_hashes=WireTensor.of(np.zeros((0, 32), np.uint8)),
