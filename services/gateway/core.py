@@ -79,7 +79,7 @@ class GatewayCore:
         """Set while no request is in flight."""
         self.idle.set()
         self.is_draining = False
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._admission = Admission(self.peers, max_waiting)
         self._instance = secrets.token_hex(3)
         self._num_admitted = 0
@@ -171,7 +171,7 @@ class GatewayCore:
     # Admission
 
     def _admit(self, request: GenerationRequest) -> Record:
-        timeout = self._request_timeout if request.timeout is None else request.timeout
+        timeout = self.request_timeout if request.timeout is None else request.timeout
         self._admission.check(self._num_waiting, timeout)
         task = task_for(request, self.peers.tasks)
         self._num_admitted += 1

@@ -89,6 +89,8 @@ class Core(Protocol):
     """What the API servers need from the gateway's core."""
 
     model_name: str
+    request_timeout: float
+    """Seconds until the deadline of a request that sets none."""
 
     @property
     def is_draining(self) -> bool:
@@ -121,3 +123,11 @@ class Core(Protocol):
     def unready_reason(self) -> str:
         """Return why no request can be answered at present; empty if the gateway is ready."""
         ...
+
+
+async def last_of(events: AsyncIterator[GenerationEvent]) -> Result:
+    """Return the last event of a request that asks for no text."""
+    async for event in events:
+        if isinstance(event, Result):
+            return event
+    raise AssertionError("the request ended without a result")
