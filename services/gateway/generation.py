@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.boxes import Box
 from common.messages import Sampling, Stopping, Task, Usage
 from common.wire import Buffer
 
@@ -60,6 +61,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes in pixels of one image of the request, as it was sent and upright."""
+
+    image: int
+    """Index of the image."""
+    boxes: list[Box]
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The last event of an answer that succeeds."""
 
@@ -67,6 +77,8 @@ class Ended:
     usage: Usage
     timings: dict[str, Any]
     """The fields of the proto message Timings, by name."""
+    boxes: Boxes | None = None
+    """The boxes that the answer marks; None if the model's answers mark none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """gRPC messages of the inference API to and from the types of `generation.py`."""
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from common.boxes import Box
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Task, Usage
@@ -203,7 +205,20 @@ def end_fields(ended: Ended) -> dict[str, Any]:
         "finish_reason": FINISH_REASONS[ended.finish_reason],
         "usage": usage_message(ended.usage),
         "timings": inference_pb2.Timings(**ended.timings),
+        "boxes": map(box_message, ended.boxes.boxes, repeat(ended.boxes.image))
+        if ended.boxes
+        else (),
     }
+
+
+def box_message(box: Box, image: int) -> inference_pb2.Box:
+    """Return a box in pixels of the image with this index."""
+    points = [inference_pb2.Point(x=x, y=y) for x, y in box.corners]
+    if len(points) == 4:
+        return inference_pb2.Box(ref=box.ref, image=image, quad=inference_pb2.Quad(corners=points))
+    (x1, y1), (x2, y2) = box.corners
+    rectangle = inference_pb2.Rectangle(x1=x1, y1=y1, x2=x2, y2=y2)
+    return inference_pb2.Box(ref=box.ref, image=image, rectangle=rectangle)
 
 
 def classify_response(
