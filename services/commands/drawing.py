@@ -1,5 +1,6 @@
 """Draws the boxes of an answer on the image that they mark."""
 
+import contextlib
 import math
 import os
 import random
@@ -29,6 +30,8 @@ COLORS = (
 )
 """Tableau's ten colors."""
 LEAST_FONT_SIZE = 15
+FONTS = ("NotoSansCJK-Regular.ttc", "SourceHanSansSC-Regular.otf", "wqy-zenhei.ttc", "simsun.ttc")
+"""Fonts of the system that have Chinese characters, which the font of Pillow has not."""
 TEXT_BACKGROUND = "black"
 
 
@@ -77,19 +80,28 @@ def draw_on(image: Image.Image, boxes: list[inference_pb2.Box], seed: int) -> No
     """Draw boxes on an image. Each text begins a new color, which the boxes after it keep."""
     chosen = random.Random(seed)
     font_size = max(int(math.sqrt(image.width * image.height) / 30), LEAST_FONT_SIZE)
-    font = ImageFont.load_default(font_size)
+    font = font_for([box.ref for box in boxes], font_size)
     width = max(font_size // 4, 1)
     draw = ImageDraw.Draw(image)
-    color = chosen.choice(COLORS)
-    for number, box in enumerate(boxes):
-        if box.ref and number:
-            color = chosen.choice(COLORS)
+    color = ""
+    for box in boxes:
+        if box.ref or not color:
+            color = chosen.choice([other for other in COLORS if other != color])
         corners = corners_of(box)
         draw.line([*corners, corners[0]], fill=color, width=width, joint="curve")
         if box.ref:
             corner = min(x for x, _ in corners), min(y for _, y in corners)
             draw.rectangle(draw.textbbox(corner, box.ref, font), fill=TEXT_BACKGROUND)
             draw.text(corner, box.ref, fill=color, font=font)
+
+
+def font_for(texts: Iterable[str], size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font for these texts: that of Pillow, or one of the system if it is needed."""
+    if not all(text.isascii() for text in texts):
+        for name in FONTS:
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def corners_of(box: inference_pb2.Box) -> list[tuple[int, int]]:
