@@ -290,7 +290,8 @@ class Routed(RequestMessage):
     llm: Peer
     prompt_token_ids: Tensor | None = None
     item_sizes: Tensor | None = None
-    """int64 [num_items, 2]: height and width of each item as the client sent it, in pixels."""
+    """int64 [num_items, 2]: height and width in pixels of each item as the client sent it, upright
+    as its Exif orientation says."""
 
 
 class HandedOver(RequestMessage):

@@ -144,6 +144,8 @@ class Family(ABC):
     """What the family's models can do. A checkpoint may do less: see `tasks_of`."""
     markup_tokens: tuple[str, ...] = ()
     """The special tokens that stay in an answer's text, because a client reads them."""
+    answers_hold_boxes: bool = False
+    """Whether answers may mark parts of the latest image, as `common/boxes.py` reads them."""
     num_position_components: int = 1
     """The number of rows of `Prompt.positions`."""
     tower_prefixes: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """Tokens as ids, text and bytes, read from any of three kinds of vocabulary file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from common.checkpoint import Checkpoint
@@ -25,11 +26,14 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     """
     file = checkpoint.path / checkpoint.family.vocabulary_file
     try:
-        return read_vocabulary(file, checkpoint)
+        vocabulary = read_vocabulary(file, checkpoint)
     except BadCheckpoint:
         raise
     except MALFORMED as e:
         raise BadCheckpoint(f"{file} is malformed ({type(e).__name__}): download it again") from e
+    names = {token.encode() for token in checkpoint.family.markup_tokens}
+    markup = {id for id in vocabulary.special_ids if vocabulary.bytes_by_id.get(id) in names}
+    return replace(vocabulary, markup_ids=frozenset(markup))
 
 
 def read_vocabulary(file: Path, checkpoint: Checkpoint) -> Vocabulary:

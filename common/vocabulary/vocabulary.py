@@ -46,6 +46,8 @@ class Vocabulary:
     """The error handler of `codecs` for answers that are not UTF-8."""
     max_stripped_spaces: int = 0
     """How many spaces at the start of an answer are the tokenizer's, and not part of the text."""
+    markup_ids: frozenset[int] = frozenset()
+    """The special tokens that stay in an answer without special tokens."""
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -125,7 +127,8 @@ class Vocabulary:
 
     def visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """Return the bytes that a token adds to an answer with or without special tokens."""
-        if skip_special_tokens and token_id in self.special_ids:
+        hidden = token_id in self.special_ids and token_id not in self.markup_ids
+        if skip_special_tokens and hidden:
             return b""
         return self.token_bytes(token_id)
 

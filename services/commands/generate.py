@@ -1,11 +1,14 @@
 """`twinlens generate`: ask a running system over gRPC, and print its answer."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.commands.client import (
+    ClientError,
     add_client_arguments,
     as_dict,
     connect,
@@ -15,6 +18,7 @@ from services.commands.client import (
 )
 from services.commands.output import answer_text, json_line
 
+Boxes = Sequence[inference_pb2.Box]
 FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
@@ -30,6 +34,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="a PNG, JPEG, WebP or GIF file; may be repeated",
+    )
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FILE",
+        help="write the last image with the boxes of the answer drawn on it, as PNG, JPEG or WebP",
     )
     add_client_arguments(parser)
     add_sampling_arguments(parser)
@@ -85,11 +95,28 @@ def add_stopping_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Stream the answer to stdout, or print it whole with --json. Return the exit status."""
-    return run_command(print_answer if arguments.json else stream_answer, arguments)
+    return run_command(ask_and_draw, arguments)
 
 
-def print_answer(arguments: argparse.Namespace) -> None:
-    request = inference_pb2.GenerateRequest(**request_fields(arguments))
+def ask_and_draw(arguments: argparse.Namespace) -> None:
+    ask = print_answer if arguments.json else stream_answer
+    if arguments.draw is None:
+        ask(arguments, [read_file(path) for path in arguments.image])
+        return
+    from services.commands.drawing import check_drawing, draw_boxes  # Pillow, only if needed
+
+    if not arguments.image:
+        raise ClientError("--draw needs an image to draw on: add --image FILE")
+    check_drawing(arguments.draw)
+    images = [read_file(path) for path in arguments.image]
+    boxes = ask(arguments, images)
+    number = draw_boxes(images, boxes, arguments.draw, arguments.seed or 0)
+    print(f"twinlens: drew {number} boxes in {arguments.draw}", file=sys.stderr)
+
+
+def print_answer(arguments: argparse.Namespace, images: list[bytes]) -> Boxes:
+    """Print the whole answer as JSON, and return its boxes."""
+    request = inference_pb2.GenerateRequest(**request_fields(arguments, images))
     with connect(arguments.grpc) as channel:
         response = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
             request, timeout=arguments.timeout
@@ -101,21 +128,27 @@ def print_answer(arguments: argparse.Namespace) -> None:
         "finish_reason": FINISH_REASONS[response.finish_reason],
         "usage": as_dict(response.usage),
         "timings": as_dict(response.timings),
+        "boxes": [as_dict(box) for box in response.boxes],
     }
     print(json_line(answer))
+    return response.boxes
 
 
-def stream_answer(arguments: argparse.Namespace) -> None:
-    request = inference_pb2.GenerateStreamRequest(**request_fields(arguments))
+def stream_answer(arguments: argparse.Namespace, images: list[bytes]) -> Boxes:
+    """Print the answer while it comes, and return its boxes."""
+    request = inference_pb2.GenerateStreamRequest(**request_fields(arguments, images))
+    boxes: Boxes = []
     with connect(arguments.grpc) as channel:
         for response in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
             request, timeout=arguments.timeout
         ):
             print(answer_text(response.delta.text), end="", flush=True)
+            boxes = response.end.boxes
     print(flush=True)
+    return boxes
 
 
-def request_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+def request_fields(arguments: argparse.Namespace, images: list[bytes]) -> dict[str, Any]:
     """Return the fields that GenerateRequest and GenerateStreamRequest share."""
     sampling = {
         name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "seed")
@@ -127,7 +160,7 @@ def request_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "text": arguments.prompt,
-        "images": [inference_pb2.Image(data=read_file(path)) for path in arguments.image],
+        "images": [inference_pb2.Image(data=image) for image in images],
         "sampling": inference_pb2.SamplingParams(**sampling),
         "stopping": inference_pb2.StoppingParams(**stopping),
     }

@@ -23,6 +23,7 @@ def main(settings: DetokenizerSettings, stop: Stop) -> None:
         open_vocabulary(checkpoint),
         checkpoint.sizes.vocab_size,
         checkpoint.max_model_len,
+        checkpoint.family.answers_hold_boxes,
     )
     get_logger().info("ready", id=member.id)
     member.ready()

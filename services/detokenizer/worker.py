@@ -12,6 +12,7 @@ from typing import Any, assert_never
 
 import numpy as np
 
+from common.boxes import boxes_in, write_boxes
 from common.events import PeerDown, PeerUp, Received
 from common.logs import get_logger
 from common.member import Drain, Event, Member
@@ -55,6 +56,8 @@ class Answer:
     deadline: float
     num_tokens: int
     """The number of tokens so far, of all attempts."""
+    texts: list[str]
+    """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
     began: float = field(default_factory=time.monotonic)
 
 
@@ -67,13 +70,16 @@ class Worker:
         vocabulary: Vocabulary,
         vocab_size: int,
         max_model_len: int,
+        reads_boxes: bool = False,
     ) -> None:
         """`vocab_size` is the number of the model's logits, which may exceed that of its tokens.
-        No answer is longer than `max_model_len` tokens."""
+        No answer is longer than `max_model_len` tokens. `reads_boxes` says whether answers may hold
+        boxes."""
         self._member = member
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._reads_boxes = reads_boxes
         self._answers: dict[RequestKey, Answer] = {}
         self._gateways: set[str] = set()
         self._unreleased: set[str] = set()
@@ -183,7 +189,7 @@ class Worker:
         )
         resumed = start.output_token_ids.numpy().tolist() if start.output_token_ids else []
         with self._member.progress.unit(self._resume_times, len(resumed)):
-            decoder.push(resumed)  # an earlier attempt delivered the text of these tokens
+            text = decoder.push(resumed)  # which an earlier attempt has delivered
         self._answers[start.key] = Answer(
             llm_id=llm_id,
             gateway_id=start.gateway_id,
@@ -192,6 +198,7 @@ class Worker:
             decoder=decoder,
             deadline=time.monotonic() + start.timeout,
             num_tokens=len(resumed),
+            texts=[text] if self._reads_boxes else [],
         )
         self._log.debug("answer begins", request_id=start.request_id)
 
@@ -286,6 +293,8 @@ class Worker:
         if finish_reason:
             text += decoder.finish()
             del self._answers[key]
+        if self._reads_boxes:
+            answer.texts.append(text)
         if decoder.stopped and not tokens.finish_reason:
             self._member.links.send(answer.llm_id, StopFound(**tokens.ids))
         end = self._end(answer, tokens.offset + len(ids), finish_reason) if finish_reason else {}
@@ -313,6 +322,7 @@ class Worker:
             "finish_reason": finish_reason,
             "usage": usage,
             "timings": Tensor.of_bytes(write_timings(answer.timings)),
+            "boxes": write_boxes(boxes_in("".join(answer.texts))) if self._reads_boxes else None,
         }
 
     def _logprobs(self, tokens: Tokens, count: int) -> Tensor | None:

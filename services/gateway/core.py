@@ -35,7 +35,12 @@ from common.messages import (
     Usage,
 )
 from services.gateway.admission import Admission
-from services.gateway.deltas import read_delta, read_token_ids
+from services.gateway.deltas import (
+    read_delta,
+    read_delta_boxes,
+    read_item_sizes,
+    read_token_ids,
+)
 from services.gateway.failover import PATIENCE_SECONDS, RETRY_SECONDS, Failover
 from services.gateway.generation import (
     Began,
@@ -79,7 +84,7 @@ class GatewayCore:
         """Set while no request is in flight."""
         self.idle.set()
         self.is_draining = False
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._admission = Admission(self.peers, max_waiting)
         self._instance = secrets.token_hex(3)
         self._num_admitted = 0
@@ -171,7 +176,7 @@ class GatewayCore:
     # Admission
 
     def _admit(self, request: GenerationRequest) -> Record:
-        timeout = self._request_timeout if request.timeout is None else request.timeout
+        timeout = self.request_timeout if request.timeout is None else request.timeout
         self._admission.check(self._num_waiting, timeout)
         task = task_for(request, self.peers.tasks)
         self._num_admitted += 1
@@ -278,6 +283,7 @@ class GatewayCore:
         ids = routed.prompt_token_ids
         try:
             record.prompt_token_ids = None if ids is None else read_token_ids(ids)
+            record.item_sizes = read_item_sizes(routed.item_sizes, len(record.request.images))
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="preprocess"))
             return
@@ -299,6 +305,7 @@ class GatewayCore:
     def _on_delta(self, record: Record, delta: Delta) -> None:
         try:
             piece, timings = read_delta(delta)
+            boxes = read_delta_boxes(delta, record.item_sizes)
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="detokenizer"))
             return
@@ -310,7 +317,7 @@ class GatewayCore:
         record.add_tokens(piece)
         self._failover.on_tokens(record, is_end=timings is not None)
         if timings is not None:
-            end = Ended(delta.finish_reason, delta.usage, record.complete(timings))
+            end = Ended(delta.finish_reason, delta.usage, record.complete(timings), boxes)
             self._finish(record, end)
 
     def _on_pooled(self, record: Record, pooled: Pooled) -> None:

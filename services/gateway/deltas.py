@@ -4,13 +4,16 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from common.boxes import read_boxes
 from common.messages import Delta
 from common.timings import Timings, read_timings
 from common.wire import Tensor
-from services.gateway.generation import Piece
+from services.gateway.generation import Boxes, Piece
 
 FINISH_REASONS = ("", "stop", "length")
 TOKEN_ID_END = 2**31
+MAX_SIDE = 2**31 - 1
+"""The longest side of an item in pixels, so that coordinates fit into the API's numbers."""
 
 
 class TokenEntry(TypedDict):
@@ -55,6 +58,37 @@ def read_delta(delta: Delta) -> tuple[Piece, Timings | None]:
             raise ValueError("the end of the answer has no timings")
         timings = read_timings(delta.timings)
     return Piece(delta.offset, ids, text, logprobs), timings
+
+
+def read_delta_boxes(delta: Delta, item_sizes: list[tuple[int, int]]) -> Boxes | None:
+    """Return the boxes of an answer in pixels; None if the model's answers mark none.
+
+    They lie on the latest image. `item_sizes` has the (height, width) of each image.
+
+    Raises
+    ------
+    ValueError
+        if they are malformed.
+    """
+    if delta.boxes is None:
+        return None
+    boxes = read_boxes(delta.boxes)
+    if not item_sizes:
+        return Boxes(0, [])
+    height, width = item_sizes[-1]
+    return Boxes(len(item_sizes) - 1, [box.scaled(height, width) for box in boxes])
+
+
+def read_item_sizes(tensor: Tensor | None, num_items: int) -> list[tuple[int, int]]:
+    """Return (height, width) of each item. Raises ValueError unless the tensor holds them."""
+    if tensor is None:
+        return []
+    if tensor.dtype != "int64" or tensor.shape != (num_items, 2):
+        raise ValueError(f"the sizes are {tensor}, int64 {(num_items, 2)} is wanted")
+    sizes = tensor.numpy()
+    if sizes.size and not 0 < sizes.min() <= sizes.max() <= MAX_SIDE:
+        raise ValueError(f"a side of an item is outside [1, {MAX_SIDE}]")
+    return [(height, width) for height, width in sizes.tolist()]
 
 
 def read_token_ids(tensor: Tensor) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.boxes import Box
 from common.messages import Sampling, Stopping, Task, Usage
 from common.wire import Buffer
 
@@ -60,6 +61,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes in pixels of one image of the request, as it was sent and upright."""
+
+    image: int
+    """Index of the image."""
+    boxes: list[Box]
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The last event of an answer that succeeds."""
 
@@ -67,6 +77,8 @@ class Ended:
     usage: Usage
     timings: dict[str, Any]
     """The fields of the proto message Timings, by name."""
+    boxes: Boxes | None = None
+    """The boxes that the answer marks; None if the model's answers mark none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +101,8 @@ class Core(Protocol):
     """What the API servers need from the gateway's core."""
 
     model_name: str
+    request_timeout: float
+    """Seconds until the deadline of a request that sets none."""
 
     @property
     def is_draining(self) -> bool:
@@ -121,3 +135,11 @@ class Core(Protocol):
     def unready_reason(self) -> str:
         """Return why no request can be answered at present; empty if the gateway is ready."""
         ...
+
+
+async def last_of(events: AsyncIterator[GenerationEvent]) -> Result:
+    """Return the last event of a request that asks for no text."""
+    async for event in events:
+        if isinstance(event, Result):
+            return event
+    raise AssertionError("the request ended without a result")

@@ -34,13 +34,16 @@ from services.gateway.generation import (
     GenerationEvent,
     GenerationRequest,
     Piece,
+    last_of,
 )
 from services.gateway.grpc_messages import (
-    GenerateRequest,
+    InferenceRequest,
+    classify_response,
+    embed_response,
     end_fields,
     error_status,
     stream_response,
-    to_generation,
+    to_request,
     token_logprob,
 )
 from services.gateway.grpc_reads import Reads, client_name
@@ -79,6 +82,7 @@ CONTROLLER_CODES = {
 """Codes of the controller whose texts are for the client."""
 
 A = TypeVar("A", bound=Message)
+R = TypeVar("R", bound=InferenceRequest)
 T = TypeVar("T")
 
 
@@ -109,7 +113,7 @@ def create_server(
 
 
 class InferenceServicer:
-    """Generate and GenerateStream, answered by the core."""
+    """The methods of the inference service, answered by the core."""
 
     def __init__(self, core: Core, reads: Reads, admitted_images: BodyBudget) -> None:
         self.core = core
@@ -126,6 +130,12 @@ class InferenceServicer:
             "GenerateStream": grpc.stream_stream_rpc_method_handler(
                 self.GenerateStream, None, inference_pb2.GenerateStreamResponse.SerializeToString
             ),
+            "Classify": grpc.stream_unary_rpc_method_handler(
+                self.Classify, None, inference_pb2.ClassifyResponse.SerializeToString
+            ),
+            "Embed": grpc.stream_unary_rpc_method_handler(
+                self.Embed, None, inference_pb2.EmbedResponse.SerializeToString
+            ),
         }
 
     async def Generate(self, _messages: Any, context: Context) -> inference_pb2.GenerateResponse:
@@ -133,9 +143,9 @@ class InferenceServicer:
         texts: list[str] = []
         async with (
             abort_on_error(context),
-            self._admitted(inference_pb2.GenerateRequest, context) as (request_id, events),
+            self._admitted(inference_pb2.GenerateRequest, context) as (request, events),
         ):
-            response.request_id = request_id
+            response.request_id = request.request_id
             async for event in events:
                 match event:
                     case Began(prompt_token_ids=ids):
@@ -153,32 +163,53 @@ class InferenceServicer:
     async def GenerateStream(self, _messages: Any, context: Context) -> None:
         async with (
             abort_on_error(context),
-            self._admitted(inference_pb2.GenerateStreamRequest, context) as (request_id, events),
+            self._admitted(inference_pb2.GenerateStreamRequest, context) as (request, events),
         ):
             async for event in events:
-                await write_in_time(context, stream_response(event, request_id))
+                await write_in_time(context, stream_response(event, request.request_id))
+
+    async def Classify(self, _messages: Any, context: Context) -> inference_pb2.ClassifyResponse:
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.ClassifyRequest, context) as (request, events),
+        ):
+            top_k = request.top_k if request.HasField("top_k") else None
+            return classify_response(await last_of(events), request.request_id, top_k)
+        raise AssertionError("an error ends the call")
+
+    async def Embed(self, _messages: Any, context: Context) -> inference_pb2.EmbedResponse:
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.EmbedRequest, context) as (request, events),
+        ):
+            return embed_response(await last_of(events), request.request_id)
+        raise AssertionError("an error ends the call")
 
     @asynccontextmanager
     async def _admitted(
-        self, kind: type[GenerateRequest], context: Context
-    ) -> AsyncIterator[tuple[str, AsyncIterator[GenerationEvent]]]:
-        """Receive the request, and return its id and its events once it is admitted."""
+        self, kind: type[R], context: Context
+    ) -> AsyncIterator[tuple[R, AsyncIterator[GenerationEvent]]]:
+        """Receive the request, and return it without its images, with its id, and its events once
+        it is admitted."""
         client = client_name(context.peer())
         async with AsyncExitStack() as stack:
             # The bytes of a request are counted until it is admitted, and its images to the end.
             with await self.reads.receive(context) as data:
-                generation = await self._read(data or b"", kind, context)
+                request, generation = await self._read(data or b"", kind, context)
                 num_image_bytes = sum(map(len, generation.images))
                 stack.enter_context(self.admitted_images.reserve(client, num_image_bytes))
                 events = await stack.enter_async_context(self.core.generate(generation))
-            request_id = generation.request_id
+            request.request_id = generation.request_id
             del generation, data
-            yield request_id, events
+            yield request, events
 
     async def _read(
-        self, data: bytes, kind: type[GenerateRequest], context: Context
-    ) -> GenerationRequest:
-        """Return the request as the core takes it, and send its id to the client as metadata."""
+        self, data: bytes, kind: type[R], context: Context
+    ) -> tuple[R, GenerationRequest]:
+        """Return the request without its images, and as the core takes it.
+
+        Its id is sent to the client as metadata.
+        """
         max_model_len = self.core.max_model_len()
         try:
             split = split_images(data, max_model_len, QUICK_FIELDS)
@@ -193,8 +224,8 @@ class InferenceServicer:
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
-        convert = partial(to_generation, request, split.images, request_id, timeout, max_model_len)
-        return await self._work(context, is_large, convert)
+        convert = partial(to_request, request, split.images, request_id, timeout, max_model_len)
+        return request, await self._work(context, is_large, convert)
 
     async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:
         """Return what the function returns, which does something with a request.
@@ -206,7 +237,7 @@ class InferenceServicer:
         return function()
 
 
-def message_of(kind: type[GenerateRequest], data: bytes) -> GenerateRequest:
+def message_of(kind: type[R], data: bytes) -> R:
     """Return the bytes as a message of this kind, or raise InvalidRequest."""
     request = parsed(data, kind.FromString)
     assert isinstance(request, kind)

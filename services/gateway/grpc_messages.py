@@ -1,6 +1,7 @@
 """gRPC messages of the inference API to and from the types of `generation.py`."""
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from common.boxes import Box
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
-from common.messages import Usage
+from common.messages import Task, Usage
 from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import (
@@ -22,8 +24,10 @@ from services.gateway.generation import (
     Result,
 )
 from services.gateway.images import check_images
+from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
+from services.gateway.pooled import best_classes
 from services.gateway.schema import MAX_TIMEOUT, encode_messages
 
 FINISH_REASONS = {
@@ -32,6 +36,8 @@ FINISH_REASONS = {
 }
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+PoolingRequest = inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest
+InferenceRequest = GenerateRequest | PoolingRequest
 Images = tuple[Buffer, ...]
 
 # Requests
@@ -69,11 +75,55 @@ def to_generation(
         images=images,
         sampling=make_sampling(sampling),
         stopping=make_stopping(stopping, max_model_len),
-        timeout=None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT),
+        timeout=bounded(timeout),
         return_prompt_token_ids=request.response.return_prompt_token_ids,
         guide_kind=guide_kind,
         guide=guide,
     )
+
+
+def to_request(
+    request: InferenceRequest,
+    images: Images,
+    request_id: str,
+    timeout: float | None,
+    max_model_len: int | None,
+) -> GenerationRequest:
+    """Return the request of any method, as `to_generation` does."""
+    match request:
+        case inference_pb2.ClassifyRequest():
+            if request.HasField("top_k") and not request.top_k:
+                raise InvalidField("top_k", "must be at least 1; leave it out for all labels")
+            return to_pooling("classify", request, images, request_id, timeout)
+        case inference_pb2.EmbedRequest():
+            return to_pooling("embed", request, images, request_id, timeout)
+        case _:
+            return to_generation(request, images, request_id, timeout, max_model_len)
+
+
+def to_pooling(
+    task: Task,
+    request: PoolingRequest,
+    images: Images,
+    request_id: str,
+    timeout: float | None,
+) -> GenerationRequest:
+    """Return a request for something other than a text, or raise InvalidRequest."""
+    check_images(images)
+    prompt_kind, prompt = read_prompt(request, len(images))
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_kind=prompt_kind,
+        prompt=prompt,
+        images=images,
+        timeout=bounded(timeout),
+        task=task,
+    )
+
+
+def bounded(timeout: float | None) -> float | None:
+    """Return the seconds that a client allows, within what a request may have."""
+    return None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT)
 
 
 def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
@@ -89,7 +139,7 @@ def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
     return "", ""
 
 
-def read_prompt(request: GenerateRequest, num_images: int) -> tuple[str, bytes]:
+def read_prompt(request: InferenceRequest, num_images: int) -> tuple[str, bytes]:
     """Return the kind and the bytes of the prompt, as GenerationRequest has them.
 
     Text becomes one user turn, with the images before it.
@@ -155,7 +205,48 @@ def end_fields(ended: Ended) -> dict[str, Any]:
         "finish_reason": FINISH_REASONS[ended.finish_reason],
         "usage": usage_message(ended.usage),
         "timings": inference_pb2.Timings(**ended.timings),
+        "boxes": map(box_message, ended.boxes.boxes, repeat(ended.boxes.image))
+        if ended.boxes
+        else (),
     }
+
+
+def box_message(box: Box, image: int) -> inference_pb2.Box:
+    """Return a box in pixels of the image with this index."""
+    points = [inference_pb2.Point(x=x, y=y) for x, y in box.corners]
+    if len(points) == 4:
+        return inference_pb2.Box(ref=box.ref, image=image, quad=inference_pb2.Quad(corners=points))
+    (x1, y1), (x2, y2) = box.corners
+    rectangle = inference_pb2.Rectangle(x1=x1, y1=y1, x2=x2, y2=y2)
+    return inference_pb2.Box(ref=box.ref, image=image, rectangle=rectangle)
+
+
+def classify_response(
+    result: Result, request_id: str, top_k: int | None
+) -> inference_pb2.ClassifyResponse:
+    """Return the labels of a classification, the best `top_k` or all of them."""
+    best = best_classes(result.values, top_k or len(result.labels))
+    return inference_pb2.ClassifyResponse(
+        request_id=request_id,
+        labels=[
+            inference_pb2.LabelProbability(
+                label=result.labels[n], index=n, probability=result.values[n]
+            )
+            for n in best
+        ],
+        num_classes=len(result.labels),
+        usage=usage_message(result.usage),
+        timings=inference_pb2.Timings(**result.timings),
+    )
+
+
+def embed_response(result: Result, request_id: str) -> inference_pb2.EmbedResponse:
+    return inference_pb2.EmbedResponse(
+        request_id=request_id,
+        values=result.values.tolist(),
+        usage=usage_message(result.usage),
+        timings=inference_pb2.Timings(**result.timings),
+    )
 
 
 def usage_message(usage: Usage) -> inference_pb2.Usage:

@@ -120,6 +120,7 @@ class MeasuredCore:
         self.core = core
         self.metrics = metrics or Metrics()
         self.model_name = core.model_name
+        self.request_timeout = core.request_timeout
         self.check_model = core.check_model
         self.max_model_len = core.max_model_len
         self.unready_reason = core.unready_reason

@@ -1,11 +1,8 @@
 """The OpenAI-compatible HTTP API."""
 
-import asyncio
 import math
 import time
-from collections.abc import Awaitable
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,23 +17,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import InvalidRequest, ServingError, Unavailable, shorten
+from common.errors import ServingError, Unavailable, shorten
 from services.gateway import sse
-from services.gateway.bodies import Bodies, BodyDrop, address_of
-from services.gateway.body_budget import BodyBudget, Reservation
-from services.gateway.generation import Began, Core, Ended, GenerationRequest, Piece
+from services.gateway.bodies import Bodies, BodyDrop
+from services.gateway.body_budget import BodyBudget
+from services.gateway.chat_http import ChatCompletions
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
-from services.gateway.schema import MAX_TIMEOUT, chat_to_generation, new_request_id, parse_chat
-
-STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
-
-Parsed = tuple[GenerationRequest, sse.CompletionWriter, bool]
-"""A request, what writes its answer, and whether the answer is streamed."""
+from services.gateway.pooling_http import Classifications, Embeddings
+from services.gateway.schema import new_request_id
 
 
 def create_app(
@@ -48,13 +37,16 @@ def create_app(
     """Return the application. The budgets are shared with the other API: for bodies before
     admission, and for the images of admitted requests."""
     info = InfoEndpoints(core)
-    bodies = Bodies(max_body_bytes, budget or BodyBudget())
-    chat_completions = ChatCompletions(
-        core, bodies, admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES)
+    shared = (
+        core,
+        Bodies(max_body_bytes, budget or BodyBudget()),
+        admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES),
     )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(*shared), methods=["POST"]),
+            Route("/v1/classify", Classifications(*shared), methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{model:path}", info.model),
             Route("/livez", info.live),
@@ -172,153 +164,3 @@ class InfoEndpoints:
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": version("twinlens")})
-
-
-class ChatCompletions:
-    """POST /v1/chat/completions as an ASGI application.
-
-    One task enters the core's context, sends the response and leaves the context. The task is
-    cancelled when the client disconnects, whatever it waits for.
-    """
-
-    def __init__(self, core: Core, bodies: Bodies, admitted_images: BodyBudget) -> None:
-        self.core = core
-        self.bodies = bodies
-        self.admitted_images = admitted_images
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))
-        with self.bodies.reserve(scope) as reservation:
-            body = await self.bodies.read(receive, reservation)
-            work = self._answer(body, timeout, reservation, scope, receive, send)
-            del body
-            await cancel_on_disconnect(work, receive)
-
-    async def _answer(
-        self,
-        body: bytearray,
-        timeout: float | None,
-        reservation: Reservation,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        """Send the answer. The body is not kept, because it may have tens of megabytes."""
-        parse = partial(self._parse, body, scope["request_id"], timeout)
-        generation, writer, is_streamed = await self.bodies.work(scope, body, parse)
-        del body, parse
-        reservation.release()
-        num_image_bytes = sum(map(len, generation.images))
-        with self.admitted_images.reserve(address_of(scope), num_image_bytes):
-            if is_streamed:
-                await self._send_stream(generation, writer, send)
-            else:
-                await self._send_whole(generation, writer, scope, receive, send)
-
-    def _parse(self, body: bytearray, request_id: str, timeout: float | None) -> Parsed:
-        """Return the request in a body. This may run on another thread."""
-        chat = parse_chat(body)
-        self.core.check_model(chat.model)
-        generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
-        writer = sse.CompletionWriter(
-            request_id,
-            self.core.model_name,
-            with_ids=bool(chat.return_token_ids),
-            with_logprobs=bool(chat.logprobs),
-            with_usage=chat.include_usage,
-        )
-        return generation, writer, bool(chat.stream)
-
-    async def _send_whole(
-        self,
-        generation: GenerationRequest,
-        writer: sse.CompletionWriter,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        pieces: list[Piece] = []
-        async with self.core.generate(generation) as events:
-            async for event in events:
-                match event:
-                    case Began():
-                        began = event
-                    case Piece():
-                        pieces.append(event)
-                    case Ended():
-                        body = writer.whole(began, pieces, event)
-        await JSONResponse(body)(scope, receive, send)
-
-    async def _send_stream(
-        self, generation: GenerationRequest, writer: sse.CompletionWriter, send: Send
-    ) -> None:
-        """Send the events of an answer.
-
-        Nothing is sent before Began, so an earlier failure is an HTTP error. A later one is an
-        event of the stream.
-        """
-        started = False
-        try:
-            async with self.core.generate(generation) as events:
-                async for event in events:
-                    match event:
-                        case Began():
-                            started = True
-                            await start_stream(send)
-                            await send_body(send, writer.first_chunk(event))
-                        case Piece():
-                            await send_body(send, writer.piece_chunk(event))
-                        case Ended():
-                            tail = writer.last_chunks(event)
-        except ServingError as error:
-            if not started:
-                raise
-            tail = sse.sse_event(sse.error_body(error))
-        await send({"type": "http.response.body", "body": tail + sse.DONE})
-
-
-async def start_stream(send: Send) -> None:
-    headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-
-async def send_body(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def read_timeout(header: str | None) -> float | None:
-    """Return the seconds in the X-Request-Timeout header, or None if it is absent."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= MAX_TIMEOUT:
-        raise InvalidRequest(
-            "X-Request-Timeout: must be a number of seconds above 0", stage="gateway"
-        )
-    return seconds
-
-
-async def cancel_on_disconnect(work: Awaitable[None], receive: Receive) -> None:
-    """Wait for the work, and cancel it if the client disconnects first.
-
-    The body of the request must have been read before.
-    """
-    working = asyncio.ensure_future(work)
-    disconnecting = asyncio.ensure_future(wait_for_disconnect(receive))
-    try:
-        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        for task in (working, disconnecting):
-            task.cancel()
-        await asyncio.gather(working, disconnecting, return_exceptions=True)
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -21,7 +21,7 @@ class Pool(NamedTuple):
 
     @property
     def best_label(self) -> str:
-        return self.labels[int(self.values.argmax())]
+        return self.labels[best_classes(self.values, 1)[0]]
 
 
 def read_pooled(pooled: Pooled, task: Task) -> tuple[Pool, Timings]:
@@ -47,3 +47,8 @@ def read_pooled(pooled: Pooled, task: Task) -> tuple[Pool, Timings]:
     if task == "classify" and len(labels) != len(values):
         raise ValueError(f"{len(labels)} labels came for {len(values)} probabilities")
     return Pool(values, labels), read_timings(pooled.timings) if pooled.timings else {}
+
+
+def best_classes(probabilities: np.ndarray, count: int) -> list[int]:
+    """Return the indices of the `count` largest probabilities, the largest first."""
+    return np.argsort(-probabilities, kind="stable")[:count].tolist()

@@ -100,6 +100,8 @@ class Record:
     """What the model is asked for, which for a generation may be a label."""
     attempt: Attempt = field(default_factory=lambda: Attempt(0))
     prompt_token_ids: list[int] | None = None
+    item_sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Height and width of each image in pixels, once preprocess has read it."""
     token_ids: list[int] = field(default_factory=list)
     """Every output token received so far, from all attempts."""
     events: asyncio.Queue[GenerationEvent | ServingError] = field(default_factory=asyncio.Queue)

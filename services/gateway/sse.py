@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
@@ -81,6 +82,21 @@ def logprobs_body(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def extension(ended: Ended) -> dict[str, Any]:
+    """Return what a message has that OpenAI's has not: boxes, if the model's answers mark some."""
+    if ended.boxes is None:
+        return {}
+    image = ended.boxes.image
+    return {"twinlens": {"boxes": [box_body(box, image) for box in ended.boxes.boxes]}}
+
+
+def box_body(box: Box, image: int) -> dict[str, Any]:
+    """Return a box in pixels of the image with this index: x1, y1, x2, y2, or four points."""
+    is_quad = len(box.corners) == 4
+    shape = {"quad": box.corners} if is_quad else {"box": [*box.corners[0], *box.corners[1]]}
+    return {"ref": box.ref, "image": image} | shape
+
+
 class CompletionWriter:
     """Writes the bodies of one completion.
 
@@ -100,7 +116,8 @@ class CompletionWriter:
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
+            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+            | extension(ended),
             "logprobs": logprobs_body(logprobs) if self.with_logprobs else None,
             "finish_reason": ended.finish_reason,
         }
@@ -134,7 +151,7 @@ class CompletionWriter:
 
     def last_chunks(self, ended: Ended) -> bytes:
         """Return the chunk with the finish reason, and one with the usage if it is asked for."""
-        end = self._chunk({}, finish_reason=ended.finish_reason)
+        end = self._chunk(extension(ended), finish_reason=ended.finish_reason)
         if not self.with_usage:
             return end
         totals = {"choices": [], "usage": usage_body(ended.usage), "timings": ended.timings}
@@ -142,7 +159,7 @@ class CompletionWriter:
 
     def _chunk(
         self,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
         token_ids: list[int] | None = None,

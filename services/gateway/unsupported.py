@@ -58,6 +58,25 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
 
 The values in the tuple, and null, are accepted, because they do not change the answer.
 """
+IN_POOLING: dict[str, tuple[Any, ...]] = {
+    name: IN_REQUEST[name]
+    for name in (
+        "add_generation_prompt",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "documents",
+        "mm_processor_kwargs",
+        "truncate_prompt_tokens",
+    )
+} | {
+    "activation": (True,),
+    "add_special_tokens": (True,),
+    "normalize": (True,),
+    "softmax": (True,),
+    "use_activation": (True,),
+}
+"""Fields of a classification or of a request for embeddings that are refused, in the same form."""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),

@@ -381,7 +381,8 @@ class Worker:
             raise Unavailable(error, stage="llm")
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
         self._remove_preparation(key)
-        routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids)
+        sizes = Tensor.of(np.array(preparation.sizes, np.int64)) if items else None
+        routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids, item_sizes=sizes)
         self._member.links.send(preparation.gateway_id, routed)
         self._member.links.send(llm.id, prompt)
         if items:

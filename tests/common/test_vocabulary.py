@@ -378,3 +378,15 @@ def test_what_the_tokenizers_package_refuses_is_a_bad_checkpoint() -> None:
     found = replace(open_vocabulary(open_checkpoint(TINY_OCR)), tokenizer_json="{}")
     with pytest.raises(BadCheckpoint, match=r"tokenizer\.json is damaged, or needs a newer"):
         found.encode("a")
+
+
+def test_markup_stays_in_an_answer_without_special_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(golden.GoldenCase("a_image").checkpoint)
+    name = "<|vision_start|>"
+    monkeypatch.setattr(type(checkpoint.family), "markup_tokens", (name, "no such token"))
+    found = open_vocabulary(checkpoint)
+    marker = found.id_of(name)
+    assert marker is not None and found.markup_ids == {marker}
+    assert found.visible_bytes(marker, skip_special_tokens=True) == name.encode()
+    end = found.id_of("<|im_end|>")
+    assert end is not None and found.visible_bytes(end, skip_special_tokens=True) == b""

@@ -10,11 +10,13 @@ import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
 from common.errors import Exhausted, Unavailable
-from services.gateway.generation import Began, Piece
+from common.messages import Usage
+from services.gateway.generation import Began, Piece, Result
 from tests.gateway.fake_core import FOREVER, HELLO, FakeCore, http_server
 
 PICTURE = "data:image/png;base64," + base64.b64encode(b"picture").decode()
@@ -245,3 +247,17 @@ async def test_images_as_different_clients_send_them(
         b"data: [DONE]\n\n"
     )
     assert core.requests[0].images == (b"picture",)
+
+
+async def test_embeddings_come_as_the_client_asks_for_them_by_itself(
+    client: openai.AsyncOpenAI, core: FakeCore
+) -> None:
+    values = np.array([0.6, -0.8], np.float32)
+    core.script = (Began(None), Result(values, [], Usage(prompt_tokens=4), {}))
+    for form in ({}, {"encoding_format": "float"}):
+        answer = await client.embeddings.create(model="org/tiny", input=["a", "b"], **form)
+        assert [entry.index for entry in answer.data] == [0, 1]
+        np.testing.assert_allclose(answer.data[1].embedding, values, rtol=1e-7)
+        assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (8, 8)
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        await client.embeddings.create(model="org/tiny", input="a", dimensions=5)

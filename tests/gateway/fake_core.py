@@ -12,7 +12,14 @@ from common.errors import NotFound
 from common.messages import Usage
 from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits
-from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Piece
+from services.gateway.generation import (
+    Began,
+    Ended,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+    Result,
+)
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
@@ -63,6 +70,7 @@ class FakeCore:
 
     def __init__(self, *script: Step, refusal: Exception | None = None) -> None:
         self.model_name = "org/tiny"
+        self.request_timeout = 60.0
         self.script = script or HELLO
         self.refusal = refusal
         self.requests: list[GenerationRequest] = []
@@ -92,7 +100,7 @@ class FakeCore:
                 elif isinstance(step, Exception):
                     raise step
                 else:
-                    ended = isinstance(step, Ended)
+                    ended = isinstance(step, Ended | Result)
                     await asyncio.sleep(0)
                     yield step
 

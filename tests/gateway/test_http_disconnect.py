@@ -13,13 +13,10 @@ BEFORE_THE_FIRST_TOKEN = (FOREVER,)
 IN_THE_MIDDLE = (Began(None), Piece(0, [1], "x", []), FOREVER)
 
 
-def request(**body: Any) -> bytes:
+def request(path: str = "chat/completions", **body: Any) -> bytes:
     content = json.dumps({"messages": [{"role": "user", "content": "hi"}], **body}).encode()
-    return (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n"
-        % len(content)
-        + content
-    )
+    head = f"POST /v1/{path} HTTP/1.1\r\nhost: here\r\ncontent-length: {len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -33,6 +30,18 @@ async def test_a_request_is_aborted_when_its_client_disconnects(
         writer.write(request(stream=stream))
         await core.waiting.wait()
         assert not core.aborted.is_set()
+        writer.close()
+        await writer.wait_closed()
+        await core.aborted.wait()
+
+
+@pytest.mark.parametrize("path", ["classify", "embeddings"])
+async def test_a_request_for_no_text_is_aborted_when_its_client_disconnects(path: str) -> None:
+    core = FakeCore(Began(None), FOREVER)
+    async with http_server(core) as port, asyncio.timeout(10):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(path))
+        await core.waiting.wait()
         writer.close()
         await writer.wait_closed()
         await core.aborted.wait()

@@ -23,8 +23,8 @@ SERVE = """
 --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
---grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout --top-k
---top-p
+--draw --grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout
+--top-k --top-p
 """
 PLAN = """
 --card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request

@@ -193,6 +193,7 @@ def submit(
         avoid=fields.get("avoid", ""),
         apart=fields.get("apart", False),
         apart_in_llm=fields.get("apart_in_llm", False),
+        task=fields.get("task", "generate"),
     )
     return received(gateway, "gateway", message)
 

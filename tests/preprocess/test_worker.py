@@ -12,6 +12,7 @@ from common.messages import (
     Abort,
     Alone,
     Cleared,
+    Failed,
     LlmLoad,
     Noted,
     Prompt,
@@ -67,6 +68,21 @@ def test_a_text_request_becomes_a_prompt_and_nothing_is_kept() -> None:
     timings = json.loads(prompt.timings.bytes())
     assert timings["preprocess_seconds"] > 0 and timings["images"] == []
     assert preprocess.holds_nothing
+
+
+def test_the_gateway_gets_the_sizes_of_the_images_as_they_were_sent() -> None:
+    images = [encoded(noise(40, 70), "PNG"), encoded(noise(1300, 600), "PNG")]
+    sent = Preprocess("vision-1").play(submit("r", *images))
+    [routed] = [message for _, message in sent if isinstance(message, Routed)]
+    assert routed.item_sizes is not None
+    assert routed.item_sizes.numpy().tolist() == [[40, 70], [1300, 600]]
+
+
+def test_a_task_that_the_model_cannot_do_is_refused() -> None:
+    sent = Preprocess("vision-1").play(submit("r", task="classify"))
+    [(_, failed)] = sent
+    assert isinstance(failed, Failed) and failed.code == "InvalidRequest"
+    assert "it can generate" in failed.message
 
 
 def test_the_gateway_gets_the_expanded_prompt_if_it_asks_for_it() -> None:

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from common.errors import NotFound
-from services.gateway import acceptor, bodies, openai_http
+from services.gateway import acceptor, bodies, chat_http
 from services.gateway.acceptor import Acceptor
 from services.gateway.bodies import Bodies, next_deadline
 from services.gateway.body_budget import BodyBudget
@@ -222,7 +222,7 @@ async def test_a_body_is_parsed_while_others_are_served(
             assert go_on.wait(10)
         return parse_chat(body)
 
-    monkeypatch.setattr(openai_http, "parse_chat", parse_slowly)
+    monkeypatch.setattr(chat_http, "parse_chat", parse_slowly)
     async with http_server(FakeCore()) as port, asyncio.timeout(10):
         reader, writer = await connect(port)
         writer.write(request(messages=[{"role": "user", "content": text}]))

@@ -1,0 +1,107 @@
+"""POST /v1/chat/completions."""
+
+from dataclasses import dataclass
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from common.errors import ServingError
+from services.gateway import sse
+from services.gateway.endpoint import Asked, Endpoint
+from services.gateway.generation import Began, Ended, GenerationRequest, Piece
+from services.gateway.schema import chat_to_generation, parse_chat
+
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AskedChat(Asked):
+    """The request of a chat, what writes its answer, and whether the answer is streamed."""
+
+    writer: sse.CompletionWriter
+    is_streamed: bool
+
+
+class ChatCompletions(Endpoint[AskedChat]):
+    """POST /v1/chat/completions as an ASGI application."""
+
+    def parse(self, body: bytearray, request_id: str, timeout: float | None) -> AskedChat:
+        chat = parse_chat(body)
+        self.core.check_model(chat.model)
+        generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
+        writer = sse.CompletionWriter(
+            request_id,
+            self.core.model_name,
+            with_ids=bool(chat.return_token_ids),
+            with_logprobs=bool(chat.logprobs),
+            with_usage=chat.include_usage,
+        )
+        return AskedChat([generation], writer, bool(chat.stream))
+
+    async def answer(self, asked: AskedChat, scope: Scope, receive: Receive, send: Send) -> None:
+        [generation] = asked.requests
+        if asked.is_streamed:
+            await self._send_stream(generation, asked.writer, send)
+        else:
+            await self._send_whole(generation, asked.writer, scope, receive, send)
+
+    async def _send_whole(
+        self,
+        generation: GenerationRequest,
+        writer: sse.CompletionWriter,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        pieces: list[Piece] = []
+        async with self.core.generate(generation) as events:
+            async for event in events:
+                match event:
+                    case Began():
+                        began = event
+                    case Piece():
+                        pieces.append(event)
+                    case Ended():
+                        body = writer.whole(began, pieces, event)
+        await JSONResponse(body)(scope, receive, send)
+
+    async def _send_stream(
+        self, generation: GenerationRequest, writer: sse.CompletionWriter, send: Send
+    ) -> None:
+        """Send the events of an answer.
+
+        Nothing is sent before Began, so an earlier failure is an HTTP error. A later one is an
+        event of the stream.
+        """
+        started = False
+        try:
+            async with self.core.generate(generation) as events:
+                async for event in events:
+                    match event:
+                        case Began():
+                            started = True
+                            await start_stream(send)
+                            await send_body(send, writer.first_chunk(event))
+                        case Piece():
+                            await send_body(send, writer.piece_chunk(event))
+                        case Ended():
+                            tail = writer.last_chunks(event)
+        except ServingError as error:
+            if not started:
+                raise
+            tail = sse.sse_event(sse.error_body(error))
+        await send({"type": "http.response.body", "body": tail + sse.DONE})
+
+
+async def start_stream(send: Send) -> None:
+    headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def send_body(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
