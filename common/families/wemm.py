@@ -1,6 +1,7 @@
 """WeMM-Chat-2k-CN, described without torch."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import BadCheckpoint, Family, ModelSizes
@@ -83,7 +84,7 @@ class Wemm(Family):
             head_dim=given["hidden_size"] // given["num_attention_heads"],
         )
 
-    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
+    def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int | Fraction:
         """Ranks split the rows of wqkv, w1 and w3 with their B, and the columns of wo and w2 with
         their A."""
         is_by_columns = ".wo." in name or ".w2." in name
@@ -93,7 +94,11 @@ class Wemm(Family):
             return world_size if is_by_columns else 1
         if ".Plora_B." in name and is_by_columns:
             return 1
-        return min(world_size, sizes.num_kv_heads) if ".wqkv." in name else world_size
+        if ".wqkv." in name:
+            num_local_kv = max(sizes.num_kv_heads // world_size, 1)
+            num_local = sizes.num_heads // world_size + 2 * num_local_kv
+            return Fraction(sizes.num_heads + 2 * sizes.num_kv_heads, num_local)
+        return world_size
 
     def patches_per_token(self, checkpoint: "Checkpoint") -> int:
         """Any number of patches is possible: incomplete squares become a token, too."""

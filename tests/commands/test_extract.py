@@ -145,6 +145,28 @@ def test_another_family_serves_from_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert max_difference(served.embed(torch.arange(320)).numpy(), table.astype(np.float32)) == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("qwen_vl", "a_chat_image"), ("qwen_vl", "b_long_ntk_logn"), ("wemm", "a_image")],
+)
+def test_every_family_serves_from_it(family: str, name: str, tmp_path: Path) -> None:
+    model = GoldenCase(name, family).checkpoint
+    assert extract(ExtractSettings(model=str(model), out=str(tmp_path))) == 0
+    file = tmp_path / "embed_tokens.bin"
+    (2 * np.fromfile(file, np.float16)).tofile(file)
+    plain, doubled = (
+        ThreadGroup(2).run(
+            lambda shard, given=given: (
+                load(open_checkpoint(model, given), torch.float32, CPU, shard)
+                .embed(torch.arange(500))
+                .numpy()
+            )
+        )
+        for given in ("", str(tmp_path))
+    )
+    assert max_difference(doubled[1], 2 * plain[0]) < 1e-4
+
+
 def test_a_table_of_another_size_is_refused(case: GoldenCase, folder: Path) -> None:
     with (folder / "embed_tokens.bin").open("ab") as f:
         f.write(b"\0\0")

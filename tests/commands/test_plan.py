@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checkpoints import COPIED, SHAPES, config_of, language_tensors, vision_tensors
+from benchmarks.families.qwen2_5_vl import (
+    COPIED,
+    SHAPES,
+    config_of,
+    language_tensors,
+    vision_tensors,
+)
 from common.checkpoint import Checkpoint
 from common.families import FAMILIES, ModelSizes
 from common.families.qwen2_5_vl import Qwen25VL
@@ -122,6 +128,23 @@ def test_a_dtype_without_a_size_is_refused_by_its_flag(
     (model / "config.json").write_text(json.dumps(config))
     status, _, err = planned(capsys, PlanSettings(model=str(model)))
     assert status == 2 and "--dtype" in err and "float64" in err
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "title"),
+    [
+        ("qwen2_5_vl", "d_text", "Qwen2.5-VL"),
+        ("qwen_vl", "a_chat_image", "Qwen-VL"),
+        ("wemm", "a_image", "WeMM"),
+    ],
+)
+def test_every_family_can_be_planned(
+    family: str, case: str, title: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(GoldenCase(case, family).checkpoint)
+    status, lines, _ = planned(capsys, PlanSettings(model=model, card_gib=1))
+    assert status == 0 and title in lines[0]
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["1", "2", "4", "8"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,19 @@ from tests.golden import CASES, GoldenCase
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_weight_bytes_are_those_that_are_loaded(name: str) -> None:
-    checkpoint = open_checkpoint(GoldenCase(name).checkpoint)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *map(GoldenCase, CASES),
+        GoldenCase("a_chat_image", "qwen_vl"),
+        GoldenCase("b_long_ntk_logn", "qwen_vl"),
+        GoldenCase("a_image", "wemm"),
+        GoldenCase("a_image_renamed", "wemm"),
+    ],
+    ids=lambda case: f"{case.family}-{case.name}",
+)
+def test_weight_bytes_are_those_that_are_loaded(case: GoldenCase) -> None:
+    checkpoint = open_checkpoint(case.checkpoint)
     stored = DTYPES[checkpoint.dtype]
     for world_size in filter(checkpoint.sizes.fits, TP_SIZES):
         shard = Shard(world_size - 1, world_size)
