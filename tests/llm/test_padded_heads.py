@@ -17,6 +17,7 @@ from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.families import ModelSizes
 from common.families.family import TP_SIZES
 from common.sizing import Footprint
+from compute.kernels.library import int8_kernels
 from services.llm.families import load
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
@@ -124,3 +125,18 @@ def test_a_family_that_does_not_pad_names_the_sizes_that_divide() -> None:
     sizes = ModelSizes(64, 64, 64, 2, 28, 4, 8)
     with pytest.raises(BadCheckpoint, match=r"28 heads, 4 key heads.* use --tp 1, 2, 4$"):
         sizes.check_fits(8)
+
+
+@pytest.mark.skipif(int8_kernels() is None, reason="no kernels for this CPU, or no compiler")
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_zeros_stay_zeros_in_half_precision_and_int8(case: GoldenCase, quantization: str) -> None:
+    """Rows of zeros have no scale of their own, and the fused decode has heads of zeros."""
+
+    def logits_of(shard: Shard) -> np.ndarray:
+        return forced_logits(runner_of(case, torch.bfloat16, shard, quantization), case, 33)
+
+    whole = logits_of(Shard())
+    ranks = ThreadGroup(8).run(logits_of)
+    spread = np.abs(whole).max()
+    for logits in ranks:
+        assert max_difference(logits, whole) < 0.1 * spread
