@@ -237,17 +237,55 @@ def test_an_archive_that_lies_is_refused(
     refusal(file)
 
 
+def local(name: bytes, field: int, value: int) -> Callable[[bytes], bytes]:
+    """Change a field of an entry's own header."""
+
+    def change(data: bytes) -> bytes:
+        start = data.index(name) - 30 + field
+        return data[:start] + struct.pack("<H", value) + data[start + 2 :]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change", [local(b"a/data/0", 6, 1), local(b"a/data/0", 8, zipfile.ZIP_DEFLATED)]
+)
+def test_an_entry_whose_own_header_says_otherwise_is_refused(
+    archive: Callable[..., Path], change: Callable[[bytes], bytes]
+) -> None:
+    file = archive()
+    file.write_bytes(change(file.read_bytes()))
+    assert "not what it claims" in refusal(file)
+
+
+def test_an_entry_that_reaches_into_the_directory_is_refused(
+    archive: Callable[..., Path],
+) -> None:
+    """Its size is right for its tensor, but the archive's directory begins before its end."""
+    file = archive(pickle(entry("w", TENSOR.replace(b"cpuK\x04", b"cpuK\x08"))))
+    file.write_bytes(central(b"a/data/0", 20, "<Q", 32 << 32 | 32)(file.read_bytes()))
+    assert "cut off" in refusal(file)
+
+
+def test_two_entries_of_one_name_are_refused(archive: Callable[..., Path]) -> None:
+    file = archive()
+    with pytest.warns(UserWarning), zipfile.ZipFile(file, "a") as made:
+        made.writestr("a/data/0", bytes(16))
+    assert "have one name" in refusal(file)
+
+
 def test_storages_that_overlap_are_refused(archive: Callable[..., Path]) -> None:
-    """The directory names one place twice. Elsewhere this makes small files large."""
+    """One storage is inside another, where it has a header of its own. Many of them, each inside
+    the one before, would make a small file large."""
+    inner = struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, 16, 16, 8, 0) + b"a/data/1"
+    outer = TENSOR.replace(b"cpuK\x04", b"cpuK\x0e")
     second = TENSOR.replace(b"\0\0\x000X", b"\0\0\x001X")
-    file = archive(pickle(entry("w"), entry("x", second)), **{"data/1": bytes(16)})
-    data = file.read_bytes()
+    contents = {"data/0": inner + bytes(18), "data/1": bytes(16)}
+    file = archive(pickle(entry("w", outer), entry("x", second)), **contents)
     assert read_table(file).keys() == {"w", "x"}
-    start = data.index(b"a/data/0") - 30
-    file.write_bytes(
-        central(b"a/data/1", 42, "<I", start)(data).replace(b"a/data/0", b"a/data/1", 1)
-    )
-    assert "overlap" in refusal(file) or "not what it claims" in refusal(file)
+    data = file.read_bytes()
+    file.write_bytes(central(b"a/data/1", 42, "<I", data.index(inner))(data))
+    assert "overlap" in refusal(file)
 
 
 @pytest.mark.parametrize("seed", range(4))
