@@ -118,6 +118,18 @@ class PixelSettings(SizeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DefaultsSettings:
+    """The setting for what requests leave open."""
+
+    known_as: str = setting(
+        "",
+        "published name of the model, such as RolmOCR, by which its own prompt, temperature and "
+        "length of answers are found (default: the names of its folder and in config.json)",
+        objection=objection_to_text,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextSettings:
     """The setting for the length of requests."""
 
@@ -227,7 +239,9 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelSettings):
+class PreprocessSettings(
+    ServiceSettings, ContextSettings, PixelSettings, DefaultsSettings, ModelSettings
+):
     sandboxes: int = setting(
         0,
         "images or prompts that cost much and are opened at the same time, each in an expendable "
@@ -294,7 +308,13 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(
-    BatchSettings, ContextSettings, PixelSettings, DeviceSettings, ApiSettings, ModelSettings
+    BatchSettings,
+    ContextSettings,
+    PixelSettings,
+    DefaultsSettings,
+    DeviceSettings,
+    ApiSettings,
+    ModelSettings,
 ):
     """The settings of the local launcher: its own, and those that it passes to services."""
 

@@ -132,9 +132,9 @@ class Qwen25VL(Family):
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.text_config["max_position_embeddings"]
 
-    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
-        names = [name.lower() for name in checkpoint.names]
-        found = (d for part, d in DEFAULTS.items() if any(part in name for name in names))
+    def request_defaults(self, names: tuple[str, ...]) -> RequestDefaults:
+        lower = [name.lower() for name in names]
+        found = (d for part, d in DEFAULTS.items() if any(part in name for name in lower))
         return next(found, RequestDefaults())
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:

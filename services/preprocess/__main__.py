@@ -29,7 +29,7 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
     limits = ItemLimits(settings.min_pixels, settings.max_pixels, resizes)
     try:
         rules = families.load(checkpoint, limits)
-        preprocessor = Preprocessor(checkpoint, rules, settings.max_model_len)
+        preprocessor = Preprocessor(checkpoint, rules, settings.max_model_len, settings.known_as)
     except ValueError as e:
         raise BadSetting(str(e)) from e
     setup = Setup(
@@ -38,6 +38,7 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         settings.min_pixels,
         settings.max_pixels,
         resizes,
+        settings.known_as,
     )
     sandboxes = Sandboxes(setup, settings.sandboxes or num_cores())
     sandboxes.wait_until_loaded()

@@ -42,9 +42,15 @@ class Preprocessor:
     """Prepares items and prompts. It does not change after it was made."""
 
     def __init__(
-        self, checkpoint: Checkpoint, rules: FamilyRules, max_model_len: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        rules: FamilyRules,
+        max_model_len: int | None = None,
+        known_as: str = "",
     ) -> None:
         """`max_model_len` is the context in tokens, and the model's own by default.
+
+        `known_as` is the published name of the model, if its directory does not say it.
 
         Raises ValueError if `max_model_len` exceeds the model's context.
         """
@@ -59,7 +65,8 @@ class Preprocessor:
         self.vocab_size = checkpoint.sizes.vocab_size
         self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
         self.tasks = checkpoint.family.tasks_of(checkpoint)
-        self.defaults = checkpoint.family.request_defaults(checkpoint)
+        names = (known_as,) if known_as else checkpoint.names
+        self.defaults = checkpoint.family.request_defaults(names)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -16,8 +16,8 @@ from tests.policy.sources import ROOT
 SERVE = """
 --autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help
---host --http-port --kv-memory --log-format --log-level --llm --max-body-mib --max-connections
---max-connections-per-client --max-held-body-mib --max-model-len
+--host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
+--max-connections --max-connections-per-client --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
 --quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
 --vision --vision-artefact --vision-standby --vision-buckets --oversized-images

@@ -9,7 +9,10 @@ import pytest
 from common.checkpoint import open_checkpoint
 from common.families.family import RequestDefaults
 from common.messages import Prompt, Sampling, Stopping
+from services.preprocess import families
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.sandbox import child
+from services.preprocess.sandbox.jobs import Setup
 from tests.preprocess.builders import IMAGES, Preprocess, create_preprocessor, submit
 from tests.preprocess.cases import checkpoint_path
 
@@ -43,7 +46,34 @@ def test_it_is_recognised_by_its_name(
     tmp_path: Path, folder: str, said: str | None, expected: RequestDefaults
 ) -> None:
     checkpoint = open_checkpoint(folder_of(tmp_path / folder, said))
-    assert checkpoint.family.request_defaults(checkpoint) == expected
+    assert create_preprocessor(checkpoint).defaults == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "known_as", "expected"),
+    [
+        ("weights", "reducto/RolmOCR", ROLMOCR),
+        ("weights", "", RequestDefaults()),
+        ("RolmOCR", "none", RequestDefaults()),
+    ],
+)
+def test_a_deployment_may_say_the_name(
+    tmp_path: Path,
+    folder: str,
+    known_as: str,
+    expected: RequestDefaults,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a container the directory is often mounted under another name."""
+    model = folder_of(tmp_path / folder)
+    rules = families.load(open_checkpoint(model))
+    found = Preprocessor(open_checkpoint(model), rules, known_as=known_as)
+    assert found.defaults == expected
+    # This process is no sandbox, and goes on.
+    monkeypatch.setattr(child, "limit_memory", lambda: None)
+    monkeypatch.setattr(child.signal, "setitimer", lambda *_: None)
+    setup = Setup(str(model), found.max_model_len, known_as=known_as)
+    assert child.load(setup)._preprocessor.defaults == expected
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def load(setup: Setup) -> Workbench:
     checkpoint = open_checkpoint(setup.model)
     limits = ItemLimits(setup.min_pixels, setup.max_pixels, setup.resizes_oversized)
     rules = families.load(checkpoint, limits)
-    preprocessor = Preprocessor(checkpoint, rules, setup.max_model_len)
+    preprocessor = Preprocessor(checkpoint, rules, setup.max_model_len, setup.known_as)
     workbench = Workbench(preprocessor)
     if rules.chat_prompt is not None:
         return workbench

@@ -40,6 +40,7 @@ class Setup(msgspec.Struct, frozen=True):
     min_pixels: int | None = None
     max_pixels: int | None = None
     resizes_oversized: bool = True
+    known_as: str = ""
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
