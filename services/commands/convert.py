@@ -106,4 +106,4 @@ def copy_weights(file: Path, target: Path, rename: Rename) -> None:
 def copy_index(file: Path, target: Path, rename: Rename) -> None:
     content = read_json(file)
     content["weight_map"] = {rename(name): shard for name, shard in content["weight_map"].items()}
-    target.write_text(json.dumps(content, indent=2) + "\n")
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
