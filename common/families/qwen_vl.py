@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from common.families.family import BadCheckpoint, Family, ModelSizes, TiktokenRules
+from common.families.family import BadCheckpoint, Family, ModelSizes, RequestDefaults, TiktokenRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +98,10 @@ class QwenVL(Family):
 
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.config["max_position_embeddings"]
+
+    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
+        """Return the length that generation_config.json names."""
+        return RequestDefaults(max_tokens=checkpoint.generation_config.get("max_new_tokens"))
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         return token_id(checkpoint, IMAGE_PLACEHOLDER)

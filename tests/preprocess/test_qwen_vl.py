@@ -12,8 +12,10 @@ from PIL import Image
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families.qwen_vl import SPECIAL_TOKENS, QwenVL
+from common.messages import Sampling, Stopping
 from services.preprocess.families.qwen_vl import ntk_alpha
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from tests.golden import GoldenCase
 from tests.golden.qwen_vl_requests import CASES, REQUESTS, golden_request
 from tests.preprocess.builders import create_preprocessor
@@ -207,6 +209,19 @@ def test_the_end_of_an_answer_depends_on_the_chat_format(
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     assert chat.checkpoint.eos_token_ids == tuple(map(chat.vocabulary.id_of, names))
     assert raw.checkpoint.eos_token_ids == (raw.vocabulary.id_of("<|endoftext|>"),)
+
+
+def test_what_a_request_leaves_open_is_the_checkpoints(
+    chat: Preprocessor, raw: Preprocessor
+) -> None:
+    found = resolve_sampling(Sampling(), chat.checkpoint.generation_config, chat.defaults)
+    assert found == Sampling(temperature=1.0, top_p=0.3, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    greedy = resolve_sampling(Sampling(), raw.checkpoint.generation_config, raw.defaults)
+    assert greedy.temperature == 0
+    for num_tokens, max_tokens in ((100, 512), (8000, 192)):
+        stopping = resolve_stopping(Stopping(), num_tokens, chat.max_model_len, chat.defaults)
+        assert stopping.max_tokens == max_tokens
+    assert chat.max_model_len == raw.max_model_len == 8192
 
 
 def test_replicas_with_smaller_buckets_are_refused_by_name(chat: Preprocessor) -> None:
