@@ -13,8 +13,9 @@ from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families.qwen_vl import SPECIAL_TOKENS, QwenVL
 from common.messages import Sampling, Stopping
-from services.preprocess.families.qwen_vl import ntk_alpha
+from services.preprocess.families.qwen_vl import MARKUP, ntk_alpha
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.prompts import Piece
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from tests.golden import GoldenCase
 from tests.golden.qwen_vl_requests import CASES, REQUESTS, golden_request
@@ -148,6 +149,7 @@ def test_pictures_are_numbered_over_the_whole_conversation(chat: Preprocessor) -
         {"role": "assistant", "content": "That."},
         *user([say, IMAGE]),
     ]
+    assert Piece("\nWhat?Picture 2: ", MARKUP) in chat.render(messages), "one text, as it is"
     image = "<img><imgpad></img>\n"
     assert (
         f"user\nPicture 1: {image}What?Picture 2: {image}<|im_end|>\n<|im_start|>assistant\nThat."
