@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGE_TOKENS = 256
 """The embeddings of an image. No configuration changes their number."""
+NUM_BYTES = 256
 END_OF_TEXT = "<|endoftext|>"
 TURN_MARKERS = ("<|im_start|>", "<|im_end|>")
 MARKUP_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -107,7 +108,14 @@ class QwenVL(Family):
         return token_id(checkpoint, IMAGE_PLACEHOLDER)
 
     def num_ranks(self, checkpoint: "Checkpoint") -> int:
-        return visual_size(checkpoint, "image_start_id") - SPECIAL_TOKENS.index(IMAGE_MARKERS[0])
+        image_start_id = visual_size(checkpoint, "image_start_id")
+        num_ranks = image_start_id - SPECIAL_TOKENS.index(IMAGE_MARKERS[0])
+        if num_ranks < NUM_BYTES:
+            raise BadCheckpoint(
+                f"{checkpoint.path}: image_start_id {image_start_id} in config.json leaves no "
+                "room for the tokens of all bytes"
+            )
+        return num_ranks
 
     def end_token_ids(self, checkpoint: "Checkpoint") -> tuple[int, ...]:
         """Return the end of a text, and the markers of turns if the model has turns."""

@@ -269,6 +269,9 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_special_tokens_outside_the_embedding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="outside the vocabulary of 532"):
         assert checkpoint_with(tmp_path, RAW, vocab_size=532).sizes
+    visual = {"image_start_id": 300}
+    with pytest.raises(BadCheckpoint, match="leaves no room"):
+        assert checkpoint_with(tmp_path / "few", RAW, visual=visual).eos_token_ids
 
 
 def test_an_unknown_chat_format_is_refused(tmp_path: Path) -> None:
