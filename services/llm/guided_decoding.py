@@ -91,7 +91,7 @@ class GuidedDecoding:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                self._read_vocabulary().tokenizer_json,
+                self._read_vocabulary().grammar_tokenizer_json(),
                 n_vocab=self.vocab_size,
                 eos_token=list(self._eos_token_ids),
             )

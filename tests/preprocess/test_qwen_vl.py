@@ -286,3 +286,11 @@ def test_images_of_another_size_need_a_multiple_of_256_patches(tmp_path: Path) -
     checkpoint = checkpoint_with(tmp_path, RAW, visual=visual | {"image_size": 434})
     with pytest.raises(BadCheckpoint, match="no multiple of 256 patches"):
         assert QwenVL().patches_per_token(checkpoint)
+
+
+def test_markup_stays_in_the_text_of_an_answer(chat: Preprocessor) -> None:
+    text = "<ref>dog</ref><box>(1,2),(3,4)</box><|im_end|>"
+    ids = chat.vocabulary.encode(text)
+    seen = b"".join(chat.vocabulary.visible_bytes(id, skip_special_tokens=True) for id in ids)
+    assert seen.decode() == text.removesuffix("<|im_end|>")
+    assert chat.checkpoint.family.answers_hold_boxes
