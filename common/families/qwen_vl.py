@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from common.families.family import BadCheckpoint, Family, ModelSizes, TiktokenRules
+from common.families.family import BadCheckpoint, Family, ModelSizes, RequestDefaults, TiktokenRules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGE_TOKENS = 256
 """The embeddings of an image. No configuration changes their number."""
+NUM_BYTES = 256
 END_OF_TEXT = "<|endoftext|>"
 TURN_MARKERS = ("<|im_start|>", "<|im_end|>")
 MARKUP_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -41,6 +42,7 @@ class QwenVL(Family):
     tiktoken = TiktokenRules(SPLIT_PATTERN, SPECIAL_TOKENS)
     required_files = ()
     markup_tokens = MARKUP_TOKENS
+    answers_hold_boxes = True
     tower_prefixes = ("transformer.visual.",)
     embedding_name = "transformer.wte.weight"
 
@@ -99,11 +101,22 @@ class QwenVL(Family):
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.config["max_position_embeddings"]
 
+    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
+        """Return the length that generation_config.json names."""
+        return RequestDefaults(max_tokens=checkpoint.generation_config.get("max_new_tokens"))
+
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         return token_id(checkpoint, IMAGE_PLACEHOLDER)
 
     def num_ranks(self, checkpoint: "Checkpoint") -> int:
-        return visual_size(checkpoint, "image_start_id") - SPECIAL_TOKENS.index(IMAGE_MARKERS[0])
+        image_start_id = visual_size(checkpoint, "image_start_id")
+        num_ranks = image_start_id - SPECIAL_TOKENS.index(IMAGE_MARKERS[0])
+        if num_ranks < NUM_BYTES:
+            raise BadCheckpoint(
+                f"{checkpoint.path}: image_start_id {image_start_id} in config.json leaves no "
+                "room for the tokens of all bytes"
+            )
+        return num_ranks
 
     def end_token_ids(self, checkpoint: "Checkpoint") -> tuple[int, ...]:
         """Return the end of a text, and the markers of turns if the model has turns."""

@@ -15,6 +15,8 @@ MAX_TOKENS = 2**22
 """The most token ids. The largest vocabularies have a sixteenth of it."""
 MAX_TOKEN_BYTES = 512
 """The longest token that is built from others. Looking for its parts takes quadratic time."""
+UNWRITABLE = "\uffff{}\uffff"
+"""A name that no text has: U+FFFF is not a character."""
 ONE_MARK_PER_BYTE = "one_mark_per_byte"
 """The error handler of `codecs` that replaces each byte of a broken character by U+FFFD.
 
@@ -48,6 +50,27 @@ class Vocabulary:
     """How many spaces at the start of an answer are the tokenizer's, and not part of the text."""
     markup_ids: frozenset[int] = frozenset()
     """The special tokens that stay in an answer without special tokens."""
+
+    def grammar_tokenizer_json(self) -> str:
+        """Return the tokenizer for answers that follow a grammar: no text names a special token.
+
+        Otherwise, a grammar that asks for the text `<box>` would get the token of that name, which
+        is not that text.
+        """
+        described = json.loads(self.tokenizer_json)
+        added = [token for token in described["added_tokens"] if token["special"]]
+        names = {token["content"]: UNWRITABLE.format(token["id"]) for token in added}
+        for token in added:
+            token["content"] = names[token["content"]]
+        model = described["model"]
+        if (unknown := model.get("unk_token")) is not None:
+            model["unk_token"] = names.get(unknown, unknown)
+        vocab = model["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {names.get(name, name): id for name, id in vocab.items()}
+        else:
+            model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+        return json.dumps(described)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

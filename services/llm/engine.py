@@ -298,8 +298,10 @@ class Engine:
     def _output(self, request: Request, token_id: int, logprobs: Logprobs | None) -> Output:
         """Append a token to the answer of its request."""
         offset = len(request.output_token_ids)
-        request.output_token_ids.append(token_id)
         goes_on = self.guided_decoding.accept(request.key, token_id)
+        if failure := self.guided_decoding.failure_of(request.key):
+            return Output(request, offset, [], error=failure)
+        request.output_token_ids.append(token_id)
         finish_reason = self._finish_reason(request) if goes_on else "stop"
         return Output(request, offset, [token_id], finish_reason, logprobs=logprobs)
 

@@ -91,7 +91,7 @@ class GuidedDecoding:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                self._read_vocabulary().tokenizer_json,
+                self._read_vocabulary().grammar_tokenizer_json(),
                 n_vocab=self.vocab_size,
                 eos_token=list(self._eos_token_ids),
             )
@@ -99,8 +99,7 @@ class GuidedDecoding:
         if not matcher.is_error():
             matcher.consume_tokens(token_ids)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
-            raise ValueError(f"the answer cannot follow the grammar: {reason}")
+            raise ValueError(f"the answer cannot follow the grammar: {reason_of(matcher)}")
         return matcher
 
     def remove(self, key: RequestKey) -> None:
@@ -127,9 +126,20 @@ class GuidedDecoding:
         matcher.consume_token(token_id)
         return not matcher.is_stopped()
 
+    def failure_of(self, key: RequestKey) -> str:
+        """Return why llguidance cannot go on with an answer; empty if it can, or it is complete."""
+        matcher = self._matchers.get(key)
+        if matcher is None or not matcher.is_error():
+            return ""
+        return f"the answer cannot follow the grammar: {reason_of(matcher)}"
+
     def _mask(self, matcher: Any) -> Mask:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
+
+
+def reason_of(matcher: Any) -> str:
+    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
 
 
 def problem_of(compiled: "Future[Any]") -> str:

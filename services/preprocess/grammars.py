@@ -31,7 +31,7 @@ class Grammars:
                 "preprocess and llm services"
             ) from e
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._vocabulary.tokenizer_json)
+            self._tokenizer = LLTokenizer(self._vocabulary.grammar_tokenizer_json())
 
     def grammar(self, kind: str, text: str) -> str:
         """Return the grammar of "json_object", or of a "json_schema" or "regex" in `text`.

@@ -3,12 +3,14 @@
 import base64
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,19 +110,37 @@ def test_the_family_names_the_vocabulary_file(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("case", CASES)
 def test_llguidance_knows_the_same_tokens(case: str) -> None:
     found = vocabulary(case)
-    theirs = LLTokenizer(found.tokenizer_json)
+    theirs = LLTokenizer(found.grammar_tokenizer_json())
     # llguidance marks special tokens with the byte 0xFF. Alone it counts as one of them.
     ids = [id for id, data in found.bytes_by_id.items() if data != b"\xff"]
     assert [id for id in ids if theirs.is_special_token(id)] == sorted(found.special_ids)
-    assert all(theirs.decode_bytes([id]) == found.token_bytes(id) for id in ids)
+    plain = set(ids) - found.special_ids
+    assert all(theirs.decode_bytes([id]) == found.token_bytes(id) for id in plain)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_answer_that_follows_a_grammar_is_accepted(case: str) -> None:
     found = vocabulary(case)
-    matcher = LLMatcher(LLTokenizer(found.tokenizer_json), LLMatcher.grammar_from_regex(" ?[a-z]+"))
+    tokenizer = LLTokenizer(found.grammar_tokenizer_json())
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(" ?[a-z]+"))
     assert matcher.validate_tokens(found.encode("token")) == len(found.encode("token"))
     assert matcher.validate_tokens(found.encode("7")[-1:]) == 0
+
+
+@pytest.mark.parametrize("case", ["tiny-ocr", "qwen_vl", "wemm"])
+def test_a_grammar_that_asks_for_the_name_of_a_special_token_gets_its_text(case: str) -> None:
+    found = open_vocabulary(open_checkpoint(TINY_OCR)) if case == "tiny-ocr" else vocabulary(case)
+    text = f"a{found.token_bytes(max(found.special_ids)).decode()}b"
+    grammar = LLMatcher.grammar_from_regex(re.escape(text))
+    matcher = LLMatcher(LLTokenizer(found.grammar_tokenizer_json()), grammar)
+    data = b""
+    while not matcher.is_stopped():
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        token_id = int(np.flatnonzero(np.unpackbits(mask, bitorder="little"))[0])
+        assert token_id not in found.special_ids
+        assert matcher.consume_token(token_id), matcher.get_error()
+        data += found.token_bytes(token_id)
+    assert data.decode().strip() == text
 
 
 # tiktoken

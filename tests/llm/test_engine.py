@@ -406,6 +406,18 @@ def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
     assert json.loads(timings_of(outputs[0].request))["images"][0]["cached"]
 
 
+def test_an_answer_that_its_grammar_gives_up_is_an_error_and_not_complete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = create_engine()
+    monkeypatch.setattr(engine.guided_decoding, "accept", lambda key, token_id: False)
+    monkeypatch.setattr(engine.guided_decoding, "failure_of", lambda key: "it gave up")
+    engine.add(create_prompt())
+    (output,) = outputs_of(engine)
+    assert (output.token_ids, output.finish_reason, output.error) == ([], "", "it gave up")
+    assert not engine.requests
+
+
 @pytest.mark.parametrize("name", CASES_WITH_IMAGES)
 def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
     """The second request brings no embeddings: the cache covers them."""

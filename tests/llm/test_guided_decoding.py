@@ -39,6 +39,16 @@ def test_only_tokens_that_follow_the_grammar_may_be_drawn() -> None:
     assert not found.accept(A, ord("b")), "nothing can follow: the answer is complete"
 
 
+def test_an_answer_that_leaves_its_grammar_is_not_complete() -> None:
+    found = guides()
+    add(found, A, LLMatcher.grammar_from_regex("(ab|ac)"))
+    assert found.accept(A, ord("a"))
+    assert found.failure_of(A) == ""
+    found.accept(A, ord("x"))
+    assert "cannot follow the grammar" in found.failure_of(A)
+    assert found.failure_of(B) == ""
+
+
 def test_requests_without_a_grammar_have_no_mask() -> None:
     found = guides()
     add(found, A, LLMatcher.grammar_from_regex("x"))

@@ -12,8 +12,11 @@ from PIL import Image
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families.qwen_vl import SPECIAL_TOKENS, QwenVL
-from services.preprocess.families.qwen_vl import ntk_alpha
+from common.messages import Sampling, Stopping
+from services.preprocess.families.qwen_vl import MARKUP, ntk_alpha
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.prompts import Piece
+from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from tests.golden import GoldenCase
 from tests.golden.qwen_vl_requests import CASES, REQUESTS, golden_request
 from tests.preprocess.builders import create_preprocessor
@@ -146,6 +149,7 @@ def test_pictures_are_numbered_over_the_whole_conversation(chat: Preprocessor) -
         {"role": "assistant", "content": "That."},
         *user([say, IMAGE]),
     ]
+    assert Piece("\nWhat?Picture 2: ", MARKUP) in chat.render(messages), "one text, as it is"
     image = "<img><imgpad></img>\n"
     assert (
         f"user\nPicture 1: {image}What?Picture 2: {image}<|im_end|>\n<|im_start|>assistant\nThat."
@@ -209,6 +213,19 @@ def test_the_end_of_an_answer_depends_on_the_chat_format(
     assert raw.checkpoint.eos_token_ids == (raw.vocabulary.id_of("<|endoftext|>"),)
 
 
+def test_what_a_request_leaves_open_is_the_checkpoints(
+    chat: Preprocessor, raw: Preprocessor
+) -> None:
+    found = resolve_sampling(Sampling(), chat.checkpoint.generation_config, chat.defaults)
+    assert found == Sampling(temperature=1.0, top_p=0.3, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    greedy = resolve_sampling(Sampling(), raw.checkpoint.generation_config, raw.defaults)
+    assert greedy.temperature == 0
+    for num_tokens, max_tokens in ((100, 512), (8000, 192)):
+        stopping = resolve_stopping(Stopping(), num_tokens, chat.max_model_len, chat.defaults)
+        assert stopping.max_tokens == max_tokens
+    assert chat.max_model_len == raw.max_model_len == 8192
+
+
 def test_replicas_with_smaller_buckets_are_refused_by_name(chat: Preprocessor) -> None:
     with pytest.raises(TooLarge, match="give --vision-buckets 1024"):
         chat.prepare_item("image", encoded(noise(10, 10)), max_patches=1020)
@@ -252,6 +269,9 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_special_tokens_outside_the_embedding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="outside the vocabulary of 532"):
         assert checkpoint_with(tmp_path, RAW, vocab_size=532).sizes
+    visual = {"image_start_id": 300}
+    with pytest.raises(BadCheckpoint, match="leaves no room"):
+        assert checkpoint_with(tmp_path / "few", RAW, visual=visual).eos_token_ids
 
 
 def test_an_unknown_chat_format_is_refused(tmp_path: Path) -> None:
@@ -266,3 +286,11 @@ def test_images_of_another_size_need_a_multiple_of_256_patches(tmp_path: Path) -
     checkpoint = checkpoint_with(tmp_path, RAW, visual=visual | {"image_size": 434})
     with pytest.raises(BadCheckpoint, match="no multiple of 256 patches"):
         assert QwenVL().patches_per_token(checkpoint)
+
+
+def test_markup_stays_in_the_text_of_an_answer(chat: Preprocessor) -> None:
+    text = "<ref>dog</ref><box>(1,2),(3,4)</box><|im_end|>"
+    ids = chat.vocabulary.encode(text)
+    seen = b"".join(chat.vocabulary.visible_bytes(id, skip_special_tokens=True) for id in ids)
+    assert seen.decode() == text.removesuffix("<|im_end|>")
+    assert chat.checkpoint.family.answers_hold_boxes

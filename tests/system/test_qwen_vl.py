@@ -113,6 +113,20 @@ def test_one_message_is_continued_whole_streamed_and_guided(system: Running) -> 
     assert json.loads(text_of(answer)) in schema["schema"]["enum"]
 
 
+def test_boxes_of_an_answer_are_in_pixels_of_the_image_as_it_was_sent(system: Running) -> None:
+    request = grpc_request(GOLDEN_REQUESTS[0], 60)
+    request.stopping.ignore_eos = False
+    request.guide.regex = r"<ref>a line</ref><box>\(10,20\),\(500,1000\)</box>"
+    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        answer = stub.Generate(request, timeout=READY_SECONDS)
+    assert answer.text == "<ref>a line</ref><box>(10,20),(500,1000)</box>"
+    (box,) = answer.boxes
+    corners = box.rectangle
+    found = (corners.x1, corners.y1, corners.x2, corners.y2)
+    assert (box.ref, box.image, found) == ("a line", 0, (4, 2, 224, 120)), "of 448 x 120"
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

@@ -11,7 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
+from common.vision_artefact import open_artefact
 from services.vision import graphed_tower as graphed_tower_module
+from services.vision.compile import compile_vision
+from services.vision.compiled_tower import CompiledTower
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
 from services.vision.families.qwen_vl import QwenVisionTower, enlarged
@@ -74,6 +77,15 @@ def test_smaller_dtypes_stay_near_the_reference(dtype: torch.dtype, bound: float
         found = EagerTower(tower_of(name, dtype)).encode(patches_of(name, picture), SHAPE)
         assert found.dtype == dtype
         assert max_difference(found.float().numpy(), expected) < bound * np.abs(expected).max()
+
+
+def test_a_compiled_tower_equals_the_reference(tmp_path: Path) -> None:
+    name, picture = PICTURES[2]
+    checkpoint = open_checkpoint(GoldenCase(name, "qwen_vl").checkpoint)
+    compile_vision(checkpoint, (1200,), torch.float32, tmp_path / "out")
+    encoder = CompiledTower(open_artefact(tmp_path / "out"), CPU)
+    found = encoder.encode(patches_of(name, picture), SHAPE).numpy()
+    assert max_difference(found, wanted(name, picture)) < 1e-4
 
 
 def test_loading_reports_its_progress() -> None:

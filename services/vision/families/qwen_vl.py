@@ -74,12 +74,8 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class SquarePlan:
-    """What a number of patches decides. In a padded plan the padding stands last."""
+    """What a length decides. In a padded plan the padding stands last."""
 
-    positions: Tensor
-    """[length, width]: added to the patches."""
-    key_positions: Tensor
-    """[length, output_dim]: added to the resampler's keys, before their projection."""
     visible: Tensor | None = None
     """bool [1, length]: False for padding; None if there is none."""
 
@@ -170,17 +166,14 @@ class QwenVisionTower:
             raise ValueError(f"an image has {side} x {side} patches, not {shape.grid_thw}")
         num_patches = self.config.num_patches
         if length in (None, num_patches):
-            return SquarePlan(self._positions, self._key_positions)
-        padding = (0, 0, 0, length - num_patches)
-        is_patch = torch.arange(length, device=self.device) < num_patches
-        return SquarePlan(
-            F.pad(self._positions, padding), F.pad(self._key_positions, padding), is_patch[None]
-        )
+            return SquarePlan()
+        return SquarePlan((torch.arange(length, device=self.device) < num_patches)[None])
 
     def forward(self, patches: Tensor, plan: SquarePlan) -> Tensor:
         """uint8 [length, values_per_patch] in raster order -> [256, output_width]."""
         normalised = (patches.float() / 255 - self._mean) / self._std
-        x = self._norm_pre(self._patch_embed(normalised.to(self.dtype)) + plan.positions)
+        x = self._patch_embed(normalised.to(self.dtype))
+        x = self._norm_pre(x + self._padded(self._positions, len(x)))
         for block in self._blocks:
             x = self._run_block(block, x, plan)
         return self._resample(x, plan)
@@ -196,11 +189,16 @@ class QwenVisionTower:
         """[length, width] -> [256, output_width]."""
         pool = self._resampler
         x = pool.norm(x if pool.input is None else pool.input(x))
+        positions = self._padded(self._key_positions, len(x))
         q, k, v = (
             rows.view(len(rows), -1, POOL_HEAD_DIM)
-            for rows in (pool.queries, pool.k(x + plan.key_positions), pool.v(x))
+            for rows in (pool.queries, pool.k(x + positions), pool.v(x))
         )
         return pool.proj(pool.norm_post(pool.out(attention(q, k, v, visible=plan.visible))))
+
+    def _padded(self, table: Tensor, length: int) -> Tensor:
+        """[num_patches, width] -> [length, width], with rows of zeros for padding."""
+        return F.pad(table, (0, 0, 0, length - len(table))) if length > len(table) else table
 
     def _per_value(self, per_channel: tuple[float, ...]) -> Tensor:
         """Repeat a number per channel for every value of a patch."""
