@@ -233,7 +233,9 @@ class WemmVisionTower:
         """Pixels beyond the content are 0 after normalising, which no byte can say."""
         size = self.config.patch_size
         pixels = (patches.float() / 255 - MEAN) / STD
-        is_inside = plan.inside_rows[:, None, :, None] & plan.inside_columns[:, None, None]
+        is_inside = torch.logical_and(
+            plan.inside_rows[:, None, :, None], plan.inside_columns[:, None, None]
+        )
         pixels = pixels.view(-1, 3, size, size) * is_inside
         positions = F.embedding(plan.position_ids, self._positions)
         return self._patch_embed(pixels.flatten(1).to(self.dtype), residual=positions)
