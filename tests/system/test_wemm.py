@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import pytest
 
+from benchmarks.serving import READY_SECONDS
+from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.golden import GoldenCase
 from tests.system.running import Running, data_uri, piece_of, text_of
 
 pytestmark = pytest.mark.system
 CASE = GoldenCase("a_image", "wemm")
 WITH_IMAGE, OTHER_IMAGE, TEXT = 0, 1, 2
+PLACEHOLDER = 512
 MIXED = (0, 1, 2, 0, 2, 1, 0, 1)
 GREEDY = {
     "max_tokens": 32,
@@ -91,6 +95,23 @@ def test_answers_follow_a_schema(system: Running) -> None:
     assert status == 200, answer
     assert json.loads(text_of(answer))["seen"] in ("yes", "no")
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_token_ids_name_the_image_by_the_first_id_beyond_the_vocabulary(system: Running) -> None:
+    request = expected(WITH_IMAGE)
+    ids = [*request["ids_before_image"], PLACEHOLDER, *request["ids_after_image"]]
+    image = (CASE.inputs / request["image"]).read_bytes()
+    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
+        answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            inference_pb2.GenerateRequest(
+                token_ids=inference_pb2.TokenIds(ids=ids),
+                images=[inference_pb2.Image(data=image)],
+                sampling=inference_pb2.SamplingParams(temperature=0),
+                stopping=inference_pb2.StoppingParams(max_tokens=32, ignore_eos=True),
+            ),
+            timeout=READY_SECONDS,
+        )
+    assert list(answer.token_ids) == request["greedy_ids"]
 
 
 def test_a_second_image_is_refused(system: Running) -> None:
