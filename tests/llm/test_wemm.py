@@ -146,9 +146,7 @@ def test_ranks_hold_a_share_of_the_products_and_of_their_pairs() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_rank_reads_what_a_plan_says(world_size: int) -> None:
-    runner = runner_of(
-        shard=Shard(1, world_size, lambda x: x, lambda x: x) if world_size > 1 else Shard()
-    )
+    runner = runner_of(shard=Shard(world_size - 1, world_size))
     footprint = Footprint(open_checkpoint(CASE.checkpoint), item_bytes=2)
     assert runner.num_bytes_read == footprint.rank_bytes(world_size)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,19 @@ def test_images_keep_to_every_limit(height: int, width: int, max_patches: int) -
         assert math.prod(grid) <= limits.get("max_patches", max_side(CHECKPOINT) ** 2)
         assert max(grid) <= max_aspect(CHECKPOINT) * min(grid)
         assert not CHECKPOINT.family.objection_to_shape(CHECKPOINT, (1, *grid), size)
+
+
+def test_the_tower_takes_every_smaller_size() -> None:
+    """Very long images, where a pixel that is lost may cost the shorter side a patch."""
+    size = {"shortest_edge": 28, "longest_edge": 560}
+    config = CHECKPOINT.config | {"image_processor": {"size": size}}
+    checkpoint = replace(CHECKPOINT, config=config)
+    rules = create_preprocessor(checkpoint).rules
+    for max_patches in range(1, 100):
+        for width in range(100, 3000, 100):
+            found = rules.fitting_size(width, 100, max_patches)
+            grid = (1, *grid_of(*found, 14))
+            assert not checkpoint.family.objection_to_shape(checkpoint, grid, found)
 
 
 def test_a_smaller_size_keeps_the_shape() -> None:
