@@ -222,19 +222,17 @@ def low_rank_facts(checkpoint: "Checkpoint") -> LowRankFacts:
 
 
 def special_id(checkpoint: "Checkpoint", name: str) -> int:
-    """Return the id of a special token: that of tokenizer_config.json, else the published one.
+    """Return the id of a special token: that of the vocabulary, else the published one.
 
-    Raises BadCheckpoint if it lies outside the vocabulary.
+    Raises BadCheckpoint if it lies outside the model's vocabulary.
     """
-    entries = read_optional_json(checkpoint.path / "tokenizer_config.json").get(
-        "added_tokens_decoder"
-    )
-    named = {
-        entry.get("content"): id
-        for id, entry in (entries if isinstance(entries, dict) else {}).items()
-        if isinstance(entry, dict) and id.isdecimal()
-    }
-    token_id = int(named.get(name, PUBLISHED_IDS[name]))
+    # Readers of vocabularies import checkpoints, and these import families.
+    from common.vocabulary.sentencepiece import special_tokens
+    from common.vocabulary.sentencepiece_model import read_model
+
+    file = checkpoint.path / checkpoint.family.vocabulary_file
+    named = {content: id for id, content in special_tokens(file, read_model(file)).items()}
+    token_id = named.get(name, PUBLISHED_IDS[name])
     if token_id >= checkpoint.sizes.vocab_size:
         raise BadCheckpoint(
             f"{checkpoint.path}: the token {name} has the id {token_id}, which is outside the "

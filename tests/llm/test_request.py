@@ -171,6 +171,17 @@ def test_one_whose_tensors_do_not_is_refused_by_what_is_wrong(
     assert re.search(words, objection_to(prompt, Limits(3, 1000, 1000, 1000, 50)))
 
 
+def test_placeholders_alone_may_lie_outside_the_vocabulary() -> None:
+    token_ids = np.array([1, 1, 50, 50, 50, 1, 50, 50, 1, 1])
+    limits = Limits(3, 1000, 1000, 1000, 50)
+    prompt = msgspec.structs.replace(
+        create_prompt(num_tokens=10, images=IMAGES), token_ids=Tensor.of(token_ids)
+    )
+    assert objection_to(prompt, limits) == ""
+    token_ids[5] = 50
+    assert "token_ids has a value outside [0, 50)" in objection_to(prompt, limits)
+
+
 def test_one_that_can_never_fit_is_refused_with_the_numbers() -> None:
     prompt = create_prompt(num_tokens=10, max_tokens=4)
     assert re.search("14 tokens.* the 13 ", objection_to(prompt, Limits(3, 13, 100, 16, 50)))

@@ -14,6 +14,7 @@ import torch
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.messages import Peer, Prompt, Sampling, Stopping
+from common.sizing import Footprint
 from common.vocabulary import open_vocabulary
 from common.wire import Tensor as WireTensor
 from compute.kernels.library import int8_kernels
@@ -141,6 +142,13 @@ def test_ranks_hold_a_share_of_the_products_and_of_their_pairs() -> None:
         "o": ((16, 32), (128, 16)),
         "down": ((16, 48), (128, 16)),
     }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rank_reads_what_a_plan_says(world_size: int) -> None:
+    runner = runner_of(shard=Shard(world_size - 1, world_size))
+    footprint = Footprint(open_checkpoint(CASE.checkpoint), item_bytes=2)
+    assert runner.num_bytes_read == footprint.rank_bytes(world_size)
 
 
 def test_sequences_of_all_kinds_share_a_step() -> None:

@@ -41,7 +41,8 @@ def smaller_size(height: int, width: int, patch: int, max_patches: int) -> tuple
     which has at most `max_patches`."""
     longer = max(height, width)
     for side in range(longer // patch, 0, -1):
-        size = height * side * patch // longer, width * side * patch // longer
+        new = side * patch
+        size = max(height * new // longer, 1), max(width * new // longer, 1)
         if math.prod(grid_of(*size, patch)) <= max_patches:
             return size
     return patch, patch

@@ -31,7 +31,7 @@ MEAN = STD = 0.5
 """Of each channel. The reference has no others."""
 ROUNDING = 1e-6
 DEFAULT_NORM_EPS = 1e-6
-NORM = tuple[Tensor, Tensor]
+Norm = tuple[Tensor, Tensor]
 """Weight and bias of a layer norm."""
 
 
@@ -99,10 +99,6 @@ class VisionConfig:
             raise BadCheckpoint(f"{checkpoint.path}: num_embeddings in config.json is less than 2")
         return config
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
 
 @dataclass(frozen=True, slots=True)
 class GridPlan:
@@ -127,10 +123,10 @@ class GridPlan:
 class Block:
     """The weights of one transformer block."""
 
-    norm1: NORM
+    norm1: Norm
     qkv: Linear
     out: Linear
-    norm2: NORM
+    norm2: Norm
     fc1: Linear
     fc2: Linear
 
@@ -233,7 +229,9 @@ class WemmVisionTower:
         """Pixels beyond the content are 0 after normalising, which no byte can say."""
         size = self.config.patch_size
         pixels = (patches.float() / 255 - MEAN) / STD
-        is_inside = plan.inside_rows[:, None, :, None] & plan.inside_columns[:, None, None]
+        is_inside = torch.logical_and(
+            plan.inside_rows[:, None, :, None], plan.inside_columns[:, None, None]
+        )
         pixels = pixels.view(-1, 3, size, size) * is_inside
         positions = F.embedding(plan.position_ids, self._positions)
         return self._patch_embed(pixels.flatten(1).to(self.dtype), residual=positions)
@@ -261,7 +259,7 @@ class WemmVisionTower:
     def _load(self, weights: Weights, name: str, *shape: int) -> Tensor:
         return weights.tensor(name, shape, self.dtype, self.device)
 
-    def _load_norm(self, weights: Weights, name: str) -> NORM:
+    def _load_norm(self, weights: Weights, name: str) -> Norm:
         size = self.config.hidden_size
         return self._load(weights, f"{name}.weight", size), self._load(
             weights, f"{name}.bias", size
@@ -310,7 +308,8 @@ def buckets(count: int, side: int) -> Tensor:
     """Return which of `side` equal parts of an edge each of `count` patches begins in, int64.
 
     A patch may begin exactly where a part does. Then rounding decides, so the numbers are float32
-    and come about as in the reference.
+    and come about as in the reference, transformers 4.51.3. Version 5 multiplies instead, and
+    decides otherwise for some counts.
     """
     begins = torch.arange(0, 1 - ROUNDING, float(1 / torch.tensor(count)))
     borders = torch.arange(1 / side, 1.0, 1 / side)
