@@ -41,6 +41,7 @@ class QwenVL(Family):
     tiktoken = TiktokenRules(SPLIT_PATTERN, SPECIAL_TOKENS)
     required_files = ()
     markup_tokens = MARKUP_TOKENS
+    answers_hold_boxes = True
     tower_prefixes = ("transformer.visual.",)
     embedding_name = "transformer.wte.weight"
 

@@ -77,6 +77,21 @@ class Vocabulary:
         return tokenizer
 
     @property
+    def text_tokenizer_json(self) -> str:
+        """The tokenizer with other names for its special tokens, so that theirs are text."""
+        described = json.loads(self.tokenizer_json)
+        vocab = described["model"]["vocab"]
+        names = set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
+        added = []
+        for token in described["added_tokens"]:
+            if token["special"] and token["content"] in names:
+                continue  # the model has it, and only an added token is looked for in texts
+            if token["special"]:
+                token["content"] = f"\0{token['id']}\0"
+            added.append(token)
+        return json.dumps(described | {"added_tokens": added})
+
+    @property
     def size(self) -> int:
         """The number of token ids, unused ids below the largest one included."""
         return max(self.bytes_by_id, default=-1) + 1

@@ -91,7 +91,9 @@ class GuidedDecoding:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                self._read_vocabulary().tokenizer_json,
+                # With its special tokens, llguidance takes their names in a grammar for them, and
+                # then finds that they do not follow the grammar.
+                self._read_vocabulary().text_tokenizer_json,
                 n_vocab=self.vocab_size,
                 eos_token=list(self._eos_token_ids),
             )
