@@ -240,8 +240,8 @@ class Family(ABC):
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         """Return the model's context in tokens, prompt and answer together."""
 
-    def request_defaults(self, names: tuple[str, ...]) -> RequestDefaults:
-        """Return what the model of these names does if a request leaves it open."""
+    def request_defaults(self, checkpoint: "Checkpoint", names: tuple[str, ...]) -> RequestDefaults:
+        """Return what the model, which is served under these names, does if a request is silent."""
         return RequestDefaults()
 
     @abstractmethod

@@ -132,7 +132,7 @@ class Qwen25VL(Family):
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.text_config["max_position_embeddings"]
 
-    def request_defaults(self, names: tuple[str, ...]) -> RequestDefaults:
+    def request_defaults(self, checkpoint: "Checkpoint", names: tuple[str, ...]) -> RequestDefaults:
         lower = [name.lower() for name in names]
         found = (d for part, d in DEFAULTS.items() if any(part in name for name in lower))
         return next(found, RequestDefaults())

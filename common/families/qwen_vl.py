@@ -101,7 +101,7 @@ class QwenVL(Family):
     def max_model_len(self, checkpoint: "Checkpoint") -> int:
         return checkpoint.config["max_position_embeddings"]
 
-    def request_defaults(self, checkpoint: "Checkpoint") -> RequestDefaults:
+    def request_defaults(self, checkpoint: "Checkpoint", names: tuple[str, ...]) -> RequestDefaults:
         """Return the length that generation_config.json names."""
         return RequestDefaults(max_tokens=checkpoint.generation_config.get("max_new_tokens"))
 

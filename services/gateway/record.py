@@ -140,7 +140,9 @@ class Record:
             return "gateway"
         if not attempt.llm:
             return "preprocess"
-        return "vision" if self.request.images and attempt.needs_preprocess else "llm"
+        if not self.request.images or not attempt.needs_preprocess:
+            return "llm"
+        return "vision" if self.task == "generate" else "preprocess"
 
     def submit_message(self, detokenizer: Peer, avoid: str) -> Submit:
         """Return the message that starts the current attempt.

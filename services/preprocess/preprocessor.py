@@ -66,7 +66,7 @@ class Preprocessor:
         self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
         self.tasks = checkpoint.family.tasks_of(checkpoint)
         names = (known_as,) if known_as else checkpoint.names
-        self.defaults = checkpoint.family.request_defaults(names)
+        self.defaults = checkpoint.family.request_defaults(checkpoint, names)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -16,12 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
+import numpy as np
 
 from common.errors import InvalidRequest, NotFound
-from common.messages import HOPS, Peer
+from common.messages import HOPS, Peer, Usage
 from common.wire import decode, encode
+from services.gateway import generation
 from services.gateway.body_budget import BodyBudget
-from services.gateway.generation import GenerationEvent, GenerationRequest
+from services.gateway.generation import Began, GenerationEvent, GenerationRequest
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
@@ -33,7 +35,7 @@ from services.preprocess.submit_checks import check_submit
 from services.preprocess.tasks import reading
 from tests.fuzz.bodies import REQUEST_KINDS, chat_body, headers, protobuf_body
 from tests.fuzz.rounds import Result, num_descriptors
-from tests.gateway.fake_core import FakeCore
+from tests.gateway.fake_core import HELLO, FakeCore, Step
 from tests.preprocess.builders import PREPROCESSOR
 
 MAX_BODY_BYTES = 2 * 10**6
@@ -49,7 +51,17 @@ LEAKS = re.compile(
 """What no answer may contain."""
 HTTP_STATUSES = {200, 400, 404, 405, 408, 413, 422, 429}
 GRPC_CODES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
+ASKED = ("/v1/chat/completions", "/v1/chat/completions", "/v1/classify", "/v1/embeddings")
 PATHS = ("/v1/models/x", "/v1/models", "/", "/v1/chat/completions/", "/livez", "/%ff", "/version")
+
+
+HALVES = np.array([0.5, 0.5], np.float32)
+SCRIPTS: dict[str, tuple[Step, ...]] = {
+    "generate": HELLO,
+    "classify": (Began(None), generation.Result(HALVES, ["a", "b"], Usage(), {})),
+    "embed": (Began(None), generation.Result(HALVES, [], Usage(), {})),
+}
+"""What the core answers to each task."""
 
 
 class OpeningCore(FakeCore):
@@ -79,6 +91,7 @@ class OpeningCore(FakeCore):
                 self._workbench.do(task.job, task.blobs, Meter())
             except InvalidRequest:
                 pass  # a documented refusal
+        self.script = SCRIPTS[request.task]
         async with super().generate(request) as events:
             yield events
 
@@ -136,13 +149,13 @@ class Bodies:
         hangs_up = draw.random() < 0.03
         if hangs_up:
             messages[-1] = {"type": "http.disconnect"}
-        is_chat = draw.random() < 0.97
-        path = "/v1/chat/completions" if is_chat else draw.choice(PATHS)
+        is_asked = draw.random() < 0.97
+        path = draw.choice(ASKED if is_asked else PATHS)
         answer = Answer(messages)
         scope = {
             "type": "http",
             "http_version": "1.1",
-            "method": "POST" if is_chat else draw.choice(["GET", "PUT", "POST"]),
+            "method": "POST" if is_asked else draw.choice(["GET", "PUT", "POST"]),
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
@@ -188,7 +201,7 @@ class Bodies:
         path = f"/twinlens.inference.v1.InferenceService/{name}"
         code, details = "OK", ""
         try:
-            if name == "Generate":
+            if name != "GenerateStream":
                 await channel.unary_unary(path, None, None)(body, timeout=20)
             else:
                 async for _ in channel.unary_stream(path, None, None)(body, timeout=20):

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.pooling_schema import EmbeddingsRequest
 from services.gateway.schema import ChatRequest
-from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST
+from services.gateway.unsupported import IN_MESSAGE, IN_POOLING, IN_REQUEST
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PPM", "TGA", "MPO", "JPEG2000")
 MODEL = "org/tiny"
@@ -181,7 +182,12 @@ def chat_body(draw: Random) -> bytes:
     for _ in range(draw.choice([0, 0, 1, 1, 2, 4])):
         match draw.randrange(4):
             case 0:
-                fields = [*ChatRequest.model_fields, *IN_REQUEST]
+                fields = [
+                    *ChatRequest.model_fields,
+                    *EmbeddingsRequest.model_fields,
+                    *IN_REQUEST,
+                    *IN_POOLING,
+                ]
                 body[draw.choice(fields)] = deepcopy(draw.choice(VALUES))
             case 1 if isinstance(messages := body.get("messages"), list) and messages:
                 message = draw.choice(messages)
@@ -196,6 +202,8 @@ def chat_body(draw: Random) -> bytes:
                 body["messages"] = [{"role": "user", "content": [part, TEXT_PART]}]
             case _:
                 replace_somewhere(draw, body)
+    if draw.random() < 0.1:
+        body["input"] = body.pop("messages", None) and draw.choice(["Read it.", ["a", "b"] * 20])
     data = bytearray(json.dumps(body, ensure_ascii=draw.random() < 0.5).encode(errors="replace"))
     if draw.random() < 0.3:
         for _ in range(draw.choice([1, 1, 2, 5])):
@@ -259,10 +267,19 @@ def generate_request(draw: Random, kind: type[Any]) -> Any:
         request.token_ids.ids.extend(draw.choice([[1, 2, 3], [2**32 - 1], range(5000), []]))
     for _ in range(draw.choice([0, 0, 1, 2, 40])):
         request.images.add(data=image_file(draw))
+    if "sampling" not in kind.DESCRIPTOR.fields_by_name:
+        if kind is inference_pb2.ClassifyRequest and draw.random() < 0.5:
+            request.top_k = draw.choice([0, 1, 2, 2**32 - 1])
+        return named(draw, request)
     for part in (request.sampling, request.stopping, request.response, request.guide):
         for field in part.DESCRIPTOR.fields:
             if draw.random() < 0.1:
                 set_field(draw, part, field)
+    return named(draw, request)
+
+
+def named(draw: Random, request: Any) -> Any:
+    """Return the request, in some cases with names."""
     if draw.random() < 0.3:
         request.model = draw.choice([MODEL, MODEL, "x", "é" * 2000])
         request.request_id = draw.choice(["", "a", "a" * 200, "\n"])
@@ -332,4 +349,6 @@ def varint(value: int) -> bytes:
 REQUEST_KINDS = {
     "Generate": inference_pb2.GenerateRequest,
     "GenerateStream": inference_pb2.GenerateStreamRequest,
+    "Classify": inference_pb2.ClassifyRequest,
+    "Embed": inference_pb2.EmbedRequest,
 }

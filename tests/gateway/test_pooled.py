@@ -131,6 +131,14 @@ async def test_another_task_is_refused_with_the_way_to_ask(
             pass
 
 
+async def test_no_stage_is_blamed_that_the_request_does_not_pass() -> None:
+    gateway = gateway_of("classify")
+    asked = request(task="classify", images=(b"x",), timeout=0)
+    async with gateway.core.generate(asked) as events:
+        gateway.on_event(routed())
+        assert (await error_of(events)).stage == "preprocess"
+
+
 async def test_an_early_result_waits_for_its_route() -> None:
     gateway = gateway_of("classify")
     async with gateway.core.generate(request(task="classify")) as events:

@@ -1,11 +1,15 @@
 """Masks let through only the tokens that follow a grammar."""
 
+import json
+
 import numpy as np
+import pytest
 from llguidance import LLMatcher
 
 from common.checkpoint import open_checkpoint
 from common.vocabulary import open_vocabulary
 from services.llm.guided_decoding import GuidedDecoding
+from tests.golden import GoldenCase
 from tests.system.running import ROOT
 
 # The embedded model has a token for each byte; the id is the byte.
@@ -95,3 +99,32 @@ def test_a_request_that_ends_while_its_grammar_is_compiled_is_forgotten() -> Non
     while found.is_compiling:
         taken += found.take_compiled()
     assert taken == [(B, "")] and A not in found._matchers
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (GoldenCase("a_image"), "<|im_end|>"),
+        (GoldenCase("c_box_two_images", "qwen_vl"), "<ref>"),
+        (GoldenCase("a_image", "wemm"), "</s>"),
+        (GoldenCase("a_image", "wemm"), "<|im_start|>"),
+    ],
+    ids=str,
+)
+def test_the_name_of_a_special_token_in_a_grammar_is_text(case: GoldenCase, name: str) -> None:
+    checkpoint = open_checkpoint(case.checkpoint)
+    vocabulary = open_vocabulary(checkpoint)
+    end_id = vocabulary.id_of("<|im_end|>")
+    assert end_id is not None
+    found = GuidedDecoding(lambda: vocabulary, checkpoint.sizes.vocab_size, (end_id,))
+    schema = json.dumps({"enum": [f"a{name}b"]})
+    add(found, A, LLMatcher.grammar_from_json_schema(schema))
+    ids: list[int] = []
+    goes_on = True
+    while goes_on:
+        ids.append(min(allowed(found, A)))
+        goes_on = found.accept(A, ids[-1])
+    if ids[-1] == end_id:
+        ids.pop()
+    assert b"".join(map(vocabulary.token_bytes, ids)) == f'"a{name}b"'.encode()
+    assert not vocabulary.special_ids.intersection(ids)

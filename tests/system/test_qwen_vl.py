@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from PIL import Image
 
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.golden.qwen_vl_requests import GoldenRequest, requests_of
@@ -125,6 +126,22 @@ def test_boxes_of_an_answer_are_in_pixels_of_the_image_as_it_was_sent(system: Ru
     corners = box.rectangle
     found = (corners.x1, corners.y1, corners.x2, corners.y2)
     assert (box.ref, box.image, found) == ("a line", 0, (4, 2, 224, 120)), "of 448 x 120"
+
+
+def test_boxes_are_in_pixels_of_the_picture_as_it_was_sent(system: Running) -> None:
+    marked = "<ref>a cat</ref><box>(12,34),(567,890)</box>"
+    schema = {"name": "answer", "schema": {"enum": [marked]}}
+    body = {"response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 300}
+    messages = ask_about(PICTURE, "Where? Answer:")
+    status, answer = system.chat(messages, **body)
+    assert status == 200 and json.loads(text_of(answer)) == marked
+    with Image.open(PICTURE) as image:
+        width, height = image.size
+    corners = [12 * width, 34 * height, 567 * width, 890 * height]
+    box = {"ref": "a cat", "image": 0, "box": [corner // 1000 for corner in corners]}
+    assert answer["choices"][0]["message"]["twinlens"] == {"boxes": [box]}
+    last = [event for event in system.stream(messages, **body) if event["choices"]][-1]
+    assert last["choices"][0]["delta"] == {"twinlens": {"boxes": [box]}}
 
 
 @pytest.mark.parametrize(
