@@ -154,7 +154,7 @@ class Vlmo(Family):
         return "the model takes chat messages only, no token ids"
 
     def labels(self, checkpoint: "Checkpoint") -> tuple[str, ...]:
-        return labels(checkpoint)
+        return labels(checkpoint) if "classify" in self.tasks_of(checkpoint) else ()
 
 
 def shape_of(checkpoint: "Checkpoint", name: str) -> tuple[int, ...]:
