@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,10 @@ class PoolingRunner:
         device = self._model.device
         rest = iter(items)
         inputs = []
-        is_item = torch.zeros(plan.num_tokens, dtype=torch.bool)
-        is_item[torch.from_numpy(plan.item_rows)] = True
-        lengths = plan.query_lens.tolist()
-        token_ids = torch.tensor(plan.token_ids, device=device).split(lengths)
-        for ids, has_item in zip(token_ids, is_item.split(lengths), strict=True):
-            patches = next(rest).to(device) if has_item.any() else None
-            inputs.append(PooledInput(ids, patches))
+        ends = plan.query_lens.cumsum()
+        num_item_rows = np.diff(np.searchsorted(plan.item_rows, ends), prepend=0)
+        token_ids = torch.tensor(plan.token_ids, device=device).split(plan.query_lens.tolist())
+        for ids, num_rows in zip(token_ids, num_item_rows, strict=True):
+            inputs.append(PooledInput(ids, next(rest).to(device) if num_rows else None))
         assert next(rest, None) is None, "one item for each sequence with rows of items"
         return self._model.pool(inputs)

@@ -134,7 +134,7 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
     for name, (values, low, high) in ranges.items():
         if values.size and not low <= values.min() <= values.max() < high:
             return f"{name} has a value outside [{low}, {high})"
-    highest = most - num_tokens - (prompt.stopping.max_tokens or 0)
+    highest = most - num_tokens - answer_tokens_of(prompt)
     if not -num_tokens <= delta <= highest:
         return f"rope_delta is {delta}, outside [{-num_tokens}, {highest}]"
     if prompt.rope_parameter > most:
@@ -164,6 +164,11 @@ def objection_to_grammar(grammar: Tensor) -> str:
     return ""
 
 
+def answer_tokens_of(prompt: Prompt) -> int:
+    """Return how many tokens the answer may have; 0 if the prompt asks for no text."""
+    return (prompt.stopping.max_tokens or 0) if prompt.task == "generate" else 0
+
+
 def excess_of(prompt: Prompt, limits: Limits) -> str:
     """Return why a prompt can never fit; "" if it can."""
     item_tokens = int(prompt.placeholders.numpy()[:, 1].sum())
@@ -172,7 +177,7 @@ def excess_of(prompt: Prompt, limits: Limits) -> str:
             f"its images become {item_tokens} tokens, this group has room for the embeddings of "
             f"{limits.max_item_tokens}: send fewer or smaller ones"
         )
-    max_tokens = prompt.stopping.max_tokens or 0
+    max_tokens = answer_tokens_of(prompt)
     num_resumed = prompt.output_token_ids.shape[0] if prompt.output_token_ids else 0
     if num_resumed >= max_tokens and not limits.pools:
         return f"{num_resumed} tokens were delivered already, max_tokens is {max_tokens}"

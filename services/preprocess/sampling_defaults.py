@@ -41,14 +41,14 @@ def resolve_stopping(
 ) -> Stopping:
     """Fill `max_tokens` in, or check it against what the prompt leaves of the context.
 
-    It is 0 for a task that generates no text.
+    It means nothing for a task that generates no text.
 
     It becomes the model's own length, if it has one, but at most what is left.
 
     Raises InvalidRequest if the context is too short.
     """
     if task != "generate":
-        return msgspec.structs.replace(stopping, max_tokens=0)
+        return msgspec.structs.replace(stopping, max_tokens=1)
     left = max_model_len - num_prompt_tokens
     if left <= 0:
         raise InvalidRequest(
