@@ -23,6 +23,7 @@ MAX_TENSOR_BYTES: dict[tuple[str, str], int] = {
     ("preprocess", "vision"): 256 * MIB,  # the patches of one image
     ("preprocess", "llm"): 96 * MIB,  # five numbers of 8 bytes per token, and a grammar
     ("vision", "llm"): 384 * MIB,  # 16,384 rows of 8,192 numbers of 2 bytes, with room to spare
+    ("llm", "gateway"): 16 * MIB,  # the probability and the text of each label
     ("llm", "llm"): 512 * MIB,  # the embeddings of all items that fall into one step
     ("llm", "detokenizer"): 16 * MIB,  # the tokens of earlier attempts
     ("detokenizer", "gateway"): 64 * MIB,  # text and logprobs of an answer that waited

@@ -431,9 +431,6 @@ class Prompt(RequestMessage):
     task: Task = "generate"
 
 
-PreprocessToLlm = Prompt | Abort
-
-
 # llm -> preprocess
 
 
@@ -487,6 +484,8 @@ class Embeddings(ItemMessage):
 
 
 VisionToLlm = Embeddings
+PreprocessToLlm = Prompt | Abort | Embeddings
+"""Preprocess sends the patches of items itself to a model without a vision tower."""
 
 
 # llm rank 0 -> the other ranks of its group

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 TP_SIZES = (1, 2, 4, 8)
+PromptForm = tuple[int, tuple[tuple[int, int], ...]]
+"""The tokens of an expanded prompt, and the offset and the length of each item in it."""
 
 
 class BadCheckpoint(ValueError):
@@ -59,6 +61,8 @@ class ModelSizes:
     pads_groups: bool = False
     """Whether the family's loader adds query heads of zeros, so that ranks share a key head evenly.
     They change nothing: such heads have no weight in the output."""
+    shares_vocabulary: bool = True
+    """Whether each rank holds a part of the vocabulary's rows."""
 
     def heads_per_rank(self, world_size: int) -> int:
         """Return the query heads of each of `world_size` ranks, those of zeros included.
@@ -98,7 +102,9 @@ class ModelSizes:
 
         Ranks share a key head if there are fewer key heads than ranks.
         """
-        if self.intermediate_size % world_size or self.vocab_size % world_size:
+        if self.intermediate_size % world_size:
+            return False
+        if self.shares_vocabulary and self.vocab_size % world_size:
             return False
         kv = self.num_kv_heads
         shares_keys = kv == 0 or kv % world_size == 0 or world_size % kv == 0
@@ -247,6 +253,14 @@ class Family(ABC):
     @abstractmethod
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         """Return the token that stands for an item in a prompt; None if there is no such token."""
+
+    def prompt_forms(self, checkpoint: "Checkpoint") -> frozenset[PromptForm] | None:
+        """Return the only forms that prompts have; None if they may have any."""
+        return None
+
+    def labels(self, checkpoint: "Checkpoint") -> tuple[str, ...]:
+        """Return the labels of a model that classifies, in the order of its probabilities."""
+        return ()
 
     def num_ranks(self, checkpoint: "Checkpoint") -> int | None:
         """Return how many tokens its tiktoken file has; None if config.json does not say."""

@@ -1,4 +1,4 @@
-"""Tokens as ids, text and bytes, read from any of three kinds of vocabulary file."""
+"""Tokens as ids, text and bytes, read from any of four kinds of vocabulary file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from common.vocabulary.sentencepiece import read_sentencepiece
 from common.vocabulary.tiktoken import read_tiktoken
 from common.vocabulary.tokenizer_json import read_tokenizer_json
 from common.vocabulary.vocabulary import Vocabulary
+from common.vocabulary.wordpiece import read_wordpiece
 
 __all__ = ["Vocabulary", "open_vocabulary"]
 
@@ -46,4 +47,6 @@ def read_vocabulary(file: Path, checkpoint: Checkpoint) -> Vocabulary:
             )
         case ".model":
             return read_sentencepiece(file)
+        case ".txt":
+            return read_wordpiece(file)
     raise BadCheckpoint(f"{file} is not a vocabulary file of a known kind")

@@ -327,6 +327,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         if launcher is None:
             reason = no_launcher_reason(role, replicas)
             await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+        if role not in launcher.managed.replicas:
+            reason = f"the served model needs no {role} replicas, so none can be started"
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
         if bounds := launcher.managed.autoscaled.get(role):
             reason = (
                 f"the launcher scales {role} by itself (--autoscale {role}={bounds}): "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.address import bound_socket, host_port
 from common.buckets import parse_buckets
-from common.checkpoint import open_checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from common.config import BadSetting, check_values, flag
 from common.settings import ServeSettings
 from common.vision_artefact import check_artefact_settings, open_artefact
@@ -42,7 +42,22 @@ def check(settings: ServeSettings) -> ServeSettings:
         check_port(settings.host, getattr(settings, name), flag(name))
     if settings.read and not Path(settings.read).is_file():
         raise BadSetting(f"--read {settings.read}: no such file")
-    return replace(settings, served_model_name=settings.served_model_name or checkpoint.name)
+    name = settings.served_model_name or checkpoint.name
+    return replace(without_unused_roles(settings, checkpoint), served_model_name=name)
+
+
+def without_unused_roles(settings: ServeSettings, checkpoint: Checkpoint) -> ServeSettings:
+    """Return the settings with no replicas of the roles that the model does not need.
+
+    Raises BadSetting if the settings ask for such a role.
+    """
+    stages = checkpoint.family.stages_of(checkpoint)
+    if "vision" not in stages:
+        for name in ("autoscale", "vision_standby", "vision_buckets", "vision_artefact"):
+            if getattr(settings, name):
+                raise BadSetting(f"{flag(name)}: this model has no vision replicas; leave it out")
+        settings = replace(settings, vision=0)
+    return settings if "detokenizer" in stages else replace(settings, detokenizer=0)
 
 
 def check_scaling(settings: ServeSettings) -> None:

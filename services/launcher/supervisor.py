@@ -69,8 +69,11 @@ class Supervisor:
         self.is_draining = False
         self.has_come_up = False
         """Whether all children were ready at the same time at least once."""
+        counts = replica_counts(settings)
+        self._scalable_roles = [role for role in SCALABLE_ROLES if counts[role]]
+        """Those that the model needs: the others have no replicas."""
         self.fleet = Fleet(
-            replica_counts(settings),
+            counts,
             settings.vision_standby,
             lambda role, number: make_children(settings, run_dir, role, number),
             settings.request_timeout + DRAIN_MARGIN_SECONDS,
@@ -116,7 +119,7 @@ class Supervisor:
     def managed(self) -> control_pb2.Managed:
         """Return what the controller should know: the wanted replicas and the autoscaled roles."""
         autoscaled = {"vision": str(self._autoscaler.bounds)} if self._autoscaler else {}
-        replicas = {role: self.fleet.wanted[role] for role in SCALABLE_ROLES}
+        replicas = {role: self.fleet.wanted[role] for role in self._scalable_roles}
         return control_pb2.Managed(replicas=replicas, autoscaled=autoscaled)
 
     def on_response(self, response: control_pb2.JoinResponse) -> None:

@@ -5,8 +5,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from common.families.family import PromptForm
 from common.messages import ItemKey, Prompt, RequestKey, Usage
 from common.timings import ItemTimings, read_timings, write_timings
 from common.wire import Tensor
@@ -37,6 +39,8 @@ class Output:
     finish_reason: str = ""
     error: str = ""
     logprobs: Logprobs | None = None
+    values: np.ndarray | None = None
+    """float32 [n]: the result of a request that generates no text."""
 
 
 class Engine:
@@ -45,6 +49,11 @@ class Engine:
     An abort may arrive before its prompt. Embeddings come after it, because vision encodes an item
     only once the prompt has reserved room for it.
     """
+
+    item_dtypes: tuple[str, ...] = FLOAT_DTYPES
+    """The dtypes that the rows of an item may have."""
+    pools = False
+    """Whether a request ends with one vector, and generates no text."""
 
     def __init__(
         self,
@@ -59,6 +68,7 @@ class Engine:
         *,
         max_model_len: int | None = None,
         dtype: torch.dtype = torch.float32,
+        prompt_forms: frozenset[PromptForm] | None = None,
     ) -> None:
         """Create the engine of one group.
 
@@ -72,6 +82,8 @@ class Engine:
             is the context in tokens; by default it is what the KV cache holds.
         dtype
             is the dtype that the model computes in.
+        prompt_forms
+            are the only forms that prompts have; None if they may have any.
         """
         self.scheduler = scheduler
         self.execute = execute
@@ -84,6 +96,7 @@ class Engine:
         self._num_position_components = num_position_components
         self._max_tokens = min(max_model_len or scheduler.max_tokens, scheduler.max_tokens)
         self._dtype = dtype
+        self._prompt_forms = prompt_forms
         self._ended: OrderedDict[RequestKey, str] = OrderedDict()
         """The preprocess of each request that ended last."""
         self._compiling: set[RequestKey] = set()
@@ -100,6 +113,8 @@ class Engine:
             max_item_tokens=self.budget.num_tokens,
             max_whole_tokens=self.scheduler.max_num_batched_tokens,
             vocab_size=self.guided_decoding.vocab_size,
+            pools=self.pools,
+            prompt_forms=self._prompt_forms,
         )
 
     @property
@@ -205,8 +220,9 @@ class Engine:
         if item in request.embeddings:
             return ""
         wanted = (request.placeholders[item][1], self.input_width)
-        if embeddings.shape != wanted or embeddings.dtype not in FLOAT_DTYPES:
-            return f"embeddings is {embeddings}, floating-point {wanted} is wanted"
+        if embeddings.shape != wanted or embeddings.dtype not in self.item_dtypes:
+            dtypes = " or ".join(self.item_dtypes)
+            return f"embeddings is {embeddings}, {dtypes} {wanted} is wanted"
         found = to_torch(embeddings)
         if not self._is_finite(found):
             return "embeddings that are not finite"
@@ -269,11 +285,13 @@ class Engine:
         self.scheduler.computed(chunks)
         if not sampling:
             return []
-        return self._sample(sampling, logits, {row: mask.result() for row, mask in masks.items()})
+        results = {row: mask.result() for row, mask in masks.items()}
+        return self._outputs_of(sampling, logits, results)
 
-    def _sample(
+    def _outputs_of(
         self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]
     ) -> list[Output]:
+        """Sample a token for each request that is computed so far."""
         requests = [chunk.request for chunk in chunks]
         positions = [len(request.output_token_ids) for request in requests]
         sampled = self.sampler.sample(logits, [r.key for r in requests], positions, masks)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.address import objection_to_peer
+from common.families.family import PromptForm
 from common.messages import Prompt, RequestKey, Sampling
 from common.timings import ItemTimings, read_timings
 from common.wire import Tensor
@@ -34,6 +35,10 @@ class Limits:
     max_whole_tokens: int
     """Tokens of one step."""
     vocab_size: int
+    pools: bool = False
+    """Whether the model computes one vector of each prompt, and no text."""
+    prompt_forms: frozenset[PromptForm] | None = None
+    """The only forms that prompts have; None if they may have any."""
 
 
 def objection_to(prompt: Prompt, limits: Limits) -> str:
@@ -45,12 +50,26 @@ def objection_to(prompt: Prompt, limits: Limits) -> str:
     """
     return (
         malformation_of(prompt, limits)
+        or objection_to_task(prompt, limits)
         or incompleteness_of(prompt)
         or excess_of(prompt, limits)
         or outlier_of(prompt, limits)
         or objection_to_texts(prompt)
-        or objection_to_peer(prompt.detokenizer)
+        or ("" if limits.pools else objection_to_peer(prompt.detokenizer))
     )
+
+
+def objection_to_task(prompt: Prompt, limits: Limits) -> str:
+    """Return why the model cannot do what a prompt asks for; "" if it can."""
+    if (prompt.task == "generate") == limits.pools:
+        return f"this model cannot {prompt.task}"
+    placeholders = tuple(
+        (offset, length) for offset, length in prompt.placeholders.numpy().tolist()
+    )
+    form = (prompt.token_ids.shape[0], placeholders)
+    if limits.prompt_forms is not None and form not in limits.prompt_forms:
+        return f"the model takes no prompt of {form[0]} tokens with items at {form[1]}"
+    return ""
 
 
 def malformation_of(prompt: Prompt, limits: Limits) -> str:
@@ -115,7 +134,7 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
     for name, (values, low, high) in ranges.items():
         if values.size and not low <= values.min() <= values.max() < high:
             return f"{name} has a value outside [{low}, {high})"
-    highest = most - num_tokens - (prompt.stopping.max_tokens or 0)
+    highest = most - num_tokens - answer_tokens_of(prompt)
     if not -num_tokens <= delta <= highest:
         return f"rope_delta is {delta}, outside [{-num_tokens}, {highest}]"
     if prompt.rope_parameter > most:
@@ -145,6 +164,11 @@ def objection_to_grammar(grammar: Tensor) -> str:
     return ""
 
 
+def answer_tokens_of(prompt: Prompt) -> int:
+    """Return how many tokens the answer may have; 0 if the prompt asks for no text."""
+    return (prompt.stopping.max_tokens or 0) if prompt.task == "generate" else 0
+
+
 def excess_of(prompt: Prompt, limits: Limits) -> str:
     """Return why a prompt can never fit; "" if it can."""
     item_tokens = int(prompt.placeholders.numpy()[:, 1].sum())
@@ -153,9 +177,9 @@ def excess_of(prompt: Prompt, limits: Limits) -> str:
             f"its images become {item_tokens} tokens, this group has room for the embeddings of "
             f"{limits.max_item_tokens}: send fewer or smaller ones"
         )
-    max_tokens = prompt.stopping.max_tokens or 0
+    max_tokens = answer_tokens_of(prompt)
     num_resumed = prompt.output_token_ids.shape[0] if prompt.output_token_ids else 0
-    if num_resumed >= max_tokens:
+    if num_resumed >= max_tokens and not limits.pools:
         return f"{num_resumed} tokens were delivered already, max_tokens is {max_tokens}"
     num_tokens = prompt.token_ids.shape[0] + max_tokens
     if num_tokens > limits.max_tokens:

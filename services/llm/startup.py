@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
@@ -24,9 +25,12 @@ from services.llm.grouping import num_ranks_here
 from services.llm.guided_decoding import GuidedDecoding
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard, join_group, names_of_ranks
+from services.llm.pooling_engine import PoolingEngine
+from services.llm.pooling_runner import PoolingRunner
 from services.llm.ranks import StepLimits, follow, lead
 from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
+from services.llm.step_plan import StepPlan
 from services.llm.worker import Worker
 
 LlmMember = Member[Any]
@@ -47,12 +51,38 @@ class KvCache:
         return self.num_blocks * self.block_size
 
 
+class Runner(Protocol):
+    """Executes step plans on one rank."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_bytes_read(self) -> int: ...
+
+    @property
+    def input_width(self) -> int:
+        """The width of the rows of items."""
+        ...
+
+    def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor: ...
+
+
+def generates(checkpoint: Checkpoint) -> bool:
+    """Whether the model generates text."""
+    return "generate" in checkpoint.family.tasks_of(checkpoint)
+
+
 def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
     """Raise BadSetting or BadCheckpoint for what no restart can mend."""
     checkpoint.sizes.check_fits(settings.tp)
     if not 0 <= settings.rank < settings.tp:
         raise BadSetting(
             f"--rank {settings.rank}: ranks of --tp {settings.tp} count from 0 to {settings.tp - 1}"
+        )
+    if settings.quantization != "none" and not generates(checkpoint):
+        raise BadSetting(
+            f"--quantization {settings.quantization}: a model that generates no text has none"
         )
     if settings.rank > 0 and not settings.rendezvous:
         raise BadSetting(f"--rank {settings.rank} needs --rendezvous, the same for every rank")
@@ -206,8 +236,10 @@ def make_runner(
     shard: Shard,
     cache: KvCache,
     member: LlmMember,
-) -> ModelRunner:
+) -> Runner:
     """Load this rank's weights and allocate its KV cache."""
+    if not generates(checkpoint):
+        return PoolingRunner(checkpoint, dtype, device.torch_device, member.report_loading, shard)
     given = (
         checkpoint,
         dtype,
@@ -230,7 +262,7 @@ def run_leader(
     checkpoint: Checkpoint,
     stop: Stop,
     member: LlmMember,
-    runner: ModelRunner,
+    runner: Runner,
     cache: KvCache,
     dtype: torch.dtype,
     ranks: list[str],
@@ -251,7 +283,7 @@ def run_leader(
     )
     embedding_bytes = runner.input_width * dtype.itemsize
     budget = EmbeddingBudget(embedding_tokens(cache.num_tokens, max_model_len, embedding_bytes))
-    engine = Engine(
+    engine = (Engine if generates(checkpoint) else PoolingEngine)(
         scheduler,
         execute,
         Sampler(),
@@ -262,7 +294,9 @@ def run_leader(
         num_position_components=checkpoint.family.num_position_components,
         max_model_len=max_model_len,
         dtype=dtype,
+        prompt_forms=checkpoint.family.prompt_forms(checkpoint),
     )
-    worker = Worker(member, engine, stop.drain, others)
+    labels = checkpoint.family.labels(checkpoint)
+    worker = Worker(member, engine, stop.drain, others, labels)
     member.ready(max_model_len)
     worker.run()

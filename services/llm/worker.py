@@ -1,7 +1,8 @@
 """The work loop of rank 0: messages to the engine, its outputs to the detokenizers."""
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, assert_never
 
@@ -23,6 +24,7 @@ from common.messages import (
     ItemRejected,
     LlmInbound,
     Noted,
+    Pooled,
     Prompt,
     RequestKey,
     RequestMessage,
@@ -56,13 +58,18 @@ class Worker:
         engine: Engine,
         drain: Callable[[], None] = lambda: None,
         ranks: frozenset[str] = frozenset(),
+        labels: Sequence[str] = (),
     ) -> None:
-        """`drain` drains the group. It is called when one of the other `ranks` must leave: no rank
-        can leave without the others."""
+        """Create the work loop.
+
+        `drain` drains the group. It is called when one of the other `ranks` must leave: no rank
+        can leave without the others. `labels` are those of a model that classifies.
+        """
         self._member = member
         self._engine = engine
         self._drain = drain
         self._ranks = ranks
+        self._labels = Tensor.of_text(json.dumps(labels)) if labels else None
         self._step_times = UnitTimes()
         self._prompt_times = UnitTimes()
         self._visitors: set[str] = set()
@@ -184,7 +191,7 @@ class Worker:
         problem = objection_to(prompt, self._engine.limits)
         if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
             problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
-        if prompt.detokenizer.id in self._visitors:
+        if not self._engine.pools and prompt.detokenizer.id in self._visitors:
             problem = f"{prompt.detokenizer.id!r} is not a detokenizer"
         if problem:
             self._refuse(prompt, problem)
@@ -192,7 +199,8 @@ class Worker:
         if prompt.grammar and (problem := objection_to_grammar(prompt.grammar)):
             self._refuse(prompt, problem, code="InvalidRequest")
             return
-        self._member.links.connect(prompt.detokenizer, "detokenizer")
+        if not self._engine.pools:
+            self._member.links.connect(prompt.detokenizer, "detokenizer")
         num_tokens = prompt.token_ids.shape[0]
         with self._prompt_unit(prompt):
             self._engine.add(prompt, peer_id)
@@ -270,6 +278,9 @@ class Worker:
 
     def _send_output(self, output: Output) -> None:
         prompt = output.request.prompt
+        if self._engine.pools:
+            self._send_pooled(output)
+            return
         detokenizer_id = prompt.detokenizer.id
         if output.offset == output.request.num_resumed_tokens:
             self._member.links.send(detokenizer_id, start_of(output))
@@ -286,6 +297,22 @@ class Worker:
             **logprobs_of(output),
         )
         self._member.links.send(detokenizer_id, tokens)
+
+    def _send_pooled(self, output: Output) -> None:
+        request = output.request
+        prompt = request.prompt
+        if output.error:
+            self._fail(prompt, output.error)
+            return
+        assert output.values is not None
+        pooled = Pooled(
+            **prompt.ids,
+            values=Tensor.of(output.values),
+            labels=self._labels,
+            num_prompt_tokens=request.num_prompt_tokens,
+            timings=Tensor.of_bytes(timings_of(request)),
+        )
+        self._member.links.send(prompt.gateway_id, pooled)
 
 
 def start_of(output: Output) -> Start:

@@ -14,6 +14,7 @@ from common.messages import (
     Busy,
     CacheHit,
     Decline,
+    Embeddings,
     Failed,
     Grant,
     HandedOver,
@@ -58,7 +59,13 @@ class Dispatcher:
         fail: Fail,
         metrics: PreprocessMetrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        name: str = "",
+        has_tower: bool = True,
     ) -> None:
+        """`name` is the id of this preprocess. Without a tower, items go to the language group."""
+        self._name = name
+        self._has_tower = has_tower
         self._links = links
         self.pool = pool
         self.handovers: dict[RequestKey, Handover] = {}
@@ -108,7 +115,7 @@ class Dispatcher:
                     self._release_item(key, index)
             case ItemRejected(reason=reason, key=key):
                 if self._is_held_by(key, peer_id):
-                    self._retry(self._offered_item(message.item_key), reason, skip_cache=True)
+                    self._on_rejected(message.item_key, reason)
             case _:
                 assert_never(message)
 
@@ -236,7 +243,23 @@ class Dispatcher:
         if handover and not handover.is_reserved:
             handover.is_reserved = True
             for item in handover.items.values():
-                self.pool.add(item)
+                if self._has_tower:
+                    self.pool.add(item)
+                else:
+                    self._send_itself(item, handover.llm.id)
+
+    def _send_itself(self, item: PendingItem, llm_id: str) -> None:
+        """Send the patches of an item to the language group, whose model has no tower."""
+        request_id, attempt, index = item.key
+        patches = Embeddings(
+            request_id=request_id,
+            attempt=attempt,
+            item=index,
+            mm_hash=item.prepared.mm_hash,
+            embeddings=Tensor.of(item.prepared.patches()),
+            preprocess_id=self._name,
+        )
+        self._links.send(llm_id, patches)
 
     def _send_pixels(self, grant: Grant, vision_id: str) -> None:
         if item := self._find(grant, vision_id):
@@ -276,6 +299,14 @@ class Dispatcher:
             self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
         else:
             self.pool.add(item, first=True)
+
+    def _on_rejected(self, key: ItemKey, reason: str) -> None:
+        """Have an item encoded again, unless the language group got its patches from here."""
+        if self._has_tower:
+            self._retry(self._offered_item(key), reason, skip_cache=True)
+        elif key[2] in self.handovers[request_of(key)].items:
+            error = Internal(f"the language group refused the item: {reason}", item=key[2])
+            self._fail_request(request_of(key), key[2], error)
 
     def _count_failure(self, item: PendingItem, reason: str) -> None:
         request_id, _, index = item.key

@@ -151,7 +151,8 @@ class Preprocessor:
         token_ids: list[int] = []
         for part in parts:
             token_ids += self._encode_piece(part) if isinstance(part, Piece) else [part]
-        return np.array(token_ids, dtype=np.int64)
+        found = np.array(token_ids, dtype=np.int64)
+        return found if self.rules.fit_prompt is None else self.rules.fit_prompt(found)
 
     def _encode_piece(self, piece: Piece) -> list[int]:
         try:

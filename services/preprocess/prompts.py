@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -27,6 +29,8 @@ A message is {"role": str, "content": str or a list of parts}, with the roles th
 gives to templates. A part is {"type": "text", "text": str}, or an item, {"type": <its kind>}. It
 raises InvalidRequest if the family cannot say the messages.
 """
+FitPrompt: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Makes of the tokens of a prompt, int64 [n], as many as the model takes: int64 [m]."""
 
 
 def num_chars(parts: PromptParts) -> int:

@@ -6,7 +6,7 @@ import msgspec
 
 from common.errors import InvalidRequest
 from common.families.family import RequestDefaults
-from common.messages import Sampling, Stopping
+from common.messages import Sampling, Stopping, Task
 
 
 def resolve_sampling(
@@ -37,13 +37,18 @@ def resolve_stopping(
     num_prompt_tokens: int,
     max_model_len: int,
     model: RequestDefaults = RequestDefaults(),
+    task: Task = "generate",
 ) -> Stopping:
     """Fill `max_tokens` in, or check it against what the prompt leaves of the context.
+
+    It means nothing for a task that generates no text.
 
     It becomes the model's own length, if it has one, but at most what is left.
 
     Raises InvalidRequest if the context is too short.
     """
+    if task != "generate":
+        return msgspec.structs.replace(stopping, max_tokens=1)
     left = max_model_len - num_prompt_tokens
     if left <= 0:
         raise InvalidRequest(

@@ -79,7 +79,15 @@ class Worker:
         self._prepared_bytes = 0
         """The bytes of the items of all preparations."""
         self._pool = pool
-        self._dispatcher = Dispatcher(member.links, pool, self._fail, metrics, clock)
+        self._dispatcher = Dispatcher(
+            member.links,
+            pool,
+            self._fail,
+            metrics,
+            clock,
+            name=member.id,
+            has_tower="vision" in preprocessor.checkpoint.family.needed_roles,
+        )
         self._groups = LlmGroups(clock)
         self._times = UnitTimes()
         self._unconfirmed: deque[SentPrompt] = deque()
@@ -355,7 +363,8 @@ class Worker:
         self._on_prepared(preparation, found.items, patches)
         num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
         max_model_len = self._preprocessor.max_model_len
-        resolve_stopping(preparation.submit.stopping, num_tokens, max_model_len)
+        submit = preparation.submit
+        resolve_stopping(submit.stopping, num_tokens, max_model_len, task=submit.task)
 
     def _on_prepared(
         self, preparation: Preparation, items: tuple[PreparedFacts, ...], blobs: list[memoryview]
@@ -403,7 +412,10 @@ class Worker:
         submit = preparation.submit
         max_model_len = self._preprocessor.max_model_len
         defaults = self._preprocessor.defaults
-        stopping = resolve_stopping(submit.stopping, expanded.num_tokens, max_model_len, defaults)
+        num_tokens = expanded.num_tokens
+        stopping = resolve_stopping(
+            submit.stopping, num_tokens, max_model_len, defaults, submit.task
+        )
         config = self._preprocessor.checkpoint.generation_config
         return Prompt(
             **submit.ids,

@@ -60,6 +60,7 @@ class ToyRules:
 
     whole = False
     chat_prompt = None
+    fit_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         eye = checkpoint.config["eye"]

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 
 from common.checkpoint import Checkpoint
-from services.llm.families import qwen2_5_vl, qwen_vl, wemm
+from services.llm.families import qwen2_5_vl, qwen_vl, vlmo, wemm
 from services.llm.language_model import LanguageModel
 from services.llm.loading import ShardLoader
 from services.llm.parallel import Shard
+from services.llm.pooling_model import PoolingModel
 
 FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
     "qwen2_5_vl": qwen2_5_vl.load,
@@ -16,6 +17,10 @@ FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
     "wemm": wemm.load,
 }
 """How the model of a family is loaded, by its `model_type`."""
+POOLING_FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], PoolingModel]] = {
+    "vlmo": vlmo.load,
+}
+"""The same for models that generate no text."""
 
 
 def load(
@@ -35,3 +40,18 @@ def load(
     """
     loader = ShardLoader(checkpoint, dtype, device, shard, report_loading, quantization)
     return FAMILIES[checkpoint.family.model_type](checkpoint, loader)
+
+
+def load_pooling(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = Shard(),
+    report_loading: Callable[[float], None] = lambda fraction: None,
+) -> PoolingModel:
+    """Return one rank's share of a checkpoint's model that generates no text.
+
+    Raises BadCheckpoint as `load` does.
+    """
+    loader = ShardLoader(checkpoint, dtype, device, shard, report_loading)
+    return POOLING_FAMILIES[checkpoint.family.model_type](checkpoint, loader)

@@ -6,7 +6,7 @@ Nothing outside this folder imports a family.
 from collections.abc import Callable
 
 from common.checkpoint import Checkpoint
-from services.preprocess.families import qwen2_5_vl, qwen_vl, wemm
+from services.preprocess.families import qwen2_5_vl, qwen_vl, vlmo, wemm
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.families.rules import FamilyRules
 
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Callable[[Checkpoint, ItemLimits], FamilyRules]] = {
     "qwen2_5_vl": qwen2_5_vl.Qwen25VLRules,
     "qwen": qwen_vl.QwenVLRules,
     "wemm": wemm.WemmRules,
+    "vlmo": vlmo.VlmoRules,
 }
 """The rules of a family, by its `model_type`."""
 

@@ -110,6 +110,7 @@ class Qwen25VLRules:
 
     whole = False
     chat_prompt = None
+    fit_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""

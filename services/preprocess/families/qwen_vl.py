@@ -33,6 +33,7 @@ class QwenVLRules:
     """The rules of Qwen-VL for one checkpoint. They do not change."""
 
     whole = False
+    fit_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""

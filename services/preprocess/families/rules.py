@@ -6,7 +6,7 @@ import numpy as np
 
 from common.messages import ItemKind
 from services.preprocess.prepared import PreparedItem
-from services.preprocess.prompts import ChatPrompt
+from services.preprocess.prompts import ChatPrompt, FitPrompt
 
 
 class FamilyRules(Protocol):
@@ -20,6 +20,11 @@ class FamilyRules(Protocol):
     @property
     def chat_prompt(self) -> ChatPrompt | None:
         """Makes prompts of chat messages; None if the checkpoint brings a template for that."""
+        ...
+
+    @property
+    def fit_prompt(self) -> FitPrompt | None:
+        """Cuts or pads the tokens of a chat's prompt; None if prompts may have any length."""
         ...
 
     def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:

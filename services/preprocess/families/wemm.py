@@ -98,6 +98,7 @@ class WemmRules:
     """The rules of WeMM for one checkpoint. They do not change."""
 
     whole = False
+    fit_prompt = None
 
     def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""
