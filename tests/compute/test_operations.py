@@ -163,7 +163,8 @@ def test_attention_with_a_bias_and_hidden_keys(
     "lengths", [(1, 64, 65, 87), (513, 3, 512, 1400)], ids=["short", "divided"]
 )
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 64), (16, 1, 32), (3, 3, 128), (9, 1, 256)]
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(14, 2, 64), (16, 1, 32), (3, 3, 128), (8, 2, 96), (2, 2, 256), (9, 1, 256)],
 )
 def test_decodes_read_blocks_where_they_lie(
     num_heads: int, num_kv_heads: int, head_dim: int, lengths: tuple[int, ...]
