@@ -26,7 +26,8 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = weight
         self._bias = bias
-        self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        """(num_outputs, num_inputs)."""
         self.packed: PackedWeights | None = None
         self.max_kernel_rows = -1
         self.is_packed_by_onednn = weight.device.type == "cpu" and can_pack(weight.dtype)
@@ -50,18 +51,18 @@ class Linear:
 
     def _pack_by_onednn(self) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
-        is_readable = self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0
+        is_readable = self._weight.dtype is torch.bfloat16 and self.shape[1] % 2 == 0
         if is_readable and (kernels := kernels_for_packed()):
             self._use(kernels, max_kernel_rows())
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
-        packed = self._weight.new_empty(packed_shape(self._shape))
-        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self._shape)
+        packed = self._weight.new_empty(packed_shape(self.shape))
+        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self.shape)
         self._weight = packed
         self._use(kernels, sys.maxsize)
 
     def _use(self, kernels: ctypes.CDLL, max_rows: int) -> None:
-        self.packed = PackedWeights(kernels, self._weight, self._shape, self._bias)
+        self.packed = PackedWeights(kernels, self._weight, self.shape, self._bias)
         self.max_kernel_rows = max_rows
 
 
