@@ -135,6 +135,9 @@ def linear_part(
         kernels[used] = lambda: [
             linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))
         ]
+    if dtype is torch.float16:
+        used = "used"
+        kernels[used] = lambda: [linear(x) for linear in laid_out]
     if num_rows <= laid_out[0].max_kernel_rows:
         used = "ours"
         kernels[used] = lambda: [linear(x) for linear in laid_out]
