@@ -172,7 +172,9 @@ def parse() -> argparse.Namespace:
         help="where checkpoints are made",
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
     parser.add_argument("--quantization", default="none", choices=("none", "int8"))
     parser.add_argument(
         "--context",

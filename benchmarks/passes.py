@@ -135,6 +135,9 @@ def linear_part(
         kernels[used] = lambda: [
             linear.by_onednn(wide_x) for linear in islice(cycle(wide), len(plain))
         ]
+    if dtype is torch.float16:
+        used = "used"
+        kernels[used] = lambda: [linear(x) for linear in laid_out]
     if num_rows <= laid_out[0].max_kernel_rows:
         used = "ours"
         kernels[used] = lambda: [linear(x) for linear in laid_out]
@@ -287,19 +290,24 @@ def of_vision(checkpoint: Checkpoint, dtype: torch.dtype, pictures: list[str]) -
     """Return the encoding of each picture, as preprocess prepares it for this model."""
     tower = vision_families.load(checkpoint, dtype, CPU)
     encoder = EagerTower(tower)
-    rules = preprocess_families.load(checkpoint)
     found = {}
-    for name in pictures:
-        size = rules.fitting_size(*PICTURES[name], 0)
-        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-        item = rules.prepare_item("image", pixels)
-        shape = ItemShape(item.grid_thw, item.content_size)
-        run = partial(encoder.encode, torch.from_numpy(item.patches()), shape)
+    for picture in pictures:
+        patches, shape = prepared(checkpoint, picture)
+        run = partial(encoder.encode, patches, shape)
         _, rows, columns = shape.grid_thw
         name = f"vision, {rows} x {columns} patches"
         if name not in found:
             found[name] = Pass(name, run, parts_of(recorded(tower, run), dtype, "vision "))
     return list(found.values())
+
+
+def prepared(checkpoint: Checkpoint, picture: str) -> tuple[Tensor, ItemShape]:
+    """Return the patches of a picture as preprocess prepares it for this model, and their shape."""
+    rules = preprocess_families.load(checkpoint)
+    size = rules.fitting_size(*PICTURES[picture], 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    item = rules.prepare_item("image", pixels)
+    return torch.from_numpy(item.patches()), ItemShape(item.grid_thw, item.content_size)
 
 
 def plan_of(

@@ -114,7 +114,7 @@ def recorded(model: object, run: Callable[[], object]) -> Calls:
 def shape_of(product: AnyLinear) -> tuple[int, int]:
     """Return the outputs and the inputs of a product."""
     if isinstance(product, Linear):
-        return product._shape
+        return product.shape
     assert product.packed is not None
     return product.packed.structure.num_outputs, product.packed.structure.num_inputs
 
@@ -122,7 +122,7 @@ def shape_of(product: AnyLinear) -> tuple[int, int]:
 def products_in(model: object, label: str = "") -> Iterator[tuple[str, AnyLinear]]:
     """Yield the products that an object holds, with the names of the attributes that lead to them.
 
-    Attributes that hold lists, such as layers, do not count.
+    Attributes that hold lists of other objects, such as layers, do not count.
     """
     if isinstance(model, AnyLinear):
         yield label or "product", model
@@ -134,7 +134,8 @@ def products_in(model: object, label: str = "") -> Iterator[tuple[str, AnyLinear
             yield from products_in(each, label)
     else:
         for name, value in attributes_of(model).items():
-            is_counted = not isinstance(value, list) and name != "product"
+            is_list = isinstance(value, list) and not isinstance(next(iter(value), None), AnyLinear)
+            is_counted = not is_list and name != "product"
             own = name.strip("_").replace("_", " ") if is_counted else ""
             yield from products_in(value, " ".join(filter(None, (label, own))))
 

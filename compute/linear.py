@@ -16,6 +16,8 @@ MAX_KERNEL_ROWS = MAX_LINEAR_ROWS
 """Up to this number of rows our kernel is faster than oneDNN's on the same packed weights."""
 MAX_KERNEL_ROWS_WITH_AMX = 16
 """The same number on a CPU with AMX, whose tiles oneDNN uses."""
+MAX_FLOAT16_ROWS = 8
+"""With more rows float16 weights are widened for a product, because torch emulates float16."""
 PANEL = AVX2.panel
 """Outputs that our kernels pack together, if they pack the weights themselves."""
 
@@ -26,9 +28,11 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = weight
         self._bias = bias
-        self._shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        """(num_outputs, num_inputs)."""
         self.packed: PackedWeights | None = None
         self.max_kernel_rows = -1
+        self._widens = emulates(weight)
         self.is_packed_by_onednn = weight.device.type == "cpu" and can_pack(weight.dtype)
         if self.is_packed_by_onednn:
             self._pack_by_onednn()
@@ -41,6 +45,8 @@ class Linear:
             return self.packed.multiply(x, residual)
         if self.is_packed_by_onednn:
             product = self.by_onednn(x)
+        elif self._widens and len(x) > MAX_FLOAT16_ROWS:
+            product = self._in_float32(x)
         else:
             product = F.linear(x, self._weight, self._bias)
         return product if residual is None else product.add_(residual)
@@ -48,20 +54,24 @@ class Linear:
     def by_onednn(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
+    def _in_float32(self, x: Tensor) -> Tensor:
+        bias = None if self._bias is None else self._bias.float()
+        return F.linear(x.float(), self._weight.float(), bias).to(x.dtype)
+
     def _pack_by_onednn(self) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
-        is_readable = self._weight.dtype is torch.bfloat16 and self._shape[1] % 2 == 0
+        is_readable = self._weight.dtype is torch.bfloat16 and self.shape[1] % 2 == 0
         if is_readable and (kernels := kernels_for_packed()):
             self._use(kernels, max_kernel_rows())
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
-        packed = self._weight.new_empty(packed_shape(self._shape))
-        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self._shape)
+        packed = self._weight.new_empty(packed_shape(self.shape))
+        kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self.shape)
         self._weight = packed
         self._use(kernels, sys.maxsize)
 
     def _use(self, kernels: ctypes.CDLL, max_rows: int) -> None:
-        self.packed = PackedWeights(kernels, self._weight, self._shape, self._bias)
+        self.packed = PackedWeights(kernels, self._weight, self.shape, self._bias)
         self.max_kernel_rows = max_rows
 
 
@@ -83,6 +93,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or (
         dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def emulates(weight: Tensor) -> bool:
+    """Whether torch emulates products of this weight: float16 on most CPUs."""
+    is_ours = weight.device.type == "cpu" and weight.dtype is torch.float16
+    return is_ours and not PORTABLE.get() and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def packing_kernels(weight: Tensor) -> ctypes.CDLL | None:

@@ -44,23 +44,14 @@ SIGNATURES: dict[str, list[type]] = {
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "rotate": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_int, c_int, c_int],
     "attention": [
-        c_void_p,
-        c_long,
-        c_void_p,
-        c_void_p,
-        c_long,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_long,
-        c_long,
-        c_long,
-        c_int,
-        c_int,
-        c_int,
-        c_int,
-        c_int,
+        *(c_void_p, c_long),  # queries
+        *(c_void_p, c_void_p, c_long),  # keys and values
+        *(c_void_p, c_long, c_long),  # bias
+        c_void_p,  # mask
+        *(c_void_p, c_void_p),  # output and workspace
+        *(c_long, c_long, c_long),  # number of sequences, their queries and their keys
+        *(c_int, c_int, c_int),  # heads
+        *(c_int, c_int),
     ],
     "scatter": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_long],
     "decode_attention": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],

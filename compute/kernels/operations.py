@@ -224,7 +224,7 @@ def attention(
     workspace = q.new_empty(2 * num_seqs * num_kv_heads * padded_len * padded_dim)
     if bias is not None:
         assert bias.dtype is q.dtype and bias.shape == (num_heads, query_len, context_len)
-        bias = bias.contiguous()
+        bias = bias if bias.stride(2) == 1 else bias.contiguous()
     mask = None
     if visible is not None:
         assert visible.shape == (num_seqs, context_len)
@@ -236,6 +236,7 @@ def attention(
         v.data_ptr(),
         k.stride(0),
         None if bias is None else bias.data_ptr(),
+        *((0, 0) if bias is None else bias.stride()[:2]),
         None if mask is None else mask.data_ptr(),
         out.data_ptr(),
         workspace.data_ptr(),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.families import ModelSizes
 from compute.kernels.operations import PackedWeights, rms_norm, rotate, silu_mul
+from compute.linear import Linear
 from services.llm.batch import Batch
 from services.llm.parallel import Shard
 
@@ -32,17 +33,16 @@ class Product(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
 class LowRank:
     """x [n, num_inputs] -> x @ down.T @ up.T [n, num_outputs]."""
 
-    down: Tensor
-    """[rank, num_inputs]."""
-    up: Tensor
-    """[num_outputs, rank]."""
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        """Lay out `down` [rank, num_inputs] and `up` [num_outputs, rank]."""
+        self.down = Linear(down)
+        self.up = Linear(up)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.down.T @ self.up.T
+        return self.up(self.down(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Projection:
     ) -> Tensor:
         y = self.product(x, residual)
         if self.low_rank is not None and item_rows is not None:
-            y.index_add_(0, item_rows, self.low_rank(x[item_rows]))
+            y.index_add_(0, item_rows, self.low_rank(x.index_select(0, item_rows)))
         return y
 
 

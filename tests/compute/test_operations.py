@@ -140,7 +140,9 @@ def test_attention_with_a_bias_and_hidden_keys(
 ) -> None:
     num_seqs, length, num_heads = 2, 310, 3
     qkv = random(num_seqs * length, 3 * num_heads, head_dim, dtype=dtype)
-    bias = random(num_heads, length, length, dtype=dtype) if has_bias else None
+    bias = None
+    if has_bias:  # a part of a larger one
+        bias = random(num_heads, length + 9, length + 5, dtype=dtype)[:, 9:, 5:]
     visible = torch.ones(num_seqs, length, dtype=torch.bool)
     if has_mask:
         visible[0, :290] = False  # more than the kernels work on at a time
@@ -163,7 +165,8 @@ def test_attention_with_a_bias_and_hidden_keys(
     "lengths", [(1, 64, 65, 87), (513, 3, 512, 1400)], ids=["short", "divided"]
 )
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 64), (16, 1, 32), (3, 3, 128), (9, 1, 256)]
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(14, 2, 64), (16, 1, 32), (3, 3, 128), (8, 2, 96), (2, 2, 256), (9, 1, 256)],
 )
 def test_decodes_read_blocks_where_they_lie(
     num_heads: int, num_kv_heads: int, head_dim: int, lengths: tuple[int, ...]

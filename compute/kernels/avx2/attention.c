@@ -88,9 +88,9 @@ static void pack(const bf16 *keys, const bf16 *values, const long *places, int c
 
 /* What is added to the scores, besides the product of queries and keys. Each may be null. */
 typedef struct {
-    const bf16 *bias;  /* [queries, context_len] */
+    const bf16 *bias; /* [queries, context_len] */
+    long bias_stride;
     const float *mask; /* [context_len] */
-    long context_len;
 } Added;
 
 /* The state of the running softmax of a block of rows. */
@@ -127,7 +127,7 @@ static void end(const Running *running, int num_rows, int dim, bf16 *y, long y_s
  * on. */
 static void add(const Added *added, int row, long first, float *scores, int visible)
 {
-    const bf16 *bias = added->bias ? added->bias + row * added->context_len + first : 0;
+    const bf16 *bias = added->bias ? added->bias + row * added->bias_stride + first : 0;
     const float *mask = added->mask ? added->mask + first : 0;
     for (int j = 0; bias && j < visible; j++) scores[j] += widen(bias[j]) * LOG2_E;
     for (int j = 0; mask && j < visible; j++) scores[j] += mask[j];
@@ -187,11 +187,11 @@ static void attend(Running *running, int num_rows, const bf16 *keys, const bf16 
  * q, keys and values are [.., heads, dim] with strides between rows, y [num_seqs * query_len,
  * num_heads, dim] is contiguous. dim is even and at most MAX_HEAD_DIM. The bias [num_heads,
  * query_len, context_len] and the mask [num_seqs, context_len], which is 0 or -infinity, are added
- * to the scaled scores; both may be null. The workspace holds keys and values of all heads, with
+ * to the scaled scores; both may be null. The bias has strides between heads and between queries. The workspace holds keys and values of all heads, with
  * contexts rounded up to CONTEXT_PADDING and heads to HEAD_PADDING. */
 void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride,
-               const bf16 *bias, const float *mask, bf16 *y, bf16 *workspace, long num_seqs,
-               long query_len, long context_len, int num_heads, int num_kv_heads, int dim,
+               const bf16 *bias, long bias_head_stride, long bias_stride, const float *mask,
+               bf16 *y, bf16 *workspace, long num_seqs, long query_len, long context_len, int num_heads, int num_kv_heads, int dim,
                int causal, int num_threads)
 {
     int width = filled(dim);
@@ -223,8 +223,8 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
                     long rows = query_len - row < BLOCK_ROWS ? query_len - row : BLOCK_ROWS;
                     long visible = causal ? context_len - query_len + row + 1 : context_len;
                     long length = visible + (rows - 1) * causal;
-                    Added added = {bias ? bias + (h * query_len + row) * context_len : 0,
-                                   mask ? mask + s * context_len : 0, context_len};
+                    Added added = {bias ? bias + h * bias_head_stride + row * bias_stride : 0,
+                                   bias_stride, mask ? mask + s * context_len : 0};
                     begin(&running, q + at * q_stride + h * dim, q_stride, rows, dim);
                     for (long first = 0; first < length; first += CHUNK)
                         attend(&running, rows, packed + first * width,

@@ -44,9 +44,9 @@ static void pack_values(const bf16 *values, long stride, long length, int dim, b
 
 /* What is added to the scores, besides the product of queries and keys. Each may be null. */
 typedef struct {
-    const bf16 *bias;  /* [queries, context_len] */
+    const bf16 *bias; /* [queries, context_len] */
+    long bias_stride;
     const float *mask; /* [context_len] */
-    long context_len;
 } Added;
 
 /* The state of the running softmax of a block of rows. */
@@ -108,7 +108,7 @@ static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const b
         long seen = visible + (long)(row + i) * step;
         seen = seen < 0 ? 0 : seen > num_panels * PANEL ? num_panels * PANEL : seen;
         softmax_row(scores + i * PANEL, num_panels, (int)seen, LOG2_E / sqrtf(dim), width,
-                    added->bias ? added->bias + (row + i) * added->context_len : 0, added->mask,
+                    added->bias ? added->bias + (row + i) * added->bias_stride : 0, added->mask,
                     running, row + i, weights + i * CHUNK);
     }
     long num_pairs = num_panels * PANEL / 2;
@@ -128,12 +128,11 @@ static void attend_tile(const bf16 *q, long q_stride, int row, int rows, const b
 /* A block of query rows of one head against all packed keys and values that it sees. Row r sees
  * `visible` + r * `step` keys. */
 static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 *keys,
-                         const bf16 *values, int dim, long visible, int step, Added added, bf16 *y,
+                         const bf16 *values, long length, int dim, long visible, int step, Added added, bf16 *y,
                          long y_stride)
 {
     Running running;
     int width = padded(dim);
-    long length = added.context_len;
     memset(running.sums, 0, (long)num_rows * width * sizeof *running.sums);
     for (int i = 0; i < num_rows; i++) {
         running.totals[i] = _mm512_setzero_ps();
@@ -167,11 +166,11 @@ static void attend_block(const bf16 *q, long q_stride, int num_rows, const bf16 
  * q, keys and values are [.., heads, dim] with strides between rows, y [num_seqs * query_len,
  * num_heads, dim] is contiguous. dim is even and at most MAX_HEAD_DIM. The bias [num_heads,
  * query_len, context_len] and the mask [num_seqs, context_len], which is 0 or -infinity, are added
- * to the scaled scores; both may be null. The workspace holds keys and values of all heads, with
+ * to the scaled scores; both may be null. The bias has strides between heads and between queries. The workspace holds keys and values of all heads, with
  * contexts rounded up to CONTEXT_PADDING and heads to HEAD_PADDING. */
 void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *values, long kv_stride,
-               const bf16 *bias, const float *mask, bf16 *y, bf16 *workspace, long num_seqs,
-               long query_len, long context_len, int num_heads, int num_kv_heads, int dim,
+               const bf16 *bias, long bias_head_stride, long bias_stride, const float *mask,
+               bf16 *y, bf16 *workspace, long num_seqs, long query_len, long context_len, int num_heads, int num_kv_heads, int dim,
                int causal, int num_threads)
 {
     long size =
@@ -199,10 +198,10 @@ void attention(const bf16 *q, long q_stride, const bf16 *keys, const bf16 *value
                     long at = s * query_len + row;
                     int rows = left < BLOCK_ROWS ? (int)left : BLOCK_ROWS;
                     long visible = causal ? context_len - query_len + row + 1 : context_len;
-                    Added added = {bias ? bias + (h * query_len + row) * context_len : 0,
-                                   mask ? mask + s * context_len : 0, context_len};
+                    Added added = {bias ? bias + h * bias_head_stride + row * bias_stride : 0,
+                                   bias_stride, mask ? mask + s * context_len : 0};
                     attend_block(q + at * q_stride + h * dim, q_stride, rows, packed, packed + size,
-                                 dim, visible, causal, added, y + (at * num_heads + h) * dim,
+                                 context_len, dim, visible, causal, added, y + (at * num_heads + h) * dim,
                                  (long)num_heads * dim);
                 }
     }
