@@ -11,15 +11,37 @@ from typing import Any
 from torch import Tensor
 
 
+class UnfitPlan(ValueError):
+    """A plan cannot be the inputs of a compiled program."""
+
+
 def tensors_of(plan: Any) -> dict[str, Tensor]:
-    """Return the tensors of a plan by the names of their fields, in the order of the fields."""
-    return {name: value for name, value in fields_of(plan).items() if isinstance(value, Tensor)}
+    """Return the tensors of a plan by the names of their fields, in the order of the fields.
+
+    Raises
+    ------
+    UnfitPlan
+        if one of them was computed from weights that are not there.
+    """
+    tensors = {name: x for name, x in fields_of(plan).items() if isinstance(x, Tensor)}
+    if made_of_weights := [name for name, x in tensors.items() if x.is_meta]:
+        raise UnfitPlan(
+            f"{', '.join(made_of_weights)} of the plan depends on weights, which only the forward "
+            "pass may use"
+        )
+    return tensors
 
 
 def values_of(plan: Any) -> str:
     """Return a text that is equal for plans with equal plain values."""
     values = {name: x for name, x in fields_of(plan).items() if not isinstance(x, Tensor)}
     return repr(values)
+
+
+def signature_of(plan: Any) -> object:
+    """Return what plans must have in common that one program can get."""
+    tensors = {name: (x.dtype, x.shape) for name, x in tensors_of(plan).items()}
+    return values_of(plan), tensors
 
 
 def with_tensors(plan: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -25,32 +25,30 @@ LEFT_OUT = frozenset({"aten._assert_tensor_metadata.default"})
 # How the result of an attention lies in memory depends on the device, and a view may need a copy.
 RENAMED = {"aten.view.default": "aten.reshape.default"}
 DEFAULTS = """
-    _softmax _to_copy _unsafe_view abs addcmul addmm alias arange baddbmm bitwise_and.Tensor
-    bitwise_not bmm cat clamp clone conv2d copy cos cumsum detach embedding exp expand full
+    _softmax _to_copy _unsafe_view abs addcmul addmm alias arange baddbmm bitwise_not bmm cat
+    chunk clamp clone conv2d copy cos cumsum detach embedding exp expand floor_divide full
     full_like gather gelu hardtanh index_select layer_norm lift_fresh_copy linear log log1p
     logical_and logical_not logical_or matmul maximum mean minimum mm native_layer_norm neg ones
     ones_like pad permute reciprocal relu repeat reshape rms_norm round rsqrt
-    scaled_dot_product_attention sigmoid silu sin slice_scatter split_with_sizes sqrt stack t tanh
-    unfold unsqueeze zeros zeros_like
+    scaled_dot_product_attention select_scatter sigmoid silu sin slice_scatter split_with_sizes
+    sqrt stack t tanh unfold unsqueeze zeros zeros_like
 """
 OVERLOADS = """
-    add.Scalar add.Tensor any.dim arange.start arange.start_step chunk.default div.Scalar
-    div.Tensor div.Tensor_mode eq.Scalar eq.Tensor floor_divide.default ge.Scalar ge.Tensor
-    gt.Scalar gt.Tensor index.Tensor le.Scalar le.Tensor lt.Scalar lt.Tensor masked_fill.Scalar
-    masked_fill.Tensor mean.dim mul.Scalar mul.Tensor ne.Scalar ne.Tensor pow.Tensor_Scalar
-    pow.Tensor_Tensor repeat_interleave.self_int rsub.Scalar select.int select_scatter.default
-    slice.Tensor softmax.int split.Tensor squeeze.dim squeeze.dims sub.Scalar sub.Tensor
-    sum.dim_IntList transpose.int unbind.int var.correction where.ScalarOther where.ScalarSelf
-    where.self
+    __and__.Tensor __or__.Tensor __xor__.Tensor add.Scalar add.Tensor any.dim arange.start
+    arange.start_step bitwise_or.Tensor bitwise_xor.Tensor div.Scalar div.Tensor div.Tensor_mode
+    eq.Scalar eq.Tensor ge.Scalar ge.Tensor gt.Scalar gt.Tensor index.Tensor le.Scalar le.Tensor
+    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor mean.dim mul.Scalar mul.Tensor
+    ne.Scalar ne.Tensor pow.Tensor_Scalar pow.Tensor_Tensor repeat_interleave.self_int rsub.Scalar
+    select.int slice.Tensor softmax.int split.Tensor squeeze.dim squeeze.dims sub.Scalar
+    sub.Tensor sum.dim_IntList transpose.int unbind.int upsample_bicubic2d.vec
+    upsample_bilinear2d.vec var.correction where.ScalarOther where.ScalarSelf where.self
 """
 
 
-def operation_names() -> frozenset[str]:
-    names = [name if "." in name else f"{name}.default" for name in DEFAULTS.split()]
-    return frozenset(f"aten.{name}" for name in (*names, *OVERLOADS.split()))
-
-
-OPERATIONS = operation_names()
+OPERATIONS = frozenset(
+    f"aten.{name}"
+    for name in (*(f"{name}.default" for name in DEFAULTS.split()), *OVERLOADS.split())
+)
 """What a graph may call. All are pure: they read and write nothing but tensors."""
 
 
