@@ -110,7 +110,11 @@ class VisionArtefact:
 
     path: Path
     manifest: Manifest
-    checkpoint: CompiledCheckpoint
+
+    @cached_property
+    def checkpoint(self) -> CompiledCheckpoint:
+        """The model, without its weights."""
+        return CompiledCheckpoint(self.path, read_json(self.path / "config.json"), self.manifest)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -125,13 +129,30 @@ class VisionArtefact:
         BadCheckpoint
             if the file is missing or was changed.
         """
-        expected = self.manifest.files.get(name)
         path = self.path / name
-        if expected is None or not path.is_file():
-            raise BadCheckpoint(f"{self.path} is incomplete: {name} is missing; compile it again")
-        if sha256_of(path) != expected:
-            raise BadCheckpoint(f"{path} is damaged: it is not the file that was compiled")
+        if not path.is_file():
+            raise incomplete(self.path, name)
+        self.check_digest(name, sha256_of(path))
         return path
+
+    def check_digest(self, name: str, digest: str) -> None:
+        """Check that a file with this SHA-256 is the one that was compiled.
+
+        Raises
+        ------
+        BadCheckpoint
+            if it is another one, or the artefact has no such file.
+        """
+        if name not in self.manifest.files:
+            raise incomplete(self.path, name)
+        if digest != self.manifest.files[name]:
+            raise BadCheckpoint(
+                f"{self.path / name} is damaged: it is not the file that was compiled"
+            )
+
+
+def incomplete(path: Path, name: str) -> BadCheckpoint:
+    return BadCheckpoint(f"{path} is incomplete: {name} is missing; compile it again")
 
 
 def open_artefact(path: str | Path) -> VisionArtefact:
@@ -149,18 +170,17 @@ def open_artefact(path: str | Path) -> VisionArtefact:
         )
     check_place(path, path / MANIFEST)
     manifest = parse_manifest(path / MANIFEST)
+    artefact = VisionArtefact(path, manifest)
     for name in manifest.files:
-        check_place(path, path / name)
         if not (path / name).is_file():
-            raise BadCheckpoint(f"{path} is incomplete: {name} is missing; compile it again")
-    for name in set(model_files(manifest.family)) & manifest.files.keys():
-        if sha256_of(path / name) != manifest.files[name]:
-            raise BadCheckpoint(f"{path / name} is damaged: it is not the file that was compiled")
-    checkpoint = CompiledCheckpoint(path, read_json(path / "config.json"), manifest)
-    checkpoint.check()
-    if checkpoint.family.model_type != manifest.family:
+            raise incomplete(path, name)
+    for name in manifest.files.keys() & set(model_files(manifest.family)):
+        check_place(path, path / name)
+        artefact.file(name)
+    artefact.checkpoint.check()
+    if artefact.checkpoint.family.model_type != manifest.family:
         raise BadCheckpoint(f"{path}: config.json is not of the family {shown(manifest.family)}")
-    return VisionArtefact(path, manifest, checkpoint)
+    return artefact
 
 
 def parse_manifest(file: Path) -> Manifest:

@@ -6,17 +6,18 @@ graph-PATCHES.json    the program of a bucket: portable ATen operations (`graph.
 Neither file is code: a graph can only call operations of a table, and nothing is unpickled.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint
 from common.model_files import read_file
+from common.safetensors_files import read_table
 from common.vision_artefact import VisionArtefact
 from services.vision.compilers.compiler import TowerProgram
 from services.vision.compilers.graph import (
@@ -29,6 +30,16 @@ from services.vision.compilers.graph import (
 )
 
 WEIGHTS = "weights.safetensors"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+"""The types of weights, as safetensors names them."""
 
 
 def graph_file(num_patches: int) -> str:
@@ -70,7 +81,7 @@ class TorchExport:
         device: torch.device,
         report_loading: Callable[[float], None],
     ) -> "LoadedGraphs":
-        weights = load_weights(artefact.file(WEIGHTS), device, report_loading)
+        weights = load_weights(artefact, device, report_loading)
         programs = {}
         for bucket in artefact.manifest.buckets:
             file = artefact.file(graph_file(bucket.num_patches))
@@ -96,16 +107,29 @@ class LoadedGraphs:
 
 
 def load_weights(
-    file: Path, device: torch.device, report_loading: Callable[[float], None]
+    artefact: VisionArtefact, device: torch.device, report_loading: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Load all tensors of a safetensors file. Raises BadCheckpoint if it is damaged."""
+    """Load all weights. The file is read once: it is checked while its tensors are loaded.
+
+    Raises
+    ------
+    BadCheckpoint
+        if it is damaged.
+    """
+    file = artefact.path / WEIGHTS
+    table = sorted(read_table(file).items(), key=lambda entry: entry[1].offset)
+    digest = hashlib.sha256()
     weights: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            for number, name in enumerate(names, 1):
-                weights[name] = opened.get_tensor(name).to(device, copy=True)
-                report_loading(number / len(names))
-    except (SafetensorError, OSError) as e:
-        raise BadCheckpoint(f"{file} cannot be read: {e}") from e
+    with file.open("rb") as opened:
+        digest.update(opened.read(table[0][1].offset if table else 0))
+        for number, (name, info) in enumerate(table, 1):
+            data = torch.empty(info.num_bytes, dtype=torch.uint8)
+            if info.dtype not in DTYPES or opened.tell() != info.offset:
+                raise BadCheckpoint(f"{file} is damaged: {name[:80]} is not one of our tensors")
+            opened.readinto(data.numpy().data)
+            digest.update(data.numpy().data)
+            weights[name] = data.view(DTYPES[info.dtype]).reshape(info.shape).to(device)
+            report_loading(number / len(table))
+        digest.update(opened.read())
+    artefact.check_digest(WEIGHTS, digest.hexdigest())
     return weights
