@@ -41,13 +41,32 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
 
 
-class CompiledBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One static shape of the tower."""
+class ProgramInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that a program gets for each item."""
 
+    name: str
+    """`patches`, or a field of the plan."""
+    dtype: str
+    """uint8, bool, int64, float32, ..."""
+    shape: tuple[int, ...]
+
+
+class CompiledProgram(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tower at one static shape.
+
+    A bucket has several if the plans of its items differ in more than the values of tensors.
+    """
+
+    name: str
+    """A name for files."""
     num_patches: int
-    """The most patches of an item that is encoded with it."""
+    """The bucket: the most patches of an item that is encoded with it."""
     length: int
     """The patches that it computes with, padding included."""
+    inputs: tuple[ProgramInput, ...]
+    """In the order in which it gets them. The patches come first."""
+    plan_values: str
+    """The plain values of the plans that it was made for."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,7 +87,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values_per_patch: int
     column_widths: tuple[int, ...]
     """The widths of the parts in which the embeddings leave the tower, in order."""
-    buckets: tuple[CompiledBucket, ...]
+    programs: tuple[CompiledProgram, ...]
+    """In rising order of their patches."""
     tensors: dict[str, StoredTensor]
     """The tower's tensors by their names in the model's files, which say what its plans are."""
     files: dict[str, str]
@@ -119,7 +139,7 @@ class VisionArtefact:
     @property
     def buckets(self) -> tuple[int, ...]:
         """The patch counts that it was compiled for, in rising order."""
-        return tuple(bucket.num_patches for bucket in self.manifest.buckets)
+        return tuple(dict.fromkeys(program.num_patches for program in self.manifest.programs))
 
     def file(self, name: str) -> Path:
         """Return the path of one of the artefact's files, after a check of its contents.
@@ -209,17 +229,17 @@ def parse_manifest(file: Path) -> Manifest:
 
 def objection_to(manifest: Manifest) -> str:
     """Return what is wrong with the values of a manifest; empty if nothing is."""
-    counts = [bucket.num_patches for bucket in manifest.buckets]
-    if not 1 <= len(counts) <= MAX_BUCKETS or counts != sorted(set(counts)):
-        return "its buckets are not in rising order"
-    for bucket in manifest.buckets:
-        if not 1 <= bucket.num_patches <= bucket.length <= 2 * MAX_BUCKET_PATCHES:
-            return f"{bucket.num_patches} patches do not fit into {bucket.length}"
+    counts = [program.num_patches for program in manifest.programs]
+    if not 1 <= len(set(counts)) <= MAX_BUCKETS or counts != sorted(counts):
+        return "its programs are not in the order of their patches"
+    for program in manifest.programs:
+        if not 1 <= program.num_patches <= program.length <= 2 * MAX_BUCKET_PATCHES:
+            return f"{program.num_patches} patches do not fit into {program.length}"
     if not manifest.column_widths or min(manifest.column_widths) < 1:
         return "it has no columns"
     if manifest.dtype not in ITEM_BYTES:
         return f"its dtype {shown(manifest.dtype)} is not that of embeddings"
-    names = [*manifest.files, MANIFEST]
+    names = [*manifest.files, *(program.name for program in manifest.programs)]
     if any(Path(name).name != name or "\0" in name for name in names):
         return "it names a file that is not in its folder"
     if "config.json" not in manifest.files:

@@ -29,7 +29,7 @@ from common.settings import KNOWN_NAMES, CompileSettings
 from common.vision_artefact import (
     FORMAT,
     FORMAT_VERSION,
-    CompiledBucket,
+    CompiledProgram,
     Manifest,
     copy_model_files,
     hashes_of,
@@ -45,7 +45,14 @@ from services.vision.compilers import COMPILERS, Compiler, TowerProgram
 from services.vision.compilers.graph import BadGraph
 from services.vision.families import AnyTower
 from services.vision.families import load as load_tower
-from services.vision.plans import UnfitPlan, signature_of, tensors_of, values_of, with_tensors
+from services.vision.plans import (
+    UnfitPlan,
+    described,
+    inputs_of,
+    tensors_of,
+    values_of,
+    with_tensors,
+)
 from services.vision.sample_shapes import shapes
 from services.vision.static_tower import StaticTower
 
@@ -53,6 +60,8 @@ COLUMNS_PER_CHUNK = 640
 """The widest part of the embeddings that leaves a card at once, if they leave in chunks."""
 NUM_COMPARED_PLANS = 8
 """The shapes of items whose plans are compared before a program is made of one of them."""
+MAX_PROGRAMS = 4
+"""The most programs of a bucket."""
 MAX_DIFFERENCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far a compiled tower may be from its model's, relative to the largest embedding."""
 
@@ -76,30 +85,37 @@ class StaticForward(nn.Module):
 
 def export(
     tower: AnyTower, checkpoint: Checkpoint, num_patches: int, column_widths: list[int]
-) -> TowerProgram:
-    """Return the program of a bucket.
+) -> list[TowerProgram]:
+    """Return the programs of a bucket.
+
+    There is one, unless plans of its items differ in more than the values of tensors.
 
     Raises
     ------
     BadCheckpoint
         if no item is that small.
     UnfitPlan
-        if a program for one item of the bucket is not a program for all.
+        if too many programs would be needed.
     """
     length = tower.padded_length(num_patches)
-    samples = islice(shapes(checkpoint, num_patches), NUM_COMPARED_PLANS)
-    plans = [tower.plan(shape, length) for shape in samples]
-    if not plans:
+    programs: dict[Any, TowerProgram] = {}
+    for shape in islice(shapes(checkpoint, num_patches), NUM_COMPARED_PLANS):
+        plan = tower.plan(shape, length)
+        patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8)
+        inputs = inputs_of(patches, plan)
+        key = (described(inputs), values_of(plan))
+        if key not in programs:
+            name = f"{num_patches}-{len(programs)}" if programs else f"{num_patches}"
+            compiled = CompiledProgram(name, num_patches, length, *key)
+            module = StaticForward(tower, plan, column_widths)
+            programs[key] = TowerProgram(trace(module, tuple(inputs.values())), compiled)
+        if len(programs) > MAX_PROGRAMS:
+            raise UnfitPlan(f"plans for {length} patches differ in more than values of tensors")
+    if not programs:
         raise BadCheckpoint(
             f"no image of {checkpoint.name} has {num_patches} patches or fewer: name larger buckets"
         )
-    if any(signature_of(plan) != signature_of(plans[0]) for plan in plans):
-        raise UnfitPlan(f"plans for {length} patches differ in more than the values of tensors")
-    tensors = tensors_of(plans[0])
-    patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8, device=tower.device)
-    module = StaticForward(tower, plans[0], column_widths)
-    exported = trace(module, (patches, *tensors.values()))
-    return TowerProgram(num_patches, exported, ("patches", *tensors), values_of(plans[0]))
+    return list(programs.values())
 
 
 def trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
@@ -147,17 +163,19 @@ def compile_vision(
         stack.enter_context(torch.no_grad())
         tower = load_tower(checkpoint, dtype, CPU)
         widths = column_widths_of(tower.output_width, in_chunks)
-        programs = []
+        programs: list[TowerProgram] = []
         for bucket in buckets:
             report(f"bucket {bucket}: exporting")
-            programs.append(export(tower, checkpoint, bucket, widths))
+            programs += export(tower, checkpoint, bucket, widths)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
         names = compiler.compile(programs, unfinished, report)
         names += copy_model_files(checkpoint, unfinished)
         files = hashes_of(unfinished, names)
-        write_manifest(unfinished, manifest_of(tower, checkpoint, buckets, widths, compiler, files))
+        write_manifest(
+            unfinished, manifest_of(tower, checkpoint, programs, widths, compiler, files)
+        )
         report(f"bucket {buckets[0]}: checking")
         difference = check(unfinished, tower, checkpoint)
         unfinished.rename(out)
@@ -168,7 +186,7 @@ def compile_vision(
 def manifest_of(
     tower: AnyTower,
     checkpoint: Checkpoint,
-    buckets: tuple[int, ...],
+    programs: list[TowerProgram],
     column_widths: list[int],
     compiler: Compiler,
     files: dict[str, str],
@@ -184,7 +202,7 @@ def manifest_of(
         dtype=NAMES[tower.dtype],
         values_per_patch=tower.values_per_patch,
         column_widths=tuple(column_widths),
-        buckets=tuple(CompiledBucket(bucket, tower.padded_length(bucket)) for bucket in buckets),
+        programs=tuple(program.compiled for program in programs),
         tensors=tower_tensors(checkpoint),
         files=files,
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from common.vision_artefact import ProgramInput
+
 
 class UnfitPlan(ValueError):
     """A plan cannot be the inputs of a compiled program."""
@@ -38,10 +40,17 @@ def values_of(plan: Any) -> str:
     return repr(values)
 
 
-def signature_of(plan: Any) -> object:
-    """Return what plans must have in common that one program can get."""
-    tensors = {name: (x.dtype, x.shape) for name, x in tensors_of(plan).items()}
-    return values_of(plan), tensors
+def inputs_of(patches: Tensor, plan: Any) -> dict[str, Tensor]:
+    """Return the inputs of a program by their names, in order."""
+    return {"patches": patches, **tensors_of(plan)}
+
+
+def described(inputs: Mapping[str, Tensor]) -> tuple[ProgramInput, ...]:
+    """Return what a program must know of its inputs."""
+    return tuple(
+        ProgramInput(name, str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        for name, x in inputs.items()
+    )
 
 
 def with_tensors(plan: Any, tensors: Mapping[str, Tensor]) -> Any:

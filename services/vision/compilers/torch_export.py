@@ -1,7 +1,7 @@
 """The compiler that every machine has: torch.export, whose programs torch runs on any device.
 
 weights.safetensors   the weights of all programs, once
-graph-PATCHES.json    the program of a bucket: portable ATen operations (`graph.py`)
+graph-NAME.json       a program: portable ATen operations (`graph.py`)
 
 Neither file is code: a graph can only call operations of a table, and nothing is unpickled.
 """
@@ -23,7 +23,6 @@ from services.vision.compilers.compiler import TowerProgram
 from services.vision.compilers.graph import (
     BadGraph,
     Program,
-    check_inputs,
     check_results,
     graph_of,
     read_graph,
@@ -42,8 +41,8 @@ DTYPES = {
 """The types of weights, as safetensors names them."""
 
 
-def graph_file(num_patches: int) -> str:
-    return f"graph-{num_patches}.json"
+def graph_file(name: str) -> str:
+    return f"graph-{name}.json"
 
 
 class TorchExport:
@@ -64,10 +63,11 @@ class TorchExport:
         names = {key: f"weight.{number}" for number, key in enumerate(weights)}
         written = []
         for program in programs:
-            graph = graph_of(program.exported, program.input_names, program.plan_values, names)
-            (folder / graph_file(program.num_patches)).write_bytes(msgspec.json.encode(graph))
-            written.append(graph_file(program.num_patches))
-            report(f"bucket {program.num_patches}: {len(graph.steps)} operations")
+            name = program.compiled.name
+            graph = graph_of(program.exported, names)
+            (folder / graph_file(name)).write_bytes(msgspec.json.encode(graph))
+            written.append(graph_file(name))
+            report(f"program {name}: {len(graph.steps)} operations")
         # Cloned, because a safetensors file holds no views of other tensors.
         stored = {names[key]: weight.detach().clone() for key, weight in weights.items()}
         save_file(stored, folder / WEIGHTS)
@@ -83,27 +83,26 @@ class TorchExport:
     ) -> "LoadedGraphs":
         weights = load_weights(artefact, device, report_loading)
         programs = {}
-        for bucket in artefact.manifest.buckets:
-            file = artefact.file(graph_file(bucket.num_patches))
+        for compiled in artefact.manifest.programs:
+            file = artefact.file(graph_file(compiled.name))
             try:
                 graph = read_graph(read_file(file))
-                check_results(graph, weights, artefact.manifest.column_widths)
-                programs[bucket.num_patches] = Program(graph, weights, device)
+                check_results(graph, compiled.inputs, weights, artefact.manifest.column_widths)
+                programs[compiled.name] = Program(graph, weights, device)
             except BadGraph as e:
                 raise BadCheckpoint(f"{file} is damaged: {e}") from e
         return LoadedGraphs(programs)
 
 
 class LoadedGraphs:
-    """The programs of all buckets. Implements `Runtime`."""
+    """The loaded programs by their names. Implements `Runtime`."""
 
-    def __init__(self, programs: Mapping[int, Program]) -> None:
+    def __init__(self, programs: Mapping[str, Program]) -> None:
         self._programs = programs
 
-    def run(self, num_patches: int, plan_values: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        program = self._programs[num_patches]
-        check_inputs(program.graph, plan_values, inputs)
-        return program.run([x.to(program.device) for x in inputs.values()])
+    def run(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        program = self._programs[name]
+        return program.run([x.to(program.device) for x in inputs])
 
 
 def load_weights(
