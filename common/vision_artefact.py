@@ -41,13 +41,32 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
 
 
-class CompiledBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One static shape of the tower."""
+class ProgramInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that a program gets for each item."""
 
+    name: str
+    """`patches`, or a field of the plan."""
+    dtype: str
+    """uint8, bool, int64, float32, ..."""
+    shape: tuple[int, ...]
+
+
+class CompiledProgram(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tower at one static shape.
+
+    A bucket has several if the plans of its items differ in more than the values of tensors.
+    """
+
+    name: str
+    """A name for files."""
     num_patches: int
-    """The most patches of an item that is encoded with it."""
+    """The bucket: the most patches of an item that is encoded with it."""
     length: int
     """The patches that it computes with, padding included."""
+    inputs: tuple[ProgramInput, ...]
+    """In the order in which it gets them. The patches come first."""
+    plan_values: str
+    """The plain values of the plans that it was made for."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,7 +87,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values_per_patch: int
     column_widths: tuple[int, ...]
     """The widths of the parts in which the embeddings leave the tower, in order."""
-    buckets: tuple[CompiledBucket, ...]
+    programs: tuple[CompiledProgram, ...]
+    """In rising order of their patches."""
     tensors: dict[str, StoredTensor]
     """The tower's tensors by their names in the model's files, which say what its plans are."""
     files: dict[str, str]
@@ -110,12 +130,16 @@ class VisionArtefact:
 
     path: Path
     manifest: Manifest
-    checkpoint: CompiledCheckpoint
+
+    @cached_property
+    def checkpoint(self) -> CompiledCheckpoint:
+        """The model, without its weights."""
+        return CompiledCheckpoint(self.path, read_json(self.path / "config.json"), self.manifest)
 
     @property
     def buckets(self) -> tuple[int, ...]:
         """The patch counts that it was compiled for, in rising order."""
-        return tuple(bucket.num_patches for bucket in self.manifest.buckets)
+        return tuple(dict.fromkeys(program.num_patches for program in self.manifest.programs))
 
     def file(self, name: str) -> Path:
         """Return the path of one of the artefact's files, after a check of its contents.
@@ -125,13 +149,30 @@ class VisionArtefact:
         BadCheckpoint
             if the file is missing or was changed.
         """
-        expected = self.manifest.files.get(name)
         path = self.path / name
-        if expected is None or not path.is_file():
-            raise BadCheckpoint(f"{self.path} is incomplete: {name} is missing; compile it again")
-        if sha256_of(path) != expected:
-            raise BadCheckpoint(f"{path} is damaged: it is not the file that was compiled")
+        if not path.is_file():
+            raise incomplete(self.path, name)
+        self.check_digest(name, sha256_of(path))
         return path
+
+    def check_digest(self, name: str, digest: str) -> None:
+        """Check that a file with this SHA-256 is the one that was compiled.
+
+        Raises
+        ------
+        BadCheckpoint
+            if it is another one, or the artefact has no such file.
+        """
+        if name not in self.manifest.files:
+            raise incomplete(self.path, name)
+        if digest != self.manifest.files[name]:
+            raise BadCheckpoint(
+                f"{self.path / name} is damaged: it is not the file that was compiled"
+            )
+
+
+def incomplete(path: Path, name: str) -> BadCheckpoint:
+    return BadCheckpoint(f"{path} is incomplete: {name} is missing; compile it again")
 
 
 def open_artefact(path: str | Path) -> VisionArtefact:
@@ -149,18 +190,17 @@ def open_artefact(path: str | Path) -> VisionArtefact:
         )
     check_place(path, path / MANIFEST)
     manifest = parse_manifest(path / MANIFEST)
+    artefact = VisionArtefact(path, manifest)
     for name in manifest.files:
-        check_place(path, path / name)
         if not (path / name).is_file():
-            raise BadCheckpoint(f"{path} is incomplete: {name} is missing; compile it again")
-    for name in set(model_files(manifest.family)) & manifest.files.keys():
-        if sha256_of(path / name) != manifest.files[name]:
-            raise BadCheckpoint(f"{path / name} is damaged: it is not the file that was compiled")
-    checkpoint = CompiledCheckpoint(path, read_json(path / "config.json"), manifest)
-    checkpoint.check()
-    if checkpoint.family.model_type != manifest.family:
+            raise incomplete(path, name)
+    for name in manifest.files.keys() & set(model_files(manifest.family)):
+        check_place(path, path / name)
+        artefact.file(name)
+    artefact.checkpoint.check()
+    if artefact.checkpoint.family.model_type != manifest.family:
         raise BadCheckpoint(f"{path}: config.json is not of the family {shown(manifest.family)}")
-    return VisionArtefact(path, manifest, checkpoint)
+    return artefact
 
 
 def parse_manifest(file: Path) -> Manifest:
@@ -189,17 +229,17 @@ def parse_manifest(file: Path) -> Manifest:
 
 def objection_to(manifest: Manifest) -> str:
     """Return what is wrong with the values of a manifest; empty if nothing is."""
-    counts = [bucket.num_patches for bucket in manifest.buckets]
-    if not 1 <= len(counts) <= MAX_BUCKETS or counts != sorted(set(counts)):
-        return "its buckets are not in rising order"
-    for bucket in manifest.buckets:
-        if not 1 <= bucket.num_patches <= bucket.length <= 2 * MAX_BUCKET_PATCHES:
-            return f"{bucket.num_patches} patches do not fit into {bucket.length}"
+    counts = [program.num_patches for program in manifest.programs]
+    if not 1 <= len(set(counts)) <= MAX_BUCKETS or counts != sorted(counts):
+        return "its programs are not in the order of their patches"
+    for program in manifest.programs:
+        if not 1 <= program.num_patches <= program.length <= 2 * MAX_BUCKET_PATCHES:
+            return f"{program.num_patches} patches do not fit into {program.length}"
     if not manifest.column_widths or min(manifest.column_widths) < 1:
         return "it has no columns"
     if manifest.dtype not in ITEM_BYTES:
         return f"its dtype {shown(manifest.dtype)} is not that of embeddings"
-    names = [*manifest.files, MANIFEST]
+    names = [*manifest.files, *(program.name for program in manifest.programs)]
     if any(Path(name).name != name or "\0" in name for name in names):
         return "it names a file that is not in its folder"
     if "config.json" not in manifest.files:

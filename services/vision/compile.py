@@ -6,16 +6,20 @@ if __name__ == "__main__":
     apply_tuning("vision")  # first, because the libraries read it when they are imported
 
 import argparse
+import math
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from common.buckets import parse_buckets
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
@@ -25,7 +29,7 @@ from common.settings import KNOWN_NAMES, CompileSettings
 from common.vision_artefact import (
     FORMAT,
     FORMAT_VERSION,
-    CompiledBucket,
+    CompiledProgram,
     Manifest,
     copy_model_files,
     hashes_of,
@@ -41,14 +45,25 @@ from services.vision.compilers import COMPILERS, Compiler, TowerProgram
 from services.vision.compilers.graph import BadGraph
 from services.vision.families import AnyTower
 from services.vision.families import load as load_tower
-from services.vision.plans import tensors_of, values_of, with_tensors
-from services.vision.sample_shapes import sample_shape
+from services.vision.plans import (
+    UnfitPlan,
+    described,
+    inputs_of,
+    tensors_of,
+    values_of,
+    with_tensors,
+)
+from services.vision.sample_shapes import shapes
 from services.vision.static_tower import StaticTower
 
 COLUMNS_PER_CHUNK = 640
 """The widest part of the embeddings that leaves a card at once, if they leave in chunks."""
+NUM_COMPARED_PLANS = 8
+"""The shapes of items whose plans are compared before a program is made of one of them."""
+MAX_PROGRAMS = 4
+"""The most programs of a bucket."""
 MAX_DIFFERENCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""How far a compiled tower may be from the eager one, relative to the largest embedding."""
+"""How far a compiled tower may be from its model's, relative to the largest embedding."""
 
 
 class StaticForward(nn.Module):
@@ -70,21 +85,49 @@ class StaticForward(nn.Module):
 
 def export(
     tower: AnyTower, checkpoint: Checkpoint, num_patches: int, column_widths: list[int]
-) -> TowerProgram:
-    """Return the program of a bucket, traced with an item of nearly that many patches."""
+) -> list[TowerProgram]:
+    """Return the programs of a bucket.
+
+    There is one, unless plans of its items differ in more than the values of tensors.
+
+    Raises
+    ------
+    BadCheckpoint
+        if no item is that small.
+    UnfitPlan
+        if too many programs would be needed.
+    """
     length = tower.padded_length(num_patches)
-    plan = tower.plan(sample_shape(checkpoint, num_patches), length)
-    tensors = tensors_of(plan)
-    patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8, device=tower.device)
-    module = StaticForward(tower, plan, column_widths)
+    programs: dict[Any, TowerProgram] = {}
+    for shape in islice(shapes(checkpoint, num_patches), NUM_COMPARED_PLANS):
+        plan = tower.plan(shape, length)
+        patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8)
+        inputs = inputs_of(patches, plan)
+        key = (described(inputs), values_of(plan))
+        if key not in programs:
+            name = f"{num_patches}-{len(programs)}" if programs else f"{num_patches}"
+            compiled = CompiledProgram(name, num_patches, length, *key)
+            module = StaticForward(tower, plan, column_widths)
+            programs[key] = TowerProgram(trace(module, tuple(inputs.values())), compiled)
+        if len(programs) > MAX_PROGRAMS:
+            raise UnfitPlan(f"plans for {length} patches differ in more than values of tensors")
+    if not programs:
+        raise BadCheckpoint(
+            f"no image of {checkpoint.name} has {num_patches} patches or fewer: name larger buckets"
+        )
+    return list(programs.values())
+
+
+def trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Return the module as a program without in-place operations.
+
+    Otherwise nothing is taken apart: the compiler of a card knows best what to do with an attention
+    or a norm.
+    """
     with warnings.catch_warnings():
         # torch copies a structure that warns about its own class.
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-        exported = torch.export.export(module, (patches, *tensors.values()), strict=False)
-        # Without in-place operations, and otherwise with nothing taken apart: a card's compiler
-        # knows best what to do with an attention or a norm.
-        exported = exported.run_decompositions({})
-    return TowerProgram(num_patches, exported, ("patches", *tensors), values_of(plan))
+        return torch.export.export(module, inputs, strict=False).run_decompositions({})
 
 
 def column_widths_of(width: int, in_chunks: bool) -> list[int]:
@@ -114,42 +157,55 @@ def compile_vision(
     """
     began = time.monotonic()
     report(f"loading the vision tower of {checkpoint.name}")
-    with portable(), torch.inference_mode(False), torch.no_grad():
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with ExitStack() as stack:
+        stack.enter_context(portable())
+        stack.enter_context(torch.no_grad())
         tower = load_tower(checkpoint, dtype, CPU)
         widths = column_widths_of(tower.output_width, in_chunks)
-        programs = []
+        programs: list[TowerProgram] = []
         for bucket in buckets:
             report(f"bucket {bucket}: exporting")
-            programs.append(export(tower, checkpoint, bucket, widths))
-        unfinished = out.with_name(f"{out.name}.unfinished")
+            programs += export(tower, checkpoint, bucket, widths)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
         names = compiler.compile(programs, unfinished, report)
         names += copy_model_files(checkpoint, unfinished)
+        files = hashes_of(unfinished, names)
         write_manifest(
-            unfinished,
-            Manifest(
-                format=FORMAT,
-                format_version=FORMAT_VERSION,
-                compiler=compiler.name,
-                compiler_version=compiler.version,
-                model=checkpoint.name,
-                family=checkpoint.family.model_type,
-                fingerprint=checkpoint.fingerprint,
-                dtype=NAMES[dtype],
-                values_per_patch=tower.values_per_patch,
-                column_widths=tuple(widths),
-                buckets=tuple(
-                    CompiledBucket(bucket, tower.padded_length(bucket)) for bucket in buckets
-                ),
-                tensors=tower_tensors(checkpoint),
-                files=hashes_of(unfinished, names),
-            ),
+            unfinished, manifest_of(tower, checkpoint, programs, widths, compiler, files)
         )
+        report(f"bucket {buckets[0]}: checking")
         difference = check(unfinished, tower, checkpoint)
+        unfinished.rename(out)
     report(f"checked: within {difference:.1e} of the tower that was compiled")
-    unfinished.rename(out)
     report(f"wrote {out} in {time.monotonic() - began:.1f} s")
+
+
+def manifest_of(
+    tower: AnyTower,
+    checkpoint: Checkpoint,
+    programs: list[TowerProgram],
+    column_widths: list[int],
+    compiler: Compiler,
+    files: dict[str, str],
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        compiler=compiler.name,
+        compiler_version=compiler.version,
+        model=checkpoint.name,
+        family=checkpoint.family.model_type,
+        fingerprint=checkpoint.fingerprint,
+        dtype=NAMES[tower.dtype],
+        values_per_patch=tower.values_per_patch,
+        column_widths=tuple(column_widths),
+        programs=tuple(program.compiled for program in programs),
+        tensors=tower_tensors(checkpoint),
+        files=files,
+    )
 
 
 def check(folder: Path, tower: AnyTower, checkpoint: Checkpoint) -> float:
@@ -164,18 +220,21 @@ def check(folder: Path, tower: AnyTower, checkpoint: Checkpoint) -> float:
     """
     artefact = open_artefact(folder)
     smallest = artefact.buckets[0]
-    shape = sample_shape(checkpoint, smallest)
-    _, rows, columns = shape.grid_thw
-    size = (rows * columns, tower.values_per_patch)
-    patches = torch.randint(
-        0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    shape = next(shapes(checkpoint, smallest))
+    patches = noise(math.prod(shape.grid_thw), tower.values_per_patch)
     expected = StaticTower(tower, (smallest,)).encode(patches, shape).float()
     found = CompiledTower(artefact, CPU).encode(patches, shape).float()
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= MAX_DIFFERENCES[tower.dtype]:
         raise BadGraph(f"the compiled tower differs from the model's by {difference:.1e}")
     return difference
+
+
+def noise(num_patches: int, values_per_patch: int) -> Tensor:
+    """Return random patches, equal each time."""
+    random = torch.Generator().manual_seed(0)
+    size = (num_patches, values_per_patch)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
 
 
 def main(settings: CompileSettings) -> None:
@@ -207,7 +266,7 @@ def run() -> int:
     settings = load(CompileSettings, parser, None, KNOWN_NAMES)
     try:
         main(settings)
-    except (BadCheckpoint, BadSetting, BadGraph) as e:
+    except (BadCheckpoint, BadSetting, BadGraph, UnfitPlan) as e:
         print(f"twinlens compile: {e}", file=sys.stderr)
         return EXIT_USAGE
     return EXIT_OK

@@ -17,7 +17,7 @@ from common.vision_artefact import VisionArtefact
 from compute.torch_tensors import DTYPES
 from services.vision.compilers import COMPILERS
 from services.vision.families import load
-from services.vision.plans import tensors_of, values_of
+from services.vision.plans import described, inputs_of, values_of
 from services.vision.tower import MAX_CACHED_PLANS, check_patches
 from services.vision.tower_thread import ItemShape
 
@@ -50,7 +50,10 @@ class CompiledTower:
         self.buckets = artefact.buckets
         self._planner = load(artefact.checkpoint, DTYPES[manifest.dtype], CPU)
         self._values_per_patch = manifest.values_per_patch
-        self._lengths = {bucket.num_patches: bucket.length for bucket in manifest.buckets}
+        self._programs = {
+            bucket: [program for program in manifest.programs if program.num_patches == bucket]
+            for bucket in artefact.buckets
+        }
         self._runtime = compiler.load(artefact, device, report_loading)
         self._plan = lru_cache(MAX_CACHED_PLANS)(self._planner.plan)
 
@@ -68,9 +71,20 @@ class CompiledTower:
         bucket = bucket_of(len(patches), self.buckets)
         if not bucket:
             raise ValueError(f"{len(patches)} patches fit into none of the buckets {self.buckets}")
-        length = self._lengths[bucket]
+        length = self._programs[bucket][0].length
         plan = self._plan(shape, length)
-        padded = F.pad(patches, (0, 0, 0, length - len(patches)))
-        inputs = {"patches": padded, **tensors_of(plan)}
-        columns = self._runtime.run(bucket, values_of(plan), inputs)
+        inputs = inputs_of(F.pad(patches, (0, 0, 0, length - len(patches))), plan)
+        name = self._program_for(bucket, inputs, values_of(plan))
+        columns = self._runtime.run(name, list(inputs.values()))
         return torch.cat(columns, dim=1)[: self._planner.num_tokens(shape)]
+
+    def _program_for(self, bucket: int, inputs: dict[str, Tensor], plan_values: str) -> str:
+        """Return the name of the program that was compiled for such inputs."""
+        found = (described(inputs), plan_values)
+        for program in self._programs[bucket]:
+            if (program.inputs, program.plan_values) == found:
+                return program.name
+        raise ValueError(
+            f"the vision artefact has no program for {bucket} patches with {plan_values} and "
+            f"{found[0]}: compile the model again"
+        )

@@ -10,16 +10,47 @@ from typing import Any
 
 from torch import Tensor
 
+from common.vision_artefact import ProgramInput
+
+
+class UnfitPlan(ValueError):
+    """A plan cannot be the inputs of a compiled program."""
+
 
 def tensors_of(plan: Any) -> dict[str, Tensor]:
-    """Return the tensors of a plan by the names of their fields, in the order of the fields."""
-    return {name: value for name, value in fields_of(plan).items() if isinstance(value, Tensor)}
+    """Return the tensors of a plan by the names of their fields, in the order of the fields.
+
+    Raises
+    ------
+    UnfitPlan
+        if one of them was computed from weights that are not there.
+    """
+    tensors = {name: x for name, x in fields_of(plan).items() if isinstance(x, Tensor)}
+    if made_of_weights := [name for name, x in tensors.items() if x.is_meta]:
+        raise UnfitPlan(
+            f"{', '.join(made_of_weights)} of the plan depends on weights, which only the forward "
+            "pass may use"
+        )
+    return tensors
 
 
 def values_of(plan: Any) -> str:
     """Return a text that is equal for plans with equal plain values."""
     values = {name: x for name, x in fields_of(plan).items() if not isinstance(x, Tensor)}
     return repr(values)
+
+
+def inputs_of(patches: Tensor, plan: Any) -> dict[str, Tensor]:
+    """Return the inputs of a program by their names, in order."""
+    return {"patches": patches, **tensors_of(plan)}
+
+
+def described(inputs: Mapping[str, Tensor]) -> tuple[ProgramInput, ...]:
+    """Return what a program must know of its inputs."""
+    return tuple(
+        ProgramInput(name, str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        for name, x in inputs.items()
+    )
 
 
 def with_tensors(plan: Any, tensors: Mapping[str, Tensor]) -> Any:

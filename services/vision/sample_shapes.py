@@ -3,30 +3,16 @@
 import math
 from collections.abc import Iterator
 
-from common.checkpoint import BadCheckpoint, Checkpoint
+from common.checkpoint import Checkpoint
 from services.vision.tower_thread import ItemShape
 
 NUM_CHANNELS = 3
 
 
-def sample_shape(checkpoint: Checkpoint, max_patches: int) -> ItemShape:
-    """Return the shape of an item of at most this many patches, if possible nearly as many.
-
-    Raises
-    ------
-    BadCheckpoint
-        if no item of the model has so few patches.
-    """
-    for shape in shapes(checkpoint, max_patches):
-        return shape
-    raise BadCheckpoint(
-        f"no image of {checkpoint.name} has {max_patches} patches or fewer: compile larger buckets"
-    )
-
-
 def shapes(checkpoint: Checkpoint, max_patches: int) -> Iterator[ItemShape]:
-    """Yield the shapes of one step in time, nearly square ones first, that the family accepts.
+    """Yield shapes of at most `max_patches` patches, nearly square and large ones first.
 
+    They have one step in time, and the family accepts them.
     An item's content fills its grid. A patch is a square of pixels of three bytes.
     """
     family = checkpoint.family

@@ -20,7 +20,10 @@ Plan = TypeVar("Plan")
 class VisionTower(Protocol[Plan]):
     """The vision tower of one model family, for one item at a time.
 
-    A `Plan` is a flat structure of tensors and plain values. Only the tower that made it reads it.
+    A `Plan` is a dataclass of tensors and plain values. Only the tower that made it reads it.
+
+    A compiled tower makes plans without any weights: the constructor then gets weights on the
+    device `meta`. So plans must not depend on them.
     """
 
     @property
@@ -53,8 +56,8 @@ class VisionTower(Protocol[Plan]):
         """Return everything that depends on the item's shape alone, on the tower's device.
 
         With `length`, one of those that `padded_length` returns, the plan is padded: it has room
-        for `length` patches and masks those that the item does not have. All shapes in such a plan
-        depend on `length` alone.
+        for `length` patches and masks those that the item does not have. All shapes and all plain
+        values in such a plan depend on `length` alone.
         """
         ...
 

@@ -14,7 +14,7 @@ from common.vision_artefact import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
-    CompiledBucket,
+    CompiledProgram,
     Manifest,
     VisionArtefact,
     check_artefact_settings,
@@ -27,6 +27,7 @@ from common.vision_artefact import (
 from tests.golden import GoldenCase
 
 MODEL = GoldenCase("a_image").checkpoint
+PROGRAM = {"name": "8", "num_patches": 8, "length": 8, "inputs": [], "plan_values": ""}
 SETTINGS = {"vision_buckets": "", "simulate_vision_ms": None, "dtype": "auto"}
 
 
@@ -49,7 +50,11 @@ def folder(tmp_path: Path) -> Path:
         dtype="bfloat16",
         values_per_patch=588,
         column_widths=(100, 28),
-        buckets=(CompiledBucket(60, 64), CompiledBucket(128, 128)),
+        programs=(
+            CompiledProgram("60", 60, 64, (), ""),
+            CompiledProgram("128", 128, 128, (), ""),
+            CompiledProgram("128-1", 128, 128, (), "other"),
+        ),
         tensors=tower_tensors(checkpoint),
         files=hashes_of(path, names),
     )
@@ -92,8 +97,10 @@ def test_a_folder_without_a_manifest_is_none(tmp_path: Path) -> None:
         ({"family": "other"}, "'other', which is not supported"),
         ({"family": "../x"}, "not supported"),
         ({"dtype": "code"}, "dtype"),
-        ({"buckets": []}, "rising order"),
-        ({"buckets": [{"num_patches": 8, "length": 4}]}, "8 patches do not fit into 4"),
+        ({"programs": []}, "order of their patches"),
+        ({"programs": [PROGRAM, PROGRAM | {"num_patches": 4}]}, "order of their patches"),
+        ({"programs": [PROGRAM | {"length": 4}]}, "8 patches do not fit into 4"),
+        ({"programs": [PROGRAM | {"name": "../x"}]}, "not in its folder"),
         ({"column_widths": []}, "columns"),
         ({"column_widths": [64, -1]}, "columns"),
         ({"files": {"../config.json": "0"}}, "not in its folder"),

@@ -1,10 +1,13 @@
 """A tower that was compiled in advance returns the embeddings of the eager tower."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,14 +18,16 @@ from common.vision_artefact import VisionArtefact, open_artefact, sha256_of
 from compute.linear import Linear
 from services.vision import compile as compile_module
 from services.vision.compile import column_widths_of, compile_vision
+from services.vision.compile import noise as noise_of
 from services.vision.compiled_tower import CompiledTower
 from services.vision.compilers import COMPILERS
 from services.vision.compilers.graph import BadGraph, read_graph
 from services.vision.eager_tower import EagerTower
 from services.vision.families import FAMILIES, load
 from services.vision.item_rules import ItemRules
+from services.vision.sample_shapes import shapes
 from services.vision.tower_thread import ItemShape
-from tests.golden import GoldenCase, max_difference
+from tests.golden import ROOT, GoldenCase, max_difference
 from tests.toy_family import tower as toy_tower
 from tests.toy_family.checkpoint import make_checkpoint
 from tests.toy_family.description import MODEL_TYPE, Toy
@@ -121,9 +126,9 @@ def tower_infos() -> dict[str, object]:
 
 
 def test_what_depends_on_the_grid_comes_from_outside(folder: Path) -> None:
-    graph = read_graph((folder / "graph-1000.json").read_bytes())
-    inputs = {each.name: (each.dtype, each.shape) for each in graph.inputs}
-    assert inputs == {
+    program = open_artefact(folder).manifest.programs[-1]
+    assert (program.num_patches, program.length) == (1000, 1024)
+    assert {each.name: (each.dtype, each.shape) for each in program.inputs} == {
         "patches": ("uint8", (1024, 588)),
         "order": ("int64", (256,)),
         "inverse": ("int64", (256,)),
@@ -181,6 +186,36 @@ def test_a_family_that_nobody_knows_is_compiled_as_well(
         assert max_difference(tower.encode(*item(shape)).numpy(), expected) < 1e-5
 
 
+MODELS = {
+    "qwen2_5_vl": "qwen2_5_vl/a_image",
+    "qwen": "qwen_vl/a_chat_image",
+    "wemm": "wemm/a_image",
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_tower_of_every_family_is_compiled(model_type: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ROOT / MODELS[model_type] / "checkpoint")
+    bucket = min(1030, checkpoint.family.max_patches(checkpoint, None, None) + 6)
+    bucket -= bucket % checkpoint.patches_per_token
+    compile_vision(checkpoint, (bucket,), torch.float32, tmp_path / "made")
+    tower = CompiledTower(open_artefact(tmp_path / "made"), CPU)
+    eager = EagerTower(load(checkpoint, torch.float32, CPU))
+    for shape in islice(shapes(checkpoint, bucket), 0, 99, 40):
+        patches = noise_of(math.prod(shape.grid_thw), eager._tower.values_per_patch)
+        expected = eager.encode(patches, shape).numpy()
+        found = tower.encode(patches, shape).numpy()
+        assert max_difference(found, expected) < 1e-5 * np.abs(expected).max()
+
+
+def test_a_model_without_a_vision_tower_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FAMILIES, "qwen2_5_vl")
+    with pytest.raises(BadCheckpoint, match="no vision tower"):
+        compiled(tmp_path / "made")
+
+
 def change_graph(folder: Path, change: Callable[[dict], object]) -> None:
     """Change a graph and the manifest with it, as a careless or a malicious tool might."""
     file = folder / "graph-64.json"
@@ -216,7 +251,8 @@ def set_step(graph: dict, step: list) -> None:
         (lambda g: g["outputs"].append(10**6), "does not exist"),
         (lambda g: g["outputs"].pop(), "columns of the widths"),
         (lambda g: g.update(more=1), "more"),
-        (lambda g: g["inputs"][0].update(dtype="code"), "code"),
+        (lambda g: g.update(num_inputs=10**9), "inputs"),
+        (lambda g: g.update(num_inputs=1), "1 inputs"),
     ],
 )
 def test_a_graph_that_asks_for_more_than_operations_is_refused(
@@ -227,11 +263,16 @@ def test_a_graph_that_asks_for_more_than_operations_is_refused(
         compiled_tower(copy)
 
 
-def test_a_plan_that_the_program_was_not_made_for_is_an_error(copy: Path) -> None:
+@pytest.mark.parametrize("change", [{"plan_values": "{'windows': (1,)}"}, {"inputs": []}], ids=str)
+def test_a_plan_that_no_program_was_made_for_is_an_error(
+    folder: Path, change: dict[str, object]
+) -> None:
     """As after an update of Twinlens that changed what a plan is."""
-    change_graph(copy, lambda graph: graph.update(plan_values="{'windows': (1,)}"))
+    tower = compiled_tower(folder)
+    [program] = tower._programs[64]
+    tower._programs[64] = [msgspec.structs.replace(program, **change)]
     with pytest.raises(ValueError, match="compile the model again"):
-        compiled_tower(copy).encode(*noise(2, 2))
+        tower.encode(*noise(2, 2))
 
 
 def test_a_changed_file_is_refused(copy: Path) -> None:
@@ -247,7 +288,7 @@ def test_weights_that_are_cut_off_are_refused(copy: Path) -> None:
     weights = copy / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refresh(copy, "weights.safetensors")
-    with pytest.raises(BadCheckpoint, match="cannot be read"):
+    with pytest.raises(BadCheckpoint, match="cut off"):
         compiled_tower(copy)
 
 
@@ -284,10 +325,9 @@ def test_another_compiler_gets_the_exported_programs_and_their_shapes(tmp_path: 
             assert artefact.file("blob").read_bytes() == b"compiled"
             return self
 
-        def run(self, num_patches, plan_values, inputs):  # type: ignore[no-untyped-def]
-            [program] = (p for p in seen if p.num_patches == num_patches)
-            assert tuple(inputs) == program.input_names
-            return list(program.exported.module()(*inputs.values()))
+        def run(self, name, inputs):  # type: ignore[no-untyped-def]
+            [program] = (p for p in seen if p.compiled.name == name)
+            return list(program.exported.module()(*inputs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(COMPILERS, "vendor", Vendor())

@@ -5,7 +5,7 @@ of them. Its runtime loads these files and runs them. Everything around that (pl
 manifest, the service) is the same for all compilers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,35 +14,31 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from common.vision_artefact import VisionArtefact
+from common.vision_artefact import CompiledProgram, VisionArtefact
 
 
 @dataclass(frozen=True)
 class TowerProgram:
     """The forward pass of a tower at one static shape.
 
-    Its first input is `patches`, uint8 [length, values_per_patch]. The others are the tensors of
-    the plan, in order. Its outputs are the columns of the embeddings, in order: each is
-    [rows, width]. Its weights are the constants of `exported`. Programs of one tower share them:
-    equal weights are the same tensor object.
+    The inputs of `exported` are those that `compiled` lists: `patches`, uint8 [length, values of a
+    patch], and then the tensors of the plan. Its outputs are the columns of the embeddings, in
+    order: each is [rows, width]. Its weights are the constants of `exported`. Programs of one tower
+    share them: equal weights are the same tensor object.
     """
 
-    num_patches: int
-    """The bucket: the most patches of an item that this program encodes."""
     exported: ExportedProgram
-    input_names: tuple[str, ...]
-    """`patches`, and the fields of the plan."""
-    plan_values: str
-    """What `values_of` must return for each plan that this program gets."""
+    compiled: CompiledProgram
+    """What the manifest says of it."""
 
 
 class Runtime(Protocol):
     """Compiled programs, loaded on a device."""
 
-    def run(self, num_patches: int, plan_values: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the program of a bucket, and return the columns of the embeddings.
+    def run(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        """Run the program of this name, and return the columns of the embeddings.
 
-        Raises ValueError if the program was not compiled for such inputs.
+        The inputs are on any device, and have the types and shapes that the manifest says.
         """
         ...
 

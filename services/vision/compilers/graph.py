@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from common.vision_artefact import ProgramInput
 from compute.torch_tensors import DTYPES
 
 GETITEM = "getitem"
@@ -25,46 +26,35 @@ LEFT_OUT = frozenset({"aten._assert_tensor_metadata.default"})
 # How the result of an attention lies in memory depends on the device, and a view may need a copy.
 RENAMED = {"aten.view.default": "aten.reshape.default"}
 DEFAULTS = """
-    _softmax _to_copy _unsafe_view abs addcmul addmm alias arange baddbmm bitwise_and.Tensor
-    bitwise_not bmm cat clamp clone conv2d copy cos cumsum detach embedding exp expand full
+    _softmax _to_copy _unsafe_view abs addcmul addmm alias arange baddbmm bitwise_not bmm cat
+    chunk clamp clone conv2d copy cos cumsum detach embedding exp expand floor_divide full
     full_like gather gelu hardtanh index_select layer_norm lift_fresh_copy linear log log1p
     logical_and logical_not logical_or matmul maximum mean minimum mm native_layer_norm neg ones
     ones_like pad permute reciprocal relu repeat reshape rms_norm round rsqrt
-    scaled_dot_product_attention sigmoid silu sin slice_scatter split_with_sizes sqrt stack t tanh
-    unfold unsqueeze zeros zeros_like
+    scaled_dot_product_attention select_scatter sigmoid silu sin slice_scatter split_with_sizes
+    sqrt stack t tanh unfold unsqueeze zeros zeros_like
 """
 OVERLOADS = """
-    add.Scalar add.Tensor any.dim arange.start arange.start_step chunk.default div.Scalar
-    div.Tensor div.Tensor_mode eq.Scalar eq.Tensor floor_divide.default ge.Scalar ge.Tensor
-    gt.Scalar gt.Tensor index.Tensor le.Scalar le.Tensor lt.Scalar lt.Tensor masked_fill.Scalar
-    masked_fill.Tensor mean.dim mul.Scalar mul.Tensor ne.Scalar ne.Tensor pow.Tensor_Scalar
-    pow.Tensor_Tensor repeat_interleave.self_int rsub.Scalar select.int select_scatter.default
-    slice.Tensor softmax.int split.Tensor squeeze.dim squeeze.dims sub.Scalar sub.Tensor
-    sum.dim_IntList transpose.int unbind.int var.correction where.ScalarOther where.ScalarSelf
-    where.self
+    __and__.Tensor __or__.Tensor __xor__.Tensor add.Scalar add.Tensor any.dim arange.start
+    arange.start_step bitwise_or.Tensor bitwise_xor.Tensor div.Scalar div.Tensor div.Tensor_mode
+    eq.Scalar eq.Tensor ge.Scalar ge.Tensor gt.Scalar gt.Tensor index.Tensor le.Scalar le.Tensor
+    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor mean.dim mul.Scalar mul.Tensor
+    ne.Scalar ne.Tensor pow.Tensor_Scalar pow.Tensor_Tensor repeat_interleave.self_int rsub.Scalar
+    select.int slice.Tensor softmax.int split.Tensor squeeze.dim squeeze.dims sub.Scalar
+    sub.Tensor sum.dim_IntList transpose.int unbind.int upsample_bicubic2d.vec
+    upsample_bilinear2d.vec var.correction where.ScalarOther where.ScalarSelf where.self
 """
 
 
-def operation_names() -> frozenset[str]:
-    names = [name if "." in name else f"{name}.default" for name in DEFAULTS.split()]
-    return frozenset(f"aten.{name}" for name in (*names, *OVERLOADS.split()))
-
-
-OPERATIONS = operation_names()
+OPERATIONS = frozenset(
+    f"aten.{name}"
+    for name in (*(f"{name}.default" for name in DEFAULTS.split()), *OVERLOADS.split())
+)
 """What a graph may call. All are pure: they read and write nothing but tensors."""
 
 
 class BadGraph(ValueError):
     """A graph cannot be written in this form, or a file does not hold a graph."""
-
-
-class GraphInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor that the program gets for each item."""
-
-    name: str
-    dtype: str
-    """uint8, bool, int64, float32, ..."""
-    shape: tuple[int, ...]
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -78,9 +68,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Values are numbered: first the inputs, then the weights, then the result of each step."""
 
-    plan_values: str
-    """The plain values of the plans that this graph was made for."""
-    inputs: tuple[GraphInput, ...]
+    num_inputs: int
     weights: tuple[str, ...]
     """The names of the weights in their file."""
     steps: tuple[Step, ...]
@@ -98,12 +86,7 @@ class Value:
 # Writing
 
 
-def graph_of(
-    exported: ExportedProgram,
-    input_names: Sequence[str],
-    plan_values: str,
-    weight_names: Mapping[int, str],
-) -> Graph:
+def graph_of(exported: ExportedProgram, weight_names: Mapping[int, str]) -> Graph:
     """Return an exported program as a graph.
 
     `weight_names` are the names of its constants, by `id`.
@@ -117,7 +100,6 @@ def graph_of(
     constants = signature.inputs_to_lifted_tensor_constants
     nodes = {node.name: node for node in exported.graph.nodes}
     inputs = [nodes[name] for name in signature.user_inputs if isinstance(name, str)]
-    assert len(inputs) == len(input_names), f"{len(inputs)} inputs are not {input_names}"
     weights = {nodes[name]: exported.constants[key] for name, key in constants.items()}
     calls = [
         node
@@ -127,17 +109,11 @@ def graph_of(
     numbers = {node: number for number, node in enumerate((*inputs, *weights, *calls))}
     [output] = (node for node in exported.graph.nodes if node.op == "output")
     return Graph(
-        plan_values=plan_values,
-        inputs=tuple(map(input_of, inputs, input_names)),
+        num_inputs=len(inputs),
         weights=tuple(weight_names[id(tensor)] for tensor in weights.values()),
         steps=tuple(step_of(node, numbers) for node in calls),
         outputs=tuple(numbers[node] for node in output.args[0]),
     )
-
-
-def input_of(node: Node, name: str) -> GraphInput:
-    value = node.meta["val"]
-    return GraphInput(name, str(value.dtype).removeprefix("torch."), tuple(map(int, value.shape)))
 
 
 def step_of(node: Node, numbers: Mapping[Node, int]) -> Step:
@@ -245,10 +221,10 @@ class Program:
         """Raises BadGraph if the graph is not sound, or does not fit the weights."""
         if missing := [name for name in graph.weights if name not in weights]:
             raise BadGraph(f"it needs the weight {missing[0][:80]}, which is missing")
-        self.graph = graph
         self.device = device
+        self._outputs = graph.outputs
         self._weights = [weights[name] for name in graph.weights]
-        num_given = len(graph.inputs) + len(graph.weights)
+        num_given = graph.num_inputs + len(graph.weights)
         self._calls = [
             (
                 function_of(step.operation),
@@ -280,40 +256,34 @@ class Program:
             values.append(function(*filled_in(arguments, values), **given))
             for number in freed:
                 values[number] = None
-        return [values[number] for number in self.graph.outputs]
+        return [values[number] for number in self._outputs]
 
 
 def keywords_of(step: Step, device: torch.device) -> dict[str, Any]:
     return {key: decoded(argument, device) for key, argument in step.keywords.items()}
 
 
-def check_inputs(graph: Graph, plan_values: str, inputs: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the graph was made for such inputs."""
-    expected = [(each.name, each.dtype, each.shape) for each in graph.inputs]
-    found = [
-        (name, str(x.dtype).removeprefix("torch."), tuple(x.shape)) for name, x in inputs.items()
-    ]
-    if expected != found or plan_values != graph.plan_values:
-        raise ValueError(
-            f"the vision artefact was compiled for the inputs {expected} with {graph.plan_values}, "
-            f"and this item has {found} with {plan_values}: compile the model again"
-        )
-
-
-def check_results(graph: Graph, weights: Mapping[str, Tensor], widths: Sequence[int]) -> None:
-    """Run the graph without values: it must return columns of these widths.
+def check_results(
+    graph: Graph,
+    inputs: Sequence[ProgramInput],
+    weights: Mapping[str, Tensor],
+    widths: Sequence[int],
+) -> None:
+    """Run the graph without values: from these inputs it must return columns of these widths.
 
     Raises
     ------
     BadGraph
         if it cannot be run, or returns something else.
     """
+    if graph.num_inputs != len(inputs):
+        raise BadGraph(f"it has {graph.num_inputs} inputs, and its manifest says {len(inputs)}")
     meta = torch.device("meta")
     shapes = {name: torch.empty_like(weight, device=meta) for name, weight in weights.items()}
     program = Program(graph, shapes, meta)
     try:
         results = program.run(
-            [torch.empty(x.shape, dtype=ALL_DTYPES[x.dtype], device=meta) for x in graph.inputs]
+            [torch.empty(x.shape, dtype=ALL_DTYPES[x.dtype], device=meta) for x in inputs]
         )
     except (RuntimeError, TypeError, IndexError, KeyError, NotImplementedError) as e:
         raise BadGraph(f"it cannot be run: {e}") from e

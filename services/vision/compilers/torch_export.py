@@ -1,38 +1,48 @@
 """The compiler that every machine has: torch.export, whose programs torch runs on any device.
 
 weights.safetensors   the weights of all programs, once
-graph-PATCHES.json    the program of a bucket: portable ATen operations (`graph.py`)
+graph-NAME.json       a program: portable ATen operations (`graph.py`)
 
 Neither file is code: a graph can only call operations of a table, and nothing is unpickled.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.checkpoint import BadCheckpoint
 from common.model_files import read_file
+from common.safetensors_files import read_table
 from common.vision_artefact import VisionArtefact
 from services.vision.compilers.compiler import TowerProgram
 from services.vision.compilers.graph import (
     BadGraph,
     Program,
-    check_inputs,
     check_results,
     graph_of,
     read_graph,
 )
 
 WEIGHTS = "weights.safetensors"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+"""The types of weights, as safetensors names them."""
 
 
-def graph_file(num_patches: int) -> str:
-    return f"graph-{num_patches}.json"
+def graph_file(name: str) -> str:
+    return f"graph-{name}.json"
 
 
 class TorchExport:
@@ -53,10 +63,11 @@ class TorchExport:
         names = {key: f"weight.{number}" for number, key in enumerate(weights)}
         written = []
         for program in programs:
-            graph = graph_of(program.exported, program.input_names, program.plan_values, names)
-            (folder / graph_file(program.num_patches)).write_bytes(msgspec.json.encode(graph))
-            written.append(graph_file(program.num_patches))
-            report(f"bucket {program.num_patches}: {len(graph.steps)} operations")
+            name = program.compiled.name
+            graph = graph_of(program.exported, names)
+            (folder / graph_file(name)).write_bytes(msgspec.json.encode(graph))
+            written.append(graph_file(name))
+            report(f"program {name}: {len(graph.steps)} operations")
         # Cloned, because a safetensors file holds no views of other tensors.
         stored = {names[key]: weight.detach().clone() for key, weight in weights.items()}
         save_file(stored, folder / WEIGHTS)
@@ -70,42 +81,54 @@ class TorchExport:
         device: torch.device,
         report_loading: Callable[[float], None],
     ) -> "LoadedGraphs":
-        weights = load_weights(artefact.file(WEIGHTS), device, report_loading)
+        weights = load_weights(artefact, device, report_loading)
         programs = {}
-        for bucket in artefact.manifest.buckets:
-            file = artefact.file(graph_file(bucket.num_patches))
+        for compiled in artefact.manifest.programs:
+            file = artefact.file(graph_file(compiled.name))
             try:
                 graph = read_graph(read_file(file))
-                check_results(graph, weights, artefact.manifest.column_widths)
-                programs[bucket.num_patches] = Program(graph, weights, device)
+                check_results(graph, compiled.inputs, weights, artefact.manifest.column_widths)
+                programs[compiled.name] = Program(graph, weights, device)
             except BadGraph as e:
                 raise BadCheckpoint(f"{file} is damaged: {e}") from e
         return LoadedGraphs(programs)
 
 
 class LoadedGraphs:
-    """The programs of all buckets. Implements `Runtime`."""
+    """The loaded programs by their names. Implements `Runtime`."""
 
-    def __init__(self, programs: Mapping[int, Program]) -> None:
+    def __init__(self, programs: Mapping[str, Program]) -> None:
         self._programs = programs
 
-    def run(self, num_patches: int, plan_values: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        program = self._programs[num_patches]
-        check_inputs(program.graph, plan_values, inputs)
-        return program.run([x.to(program.device) for x in inputs.values()])
+    def run(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        program = self._programs[name]
+        return program.run([x.to(program.device) for x in inputs])
 
 
 def load_weights(
-    file: Path, device: torch.device, report_loading: Callable[[float], None]
+    artefact: VisionArtefact, device: torch.device, report_loading: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Load all tensors of a safetensors file. Raises BadCheckpoint if it is damaged."""
+    """Load all weights. The file is read once: it is checked while its tensors are loaded.
+
+    Raises
+    ------
+    BadCheckpoint
+        if it is damaged.
+    """
+    file = artefact.path / WEIGHTS
+    table = sorted(read_table(file).items(), key=lambda entry: entry[1].offset)
+    digest = hashlib.sha256()
     weights: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            for number, name in enumerate(names, 1):
-                weights[name] = opened.get_tensor(name).to(device, copy=True)
-                report_loading(number / len(names))
-    except (SafetensorError, OSError) as e:
-        raise BadCheckpoint(f"{file} cannot be read: {e}") from e
+    with file.open("rb") as opened:
+        digest.update(opened.read(table[0][1].offset if table else 0))
+        for number, (name, info) in enumerate(table, 1):
+            data = torch.empty(info.num_bytes, dtype=torch.uint8)
+            if info.dtype not in DTYPES or opened.tell() != info.offset:
+                raise BadCheckpoint(f"{file} is damaged: {name[:80]} is not one of our tensors")
+            opened.readinto(data.numpy().data)
+            digest.update(data.numpy().data)
+            weights[name] = data.view(DTYPES[info.dtype]).reshape(info.shape).to(device)
+            report_loading(number / len(table))
+        digest.update(opened.read())
+    artefact.check_digest(WEIGHTS, digest.hexdigest())
     return weights

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from common.checkpoint import Checkpoint
+from common.checkpoint import BadCheckpoint, Checkpoint
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 from services.vision.families.qwen_vl import QwenVisionTower
 from services.vision.families.wemm import WemmVisionTower
@@ -36,6 +36,9 @@ def load(
     Raises
     ------
     BadCheckpoint
-        if the checkpoint cannot be served.
+        if the checkpoint cannot be served, or its family has no vision tower.
     """
-    return FAMILIES[checkpoint.family.model_type](checkpoint, dtype, device, report_loading)
+    family = checkpoint.family
+    if family.model_type not in FAMILIES:
+        raise BadCheckpoint(f"{checkpoint.path}: models of {family.title} have no vision tower")
+    return FAMILIES[family.model_type](checkpoint, dtype, device, report_loading)
