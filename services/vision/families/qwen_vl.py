@@ -134,16 +134,14 @@ class QwenVisionTower:
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
-        prefixes = checkpoint.family.tower_prefixes
-        self._weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report_loading)
+        loader = TowerLoader(self.config, checkpoint, dtype, device, report_loading)
         self._mean, self._std = (self._per_value(values) for values in (IMAGE_MEAN, IMAGE_STD))
-        width = self.config.width
-        self._patch_embed = self._load_patch_embed()
-        self._positions = self._load_positions("positional_embedding", width)
-        self._norm_pre = self._load_norm("ln_pre", width)
-        self._blocks = [self._load_block(i) for i in range(self.config.layers)]
-        self._key_positions = self._load_positions("attn_pool.pos_embed", self.output_width)
-        self._resampler = self._load_resampler()
+        self._patch_embed = loader.patch_embed()
+        self._positions = loader.positions("positional_embedding", self.config.width)
+        self._norm_pre = loader.norm("ln_pre", self.config.width)
+        self._blocks = [loader.block(i) for i in range(self.config.layers)]
+        self._key_positions = loader.positions("attn_pool.pos_embed", self.output_width)
+        self._resampler = loader.resampler()
 
     @property
     def output_width(self) -> int:
@@ -205,76 +203,94 @@ class QwenVisionTower:
         values = torch.tensor(per_channel, dtype=torch.float32, device=self.device)
         return values.repeat_interleave(self.config.patch_size**2)
 
-    def _load(self, name: str, *shape: int) -> Tensor:
-        return self._weights.tensor(f"{PREFIX}.{name}", shape, self.dtype, self.device)
 
-    def _load_norm(self, name: str, width: int) -> Norm:
+class TowerLoader:
+    """Reads the weights of the tower."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        report_loading: Callable[[float], None],
+    ) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        prefixes = checkpoint.family.tower_prefixes
+        self._weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report_loading)
+
+    def _load(self, name: str, *shape: int) -> Tensor:
+        return self._weights.tensor(f"{PREFIX}.{name}", shape, self._dtype, self._device)
+
+    def norm(self, name: str, width: int) -> Norm:
         return Norm(self._load(f"{name}.weight", width), self._load(f"{name}.bias", width))
 
-    def _load_linear(self, name: str, rows: int, columns: int) -> Linear:
+    def linear(self, name: str, rows: int, columns: int) -> Linear:
         return Linear(self._load(f"{name}.weight", rows, columns), self._load(f"{name}.bias", rows))
 
-    def _load_patch_embed(self) -> Linear:
+    def patch_embed(self) -> Linear:
         """Return the convolution as a product: its windows do not overlap."""
-        patch = self.config.patch_size
-        return Linear(self._load("conv1.weight", self.config.width, 3, patch, patch).flatten(1))
+        patch = self._config.patch_size
+        return Linear(self._load("conv1.weight", self._config.width, 3, patch, patch).flatten(1))
 
-    def _load_positions(self, name: str, width: int) -> Tensor:
+    def positions(self, name: str, width: int) -> Tensor:
         """Return a table of positions for the grid of an image: [num_patches, width]."""
         table = self._weights.tensor(
-            f"{PREFIX}.{name}", (STORED_SIDE**2, width), torch.float32, self.device
+            f"{PREFIX}.{name}", (STORED_SIDE**2, width), torch.float32, self._device
         )
-        return enlarged(table, self.config.side).to(self.dtype)
+        return enlarged(table, self._config.side).to(self._dtype)
 
-    def _load_block(self, index: int) -> Block:
-        width = self.config.width
-        inner = self.config.inner
+    def block(self, index: int) -> Block:
+        width = self._config.width
+        inner = self._config.inner
         name = f"transformer.resblocks.{index}"
         return Block(
-            norm1=self._load_norm(f"{name}.ln_1", width),
-            qkv=self._load_qkv(f"{name}.attn.in_proj"),
-            proj=self._load_linear(f"{name}.attn.out_proj", width, width),
-            norm2=self._load_norm(f"{name}.ln_2", width),
-            up=self._load_linear(f"{name}.mlp.c_fc", inner, width),
-            down=self._load_linear(f"{name}.mlp.c_proj", width, inner),
+            norm1=self.norm(f"{name}.ln_1", width),
+            qkv=self.qkv(f"{name}.attn.in_proj"),
+            proj=self.linear(f"{name}.attn.out_proj", width, width),
+            norm2=self.norm(f"{name}.ln_2", width),
+            up=self.linear(f"{name}.mlp.c_fc", inner, width),
+            down=self.linear(f"{name}.mlp.c_proj", width, inner),
         )
 
-    def _load_qkv(self, name: str) -> Linear:
+    def qkv(self, name: str) -> Linear:
         """Return a projection whose rows are stored head by head: query, key and value of each."""
-        width = self.config.width
+        width = self._config.width
         weight = self._load(f"{name}.weight", 3 * width, width)
         bias = self._load(f"{name}.bias", 3 * width)
         weight, bias = (
-            x.unflatten(0, (self.config.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            x.unflatten(0, (self._config.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
             for x in (weight, bias)
         )
         return Linear(weight, bias)
 
-    def _load_resampler(self) -> Resampler:
-        width = self.config.output_dim
+    def resampler(self) -> Resampler:
+        width = self._config.output_dim
         name = "attn_pool"
-        has_input = self.config.width != width
+        has_input = self._config.width != width
         weights = self._load(f"{name}.attn.in_proj_weight", 3 * width, width).chunk(3)
         biases = self._load(f"{name}.attn.in_proj_bias", 3 * width).chunk(3)
         return Resampler(
-            input=Linear(self._load(f"{name}.kv_proj.weight", width, self.config.width))
+            input=Linear(self._load(f"{name}.kv_proj.weight", width, self._config.width))
             if has_input
             else None,
-            norm=self._load_norm(f"{name}.ln_kv", width),
-            queries=F.linear(self._load_queries(name), weights[0], biases[0]),
+            norm=self.norm(f"{name}.ln_kv", width),
+            queries=F.linear(self.queries(name), weights[0], biases[0]),
             k=Linear(weights[1], biases[1]),
             v=Linear(weights[2], biases[2]),
-            out=self._load_linear(f"{name}.attn.out_proj", width, width),
-            norm_post=self._load_norm("ln_post", width),
+            out=self.linear(f"{name}.attn.out_proj", width, width),
+            norm_post=self.norm("ln_post", width),
             proj=Linear(self._load("proj", width, width).T.contiguous()),
         )
 
-    def _load_queries(self, name: str) -> Tensor:
+    def queries(self, name: str) -> Tensor:
         """Return the learned queries with their positions, [256, output_dim]."""
-        width = self.config.output_dim
+        width = self._config.output_dim
         queries = self._load(f"{name}.query", NUM_IMAGE_TOKENS, width)
         positions = self._load(f"{name}.pos_embed", NUM_IMAGE_TOKENS, width)
-        return self._load_norm(f"{name}.ln_q", width)(queries) + positions
+        return self.norm(f"{name}.ln_q", width)(queries) + positions
 
 
 def enlarged(table: Tensor, side: int) -> Tensor:
