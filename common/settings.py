@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Range, names_of, setting
+from common.messages import MAX_FPS, MAX_FRAMES, MIN_FPS
 from common.setting_checks import objection_to_address, objection_to_name, objection_to_text
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
@@ -114,6 +115,23 @@ class PixelSettings(SizeSettings):
         "resize",
         "what happens to images that are too large for the buckets of every vision replica",
         choices=("resize", "refuse"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """The settings for the frames of videos."""
+
+    video_fps: float = setting(
+        2.0,
+        "frames that are taken from a second of a video file, if the request does not say",
+        range=Range(MIN_FPS, MAX_FPS),
+    )
+    max_frames: int = setting(
+        128,
+        "most frames of a video; of a longer file so many are taken evenly, and a longer list of "
+        "frames is refused",
+        range=Range(2, MAX_FRAMES),
     )
 
 
@@ -227,7 +245,9 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessSettings(ServiceSettings, ContextSettings, PixelSettings, ModelSettings):
+class PreprocessSettings(
+    ServiceSettings, ContextSettings, VideoSettings, PixelSettings, ModelSettings
+):
     sandboxes: int = setting(
         0,
         "images or prompts that cost much and are opened at the same time, each in an expendable "
@@ -294,7 +314,13 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(
-    BatchSettings, ContextSettings, PixelSettings, DeviceSettings, ApiSettings, ModelSettings
+    BatchSettings,
+    ContextSettings,
+    VideoSettings,
+    PixelSettings,
+    DeviceSettings,
+    ApiSettings,
+    ModelSettings,
 ):
     """The settings of the local launcher: its own, and those that it passes to services."""
 

@@ -8,6 +8,7 @@ from common.checkpoint import Checkpoint
 from common.item_hash import item_hash
 from common.messages import Offer
 from common.wire import Tensor
+from services.vision.tower_thread import ItemShape
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,27 @@ class ItemRules:
         whole = self.checkpoint.patches_per_token
         if not num_patches or num_patches % whole or math.prod(offer.grid_thw) != num_patches:
             return f"a grid of {offer.grid_thw} has not {num_patches} patches in groups of {whole}"
+        if offer.kind not in self.checkpoint.family.placeholder_ids(self.checkpoint):
+            return f"this model takes no {offer.kind}"
+        if offer.kind == "image" and offer.grid_thw[0] != 1:
+            return "an image is one step in time"
         shape = self.checkpoint.family.objection_to_shape(
             self.checkpoint, offer.grid_thw, offer.content_size
         )
         return shape or objection_to_peer(offer.llm)
 
+    def shape_of(self, offer: Offer) -> ItemShape:
+        """Return the shape of an item that can be encoded."""
+        num_frames = self._frames_per_patch(offer)
+        return ItemShape(offer.grid_thw, offer.content_size, offer.kind, num_frames)
+
+    def _frames_per_patch(self, offer: Offer) -> int:
+        return self.checkpoint.family.frames_per_patch(self.checkpoint, offer.kind)
+
     def objection_to_patches(self, offer: Offer, patches: Tensor) -> str:
         """Return why these patches are not those of the offered item; empty if they are."""
-        wanted = (offer.num_patches, self.checkpoint.family.values_per_patch(self.checkpoint))
+        num_values = self.checkpoint.family.values_per_patch(self.checkpoint)
+        wanted = (offer.num_patches, self._frames_per_patch(offer) * num_values)
         if patches.shape != wanted or patches.dtype != "uint8":
             return f"{patches} came for {offer.num_patches} patches: uint8 {wanted} is wanted"
         found = item_hash(

@@ -1,0 +1,288 @@
+"""Videos: frames that come as encoded images, and files that PyAV decodes.
+
+Only sandboxes open files. A decoder of hostile bytes may hang, crash or take all memory there.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from common.errors import InvalidRequest, TooLarge, UnreadableImage
+from common.messages import MAX_FPS, MIN_FPS
+from common.wire import Buffer
+from services.preprocess import images
+
+DEFAULT_FPS = 2.0
+DEFAULT_MAX_FRAMES = 128
+LEAST_FRAMES = 4
+"""A file that has so many frames gives at least these, however short it is."""
+FRAME_FACTOR = 2
+"""As many frames as are taken of a file are a multiple of this."""
+MAX_PIXELS = 2**30
+"""The most pixels that all frames of a video may have together before they are resized."""
+MAX_PACKETS = 200_000
+CONTAINERS = {"mov": "MP4", "matroska": "WebM"}
+"""The formats that are read, by the name of their reader in FFmpeg. It has readers that open other
+files or addresses, which a video may name, so it is never asked to guess."""
+CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"))
+EBML = b"\x1a\x45\xdf\xa3"
+"""The first bytes of a WebM file."""
+TOO_COSTLY = (
+    "decoding the video takes too much time or memory; send it shorter, smaller, or as frames"
+)
+NO_PYAV = (
+    "this server reads no video files, because PyAV is not installed: send the frames as a part of "
+    "the type video, or install twinlens[video] where preprocess runs"
+)
+
+
+class VideoForm(msgspec.Struct, frozen=True):
+    """What belongs to the bytes of a video."""
+
+    frame_lengths: tuple[int, ...] = ()
+    """The bytes of each frame, if it comes as encoded images; empty for a file."""
+    fps: float | None = None
+    """Of frames: how many of them are a second of the video. Of a file: how many are to be taken
+    from a second. None for the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoLimits:
+    """How many frames of a video are taken."""
+
+    fps: float = DEFAULT_FPS
+    """Frames that are taken from a second of a file, unless the request says otherwise."""
+    max_frames: int = DEFAULT_MAX_FRAMES
+
+
+class Clip(Protocol):
+    """An opened video: the frames that are taken of it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames, by the first one."""
+        ...
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def num_decoded(self) -> int:
+        """The number of frames that must be decoded to get them."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """How many of the frames are a second of the video."""
+        ...
+
+    def frames(self) -> Iterator[Image.Image]:
+        """Decode the frames, which are RGB.
+
+        Raises UnreadableImage if one is broken, and TooLarge if they have too many pixels.
+        """
+        ...
+
+
+def open_clip(data: Buffer, form: VideoForm, limits: VideoLimits) -> Clip:
+    """Read the headers of a video: of all its frames, or of its file.
+
+    Raises
+    ------
+    UnreadableImage
+        if the bytes are not a video.
+    TooLarge
+        if it has too many frames or pixels.
+    InvalidRequest
+        if files cannot be read here.
+    """
+    if form.frame_lengths:
+        return ListedFrames(data, form.frame_lengths, form.fps or DEFAULT_FPS, limits)
+    return VideoFile(data, form.fps or limits.fps, limits)
+
+
+class ListedFrames:
+    """Frames that come as encoded images. Implements `Clip`."""
+
+    def __init__(
+        self, data: Buffer, lengths: Sequence[int], fps: float, limits: VideoLimits
+    ) -> None:
+        if len(lengths) > limits.max_frames:
+            raise TooLarge(
+                f"it has {len(lengths)} frames, at most {limits.max_frames} are taken; send fewer"
+            )
+        self.fps = fps
+        self._images = []
+        start = 0
+        num_pixels = 0
+        for index, length in enumerate(lengths):
+            with naming_frame(index):
+                opened = images.open_image(memoryview(data)[start : start + length])
+            num_pixels += opened.width * opened.height
+            check_pixels(num_pixels)
+            self._images.append(opened)
+            start += length
+        self.size = images.size_of(self._images[0])
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._images)
+
+    @property
+    def num_decoded(self) -> int:
+        return len(self._images)
+
+    def frames(self) -> Iterator[Image.Image]:
+        for index, opened in enumerate(self._images):
+            with naming_frame(index):
+                yield images.decode(opened)
+
+
+class VideoFile:
+    """An MP4 or WebM file. Implements `Clip`."""
+
+    def __init__(self, data: Buffer, fps: float, limits: VideoLimits) -> None:
+        try:
+            # Optional, and only sandboxes that read a file need it.
+            from av import FFmpegError
+            from av import open as open_container
+        except ModuleNotFoundError as e:
+            raise InvalidRequest(NO_PYAV) from e
+        self._error = FFmpegError
+        whole = bytes(data)
+        name = container_of(whole)
+        with self._reading():
+            self._container: Any = open_container(BytesIO(whole), format=name)
+            streams: list[Any] = [*self._container.streams.video]
+            if not streams:
+                raise UnreadableImage("the file has no video, only other streams")
+            self._stream = streams[0]
+            self._check_stream()
+            self._stream.codec_context.thread_count = 1
+            times = self._packet_times()
+            first = next(self._decoded(), None)
+        if first is None:
+            raise UnreadableImage("no frame of the file can be decoded; send the whole file")
+        self.size = first.height, first.width
+        self.num_decoded = len(times)
+        self._wanted = sampled(len(times), frame_rate(times), fps, limits.max_frames)
+        self.num_frames = len(self._wanted)
+        kept = self.num_frames / self.num_decoded * frame_rate(times)
+        self.fps = min(max(kept, MIN_FPS), MAX_FPS)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what is wrong with the file into errors that name no internals."""
+        try:
+            yield
+        except (self._error, ValueError, LookupError, EOFError) as e:
+            raise UnreadableImage(
+                "the file is a broken or cut off video; send the whole file"
+            ) from e
+        except MemoryError as e:
+            raise UnreadableImage(TOO_COSTLY) from e
+
+    def _check_stream(self) -> None:
+        context = self._stream.codec_context
+        if context is None or CODECS.isdisjoint((context.name, context.codec.name)):
+            name = "an unknown codec" if context is None else context.name
+            raise UnreadableImage(f"{name} is not decoded here; use {', '.join(sorted(CODECS))}")
+        if context.width * context.height > images.MAX_PIXELS:
+            raise TooLarge(
+                f"the video has {context.width}x{context.height} pixels, at most "
+                f"{images.MAX_PIXELS} are allowed; send it smaller"
+            )
+
+    def _packet_times(self) -> list[float]:
+        """Return the time of each frame in seconds, in rising order, without decoding any."""
+        times = []
+        base = float(self._stream.time_base)
+        for packet in self._container.demux(self._stream):
+            if packet.size and packet.pts is not None:
+                times.append(base * packet.pts)
+            if len(times) > MAX_PACKETS:
+                raise TooLarge(f"the video has more than {MAX_PACKETS} frames; send a shorter one")
+        if not times:
+            raise UnreadableImage("the file has no frames; send the whole file")
+        return sorted(times)
+
+    def _decoded(self) -> Iterator[Image.Image]:
+        """Decode all frames from the first one on."""
+        self._container.seek(0, stream=self._stream, backward=True, any_frame=False)
+        for frame in self._container.decode(self._stream):
+            if frame.width * frame.height > images.MAX_PIXELS:
+                raise TooLarge(f"a frame has {frame.width}x{frame.height} pixels; send it smaller")
+            picture = frame.to_image()
+            turns = frame.rotation
+            yield picture.rotate(turns, expand=True) if turns % 360 else picture
+
+    def frames(self) -> Iterator[Image.Image]:
+        """A file with fewer frames than it announces repeats the last one."""
+        last: Image.Image | None = None
+        left = [*self._wanted]
+        num_pixels = 0
+        with self._reading():
+            for index, picture in enumerate(self._decoded()):
+                last = picture
+                while left and left[0] <= index:
+                    left.pop(0)
+                    num_pixels += picture.width * picture.height
+                    check_pixels(num_pixels)
+                    yield picture
+                if not left:
+                    return
+        assert last is not None  # the first one was decoded before
+        for _ in left:
+            yield last
+
+
+def sampled(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
+    """Return which of the `total` frames of a file are taken, as the reference's utilities do.
+
+    They are an even number, if there are two, and stand evenly from the first to the last frame.
+    """
+    most = min(max_frames, total) // FRAME_FACTOR * FRAME_FACTOR
+    count = min(max(total / rate * fps, LEAST_FRAMES), most)
+    count = max(int(count) // FRAME_FACTOR * FRAME_FACTOR, 1)
+    return np.round(np.linspace(0, total - 1, count)).astype(int).tolist()
+
+
+def frame_rate(times: Sequence[float]) -> float:
+    """Return the frames per second of frames at these times."""
+    seconds = times[-1] - times[0]
+    if len(times) < 2 or not math.isfinite(seconds) or seconds <= 0:
+        return DEFAULT_FPS
+    return min(max((len(times) - 1) / seconds, MIN_FPS), MAX_FPS)
+
+
+def container_of(data: bytes) -> str:
+    """Return the name of the reader of a file, by its first bytes."""
+    if data[4:8] == b"ftyp":
+        return "mov"
+    if data[:4] == EBML:
+        return "matroska"
+    raise UnreadableImage(
+        f"the bytes are not a video in one of the formats {', '.join(CONTAINERS.values())}"
+    )
+
+
+@contextmanager
+def naming_frame(index: int) -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as e:
+        raise type(e)(f"frame {index}: {e.message}") from e
+
+
+def check_pixels(num_pixels: int) -> None:
+    if num_pixels > MAX_PIXELS:
+        raise TooLarge(
+            f"its frames have more than {MAX_PIXELS} pixels together; send fewer or smaller ones"
+        )
