@@ -13,6 +13,7 @@ made that is longer than the header that describes it.
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -67,6 +68,10 @@ class Tensor:
     @classmethod
     def of_bytes(cls, data: Buffer) -> "Tensor":
         return cls("uint8", (len(data),), data)
+
+    @classmethod
+    def of_int64(cls, values: Sequence[int]) -> "Tensor":
+        return cls.of(np.array(values, np.int64))
 
     @classmethod
     def of_text(cls, text: str) -> "Tensor":
