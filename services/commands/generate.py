@@ -26,7 +26,7 @@ FINISH_REASONS = {
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="the text of the user turn; images and videos come before it")
+    parser.add_argument("prompt", help="the text of the user turn, after images and videos")
     parser.add_argument(
         "--image",
         action="append",
@@ -176,8 +176,7 @@ def request_fields(arguments: argparse.Namespace, images: list[bytes]) -> dict[s
         "text": arguments.prompt,
         "images": [inference_pb2.Image(data=image) for image in images],
         "videos": [
-            inference_pb2.Video(file=read_file(path), fps=arguments.fps)
-            for path in arguments.video
+            inference_pb2.Video(file=read_file(path), fps=arguments.fps) for path in arguments.video
         ],
         "sampling": inference_pb2.SamplingParams(**sampling),
         "stopping": inference_pb2.StoppingParams(**stopping),

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from common.errors import InvalidRequest, TooLarge, UnreadableImage
+from common.errors import InvalidRequest, ServingError, TooLarge, UnreadableImage
 from common.messages import MAX_FPS, MIN_FPS
 from common.wire import Buffer
 from services.preprocess import images
@@ -182,6 +182,8 @@ class VideoFile:
         """Turn what is wrong with the file into errors that name no internals."""
         try:
             yield
+        except ServingError:
+            raise
         except (self._error, ValueError, LookupError, EOFError) as e:
             raise UnreadableImage(
                 "the file is a broken or cut off video; send the whole file"
@@ -191,8 +193,8 @@ class VideoFile:
 
     def _check_stream(self) -> None:
         context = self._stream.codec_context
-        if context is None or CODECS.isdisjoint((context.name, context.codec.name)):
-            name = "an unknown codec" if context is None else context.name
+        name = "an unknown codec" if context is None else context.codec.canonical_name
+        if name not in CODECS:
             raise UnreadableImage(f"{name} is not decoded here; use {', '.join(sorted(CODECS))}")
         if context.width * context.height > images.MAX_PIXELS:
             raise TooLarge(

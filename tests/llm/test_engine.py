@@ -21,7 +21,7 @@ from services.llm.model_runner import ModelRunner
 from services.llm.request import Request
 from services.llm.sampler import Sampler
 from services.llm.step_plan import StepPlan
-from tests.golden import CASES_WITH_IMAGES, GoldenCase
+from tests.golden import CASES_WITH_ITEMS, GoldenCase
 from tests.llm.builders import (
     BLOCK_SIZE,
     HIDDEN_SIZE,
@@ -406,7 +406,7 @@ def test_an_image_that_the_prefix_cache_covers_needs_no_embeddings() -> None:
     assert json.loads(timings_of(outputs[0].request))["images"][0]["cached"]
 
 
-@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
 def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
     """The second request brings no embeddings: the cache covers them."""
     case = GoldenCase(name)
@@ -438,9 +438,7 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
         prompt.rope_delta = case.expected["rope_delta"]
         engine.add(prompt)
         if request_id == "a":
-            rows = torch.from_numpy(case.tensors["image_embeds"]).split(
-                [length for _, length in ranges]
-            )
+            rows = torch.from_numpy(case.embeddings).split([length for _, length in ranges])
             assert [
                 send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)
             ] == [""] * len(ranges)
@@ -454,11 +452,9 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
 
 def image_ranges(case: GoldenCase) -> list[tuple[int, int]]:
     """(offset, length) of each run of placeholders."""
-    is_image = (
-        np.array(case.expected["input_ids"])
-        == open_checkpoint(case.checkpoint).config["image_token_id"]
+    bounds = np.flatnonzero(np.diff(case.is_placeholder, prepend=False, append=False)).reshape(
+        -1, 2
     )
-    bounds = np.flatnonzero(np.diff(is_image, prepend=False, append=False)).reshape(-1, 2)
     return [(int(begin), int(end - begin)) for begin, end in bounds]
 
 
