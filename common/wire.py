@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 MAX_HEADER_BYTES = 64 * 1024
-MAX_FRAMES = 1 + 128
+MAX_FRAMES = 1 + 160
 MAX_TENSOR_BYTES = 512 * 2**20
 MAX_DIMENSIONS = 8
 MAX_ERROR_CHARS = 200
