@@ -43,7 +43,7 @@ def preparing(preparation: Preparation, max_patches: int) -> Task:
         if end == len(items) or (end > first and seconds > BATCH_SECONDS):
             break
         num_bytes = len(items[end].data.data)
-        seconds += item_seconds(num_bytes, preparation.sizes[end], preparation.num_frames[end])
+        seconds += item_seconds(num_bytes, preparation.sizes[end], preparation.num_images[end])
     batch = items[first:end]
     kinds = tuple(item.kind for item in batch)
     job = Prepare(first, kinds, max_patches, forms_of(batch, first))

@@ -4,6 +4,7 @@ Only sandboxes open files. A decoder of hostile bytes may hang, crash or take al
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ FRAME_FACTOR = 2
 MAX_PIXELS = 2**30
 """The most pixels that all frames of a video may have together before they are resized."""
 MAX_PACKETS = 200_000
+SKIPPED_PER_IMAGE = 10
+"""As many frames that are decoded and not taken cost about as much as an image."""
 CONTAINERS = {"mov": "MP4", "matroska": "WebM"}
 """The formats that are read, by the name of their reader in FFmpeg. It has readers that open other
 files or addresses, which a video may name, so it is never asked to guess."""
@@ -74,8 +77,8 @@ class Clip(Protocol):
     def num_frames(self) -> int: ...
 
     @property
-    def num_decoded(self) -> int:
-        """The number of frames that must be decoded to get them."""
+    def num_images(self) -> int:
+        """How many images of this size cost about as much to prepare."""
         ...
 
     @property
@@ -136,7 +139,7 @@ class ListedFrames:
         return len(self._images)
 
     @property
-    def num_decoded(self) -> int:
+    def num_images(self) -> int:
         return len(self._images)
 
     def frames(self) -> Iterator[Image.Image]:
@@ -167,15 +170,15 @@ class VideoFile:
             self._check_stream()
             self._stream.codec_context.thread_count = 1
             times = self._packet_times()
-            first = next(self._decoded(), None)
+            first = next(map(picture_of, self._decoded()), None)
         if first is None:
             raise UnreadableImage("no frame of the file can be decoded; send the whole file")
         self.size = first.height, first.width
-        self.num_decoded = len(times)
-        self._wanted = sampled(len(times), frame_rate(times), fps, limits.max_frames)
+        rate = frame_rate(times)
+        self._wanted = sampled(len(times), rate, fps, limits.max_frames)
         self.num_frames = len(self._wanted)
-        kept = self.num_frames / self.num_decoded * frame_rate(times)
-        self.fps = min(max(kept, MIN_FPS), MAX_FPS)
+        self.num_images = self.num_frames + len(times) // SKIPPED_PER_IMAGE
+        self.fps = min(max(self.num_frames / len(times) * rate, MIN_FPS), MAX_FPS)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -215,34 +218,36 @@ class VideoFile:
             raise UnreadableImage("the file has no frames; send the whole file")
         return sorted(times)
 
-    def _decoded(self) -> Iterator[Image.Image]:
-        """Decode all frames from the first one on."""
+    def _decoded(self) -> Iterator[Any]:
+        """Decode all frames from the first one on, without converting them to RGB."""
         self._container.seek(0, stream=self._stream, backward=True, any_frame=False)
         for frame in self._container.decode(self._stream):
             if frame.width * frame.height > images.MAX_PIXELS:
                 raise TooLarge(f"a frame has {frame.width}x{frame.height} pixels; send it smaller")
-            picture = frame.to_image()
-            turns = frame.rotation
-            yield picture.rotate(turns, expand=True) if turns % 360 else picture
+            yield frame
 
     def frames(self) -> Iterator[Image.Image]:
         """A file with fewer frames than it announces repeats the last one."""
-        last: Image.Image | None = None
-        left = [*self._wanted]
+        wanted = deque(self._wanted)
         num_pixels = 0
+        frame = None
         with self._reading():
-            for index, picture in enumerate(self._decoded()):
-                last = picture
-                while left and left[0] <= index:
-                    left.pop(0)
-                    num_pixels += picture.width * picture.height
+            for index, frame in enumerate(self._decoded()):
+                if index == wanted[0]:
+                    wanted.popleft()
+                    num_pixels += frame.width * frame.height
                     check_pixels(num_pixels)
-                    yield picture
-                if not left:
+                    yield picture_of(frame)
+                if not wanted:
                     return
-        assert last is not None  # the first one was decoded before
-        for _ in left:
-            yield last
+            for _ in wanted:
+                yield picture_of(frame)
+
+
+def picture_of(frame: Any) -> Image.Image:
+    """Return a frame of PyAV as RGB pixels, upright as its file says."""
+    picture: Image.Image = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation % 360 else picture
 
 
 def sampled(total: int, rate: float, fps: float, max_frames: int) -> list[int]:

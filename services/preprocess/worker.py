@@ -352,7 +352,7 @@ class Worker:
         if preparation.submit.guide_kind:
             preparation.grammar = Tensor.of_bytes(grammar)
         preparation.sizes = found.sizes
-        preparation.num_frames = found.num_frames
+        preparation.num_images = found.num_images
         self._on_prepared(preparation, found.items, patches)
         num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
         max_model_len = self._preprocessor.max_model_len

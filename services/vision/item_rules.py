@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common.address import objection_to_peer
 from common.checkpoint import Checkpoint
 from common.item_hash import item_hash
-from common.messages import Offer
+from common.messages import ItemKind, Offer
 from common.wire import Tensor
 from services.vision.tower_thread import ItemShape
 
@@ -22,6 +22,8 @@ class ItemRules:
     checkpoint: Checkpoint
     max_patches: int
     """The most patches of an item, by the limits of pixels and by the largest bucket."""
+    kinds: frozenset[ItemKind]
+    """The kinds of items that the tower takes."""
 
     @classmethod
     def of(
@@ -30,10 +32,16 @@ class ItemRules:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         buckets: tuple[int, ...] = (),
+        is_compiled: bool = False,
     ) -> "ItemRules":
-        """Return the rules of a replica. A limit that is None is the checkpoint's."""
+        """Return the rules of a replica. A limit that is None is the checkpoint's.
+
+        A compiled tower takes images only: the patches and masks of videos have other shapes.
+        """
         most = checkpoint.family.max_patches(checkpoint, min_pixels, max_pixels)
-        return cls(checkpoint, min(most, max(buckets, default=most)))
+        kinds = checkpoint.family.placeholder_ids(checkpoint).keys()
+        taken = kinds & {"image"} if is_compiled else kinds
+        return cls(checkpoint, min(most, max(buckets, default=most)), frozenset(taken))
 
     def objection_to(self, offer: Offer) -> str:
         """Return why an item cannot be encoded; empty if it can."""
@@ -46,8 +54,8 @@ class ItemRules:
         whole = self.checkpoint.patches_per_token
         if not num_patches or num_patches % whole or math.prod(offer.grid_thw) != num_patches:
             return f"a grid of {offer.grid_thw} has not {num_patches} patches in groups of {whole}"
-        if offer.kind not in self.checkpoint.family.placeholder_ids(self.checkpoint):
-            return f"this model takes no {offer.kind}"
+        if offer.kind not in self.kinds:
+            return f"this replica takes no {offer.kind}s, only {', '.join(sorted(self.kinds))}s"
         if offer.kind == "image" and offer.grid_thw[0] != 1:
             return "an image is one step in time"
         shape = self.checkpoint.family.objection_to_shape(

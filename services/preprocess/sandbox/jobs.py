@@ -107,8 +107,8 @@ class ReadDone(msgspec.Struct, tag=True, frozen=True):
 
     sizes: tuple[tuple[int, int], ...]
     """Height and width of each item, by its header."""
-    num_frames: tuple[int, ...]
-    """The images that must be decoded for each item."""
+    num_images: tuple[int, ...]
+    """How many images of its size each item costs."""
     num_tokens: tuple[int, ...]
     """The tokens that each item will become."""
     items: tuple[PreparedFacts, ...] = ()

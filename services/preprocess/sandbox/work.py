@@ -81,13 +81,13 @@ class Workbench:
                 opened.append(item)
                 num_tokens.append(self._preprocessor.num_tokens_of(item, job.max_patches))
         sizes = tuple(map(size_of, opened))
-        num_frames = tuple(map(num_frames_of, opened))
+        num_images = tuple(map(num_images_of, opened))
         items: tuple[PreparedFacts, ...] = ()
         patches: list[Buffer] = []
-        costs = sum(map(item_seconds, map(len, files), sizes, num_frames))
+        costs = sum(map(item_seconds, map(len, files), sizes, num_images))
         if job.has_room and costs <= BATCH_SECONDS:
             items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
-        result = ReadDone(sizes, num_frames, tuple(num_tokens), items)
+        result = ReadDone(sizes, num_images, tuple(num_tokens), items)
         return result, [Tensor.of(token_ids).data, grammar, *patches]
 
     def _tokenize(self, kind: str, prompt: Buffer, limits: Meter) -> np.ndarray:
@@ -152,9 +152,9 @@ def size_of(opened: Opened) -> tuple[int, int]:
     return images.size_of(opened) if isinstance(opened, Image) else opened.size
 
 
-def num_frames_of(opened: Opened) -> int:
-    """Return how many images must be decoded for an opened item."""
-    return 1 if isinstance(opened, Image) else opened.num_decoded
+def num_images_of(opened: Opened) -> int:
+    """Return how many images of its size an opened item costs."""
+    return 1 if isinstance(opened, Image) else opened.num_images
 
 
 @contextmanager
