@@ -94,7 +94,7 @@ def test_a_prefix_with_a_video_is_cached_for_its_own_speed_alone(system: Running
             ask(system, with_fps(fps))["usage"]["prompt_tokens_details"]["cached_tokens"]
             for _ in range(3)
         ]
-        assert cached[0] < 30, "only the text before the video is shared"
+        assert cached[0] <= 25 + 20, "the text before the video and its first step are shared"
         assert cached[-1] >= 80
 
 
