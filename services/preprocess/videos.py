@@ -35,6 +35,8 @@ CONTAINERS = {"mov": "MP4", "matroska": "WebM"}
 """The formats that are read, by the name of their reader in FFmpeg. It has readers that open other
 files or addresses, which a video may name, so it is never asked to guess."""
 CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"))
+DECODERS = (*sorted(CODECS), "libdav1d")
+"""The decoders of these codecs. Others are not even tried on a file, for instance on its sound."""
 EBML = b"\x1a\x45\xdf\xa3"
 """The first bytes of a WebM file."""
 TOO_COSTLY = (
@@ -162,7 +164,9 @@ class VideoFile:
         whole = bytes(data)
         name = container_of(whole)
         with self._reading():
-            self._container: Any = open_container(BytesIO(whole), format=name)
+            self._container: Any = open_container(
+                BytesIO(whole), format=name, options={"codec_whitelist": ",".join(DECODERS)}
+            )
             streams: list[Any] = [*self._container.streams.video]
             if not streams:
                 raise UnreadableImage("the file has no video, only other streams")

@@ -182,6 +182,12 @@ def test_a_file_gives_frames_that_are_evenly_apart(container: str, codec: str) -
     assert few.num_frames == 4 and few.fps == pytest.approx(4 / 25 * 8)
 
 
+def test_sound_is_left_alone() -> None:
+    file = encoded_video(grey_frames(25), 8, "mp4", "libx264", has_sound=True)
+    clip = open_clip(file, VideoForm(), LIMITS)
+    assert (clip.num_frames, len([*clip.frames()])) == (6, 6)
+
+
 def test_a_file_that_was_filmed_sideways_is_turned() -> None:
     """Phones note in the header how a film is to be turned: here clockwise, by a right angle."""
     pixels = np.zeros((56, 84, 3), np.uint8)
