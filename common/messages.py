@@ -4,7 +4,7 @@ A field of type Tensor travels in a ZeroMQ frame of its own (`common/wire.py`). 
 form the header. Whatever grows with a request is a Tensor, so the size of a header does not depend
 on it. A new field goes last and has a default.
 
-A request is made of a prompt and *items*. So far every item is an image. An item is named by its
+A request is made of a prompt and *items*, which are images and videos. An item is named by its
 index in the request.
 
 Every message about a request carries (request_id, attempt). A receiver drops what belongs to an
@@ -38,8 +38,15 @@ MAX_BUCKETS = 32
 
 Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
-ItemKind = Literal["image"]
+ItemKind = Literal["image", "video"]
 """What an item is. Each kind has a preparation in preprocess and an encoder in vision."""
+
+MIN_FPS = 0.01
+MAX_FPS = 1000.0
+Fps = Annotated[float, msgspec.Meta(ge=MIN_FPS, le=MAX_FPS)]
+"""Frames per second of a video."""
+MAX_FRAMES = 768
+"""The most frames of all videos of a request together, and the most that are taken of a file."""
 
 Task = Literal["generate", "classify", "embed"]
 """What is asked of the model: a text, the probabilities of its labels, or a feature vector."""
@@ -119,7 +126,13 @@ class Item(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     kind: ItemKind
     data: Tensor
-    """uint8 [bytes]: the encoded file."""
+    """uint8 [bytes]: the encoded file; with `frame_lengths`, the files of all frames, one after the
+    other."""
+    frame_lengths: Tensor | None = None
+    """int64 [num_frames]: the bytes of each frame of a video that comes as encoded images."""
+    fps: Fps | None = None
+    """Of frames: how many of them are a second of the video. Of a file: how many are to be taken
+    from a second. None for the default."""
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

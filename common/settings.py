@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Range, names_of, setting
+from common.messages import MAX_FPS, MAX_FRAMES, MIN_FPS
 from common.setting_checks import objection_to_address, objection_to_name, objection_to_text
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
@@ -130,6 +131,23 @@ class DefaultsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """The settings for the frames of videos."""
+
+    video_fps: float = setting(
+        2.0,
+        "frames that are taken from a second of a video file, if the request does not say",
+        range=Range(MIN_FPS, MAX_FPS),
+    )
+    max_frames: int = setting(
+        128,
+        "most frames of a video; of a longer file so many are taken evenly, and a longer list of "
+        "frames is refused",
+        range=Range(2, MAX_FRAMES),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextSettings:
     """The setting for the length of requests."""
 
@@ -240,7 +258,12 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(
-    ServiceSettings, ContextSettings, PixelSettings, DefaultsSettings, ModelSettings
+    ServiceSettings,
+    ContextSettings,
+    VideoSettings,
+    PixelSettings,
+    DefaultsSettings,
+    ModelSettings,
 ):
     sandboxes: int = setting(
         0,
@@ -310,6 +333,7 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 class ServeSettings(
     BatchSettings,
     ContextSettings,
+    VideoSettings,
     PixelSettings,
     DefaultsSettings,
     DeviceSettings,

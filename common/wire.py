@@ -13,13 +13,14 @@ made that is longer than the header that describes it.
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
 import numpy as np
 
 MAX_HEADER_BYTES = 64 * 1024
-MAX_FRAMES = 1 + 128
+MAX_FRAMES = 1 + 160
 MAX_TENSOR_BYTES = 512 * 2**20
 MAX_DIMENSIONS = 8
 MAX_ERROR_CHARS = 200
@@ -67,6 +68,10 @@ class Tensor:
     @classmethod
     def of_bytes(cls, data: Buffer) -> "Tensor":
         return cls("uint8", (len(data),), data)
+
+    @classmethod
+    def of_int64(cls, values: Sequence[int]) -> "Tensor":
+        return cls.of(np.array(values, np.int64))
 
     @classmethod
     def of_text(cls, text: str) -> "Tensor":

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.messages import Task
+from common.messages import ItemKind, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,7 +222,11 @@ class Family(ABC):
 
     @abstractmethod
     def values_per_patch(self, checkpoint: "Checkpoint") -> int:
-        """Return the bytes of a patch as preprocess sends it."""
+        """Return the bytes of a patch of an image, as preprocess sends it."""
+
+    def frames_per_patch(self, checkpoint: "Checkpoint", kind: ItemKind) -> int:
+        """Return how many frames a patch covers. Its bytes are as many times those of one frame."""
+        return 1
 
     def max_patches(
         self, checkpoint: "Checkpoint", min_pixels: int | None, max_pixels: int | None
@@ -252,7 +256,11 @@ class Family(ABC):
 
     @abstractmethod
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
-        """Return the token that stands for an item in a prompt; None if there is no such token."""
+        """Return the token that stands for an image in a prompt; None if there is no such token."""
+
+    def placeholder_ids(self, checkpoint: "Checkpoint") -> dict[ItemKind, int | None]:
+        """Return the tokens that stand for items, by the kinds that the checkpoint takes."""
+        return {"image": self.placeholder_id(checkpoint)}
 
     def prompt_forms(self, checkpoint: "Checkpoint") -> frozenset[PromptForm] | None:
         """Return the only forms that prompts have; None if they may have any."""

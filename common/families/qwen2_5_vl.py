@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import BadCheckpoint, Family, ModelSizes, RequestDefaults
+from common.messages import ItemKind
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -16,6 +17,12 @@ DEFAULT_MERGE_SIZE = 2
 DEFAULT_MIN_PIXELS = 56 * 56
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
+MAX_VIDEO_TOKENS = 16384
+"""The most tokens of a video: those of the largest image that published checkpoints allow."""
+MAX_CONTEXT_SHARE = 0.9
+"""The most that a video takes of the context."""
+DEFAULT_TEMPORAL_PATCH_SIZE = 2
+DEFAULT_TOKENS_PER_SECOND = 4
 
 
 HEAD = "lm_head.weight"
@@ -99,10 +106,13 @@ class Qwen25VL(Family):
     def values_per_patch(self, checkpoint: "Checkpoint") -> int:
         return 3 * patch_size(checkpoint) ** 2
 
+    def frames_per_patch(self, checkpoint: "Checkpoint", kind: ItemKind) -> int:
+        return temporal_patch_size(checkpoint) if kind == "video" else 1
+
     def max_patches(
         self, checkpoint: "Checkpoint", min_pixels: int | None, max_pixels: int | None
     ) -> int:
-        """Return the most patches of a resized image.
+        """Return the most patches of a resized image, or of a video.
 
         `smart_resize` keeps to `max_pixels`, except that it rounds the sides of very small and of
         very long images up.
@@ -111,7 +121,7 @@ class Qwen25VL(Family):
         factor = patch_size(checkpoint) * merge_size(checkpoint.vision_config)
         side = math.sqrt(low * MAX_ASPECT_RATIO) / factor
         grown = low // factor**2 + 2 * math.ceil(side) + 1
-        tokens = max(high // factor**2, grown, MAX_ASPECT_RATIO)
+        tokens = max(high // factor**2, grown, MAX_ASPECT_RATIO, MAX_VIDEO_TOKENS)
         return min(tokens, self.max_model_len(checkpoint)) * self.patches_per_token(checkpoint)
 
     def objection_to_shape(
@@ -120,11 +130,11 @@ class Qwen25VL(Family):
         grid_thw: tuple[int, int, int],
         content_size: tuple[int, int],
     ) -> str:
-        steps, rows, columns = grid_thw
+        _, rows, columns = grid_thw
         merge = merge_size(checkpoint.vision_config)
         patch = patch_size(checkpoint)
-        if steps != 1 or rows % merge or columns % merge:
-            return f"a still image has one step of whole {merge} x {merge} squares of patches"
+        if rows % merge or columns % merge:
+            return f"an item is made of whole {merge} x {merge} squares of patches"
         if content_size != (rows * patch, columns * patch):
             return "the content does not fill the grid"
         return ""
@@ -139,6 +149,12 @@ class Qwen25VL(Family):
 
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         return checkpoint.text_config.get("image_token_id")
+
+    def placeholder_ids(self, checkpoint: "Checkpoint") -> dict[ItemKind, int | None]:
+        ids: dict[ItemKind, int | None] = {"image": self.placeholder_id(checkpoint)}
+        if "video_token_id" in checkpoint.text_config:
+            ids["video"] = checkpoint.text_config["video_token_id"]
+        return ids
 
 
 def is_tied(checkpoint: "Checkpoint") -> bool:
@@ -176,6 +192,23 @@ def pixel_limits(
     low = min_pixels or config.get("min_pixels") or size.get("shortest_edge")
     high = max_pixels or config.get("max_pixels") or size.get("longest_edge")
     return low or DEFAULT_MIN_PIXELS, high or DEFAULT_MAX_PIXELS
+
+
+def temporal_patch_size(checkpoint: "Checkpoint") -> int:
+    """Return the frames that a patch of a video covers."""
+    size: int = checkpoint.vision_config.get("temporal_patch_size", DEFAULT_TEMPORAL_PATCH_SIZE)
+    return size
+
+
+def tokens_per_second(vision_config: dict[str, Any]) -> int:
+    """Return by how much the position in time advances in a second of a video."""
+    count: int = vision_config.get("tokens_per_second", DEFAULT_TOKENS_PER_SECOND)
+    return count
+
+
+def max_video_tokens(checkpoint: "Checkpoint") -> int:
+    """Return the most tokens that a video becomes."""
+    return min(MAX_VIDEO_TOKENS, int(MAX_CONTEXT_SHARE * checkpoint.max_model_len))
 
 
 def merge_size(vision_config: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ FINISH_REASONS = {
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="the text of the user turn; images come before it")
+    parser.add_argument("prompt", help="the text of the user turn, after images and videos")
     parser.add_argument(
         "--image",
         action="append",
@@ -34,6 +34,20 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="a PNG, JPEG, WebP or GIF file; may be repeated",
+    )
+    parser.add_argument(
+        "--video",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="an MP4 or WebM file; may be repeated",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="N",
+        help="frames that are taken from a second of each video (default: the server's)",
     )
     parser.add_argument(
         "--draw",
@@ -161,6 +175,9 @@ def request_fields(arguments: argparse.Namespace, images: list[bytes]) -> dict[s
     return {
         "text": arguments.prompt,
         "images": [inference_pb2.Image(data=image) for image in images],
+        "videos": [
+            inference_pb2.Video(file=read_file(path), fps=arguments.fps) for path in arguments.video
+        ],
         "sampling": inference_pb2.SamplingParams(**sampling),
         "stopping": inference_pb2.StoppingParams(**stopping),
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.boxes import Box
 from common.messages import Sampling, Stopping, Task, Usage
-from common.wire import Buffer
+from services.gateway.videos import Media
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,15 +17,15 @@ class GenerationRequest:
     """One validated request.
 
     `prompt_kind` says what `prompt` holds. "messages" is UTF-8 JSON of chat messages, in which an
-    image stands as {"type": "image"}, in the order of `images`. "token_ids" is little-endian int64
-    token ids with one placeholder for each image.
+    image stands as {"type": "image"} and a video as {"type": "video"}, in the order of `images`.
+    "token_ids" is little-endian int64 token ids with one placeholder for each image and video.
     """
 
     request_id: str
     prompt_kind: str
     prompt: bytes
-    images: tuple[Buffer, ...] = ()
-    """The encoded image files."""
+    images: tuple[Media, ...] = ()
+    """The encoded images, and the videos."""
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     timeout: float | None = None

@@ -47,7 +47,7 @@ from services.gateway.grpc_messages import (
     token_logprob,
 )
 from services.gateway.grpc_reads import Reads, client_name
-from services.gateway.grpc_wire import TooManyFields, split_images
+from services.gateway.grpc_wire import TooManyFields, split_media
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES, SMALL_BODY_BYTES
 from services.gateway.readiness import ReadinessServicer
 from services.gateway.schema import new_request_id
@@ -212,9 +212,9 @@ class InferenceServicer:
         """
         max_model_len = self.core.max_model_len()
         try:
-            split = split_images(data, max_model_len, QUICK_FIELDS)
+            split = split_media(data, max_model_len, QUICK_FIELDS)
         except TooManyFields:
-            again = partial(split_images, data, max_model_len)
+            again = partial(split_media, data, max_model_len)
             split = await self._work(context, is_large=True, function=again)
         is_large = len(split.request) > SMALL_BODY_BYTES
         request = await self._work(context, is_large, partial(message_of, kind, split.request))
@@ -224,7 +224,7 @@ class InferenceServicer:
         await context.send_initial_metadata((("x-request-id", request_id),))
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
-        convert = partial(to_request, request, split.images, request_id, timeout, max_model_len)
+        convert = partial(to_request, request, split.media, request_id, timeout, max_model_len)
         return request, await self._work(context, is_large, convert)
 
     async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:

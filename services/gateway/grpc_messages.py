@@ -13,7 +13,6 @@ from common.boxes import Box
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Task, Usage
-from common.wire import Buffer
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import (
     Began,
@@ -23,12 +22,12 @@ from services.gateway.generation import (
     Piece,
     Result,
 )
-from services.gateway.images import check_images
 from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.pooled import best_classes
 from services.gateway.schema import MAX_TIMEOUT, encode_messages
+from services.gateway.videos import Media, check_media, item_of
 
 FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
@@ -38,7 +37,7 @@ FINISH_REASONS = {
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 PoolingRequest = inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest
 InferenceRequest = GenerateRequest | PoolingRequest
-Images = tuple[Buffer, ...]
+Images = tuple[Media, ...]
 
 # Requests
 
@@ -60,8 +59,8 @@ def to_generation(
     InvalidRequest
         if a value is missing or wrong.
     """
-    check_images(images)
-    prompt_kind, prompt = read_prompt(request, len(images))
+    check_media(images)
+    prompt_kind, prompt = read_prompt(request, images)
     sampling = fields_set(request.sampling)
     stopping = fields_set(request.stopping)
     response = fields_set(request.response)
@@ -109,8 +108,8 @@ def to_pooling(
     timeout: float | None,
 ) -> GenerationRequest:
     """Return a request for something other than a text, or raise InvalidRequest."""
-    check_images(images)
-    prompt_kind, prompt = read_prompt(request, len(images))
+    check_media(images)
+    prompt_kind, prompt = read_prompt(request, images)
     return GenerationRequest(
         request_id=request_id,
         prompt_kind=prompt_kind,
@@ -139,21 +138,21 @@ def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
     return "", ""
 
 
-def read_prompt(request: InferenceRequest, num_images: int) -> tuple[str, bytes]:
+def read_prompt(request: InferenceRequest, images: Images) -> tuple[str, bytes]:
     """Return the kind and the bytes of the prompt, as GenerationRequest has them.
 
-    Text becomes one user turn, with the images before it.
+    Text becomes one user turn, with the images and videos before it.
     """
     if request.WhichOneof("prompt") == "token_ids":
         if not request.token_ids.ids:
             raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
         return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
-    if not request.text and not num_images:
+    if not request.text and not images:
         raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
-    if not num_images:
+    if not images:
         return "messages", encode_messages([{"role": "user", "content": request.text}])
     texts = [{"type": "text", "text": request.text}] if request.text else []
-    content = [{"type": "image"}] * num_images + texts
+    content = [{"type": item_of(one).kind} for one in images] + texts
     return "messages", encode_messages([{"role": "user", "content": content}])
 
 

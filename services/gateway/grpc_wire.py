@@ -1,19 +1,21 @@
 """The bounds of a gRPC request, checked on its bytes before objects are built from them.
 
-The images are taken out as views of the bytes. protobuf would copy them twice.
+The images and videos are taken out as views of the bytes. protobuf would copy them twice.
 """
 
+import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import InvalidRequest, TooLarge
 from common.wire import Buffer
-from services.gateway.images import check_image_count
+from services.gateway.images import check_item_count
 from services.gateway.invalid_field import InvalidField
 from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
+from services.gateway.videos import Media, Video, check_frame_count, read_fps, video_of
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
@@ -24,12 +26,14 @@ DEFAULT_CONTEXT = 2**20
 MAX_UNPACKED_IDS = 2**15
 """The most token ids that may come as a field each. Packed ids, the usual form, are one field."""
 MAX_OTHER_BYTES = 64 * 1024
-"""The most bytes of all fields but the prompt, the images and the guide."""
+"""The most bytes of all fields but the prompt, the images, the videos and the guide."""
 
-TEXT, TOKEN_IDS, IMAGES, GUIDE = 3, 4, 5, 9
+TEXT, TOKEN_IDS, IMAGES, GUIDE, VIDEOS = 3, 4, 5, 9, 11
 """Numbers of fields in GenerateRequest and GenerateStreamRequest."""
 NESTED = (6, 7, 8, GUIDE)
 """Numbers of the fields that are messages with plain values."""
+FRAMES, FILE, FPS = 1, 2, 3
+"""Numbers of fields in Video."""
 OTHER = 0
 """Stands for the numbers of all other fields, which are counted together."""
 FIELD_NAMES = {1: "request_id", 2: "model", TEXT: "text", 7: "stopping", GUIDE: "guide"}
@@ -51,10 +55,10 @@ class Field(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A request without its images, and the images. Both are views of what arrived."""
+    """A request without its images and videos, and these: the images first."""
 
     request: bytes
-    images: tuple[Buffer, ...]
+    media: tuple[Media, ...]
 
 
 class NotAMessage(InvalidRequest):
@@ -122,8 +126,8 @@ class Walker:
         raise NotAMessage
 
 
-def split_images(data: bytes, max_model_len: int | None, max_fields: int | None = None) -> Split:
-    """Return the request without its images, and the encoded image files.
+def split_media(data: bytes, max_model_len: int | None, max_fields: int | None = None) -> Split:
+    """Return the request without its images and videos, and these.
 
     `max_model_len` is the context length in tokens, or None if it is not known. `max_fields` is a
     smaller number of fields than a request may have, to give up early.
@@ -139,12 +143,17 @@ def split_images(data: bytes, max_model_len: int | None, max_fields: int | None 
     walker = Walker(data, max_fields or MAX_MESSAGES + min(context, MAX_UNPACKED_IDS))
     view = memoryview(data)
     images: list[Buffer] = []
+    videos: list[Video] = []
     kept: list[Buffer] = []
     bounds = Bounds(context)
     for field in walker.fields(0, len(data)):
         if field.number == IMAGES and field.wire_type == BYTES:
-            check_image_count(len(images) + 1)
+            check_item_count(len(images) + len(videos) + 1)
             images.append(view[image_range(walker, field)])
+            continue
+        if field.number == VIDEOS and field.wire_type == BYTES:
+            check_item_count(len(images) + len(videos) + 1)
+            videos.append(read_video(walker, field, view, videos))
             continue
         if field.number == TOKEN_IDS and field.wire_type == BYTES:
             bounds.add_token_ids(walker.fields(field.value, field.end), data)
@@ -153,7 +162,7 @@ def split_images(data: bytes, max_model_len: int | None, max_fields: int | None 
             if field.number in NESTED and field.wire_type == BYTES:
                 deque(walker.fields(field.value, field.end), maxlen=0)
         kept.append(view[field.start : field.end])
-    return Split(b"".join(kept), tuple(images))
+    return Split(b"".join(kept), (*images, *videos))
 
 
 def image_range(walker: Walker, image: Field) -> slice:
@@ -163,6 +172,32 @@ def image_range(walker: Walker, image: Field) -> slice:
         if field.number == 1 and field.wire_type == BYTES:
             found = slice(field.value, field.end)
     return found
+
+
+def read_video(walker: Walker, video: Field, view: memoryview, before: Sequence[Video]) -> Video:
+    """Return a Video, whose last field `file` and `fps` count.
+
+    Raises
+    ------
+    InvalidRequest
+        if it has neither frames nor a file, or both, or too many frames.
+    """
+    frames: list[Buffer] = []
+    file: Buffer = b""
+    fps = None
+    for field in walker.fields(video.value, video.end):
+        kind = field.number, field.wire_type
+        if kind == (FRAMES, BYTES):
+            check_frame_count(len(frames) + 1, before)
+            frames.append(view[image_range(walker, field)])
+        elif kind == (FILE, BYTES):
+            file = view[field.value : field.end]
+        elif kind == (FPS, FIXED64):
+            [fps] = struct.unpack("<d", view[field.value : field.end])
+    if bool(frames) == bool(file):
+        raise InvalidField("videos", "send either the frames or the file of a video")
+    fps = read_fps(fps, "videos.fps")
+    return video_of(frames, fps) if frames else Video(file, fps=fps)
 
 
 class Bounds:

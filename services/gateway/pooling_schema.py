@@ -17,6 +17,7 @@ from services.gateway.schema import (
     read_message,
 )
 from services.gateway.unsupported import IN_POOLING, refuse_unsupported
+from services.gateway.videos import Media
 
 MAX_INPUTS = 2048
 """The most texts in one request for embeddings, as OpenAI has it."""
@@ -102,7 +103,7 @@ def to_pooling(
     max_model_len: int | None,
 ) -> GenerationRequest:
     """Return messages as a request for this task, or raise InvalidRequest if one is wrong."""
-    images: list[bytes] = []
+    images: list[Media] = []
     read = [read_message(message, f"messages[{n}]", images) for n, message in enumerate(messages)]
     check_text_length(read, max_model_len)
     return GenerationRequest(

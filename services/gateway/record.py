@@ -15,7 +15,6 @@ from common.messages import (
     Delta,
     GatewayInbound,
     HandedOver,
-    Item,
     Peer,
     Pooled,
     RequestIds,
@@ -26,6 +25,7 @@ from common.messages import (
 from common.timings import Timings
 from common.wire import Tensor
 from services.gateway.generation import GenerationEvent, GenerationRequest, Piece
+from services.gateway.videos import item_of
 
 MAX_EARLY_MESSAGES = 1000
 
@@ -156,7 +156,7 @@ class Record:
             attempt=self.attempt.number,
             prompt_kind=request.prompt_kind,
             prompt=prompt_tensor(request),
-            items=tuple(Item("image", Tensor.of_bytes(image)) for image in request.images),
+            items=tuple(map(item_of, request.images)),
             sampling=request.sampling,
             stopping=request.stopping,
             detokenizer=detokenizer,

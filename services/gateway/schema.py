@@ -10,12 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from common.chat import ROLES
 from common.messages import Sampling, Stopping
 from services.gateway.generation import GenerationRequest
-from services.gateway.images import check_image_count, read_data_uri
+from services.gateway.images import check_item_count, read_data_uri
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsupported
+from services.gateway.videos import Media, read_video
 
 MAX_TIMEOUT = 1e9
 """The longest deadline of a request, in seconds."""
@@ -178,7 +179,7 @@ def chat_to_generation(
     """Return the chat as a GenerationRequest, or raise InvalidRequest if a value is wrong."""
     sampling = chat.sampling()
     stopping = chat.stopping(max_model_len)
-    images: list[bytes] = []
+    images: list[Media] = []
     messages = [
         read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)
     ]
@@ -219,8 +220,9 @@ def encode_messages(messages: list[dict[str, Any]]) -> bytes:
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def read_message(message: ChatMessage, path: str, images: list[bytes]) -> dict[str, Any]:
-    """Return the message in the form of a chat template, and append its images to `images`.
+def read_message(message: ChatMessage, path: str, images: list[Media]) -> dict[str, Any]:
+    """Return the message in the form of a chat template, and append its images and videos to
+    `images`.
 
     `path` names the message in errors.
     """
@@ -234,7 +236,7 @@ def read_message(message: ChatMessage, path: str, images: list[bytes]) -> dict[s
 
 
 def read_content(
-    message: ChatMessage, path: str, images: list[bytes]
+    message: ChatMessage, path: str, images: list[Media]
 ) -> str | list[dict[str, str]]:
     match message.content:
         case None:
@@ -249,17 +251,19 @@ def read_content(
     raise InvalidField(f"{path}.content", "must be a string, a list of parts, or null")
 
 
-def read_part(part: Any, role: str, path: str, images: list[bytes]) -> dict[str, str]:
+def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str, str]:
     match part:
         case {"type": "text", "text": str(text)}:
             return {"type": "text", "text": text}
         case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
-            if role != "user":
-                problem = f"an image is not allowed in a message of role {role!r}"
-                raise InvalidField(path, f"{problem}; send it in a user message")
-            check_image_count(len(images) + 1)
+            check_role("an image", role, path)
+            check_item_count(len(images) + 1)
             images.append(read_data_uri(url, f"{path}.image_url", len(images)))
             return {"type": "image"}
+        case {"type": "video" | "video_url"}:
+            check_role("a video", role, path)
+            images.append(read_video(part, path, images))
+            return {"type": "video"}
         case {"type": "text"}:
             raise InvalidField(f"{path}.text", "must be a string")
         case {"type": "image_url"}:
@@ -267,6 +271,13 @@ def read_part(part: Any, role: str, path: str, images: list[bytes]) -> dict[str,
         case {"type": str(kind)}:
             raise InvalidField(
                 f"{path}.type",
-                f"{kind[:40]!r} is not supported; send text and image_url parts",
+                f"{kind[:40]!r} is not supported; send text, image_url, video and video_url parts",
             )
     raise InvalidField(path, "must be an object with a type, such as text or image_url")
+
+
+def check_role(what: str, role: str, path: str) -> None:
+    """Raise InvalidField if a message of this role may not have an image or a video."""
+    if role != "user":
+        problem = f"{what} is not allowed in a message of role {role!r}"
+        raise InvalidField(path, f"{problem}; send it in a user message")

@@ -77,6 +77,22 @@ IN_POOLING: dict[str, tuple[Any, ...]] = {
     "use_activation": (True,),
 }
 """Fields of a classification or of a request for embeddings that are refused, in the same form."""
+IN_VIDEO: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        "max_frames",
+        "max_pixels",
+        "min_frames",
+        "min_pixels",
+        "nframes",
+        "resized_height",
+        "resized_width",
+        "total_pixels",
+        "video_end",
+        "video_start",
+    ),
+    (),
+)
+"""Fields of a video in a message that are refused, in the same form."""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),

@@ -13,6 +13,7 @@ from common.messages import ExecuteStep, LlmInbound, RankInbound
 from common.progress import UnitTimes
 from common.wire import Tensor as WireTensor
 from compute.torch_tensors import to_torch, to_wire
+from services.llm.request import MAX_POSITION
 from services.llm.step_plan import StepPlan
 
 Execute = Callable[[StepPlan, list[Tensor]], Tensor]
@@ -95,7 +96,7 @@ def check_step(step: ExecuteStep, limits: StepLimits) -> None:
     rows = 0 if num_tokens == () else num_tokens[0]
     for name, shape, low, high in (
         ("token_ids", num_tokens, 0, limits.vocab_size),
-        ("positions", (limits.num_position_components, *num_tokens), 0, most),
+        ("positions", (limits.num_position_components, *num_tokens), 0, MAX_POSITION),
         ("slot_mapping", num_tokens, 0, most),
         ("query_lens", num_seqs, 1, rows + 1),
         ("context_lens", num_seqs, 1, table[-1] * limits.block_size + 1),

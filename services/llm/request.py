@@ -19,6 +19,9 @@ from common.wire import Tensor
 
 HASH_BYTES = 16
 MM_HASH_BYTES = 32
+MAX_POSITION = 2**24
+"""Positions are below it. Rotary tables are computed from them in float32, which holds no larger
+ones exactly. Those of a long video may be far beyond its number of tokens."""
 MAX_GRAMMAR_BYTES = 256 * 1024
 """A larger grammar would hold up those of other requests. This much compiles in 4 s at most."""
 
@@ -129,12 +132,12 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
         "token_ids": (prompt.token_ids.numpy()[~is_item], 0, limits.vocab_size),
         "output_token_ids": (resumed, 0, limits.vocab_size),
         "stop_token_ids": (stop_ids, 0, limits.vocab_size),
-        "positions": (prompt.positions.numpy(), 0, most),
+        "positions": (prompt.positions.numpy(), 0, MAX_POSITION),
     }
     for name, (values, low, high) in ranges.items():
         if values.size and not low <= values.min() <= values.max() < high:
             return f"{name} has a value outside [{low}, {high})"
-    highest = most - num_tokens - answer_tokens_of(prompt)
+    highest = MAX_POSITION - num_tokens - answer_tokens_of(prompt)
     if not -num_tokens <= delta <= highest:
         return f"rope_delta is {delta}, outside [{-num_tokens}, {highest}]"
     if prompt.rope_parameter > most:

@@ -29,7 +29,10 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
     limits = ItemLimits(settings.min_pixels, settings.max_pixels, resizes)
     try:
         rules = families.load(checkpoint, limits)
-        preprocessor = Preprocessor(checkpoint, rules, settings.max_model_len, settings.known_as)
+        video_rules = families.load_video(checkpoint, limits)
+        preprocessor = Preprocessor(
+            checkpoint, rules, settings.max_model_len, settings.known_as, video_rules
+        )
     except ValueError as e:
         raise BadSetting(str(e)) from e
     setup = Setup(
@@ -39,6 +42,8 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         settings.max_pixels,
         resizes,
         settings.known_as,
+        settings.video_fps,
+        settings.max_frames,
     )
     sandboxes = Sandboxes(setup, settings.sandboxes or num_cores())
     sandboxes.wait_until_loaded()

@@ -132,7 +132,7 @@ def decoded(file: Path) -> str:
 def normalise(messages: Any) -> list[dict[str, Any]]:
     """Return messages with only what templates may rely on.
 
-    That is a known role, and content that is text or a list of text and image parts. Raises
+    That is a known role, and content that is text or a list of texts, images and videos. Raises
     InvalidRequest if they are malformed.
     """
     if not isinstance(messages, list) or not messages:
@@ -164,9 +164,9 @@ def normalise_part(part: Any, where: str) -> dict[str, str]:
     match part:
         case {"type": "text", "text": str(text)}:
             return {"type": "text", "text": text}
-        case {"type": "image"}:
-            return {"type": "image"}
-    raise InvalidRequest(f"{where} must be a text or an image")
+        case {"type": "image" | "video" as kind}:
+            return {"type": kind}
+    raise InvalidRequest(f"{where} must be a text, an image or a video")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

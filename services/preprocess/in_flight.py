@@ -26,6 +26,8 @@ class Preparation:
     grammar: Tensor | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each item, by its header."""
+    num_images: tuple[int, ...] = ()
+    """How many images of its size each item costs."""
     items: list[ReadyItem] = field(default_factory=list)
     item_seconds: list[float] = field(default_factory=list)
 

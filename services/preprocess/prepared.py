@@ -36,6 +36,11 @@ class PreparedItem(Protocol):
         ...
 
     @property
+    def step_seconds(self) -> float:
+        """The time that passes from one step to the next; 0 if there is only one."""
+        ...
+
+    @property
     def num_patches(self) -> int: ...
 
     @property
@@ -65,6 +70,7 @@ class ReadyItem:
     num_tokens: int
     rows: np.ndarray
     """The patches."""
+    step_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:

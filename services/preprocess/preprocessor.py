@@ -3,8 +3,9 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 from PIL.Image import Image
@@ -14,28 +15,21 @@ from common.errors import InvalidRequest
 from common.messages import ItemKind
 from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Buffer
-from services.preprocess import chat_template, images
+from services.preprocess import chat_template, images, videos
 from services.preprocess.chat_template import ChatTemplate
-from services.preprocess.families import FamilyRules
+from services.preprocess.families import FamilyRules, VideoRules
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.prompts import Piece, PromptParts, num_chars
 from services.preprocess.sampling_defaults import add_instruction
+from services.preprocess.videos import Clip, VideoForm, VideoLimits
 
 MAX_CHARS_PER_TOKEN = 16
 """No text has this many characters per token on average. Longer texts are refused before they are
 tokenized: tokenizing megabytes only to refuse them would block the process for seconds."""
 
 
-def open_item(kind: ItemKind, data: Buffer) -> Image:
-    """Read the header of an encoded item.
-
-    Raises UnreadableImage or TooLarge. The caller knows which item it was.
-    """
-    match kind:
-        case "image":
-            return images.open_image(data)
-        case _:
-            assert_never(kind)
+Opened: TypeAlias = Image | Clip
+"""An item whose headers were read: an image or a video."""
 
 
 class Preprocessor:
@@ -47,15 +41,19 @@ class Preprocessor:
         rules: FamilyRules,
         max_model_len: int | None = None,
         known_as: str = "",
+        video_rules: VideoRules | None = None,
+        video_limits: VideoLimits = VideoLimits(),
     ) -> None:
         """`max_model_len` is the context in tokens, and the model's own by default.
 
-        `known_as` is the published name of the model, if its directory does not say it.
-
+        `known_as` is the published name of the model, if its directory does not say it. Without
+        `video_rules`, the model takes no videos.
         Raises ValueError if `max_model_len` exceeds the model's context.
         """
         self.checkpoint = checkpoint
         self.rules = rules
+        self.video_rules = video_rules
+        self.video_limits = video_limits
         self.max_model_len = checkpoint.max_model_len if max_model_len is None else max_model_len
         if not 0 < self.max_model_len <= checkpoint.max_model_len:
             raise ValueError(
@@ -63,7 +61,8 @@ class Preprocessor:
                 f"{checkpoint.max_model_len}: give at most that"
             )
         self.vocab_size = checkpoint.sizes.vocab_size
-        self.placeholder_id = checkpoint.family.placeholder_id(checkpoint)
+        self.placeholder_ids = checkpoint.family.placeholder_ids(checkpoint)
+        self.placeholder_id = self.placeholder_ids["image"]
         self.tasks = checkpoint.family.tasks_of(checkpoint)
         names = (known_as,) if known_as else checkpoint.names
         self.defaults = checkpoint.family.request_defaults(checkpoint, names)
@@ -80,20 +79,60 @@ class Preprocessor:
 
     @property
     def placeholder(self) -> str | None:
-        """The name of the token that stands for an item in a prompt, if there is one."""
-        if self.placeholder_id is None:
-            return None
-        return self.vocabulary.token_of(self.placeholder_id)
+        """The name of the token that stands for an image in a prompt, if there is one."""
+        return self.placeholder_of("image")
+
+    def placeholder_of(self, kind: ItemKind) -> str | None:
+        """Return the name of the token that stands for an item in a prompt, if there is one."""
+        placeholder_id = self.placeholder_ids.get(kind)
+        return None if placeholder_id is None else self.vocabulary.token_of(placeholder_id)
+
+    def check_kinds(self, kinds: Sequence[ItemKind]) -> None:
+        """Raise InvalidRequest if the model does not take items of one of these kinds."""
+        for index, kind in enumerate(kinds):
+            if kind not in self.placeholder_ids:
+                known = " and ".join(f"{taken}s" for taken in self.placeholder_ids)
+                raise InvalidRequest(
+                    f"{kind} {index}: this model takes no {kind}s, only {known}", item=index
+                )
+
+    def open_item(self, kind: ItemKind, data: Buffer, form: VideoForm = VideoForm()) -> Opened:
+        """Read the headers of an encoded item. A video has a `form`.
+
+        Raises UnreadableImage or TooLarge. The caller knows which item it was.
+        """
+        match kind:
+            case "image":
+                return images.open_image(data)
+            case "video":
+                return videos.open_clip(data, form, self.video_limits)
+            case _:
+                assert_never(kind)
 
     def num_tokens(self, size: tuple[int, int], max_patches: int = 0) -> int:
-        """Return the tokens that an item of this (height, width) becomes.
+        """Return the tokens that an image of this (height, width) becomes.
 
-        Raises InvalidRequest if there can be no such item.
+        Raises InvalidRequest if there can be no such image.
         """
         return self.rules.num_tokens(*self.rules.fitting_size(*size, max_patches))
 
+    def num_tokens_of(self, opened: Opened, max_patches: int = 0) -> int:
+        """Return the tokens that an opened item becomes, as far as its headers say that.
+
+        Raises InvalidRequest if there can be no such item.
+        """
+        if isinstance(opened, Image):
+            return self.num_tokens(images.size_of(opened), max_patches)
+        assert self.video_rules is not None
+        size = self.video_rules.fitting_size(*opened.size, opened.num_frames, max_patches)
+        return self.video_rules.num_tokens(*size, opened.num_frames)
+
     def prepare_item(
-        self, kind: ItemKind, data: Buffer | Image, max_patches: int = 0
+        self,
+        kind: ItemKind,
+        data: Buffer | Opened,
+        max_patches: int = 0,
+        form: VideoForm = VideoForm(),
     ) -> PreparedItem:
         """Decode, resize, cut into patches and name one item, encoded or already opened.
 
@@ -104,10 +143,24 @@ class Preprocessor:
         InvalidRequest
             or its children UnreadableImage and TooLarge. The caller knows which item it was.
         """
-        image = images.decode(data if isinstance(data, Image) else open_item(kind, data))
+        opened = data
+        if isinstance(opened, bytes | bytearray | memoryview):
+            opened = self.open_item(kind, opened, form)
+        if not isinstance(opened, Image):
+            return self._prepare_video(opened, max_patches)
+        image = images.decode(opened)
         size = self.rules.fitting_size(image.height, image.width, max_patches)
         resampling = self.checkpoint.family.resampling
         return self.rules.prepare_item(kind, images.resize(image, *size, resampling))
+
+    def _prepare_video(self, clip: Clip, max_patches: int) -> PreparedItem:
+        rules = self.video_rules
+        assert rules is not None
+        height, width = rules.fitting_size(*clip.size, clip.num_frames, max_patches)
+        frames = np.empty((clip.num_frames, height, width, 3), dtype=np.uint8)
+        for index, frame in enumerate(clip.frames()):
+            frames[index] = images.resize(frame, height, width)
+        return rules.prepare(frames, rules.frames_per_step / clip.fps)
 
     def render(self, messages: Any) -> PromptParts:
         """Return the prompt of chat messages.
@@ -128,7 +181,8 @@ class Preprocessor:
         if token_ids.size == 0:
             raise InvalidRequest("the prompt is empty")
         is_outside = (token_ids < 0) | (token_ids >= self.vocab_size)
-        bad = token_ids[is_outside & (token_ids != self.placeholder_id)]
+        placeholders = [known for known in self.placeholder_ids.values() if known is not None]
+        bad = token_ids[is_outside & ~np.isin(token_ids, placeholders)]
         if bad.size:
             raise InvalidRequest(
                 f"token id {bad[0]} is outside the model's vocabulary of {self.vocab_size}"
@@ -163,21 +217,28 @@ class Preprocessor:
             ) from e
         return self.vocabulary.encode(piece.text, piece.special_tokens, piece.continues)
 
-    def find_placeholders(self, token_ids: np.ndarray, num_items: int) -> np.ndarray:
-        """Return the index of each placeholder of a prompt: int64 [num_items].
+    def find_placeholders(self, token_ids: np.ndarray, kinds: Sequence[ItemKind]) -> np.ndarray:
+        """Return the index of the placeholder of each item of a prompt: int64 [num_items].
+
+        The items of one kind stand in the order of its placeholders.
 
         Raises
         ------
         InvalidRequest
             if the number of placeholders is not the number of items.
         """
-        found = np.flatnonzero(token_ids == self.placeholder_id)
-        if len(found) != num_items:
-            advice = f", and leave {self.placeholder} out of the text" if self.placeholder else ""
-            raise InvalidRequest(
-                f"the prompt has {len(found)} image placeholders for {num_items} images:"
-                f" give one for each image{advice}"
-            )
+        found = np.empty(len(kinds), dtype=np.int64)
+        for kind, placeholder_id in self.placeholder_ids.items():
+            own = [index for index, other in enumerate(kinds) if other == kind]
+            places = np.flatnonzero(token_ids == placeholder_id)
+            if len(places) != len(own):
+                name = self.placeholder_of(kind)
+                advice = f", and leave {name} out of the text" if name else ""
+                raise InvalidRequest(
+                    f"the prompt has {len(places)} {kind} placeholders for {len(own)} {kind}s:"
+                    f" give one for each {kind}{advice}"
+                )
+            found[own] = places
         family = self.checkpoint.family
         if objection := family.objection_to_prompt(self.checkpoint, token_ids):
             raise InvalidRequest(f"the prompt's markers of images are wrong: {objection}")
@@ -186,12 +247,14 @@ class Preprocessor:
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:
         """Repeat each item's placeholder as often as the item has tokens, and add the positions.
 
+        The items are in the order of the prompt.
+
         Raises
         ------
         InvalidRequest
             if the number of placeholders is not the number of items.
         """
-        found = self.find_placeholders(token_ids, len(items))
+        found = self.find_placeholders(token_ids, [item.kind for item in items])
         lengths = np.array([item.num_tokens for item in items], dtype=np.int64)
         repeats = np.ones(len(token_ids), dtype=np.int64)
         repeats[found] = lengths

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import InvalidRequest
-from common.messages import Submit, Task
+from common.messages import Item, Submit, Task
 from common.wire import Tensor
 
 PROMPT_DTYPES = {"messages": "uint8", "token_ids": "int64"}
@@ -24,7 +24,7 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
             f"{max_model_len}: shorten it"
         )
     for index, item in enumerate(submit.items):
-        check_vector(item.data, "uint8", f"{item.kind} {index}")
+        check_item(item, f"{item.kind} {index}")
     if submit.guide is not None:
         check_vector(submit.guide, "uint8", f"the {submit.guide_kind}")
     elif submit.guide_kind not in GUIDES_WITHOUT_TEXT:
@@ -33,6 +33,21 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
         check_output(submit.output_token_ids, vocab_size, max_model_len)
     if any(token_id >= vocab_size for token_id in submit.stopping.stop_token_ids):
         raise InvalidRequest(f"a stop token is outside the model's vocabulary of {vocab_size}")
+
+
+def check_item(item: Item, name: str) -> None:
+    """Raise InvalidRequest if the fields of an item do not fit together."""
+    check_vector(item.data, "uint8", name)
+    if item.frame_lengths is None:
+        return
+    check_vector(item.frame_lengths, "int64", f"{name}: its frames")
+    lengths = item.frame_lengths.numpy()
+    # Each length is bounded, so their sum cannot overflow.
+    num_bytes = len(item.data.data)
+    if not len(lengths) or lengths.min() <= 0 or lengths.max() > num_bytes:
+        raise InvalidRequest(f"{name}: a frame is empty, or longer than the video")
+    if item.kind != "video" or len(lengths) > num_bytes or lengths.sum() != num_bytes:
+        raise InvalidRequest(f"{name}: the frames are not those of its bytes")
 
 
 def check_task(task: Task, tasks: Sequence[Task]) -> None:

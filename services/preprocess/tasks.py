@@ -1,9 +1,11 @@
 """What a request must have done in a sandbox, and what comes of it."""
 
+from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
 
+from common.messages import Item
 from services.preprocess.in_flight import Preparation
 from services.preprocess.prepared import ReadyItem
 from services.preprocess.sandbox.costs import (
@@ -14,6 +16,7 @@ from services.preprocess.sandbox.costs import (
 )
 from services.preprocess.sandbox.jobs import Prepare, PreparedFacts, Read
 from services.preprocess.sandbox.pool import Task
+from services.preprocess.videos import VideoForm
 
 
 def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
@@ -26,7 +29,8 @@ def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
     guide = submit.guide.data if submit.guide else b""
     blobs = [submit.prompt.data, guide, *(item.data.data for item in submit.items)]
     seconds = LEAST_SECONDS + SECONDS_PER_BYTE * sum(map(len, blobs))
-    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room)
+    forms = forms_of(submit.items)
+    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms)
     return Task(job, blobs, seconds)
 
 
@@ -38,10 +42,22 @@ def preparing(preparation: Preparation, max_patches: int) -> Task:
     for end in count(first):
         if end == len(items) or (end > first and seconds > BATCH_SECONDS):
             break
-        seconds += item_seconds(len(items[end].data.data), preparation.sizes[end])
+        num_bytes = len(items[end].data.data)
+        seconds += item_seconds(num_bytes, preparation.sizes[end], preparation.num_images[end])
     batch = items[first:end]
-    job = Prepare(first, tuple(item.kind for item in batch), max_patches)
+    kinds = tuple(item.kind for item in batch)
+    job = Prepare(first, kinds, max_patches, forms_of(batch, first))
     return Task(job, [item.data.data for item in batch], seconds)
+
+
+def forms_of(items: Sequence[Item], first: int = 0) -> dict[int, VideoForm]:
+    """Return the forms of the videos among the items from index `first` on."""
+    forms = {}
+    for index, item in enumerate(items, first):
+        if item.kind == "video":
+            lengths = item.frame_lengths.numpy().tolist() if item.frame_lengths else ()
+            forms[index] = VideoForm(tuple(lengths), item.fps)
+    return forms
 
 
 def ready_item(facts: PreparedFacts, patches: memoryview) -> ReadyItem:
@@ -55,4 +71,5 @@ def ready_item(facts: PreparedFacts, patches: memoryview) -> ReadyItem:
         facts.num_patches,
         facts.num_tokens,
         rows,
+        facts.step_seconds,
     )

@@ -360,6 +360,7 @@ class Worker:
         if preparation.submit.guide_kind:
             preparation.grammar = Tensor.of_bytes(grammar)
         preparation.sizes = found.sizes
+        preparation.num_images = found.num_images
         self._on_prepared(preparation, found.items, patches)
         num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
         max_model_len = self._preprocessor.max_model_len
@@ -380,8 +381,9 @@ class Worker:
         """Send the prompt to a language group. Its items follow once the group has room."""
         key = preparation.key
         submit = preparation.submit
-        items = preparation.items
         assert preparation.token_ids is not None
+        self._sort_items(preparation, preparation.token_ids)
+        items = preparation.items
         expanded = self._preprocessor.expand(preparation.token_ids, [*items])
         prompt = self._prompt_of(preparation, expanded)
         llm = self._groups.choose(expanded, [item.mm_hash for item in items], submit.avoid)
@@ -407,6 +409,13 @@ class Worker:
             num_tokens=expanded.num_tokens,
             images=len(items),
         )
+
+    def _sort_items(self, preparation: Preparation, token_ids: np.ndarray) -> None:
+        """Put the items into the order of the prompt. A prompt of token ids may mix their kinds."""
+        kinds = [item.kind for item in preparation.items]
+        order = np.argsort(self._preprocessor.find_placeholders(token_ids, kinds)).tolist()
+        preparation.items = [preparation.items[index] for index in order]
+        preparation.item_seconds = [preparation.item_seconds[index] for index in order]
 
     def _prompt_of(self, preparation: Preparation, expanded: ExpandedPrompt) -> Prompt:
         submit = preparation.submit

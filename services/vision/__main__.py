@@ -44,7 +44,13 @@ def main(settings: VisionSettings, stop: Stop) -> None:
     progress = Progress()
     thread = TowerThread(tower, member.post, progress)
     member.progress.include(progress)
-    rules = ItemRules.of(checkpoint, settings.min_pixels, settings.max_pixels, buckets)
+    rules = ItemRules.of(
+        checkpoint,
+        settings.min_pixels,
+        settings.max_pixels,
+        buckets,
+        is_compiled=artefact is not None,
+    )
     worker = Worker(member, thread, cache, tower.dtype, EncodeTimes(buckets), metrics, rules)
     get_logger().info("ready", id=member.id)
     member.ready()

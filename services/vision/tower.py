@@ -41,7 +41,7 @@ class VisionTower(Protocol[Plan]):
 
     @property
     def values_per_patch(self) -> int:
-        """The bytes in a row of patches."""
+        """The bytes in a row of patches of an image, which is one frame."""
         ...
 
     def num_tokens(self, shape: ItemShape) -> int:
@@ -62,7 +62,9 @@ class VisionTower(Protocol[Plan]):
         ...
 
     def forward(self, patches: Tensor, plan: Plan) -> Tensor:
-        """uint8 [length, values_per_patch] -> [rows, output_width], both on the tower's device.
+        """uint8 [length, values] -> [rows, output_width], both on the tower's device.
+
+        There are `values_per_patch` values for each frame that a patch covers.
 
         The first `num_tokens` rows are the item's embeddings. A padded plan may add rows after
         them. Then every shape in the computation depends on `length` alone, and the patches after
@@ -83,7 +85,7 @@ class Encoder(Protocol):
 
 def check_patches(patches: Tensor, shape: ItemShape, values_per_patch: int) -> None:
     """Raise ValueError unless these are the patches of an item of this shape."""
-    expected = (math.prod(shape.grid_thw), values_per_patch)
+    expected = (math.prod(shape.grid_thw), shape.frames_per_patch * values_per_patch)
     if patches.shape != expected or patches.dtype != torch.uint8:
         raise ValueError(
             f"the patches are {patches.dtype} {tuple(patches.shape)}, but a grid of "

@@ -28,6 +28,8 @@ class ItemShape:
     content_size: tuple[int, int]
     """Height and width of the content in pixels. What the grid has beyond it is padding."""
     kind: ItemKind = "image"
+    frames_per_patch: int = 1
+    """How many times the values of one frame a patch has."""
 
 
 class Tower(Protocol):

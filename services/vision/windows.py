@@ -56,10 +56,10 @@ def attend_to_chunks(qkv: Tensor, num_heads: int, mask: Tensor) -> Tensor:
     return attended.transpose(1, 2).reshape(len(qkv), -1)
 
 
-def attend_to_unpadded(qkv: Tensor, num_heads: int, mask: Tensor) -> Tensor:
-    """[T, 3 * num_heads, dim] -> [T, num_heads * dim]: all patches attend to those in the mask.
+def attend_masked(qkv: Tensor, num_heads: int, mask: Tensor) -> Tensor:
+    """[T, 3 * num_heads, dim] -> [T, num_heads * dim]: patches attend to those in the mask.
 
-    `mask` is bool [1, 1, 1, T].
+    `mask` is bool [1, 1, T, T], or [1, 1, 1, T] for all patches alike.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in qkv.split(num_heads, 1))
     attended = F.scaled_dot_product_attention(q, k, v, mask)
@@ -83,6 +83,16 @@ def chunk_mask(numbers: Tensor, chunk: int) -> Tensor:
     """
     around = F.pad(numbers, (chunk, chunk), value=OUTSIDE).unfold(0, 3 * chunk, chunk)
     return (numbers.view(-1, chunk, 1) == around[:, None])[:, None]
+
+
+def step_mask(numbers: Tensor) -> Tensor:
+    """Return which patches each patch attends to where it attends to its whole step in time.
+
+    int64 [T], the step of each patch or PADDING -> bool [1, 1, T, T]; [1, 1, 1, T] for one step.
+    """
+    if numbers.max() < 1:
+        return (numbers != PADDING)[None, None, None]
+    return (numbers[:, None] == numbers)[None, None]
 
 
 def with_neighbours(x: Tensor, chunk: int) -> Tensor:

@@ -35,7 +35,7 @@ from services.vision.encode_times import EncodeTimes
 from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED, Room
-from services.vision.tower_thread import DeviceLost, EncodeResult, ItemShape, TowerThread
+from services.vision.tower_thread import DeviceLost, EncodeResult, TowerThread
 
 MAX_JOINED = 256
 """Offers of one preprocess that may wait for an equal item of another request."""
@@ -300,7 +300,7 @@ class Worker:
             assert job.patches is not None
             self._encoding = job
             self._encoding_since = self._clock()
-            shape = ItemShape(job.offer.grid_thw, job.offer.content_size, job.offer.kind)
+            shape = self._rules.shape_of(job.offer)
             self._tower.begin(job.offer.item_key, job.patches, shape)
 
     def _handle_result(self, result: EncodeResult) -> None:

@@ -271,8 +271,7 @@ def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(nam
         (
             "messages",
             user({"type": "video_url"}),
-            "messages[0].content[0].type: 'video_url' is not supported; send text and image_url "
-            "parts",
+            "messages[0].content[0].video_url: must be an object with a url, or a string",
         ),
         (
             "messages",
@@ -327,7 +326,7 @@ def test_an_empty_image_is_refused_with_its_index() -> None:
 def test_too_many_or_too_large_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     generation(user(*[image_part(b"x")] * 32))
     refusal(TooLarge, messages=user(*[image_part(b"x")] * 33))
-    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setitem(images.MAX_FILE_BYTES, "image", 2000)
     generation(user(image_part(b"x" * 2000)))
     assert refusal(TooLarge, messages=user(image_part(b"x" * 2001))).item == 0
     assert refusal(TooLarge, messages=user(image_part(b"x" * 9000))).item == 0

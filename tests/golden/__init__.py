@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parent
 CASES = ("a_image", "b_two_images_tied", "c_gqa_tp8", "d_text")
 CASES_WITH_IMAGES = CASES[:3]
+CASES_WITH_ITEMS = (*CASES_WITH_IMAGES, "e_video")
+ALL_CASES = (*CASES, "e_video")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class GoldenCase:
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
         return load_file(self.path / "expected" / "tensors.safetensors")
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """The embeddings of all items, [num_tokens, width]; [0, 1] if there is none."""
+        none = np.zeros((0, 1), np.float32)
+        return self.tensors.get("image_embeds", self.tensors.get("video_embeds", none))
+
+    @property
+    def is_placeholder(self) -> np.ndarray:
+        """bool [num_prompt_tokens]: whether a token stands for a part of an item."""
+        config = json.loads((self.checkpoint / "config.json").read_text())
+        kind = "video" if "video_embeds" in self.tensors else "image"
+        is_item = np.array(self.expected["input_ids"]) == config[f"{kind}_token_id"]
+        return is_item & (len(self.embeddings) > 0)
 
 
 def max_difference(actual: np.ndarray, expected: np.ndarray) -> float:

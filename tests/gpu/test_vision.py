@@ -7,7 +7,7 @@ import torch
 from common.checkpoint import open_checkpoint
 from services.vision.families import load
 from services.vision.graphed_tower import GraphedTower
-from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
+from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
 from tests.gpu import CUDA, needs_cuda
 from tests.vision.test_qwen2_5_vl import patches_of, shape_of
 
@@ -18,7 +18,7 @@ def embed(tower: GraphedTower, case: GoldenCase) -> np.ndarray:
     return torch.cat([tower.encode(*picture) for picture in patches_of(case)]).float().cpu().numpy()
 
 
-@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
     name: str, dtype: torch.dtype, tolerance: float
@@ -26,7 +26,7 @@ def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
     """Eagerly at the first, by a new graph at the second, by a known one at the third."""
     case = GoldenCase(name)
     tower = GraphedTower(load(open_checkpoint(case.checkpoint), dtype, CUDA))
-    expected = case.tensors["image_embeds"]
+    expected = case.embeddings
     scale = 1 if dtype is torch.float32 else np.abs(expected).max()
     for _ in range(3):
         assert max_difference(embed(tower, case), expected) < tolerance * scale

@@ -21,7 +21,7 @@ from services.llm.model_runner import ModelRunner
 from services.llm.request import Request
 from services.llm.sampler import Sampler
 from services.llm.step_plan import StepPlan
-from tests.golden import CASES_WITH_IMAGES, GoldenCase
+from tests.golden import CASES_WITH_ITEMS, GoldenCase
 from tests.llm.builders import (
     BLOCK_SIZE,
     HIDDEN_SIZE,
@@ -418,7 +418,7 @@ def test_an_answer_that_its_grammar_gives_up_is_an_error_and_not_complete(
     assert not engine.requests
 
 
-@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
 def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
     """The second request brings no embeddings: the cache covers them."""
     case = GoldenCase(name)
@@ -450,9 +450,7 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
         prompt.rope_delta = case.expected["rope_delta"]
         engine.add(prompt)
         if request_id == "a":
-            rows = torch.from_numpy(case.tensors["image_embeds"]).split(
-                [length for _, length in ranges]
-            )
+            rows = torch.from_numpy(case.embeddings).split([length for _, length in ranges])
             assert [
                 send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)
             ] == [""] * len(ranges)
@@ -466,11 +464,9 @@ def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) 
 
 def image_ranges(case: GoldenCase) -> list[tuple[int, int]]:
     """(offset, length) of each run of placeholders."""
-    is_image = (
-        np.array(case.expected["input_ids"])
-        == open_checkpoint(case.checkpoint).config["image_token_id"]
+    bounds = np.flatnonzero(np.diff(case.is_placeholder, prepend=False, append=False)).reshape(
+        -1, 2
     )
-    bounds = np.flatnonzero(np.diff(is_image, prepend=False, append=False)).reshape(-1, 2)
     return [(int(begin), int(end - begin)) for begin, end in bounds]
 
 

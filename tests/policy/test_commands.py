@@ -17,14 +17,14 @@ SERVE = """
 --autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
---max-connections --max-connections-per-client --max-held-body-mib --max-model-len
+ --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
 --quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
---vision --vision-artefact --vision-standby --vision-buckets --oversized-images
+--video-fps --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
---draw --grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature --timeout
---top-k --top-p
+--draw --fps --grpc --help --ignore-eos --image --json --max-tokens --seed --stop --temperature
+--timeout --top-k --top-p --video
 """
 PLAN = """
 --card-gib --concurrency --dtype --group-rate --grpc --help --image --images-per-request

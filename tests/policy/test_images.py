@@ -12,7 +12,14 @@ from packaging.requirements import Requirement
 from common.settings import KNOWN_NAMES
 from tests.policy.sources import ROOT
 
-EXTRAS = {"slim": ("guided",), "cpu": ("guided", "engine"), "cuda": ("guided", "engine")}
+EXTRAS = {
+    "slim": (
+        "guided",
+        "video",
+    ),
+    "cpu": ("guided", "video", "engine"),
+    "cuda": ("guided", "video", "engine"),
+}
 
 
 @cache

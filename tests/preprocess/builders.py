@@ -50,7 +50,10 @@ def create_preprocessor(
     resizes_oversized: bool = True,
 ) -> Preprocessor:
     limits = ItemLimits(min_pixels, max_pixels, resizes_oversized)
-    return Preprocessor(checkpoint, families.load(checkpoint, limits), max_model_len)
+    rules = families.load(checkpoint, limits)
+    return Preprocessor(
+        checkpoint, rules, max_model_len, video_rules=families.load_video(checkpoint, limits)
+    )
 
 
 PREPROCESSOR = create_preprocessor(open_checkpoint(str(checkpoint_path("a_image"))))

@@ -120,8 +120,8 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role"),
         ([{"role": "user", "content": 7}], r"messages\[0\].content must be text or a list"),
         (
-            [{"role": "user", "content": [text("a"), {"type": "video"}]}],
-            r"messages\[0\].content\[1\] must be a text or an image",
+            [{"role": "user", "content": [text("a"), {"type": "audio"}]}],
+            r"messages\[0\].content\[1\] must be a text, an image or a video",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\]"),
     ],

@@ -195,14 +195,14 @@ def test_the_base_model_continues_one_message(raw: Preprocessor) -> None:
 def test_token_ids_need_both_markers_around_each_image(chat: Preprocessor, marked: str) -> None:
     ids = np.array(chat.vocabulary.encode(f"a{marked}b"))
     with pytest.raises(InvalidRequest, match="each image is <img>, one <imgpad> and </img>"):
-        chat.find_placeholders(ids, 1)
+        chat.find_placeholders(ids, ["image"])
     whole = np.array(chat.vocabulary.encode("a<img><imgpad></img>b"))
-    assert chat.find_placeholders(whole, 1).tolist() == [2]
+    assert chat.find_placeholders(whole, ["image"]).tolist() == [2]
 
 
 def test_a_marker_without_an_image_is_refused(chat: Preprocessor) -> None:
     with pytest.raises(InvalidRequest, match="each image is <img>"):
-        chat.find_placeholders(np.array(chat.vocabulary.encode("a<img></img>b")), 0)
+        chat.find_placeholders(np.array(chat.vocabulary.encode("a<img></img>b")), [])
 
 
 def test_the_end_of_an_answer_depends_on_the_chat_format(

@@ -17,13 +17,17 @@ import pytest
 from PIL import Image
 
 from common.checkpoint import BadCheckpoint
+from services.preprocess.sandbox import pool
 from services.preprocess.sandbox.jobs import Prepare, Prepared, Read, ReadDone, Refused, Setup
 from services.preprocess.sandbox.meter import NOTHING, read_mark
 from services.preprocess.sandbox.pool import AGING, Finished, Sandboxes, Task
+from services.preprocess.videos import VideoForm
+from tests.golden import GoldenCase
 from tests.preprocess.cases import encoded, noise
 from tests.system.running import ROOT
 
 MODEL = ROOT / "models" / "tiny-ocr"
+VIDEO_MODEL = GoldenCase("e_video").checkpoint
 PATIENCE_SECONDS = 120.0
 """A limit of 3 s of CPU time takes longer on a busy machine."""
 
@@ -175,6 +179,43 @@ def test_an_image_that_ends_its_sandbox_is_refused_and_the_next_one_is_served(
         os.kill(pid, number)
     assert is_unreadable(running.next_finished().result)
     assert isinstance(running.do(preparing(IMAGE)), Prepared)
+
+
+# Videos
+
+
+def clips(*widths: int, first: int = 0) -> Task:
+    """Prepare videos of two frames."""
+    frames = [encoded(noise(28, width)) for width in widths]
+    forms = {n: VideoForm((len(frame),) * 2) for n, frame in enumerate(frames, first)}
+    files = [frame * 2 for frame in frames]
+    return Task(Prepare(first, ("video",) * len(files), 0, forms), files, 0.01)
+
+
+@pytest.mark.parametrize("width", [28, 56, 84], ids=["hangs", "crashes", "takes all memory"])
+def test_a_decoder_that_never_ends_fails_its_video_alone(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(pool, "PROGRAM", ["tests.security.videos_that_hang"])
+    running = Running(VIDEO_MODEL, size=1)
+    result = running.do(clips(112, width, first=2))
+    assert is_unreadable(result, index=3) or (width == 84 and result.code == "InvalidRequest")
+    assert "takes too much" in result.message
+    done = running.do(clips(112, 140))
+    assert isinstance(done, Prepared) and [item.num_tokens for item in done.items] == [4, 5]
+    running.sandboxes.close()
+
+
+def test_a_video_file_is_decoded_in_a_sandbox() -> None:
+    made = pytest.importorskip("tests.videos", exc_type=ImportError)
+    running = Running(VIDEO_MODEL, size=1)
+    long = made.encoded_video(made.grey_frames(2) * 1500, 30)
+    forms = {0: VideoForm()}
+    result = running.do(Task(Prepare(0, ("video",), 0, forms), [long], 0.01))
+    assert isinstance(result, Prepared) and result.items[0].grid_thw == (64, 4, 6)
+    cut = running.do(Task(Prepare(0, ("video",), 0, forms), [long[: len(long) // 2]], 0.01))
+    assert is_unreadable(cut)
+    running.sandboxes.close()
 
 
 # Prompts, templates and guides

@@ -146,6 +146,8 @@ def golden_messages(case: Path) -> list[dict[str, Any]]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image_url":
                 part["image_url"]["url"] = data_uri(case / "inputs" / part["image_url"]["url"])
+            elif part["type"] == "video":
+                part["video"] = [data_uri(case / "inputs" / name) for name in part["video"]]
     return messages
 
 

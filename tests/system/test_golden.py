@@ -41,7 +41,7 @@ def system(name: str, request: pytest.FixtureRequest) -> Iterator[Running]:
 
 
 def test_there_are_cases() -> None:
-    assert len(CASES) == 4
+    assert len(CASES) == 5
 
 
 @pytest.mark.system

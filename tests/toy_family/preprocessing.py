@@ -30,6 +30,7 @@ class Picture:
     content_size: tuple[int, int]
     patch: int
     patches_per_token: int
+    step_seconds: float = 0.0
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:

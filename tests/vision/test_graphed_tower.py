@@ -7,7 +7,7 @@ from services.vision import graphed_tower as graphed_tower_module
 from services.vision.eager_tower import EagerTower
 from services.vision.graphed_tower import GraphedTower
 from services.vision.tower_thread import ItemShape
-from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
+from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
 from tests.llm.cuda_on_cpu import ReplayedPool
 from tests.vision.test_qwen2_5_vl import embed, shape_of, tower_of
 
@@ -17,12 +17,12 @@ def _graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed_tower_module, "GraphPool", ReplayedPool)
 
 
-@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
 def test_embeddings_equal_the_reference_each_time_a_grid_comes(name: str) -> None:
     case = GoldenCase(name)
     encoder = GraphedTower(tower_of(case))
     for _ in range(3):
-        assert max_difference(embed(encoder, case), case.tensors["image_embeds"]) < 1e-4
+        assert max_difference(embed(encoder, case), case.embeddings) < 1e-4
 
 
 def image(seed: int, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ItemShape]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,12 @@ from services.vision.families import load
 from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
 from services.vision.tower import Encoder
 from services.vision.tower_thread import ItemShape
-from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
+from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=CASES_WITH_IMAGES)
+@pytest.fixture(params=CASES_WITH_ITEMS)
 def case(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(request.param)
 
@@ -34,18 +35,27 @@ def shape_of(grid_thw: tuple[int, int, int]) -> ItemShape:
     return ItemShape(grid_thw, (14 * height, 14 * width))
 
 
+def video_shape(grid_thw: tuple[int, int, int]) -> ItemShape:
+    """The shape of a video that fills its grid, two frames in a patch."""
+    return replace(shape_of(grid_thw), kind="video", frames_per_patch=2)
+
+
 def patches_of(case: GoldenCase) -> list[tuple[torch.Tensor, ItemShape]]:
-    """Return the patches and the shape of each image: pixels from 0 to 255, one frame."""
+    """Return the patches and the shape of each item: pixels from 0 to 255, one frame of images."""
     preprocessor = open_checkpoint(case.checkpoint).preprocessor_config
     mean, std = (np.array(preprocessor[key])[:, None] for key in ("image_mean", "image_std"))
-    normalised = case.tensors["pixel_values"].reshape(-1, 3, 2, 14 * 14)
-    assert (normalised[:, :, 0] == normalised[:, :, 1]).all()
-    values = (normalised[:, :, 0] * std + mean) * 255
+    is_video = "pixel_values_videos" in case.tensors
+    name = "pixel_values_videos" if is_video else "pixel_values"
+    normalised = case.tensors[name].reshape(-1, 3, 2, 14 * 14)
+    assert (normalised[:, :, 0] == normalised[:, :, 1]).all() != is_video
+    frames = normalised if is_video else normalised[:, :, :1]
+    values = (frames * std[:, None] + mean[:, None]) * 255
     assert max_difference(values, values.round()) < 1e-3
     patches = torch.from_numpy(values.round().astype(np.uint8)).flatten(1)
-    grids = [tuple(grid) for grid in case.expected["image_grid_thw"]]
+    grids = case.expected["video_grid_thw" if is_video else "image_grid_thw"]
     parts = patches.split([int(np.prod(grid)) for grid in grids])
-    return list(zip(parts, map(shape_of, grids), strict=True))
+    shape = video_shape if is_video else shape_of
+    return [(part, shape((*grid,))) for part, grid in zip(parts, grids, strict=True)]
 
 
 def embed(encoder: Encoder, case: GoldenCase) -> np.ndarray:
@@ -55,7 +65,7 @@ def embed(encoder: Encoder, case: GoldenCase) -> np.ndarray:
 
 def test_embeddings_equal_the_reference(case: GoldenCase) -> None:
     tower = tower_of(case)
-    expected = case.tensors["image_embeds"]
+    expected = case.embeddings
     assert max_difference(embed(EagerTower(tower), case), expected) < 1e-4
     assert tower.output_width == expected.shape[1]
 
@@ -68,7 +78,7 @@ def test_a_grid_seen_before_gives_the_same_embeddings(case: GoldenCase) -> None:
 def test_bfloat16_stays_near_the_reference(case: GoldenCase) -> None:
     tower = tower_of(case, torch.bfloat16)
     encoder = EagerTower(tower)
-    expected = case.tensors["image_embeds"]
+    expected = case.embeddings
     assert encoder.encode(*patches_of(case)[0]).dtype == tower.dtype == torch.bfloat16
     assert max_difference(embed(encoder, case), expected) < 0.05 * np.abs(expected).max()
 
@@ -84,6 +94,31 @@ def test_a_grid_that_is_not_that_of_a_still_image_is_refused(grid: tuple[int, in
     patches = torch.zeros((int(np.prod(grid)), 588), dtype=torch.uint8)
     with pytest.raises(ValueError, match="is not that of a still image"):
         EagerTower(tower_of(GoldenCase("a_image"))).encode(patches, shape_of(grid))
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 6), (2, 10, 14), (4, 16, 16), (1, 8, 8)])
+def test_each_step_of_a_video_is_encoded_by_itself(grid: tuple[int, int, int]) -> None:
+    steps, height, width = grid
+    random = torch.Generator().manual_seed(0)
+    size = (steps * height * width, 2 * 588)
+    patches = torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
+    encoder = EagerTower(tower_of(GoldenCase("e_video")))
+    alone = [
+        encoder.encode(part, video_shape((1, height, width)))
+        for part in patches.split(height * width)
+    ]
+    found = encoder.encode(patches, video_shape(grid))
+    assert max_difference(found.numpy(), torch.cat(alone).numpy()) < 1e-4
+    assert max_difference(found.numpy(), found[:1].expand_as(found).numpy()) > 1e-2
+
+
+def test_a_video_of_one_picture_is_that_picture() -> None:
+    tower = EagerTower(tower_of(GoldenCase("e_video")))
+    random = torch.Generator().manual_seed(1)
+    patches = torch.randint(0, 256, (24, 3, 1, 196), dtype=torch.uint8, generator=random)
+    image = tower.encode(patches.flatten(1), shape_of((1, 4, 6)))
+    video = tower.encode(patches.expand(-1, -1, 2, -1).flatten(1), video_shape((1, 4, 6)))
+    assert max_difference(video.numpy(), image.numpy()) < 1e-4
 
 
 @pytest.mark.parametrize(

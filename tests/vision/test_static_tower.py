@@ -12,10 +12,10 @@ from services.vision.families.qwen2_5_vl import Qwen25VisionTower
 from services.vision.static_tower import StaticTower
 from services.vision.torch_tower import make_encoder
 from services.vision.tower_thread import ItemShape
-from tests.golden import CASES_WITH_IMAGES, GoldenCase, max_difference
-from tests.vision.test_qwen2_5_vl import CPU, embed, patches_of, shape_of, tower_of
+from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
+from tests.vision.test_qwen2_5_vl import CPU, embed, patches_of, shape_of, tower_of, video_shape
 
-NAME = CASES_WITH_IMAGES[0]
+NAME = CASES_WITH_ITEMS[0]
 BUCKETS = (64, 256, 1024)
 GRIDS = [(2, 2), (2, 30), (18, 6), (8, 8), (16, 16), (34, 22), (10, 26), (32, 32)]
 
@@ -32,11 +32,11 @@ def noise(height: int, width: int) -> tuple[torch.Tensor, ItemShape]:
     return torch.from_numpy(patches), shape_of((1, height, width))
 
 
-@pytest.mark.parametrize("name", CASES_WITH_IMAGES)
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
 def test_golden_embeddings_equal_the_reference(name: str) -> None:
     case = GoldenCase(name)
     encoder = StaticTower(tower(name), BUCKETS)
-    assert max_difference(embed(encoder, case), case.tensors["image_embeds"]) < 1e-4
+    assert max_difference(embed(encoder, case), case.embeddings) < 1e-4
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
@@ -51,10 +51,25 @@ def test_every_grid_has_the_embeddings_that_it_has_without_padding(
     assert max_difference(padded.numpy(), plain.numpy()) < 1e-4
 
 
-def test_what_stands_in_the_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poison behind the image would be seen wherever a mask is missing."""
+@pytest.mark.parametrize("grid", [(2, 4, 6), (3, 10, 14), (7, 8, 8)])
+def test_a_video_has_the_embeddings_that_it_has_without_padding(
+    grid: tuple[int, int, int],
+) -> None:
+    random = np.random.default_rng(0)
+    size = (int(np.prod(grid)), 2 * 588)
+    patches = torch.from_numpy(random.integers(0, 256, size, dtype=np.uint8))
+    plain = EagerTower(tower()).encode(patches, video_shape(grid))
+    padded = StaticTower(tower(), BUCKETS).encode(patches, video_shape(grid))
+    assert max_difference(padded.numpy(), plain.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("name", [NAME, "e_video"])
+def test_what_stands_in_the_padding_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Poison behind the item would be seen wherever a mask is missing."""
     encoder = StaticTower(tower(), BUCKETS)
-    patches, shape = patches_of(GoldenCase(NAME))[0]
+    patches, shape = patches_of(GoldenCase(name))[0]
     clean = encoder.encode(patches, shape)
     embed_patches = tower()._embed_patches
 

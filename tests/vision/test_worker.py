@@ -128,7 +128,7 @@ class Replica:
             dtype,
             self.times,
             self.metrics,
-            rules or AnyItem(CHECKPOINT, 1000),
+            rules or AnyItem(CHECKPOINT, 1000, frozenset({"image"})),
             lambda: self.now,
         )
         if not is_new:

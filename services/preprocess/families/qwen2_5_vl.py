@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and RolmOCR: images to patches, and M-RoPE positions."""
+"""Qwen2.5-VL and RolmOCR: images and videos to patches, and M-RoPE positions."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from common.families.qwen2_5_vl import MAX_ASPECT_RATIO
 from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.prepared import PreparedItem
+from services.preprocess.prepared import PreparedItem, ReadyItem
 
 
 def smart_resize(
@@ -73,6 +73,7 @@ class Image:
     patch_size: int
     merge_size: int
     kind: ItemKind = "image"
+    step_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +106,24 @@ class Image:
         return self.rows
 
 
+def video_patches(
+    frames: np.ndarray, patch_size: int, merge_size: int, frames_per_step: int
+) -> np.ndarray:
+    """Cut uint8 [num_frames, height, width, 3] into uint8 [num_patches, values].
+
+    Steps follow each other, and the patches of one are ordered as those of an image. The values of
+    a patch are ordered by (channel, frame, y, x). The last frame is repeated to fill the last step.
+    """
+    if missing := -len(frames) % frames_per_step:
+        frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+    height, width = (side // patch_size // merge_size for side in frames.shape[1:3])
+    cells = frames.reshape(
+        -1, frames_per_step, height, merge_size, patch_size, width, merge_size, patch_size, 3
+    )
+    rows = np.ascontiguousarray(cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
+    return rows.reshape(-1, 3 * frames_per_step * patch_size * patch_size)
+
+
 class Qwen25VLRules:
     """The rules of Qwen2.5-VL for one checkpoint. They do not change."""
 
@@ -116,6 +135,7 @@ class Qwen25VLRules:
         """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""
         self.fingerprint = checkpoint.fingerprint
         self.patch_size, self.merge_size = patch_sizes(checkpoint)
+        self.tokens_per_second = family_rules.tokens_per_second(checkpoint.vision_config)
         self.min_pixels, self.max_pixels = pixel_limits(
             checkpoint.preprocessor_config, limits, self.factor
         )
@@ -158,37 +178,104 @@ class Qwen25VLRules:
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
     ) -> tuple[np.ndarray, int]:
         grids = [merged_grid(item, self.merge_size) for item in items]
-        return rope_positions(num_tokens, offsets, grids)
+        times = [time_positions(item, self.tokens_per_second) for item in items]
+        return rope_positions(num_tokens, offsets, grids, times)
 
     def rope_parameter(self, num_tokens: int) -> int:
         return 0
 
 
+class Qwen25VideoRules:
+    """The rules of Qwen2.5-VL for the videos of one checkpoint. They do not change."""
+
+    def __init__(self, checkpoint: Checkpoint, limits: ItemLimits) -> None:
+        """Read the checkpoint's settings. Raises ValueError if the limits cannot be kept."""
+        self.fingerprint = checkpoint.fingerprint
+        self.patch_size, self.merge_size = patch_sizes(checkpoint)
+        self.factor = self.patch_size * self.merge_size
+        self.frames_per_step = family_rules.temporal_patch_size(checkpoint)
+        self.min_pixels, self.max_pixels = pixel_limits(
+            checkpoint.preprocessor_config, limits, self.factor
+        )
+        self.max_tokens = family_rules.max_video_tokens(checkpoint)
+        self.resizes_oversized = limits.resizes_oversized
+
+    def fitting_size(
+        self, height: int, width: int, num_frames: int, max_patches: int
+    ) -> tuple[int, int]:
+        most = self.max_tokens
+        if max_patches:
+            most = min(most, max_patches // self.merge_size**2)
+        aim = most if self.resizes_oversized else self.max_tokens
+        largest = aim // self.num_steps(num_frames) * self.factor**2
+        if largest:
+            high = max(min(self.max_pixels, largest), self.min_pixels)
+            size = smart_resize(height, width, self.factor, self.min_pixels, high)
+            if self.num_tokens(*size, num_frames) <= most:
+                return size
+        raise TooLarge(
+            f"its {num_frames} frames become more than {most} tokens: send fewer of them, or ask "
+            "for a smaller fps"
+        )
+
+    def num_steps(self, num_frames: int) -> int:
+        return -(-num_frames // self.frames_per_step)
+
+    def num_tokens(self, height: int, width: int, num_frames: int) -> int:
+        return self.num_steps(num_frames) * height * width // self.factor**2
+
+    def prepare(self, frames: np.ndarray, step_seconds: float) -> ReadyItem:
+        num_frames, height, width, _ = frames.shape
+        rows = video_patches(frames, self.patch_size, self.merge_size, self.frames_per_step)
+        grid = (
+            self.num_steps(num_frames),
+            height // self.patch_size,
+            width // self.patch_size,
+        )
+        size = (height, width)
+        # When the steps are is no part of the name: it does not change the embeddings.
+        mm_hash = item_hash(self.fingerprint, "video", grid, size, rows.data)
+        num_tokens = len(rows) // self.merge_size**2
+        return ReadyItem("video", mm_hash, grid, size, len(rows), num_tokens, rows, step_seconds)
+
+
 def merged_grid(item: PreparedItem, merge_size: int) -> tuple[int, int]:
-    """Return the rows and columns of the tokens that an image becomes."""
+    """Return the rows and columns of the tokens that an image, or a step of a video, becomes."""
     _, height, width = item.grid_thw
     return height // merge_size, width // merge_size
 
 
+def time_positions(item: PreparedItem, tokens_per_second: int) -> np.ndarray:
+    """Return the position in time of each step of an item, from 0 on: int64 [num_steps].
+
+    The reference computes with single precision, which decides where a position is rounded down.
+    """
+    steps = np.arange(item.grid_thw[0], dtype=np.float32)
+    seconds = steps * np.float32(item.step_seconds)
+    return (seconds * np.float32(tokens_per_second)).astype(np.int64)
+
+
 def rope_positions(
-    num_tokens: int, offsets: list[int], grids: list[tuple[int, int]]
+    num_tokens: int,
+    offsets: list[int],
+    grids: list[tuple[int, int]],
+    times: list[np.ndarray],
 ) -> tuple[np.ndarray, int]:
     """Return M-RoPE's (time, height, width) of each token, int64 [3, num_tokens], and the delta.
 
-    Text counts up equally in all three. An image of `grids[i]` (rows, columns) tokens at
-    `offsets[i]` stands still in time. It counts rows and columns from where the text before it
-    ended. The text after it goes on beyond its longer side.
+    Text counts up equally in all three. An item at `offsets[i]` counts from where the text before
+    it ended. It has a step at each of `times[i]`, of `grids[i]` (rows, columns) tokens. The text
+    after it goes on beyond the largest of its positions.
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     done = counter = 0
-    for offset, (rows, columns) in zip(offsets, grids, strict=True):
+    for offset, (rows, columns), steps in zip(offsets, grids, times, strict=True):
         positions[:, done:offset] = np.arange(counter, counter + offset - done)
         counter += offset - done
-        done = offset + rows * columns
-        positions[0, offset:done] = counter
-        positions[1, offset:done] = counter + np.repeat(np.arange(rows), columns)
-        positions[2, offset:done] = counter + np.tile(np.arange(columns), rows)
-        counter += max(rows, columns)
+        done = offset + len(steps) * rows * columns
+        places = np.stack(np.meshgrid(steps, np.arange(rows), np.arange(columns), indexing="ij"))
+        positions[:, offset:done] = counter + places.reshape(3, -1)
+        counter += int(places.max()) + 1
     positions[:, done:] = np.arange(counter, counter + num_tokens - done)
     return positions, counter - done
 

@@ -72,6 +72,7 @@ class Image:
     patch_size: int
     stride: int
     kind: ItemKind = "image"
+    step_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:

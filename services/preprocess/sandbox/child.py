@@ -33,6 +33,7 @@ from services.preprocess.sandbox.jobs import (
 )
 from services.preprocess.sandbox.meter import CPU_SECONDS, MARK, Meter, limit_memory
 from services.preprocess.sandbox.work import Workbench
+from services.preprocess.videos import VideoLimits
 
 LOADING_CPU_SECONDS = 60.0
 MOST_KILLABLE = "1000"
@@ -62,12 +63,20 @@ def load(setup: Setup) -> Workbench:
     checkpoint = open_checkpoint(setup.model)
     limits = ItemLimits(setup.min_pixels, setup.max_pixels, setup.resizes_oversized)
     rules = families.load(checkpoint, limits)
-    preprocessor = Preprocessor(checkpoint, rules, setup.max_model_len, setup.known_as)
+    preprocessor = Preprocessor(
+        checkpoint,
+        rules,
+        setup.max_model_len,
+        setup.known_as,
+        families.load_video(checkpoint, limits),
+        VideoLimits(setup.video_fps, setup.max_frames),
+    )
     workbench = Workbench(preprocessor)
     if rules.chat_prompt is not None:
         return workbench
-    if preprocessor.placeholder_id is not None and preprocessor.placeholder is None:
-        raise BadCheckpoint(f"the vocabulary has no token {preprocessor.placeholder_id} for images")
+    for kind, token_id in preprocessor.placeholder_ids.items():
+        if token_id is not None and preprocessor.placeholder_of(kind) is None:
+            raise BadCheckpoint(f"the vocabulary has no token {token_id} for {kind}s")
     # The template comes from elsewhere, and constant expressions in it are computed at once.
     limit_memory()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.messages import ItemKind
 from common.wire import Buffer
+from services.preprocess.videos import DEFAULT_FPS, DEFAULT_MAX_FRAMES, VideoForm
 
 MAX_MESSAGE_BYTES = 128 * 1024
 MAX_FAULT_CHARS = 2000
@@ -41,6 +42,8 @@ class Setup(msgspec.Struct, frozen=True):
     max_pixels: int | None = None
     resizes_oversized: bool = True
     known_as: str = ""
+    video_fps: float = DEFAULT_FPS
+    max_frames: int = DEFAULT_MAX_FRAMES
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
@@ -65,6 +68,8 @@ class Read(msgspec.Struct, tag=True, frozen=True):
     max_patches: int
     """The most patches that an item may have; 0 for no limit."""
     has_room: bool
+    forms: dict[int, VideoForm] = {}
+    """The forms of the videos, by the index of the item."""
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):
@@ -74,6 +79,8 @@ class Prepare(msgspec.Struct, tag=True, frozen=True):
     """The index of the first item in its request."""
     kinds: tuple[ItemKind, ...]
     max_patches: int
+    forms: dict[int, VideoForm] = {}
+    """The forms of the videos, by the index of the item."""
 
 
 Job = Read | Prepare
@@ -93,6 +100,7 @@ class PreparedFacts(msgspec.Struct, frozen=True):
     num_tokens: int
     seconds: float
     """How long its preparation took."""
+    step_seconds: float = 0.0
 
 
 class ReadDone(msgspec.Struct, tag=True, frozen=True):
@@ -100,6 +108,8 @@ class ReadDone(msgspec.Struct, tag=True, frozen=True):
 
     sizes: tuple[tuple[int, int], ...]
     """Height and width of each item, by its header."""
+    num_images: tuple[int, ...]
+    """How many images of its size each item costs."""
     num_tokens: tuple[int, ...]
     """The tokens that each item will become."""
     items: tuple[PreparedFacts, ...] = ()

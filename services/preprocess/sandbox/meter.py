@@ -6,10 +6,15 @@ import signal
 import struct
 from pathlib import Path
 
+from common.messages import ItemKind
+
 MEMORY_BYTES = 512 * 2**20
 """How much memory a job may take beyond that of a sandbox without work."""
 CPU_SECONDS = 3.0
-"""The CPU time of one unit of a job: of one image, one template, one grammar."""
+"""The CPU time of one unit of a job: of one image, of the headers of all items, one template, one
+grammar."""
+ITEM_SECONDS: dict[ItemKind, float] = {"image": CPU_SECONDS, "video": 30.0}
+"""The CPU time to prepare an item. A video may have thousands of frames between those it takes."""
 WALL_FACTOR = 10.0
 """A unit may take this many times its CPU time by the clock: the machine may be busy."""
 MARK = struct.Struct("q")

@@ -46,6 +46,7 @@ from services.preprocess.sandbox.jobs import (
     unpack,
 )
 from services.preprocess.sandbox.meter import MARK, read_mark
+from services.preprocess.videos import TOO_COSTLY as COSTLY_VIDEO
 
 PROGRAM = ["services.preprocess.sandbox.child"]
 """What `python -m` runs, with its first arguments."""
@@ -378,4 +379,5 @@ def verdict(job: Job, unit: int) -> Refused | None:
             return Refused("InvalidRequest", text)
     first = getattr(job, "first", 0)
     kind = job.kinds[unit - first]
-    return Refused("UnreadableImage", f"{kind} {unit}: {COSTLY_IMAGE}", unit)
+    reason = {"image": COSTLY_IMAGE, "video": COSTLY_VIDEO}[kind]
+    return Refused("UnreadableImage", f"{kind} {unit}: {reason}", unit)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -12,9 +12,9 @@ from PIL.Image import Image
 from common.errors import InvalidRequest, ServingError, shorten
 from common.messages import ItemKind
 from common.wire import Buffer, Tensor
+from services.preprocess import images
 from services.preprocess.grammars import Grammars
-from services.preprocess.images import size_of
-from services.preprocess.preprocessor import Preprocessor, open_item
+from services.preprocess.preprocessor import Opened, Preprocessor
 from services.preprocess.prompts import num_chars
 from services.preprocess.sandbox import meter
 from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
@@ -29,7 +29,8 @@ from services.preprocess.sandbox.jobs import (
     Refused,
     Result,
 )
-from services.preprocess.sandbox.meter import CPU_SECONDS, Meter
+from services.preprocess.sandbox.meter import CPU_SECONDS, ITEM_SECONDS, Meter
+from services.preprocess.videos import VideoForm
 
 CHARS_A_SECOND = 500_000
 """No text is tokenized more slowly, so a text has this much more time than a unit."""
@@ -53,7 +54,7 @@ class Workbench:
                     return self._read(job, blobs, limits)
                 case Prepare():
                     items, patches = self._prepare(
-                        job.first, job.kinds, blobs, job.max_patches, limits
+                        job.first, job.kinds, blobs, job.max_patches, limits, job.forms
                     )
                     return Prepared(items), patches
                 case _:
@@ -65,26 +66,28 @@ class Workbench:
 
     def _read(self, job: Read, blobs: Sequence[Buffer], limits: Meter) -> Answer:
         prompt, guide, *files = blobs
+        self._preprocessor.check_kinds(job.kinds)
         token_ids = self._tokenize(job.prompt_kind, prompt, limits)
-        self._preprocessor.find_placeholders(token_ids, len(files))
+        self._preprocessor.find_placeholders(token_ids, job.kinds)
         grammar = self._check_guide(job.guide_kind, guide, limits)
         # One limit for all headers: those of honest files take microseconds.
         limits.begin(0)
-        opened = []
-        sizes = []
+        opened: list[Opened] = []
         num_tokens = []
         for index, (kind, file) in enumerate(zip(job.kinds, files, strict=True)):
             limits.note(index)
             with naming(kind, index):
-                opened.append(open_item(kind, file))
-                sizes.append(size_of(opened[-1]))
-                num_tokens.append(self._preprocessor.num_tokens(sizes[-1], job.max_patches))
+                item = self._preprocessor.open_item(kind, file, job.forms.get(index, VideoForm()))
+                opened.append(item)
+                num_tokens.append(self._preprocessor.num_tokens_of(item, job.max_patches))
+        sizes = tuple(map(size_of, opened))
+        num_images = tuple(map(num_images_of, opened))
         items: tuple[PreparedFacts, ...] = ()
         patches: list[Buffer] = []
-        costs = sum(map(item_seconds, map(len, files), sizes))
+        costs = sum(map(item_seconds, map(len, files), sizes, num_images))
         if job.has_room and costs <= BATCH_SECONDS:
             items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
-        result = ReadDone(tuple(sizes), tuple(num_tokens), items)
+        result = ReadDone(sizes, num_images, tuple(num_tokens), items)
         return result, [Tensor.of(token_ids).data, grammar, *patches]
 
     def _tokenize(self, kind: str, prompt: Buffer, limits: Meter) -> np.ndarray:
@@ -111,9 +114,10 @@ class Workbench:
         self,
         first: int,
         kinds: tuple[ItemKind, ...],
-        files: Sequence[Buffer | Image],
+        files: Sequence[Buffer | Opened],
         max_patches: int,
         limits: Meter,
+        forms: Mapping[int, VideoForm] = {},
     ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
         """Prepare the items from index `first` on: files, or opened ones.
 
@@ -123,9 +127,10 @@ class Workbench:
         patches: list[Buffer] = []
         for index, (kind, file) in enumerate(zip(kinds, files, strict=True), first):
             began = time.monotonic()
-            limits.begin(index)
+            limits.begin(index, ITEM_SECONDS[kind])
             with naming(kind, index):
-                item = self._preprocessor.prepare_item(kind, file, max_patches)
+                form = forms.get(index, VideoForm())
+                item = self._preprocessor.prepare_item(kind, file, max_patches, form)
                 patches.append(Tensor.of(item.patches()).data)
             facts.append(
                 PreparedFacts(
@@ -136,9 +141,20 @@ class Workbench:
                     item.num_patches,
                     item.num_tokens,
                     time.monotonic() - began,
+                    item.step_seconds,
                 )
             )
         return tuple(facts), patches
+
+
+def size_of(opened: Opened) -> tuple[int, int]:
+    """Return the height and width of an opened item in pixels."""
+    return images.size_of(opened) if isinstance(opened, Image) else opened.size
+
+
+def num_images_of(opened: Opened) -> int:
+    """Return how many images of its size an opened item costs."""
+    return 1 if isinstance(opened, Image) else opened.num_images
 
 
 @contextmanager

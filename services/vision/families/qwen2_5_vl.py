@@ -1,11 +1,13 @@
-"""The vision tower of Qwen2.5-VL: patches of one still image to embeddings.
+"""The vision tower of Qwen2.5-VL: patches of one image or video to embeddings.
 
 Most blocks attend inside windows of 8 x 8 patches. Patches are sorted by window before the first
-block, and their order is restored after the merger.
+block, and their order is restored after the merger. A step in time of a video, which is two frames,
+attends to itself only.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -18,11 +20,11 @@ from compute.linear import Linear
 from compute.weights import Weights
 from services.vision.tower_thread import ItemShape
 from services.vision.windows import (
-    PADDING,
     attend_by_size,
+    attend_masked,
     attend_to_chunks,
-    attend_to_unpadded,
     chunk_mask,
+    step_mask,
     window_numbers,
     window_order,
 )
@@ -94,14 +96,14 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class GridPlan:
-    """Everything that depends on an image's grid alone.
+    """Everything that depends on an item's grid alone.
 
     A unit is a square of 2 x 2 patches, which the merger turns into one embedding. In a padded plan
     the padding stands last.
     """
 
     order: Tensor
-    """int64 [num_units]: the raster index of the unit at each place, sorted by window."""
+    """int64 [num_units]: the raster index of each unit, sorted by step and by window."""
     inverse: Tensor
     """int64 [num_units]: the place of each unit in raster order."""
     cos: Tensor
@@ -110,10 +112,13 @@ class GridPlan:
     """float32 [num_patches, head_dim]. The first half is negated, which saves a negation."""
     windows: tuple[tuple[int, int], ...]
     """(number of windows, patches in each), in order. Empty in a padded plan."""
+    steps: tuple[tuple[int, int], ...]
+    """(number of steps in time, patches in each). Empty in a padded plan."""
     window_mask: Tensor | None = None
     """bool [num_chunks, 1, chunk, 3 * chunk] of a padded plan: see `chunk_mask`."""
     full_mask: Tensor | None = None
-    """bool [1, 1, 1, length] of a padded plan: False for padding."""
+    """bool [1, 1, 1, length] of a padded plan: False for padding. If there are several steps in
+    time, bool [1, 1, length, length]: True for patches of the same step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,7 @@ class Block:
 
 
 class Qwen25VisionTower:
-    """Encodes one still image at a time. Implements `VisionTower[GridPlan]`."""
+    """Encodes one image or video at a time. Implements `VisionTower[GridPlan]`."""
 
     def __init__(
         self,
@@ -149,7 +154,10 @@ class Qwen25VisionTower:
             self._per_value(checkpoint.preprocessor_config[key])
             for key in ("image_mean", "image_std")
         )
-        self._patch_embed = self._load_patch_embed(weights)
+        taps = self._load_patch_embed(weights)
+        # A still image is the same frame at each of the temporal taps.
+        self._embed_image = Linear(taps.sum(2).flatten(1).to(dtype))
+        self._embed_video = Linear(taps.flatten(1).to(dtype))
         self._blocks = [self._load_block(weights, i) for i in range(self.config.depth)]
         merged = self.config.hidden_size * self.config.merge_unit
         out = self.config.out_hidden_size
@@ -163,12 +171,11 @@ class Qwen25VisionTower:
 
     @property
     def values_per_patch(self) -> int:
-        """The number of bytes in a patch as it arrives, for one step in time."""
+        """The number of bytes in a patch of an image."""
         return len(self._mean)
 
     def num_tokens(self, shape: ItemShape) -> int:
-        _, height, width = shape.grid_thw
-        return height * width // self.config.merge_unit
+        return prod(shape.grid_thw) // self.config.merge_unit
 
     def padded_length(self, num_patches: int) -> int:
         """Return a length of whole windows."""
@@ -176,15 +183,16 @@ class Qwen25VisionTower:
         return -(-num_patches // chunk) * chunk
 
     def plan(self, shape: ItemShape, length: int | None = None) -> GridPlan:
-        frames, height, width = shape.grid_thw
+        steps, height, width = shape.grid_thw
         merge = self.config.spatial_merge_size
-        if frames != 1 or height % merge or width % merge:
-            raise ValueError(f"the grid {shape.grid_thw} is not that of a still image")
-        plan = self._grid_plan(height // merge, width // merge)
+        if height % merge or width % merge or (steps != 1 and shape.kind == "image"):
+            name = {"image": "a still image", "video": "a video"}[shape.kind]
+            raise ValueError(f"the grid {shape.grid_thw} is not that of {name}")
+        plan = self._grid_plan(steps, height // merge, width // merge)
         return plan if length is None else self._padded(plan, length)
 
     def forward(self, patches: Tensor, plan: GridPlan) -> Tensor:
-        """uint8 [num_patches, values_per_patch] in merge-block order -> [num_units, width]."""
+        """uint8 [num_patches, values] in merge-block order -> [num_units, width]."""
         x = self._embed_patches(patches, plan.order)
         for block in self._blocks:
             x = self._run_block(block, x, plan)
@@ -192,8 +200,15 @@ class Qwen25VisionTower:
 
     def _embed_patches(self, patches: Tensor, order: Tensor) -> Tensor:
         ordered = patches.view(len(order), -1).index_select(0, order).view(patches.shape)
-        normalised = (ordered.float() / 255 - self._mean) / self._std
-        return self._patch_embed(normalised.to(self.dtype))
+        num_frames = patches.shape[1] // self.values_per_patch
+        if num_frames == 1:
+            normalised = (ordered.float() / 255 - self._mean) / self._std
+            return self._embed_image(normalised.to(self.dtype))
+        # The values of a patch are ordered by (channel, frame, y, x).
+        channels = ordered.view(len(patches), self.config.num_channels, num_frames, -1)
+        mean, std = (x.view(self.config.num_channels, 1, -1) for x in (self._mean, self._std))
+        normalised = ((channels.float() / 255 - mean) / std).flatten(1)
+        return self._embed_video(normalised.to(self.dtype))
 
     def _run_block(self, block: Block, x: Tensor, plan: GridPlan) -> Tensor:
         attended = self._attend(
@@ -209,9 +224,9 @@ class Qwen25VisionTower:
         rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)
         mask = plan.full_mask if full_attention else plan.window_mask
         if mask is None:
-            return attend_by_size(qkv, heads, ((1, len(qkv)),) if full_attention else plan.windows)
+            return attend_by_size(qkv, heads, plan.steps if full_attention else plan.windows)
         if full_attention:
-            return attend_to_unpadded(qkv, heads, mask)
+            return attend_masked(qkv, heads, mask)
         return attend_to_chunks(qkv, heads, mask)
 
     def _merge(self, x: Tensor) -> Tensor:
@@ -220,13 +235,15 @@ class Qwen25VisionTower:
         )
         return self._merger_out(F.gelu(self._merger_in(merged)))
 
-    def _grid_plan(self, height: int, width: int) -> GridPlan:
-        """Return the plan of a grid of `height` x `width` units."""
+    def _grid_plan(self, steps: int, height: int, width: int) -> GridPlan:
+        """Return the plan of a grid of `steps` x `height` x `width` units."""
         unit = self.config.merge_unit
         side = self.config.window_size // self.config.patch_size // self.config.spatial_merge_size
+        units = height * width
         order, windows = window_order(height, width, side)
         angles = self._rotary_angles(height, width)
-        angles = angles.view(height * width, unit, -1)[order].flatten(0, 1)
+        angles = angles.view(units, unit, -1)[order].flatten(0, 1).repeat(steps, 1)
+        order = (units * torch.arange(steps)[:, None] + order).flatten()
         cos = angles.cos()
         sin = angles.sin()
         return GridPlan(
@@ -234,11 +251,12 @@ class Qwen25VisionTower:
             inverse=order.argsort().to(self.device),
             cos=torch.cat((cos, cos), -1).to(self.device),
             signed_sin=torch.cat((-sin, sin), -1).to(self.device),
-            windows=tuple((count, units * unit) for count, units in windows),
+            windows=tuple((count, size * unit) for count, size in windows) * steps,
+            steps=((steps, units * unit),),
         )
 
     def _padded(self, plan: GridPlan, length: int) -> GridPlan:
-        """Return the plan with room for `length` patches, in which no image attends to padding."""
+        """Return the plan with room for `length` patches, in which no item attends to padding."""
         unit = self.config.merge_unit
         padding = torch.arange(len(plan.order), length // unit, device=self.device)
         rows = length - len(plan.cos)
@@ -250,8 +268,9 @@ class Qwen25VisionTower:
             cos=F.pad(plan.cos, (0, 0, 0, rows)),
             signed_sin=F.pad(plan.signed_sin, (0, 0, 0, rows)),
             windows=(),
+            steps=(),
             window_mask=chunk_mask(numbers, self.config.window_patches).to(self.device),
-            full_mask=(numbers != PADDING)[None, None, None].to(self.device),
+            full_mask=step_mask(window_numbers(plan.steps, length)).to(self.device),
         )
 
     def _rotary_angles(self, height: int, width: int) -> Tensor:
@@ -289,17 +308,12 @@ class Qwen25VisionTower:
             weights, f"{name}.bias", rows
         )
 
-    def _load_patch_embed(self, weights: Weights) -> Linear:
-        """Return the 3-d convolution as a product with one frame.
-
-        Its temporal taps are summed, because a still image is the same frame at each of them.
-        """
+    def _load_patch_embed(self, weights: Weights) -> Tensor:
+        """Return the weights of the 3-d convolution, [hidden, channels, frames, patch, patch]."""
         c = self.config
         shape = (c.hidden_size, c.num_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
-        taps = weights.tensor(
-            "model.visual.patch_embed.proj.weight", shape, torch.float32, self.device
-        )
-        return Linear(taps.sum(2).flatten(1).to(self.dtype))
+        name = "model.visual.patch_embed.proj.weight"
+        return weights.tensor(name, shape, torch.float32, self.device)
 
     def _load_block(self, weights: Weights, index: int) -> Block:
         size = self.config.hidden_size

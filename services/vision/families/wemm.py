@@ -25,7 +25,7 @@ from compute.kernels.operations import attention, gelu, gelu_tanh, layer_norm
 from compute.linear import Linear
 from compute.weights import Weights
 from services.vision.tower_thread import ItemShape
-from services.vision.windows import attend_to_unpadded
+from services.vision.windows import attend_masked
 
 MEAN = STD = 0.5
 """Of each channel. The reference has no others."""
@@ -243,7 +243,7 @@ class WemmVisionTower:
         if plan.mask is None:
             attended = attention(*qkv.split(heads, 1))
         else:
-            attended = attend_to_unpadded(qkv, heads, plan.mask)
+            attended = attend_masked(qkv, heads, plan.mask)
         x = block.out(attended, residual=x)
         return block.fc2(gelu_tanh(block.fc1(layer_norm(x, *block.norm2, eps))), residual=x)
 

@@ -80,6 +80,42 @@ class Image(_message.Message):
 Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
+class Video(_message.Message):
+    """A video: either its frames or an encoded file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    FPS_FIELD_NUMBER: _builtins.int
+    file: _builtins.bytes
+    """An MP4 or WebM file, of which frames are taken."""
+    fps: _builtins.float
+    """Of frames: how many of them are a second of the video. Of a file: how many are taken from a
+    second. Absent: 2, or what the server is told.
+    """
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
+        """All frames that the model is to see, in their order."""
+
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[Global___Image] | None = ...,
+        file: _builtins.bytes = ...,
+        fps: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "fps", b"fps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "file", b"file", "fps", b"fps", "frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fps: _TypeAlias = _typing.Literal["fps"]  # noqa: Y015
+    _WhichOneofArgType__fps: _TypeAlias = _typing.Literal["_fps", b"_fps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fps) -> _WhichOneofReturnType__fps | None: ...
+
+Global___Video: _TypeAlias = Video  # noqa: Y015
+
+@_typing.final
 class SamplingParams(_message.Message):
     """An absent field means the model's own default (generation_config.json)."""
 
@@ -269,17 +305,20 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     GUIDE_FIELD_NUMBER: _builtins.int
+    VIDEOS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the request in the logs of every service. Absent: the gateway generates one."""
     model: _builtins.str
     """The name of the model. Absent: the served model."""
     text: _builtins.str
-    """One user turn with the images in order and then this text. The model's chat template is
-    applied.
+    """One user turn with the images in order, then the videos in order, and then this text. The
+    model's chat template is applied.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """The prompt as it is, with one placeholder token for each image."""
+        """The prompt as it is, with one placeholder token for each image and each video. The images are
+        those of the placeholders of images in their order, and so are the videos.
+        """
 
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]: ...
@@ -291,6 +330,8 @@ class GenerateRequest(_message.Message):
     def response(self) -> Global___ResponseOptions: ...
     @_builtins.property
     def guide(self) -> Global___GuideParams: ...
+    @_builtins.property
+    def videos(self) -> _containers.RepeatedCompositeFieldContainer[Global___Video]: ...
     def __init__(
         self,
         *,
@@ -303,10 +344,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseOptions | None = ...,
         guide: Global___GuideParams | None = ...,
+        videos: _abc.Iterable[Global___Video] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "images", b"images", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "images", b"images", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "videos", b"videos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -329,6 +371,7 @@ class GenerateStreamRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     GUIDE_FIELD_NUMBER: _builtins.int
+    VIDEOS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     text: _builtins.str
@@ -344,6 +387,8 @@ class GenerateStreamRequest(_message.Message):
     def response(self) -> Global___ResponseOptions: ...
     @_builtins.property
     def guide(self) -> Global___GuideParams: ...
+    @_builtins.property
+    def videos(self) -> _containers.RepeatedCompositeFieldContainer[Global___Video]: ...
     def __init__(
         self,
         *,
@@ -356,10 +401,11 @@ class GenerateStreamRequest(_message.Message):
         stopping: Global___StoppingParams | None = ...,
         response: Global___ResponseOptions | None = ...,
         guide: Global___GuideParams | None = ...,
+        videos: _abc.Iterable[Global___Video] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "images", b"images", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guide", b"guide", "images", b"images", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "videos", b"videos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -377,7 +423,7 @@ class Usage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     image_tokens: _builtins.int
-    """The prompt tokens that stand for images."""
+    """The prompt tokens that stand for images and videos."""
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
     """The prompt tokens whose keys and values were in the prefix cache."""
@@ -399,6 +445,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class ImageTimings(_message.Message):
+    """The stages of an image or a video."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PREPROCESS_SECONDS_FIELD_NUMBER: _builtins.int
@@ -456,7 +504,9 @@ class Timings(_message.Message):
     total_seconds: _builtins.float
     """Time at the gateway from admission to the end."""
     @_builtins.property
-    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageTimings]: ...
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageTimings]:
+        """In the order of the prompt."""
+
     def __init__(
         self,
         *,
