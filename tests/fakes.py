@@ -43,6 +43,8 @@ class FakeMember:
     when its turn comes, and can look at the messages sent so far.
     """
 
+    id = "me"
+
     def __init__(self) -> None:
         self.links = FakeLinks()
         self.progress = Progress()

@@ -221,8 +221,8 @@ class Engine:
             return ""
         wanted = (request.placeholders[item][1], self.input_width)
         if embeddings.shape != wanted or embeddings.dtype not in self.item_dtypes:
-            dtypes = " or ".join(self.item_dtypes)
-            return f"embeddings is {embeddings}, {dtypes} {wanted} is wanted"
+            kind = "uint8" if self.pools else "floating-point"
+            return f"embeddings is {embeddings}, {kind} {wanted} is wanted"
         found = to_torch(embeddings)
         if not self._is_finite(found):
             return "embeddings that are not finite"
