@@ -113,7 +113,7 @@ def test_a_second_image_is_refused_by_messages_and_by_token_ids() -> None:
     with pytest.raises(InvalidRequest, match="takes one image, not 2"):
         prompt(("user", [IMAGE]), ("assistant", "ok"), ("user", [IMAGE]))
     with pytest.raises(InvalidRequest, match="takes one image, not 2"):
-        PREPROCESSOR.find_placeholders(np.array([BOS, PLACEHOLDER, PLACEHOLDER]), 2)
+        PREPROCESSOR.find_placeholders(np.array([BOS, PLACEHOLDER, PLACEHOLDER]), ["image"] * 2)
 
 
 def test_the_placeholder_lies_outside_the_vocabulary() -> None:
