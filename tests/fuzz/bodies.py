@@ -162,7 +162,8 @@ def chat(draw: Random) -> dict[str, Any]:
     parts: list[Any] = [dict(TEXT_PART) for _ in range(draw.randrange(1, 4))]
     for _ in range(draw.choice([0, 0, 1, 2])):
         uri = f"data:image/png;base64,{base64.b64encode(small_images()[0]).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": uri}})
+        video = {"type": "video", "video": [uri] * draw.choice([1, 2, 3]), "fps": 1.5}
+        parts.append(draw.choice([{"type": "image_url", "image_url": {"url": uri}}, video]))
     messages: list[Any] = [{"role": "user", "content": draw.choice([parts, "Read it."])}]
     if draw.random() < 0.3:
         messages.insert(0, {"role": "system", "content": "You read."})
@@ -198,7 +199,9 @@ def chat_body(draw: Random) -> bytes:
             case 2:
                 uri = data_uri(draw, image_file(draw))
                 image = draw.choice([{"url": uri}, uri])
-                part = {"type": "image_url", "image_url": image}
+                frames = {"type": "video", "video": [uri] * draw.choice([1, 3, 900])}
+                file = {"type": "video_url", "video_url": image, "fps": draw.choice(VALUES)}
+                part = draw.choice([{"type": "image_url", "image_url": image}, frames, file])
                 body["messages"] = [{"role": "user", "content": [part, TEXT_PART]}]
             case _:
                 replace_somewhere(draw, body)
@@ -271,6 +274,10 @@ def generate_request(draw: Random, kind: type[Any]) -> Any:
         if kind is inference_pb2.ClassifyRequest and draw.random() < 0.5:
             request.top_k = draw.choice([0, 1, 2, 2**32 - 1])
         return named(draw, request)
+    for _ in range(draw.choice([0, 0, 1, 3])):
+        frames = [{"data": image_file(draw)} for _ in range(draw.choice([0, 1, 3, 800]))]
+        file = draw.choice([b"", b"\0\0\0\x18ftypisom", image_file(draw)])
+        request.videos.add(frames=frames, file=file, fps=draw.choice([0, 2, math.nan, 1e30]))
     for part in (request.sampling, request.stopping, request.response, request.guide):
         for field in part.DESCRIPTOR.fields:
             if draw.random() < 0.1:

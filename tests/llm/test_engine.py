@@ -418,48 +418,73 @@ def test_an_answer_that_its_grammar_gives_up_is_an_error_and_not_complete(
     assert not engine.requests
 
 
-@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
-def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
-    """The second request brings no embeddings: the cache covers them."""
-    case = GoldenCase(name)
+GOLDEN_BLOCK_SIZE = 8
+
+
+def golden_engine(case: GoldenCase, num_blocks: int) -> Engine:
     checkpoint = open_checkpoint(case.checkpoint)
-    block_size = 8
-    num_blocks = 96
-    runner = ModelRunner(checkpoint, torch.float32, torch.device("cpu"), num_blocks, block_size)
+    device = torch.device("cpu")
+    runner = ModelRunner(checkpoint, torch.float32, device, num_blocks, GOLDEN_BLOCK_SIZE)
     scheduler = create_scheduler(
-        num_blocks=num_blocks, block_size=block_size, max_num_batched_tokens=24
+        num_blocks=num_blocks, block_size=GOLDEN_BLOCK_SIZE, max_num_batched_tokens=24
     )
     guides = GuidedDecoding(
         partial(open_vocabulary, checkpoint), runner.vocab_size, checkpoint.eos_token_ids
     )
-    engine = Engine(
+    return Engine(
         scheduler, runner.execute, Sampler(), guides, runner.input_width, checkpoint.eos_token_ids
     )
-    ranges = image_ranges(case)
-    expected = case.expected["greedy_ids"]
-    images = tuple((offset, length, image) for image, (offset, length) in enumerate(ranges))
-    for request_id in "ab":
-        prompt = create_prompt(
-            request_id,
-            token_ids=case.expected["input_ids"],
-            images=images,
-            max_tokens=len(expected),
-            ignore_eos=True,
-        )
-        prompt.positions = Tensor.of(case.tensors["position_ids"])
-        prompt.rope_delta = case.expected["rope_delta"]
-        engine.add(prompt)
-        if request_id == "a":
-            rows = torch.from_numpy(case.embeddings).split([length for _, length in ranges])
-            assert [
-                send_embeddings(engine, part, image, ("a", 0)) for image, part in enumerate(rows)
-            ] == [""] * len(ranges)
-        outputs = outputs_of(engine)
-        assert answer(outputs, request_id) == (expected, "length")
-    assert (
-        usage_of(outputs[0].request).cached_tokens
-        == (len(case.expected["input_ids"]) - 1) // block_size * block_size
+
+
+def add_golden(engine: Engine, case: GoldenCase, request_id: str) -> None:
+    images = [(offset, length, n) for n, (offset, length) in enumerate(image_ranges(case))]
+    prompt = create_prompt(
+        request_id,
+        token_ids=case.expected["input_ids"],
+        images=tuple(images),
+        max_tokens=len(case.expected["greedy_ids"]),
+        ignore_eos=True,
     )
+    prompt.positions = Tensor.of(case.tensors["position_ids"])
+    prompt.rope_delta = case.expected["rope_delta"]
+    engine.add(prompt)
+
+
+def send_golden(engine: Engine, case: GoldenCase, request_id: str) -> None:
+    rows = torch.from_numpy(case.embeddings).split([length for _, length in image_ranges(case)])
+    for image, part in enumerate(rows):
+        assert send_embeddings(engine, part, image, (request_id, 0)) == ""
+
+
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
+def test_a_cached_prefix_with_its_images_gives_the_references_answer(name: str) -> None:
+    """The second request brings no embeddings: the cache covers them."""
+    case = GoldenCase(name)
+    engine = golden_engine(case, num_blocks=96)
+    for request_id in "ab":
+        add_golden(engine, case, request_id)
+        if request_id == "a":
+            send_golden(engine, case, "a")
+        outputs = outputs_of(engine)
+        assert answer(outputs, request_id) == (case.expected["greedy_ids"], "length")
+    num_whole_blocks = (len(case.expected["input_ids"]) - 1) // GOLDEN_BLOCK_SIZE
+    assert usage_of(outputs[0].request).cached_tokens == num_whole_blocks * GOLDEN_BLOCK_SIZE
+
+
+def test_a_request_with_a_video_that_was_preempted_gives_the_references_answer() -> None:
+    """There is room for both prompts, but not for both answers."""
+    case = GoldenCase("e_video")
+    blocks_of_prompt = -(-len(case.expected["input_ids"]) // GOLDEN_BLOCK_SIZE)
+    engine = golden_engine(case, num_blocks=2 * blocks_of_prompt + 1)
+    for number, request_id in enumerate("ab"):
+        add_golden(engine, case, request_id)
+        # Otherwise the second one would share the blocks of the first.
+        engine.requests[request_id, 0].prompt.cache_salt = bytes([number])
+        send_golden(engine, case, request_id)
+    outputs = outputs_of(engine)
+    expected = case.expected["greedy_ids"], "length"
+    assert [answer(outputs, request_id) for request_id in "ab"] == [expected] * 2
+    assert engine.scheduler.num_preemptions > 0
 
 
 def image_ranges(case: GoldenCase) -> list[tuple[int, int]]:
