@@ -28,6 +28,15 @@ CONTAINERS = ("state_dict", "module", "model")
 """The keys under which training programs keep the weights; the first one counts."""
 WRAPPER = "module."
 """What precedes the names in `module`, because training wrapped the model."""
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    ValueError,
+    struct.error,
+)
+"""What the standard library raises for archives that are damaged."""
 ENTRY_HEADER = struct.Struct("<4s2xHH16xHH")
 """Of an entry's own header: signature, flags, compression, length of the name and of the rest."""
 ENTRY_SIGNATURE = b"PK\x03\x04"
@@ -96,7 +105,7 @@ class Archive:
             directory = zipfile.ZipFile(file)
         except BadCheckpoint:
             raise
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+        except ZIP_ERRORS as e:
             raise BadCheckpoint("it is not a whole zip archive; download it again") from e
         self._end = directory.start_dir
         """Where the entries end, and the archive's directory begins."""
@@ -135,14 +144,15 @@ class Archive:
             raise BadCheckpoint(f"{shown(name)} is missing in its archive")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise BadCheckpoint("its archive is compressed; save it again with torch.save")
-        self._file.seek(max(entry.header_offset, 0))
+        if not 0 <= entry.header_offset <= self._end:
+            raise BadCheckpoint(f"the entry {shown(name)} of its archive is not what it claims")
+        self._file.seek(entry.header_offset)
         header = self._file.read(ENTRY_HEADER.size)
         if len(header) < ENTRY_HEADER.size:
             raise BadCheckpoint("it is cut off; download it again")
         signature, flags, compression, name_size, rest_size = ENTRY_HEADER.unpack(header)
         if (
-            entry.header_offset < 0
-            or signature != ENTRY_SIGNATURE
+            signature != ENTRY_SIGNATURE
             or flags & ENCRYPTED
             or compression != zipfile.ZIP_STORED
             or self._file.read(name_size) != raw_name(entry)

@@ -267,6 +267,19 @@ def test_an_entry_that_reaches_into_the_directory_is_refused(
     assert "cut off" in refusal(file)
 
 
+def test_an_entry_beyond_all_files_is_refused(archive: Callable[..., Path]) -> None:
+    """Its place takes 64 bits, which no file position does."""
+    file = archive()
+    data = central(b"a/data/0", 42, "<I", 2**32 - 1)(file.read_bytes())
+    data = central(b"a/data/0", 30, "<H", 12)(data)
+    end = data.rindex(b"a/data/0") + 8
+    data = data[:end] + struct.pack("<HHQ", 1, 8, 2**64 - 1) + data[end:]
+    size = data.rindex(b"PK\x05\x06") + 12
+    (directory_bytes,) = struct.unpack_from("<I", data, size)
+    file.write_bytes(data[:size] + struct.pack("<I", directory_bytes + 12) + data[size + 4 :])
+    assert "not what it claims" in refusal(file)
+
+
 def test_two_entries_of_one_name_are_refused(archive: Callable[..., Path]) -> None:
     file = archive()
     with pytest.warns(UserWarning), zipfile.ZipFile(file, "a") as made:
