@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from common.checkpoint import BadCheckpoint, open_checkpoint
+from common.config import BadSetting
 from common.families import FAMILIES as DESCRIPTIONS
+from common.settings import CompileSettings
 from common.vision_artefact import VisionArtefact, open_artefact, sha256_of
 from compute.linear import Linear
 from services.vision import compile as compile_module
@@ -206,6 +208,29 @@ def test_the_tower_of_every_family_is_compiled(model_type: str, tmp_path: Path) 
         expected = eager.encode(patches, shape).numpy()
         found = tower.encode(patches, shape).numpy()
         assert max_difference(found, expected) < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"buckets": ""}, "--buckets"),
+        ({"buckets": "63"}, "--buckets 63.*multiples of 4"),
+        ({"buckets": "64,no"}, "--buckets 64,no"),
+        ({"out": ""}, "--out"),
+        ({"out": "."}, r"--out \..*exists"),
+        ({"model": "/no/such"}, "/no/such"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(changed: dict[str, str], words: str) -> None:
+    given = {"model": str(CASE.checkpoint), "buckets": "64", "out": "/no/such/folder"}
+    with pytest.raises((BadSetting, BadCheckpoint), match=words):
+        compile_module.main(CompileSettings(**given | changed))
+
+
+def test_others_may_read_the_artefact(folder: Path) -> None:
+    """The user of a container is not the one who compiled it."""
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in folder.iterdir())
 
 
 def test_a_model_without_a_vision_tower_is_refused(

@@ -71,6 +71,7 @@ class TorchExport:
         # Cloned, because a safetensors file holds no views of other tensors.
         stored = {names[key]: weight.detach().clone() for key, weight in weights.items()}
         save_file(stored, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors lets only the owner read it
         num_bytes = sum(weight.nbytes for weight in stored.values())
         report(f"weights: {len(stored)} tensors, {num_bytes / 2**20:.1f} MiB")
         return [WEIGHTS, *written]
