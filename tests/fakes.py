@@ -44,6 +44,7 @@ class FakeMember:
     """
 
     def __init__(self) -> None:
+        self.id = "fake-1"
         self.links = FakeLinks()
         self.progress = Progress()
         self.missing: list[str] | None = None
