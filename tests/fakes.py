@@ -46,6 +46,7 @@ class FakeMember:
     id = "me"
 
     def __init__(self) -> None:
+        self.id = "fake-1"
         self.links = FakeLinks()
         self.progress = Progress()
         self.missing: list[str] | None = None
