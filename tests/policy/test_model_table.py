@@ -14,7 +14,8 @@ from tests.golden import GoldenCase
 from tests.policy.sources import ROOT
 
 HEADER = (
-    "| model | `--tp` | dtypes | image | video | text alone | streamed | guided | `int8` | service |"
+    "| model | `--tp` | dtypes | image | video | text alone "
+    "| streamed | guided | `int8` | service |"
 )
 SERVICES: dict[Task, str] = {
     "generate": "chat completions; gRPC `Generate`",
@@ -33,18 +34,23 @@ class Model:
 
 
 def qwen25(title: str, layers: int, hidden: int, heads: int, kv: int, inner: int) -> Model:
-    sizes = dict(num_heads=heads, num_kv_heads=kv, intermediate_size=inner, head_dim=128)
-    more = dict(vocab_size=152064, hidden_size=hidden, num_layers=layers)
+    sizes = {"num_heads": heads, "num_kv_heads": kv, "intermediate_size": inner, "head_dim": 128}
+    more = {"vocab_size": 152064, "hidden_size": hidden, "num_layers": layers}
     return Model(title, GoldenCase("e_video"), sizes | more)
 
 
 def vlmo(title: str, case: str, width: int, heads: int) -> Model:
-    sizes = dict(hidden_size=width, num_heads=heads, intermediate_size=4 * width, vocab_size=30522)
+    sizes = {
+        "hidden_size": width,
+        "num_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": 30522,
+    }
     return Model(title, GoldenCase(case, "vlmo"), sizes)
 
 
-QWEN_VL = dict(num_heads=32, num_kv_heads=32, intermediate_size=11008, vocab_size=151936)
-WEMM = dict(num_heads=32, num_kv_heads=8, intermediate_size=14336, vocab_size=92544)
+QWEN_VL = {"num_heads": 32, "num_kv_heads": 32, "intermediate_size": 11008, "vocab_size": 151936}
+WEMM = {"num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336, "vocab_size": 92544}
 MODELS = (
     qwen25("Qwen2.5-VL-3B", 36, 2048, 16, 2, 11008),
     qwen25("Qwen2.5-VL-7B, RolmOCR, olmOCR", 28, 3584, 28, 4, 18944),
