@@ -227,6 +227,13 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case: GoldenCase) ->
     assert (logits.argmax(1) == expected.argmax(1))[clear].all()
 
 
+def test_float16_is_near_to_float32_behind_a_video() -> None:
+    case = GoldenCase("e_video")
+    logits = forced_logits(runner_of(case, torch.float16), case, 16)
+    assert max_difference(logits, case.tensors["greedy_logits"]) < 0.05
+    assert logits.argmax(1).tolist() == case.expected["greedy_ids"]
+
+
 @pytest.mark.skipif(int8_kernels() is None, reason="no AVX2, or no compiler")
 def test_int8_computes_with_the_weights_that_its_bytes_mean(
     case: GoldenCase, monkeypatch: pytest.MonkeyPatch

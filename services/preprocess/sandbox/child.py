@@ -74,9 +74,8 @@ def load(setup: Setup) -> Workbench:
     workbench = Workbench(preprocessor)
     if rules.chat_prompt is not None:
         return workbench
-    for kind, token_id in preprocessor.placeholder_ids.items():
-        if token_id is not None and preprocessor.placeholder_of(kind) is None:
-            raise BadCheckpoint(f"the vocabulary has no token {token_id} for {kind}s")
+    if preprocessor.placeholder_id is not None and preprocessor.placeholder is None:
+        raise BadCheckpoint(f"the vocabulary has no token {preprocessor.placeholder_id} for images")
     # The template comes from elsewhere, and constant expressions in it are computed at once.
     limit_memory()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
