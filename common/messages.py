@@ -620,6 +620,8 @@ class Pooled(RequestMessage):
     num_prompt_tokens: Count = 0
     timings: Tensor | None = None
     """UTF-8 JSON: the stage timings."""
+    num_image_tokens: Count = 0
+    """The tokens of the prompt that stand for images."""
 
 
 LlmToGateway = Failed | Alone | Pooled

@@ -329,7 +329,7 @@ class GatewayCore:
             return
         self._on_first_token(record)
         self._failover.on_tokens(record, is_end=True)
-        usage = Usage(prompt_tokens=pooled.num_prompt_tokens)
+        usage = Usage(prompt_tokens=pooled.num_prompt_tokens, image_tokens=pooled.num_image_tokens)
         if record.request.task == "generate":
             record.add_tokens(Piece(0, [], pool.best_label, []))
             self._finish(record, Ended("stop", usage, record.complete(timings)))

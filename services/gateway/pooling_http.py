@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,22 +78,22 @@ class Embeddings(Endpoint[AskedEmbeddings]):
     async def answer(
         self, asked: AskedEmbeddings, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        num_tokens = 0
+        num_tokens = Counter[str]()
 
         def write(index: int, result: Result) -> msgspec.Raw:
             """Return an entry of the answer as JSON.
 
             All entries at once would keep the event loop busy for long.
             """
-            nonlocal num_tokens
-            num_tokens += result.usage.prompt_tokens
+            num_tokens["prompt_tokens"] += result.usage.prompt_tokens
+            num_tokens["image_tokens"] += result.usage.image_tokens
             check_dimensions(result, asked.dimensions)
             return msgspec.Raw(msgspec.json.encode(embedding_body(index, result, asked.is_base64)))
 
         data = await results_of(self.core, asked.requests, write)
         body = head(f"embd-{scope['request_id']}", self.core.model_name) | {
             "data": data,
-            "usage": usage_body(Usage(prompt_tokens=num_tokens)),
+            "usage": usage_body(Usage(**num_tokens)),
         }
         await json_response(body)(scope, receive, send)
 

@@ -310,6 +310,7 @@ class Worker:
             values=Tensor.of(output.values),
             labels=self._labels,
             num_prompt_tokens=request.num_prompt_tokens,
+            num_image_tokens=request.num_item_tokens,
             timings=Tensor.of_bytes(timings_of(request)),
         )
         self._member.links.send(prompt.gateway_id, pooled)

@@ -25,6 +25,7 @@ def pooled(values: Any = (0.1, 0.7, 0.2), labels: Any = LABELS, attempt: int = 0
         values=Tensor.of(np.array(values, np.float32)),
         labels=None if labels is None else Tensor.of_text(json.dumps(labels)),
         num_prompt_tokens=9,
+        num_image_tokens=4,
         timings=Tensor.of_text(json.dumps({"prefill_seconds": 0.5})),
     )
 
@@ -69,7 +70,7 @@ async def test_the_probabilities_and_labels_end_a_classification() -> None:
     assert isinstance(began, Began) and isinstance(result, Result)
     assert result.labels == LABELS
     np.testing.assert_allclose(result.values, [0.1, 0.7, 0.2])
-    assert result.usage == Usage(prompt_tokens=9)
+    assert result.usage == Usage(prompt_tokens=9, image_tokens=4)
     assert result.timings["prefill_seconds"] == 0.5 and result.timings["total_seconds"] > 0
     assert gateway.is_idle and gateway.aborts() == []
 
