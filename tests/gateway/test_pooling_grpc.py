@@ -48,7 +48,7 @@ async def test_all_labels_come_the_most_likely_first(stub: Any, core: FakeCore) 
     assert answer.usage.prompt_tokens == 9 and answer.timings.total_seconds == 2
     [request] = core.requests
     assert request.task == "classify" and [bytes(image) for image in request.images] == [b"picture"]
-    assert request.timeout is not None and request.timeout <= 50
+    assert request.timeout is not None and request.timeout < 60  # gRPC rounds it
 
 
 async def test_the_best_labels_are_enough_if_the_client_says_so(stub: Any) -> None:
