@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import checkpoints, passes, scheduling
+from benchmarks.families import RECIPES
 from benchmarks.passes import BLOCK_SIZE, CPU, PICTURES, Case, Pass
 from common.checkpoint import Checkpoint, open_checkpoint
 from compute.device import Device, choose_dtype
@@ -163,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         default="mid",
-        help="mid or 3b (made if missing), or a model directory",
+        help=f"{', '.join(RECIPES)} (made if missing), or a model directory",
     )
     parser.add_argument(
         "--folder",
@@ -191,9 +192,29 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def runner_of(
+    options: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype
+) -> ModelRunner:
+    blocks_of_batch = max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
+    return ModelRunner(
+        checkpoint,
+        dtype,
+        CPU,
+        passes.PROMPT_TOKENS // BLOCK_SIZE + blocks_of_batch,
+        BLOCK_SIZE,
+        quantization=options.quantization,
+    )
+
+
 def choose_passes(
-    options: argparse.Namespace, checkpoint: Checkpoint, runner: ModelRunner, dtype: torch.dtype
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    runner: ModelRunner | None,
+    dtype: torch.dtype,
 ) -> list[Pass]:
+    if runner is None:
+        found = passes.of_pooling(checkpoint, dtype)
+        return found[:1] if options.quick else found
     found = passes.of_language(runner, checkpoint, dtype, options.context)
     if options.decode_only:
         return found[: len(passes.BATCHES)]
@@ -216,12 +237,8 @@ def main() -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
-    num_blocks = passes.PROMPT_TOKENS // BLOCK_SIZE + max(passes.BATCHES) * (
-        options.context // BLOCK_SIZE + 4
-    )
-    runner = ModelRunner(
-        checkpoint, dtype, CPU, num_blocks, BLOCK_SIZE, quantization=options.quantization
-    )
+    decodes = checkpoint.sizes.num_kv_heads > 0
+    runner = runner_of(options, checkpoint, dtype) if decodes else None
     timed_passes = choose_passes(options, checkpoint, runner, dtype)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {
@@ -236,19 +253,15 @@ def main() -> None:
         f"\nplain reading of {num_bytes / BIG:.2f} GB: {bandwidth / BIG:.1f} GB/s (best "
         f"{num_bytes / min(measured.seconds['read']) / BIG:.1f})"
     )
-    found = report(measured, timed_passes, bandwidth)
-    overhead = scheduling.overhead(runner, checkpoint, num_blocks, BLOCK_SIZE, options.context)
-    print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
-    print(
-        json.dumps(
-            conditions
-            | {
-                "read_gb_per_s": round(bandwidth / BIG, 2),
-                "passes": found,
-                "scheduling_overhead": round(overhead, 4),
-            }
-        )
-    )
+    results: dict[str, object] = {
+        "read_gb_per_s": round(bandwidth / BIG, 2),
+        "passes": report(measured, timed_passes, bandwidth),
+    }
+    if runner is not None:
+        overhead = scheduling.overhead(runner, checkpoint, BLOCK_SIZE, options.context)
+        print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
+        results["scheduling_overhead"] = round(overhead, 4)
+    print(json.dumps(conditions | results))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from common.checkpoint import Checkpoint
 from compute.kernels.operations import attention, attention_by_torch, kernels_for
 from compute.linear import Linear, can_pack
 from compute.quantization import Int8Linear
+from services.llm import families as llm_families
 from services.llm.attention import GatheredAttention
 from services.llm.decoder import Decoder
 from services.llm.model_runner import ModelRunner
+from services.llm.pooling_model import PooledInput
 from services.llm.step_plan import StepPlan
 from services.preprocess import families as preprocess_families
 from services.vision import families as vision_families
@@ -29,6 +31,9 @@ from services.vision.tower_thread import ItemShape
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 BATCHES = (1, 16)
+POOLING_BATCHES = (1, 4)
+TOKEN = 200
+"""Any id of an ordinary token."""
 PROMPT_TOKENS = 1000
 ITEM_TOKENS = 900
 """The tokens of a prompt that are an item's, for models that compute something else for them."""
@@ -299,6 +304,20 @@ def of_vision(checkpoint: Checkpoint, dtype: torch.dtype, pictures: list[str]) -
         if name not in found:
             found[name] = Pass(name, run, parts_of(recorded(tower, run), dtype, "vision "))
     return list(found.values())
+
+
+def of_pooling(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Pass]:
+    """Return the passes of a model whose prompts take one step: an item and the longest text."""
+    model = llm_families.load_pooling(checkpoint, dtype, CPU)
+    patches, _ = prepared(checkpoint, next(iter(PICTURES)))
+    num_tokens = checkpoint.family.max_model_len(checkpoint)
+    found = []
+    for batch in POOLING_BATCHES:
+        given = [PooledInput(torch.full((num_tokens,), TOKEN), patches)] * batch
+        run = partial(model.pool, given)
+        name = f"one step of {batch} x {num_tokens} tokens"
+        found.append(Pass(name, run, parts_of(recorded(model, run), dtype)))
+    return found
 
 
 def prepared(checkpoint: Checkpoint, picture: str) -> tuple[Tensor, ItemShape]:

@@ -23,9 +23,7 @@ BATCH = 16
 STEPS = 20
 
 
-def overhead(
-    runner: ModelRunner, checkpoint: Checkpoint, num_blocks: int, block_size: int, context: int
-) -> float:
+def overhead(runner: ModelRunner, checkpoint: Checkpoint, block_size: int, context: int) -> float:
     """Return the share of a decode step at batch 16 that is not the forward pass.
 
     Only the CPU time of this thread counts, not the time it waits.
@@ -39,6 +37,7 @@ def overhead(
         return logits
 
     eos = checkpoint.eos_token_ids
+    num_blocks = runner._kv_cache.shape[2]
     scheduler = Scheduler(BlockPool(num_blocks), block_size, BATCH, BATCH * context)
     engine = Engine(
         scheduler,

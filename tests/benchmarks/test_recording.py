@@ -67,3 +67,11 @@ def test_a_tower_is_recorded_whatever_its_family() -> None:
         Attention(1, 256, 1024, 1, 1, 128, False, False, False): 1,
     }
     assert {label for label, _ in products_in(tower)} == {each.label for each in calls.products}
+
+
+def test_a_model_of_one_step_is_recorded_with_the_bias_of_its_attention() -> None:
+    checkpoint = open_checkpoint(GoldenCase("vqa_base", "vlmo").checkpoint)
+    found = passes.of_pooling(checkpoint, torch.float32)
+    assert [each.name for each in found] == [f"one step of {n} x 57 tokens" for n in (1, 4)]
+    attention = next(part for part in found[1].parts if not part.is_linear)
+    assert attention.name == "attention 4 x 57, 8 heads of 8 bias mask" and attention.count == 5
