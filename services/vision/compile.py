@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +52,11 @@ from services.vision.plans import (
     values_of,
     with_tensors,
 )
-from services.vision.sample_shapes import shapes
+from services.vision.sample_shapes import samples
 from services.vision.static_tower import StaticTower
 
 COLUMNS_PER_CHUNK = 640
 """The widest part of the embeddings that leaves a card at once, if they leave in chunks."""
-NUM_COMPARED_PLANS = 8
-"""The shapes of items whose plans are compared before a program is made of one of them."""
 MAX_PROGRAMS = 4
 """The most programs of a bucket."""
 MAX_DIFFERENCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -88,7 +85,7 @@ def export(
 ) -> list[TowerProgram]:
     """Return the programs of a bucket.
 
-    There is one, unless plans of its items differ in more than the values of tensors.
+    There is one, unless items differ in more than the values of tensors, as videos do from images.
 
     Raises
     ------
@@ -99,9 +96,9 @@ def export(
     """
     length = tower.padded_length(num_patches)
     programs: dict[Any, TowerProgram] = {}
-    for shape in islice(shapes(checkpoint, num_patches), NUM_COMPARED_PLANS):
+    for shape in samples(checkpoint, num_patches):
         plan = tower.plan(shape, length)
-        patches = torch.zeros(length, tower.values_per_patch, dtype=torch.uint8)
+        patches = noise(length, shape.frames_per_patch * tower.values_per_patch)
         inputs = inputs_of(patches, plan)
         key = (described(inputs), values_of(plan))
         if key not in programs:
@@ -220,20 +217,26 @@ def check(folder: Path, tower: AnyTower, checkpoint: Checkpoint) -> float:
     """
     artefact = open_artefact(folder)
     smallest = artefact.buckets[0]
-    shape = next(shapes(checkpoint, smallest))
-    patches = noise(math.prod(shape.grid_thw), tower.values_per_patch)
-    expected = StaticTower(tower, (smallest,)).encode(patches, shape).float()
-    found = CompiledTower(artefact, CPU).encode(patches, shape).float()
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    static = StaticTower(tower, (smallest,))
+    compiled = CompiledTower(artefact, CPU)
+    difference = 0.0
+    # The first sample of each kind has the most patches.
+    firsts = {shape.kind: shape for shape in reversed([*samples(checkpoint, smallest)])}
+    for shape in firsts.values():
+        num_values = shape.frames_per_patch * tower.values_per_patch
+        patches = noise(math.prod(shape.grid_thw), num_values)
+        expected = static.encode(patches, shape).float()
+        found = compiled.encode(patches, shape).float()
+        difference = max(difference, float((found - expected).abs().max() / expected.abs().max()))
     if not difference <= MAX_DIFFERENCES[tower.dtype]:
         raise BadGraph(f"the compiled tower differs from the model's by {difference:.1e}")
     return difference
 
 
-def noise(num_patches: int, values_per_patch: int) -> Tensor:
-    """Return random patches, equal each time."""
+def noise(num_patches: int, num_values: int) -> Tensor:
+    """Return random patches of this number of values, equal each time."""
     random = torch.Generator().manual_seed(0)
-    size = (num_patches, values_per_patch)
+    size = (num_patches, num_values)
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
 
 

@@ -27,7 +27,7 @@ from services.vision.compilers.graph import BadGraph, read_graph
 from services.vision.eager_tower import EagerTower
 from services.vision.families import FAMILIES, load
 from services.vision.item_rules import ItemRules
-from services.vision.sample_shapes import shapes
+from services.vision.sample_shapes import samples
 from services.vision.tower_thread import ItemShape
 from tests.golden import ROOT, GoldenCase, max_difference
 from tests.toy_family import tower as toy_tower
@@ -87,10 +87,12 @@ def compiled_tower(folder: Path) -> CompiledTower:
     return CompiledTower(open_artefact(folder), CPU)
 
 
-def test_the_other_golden_cases_equal_the_reference(tmp_path: Path) -> None:
-    case = GoldenCase("b_two_images_tied")
+def test_golden_videos_equal_the_reference(tmp_path: Path) -> None:
+    """Videos have programs of their own: two frames in a patch, and a mask of steps in time."""
+    case = GoldenCase("e_video")
     tower = CompiledTower(compiled(tmp_path / "made", case), CPU)
-    assert max_difference(embed(tower, case), case.tensors["image_embeds"]) < 1e-4
+    expected = case.tensors["video_embeds"]
+    assert max_difference(embed(tower, case), expected) < 1e-4
 
 
 def test_bfloat16_stays_near_the_reference(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_the_programs_have_an_output_for_each_chunk_and_share_their_weights(fold
     assert [len(graph.outputs) for graph in graphs] == [3, 3]
     assert graphs[0].weights == graphs[1].weights
     tower = sum(info.num_bytes for name, info in tower_infos().items())
-    assert (folder / "weights.safetensors").stat().st_size < 1.1 * tower
+    assert (folder / "weights.safetensors").stat().st_size < 1.25 * tower
 
 
 def tower_infos() -> dict[str, object]:
@@ -128,7 +130,8 @@ def tower_infos() -> dict[str, object]:
 
 
 def test_what_depends_on_the_grid_comes_from_outside(folder: Path) -> None:
-    program = open_artefact(folder).manifest.programs[-1]
+    programs = {program.name: program for program in open_artefact(folder).manifest.programs}
+    program = programs["1000"]
     assert (program.num_patches, program.length) == (1000, 1024)
     assert {each.name: (each.dtype, each.shape) for each in program.inputs} == {
         "patches": ("uint8", (1024, 588)),
@@ -198,16 +201,21 @@ MODELS = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_tower_of_every_family_is_compiled(model_type: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ROOT / MODELS[model_type] / "checkpoint")
-    bucket = min(1030, checkpoint.family.max_patches(checkpoint, None, None) + 6)
+    bucket = min(1040, checkpoint.family.max_patches(checkpoint, None, None) + 6)
     bucket -= bucket % checkpoint.patches_per_token
     compile_vision(checkpoint, (bucket,), torch.float32, tmp_path / "made")
     tower = CompiledTower(open_artefact(tmp_path / "made"), CPU)
     eager = EagerTower(load(checkpoint, torch.float32, CPU))
-    for shape in islice(shapes(checkpoint, bucket), 0, 99, 40):
-        patches = noise_of(math.prod(shape.grid_thw), eager._tower.values_per_patch)
+    tried = set()
+    for shape in islice(samples(checkpoint, bucket), 0, None, 2):
+        tried.add((shape.kind, shape.grid_thw[0]))
+        num_values = shape.frames_per_patch * eager._tower.values_per_patch
+        patches = noise_of(math.prod(shape.grid_thw), num_values)
         expected = eager.encode(patches, shape).numpy()
         found = tower.encode(patches, shape).numpy()
         assert max_difference(found, expected) < 1e-5 * np.abs(expected).max()
+    videos = {("video", 1), ("video", 2), ("video", 3)} if model_type == "qwen2_5_vl" else set()
+    assert tried == {("image", 1)} | videos
 
 
 @pytest.mark.parametrize(
@@ -294,8 +302,9 @@ def test_a_plan_that_no_program_was_made_for_is_an_error(
 ) -> None:
     """As after an update of Twinlens that changed what a plan is."""
     tower = compiled_tower(folder)
-    [program] = tower._programs[64]
-    tower._programs[64] = [msgspec.structs.replace(program, **change)]
+    tower._programs[64] = [
+        msgspec.structs.replace(program, **change) for program in tower._programs[64]
+    ]
     with pytest.raises(ValueError, match="compile the model again"):
         tower.encode(*noise(2, 2))
 
