@@ -86,8 +86,8 @@ def test_memory_is_what_was_planned(case: GoldenCase) -> None:
     for rank in range(8):
         model = load(checkpoint, torch.float32, CPU, Shard(rank, 8))
         (layer, *_) = model.layers
-        assert layer.qkv.product._shape == ((4 + 2) * HEAD_DIM, 256)
-        assert layer.o.product._shape == (256, 4 * HEAD_DIM)
+        assert layer.qkv.product.shape == ((4 + 2) * HEAD_DIM, 256)
+        assert layer.o.product.shape == (256, 4 * HEAD_DIM)
         shape = model.kv_cache_shape(5, BLOCK_SIZE)
         assert shape[-2:] == (1, HEAD_DIM)
         per_token = Footprint(checkpoint, 4).kv_bytes_per_token(8)
