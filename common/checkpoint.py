@@ -40,6 +40,8 @@ class Checkpoint:
     config: dict[str, Any]
     embeddings: Path | None = field(default=None, kw_only=True)
     """A file with the token embeddings, which replace those among the weights."""
+    rank: int = field(default=0, kw_only=True)
+    """Whose tensors these are, if the weights were cut into a file for each rank."""
 
     has_weights: ClassVar[bool] = True
     """Whether `tensors` can be read. Those of a compiled model have only names and shapes."""
@@ -211,7 +213,7 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The files with the weights. They need not exist."""
-        found = find_weight_files(self.path) or self.family.weight_files(self.path)
+        found = find_weight_files(self.path) or self.family.weight_files(self.path, self.rank)
         return found or [self.path / "model.safetensors"]
 
     @cached_property

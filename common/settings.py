@@ -399,6 +399,14 @@ class ExtractSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardSettings(ModelSettings):
+    """The settings of `twinlens shard`."""
+
+    tp: int = setting(2, "number of ranks, each of which gets a file", range=Range(1, 8))
+    out: str = setting("", "new folder for the model directory with the cut weights")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanSettings(ModelSettings):
     """The settings of `twinlens plan`."""
 
@@ -466,6 +474,7 @@ COMMANDS = {
     "plan": PlanSettings,
     "compile": CompileSettings,
     "extract-embeddings": ExtractSettings,
+    "shard": ShardSettings,
 }
 """The commands whose flags are settings."""
 SCALABLE_ROLES = ("vision", "preprocess", "llm", "detokenizer")

@@ -13,6 +13,7 @@ from common.settings import (
     ExtractSettings,
     PlanSettings,
     ServeSettings,
+    ShardSettings,
 )
 from services.commands import control, convert, generate
 from services.commands.compile import compile_model
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("plan", "show a model's memory and the vision replicas per language group")
     add("compile", "compile a model's vision tower for fixed patch counts")
     add("extract-embeddings", "write a model's token embeddings to a file of their own")
+    add("shard", "write a model's weights as a file for each tensor-parallel rank")
     converting = add("convert", "write a copy of a model with other names of its tensors")
     generate.add_generate_arguments(ask)
     control.add_status_arguments(status)
@@ -78,6 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
             return plan(from_namespace(PlanSettings, arguments))
         case "compile":
             return compile_model(from_namespace(CompileSettings, arguments))
+        case "shard":
+            from services.commands.shard import shard
+
+            return shard(from_namespace(ShardSettings, arguments))
         case "extract-embeddings":
             from services.commands.extract import extract
 

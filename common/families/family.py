@@ -63,6 +63,8 @@ class ModelSizes:
     They change nothing: such heads have no weight in the output."""
     shares_vocabulary: bool = True
     """Whether each rank holds a part of the vocabulary's rows."""
+    only_world_size: int = 0
+    """The number of ranks for which the weights were cut into files; 0 if they are whole."""
 
     def heads_per_rank(self, world_size: int) -> int:
         """Return the query heads of each of `world_size` ranks, those of zeros included.
@@ -102,6 +104,8 @@ class ModelSizes:
 
         Ranks share a key head if there are fewer key heads than ranks.
         """
+        if self.only_world_size and world_size != self.only_world_size:
+            return False
         if self.intermediate_size % world_size:
             return False
         if self.shares_vocabulary and self.vocab_size % world_size:
@@ -112,13 +116,24 @@ class ModelSizes:
 
     def check_fits(self, world_size: int) -> None:
         """Raise BadCheckpoint if `world_size` ranks cannot share the model."""
-        if not self.fits(world_size):
-            fitting = ", ".join(str(size) for size in TP_SIZES if self.fits(size))
+        if self.fits(world_size):
+            return
+        if self.only_world_size:
             raise BadCheckpoint(
-                f"{self.num_heads} heads, {self.num_kv_heads} key heads, an MLP of "
-                f"{self.intermediate_size} and a vocabulary of {self.vocab_size} cannot be shared "
-                f"by {world_size} ranks: use --tp {fitting}"
+                f"the weights were cut for {self.only_world_size} ranks: use --tp "
+                f"{self.only_world_size}, or the file that they were cut from"
             )
+        fitting = ", ".join(str(size) for size in TP_SIZES if self.fits(size))
+        parts = [f"{self.num_heads} heads"]
+        if self.num_kv_heads:
+            parts.append(f"{self.num_kv_heads} key heads")
+        parts.append(f"an MLP of {self.intermediate_size}")
+        if self.shares_vocabulary:
+            parts.append(f"a vocabulary of {self.vocab_size}")
+        raise BadCheckpoint(
+            f"{', '.join(parts[:-1])} and {parts[-1]} cannot be shared by {world_size} ranks: use "
+            f"--tp {fitting}"
+        )
 
 
 class Family(ABC):
@@ -166,12 +181,16 @@ class Family(ABC):
         """
         return config.get("model_type") == self.model_type
 
-    def weight_files(self, path: Path) -> list[Path]:
+    def weight_files(self, path: Path, rank: int = 0) -> list[Path]:
         """Return the files with the weights of a directory that has them in no usual place.
 
         The usual places are those of Hugging Face: `model.safetensors` and `pytorch_model.bin`, and
-        their shards.
+        their shards. `rank` chooses among the files of weights that were cut for each rank.
         """
+        return []
+
+    def part_files(self, path: Path, world_size: int) -> list[Path]:
+        """Return the files into which `twinlens shard` cuts weights, one for each rank."""
         return []
 
     def tasks_of(self, checkpoint: "Checkpoint") -> tuple[Task, ...]:

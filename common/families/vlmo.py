@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CONFIG = "vlmo_config.json"
 LABELS = "answer2label.txt"
+PARTS = "part_model"
+"""The folder with a folder for each rank, if the weights were cut."""
+PART_FILE = "cut_VQA_weights.pt"
 BIAS_TABLE = "relative_position_bias_table"
 IMAGE_POSITIONS = "transformer.pos_embed"
 CLASSIFIER = "vqa_classifier."
@@ -57,8 +60,13 @@ class Vlmo(Family):
             return config.get("model_type") == self.model_type
         return (path / self.vocabulary_file).exists() and bool(self.weight_files(path))
 
-    def weight_files(self, path: Path) -> list[Path]:
+    def weight_files(self, path: Path, rank: int = 0) -> list[Path]:
+        if (path / PARTS).is_dir():
+            return [path / PARTS / str(rank) / PART_FILE]
         return sorted(path.glob("*.pt"))
+
+    def part_files(self, path: Path, world_size: int) -> list[Path]:
+        return [path / PARTS / str(rank) / PART_FILE for rank in range(world_size)]
 
     def tasks_of(self, checkpoint: "Checkpoint") -> tuple[Task, ...]:
         """Return the task that the file's head is for. Raises BadCheckpoint if it has no head."""
@@ -73,7 +81,8 @@ class Vlmo(Family):
         )
 
     def check(self, checkpoint: "Checkpoint") -> None:
-        """Raises BadCheckpoint if a tensor is not known, or a label is missing."""
+        """Raises BadCheckpoint if a tensor is not known, a label is missing, or vlmo_config.json
+        contradicts the tensors."""
         if len(files := self.weight_files(checkpoint.path)) > 1:
             names = ", ".join(file.name for file in files)
             raise BadCheckpoint(f"{checkpoint.path} holds {names}: leave one model there")
@@ -81,6 +90,7 @@ class Vlmo(Family):
         for name in checkpoint.tensors:
             if not name.startswith((*known, BIAS_TABLE)) and not IGNORED.fullmatch(name):
                 raise BadCheckpoint(f"{checkpoint.path}: {name} is no tensor of VLMo")
+        check_config(checkpoint)
         if "classify" in self.tasks_of(checkpoint):
             labels(checkpoint)
 
@@ -101,21 +111,22 @@ class Vlmo(Family):
         blocks = [name for name in checkpoint.tensors if name.endswith(".norm1.weight")]
         num_heads = heads_of(checkpoint, width, len(blocks))
         inner, _ = shape_of(checkpoint, "transformer.blocks.0.mlp_text.fc1.weight")
+        num_parts = num_parts_of(checkpoint.path)
         return ModelSizes(
             vocab_size=vocab_size,
             hidden_size=width,
-            intermediate_size=inner,
+            intermediate_size=inner * max(num_parts, 1),
             num_layers=len(blocks),
             num_heads=num_heads,
             num_kv_heads=0,
             head_dim=width // num_heads,
             shares_vocabulary=False,
+            only_world_size=num_parts,
         )
 
     def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int:
-        split = ("qkv.weight", "q_bias", "v_bias", "proj.weight", "fc1.weight", "fc1.bias")
-        is_split = name.startswith("transformer.blocks.") and name.endswith((*split, "fc2.weight"))
-        return world_size if is_split else 1
+        is_whole = cut_dim(name) is None or sizes.only_world_size
+        return 1 if is_whole else world_size
 
     def patches_per_token(self, checkpoint: "Checkpoint") -> int:
         return 1
@@ -155,6 +166,52 @@ class Vlmo(Family):
 
     def labels(self, checkpoint: "Checkpoint") -> tuple[str, ...]:
         return labels(checkpoint) if "classify" in self.tasks_of(checkpoint) else ()
+
+
+def cut_dim(name: str) -> int | None:
+    """Return the dimension along which ranks share a tensor; None if each holds it whole."""
+    if not name.startswith("transformer.blocks."):
+        return None
+    if name.endswith(("qkv.weight", "q_bias", "v_bias", "fc1.weight", "fc1.bias")):
+        return 0
+    return 1 if name.endswith(("attn.proj.weight", "fc2.weight")) else None
+
+
+def num_parts_of(path: Path) -> int:
+    """Return for how many ranks the weights of a directory were cut; 0 if they are whole.
+
+    Raises BadCheckpoint if a part is missing.
+    """
+    if not (path / PARTS).is_dir():
+        return 0
+    names = {entry.name for entry in (path / PARTS).iterdir() if (entry / PART_FILE).is_file()}
+    if names != {str(rank) for rank in range(len(names))}:
+        raise BadCheckpoint(
+            f"{path / PARTS} has no folder for each rank, named 0, 1, ...: cut the weights again"
+        )
+    return len(names)
+
+
+def check_config(checkpoint: "Checkpoint") -> None:
+    """Raise BadCheckpoint if vlmo_config.json says other sizes than the tensors."""
+    sizes = checkpoint.sizes
+    pixels = grid_side(checkpoint) * patch_size(checkpoint)
+    shown = {
+        "embed_dim": sizes.hidden_size,
+        "depth": sizes.num_layers,
+        "num_heads": sizes.num_heads,
+        "image_size": pixels,
+        "patch_size": patch_size(checkpoint),
+        "vocab_size": sizes.vocab_size,
+        "max_text_len": max_text_len(checkpoint),
+    }
+    said = read_optional_json(checkpoint.path / CONFIG)
+    for name, size in shown.items():
+        if said.get(name, size) != size:
+            raise BadCheckpoint(
+                f"{checkpoint.path}: {name} in {CONFIG} is {said[name]!r:.80}, but the weights are "
+                f"of {size}; images are resized to the {pixels} pixels of the weights"
+            )
 
 
 def shape_of(checkpoint: "Checkpoint", name: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Loads one rank's share of a decoder's tensors, whatever a family calls them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -45,6 +46,8 @@ class ShardLoader:
         self.device = device
         self.shard = shard
         self._product = Int8Linear if quantization == "int8" else Linear
+        if self.sizes.only_world_size:
+            checkpoint = replace(checkpoint, rank=shard.rank)
         tower = checkpoint.family.tower_prefixes
         self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), report_loading)
 
@@ -110,9 +113,25 @@ class ShardLoader:
 
     def _part(self, name: str, shape: tuple[int, ...], dim: int, bounds: Bounds) -> Tensor:
         first, last, num_zeros = bounds
+        if self.sizes.only_world_size:
+            shape, first, last = self._in_own_file(shape, dim, first, last)
         part = self._weights.slice(name, shape, dim, first, last, self.dtype, self.device)
         if not num_zeros:
             return part
         zeros = list(part.shape)
         zeros[dim] = num_zeros
         return torch.cat((part, part.new_zeros(zeros)), dim)
+
+    def _in_own_file(
+        self, shape: tuple[int, ...], dim: int, first: int, last: int
+    ) -> tuple[tuple[int, ...], int, int]:
+        """Return the shape and the bounds of a part in the rank's own file.
+
+        What ranks share is one block, or several one after the other as in `qkv`. The file has the
+        rank's part of each block.
+        """
+        num_ranks = self.shard.world_size
+        length = last - first
+        start = first // (length * num_ranks) * length
+        own = tuple(size // num_ranks if i == dim else size for i, size in enumerate(shape))
+        return own, start, start + length

@@ -133,7 +133,7 @@ class Unusual(Qwen25VL):
     def recognises(self, path: Path, config: dict[str, Any]) -> bool:
         return not config and (path / "words.txt").exists()
 
-    def weight_files(self, path: Path) -> list[Path]:
+    def weight_files(self, path: Path, rank: int = 0) -> list[Path]:
         return list(path.glob("*.pt"))
 
 

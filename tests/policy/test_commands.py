@@ -61,6 +61,7 @@ def flags_in(text: str) -> set[str]:
     [
         ("serve", SERVE),
         ("extract-embeddings", "--help --model --out"),
+        ("shard", "--help --model --out --tp"),
         ("generate", GENERATE),
         ("status", STATUS),
         ("plan", PLAN),

@@ -23,6 +23,12 @@ POOLING_FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], PoolingModel]] =
 """The same for models that generate no text."""
 
 
+Pieces = Callable[[str, tuple[int, ...], Shard], list[tuple[int, int, int]]]
+"""Returns (dimension, first, last) of each piece of a tensor that is a rank's; none if all is."""
+PIECES: dict[str, Pieces] = {"vlmo": vlmo.pieces}
+"""How `twinlens shard` cuts the tensors of a family."""
+
+
 def load(
     checkpoint: Checkpoint,
     dtype: torch.dtype,

@@ -231,6 +231,21 @@ def add(x: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     return x + part if scale is None else torch.addcmul(x, part, scale)
 
 
+def pieces(name: str, shape: tuple[int, ...], shard: Shard) -> list[tuple[int, int, int]]:
+    """Return (dimension, first, last) of the pieces of a tensor that are a rank's.
+
+    There are none if it needs the whole tensor. Queries, keys and values stand one after the other,
+    and ranks share each.
+    """
+    dim = family_rules.cut_dim(name)
+    if dim is None:
+        return []
+    num_blocks = 3 if name.endswith("qkv.weight") else 1
+    block = shape[dim] // num_blocks
+    first, last = shard.split(block)
+    return [(dim, block * i + first, block * i + last) for i in range(num_blocks)]
+
+
 def load(checkpoint: Checkpoint, loader: ShardLoader) -> Vlmo:
     """Return one rank's share of the model."""
     sizes = loader.sizes

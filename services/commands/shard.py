@@ -1,0 +1,19 @@
+"""`twinlens shard`: writes the weights of a model as a file for each tensor-parallel rank."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+from common.config import flag
+from common.settings import ShardSettings
+
+
+def shard(settings: ShardSettings) -> int:
+    """Cut the weights in a process of its own, and return its exit status.
+
+    The commands import no torch.
+    """
+    arguments = [
+        f"{flag(field.name)}={getattr(settings, field.name)}" for field in fields(settings)
+    ]
+    return subprocess.run([sys.executable, "-m", "services.llm.shard", *arguments]).returncode
