@@ -65,7 +65,18 @@ def print_members(arguments: argparse.Namespace) -> None:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         found = stub.ListMembers(control_pb2.ListMembersRequest(), timeout=TIMEOUT)
     members = [describe(member) for member in found.members]
-    print(json_line({"members": members}) if arguments.json else table(members))
+    if arguments.json:
+        print(json_line({"members": members}))
+        return
+    print(table(members))
+    if unused := unused_roles(members):
+        print(f"\nThe served model needs no {' and no '.join(unused)}.")
+
+
+def unused_roles(members: list[dict[str, Any]]) -> list[str]:
+    """Return the roles that requests to the served model do not pass, as preprocess reports it."""
+    stages = {role for member in members for role in member["stages"]}
+    return [role for role in SCALABLE_ROLES if stages and role not in stages]
 
 
 def describe(member: control_pb2.Member) -> dict[str, Any]:

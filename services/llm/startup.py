@@ -33,6 +33,8 @@ from services.llm.scheduler import Scheduler
 from services.llm.step_plan import StepPlan
 from services.llm.worker import Worker
 
+MIN_WHOLE_PROMPTS = 8
+"""A step has room for this many of the longest prompts, if the model generates no text."""
 LlmMember = Member[Any]
 """Rank 0 handles LlmInbound, the other ranks RankInbound."""
 
@@ -164,7 +166,7 @@ def meet_other_ranks(
     """
     sizes = checkpoint.sizes
     max_elements = max(
-        settings.max_num_batched_tokens * sizes.hidden_size,
+        tokens_of_step(settings, checkpoint) * sizes.hidden_size,
         settings.max_num_seqs * sizes.vocab_size // settings.tp,
     )
     # Nobody knows when the other ranks come, so this wait is no hang.
@@ -181,6 +183,13 @@ def meet_other_ranks(
 def context_of(settings: LlmSettings, checkpoint: Checkpoint) -> int:
     """Return the context in tokens, prompt and answer together."""
     return settings.max_model_len or checkpoint.max_model_len
+
+
+def tokens_of_step(settings: LlmSettings, checkpoint: Checkpoint) -> int:
+    """Return the most tokens of a step. Whole prompts cannot fill it up with parts of others."""
+    if generates(checkpoint):
+        return settings.max_num_batched_tokens
+    return max(settings.max_num_batched_tokens, MIN_WHOLE_PROMPTS * checkpoint.max_model_len)
 
 
 def size_cache(
@@ -274,7 +283,7 @@ def run_leader(
         BlockPool(cache.num_blocks),
         cache.block_size,
         settings.max_num_seqs,
-        settings.max_num_batched_tokens,
+        tokens_of_step(settings, checkpoint),
     )
     max_model_len = context_of(settings, checkpoint)
     eos_token_ids = checkpoint.eos_token_ids
