@@ -216,6 +216,24 @@ async def test_scale_is_refused_after_the_launcher_left(
     assert "FAILED_PRECONDITION: no launcher" in capsys.readouterr().err
 
 
+async def test_status_and_scale_say_which_roles_the_model_does_not_need(
+    system: System, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess = control_pb2.Member(
+        id="preprocess-1",
+        role="preprocess",
+        state=READY,
+        tasks=["classify"],
+        stages=["preprocess", "llm"],
+    )
+    await system.join(preprocess)
+    await system.join(watch=True, managed=managed(preprocess=1, llm=1))
+    assert await system.twinlens("status") == 0
+    assert "The served model needs no vision and no detokenizer." in capsys.readouterr().out
+    assert await system.twinlens("scale", "vision", "2") == 1
+    assert "needs no vision replicas" in capsys.readouterr().err
+
+
 async def test_an_autoscaled_role_cannot_be_scaled_by_hand(
     system: System, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,8 @@ from common.checkpoint import BadCheckpoint
 from common.config import BadSetting
 from common.settings import ServeSettings
 from services.launcher.checks import check
-from services.launcher.replicas import make_children
+from services.launcher.replicas import make_children, replica_counts
+from tests.golden import GoldenCase
 from tests.loopback import LOOPBACKS, free_port
 from tests.system.running import GOLDEN
 
@@ -53,6 +54,30 @@ def test_a_setting_that_cannot_work_is_refused_by_its_flag(
 ) -> None:
     with pytest.raises(BadSetting, match=words):
         check(settings(**changed))
+
+
+VLMO = {"model": str(GoldenCase("vqa_base", "vlmo").checkpoint)}
+
+
+def test_no_replica_is_started_that_the_model_does_not_need() -> None:
+    counts = replica_counts(check(settings(**VLMO)))
+    assert counts == {
+        "controller": 1,
+        "gateway": 1,
+        "preprocess": 1,
+        "llm": 1,
+        "vision": 0,
+        "detokenizer": 0,
+    }
+    assert min(replica_counts(check(settings())).values()) == 1
+
+
+@pytest.mark.parametrize(
+    "changed", [{"vision_standby": 1}, {"autoscale": "vision=1:2"}, {"vision_buckets": "16"}]
+)
+def test_settings_of_vision_replicas_are_refused_if_there_are_none(changed: dict[str, Any]) -> None:
+    with pytest.raises(BadSetting, match="no vision replicas"):
+        check(settings(**VLMO, **changed))
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:

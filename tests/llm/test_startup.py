@@ -15,7 +15,8 @@ from compute.device import Device
 from compute.torch_tensors import DTYPES
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
-from services.llm.startup import KvCache, check_settings, count_blocks, make_runner
+from services.llm.pooling_runner import PoolingRunner
+from services.llm.startup import KvCache, check_settings, count_blocks, make_runner, tokens_of_step
 from tests.golden import CASES, GoldenCase
 
 CPU = torch.device("cpu")
@@ -40,6 +41,23 @@ def test_weight_bytes_are_those_that_are_loaded(case: GoldenCase) -> None:
         read = ModelRunner(checkpoint, stored, CPU, 1, 16, shard=shard).num_bytes_read
         assert Footprint(checkpoint, stored.itemsize).rank_bytes(world_size) == read
         assert Footprint(checkpoint, 2).rank_bytes(world_size) == read // stored.itemsize * 2
+
+
+@pytest.mark.parametrize("name", ["vqa_base", "vqa_base_plus", "retrieval_base"])
+def test_a_rank_reads_the_weights_of_vlmo_that_are_planned(name: str) -> None:
+    checkpoint = open_checkpoint(GoldenCase(name, "vlmo").checkpoint)
+    for world_size in filter(checkpoint.sizes.fits, TP_SIZES):
+        shard = Shard(world_size - 1, world_size)
+        runner = PoolingRunner(checkpoint, torch.float32, CPU, shard=shard)
+        assert Footprint(checkpoint, 4).rank_bytes(world_size) == runner.num_bytes_read
+
+
+def test_a_step_has_room_for_several_whole_prompts() -> None:
+    generating = open_checkpoint(GoldenCase("d_text").checkpoint)
+    pooling = open_checkpoint(GoldenCase("vqa_base", "vlmo").checkpoint)
+    settings = LlmSettings(max_num_batched_tokens=10)
+    assert tokens_of_step(settings, generating) == 10
+    assert tokens_of_step(settings, pooling) == 8 * pooling.max_model_len
 
 
 def test_the_cpu_has_the_plain_runner() -> None:

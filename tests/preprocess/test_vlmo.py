@@ -5,16 +5,18 @@ import pytest
 
 from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest
-from common.messages import ItemKind
+from common.messages import Embeddings, Failed, ItemKind, Prompt
 from services.preprocess import families
 from services.preprocess.families import ItemLimits
 from services.preprocess.preprocessor import Preprocessor
 from tests.golden import GoldenCase, max_difference
+from tests.preprocess.builders import LLM, Preprocess, abort, arrived, rejected, reserved, submit
 
 CASES = ("vqa_base", "vqa_base_plus", "retrieval_base")
 SIDE = 4
 PATCH = 16
 TEXT_LEN = 40
+PICTURE = GoldenCase("vqa_base", "vlmo").inputs / "a.png"
 IMAGE = {"type": "image"}
 
 
@@ -61,8 +63,7 @@ def test_images_become_the_pixels_of_the_reference(name: str) -> None:
 
 def test_the_image_stands_behind_the_text_and_the_prompt_is_whole() -> None:
     preprocessor = open_case("vqa_base")
-    file = GoldenCase("vqa_base", "vlmo").inputs / "a.png"
-    item = preprocessor.prepare_item("image", file.read_bytes())
+    item = preprocessor.prepare_item("image", PICTURE.read_bytes())
     prompt = preprocessor.expand(np.array(encode(preprocessor, IMAGE, text("what"))), [item])
     assert prompt.whole and prompt.placeholders.tolist() == [[TEXT_LEN + 1, SIDE**2]]
 
@@ -98,6 +99,50 @@ def test_a_conversation_is_refused() -> None:
 def test_token_ids_of_another_form_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="chat messages only"):
         open_case("vqa_base").find_placeholders(np.array([5, 20, 6]), [])
+
+
+class Direct(Preprocess):
+    """Preprocess of a model without a tower, with one request that has room for its image."""
+
+    def __init__(self) -> None:
+        super().__init__(preprocessor=open_case("vqa_base"))
+        self.item = self.worker._preprocessor.prepare_item("image", PICTURE.read_bytes())
+        sent = self.play(submit("r", PICTURE.read_bytes(), task="classify"))
+        (self.prompt,) = (m for _, m in sent if isinstance(m, Prompt))
+        self.sent = self.play(reserved("r"))
+
+
+def test_items_go_to_the_language_group_itself_once_it_has_room() -> None:
+    direct = Direct()
+    assert (direct.prompt.task, direct.prompt.whole) == ("classify", True)
+    ((receiver, embeddings),) = direct.sent
+    assert receiver == LLM.id and isinstance(embeddings, Embeddings)
+    assert embeddings.mm_hash == direct.item.mm_hash
+    assert (embeddings.embeddings.numpy() == direct.item.patches()).all()
+    assert direct.member.missing == [], "it waits for no vision replica"
+    assert direct.play(reserved("r")) == [], "it is sent once"
+    direct.play(arrived(0))
+    assert direct.encoded == ["r"] and direct.holds_nothing
+
+
+def test_an_item_that_the_group_refuses_ends_its_request() -> None:
+    direct = Direct()
+    sent = direct.play(rejected(0))
+    assert [(m.code, m.item) for _, m in sent if isinstance(m, Failed)] == [("Internal", 0)]
+    assert direct.holds_nothing
+
+
+def test_an_abort_frees_an_item_that_is_on_its_way() -> None:
+    direct = Direct()
+    assert direct.play(abort("r")) == [] and direct.holds_nothing
+    assert direct.play(arrived(0), rejected(0)) == []
+
+
+def test_what_another_head_would_do_is_refused() -> None:
+    preprocess = Preprocess(preprocessor=open_case("vqa_base"))
+    sent = preprocess.play(submit("r", PICTURE.read_bytes(), task="embed"))
+    (failed,) = (m for _, m in sent if isinstance(m, Failed))
+    assert "cannot embed, it can classify" in failed.message
 
 
 def test_limits_of_pixels_that_no_image_keeps_are_refused() -> None:
