@@ -135,6 +135,15 @@ class Checkpoint:
         for name in (*FINGERPRINTED, *INDEXES, *self.family.optional_files):
             check_place(self.path, self.path / name)
 
+    def check_stage(self, role: str) -> None:
+        """Raise BadCheckpoint unless requests to this model pass through a role."""
+        stages = self.family.stages_of(self)
+        if role not in stages:
+            raise BadCheckpoint(
+                f"{self.path}: {self.family.title} needs no {role} service, only "
+                f"{', '.join(('gateway', *stages))} and the controller: do not start this one"
+            )
+
     @property
     def max_model_len(self) -> int:
         """The context in tokens, prompt and answer together."""

@@ -15,8 +15,6 @@ from common.messages import Task
 from common.model_files import read_file, read_optional_json
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from common.checkpoint import Checkpoint
 
 CONFIG = "vlmo_config.json"
@@ -154,15 +152,6 @@ class Vlmo(Family):
     def placeholder_id(self, checkpoint: "Checkpoint") -> int | None:
         """Return the mask token, which no text becomes."""
         return special_id(checkpoint, "[MASK]")
-
-    def objection_to_prompt(self, checkpoint: "Checkpoint", token_ids: "np.ndarray") -> str:
-        num_items = int((token_ids == self.placeholder_id(checkpoint)).sum())
-        num_patches = grid_side(checkpoint) ** 2
-        num_tokens = len(token_ids) + num_items * (num_patches - 1)
-        for wanted, placeholders in self.prompt_forms(checkpoint):
-            if (num_tokens, num_items) == (wanted, len(placeholders)):
-                return ""
-        return "the model takes chat messages only, no token ids"
 
     def labels(self, checkpoint: "Checkpoint") -> tuple[str, ...]:
         return labels(checkpoint) if "classify" in self.tasks_of(checkpoint) else ()

@@ -12,6 +12,7 @@ from services.detokenizer.worker import Worker
 
 def main(settings: DetokenizerSettings, stop: Stop) -> None:
     checkpoint = open_checkpoint(settings.model)
+    checkpoint.check_stage("detokenizer")
     member: Member[DetokenizerInbound] = Member(
         settings,
         stop,

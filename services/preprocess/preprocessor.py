@@ -64,6 +64,7 @@ class Preprocessor:
         self.placeholder_ids = checkpoint.family.placeholder_ids(checkpoint)
         self.placeholder_id = self.placeholder_ids["image"]
         self.tasks = checkpoint.family.tasks_of(checkpoint)
+        self.prompt_forms = checkpoint.family.prompt_forms(checkpoint)
         names = (known_as,) if known_as else checkpoint.names
         self.defaults = checkpoint.family.request_defaults(checkpoint, names)
 
@@ -252,7 +253,8 @@ class Preprocessor:
         Raises
         ------
         InvalidRequest
-            if the number of placeholders is not the number of items.
+            if the number of placeholders is not the number of items, or the model takes no prompt
+            of this form.
         """
         found = self.find_placeholders(token_ids, [item.kind for item in items])
         lengths = np.array([item.num_tokens for item in items], dtype=np.int64)
@@ -260,6 +262,9 @@ class Preprocessor:
         repeats[found] = lengths
         offsets = found + np.cumsum(lengths - 1) - (lengths - 1)
         expanded = np.repeat(token_ids, repeats)
+        form = (len(expanded), tuple(zip(offsets.tolist(), lengths.tolist(), strict=True)))
+        if self.prompt_forms is not None and form not in self.prompt_forms:
+            raise InvalidRequest("this model takes chat messages only: send no token ids")
         positions, rope_delta = self.rules.positions(len(expanded), offsets.tolist(), items)
         return ExpandedPrompt(
             expanded,

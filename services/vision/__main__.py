@@ -25,6 +25,7 @@ from services.vision.worker import Worker
 def main(settings: VisionSettings, stop: Stop) -> None:
     artefact = open_given_artefact(settings)
     checkpoint = artefact.checkpoint if artefact else open_checkpoint(settings.model)
+    checkpoint.check_stage("vision")
     buckets = (
         artefact.buckets
         if artefact

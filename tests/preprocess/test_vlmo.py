@@ -96,9 +96,16 @@ def test_a_conversation_is_refused() -> None:
         open_case("vqa_base").render([{"role": "system", "content": "x"}])
 
 
-def test_token_ids_of_another_form_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("num_before", "num_after"), [(TEXT_LEN, 0), (0, TEXT_LEN + 1), (TEXT_LEN + 2, 0)]
+)
+def test_token_ids_of_another_form_are_refused(num_before: int, num_after: int) -> None:
+    preprocessor = open_case("vqa_base")
+    item = preprocessor.prepare_item("image", PICTURE.read_bytes())
+    placeholder = preprocessor.placeholder_ids["image"]
+    token_ids = np.array([*[5] * num_before, placeholder, *[5] * num_after])
     with pytest.raises(InvalidRequest, match="chat messages only"):
-        open_case("vqa_base").find_placeholders(np.array([5, 20, 6]), [])
+        preprocessor.expand(token_ids, [item])
 
 
 class Direct(Preprocess):
