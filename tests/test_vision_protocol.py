@@ -18,9 +18,9 @@ from common.item_hash import item_hash
 from common.member import Posted
 from common.messages import Embeddings, ItemReceived, ItemRejected, Peer, RequestKey
 from services.preprocess.dispatcher import Dispatcher
-from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import Handover, PendingItem
 from services.preprocess.metrics import PreprocessMetrics
+from services.preprocess.prepared import ReadyItem
 from services.preprocess.vision_pool import VisionPool
 from services.vision.cache import EmbeddingCache
 from services.vision.encode_times import EncodeTimes
@@ -232,9 +232,9 @@ class Net:
         raise AssertionError("some images never end")
 
 
-def picture(content: int) -> Image:
+def picture(content: int) -> ReadyItem:
     rows = rows_of(content)
-    return Image(rows, mm_hash_of(content), (28, 28), 14, 2)
+    return ReadyItem("image", mm_hash_of(content), (1, 2, 2), (28, 28), 4, 1, rows)
 
 
 def rows_of(content: int) -> np.ndarray:

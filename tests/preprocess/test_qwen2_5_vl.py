@@ -13,7 +13,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest
 from services.preprocess.families import ItemLimits
-from services.preprocess.families.qwen2_5_vl import Qwen25VLRules, patches, smart_resize
+from services.preprocess.families.patches import patches
+from services.preprocess.families.qwen2_5_vl import Qwen25VLRules, smart_resize
 from services.preprocess.preprocessor import Preprocessor
 from tests.preprocess.builders import create_preprocessor
 from tests.preprocess.cases import (

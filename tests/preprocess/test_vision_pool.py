@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from common.messages import VisionLoad
-from services.preprocess.families.qwen2_5_vl import Image
 from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
+from services.preprocess.prepared import ReadyItem
 from services.preprocess.vision_pool import MAX_UNANSWERED, VisionPool
 from tests.preprocess.builders import Clock
 
@@ -47,7 +47,10 @@ class Pool(VisionPool):
 def dispatched(content: int, num_patches: int = 64) -> PendingItem:
     rows = np.zeros((num_patches, 588), np.uint8)
     size = (14 * 2, 14 * num_patches // 2)
-    return PendingItem(("r", 0, content), Image(rows, f"{content:064x}", size, 14, 2))
+    grid = (1, 2, num_patches // 2)
+    name = f"{content:064x}"
+    item = ReadyItem("image", name, grid, size, num_patches, num_patches // 4, rows)
+    return PendingItem(("r", 0, content), item)
 
 
 def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:

@@ -1,7 +1,6 @@
 """Qwen2.5-VL and RolmOCR: images and videos to patches, and M-RoPE positions."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from common.families.qwen2_5_vl import MAX_ASPECT_RATIO
 from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
+from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
 
 
@@ -47,63 +47,6 @@ def smart_resize(
         rows = math.ceil(height * grow / factor)
         columns = math.ceil(width * grow / factor)
     return rows * factor, columns * factor
-
-
-def patches(rgb: np.ndarray, patch_size: int, merge_size: int) -> np.ndarray:
-    """Cut uint8 [height, width, 3] into uint8 [num_patches, 3 * patch_size * patch_size].
-
-    The patches that the tower merges into one token stand together: patches are ordered by (merge
-    row, merge column, row inside, column inside), and the values of one by (channel, y, x).
-    """
-    height, width = (side // patch_size // merge_size for side in rgb.shape[:2])
-    cells = rgb.reshape(height, merge_size, patch_size, width, merge_size, patch_size, 3)
-    rows = np.ascontiguousarray(cells.transpose(0, 3, 1, 4, 6, 2, 5))
-    return rows.reshape(-1, 3 * patch_size * patch_size)
-
-
-@dataclass(frozen=True)
-class Image:
-    """A resized image, cut into patches."""
-
-    rows: np.ndarray
-    """uint8 [num_patches, 3 * patch_size * patch_size]: its patches."""
-    mm_hash: str
-    """64 hex digits, equal for equal pixels in any file format, given the same model and limits."""
-    content_size: tuple[int, int]
-    patch_size: int
-    merge_size: int
-    kind: ItemKind = "image"
-    step_seconds: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    @property
-    def grid_thw(self) -> tuple[int, int, int]:
-        """The grid of patches. A still image is one step in time."""
-        height, width = self.content_size
-        return 1, height // self.patch_size, width // self.patch_size
-
-    @property
-    def merged_grid(self) -> tuple[int, int]:
-        """The rows and columns of the tokens that the image becomes."""
-        return merged_grid(self, self.merge_size)
-
-    @property
-    def num_patches(self) -> int:
-        return math.prod(self.grid_thw)
-
-    @property
-    def num_tokens(self) -> int:
-        return math.prod(self.merged_grid)
-
-    def patches(self) -> np.ndarray:
-        """Return uint8 [num_patches, 3 * patch_size * patch_size].
-
-        The tower normalises them, and repeats them, because it takes two frames at a time.
-        """
-        return self.rows
 
 
 def video_patches(
@@ -167,12 +110,14 @@ class Qwen25VLRules:
     def num_tokens(self, height: int, width: int) -> int:
         return height * width // self.factor**2
 
-    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> ReadyItem:
         height, width, _ = pixels.shape
         rows = patches(pixels, self.patch_size, self.merge_size)
         grid = (1, height // self.patch_size, width // self.patch_size)
-        mm_hash = item_hash(self.fingerprint, kind, grid, (height, width), rows.data)
-        return Image(rows, mm_hash, (height, width), self.patch_size, self.merge_size, kind)
+        size = (height, width)
+        mm_hash = item_hash(self.fingerprint, kind, grid, size, rows.data)
+        num_tokens = self.num_tokens(height, width)
+        return ReadyItem(kind, mm_hash, grid, size, len(rows), num_tokens, rows)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

@@ -19,7 +19,7 @@ from common.families.qwen_vl import (
 from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.families.qwen2_5_vl import patches
+from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import ChatPrompt, Piece, PromptParts
 

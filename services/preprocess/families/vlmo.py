@@ -10,7 +10,7 @@ from common.families import vlmo as family_rules
 from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.families.qwen2_5_vl import patches
+from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import Piece, PromptParts
 

@@ -1,7 +1,6 @@
 """WeMM-Chat-2k-CN: images to patches, and chat messages to prompts."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from common.families.wemm import END, START, grid_of
 from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.prepared import PreparedItem
+from services.preprocess.families.patches import patches
+from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import Piece, PromptParts
 
 PLAIN: frozenset[str] = frozenset()
@@ -48,51 +48,13 @@ def smaller_size(height: int, width: int, patch: int, max_patches: int) -> tuple
     return patch, patch
 
 
-def patches(rgb: np.ndarray, patch: int) -> np.ndarray:
-    """Cut uint8 [height, width, 3] into uint8 [num_patches, 3 * patch * patch].
+def padded(rgb: np.ndarray, patch: int) -> np.ndarray:
+    """Fill uint8 [height, width, 3] up to whole patches, at the right and at the lower edge.
 
-    Patches are in raster order, and the values of one are ordered by (channel, y, x). Patches at
-    the right and the lower edge are filled up with values that the tower does not read.
+    The tower does not read the values there.
     """
     height, width, _ = rgb.shape
-    rows, columns = grid_of(height, width, patch)
-    padding = ((0, rows * patch - height), (0, columns * patch - width), (0, 0))
-    cells = np.pad(rgb, padding).reshape(rows, patch, columns, patch, 3)
-    return np.ascontiguousarray(cells.transpose(0, 2, 4, 1, 3)).reshape(rows * columns, -1)
-
-
-@dataclass(frozen=True)
-class Image:
-    """A resized image, cut into patches."""
-
-    rows: np.ndarray
-    """uint8 [num_patches, 3 * patch_size * patch_size]: its patches."""
-    mm_hash: str
-    content_size: tuple[int, int]
-    patch_size: int
-    stride: int
-    kind: ItemKind = "image"
-    step_seconds: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    @property
-    def grid_thw(self) -> tuple[int, int, int]:
-        return 1, *grid_of(*self.content_size, self.patch_size)
-
-    @property
-    def num_patches(self) -> int:
-        return len(self.rows)
-
-    @property
-    def num_tokens(self) -> int:
-        _, rows, columns = self.grid_thw
-        return family_rules.num_tokens(rows, columns, self.stride)
-
-    def patches(self) -> np.ndarray:
-        return self.rows
+    return np.pad(rgb, ((0, -height % patch), (0, -width % patch), (0, 0)))
 
 
 class WemmRules:
@@ -148,12 +110,14 @@ class WemmRules:
     def num_tokens(self, height: int, width: int) -> int:
         return family_rules.num_tokens(*grid_of(height, width, self.patch_size), self.stride)
 
-    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> Image:
+    def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> ReadyItem:
         height, width, _ = pixels.shape
-        rows = patches(pixels, self.patch_size)
+        rows = patches(padded(pixels, self.patch_size), self.patch_size, 1)
         grid = (1, *grid_of(height, width, self.patch_size))
-        mm_hash = item_hash(self.fingerprint, kind, grid, (height, width), rows.data)
-        return Image(rows, mm_hash, (height, width), self.patch_size, self.stride, kind)
+        size = (height, width)
+        mm_hash = item_hash(self.fingerprint, kind, grid, size, rows.data)
+        num_tokens = self.num_tokens(height, width)
+        return ReadyItem(kind, mm_hash, grid, size, len(rows), num_tokens, rows)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]
