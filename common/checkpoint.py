@@ -152,6 +152,14 @@ class Checkpoint:
         except KeyError as e:
             raise BadCheckpoint(f"{self.path}: config.json lacks {e}") from e
 
+    def objection_to_context(self, length: int) -> str:
+        """Return why the model cannot be served with this context; empty if it can."""
+        if not 0 < length <= self.max_model_len:
+            return f"the model's context is {self.max_model_len}: give at most that"
+        if length < self.max_model_len and self.family.prompt_forms(self) is not None:
+            return f"this model's prompts need a context of {self.max_model_len}: leave it out"
+        return ""
+
     @property
     def dtype(self) -> str:
         """The dtype that the weights are stored in, as torch names it."""

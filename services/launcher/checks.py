@@ -25,11 +25,9 @@ def check(settings: ServeSettings) -> ServeSettings:
     check_values(settings)
     checkpoint = open_checkpoint(settings.model, settings.embeddings)
     check_scaling(settings)
-    if settings.max_model_len and settings.max_model_len > checkpoint.max_model_len:
-        raise BadSetting(
-            f"--max-model-len {settings.max_model_len}: the model's context has only "
-            f"{checkpoint.max_model_len} tokens"
-        )
+    length = settings.max_model_len
+    if length and (objection := checkpoint.objection_to_context(length)):
+        raise BadSetting(f"--max-model-len {length}: {objection}")
     parse_buckets(settings.vision_buckets, checkpoint.patches_per_token)
     if settings.vision_artefact:
         artefact = open_artefact(settings.vision_artefact)

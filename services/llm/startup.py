@@ -78,6 +78,9 @@ def generates(checkpoint: Checkpoint) -> bool:
 def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
     """Raise BadSetting or BadCheckpoint for what no restart can mend."""
     checkpoint.sizes.check_fits(settings.tp)
+    length = settings.max_model_len
+    if length and (objection := checkpoint.objection_to_context(length)):
+        raise BadSetting(f"--max-model-len {length}: {objection}")
     if not 0 <= settings.rank < settings.tp:
         raise BadSetting(
             f"--rank {settings.rank}: ranks of --tp {settings.tp} count from 0 to {settings.tp - 1}"

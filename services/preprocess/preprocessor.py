@@ -48,18 +48,15 @@ class Preprocessor:
 
         `known_as` is the published name of the model, if its directory does not say it. Without
         `video_rules`, the model takes no videos.
-        Raises ValueError if `max_model_len` exceeds the model's context.
+        Raises ValueError if the model cannot be served with `max_model_len`.
         """
         self.checkpoint = checkpoint
         self.rules = rules
         self.video_rules = video_rules
         self.video_limits = video_limits
         self.max_model_len = checkpoint.max_model_len if max_model_len is None else max_model_len
-        if not 0 < self.max_model_len <= checkpoint.max_model_len:
-            raise ValueError(
-                f"max_model_len is {max_model_len}, the model's context is "
-                f"{checkpoint.max_model_len}: give at most that"
-            )
+        if objection := checkpoint.objection_to_context(self.max_model_len):
+            raise ValueError(f"max_model_len is {max_model_len}, but {objection}")
         self.vocab_size = checkpoint.sizes.vocab_size
         self.placeholder_ids = checkpoint.family.placeholder_ids(checkpoint)
         self.placeholder_id = self.placeholder_ids["image"]

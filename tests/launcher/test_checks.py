@@ -59,6 +59,11 @@ def test_a_setting_that_cannot_work_is_refused_by_its_flag(
 VLMO = {"model": str(GoldenCase("vqa_base", "vlmo").checkpoint)}
 
 
+def test_a_context_that_holds_no_whole_prompt_is_refused() -> None:
+    with pytest.raises(BadSetting, match="--max-model-len 40: this model's prompts need"):
+        check(settings(**VLMO, max_model_len=40))
+
+
 def test_no_replica_is_started_that_the_model_does_not_need() -> None:
     counts = replica_counts(check(settings(**VLMO)))
     assert counts == {

@@ -75,6 +75,14 @@ def test_the_cpu_has_the_plain_runner() -> None:
     assert type(runner) is ModelRunner
 
 
+def test_a_group_refuses_a_context_that_the_model_cannot_be_served_with() -> None:
+    checkpoint = open_checkpoint(GoldenCase("vqa_base", "vlmo").checkpoint)
+    for refused in (checkpoint.max_model_len - 1, checkpoint.max_model_len + 1):
+        with pytest.raises(BadSetting, match=f"--max-model-len {refused}"):
+            check_settings(LlmSettings(max_model_len=refused), checkpoint)
+    check_settings(LlmSettings(max_model_len=checkpoint.max_model_len), checkpoint)
+
+
 def test_blocks_hold_at_least_one_request_of_full_length() -> None:
     assert count_blocks(1000, 10, 16, max_num_seqs=4, max_model_len=160) == 40
     assert count_blocks(200, 10, 16, max_num_seqs=4, max_model_len=160) == 20

@@ -78,7 +78,7 @@ def test_max_model_len_is_the_models_or_less() -> None:
     assert create_preprocessor(checkpoint, max_model_len=100).max_model_len == 100
     for refused in (4097, 0):
         with pytest.raises(
-            ValueError, match=f"max_model_len is {refused}, the model's context is 4096"
+            ValueError, match=f"max_model_len is {refused}, but the model's context is 4096"
         ):
             create_preprocessor(checkpoint, max_model_len=refused)
 
