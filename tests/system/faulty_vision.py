@@ -32,7 +32,7 @@ class FaultyTower:
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
-    vision.make_tower = lambda settings, checkpoint, member, buckets: FaultyTower(
+    vision.make_tower = lambda settings, checkpoint, *rest: FaultyTower(  # type: ignore[assignment]
         fault, checkpoint.sizes.hidden_size
     )
     run("vision", __doc__ or "", vision.main)
