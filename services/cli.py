@@ -5,7 +5,7 @@ import os
 import sys
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
-from common.process import EXIT_INTERRUPTED, write_utf8
+from common.process import EXIT_FAILED, EXIT_INTERRUPTED, write_utf8
 from common.settings import (
     COMMANDS,
     KNOWN_NAMES,
@@ -23,6 +23,11 @@ def main() -> None:
     write_utf8()
     try:
         sys.exit(run(make_parser().parse_args()))
+    except BrokenPipeError:
+        # The reader of our output has closed it. Python flushes stdout again at exit, which must
+        # not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 

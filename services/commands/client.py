@@ -1,7 +1,6 @@
 """What the commands that talk to a running system share: flags, the gRPC channel, and errors."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -67,11 +66,6 @@ def run_command(work: Callable[[argparse.Namespace], None], arguments: argparse.
         work(arguments)
     except ClientError as error:
         print(f"twinlens: {one_line(str(error))}", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of our output has closed it. Python flushes stdout again at exit, which must
-        # not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -24,6 +24,7 @@ def check(settings: ServeSettings) -> ServeSettings:
     """
     check_values(settings)
     checkpoint = open_checkpoint(settings.model, settings.embeddings)
+    checkpoint.sizes.check_fits(settings.tp)
     check_scaling(settings)
     length = settings.max_model_len
     if length and (objection := checkpoint.objection_to_context(length)):

@@ -56,6 +56,11 @@ def test_a_setting_that_cannot_work_is_refused_by_its_flag(
         check(settings(**changed))
 
 
+def test_ranks_that_cannot_share_the_model_are_refused_before_anything_starts() -> None:
+    with pytest.raises(BadCheckpoint, match="use --tp 1, 2, 4"):
+        check(settings(tp=8))
+
+
 VLMO = {"model": str(GoldenCase("vqa_base", "vlmo").checkpoint)}
 
 
