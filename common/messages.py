@@ -131,8 +131,8 @@ class Item(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     frame_lengths: Tensor | None = None
     """int64 [num_frames]: the bytes of each frame of a video that comes as encoded images."""
     fps: Fps | None = None
-    """Of frames: how many of them are a second of the video. Of a file: how many are to be taken
-    from a second. None for the default."""
+    """How many of the given frames make a second, or how many frames to take from each second of a
+    file. None for the default."""
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

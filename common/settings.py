@@ -141,8 +141,8 @@ class VideoSettings:
     )
     max_frames: int = setting(
         128,
-        "most frames of a video; of a longer file so many are taken evenly, and a longer list of "
-        "frames is refused",
+        "most frames of a video; a longer file is sampled evenly, and a longer list of frames is "
+        "refused",
         range=Range(2, MAX_FRAMES),
     )
 

@@ -303,3 +303,30 @@ class Family(ABC):
         Their number of placeholders is right.
         """
         return ""
+
+
+def sizes_of(checkpoint: "Checkpoint") -> ModelSizes:
+    """Return the sizes of a language model that config.json describes as Hugging Face does.
+
+    Raises BadCheckpoint if one is missing.
+    """
+    given = checkpoint.text_config
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    if missing := [name for name in names if name not in given]:
+        raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {', '.join(missing)}")
+    return ModelSizes(
+        vocab_size=given["vocab_size"],
+        hidden_size=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        num_layers=given["num_hidden_layers"],
+        num_heads=given["num_attention_heads"],
+        num_kv_heads=given["num_key_value_heads"],
+        head_dim=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
+    )

@@ -1,11 +1,12 @@
 """Qwen2.5-VL and RolmOCR, described without torch."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.families.family import BadCheckpoint, Family, ModelSizes, RequestDefaults
+from common.families.family import Family, ModelSizes, RequestDefaults, sizes_of
 from common.messages import ItemKind
 
 if TYPE_CHECKING:
@@ -69,27 +70,7 @@ class Qwen25VL(Family):
         return name
 
     def sizes(self, checkpoint: "Checkpoint") -> ModelSizes:
-        given = checkpoint.text_config
-        names = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "vocab_size",
-        )
-        if missing := [name for name in names if name not in given]:
-            raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {', '.join(missing)}")
-        return ModelSizes(
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_layers=given["num_hidden_layers"],
-            num_heads=given["num_attention_heads"],
-            num_kv_heads=given["num_key_value_heads"],
-            head_dim=given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
-            pads_groups=True,
-        )
+        return replace(sizes_of(checkpoint), pads_groups=True)
 
     def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int | Fraction:
         if name.endswith("norm.weight"):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from common.families.family import BadCheckpoint, Family, ModelSizes
+from common.families.family import BadCheckpoint, Family, ModelSizes, sizes_of
 from common.model_files import read_optional_json, shown
 
 if TYPE_CHECKING:
@@ -63,26 +63,7 @@ class Wemm(Family):
         return name.replace(INFIX, "")
 
     def sizes(self, checkpoint: "Checkpoint") -> ModelSizes:
-        given = checkpoint.text_config
-        names = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "vocab_size",
-        )
-        if missing := [name for name in names if name not in given]:
-            raise BadCheckpoint(f"{checkpoint.path}: config.json lacks {', '.join(missing)}")
-        return ModelSizes(
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_layers=given["num_hidden_layers"],
-            num_heads=given["num_attention_heads"],
-            num_kv_heads=given["num_key_value_heads"],
-            head_dim=given["hidden_size"] // given["num_attention_heads"],
-        )
+        return sizes_of(checkpoint)
 
     def num_shares(self, name: str, sizes: ModelSizes, world_size: int) -> int | Fraction:
         """Ranks split the rows of wqkv, w1 and w3 with their B, and the columns of wo and w2 with

@@ -21,8 +21,8 @@ class Video:
     frame_lengths: tuple[int, ...] = ()
     """The bytes of each frame; empty for a file."""
     fps: float | None = None
-    """Of frames: how many of them are a second of the video. Of a file: how many are to be taken
-    from a second. None for the default."""
+    """How many of the given frames make a second, or how many frames to take from each second of a
+    file. None for the default."""
 
     def __len__(self) -> int:
         return len(self.data)

@@ -54,8 +54,8 @@ class VideoForm(msgspec.Struct, frozen=True):
     frame_lengths: tuple[int, ...] = ()
     """The bytes of each frame, if it comes as encoded images; empty for a file."""
     fps: float | None = None
-    """Of frames: how many of them are a second of the video. Of a file: how many are to be taken
-    from a second. None for the default."""
+    """How many of the given frames make a second, or how many frames to take from each second of a
+    file. None for the default."""
 
 
 @dataclass(frozen=True, slots=True)

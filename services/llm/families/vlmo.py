@@ -16,7 +16,8 @@ from torch import Tensor
 from common.checkpoint import Checkpoint
 from common.families import vlmo as family_rules
 from common.families.vlmo import BIAS_TABLE, IMAGE_POSITIONS, TEXT_REACH
-from compute.kernels.operations import attention, gelu, layer_norm
+from compute.kernels.operations import attention, gelu
+from compute.layer_norm import LayerNorm
 from compute.linear import Linear
 from services.llm.loading import Bounds, ShardLoader
 from services.llm.parallel import Shard
@@ -30,18 +31,6 @@ MEAN = STD = 127.5
 TEXT = "text"
 IMAGE = "imag"
 JOINT = "vl"
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A layer norm."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float = NORM_EPS
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +50,7 @@ class Split:
 class Expert:
     """The second half of a layer: [n, width] -> [n, width]."""
 
-    norm: Norm
+    norm: LayerNorm
     up: Linear
     down: Split
 
@@ -73,7 +62,7 @@ class Expert:
 class Layer:
     """One rank's share of a layer."""
 
-    norm: Norm
+    norm: LayerNorm
     qkv: Linear
     proj: Split
     experts: dict[str, Expert]
@@ -90,7 +79,7 @@ class Inputs:
     """How tokens and patches become the first layer's input."""
 
     words: Tensor
-    word_norm: Norm
+    word_norm: LayerNorm
     text_offsets: Tensor
     """[text length, width]: added to the words before the norm."""
     text_type: Tensor
@@ -120,7 +109,7 @@ class Classifier:
 
     pooler: Linear
     up: Linear
-    norm: Norm
+    norm: LayerNorm
     out: Linear
 
     def __call__(self, x: Tensor, kind: str) -> Tensor:
@@ -154,7 +143,7 @@ class Vlmo:
     pad_id: int
     inputs: Inputs
     layers: list[Layer]
-    norm: Norm
+    norm: LayerNorm
     head: Classifier | Retrieval
 
     def pool(self, inputs: Sequence[PooledInput]) -> Tensor:
@@ -271,9 +260,9 @@ def load(checkpoint: Checkpoint, loader: ShardLoader) -> Vlmo:
     )
 
 
-def load_norm(loader: ShardLoader, name: str, width: int, eps: float = NORM_EPS) -> Norm:
+def load_norm(loader: ShardLoader, name: str, width: int, eps: float = NORM_EPS) -> LayerNorm:
     weight, bias = (loader.whole(f"{name}.{part}", width) for part in ("weight", "bias"))
-    return Norm(weight, bias, eps)
+    return LayerNorm(weight, bias, eps)
 
 
 def load_linear(loader: ShardLoader, name: str, rows: int, columns: int) -> Linear:

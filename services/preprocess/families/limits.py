@@ -11,3 +11,12 @@ class ItemLimits:
     max_pixels: int | None = None
     resizes_oversized: bool = True
     """Whether an item that is too large for every vision replica is made smaller, not refused."""
+
+    def check_square(self, side: int) -> None:
+        """Raise ValueError if they exclude the one size of a model's images, side x side pixels."""
+        pixels = side**2
+        if (self.min_pixels or 0) > pixels or (self.max_pixels or pixels) < pixels:
+            raise ValueError(
+                f"this model takes images of {side} x {side} pixels only, and resizes all to that: "
+                "leave out --min-pixels and --max-pixels"
+            )

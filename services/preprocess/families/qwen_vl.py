@@ -16,10 +16,9 @@ from common.families.qwen_vl import (
     NUM_IMAGE_TOKENS,
     TURN_MARKERS,
 )
-from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.families.patches import patches
+from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import ChatPrompt, Piece, PromptParts
 
@@ -43,12 +42,7 @@ class QwenVLRules:
         self.seq_length = family_rules.seq_length(checkpoint)
         self.has_dynamic_ntk = bool(checkpoint.config.get("use_dynamic_ntk"))
         self.chat_prompt = chat_prompt_of(checkpoint)
-        pixels = self.side**2
-        if (limits.min_pixels or 0) > pixels or (limits.max_pixels or pixels) < pixels:
-            raise ValueError(
-                f"this model takes images of {self.side} x {self.side} pixels only, and resizes "
-                "all to that: leave out --min-pixels and --max-pixels"
-            )
+        limits.check_square(self.side)
 
     def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
         num_patches = (self.side // self.patch_size) ** 2
@@ -63,12 +57,7 @@ class QwenVLRules:
         return NUM_IMAGE_TOKENS
 
     def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> ReadyItem:
-        height, width, _ = pixels.shape
-        rows = patches(pixels, self.patch_size, 1)
-        grid = (1, height // self.patch_size, width // self.patch_size)
-        size = (height, width)
-        mm_hash = item_hash(self.fingerprint, kind, grid, size, rows.data)
-        return ReadyItem(kind, mm_hash, grid, size, len(rows), NUM_IMAGE_TOKENS, rows)
+        return square_item(self.fingerprint, kind, pixels, self.patch_size, NUM_IMAGE_TOKENS)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

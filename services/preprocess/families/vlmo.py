@@ -7,10 +7,9 @@ import numpy as np
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.families import vlmo as family_rules
-from common.item_hash import item_hash
 from common.messages import ItemKind
 from services.preprocess.families.limits import ItemLimits
-from services.preprocess.families.patches import patches
+from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import Piece, PromptParts
 
@@ -34,12 +33,7 @@ class VlmoRules:
             family_rules.special_id(checkpoint, token)
             for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
         )
-        pixels = self.side**2
-        if (limits.min_pixels or 0) > pixels or (limits.max_pixels or pixels) < pixels:
-            raise ValueError(
-                f"this model takes images of {self.side} x {self.side} pixels only, and resizes "
-                "all to that: leave out --min-pixels and --max-pixels"
-            )
+        limits.check_square(self.side)
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> PromptParts:
         """Return the text and the image of the only message, whatever their order in it."""
@@ -71,12 +65,7 @@ class VlmoRules:
         return self.num_patches
 
     def prepare_item(self, kind: ItemKind, pixels: np.ndarray) -> ReadyItem:
-        height, width, _ = pixels.shape
-        rows = patches(pixels, self.patch_size, 1)
-        grid = (1, height // self.patch_size, width // self.patch_size)
-        size = (height, width)
-        mm_hash = item_hash(self.fingerprint, kind, grid, size, rows.data)
-        return ReadyItem(kind, mm_hash, grid, size, len(rows), self.num_patches, rows)
+        return square_item(self.fingerprint, kind, pixels, self.patch_size, self.num_patches)
 
     def positions(
         self, num_tokens: int, offsets: list[int], items: list[PreparedItem]

@@ -13,7 +13,8 @@ from torch import Tensor
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families import qwen_vl as family_rules
 from common.families.qwen_vl import NUM_IMAGE_TOKENS
-from compute.kernels.operations import attention, gelu, layer_norm
+from compute.kernels.operations import attention, gelu
+from compute.layer_norm import LayerNorm
 from compute.linear import Linear
 from compute.weights import Weights
 from services.vision.tower_thread import ItemShape
@@ -81,25 +82,14 @@ class SquarePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """A layer norm."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, NORM_EPS)
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """The weights of one transformer block."""
 
-    norm1: Norm
+    norm1: LayerNorm
     qkv: Linear
     """Its rows are those of all queries, then keys, then values."""
     proj: Linear
-    norm2: Norm
+    norm2: LayerNorm
     up: Linear
     down: Linear
 
@@ -110,13 +100,13 @@ class Resampler:
 
     input: Linear | None
     """None if patches and embeddings have one width."""
-    norm: Norm
+    norm: LayerNorm
     queries: Tensor
     """[256, output_dim]: projected, as they do not depend on the image."""
     k: Linear
     v: Linear
     out: Linear
-    norm_post: Norm
+    norm_post: LayerNorm
     proj: Linear
 
 
@@ -224,8 +214,9 @@ class TowerLoader:
     def _load(self, name: str, *shape: int) -> Tensor:
         return self._weights.tensor(f"{PREFIX}.{name}", shape, self._dtype, self._device)
 
-    def norm(self, name: str, width: int) -> Norm:
-        return Norm(self._load(f"{name}.weight", width), self._load(f"{name}.bias", width))
+    def norm(self, name: str, width: int) -> LayerNorm:
+        weight, bias = (self._load(f"{name}.{part}", width) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, NORM_EPS)
 
     def linear(self, name: str, rows: int, columns: int) -> Linear:
         return Linear(self._load(f"{name}.weight", rows, columns), self._load(f"{name}.bias", rows))

@@ -21,7 +21,8 @@ from common.families.wemm import (
     num_tokens,
     patch_size,
 )
-from compute.kernels.operations import attention, gelu, gelu_tanh, layer_norm
+from compute.kernels.operations import attention, gelu, gelu_tanh
+from compute.layer_norm import LayerNorm
 from compute.linear import Linear
 from compute.weights import Weights
 from services.vision.tower_thread import ItemShape
@@ -31,8 +32,6 @@ MEAN = STD = 0.5
 """Of each channel. The reference has no others."""
 ROUNDING = 1e-6
 DEFAULT_NORM_EPS = 1e-6
-Norm = tuple[Tensor, Tensor]
-"""Weight and bias of a layer norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +122,10 @@ class GridPlan:
 class Block:
     """The weights of one transformer block."""
 
-    norm1: Norm
+    norm1: LayerNorm
     qkv: Linear
     out: Linear
-    norm2: Norm
+    norm2: LayerNorm
     fc1: Linear
     fc2: Linear
 
@@ -219,7 +218,7 @@ class WemmVisionTower:
         x = self._embed_patches(patches, plan)
         for block in self._blocks:
             x = self._run_block(block, x, plan)
-        x = layer_norm(x, *self._post_norm, self.config.norm_eps)
+        x = self._post_norm(x)
         x = self._group(x.index_select(0, plan.squares.flatten()).view(len(plan.squares), -1))
         for linear in self._linears:
             x = linear(gelu(x))
@@ -237,15 +236,14 @@ class WemmVisionTower:
         return self._patch_embed(pixels.flatten(1).to(self.dtype), residual=positions)
 
     def _run_block(self, block: Block, x: Tensor, plan: GridPlan) -> Tensor:
-        eps = self.config.norm_eps
         heads = self.config.num_heads
-        qkv = block.qkv(layer_norm(x, *block.norm1, eps)).view(len(x), 3 * heads, -1)
+        qkv = block.qkv(block.norm1(x)).view(len(x), 3 * heads, -1)
         if plan.mask is None:
             attended = attention(*qkv.split(heads, 1))
         else:
             attended = attend_masked(qkv, heads, plan.mask)
         x = block.out(attended, residual=x)
-        return block.fc2(gelu_tanh(block.fc1(layer_norm(x, *block.norm2, eps))), residual=x)
+        return block.fc2(gelu_tanh(block.fc1(block.norm2(x))), residual=x)
 
     def _max_squares(self, num_patches: int) -> int:
         """Return the most squares of a grid with at most this number of patches."""
@@ -259,11 +257,10 @@ class WemmVisionTower:
     def _load(self, weights: Weights, name: str, *shape: int) -> Tensor:
         return weights.tensor(name, shape, self.dtype, self.device)
 
-    def _load_norm(self, weights: Weights, name: str) -> Norm:
+    def _load_norm(self, weights: Weights, name: str) -> LayerNorm:
         size = self.config.hidden_size
-        return self._load(weights, f"{name}.weight", size), self._load(
-            weights, f"{name}.bias", size
-        )
+        weight, bias = (self._load(weights, f"{name}.{part}", size) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self.config.norm_eps)
 
     def _load_linear(self, weights: Weights, rows: int, columns: int, *names: str) -> Linear:
         """Return the product with several weights of these shapes, one below the other."""
