@@ -38,7 +38,7 @@ ZIP_ERRORS = (
 )
 """What the standard library raises for archives that are damaged."""
 ENTRY_HEADER = struct.Struct("<4s2xHH16xHH")
-"""Of an entry's own header: signature, flags, compression, length of the name and of the rest."""
+"""The header of an entry: signature, flags, compression, length of the name and of the rest."""
 ENTRY_SIGNATURE = b"PK\x03\x04"
 ENCRYPTED = 1
 IS_UTF8 = 0x800

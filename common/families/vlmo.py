@@ -206,7 +206,7 @@ def check_config(checkpoint: "Checkpoint") -> None:
 def shape_of(checkpoint: "Checkpoint", name: str) -> tuple[int, ...]:
     """Return the shape of a tensor. Raises BadCheckpoint if there is no such tensor."""
     if name not in checkpoint.tensors:
-        raise BadCheckpoint(f"{checkpoint.path} has no tensor {name}: it is no VLMo model")
+        raise BadCheckpoint(f"{checkpoint.path} has no tensor {name}: it is not a VLMo model")
     return checkpoint.tensors[name].shape
 
 
@@ -261,7 +261,7 @@ def special_id(checkpoint: "Checkpoint", token: str) -> int:
     file = checkpoint.path / Vlmo.vocabulary_file
     lines = read_file(file).decode(errors="replace").split("\n")
     if token not in lines:
-        raise BadCheckpoint(f"{file} has no token {token}: it is no vocabulary of BERT")
+        raise BadCheckpoint(f"{file} has no token {token}: it is not BERT's vocabulary")
     return lines.index(token)
 
 

@@ -127,7 +127,7 @@ class Vocabulary:
         for part in re.split(f"({names})", text):
             if part in special_tokens:
                 token_id = self.id_of(part)
-                assert token_id is not None, f"{part} is no token of {self.file}"
+                assert token_id is not None, f"{part} is not a token of {self.file}"
                 token_ids.append(token_id)
             elif part:
                 token_ids += encode(tokenizer, part)

@@ -21,7 +21,7 @@ def read_wordpiece(file: Path) -> Vocabulary:
     # Of a token that occurs twice, the last one counts.
     ids = {token: id for id, token in enumerate(tokens)}
     if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
-        raise BadCheckpoint(f"{file} is no vocabulary of BERT: it lacks {', '.join(missing)}")
+        raise BadCheckpoint(f"{file} is not BERT's vocabulary: it lacks {', '.join(missing)}")
     if len(tokens) > MAX_TOKENS:
         raise BadCheckpoint(f"{file} has more than {MAX_TOKENS} tokens")
     special = {ids[token]: token for token in SPECIAL_TOKENS}
