@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from common.config import BadSetting, add_arguments, from_namespace, set_environment_defaults
 from common.process import EXIT_FAILED, EXIT_INTERRUPTED, write_utf8
@@ -17,6 +19,63 @@ from common.settings import (
 )
 from services.commands import control, convert, generate
 from services.commands.compile import compile_model
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with flags of its own. Those whose flags are settings are in `COMMANDS`.
+
+    Every command's flags are known whenever one runs, so the modules named here import what is
+    slow to import inside their functions.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    """Does the work and returns the exit status."""
+
+
+OTHER_COMMANDS = (
+    Command(
+        "generate",
+        "ask a running system over gRPC, and stream the answer to stdout",
+        generate.add_generate_arguments,
+        generate.generate,
+    ),
+    Command(
+        "status",
+        "list the members of a running system and their load",
+        control.add_status_arguments,
+        control.status,
+    ),
+    Command(
+        "scale",
+        "change how many replicas of a role run",
+        control.add_scale_arguments,
+        control.scale,
+    ),
+    Command(
+        "drain",
+        "let one member finish what it holds and leave",
+        control.add_drain_arguments,
+        control.drain,
+    ),
+    Command(
+        "convert",
+        "write a copy of a model with other names of its tensors",
+        convert.add_convert_arguments,
+        convert.convert,
+    ),
+)
+SETTINGS_HELP = {
+    "serve": "start every service on this machine and keep it running",
+    "plan": "show a model's memory and the vision replicas per language group",
+    "compile": "compile a model's vision tower for fixed patch counts",
+    "extract-embeddings": "write a model's token embeddings to a file of their own",
+    "shard": "write a model's weights as a file for each tensor-parallel rank",
+}
+"""The help of each of the `COMMANDS`."""
 
 
 def main() -> None:
@@ -44,23 +103,10 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
 
-    add("serve", "start every service on this machine and keep it running")
-    ask = add("generate", "ask a running system over gRPC, and stream the answer to stdout")
-    status = add("status", "list the members of a running system and their load")
-    scale = add("scale", "change how many replicas of a role run")
-    drain = add("drain", "let one member finish what it holds and leave")
-    add("plan", "show a model's memory and the vision replicas per language group")
-    add("compile", "compile a model's vision tower for fixed patch counts")
-    add("extract-embeddings", "write a model's token embeddings to a file of their own")
-    add("shard", "write a model's weights as a file for each tensor-parallel rank")
-    converting = add("convert", "write a copy of a model with other names of its tensors")
-    generate.add_generate_arguments(ask)
-    control.add_status_arguments(status)
-    control.add_scale_arguments(scale)
-    control.add_drain_arguments(drain)
-    convert.add_convert_arguments(converting)
     for name, settings in COMMANDS.items():
-        add_arguments(settings, commands.choices[name])
+        add_arguments(settings, add(name, SETTINGS_HELP[name]))
+    for other in OTHER_COMMANDS:
+        other.add_arguments(add(other.name, other.help))
     for command in commands.choices.values():
         try:
             set_environment_defaults(command, os.environ, KNOWN_NAMES)
@@ -93,16 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
             from services.commands.extract import extract
 
             return extract(from_namespace(ExtractSettings, arguments))
-        case "convert":
-            return convert.convert(arguments)
-        case "generate":
-            return generate.generate(arguments)
-        case "scale":
-            return control.scale(arguments)
-        case "drain":
-            return control.drain(arguments)
-        case _:
-            return control.status(arguments)
+        case name:
+            return next(other for other in OTHER_COMMANDS if other.name == name).run(arguments)
 
 
 if __name__ == "__main__":
