@@ -154,6 +154,9 @@ class Member(Generic[M]):
         self.expected_delay = 0.0
         """Seconds until a new unit of work would begin, for the controller. The work loop updates
         it."""
+        self.credits = 0
+        """Units of work that the member would accept now, for the controller. The work loop updates
+        it."""
         self._next_loading_report = time.monotonic() + REPORT_LOADING_SECONDS
         self.progress = Progress()
         self.progress.begin(LOADING_SECONDS)
@@ -199,6 +202,7 @@ class Member(Generic[M]):
             on_drain=stop.drain,
             is_hung=self.progress.is_hung,
             expected_delay=lambda: self.expected_delay,
+            credits=lambda: self.credits,
         )
 
     def load(self) -> tuple[int, int]:

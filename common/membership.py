@@ -78,6 +78,7 @@ class Membership:
         on_response: Callable[[control_pb2.JoinResponse], None] | None = None,
         is_hung: Callable[[], bool] = lambda: False,
         expected_delay: Callable[[], float] = lambda: 0.0,
+        credits: Callable[[], int] = lambda: 0,
         key: str = "",
     ) -> None:
         """Start reporting. All functions are called on the thread of this object.
@@ -98,8 +99,8 @@ class Membership:
             returns what a launcher manages.
         on_response
             is called with every message of the controller.
-        is_hung, expected_delay
-            return the two fields of the entry with these names.
+        is_hung, expected_delay, credits
+            return the fields of the entry with these names.
         key
             is what a launcher must know. A member has a key of its own, which nobody else knows.
         """
@@ -115,6 +116,7 @@ class Membership:
         self._on_response = on_response
         self._is_hung = is_hung
         self._expected_delay = expected_delay
+        self._credits = credits
         self._key = key or secrets.token_hex()
         self._changed = threading.Event()
         self._stopped = False
@@ -178,6 +180,8 @@ class Membership:
                 self._member.in_flight, self._member.queued = self._load()
                 self._member.hung = self._is_hung()
                 self._member.expected_delay = reportable_delay(self._expected_delay())
+                is_ready = self._member.state == READY
+                self._member.credits = self._credits() if is_ready else 0
             managed = self._managed() if self._managed else None
             yield control_pb2.JoinRequest(
                 member=self._member, watch=watches, managed=managed, key=self._key

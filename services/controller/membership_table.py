@@ -38,6 +38,7 @@ class MembershipTable:
         member.state = DEAD
         member.in_flight = 0
         member.queued = 0
+        member.credits = 0
         self._last_seen[member_id] = now
         return True
 
@@ -87,4 +88,5 @@ def without_load(member: control_pb2.Member) -> bytes:
     copy.in_flight = 0
     copy.queued = 0
     copy.expected_delay = 0.0
+    copy.credits = 0
     return copy.SerializeToString(deterministic=True)

@@ -12,6 +12,7 @@ MAX_NAME_CHARS = 256
 MAX_DETAIL_CHARS = 500
 MAX_PID = 2**22
 """The largest id of a process on Linux."""
+MAX_CREDITS = 2**20
 REPORTED_STATES = (STARTING, READY, DRAINING, STANDBY)
 NAMES = ("id", "address", "fingerprint", "group", "host")
 """The fields of a member that name something."""
@@ -50,6 +51,8 @@ def _objection_to_member(member: control_pb2.Member) -> str:
         return f"pid must be at most {MAX_PID}, and max_model_len {TOKENS.most}"
     if not 0 <= member.expected_delay <= MAX_DELAY_SECONDS:
         return "expected_delay must be a number of seconds from 0"
+    if member.credits > MAX_CREDITS:
+        return f"credits must be at most {MAX_CREDITS}"
     if len(member.detail) > MAX_DETAIL_CHARS or not member.detail.isprintable():
         return f"detail must have at most {MAX_DETAIL_CHARS} printable characters"
     if not set(member.tasks) <= set(TASKS):

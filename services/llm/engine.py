@@ -122,6 +122,11 @@ class Engine:
         """(running requests, waiting requests)."""
         return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
 
+    @property
+    def num_free(self) -> int:
+        """The number of further requests that a step would have a place for."""
+        return max(0, self.scheduler.max_num_seqs - len(self.requests))
+
     def has_seen(self, key: RequestKey) -> bool:
         """Whether the attempt runs, waits or ended here, so that another prompt of it is none."""
         return key in self.requests or key in self._ended

@@ -100,6 +100,7 @@ class Worker:
             self._report.send_changes(at_once=idle)
 
     def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
+        self._member.credits = self._engine.num_free
         timeout = EXPIRY_SECONDS if self._engine.holds_anything else None
         if self._engine.is_compiling:
             timeout = COMPILED_SECONDS

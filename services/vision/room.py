@@ -61,6 +61,11 @@ class Room:
             self._sole_peer = ""
         return num_taken < self.size
 
+    def num_free(self, num_granted: int) -> int:
+        """Return how many further items would be admitted now, for `twinlens status`."""
+        num_taken = num_granted + len(self._invited)
+        return 0 if self._sole_peer else max(0, self.size - num_taken)
+
     @property
     def is_exclusive(self) -> bool:
         """Whether an item has the replica to itself, or waits for that."""

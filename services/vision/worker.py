@@ -113,6 +113,7 @@ class Worker:
             self._member.expected_delay = self._queue_seconds()
 
     def _wait_for_events(self) -> list[Event[VisionInbound]] | None:
+        self._member.credits = self._room.num_free(self._num_granted())
         timeout = ANSWER_SECONDS if self._awaits_answer else None
         return self._member.take_events(wait=True, timeout=timeout)
 

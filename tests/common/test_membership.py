@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from common.membership import (
+    DRAINING,
     MAX_DELAY_SECONDS,
     MAX_DETAIL_CHARS,
     READY,
@@ -121,3 +122,12 @@ def test_whatever_a_member_says_of_itself_is_acceptable() -> None:
 )
 def test_any_computed_delay_can_be_reported(computed: float, reported: float) -> None:
     assert reportable_delay(computed) == reported
+
+
+def test_only_a_ready_member_reports_credits() -> None:
+    membership = Membership("unix:/nowhere", member := vision(), lambda: (0, 0), credits=lambda: 3)
+    member.state = READY
+    assert next(membership._reports()).member.credits == 3
+    membership.set_state(DRAINING)
+    assert next(membership._reports()).member.credits == 0
+    membership.leave()

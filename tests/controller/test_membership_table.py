@@ -27,9 +27,10 @@ def states(table: MembershipTable) -> dict[str, int]:
 def test_a_new_member_notifies_watchers_and_a_change_of_its_load_does_not() -> None:
     table = MembershipTable()
     assert table.report(member(), 0)
-    assert not table.report(member(in_flight=3, queued=7, expected_delay=0.5), 1)
+    assert not table.report(member(in_flight=3, queued=7, expected_delay=0.5, credits=2), 1)
     (found,) = table.members()
     assert (found.in_flight, found.queued, found.expected_delay) == (3, 7, 0.5)
+    assert found.credits == 2
 
 
 @pytest.mark.parametrize(

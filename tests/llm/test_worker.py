@@ -142,6 +142,13 @@ def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:
     assert member.links.connected == [("detokenizer", "detokenizer")]
 
 
+def test_the_credits_are_the_free_places_in_a_step() -> None:
+    member: Any = FakeMember(([prompt(images=IMAGE)],))  # its embeddings never come
+    engine = create_engine()
+    Worker(member, engine).run()
+    assert member.credits == engine.scheduler.max_num_seqs - 1
+
+
 def test_an_image_is_acknowledged_to_the_peer_that_brought_its_prompt() -> None:
     sent = work([prompt(peer_id="p2", images=IMAGE), embeddings(owner="p3")])
     assert [(peer, m.request_id, m.item) for peer, m in sent if isinstance(m, ItemReceived)] == [

@@ -48,6 +48,7 @@ Code = grpc.StatusCode
         {"expected_delay": float("nan")},
         {"expected_delay": float("inf")},
         {"expected_delay": -1.0},
+        {"credits": 2**31},
         {"state": control_pb2.MEMBER_STATE_DEAD},
         {"pid": 2**31},
         {"max_model_len": 2**31},

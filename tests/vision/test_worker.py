@@ -581,6 +581,16 @@ def test_the_wait_is_the_time_of_all_granted_images_less_the_time_already_spent(
     assert [m.wait_seconds for _, m in replica.take(Busy)] == [2.5]
 
 
+def test_the_credits_are_the_free_places() -> None:
+    replica = Replica()
+    replica.play([PeerUp("preprocess-1", "preprocess")])
+    assert replica.member.credits == 2
+    replica.play(offer("r0", "a"), pixels("r0", 1))
+    assert replica.member.credits == 1
+    replica.finish()
+    assert replica.member.credits == 2
+
+
 def test_padding_is_counted_if_there_are_buckets() -> None:
     replica = Replica(buckets=(64, 256))
     replica.play(offer("r0", "a"), pixels("r0", 1))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'proto/twinlens/control/v1/control.proto\x12\x13twinlens.control.v1\"\xc0\x02\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .twinlens.control.v1.MemberState\x12\x11\n\tin_flight\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\r\n\x05group\x18\t \x01(\t\x12\x0c\n\x04rank\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0c \x01(\t\x12\x0c\n\x04host\x18\r \x01(\t\x12\x0c\n\x04hung\x18\x0e \x01(\x08\x12\x16\n\x0e\x65xpected_delay\x18\x0f \x01(\x01\x12\r\n\x05tasks\x18\x10 \x03(\t\x12\x0e\n\x06stages\x18\x11 \x03(\t\"\x85\x01\n\x0bJoinRequest\x12+\n\x06member\x18\x01 \x01(\x0b\x32\x1b.twinlens.control.v1.Member\x12\r\n\x05watch\x18\x02 \x01(\x08\x12-\n\x07managed\x18\x03 \x01(\x0b\x32\x1c.twinlens.control.v1.Managed\x12\x0b\n\x03key\x18\x04 \x01(\t\"\xed\x01\n\x07Managed\x12<\n\x08replicas\x18\x01 \x03(\x0b\x32*.twinlens.control.v1.Managed.ReplicasEntry\x12@\n\nautoscaled\x18\x02 \x03(\x0b\x32,.twinlens.control.v1.Managed.AutoscaledEntry\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x31\n\x0f\x41utoscaledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe1\x01\n\x0cJoinResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12,\n\x07members\x18\x02 \x03(\x0b\x32\x1b.twinlens.control.v1.Member\x12\r\n\x05\x64rain\x18\x03 \x01(\x08\x12=\n\x06wanted\x18\x04 \x03(\x0b\x32-.twinlens.control.v1.JoinResponse.WantedEntry\x12\x0f\n\x07\x64rained\x18\x05 \x03(\t\x1a-\n\x0bWantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x14\n\x12ListMembersRequest\"C\n\x13ListMembersResponse\x12,\n\x07members\x18\x01 \x03(\x0b\x32\x1b.twinlens.control.v1.Member\"!\n\x0c\x44rainRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"<\n\rDrainResponse\x12+\n\x06member\x18\x01 \x01(\x0b\x32\x1b.twinlens.control.v1.Member\".\n\x0cScaleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\":\n\rScaleResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x17\n\x0freplicas_before\x18\x02 \x01(\r*\xaa\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMBER_STATE_STARTING\x10\x01\x12\x16\n\x12MEMBER_STATE_READY\x10\x02\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x03\x12\x15\n\x11MEMBER_STATE_DEAD\x10\x04\x12\x18\n\x14MEMBER_STATE_STANDBY\x10\x05\x32\xe3\x02\n\x0e\x43ontrolService\x12O\n\x04Join\x12 .twinlens.control.v1.JoinRequest\x1a!.twinlens.control.v1.JoinResponse(\x01\x30\x01\x12`\n\x0bListMembers\x12\'.twinlens.control.v1.ListMembersRequest\x1a(.twinlens.control.v1.ListMembersResponse\x12N\n\x05\x44rain\x12!.twinlens.control.v1.DrainRequest\x1a\".twinlens.control.v1.DrainResponse\x12N\n\x05Scale\x12!.twinlens.control.v1.ScaleRequest\x1a\".twinlens.control.v1.ScaleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'proto/twinlens/control/v1/control.proto\x12\x13twinlens.control.v1\"\xd1\x02\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .twinlens.control.v1.MemberState\x12\x11\n\tin_flight\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\r\n\x05group\x18\t \x01(\t\x12\x0c\n\x04rank\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0c \x01(\t\x12\x0c\n\x04host\x18\r \x01(\t\x12\x0c\n\x04hung\x18\x0e \x01(\x08\x12\x16\n\x0e\x65xpected_delay\x18\x0f \x01(\x01\x12\r\n\x05tasks\x18\x10 \x03(\t\x12\x0e\n\x06stages\x18\x11 \x03(\t\x12\x0f\n\x07\x63redits\x18\x12 \x01(\r\"\x85\x01\n\x0bJoinRequest\x12+\n\x06member\x18\x01 \x01(\x0b\x32\x1b.twinlens.control.v1.Member\x12\r\n\x05watch\x18\x02 \x01(\x08\x12-\n\x07managed\x18\x03 \x01(\x0b\x32\x1c.twinlens.control.v1.Managed\x12\x0b\n\x03key\x18\x04 \x01(\t\"\xed\x01\n\x07Managed\x12<\n\x08replicas\x18\x01 \x03(\x0b\x32*.twinlens.control.v1.Managed.ReplicasEntry\x12@\n\nautoscaled\x18\x02 \x03(\x0b\x32,.twinlens.control.v1.Managed.AutoscaledEntry\x1a/\n\rReplicasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x31\n\x0f\x41utoscaledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe1\x01\n\x0cJoinResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12,\n\x07members\x18\x02 \x03(\x0b\x32\x1b.twinlens.control.v1.Member\x12\r\n\x05\x64rain\x18\x03 \x01(\x08\x12=\n\x06wanted\x18\x04 \x03(\x0b\x32-.twinlens.control.v1.JoinResponse.WantedEntry\x12\x0f\n\x07\x64rained\x18\x05 \x03(\t\x1a-\n\x0bWantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x14\n\x12ListMembersRequest\"C\n\x13ListMembersResponse\x12,\n\x07members\x18\x01 \x03(\x0b\x32\x1b.twinlens.control.v1.Member\"!\n\x0c\x44rainRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"<\n\rDrainResponse\x12+\n\x06member\x18\x01 \x01(\x0b\x32\x1b.twinlens.control.v1.Member\".\n\x0cScaleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\":\n\rScaleResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x17\n\x0freplicas_before\x18\x02 \x01(\r*\xaa\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMBER_STATE_STARTING\x10\x01\x12\x16\n\x12MEMBER_STATE_READY\x10\x02\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x03\x12\x15\n\x11MEMBER_STATE_DEAD\x10\x04\x12\x18\n\x14MEMBER_STATE_STANDBY\x10\x05\x32\xe3\x02\n\x0e\x43ontrolService\x12O\n\x04Join\x12 .twinlens.control.v1.JoinRequest\x1a!.twinlens.control.v1.JoinResponse(\x01\x30\x01\x12`\n\x0bListMembers\x12\'.twinlens.control.v1.ListMembersRequest\x1a(.twinlens.control.v1.ListMembersResponse\x12N\n\x05\x44rain\x12!.twinlens.control.v1.DrainRequest\x1a\".twinlens.control.v1.DrainResponse\x12N\n\x05Scale\x12!.twinlens.control.v1.ScaleRequest\x1a\".twinlens.control.v1.ScaleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,34 +37,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MANAGED_AUTOSCALEDENTRY']._serialized_options = b'8\001'
   _globals['_JOINRESPONSE_WANTEDENTRY']._loaded_options = None
   _globals['_JOINRESPONSE_WANTEDENTRY']._serialized_options = b'8\001'
-  _globals['_MEMBERSTATE']._serialized_start=1288
-  _globals['_MEMBERSTATE']._serialized_end=1458
+  _globals['_MEMBERSTATE']._serialized_start=1305
+  _globals['_MEMBERSTATE']._serialized_end=1475
   _globals['_MEMBER']._serialized_start=65
-  _globals['_MEMBER']._serialized_end=385
-  _globals['_JOINREQUEST']._serialized_start=388
-  _globals['_JOINREQUEST']._serialized_end=521
-  _globals['_MANAGED']._serialized_start=524
-  _globals['_MANAGED']._serialized_end=761
-  _globals['_MANAGED_REPLICASENTRY']._serialized_start=663
-  _globals['_MANAGED_REPLICASENTRY']._serialized_end=710
-  _globals['_MANAGED_AUTOSCALEDENTRY']._serialized_start=712
-  _globals['_MANAGED_AUTOSCALEDENTRY']._serialized_end=761
-  _globals['_JOINRESPONSE']._serialized_start=764
-  _globals['_JOINRESPONSE']._serialized_end=989
-  _globals['_JOINRESPONSE_WANTEDENTRY']._serialized_start=944
-  _globals['_JOINRESPONSE_WANTEDENTRY']._serialized_end=989
-  _globals['_LISTMEMBERSREQUEST']._serialized_start=991
-  _globals['_LISTMEMBERSREQUEST']._serialized_end=1011
-  _globals['_LISTMEMBERSRESPONSE']._serialized_start=1013
-  _globals['_LISTMEMBERSRESPONSE']._serialized_end=1080
-  _globals['_DRAINREQUEST']._serialized_start=1082
-  _globals['_DRAINREQUEST']._serialized_end=1115
-  _globals['_DRAINRESPONSE']._serialized_start=1117
-  _globals['_DRAINRESPONSE']._serialized_end=1177
-  _globals['_SCALEREQUEST']._serialized_start=1179
-  _globals['_SCALEREQUEST']._serialized_end=1225
-  _globals['_SCALERESPONSE']._serialized_start=1227
-  _globals['_SCALERESPONSE']._serialized_end=1285
-  _globals['_CONTROLSERVICE']._serialized_start=1461
-  _globals['_CONTROLSERVICE']._serialized_end=1816
+  _globals['_MEMBER']._serialized_end=402
+  _globals['_JOINREQUEST']._serialized_start=405
+  _globals['_JOINREQUEST']._serialized_end=538
+  _globals['_MANAGED']._serialized_start=541
+  _globals['_MANAGED']._serialized_end=778
+  _globals['_MANAGED_REPLICASENTRY']._serialized_start=680
+  _globals['_MANAGED_REPLICASENTRY']._serialized_end=727
+  _globals['_MANAGED_AUTOSCALEDENTRY']._serialized_start=729
+  _globals['_MANAGED_AUTOSCALEDENTRY']._serialized_end=778
+  _globals['_JOINRESPONSE']._serialized_start=781
+  _globals['_JOINRESPONSE']._serialized_end=1006
+  _globals['_JOINRESPONSE_WANTEDENTRY']._serialized_start=961
+  _globals['_JOINRESPONSE_WANTEDENTRY']._serialized_end=1006
+  _globals['_LISTMEMBERSREQUEST']._serialized_start=1008
+  _globals['_LISTMEMBERSREQUEST']._serialized_end=1028
+  _globals['_LISTMEMBERSRESPONSE']._serialized_start=1030
+  _globals['_LISTMEMBERSRESPONSE']._serialized_end=1097
+  _globals['_DRAINREQUEST']._serialized_start=1099
+  _globals['_DRAINREQUEST']._serialized_end=1132
+  _globals['_DRAINRESPONSE']._serialized_start=1134
+  _globals['_DRAINRESPONSE']._serialized_end=1194
+  _globals['_SCALEREQUEST']._serialized_start=1196
+  _globals['_SCALEREQUEST']._serialized_end=1242
+  _globals['_SCALERESPONSE']._serialized_start=1244
+  _globals['_SCALERESPONSE']._serialized_end=1302
+  _globals['_CONTROLSERVICE']._serialized_start=1478
+  _globals['_CONTROLSERVICE']._serialized_end=1833
 # @@protoc_insertion_point(module_scope)

@@ -73,6 +73,7 @@ class Member(_message.Message):
     EXPECTED_DELAY_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A new id for each start of a process."""
     role: _builtins.str
@@ -101,6 +102,10 @@ class Member(_message.Message):
     expected_delay: _builtins.float
     """For vision, the seconds until the member would start another image. For preprocess, the seconds
     that the images waiting there add to that.
+    """
+    credits: _builtins.int
+    """Units of work that the member would accept now: free places for vision, free sequences for llm.
+    Other roles report 0, and so does a member that is not ready.
     """
     @_builtins.property
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -132,10 +137,11 @@ class Member(_message.Message):
         expected_delay: _builtins.float = ...,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
         stages: _abc.Iterable[_builtins.str] | None = ...,
+        credits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "expected_delay", b"expected_delay", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "hung", b"hung", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "stages", b"stages", "state", b"state", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "credits", b"credits", "detail", b"detail", "expected_delay", b"expected_delay", "fingerprint", b"fingerprint", "group", b"group", "host", b"host", "hung", b"hung", "id", b"id", "in_flight", b"in_flight", "max_model_len", b"max_model_len", "pid", b"pid", "queued", b"queued", "rank", b"rank", "role", b"role", "stages", b"stages", "state", b"state", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
