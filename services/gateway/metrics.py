@@ -1,7 +1,7 @@
-"""The gateway's metrics, and the one place that observes them: around `Core.generate`."""
+"""The gateway's metrics, and the one place that requests are observed: around `Core.generate`."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 
@@ -17,6 +17,7 @@ from services.gateway.generation import (
     Piece,
     Result,
 )
+from services.gateway.observers import ABORTED, POOLED, Observation, RequestObserver
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -73,52 +74,84 @@ class Metrics:
         self.generation_tokens = counter("twinlens_generation_tokens", "Output tokens generated.")
         self.image_tokens = counter("twinlens_image_tokens", "Prompt tokens that stand for images.")
 
+    def begin(self, request: GenerationRequest, arrival: float) -> "MeasuredRequest":
+        return MeasuredRequest(self, arrival)
+
+    def on_refused(self, request: GenerationRequest, arrival: float, error: ServingError) -> None:
+        self.rejections.labels(error.cause or error.code).inc()
+
+
+class MeasuredRequest:
+    """Counts one admitted request, and measures its events as they pass."""
+
+    def __init__(self, metrics: Metrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last_token: float | None = None
+        metrics.in_flight.inc()
+
+    def on_event(self, event: GenerationEvent) -> None:
+        match event:
+            case Piece(token_ids=ids) if ids:
+                self._observe_tokens(len(ids))
+            case Ended() | Result():
+                self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
+                self._metrics.image_tokens.inc(event.usage.image_tokens)
+
+    def on_end(self, outcome: str, error: ServingError | None) -> None:
+        self._metrics.in_flight.dec()
+        self._metrics.requests.labels(outcome).inc()
+        self._metrics.duration.observe(time.monotonic() - self._arrival)
+
+    def _observe_tokens(self, count: int) -> None:
+        now = time.monotonic()
+        if self._last_token is None:
+            self._metrics.first_token.observe(now - self._arrival)
+        else:
+            self._metrics.inter_token.observe((now - self._last_token) / count)
+        self._last_token = now
+        self._metrics.generation_tokens.inc(count)
+
 
 class ObservedEvents:
-    """The events of one request, which are measured as they pass."""
+    """The events of one request, which its observers see as they pass."""
 
     def __init__(
-        self, events: AsyncIterator[GenerationEvent], metrics: Metrics, began: float
+        self, events: AsyncIterator[GenerationEvent], observations: Sequence[Observation]
     ) -> None:
-        self.began = began
-        self.outcome = "aborted"
+        self.outcome = ABORTED
         self._events = events
-        self._metrics = metrics
-        self._last_token: float | None = None
+        self._observations = observations
 
     def __aiter__(self) -> "ObservedEvents":
         return self
 
     async def __anext__(self) -> GenerationEvent:
         event = await self._events.__anext__()
-        match event:
-            case Piece(token_ids=ids) if ids:
-                self._observe_tokens(len(ids))
-            case Ended() | Result():
-                self._observe_end(event)
+        if isinstance(event, Ended):
+            self.outcome = event.finish_reason
+        elif isinstance(event, Result):
+            self.outcome = POOLED
+        for observation in self._observations:
+            observation.on_event(event)
         return event
-
-    def _observe_tokens(self, count: int) -> None:
-        now = time.monotonic()
-        if self._last_token is None:
-            self._metrics.first_token.observe(now - self.began)
-        else:
-            self._metrics.inter_token.observe((now - self._last_token) / count)
-        self._last_token = now
-        self._metrics.generation_tokens.inc(count)
-
-    def _observe_end(self, event: Ended | Result) -> None:
-        self.outcome = event.finish_reason if isinstance(event, Ended) else "pooled"
-        self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
-        self._metrics.image_tokens.inc(event.usage.image_tokens)
 
 
 class MeasuredCore:
-    """A Core that counts every request and raises only ServingErrors."""
+    """A Core whose requests are observed, and that raises only ServingErrors.
 
-    def __init__(self, core: Core, metrics: Metrics | None = None) -> None:
+    Metrics are the first observer.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        metrics: Metrics | None = None,
+        observers: Sequence[RequestObserver] = (),
+    ) -> None:
         self.core = core
         self.metrics = metrics or Metrics()
+        self.observers: list[RequestObserver] = [self.metrics, *observers]
         self.model_name = core.model_name
         self.request_timeout = core.request_timeout
         self.check_model = core.check_model
@@ -133,34 +166,39 @@ class MeasuredCore:
     async def generate(
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
-        began = time.monotonic()
+        arrival = time.monotonic()
         async with AsyncExitStack() as stack:
             try:
                 with serving_errors_only():
                     events = await stack.enter_async_context(self.core.generate(request))
             except ServingError as error:
-                self.metrics.rejections.labels(error.cause or error.code).inc()
+                for observer in self.observers:
+                    observer.on_refused(request, arrival, error)
                 raise
-            with self._counted(ObservedEvents(events, self.metrics, began)) as observed:
+            observations = [observer.begin(request, arrival) for observer in self.observers]
+            with ended_once(ObservedEvents(events, observations), observations) as observed:
                 yield observed
 
-    @contextmanager
-    def _counted(self, observed: ObservedEvents) -> Iterator[ObservedEvents]:
-        """Count an admitted request as in flight inside the block, and its outcome after it.
 
-        An error that the reader of the events raises counts as the outcome, too.
-        """
-        self.metrics.in_flight.inc()
-        try:
-            with serving_errors_only():
-                yield observed
-        except ServingError as error:
-            observed.outcome = error.code
-            raise
-        finally:
-            self.metrics.in_flight.dec()
-            self.metrics.requests.labels(observed.outcome).inc()
-            self.metrics.duration.observe(time.monotonic() - observed.began)
+@contextmanager
+def ended_once(
+    observed: ObservedEvents, observations: Sequence[Observation]
+) -> Iterator[ObservedEvents]:
+    """Notify the observers of the request's end after the block.
+
+    An error that the reader of the events raises counts as the outcome, too.
+    """
+    failure: ServingError | None = None
+    try:
+        with serving_errors_only():
+            yield observed
+    except ServingError as error:
+        failure = error
+        raise
+    finally:
+        outcome = failure.code if failure else observed.outcome
+        for observation in observations:
+            observation.on_end(outcome, failure)
 
 
 @contextmanager
