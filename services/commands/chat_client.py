@@ -1,0 +1,393 @@
+"""An asynchronous client of any OpenAI-compatible server.
+
+It measures: each answer says when its tokens came. A failed request is recorded, not raised.
+"""
+
+import argparse
+import asyncio
+import base64
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from services.commands.client import ClientError
+from services.commands.event_stream import EventReader
+
+if TYPE_CHECKING:
+    import aiohttp
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+KEY_VARIABLE = "OPENAI_API_KEY"
+CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 2.0
+"""An unused connection is closed after this time. Servers close theirs after five seconds or more,
+and a request that is sent at that moment would fail."""
+MOST_ERROR_CHARACTERS = 500
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+WORTH_REPEATING = (429, 503)
+
+MEDIA_TYPES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+"""The media type of an image file by its first bytes."""
+
+
+@dataclass
+class Answer:
+    """What became of one request. `error` is empty if it succeeded."""
+
+    text: str = ""
+    token_times: list[tuple[float, int]] = field(default_factory=list)
+    """Of each chunk with tokens: the seconds after the request was sent, and how many tokens it
+    has. Empty if the answer was not streamed. A chunk whose number is not known counts as one."""
+    finish_reason: str = ""
+    """Empty if the answer failed."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """OpenAI's `usage`; empty if the server sent none."""
+    timings: dict[str, Any] = field(default_factory=dict)
+    """The stage timings of Twinlens; empty from other servers."""
+    token_ids: list[int] = field(default_factory=list)
+    """The answer's tokens, if the body asked for them with `return_token_ids`."""
+    status: int = 0
+    """The HTTP status; 0 if there was no answer."""
+    error: str = ""
+    retry_after: float | None = None
+    """The seconds after which the server wants to be asked again."""
+    began: float = 0.0
+    """The monotonic time of sending."""
+    seconds: float = 0.0
+    """The time from sending to the end."""
+    is_broken: bool = False
+    """Whether the connection failed, so that the same request may succeed."""
+
+
+class Message(msgspec.Struct):
+    """What is read of a message, or of a part of one. Reasoning may come apart from the text."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.content or self.reasoning_content or self.reasoning)
+
+
+class Choice(msgspec.Struct):
+    delta: Message | None = None
+    message: Message | None = None
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class Completion(msgspec.Struct):
+    """What is read of a chat completion, whole or one chunk of a stream."""
+
+    choices: list[Choice] | None = None
+    usage: dict[str, Any] | None = None
+    timings: dict[str, Any] | None = None
+    error: Any = None
+
+
+completion_decoder = msgspec.json.Decoder(Completion)
+
+
+class ChatClient:
+    """Sends requests to one server. An asynchronous context manager."""
+
+    def __init__(self, url: str, api_key: str = "", timeout: float = 600.0) -> None:
+        """`url` is the base URL, which usually ends in /v1. `timeout` is for each whole request.
+
+        Without `api_key` the variable OPENAI_API_KEY is used.
+        """
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self._api_key = api_key or os.environ.get(KEY_VARIABLE, "")
+        self._session: aiohttp.ClientSession
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "ChatClient":
+        aiohttp = import_aiohttp()
+        key = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=key,
+            timeout=aiohttp.ClientTimeout(total=self.timeout, sock_connect=CONNECT_SECONDS),
+            trust_env=False,  # a proxy that the environment sets is not meant for this address
+        )
+        self._session = await self._stack.enter_async_context(session)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._stack.aclose()
+
+    async def models(self) -> list[str]:
+        """Return the names of the models that the server lists.
+
+        Raises
+        ------
+        ClientError
+            If the server does not answer, or answers something else.
+        """
+        import aiohttp
+
+        url = f"{self.url}/models"
+        try:
+            async with self._session.get(url) as response:
+                body = await response.read()
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ClientError(
+                f"nothing answers at {self.url} ({reason_of(error)}): start a server, or set its "
+                "address with --url http://HOST:PORT/v1"
+            ) from error
+        if status != 200:
+            raise ClientError(f"{url} answers with status {status}: {error_text(body)}")
+        match decode(body):
+            case {"data": list(listed)}:
+                return [str(model["id"]) for model in listed if "id" in model]
+        raise ClientError(f"{url} does not list models: does --url end in /v1?")
+
+    async def complete(self, body: dict[str, Any], headers: Mapping[str, str] = {}) -> Answer:
+        """Send a chat completion. `body["stream"]` says whether the answer is streamed.
+
+        A request that fails in any way is an Answer with an `error`.
+        """
+        import aiohttp
+
+        answer = Answer(began=time.monotonic())
+        encoded = msgspec.json.encode(body)
+        sent = {"content-type": "application/json"} | dict(headers)
+        url = f"{self.url}/chat/completions"
+        try:
+            async with self._session.post(url, data=encoded, headers=sent) as response:
+                answer.status = response.status
+                await read_response(response, answer)
+        except TimeoutError:
+            answer.error = f"no whole answer within {self.timeout:g} s"
+        except aiohttp.ClientError as error:
+            answer.error = f"the connection failed: {reason_of(error)}"
+            answer.is_broken = True
+        answer.seconds = time.monotonic() - answer.began
+        if answer.error:
+            answer.finish_reason = ""
+        return answer
+
+
+def import_aiohttp() -> Any:
+    """Return the module aiohttp.
+
+    Raises
+    ------
+    ClientError
+        If it is not installed.
+    """
+    try:
+        import aiohttp
+    except ImportError as error:
+        raise ClientError(
+            "this command needs the extra `tools`: pip install 'twinlens[tools]'"
+        ) from error
+    return aiohttp
+
+
+async def read_response(response: "aiohttp.ClientResponse", answer: Answer) -> None:
+    """Read a whole response into the answer."""
+    if response.status != 200:
+        answer.error = error_text(await response.read())
+        answer.error = answer.error or f"status {response.status}"
+        answer.retry_after = read_retry_after(response.headers)
+    elif response.content_type == "text/event-stream":
+        await read_stream(response, answer)
+    else:
+        read_whole(await response.read(), answer)
+
+
+async def read_stream(response: "aiohttp.ClientResponse", answer: Answer) -> None:
+    reader = EventReader()
+    is_done = False
+    async for received in response.content.iter_any():
+        seconds = time.monotonic() - answer.began
+        for event in reader.feed(received):
+            is_done |= take_event(event, answer, seconds)
+    for event in reader.close():
+        is_done |= take_event(event, answer, time.monotonic() - answer.began)
+    if answer.error or answer.finish_reason:
+        return
+    if is_done:
+        # Some servers end without a reason. [DONE] says that nothing is missing.
+        answer.finish_reason = "stop"
+    else:
+        answer.error = "the stream ended before the answer did"
+        answer.is_broken = True
+
+
+def take_event(event: bytes, answer: Answer, seconds: float) -> bool:
+    """Add an event to the answer. Return whether it says that the stream is complete."""
+    if event.strip() == b"[DONE]":
+        return True
+    try:
+        chunk = completion_decoder.decode(event)
+    except msgspec.DecodeError as error:
+        answer.error = answer.error or f"the stream has an event that cannot be read: {error}"
+        return False
+    if chunk.error:
+        answer.error = answer.error or error_text(event)
+    else:
+        take_chunk(chunk, answer, seconds)
+    return False
+
+
+def take_chunk(chunk: Completion, answer: Answer, seconds: float) -> None:
+    known = answer.usage.get("completion_tokens") or 0
+    take_totals(chunk, answer)
+    for choice in chunk.choices or ():
+        delta = choice.delta or Message()
+        ids = choice.token_ids or []
+        answer.text += delta.content or ""
+        answer.token_ids += ids
+        answer.finish_reason = choice.finish_reason or answer.finish_reason
+        # Some servers count the tokens so far in each chunk.
+        counted = (answer.usage.get("completion_tokens") or 0) - known
+        if number := len(ids) or (max(1, counted) if delta.has_text else 0):
+            answer.token_times.append((seconds, number))
+
+
+def take_totals(body: Completion, answer: Answer) -> None:
+    """Take usage and timings from a whole answer or from any chunk that has them."""
+    answer.usage = body.usage or answer.usage
+    answer.timings = body.timings or answer.timings
+
+
+def read_whole(body: bytes, answer: Answer) -> None:
+    """Read an answer that is not streamed."""
+    try:
+        whole = completion_decoder.decode(body)
+    except msgspec.DecodeError:
+        whole = Completion()
+    if whole.error or not whole.choices or not (message := whole.choices[0].message):
+        answer.error = f"this is not a chat completion: {error_text(body)}"
+        return
+    answer.text = message.content or ""
+    answer.token_ids = whole.choices[0].token_ids or []
+    answer.finish_reason = whole.choices[0].finish_reason or "stop"
+    take_totals(whole, answer)
+
+
+async def complete_patiently(
+    client: ChatClient, body: dict[str, Any], patience: float = 300.0
+) -> Answer:
+    """Send a chat completion, again while the server is busy or the connection breaks.
+
+    Waits as long as the server asks for, else a growing time. Returns the last answer once
+    the request succeeded, failed for another reason, or used up `patience` seconds.
+    """
+    began = time.monotonic()
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        answer = await client.complete(body)
+        is_worth_it = answer.is_broken or answer.status in WORTH_REPEATING
+        wait = pause if answer.retry_after is None else answer.retry_after
+        if not is_worth_it or time.monotonic() + wait > began + patience:
+            return answer
+        await asyncio.sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+async def choose_model(client: ChatClient, wanted: str) -> str:
+    """Return the model to ask: the wanted one, or the first that the server lists.
+
+    Raises
+    ------
+    ClientError
+        If the server does not answer, or does not have the model.
+    """
+    served = await client.models()
+    if not served:
+        raise ClientError(f"{client.url} lists no model; name one with --model")
+    if wanted and wanted not in served:
+        raise ClientError(f"{client.url} has no model {wanted!r}; it serves {', '.join(served)}")
+    return wanted or served[0]
+
+
+def add_url_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --url and --model. The API key comes from the variable OPENAI_API_KEY."""
+    parser.add_argument(
+        "--url",
+        type=base_url,
+        default=DEFAULT_URL,
+        metavar="URL",
+        help="the server's OpenAI base URL (default: %(default)s); the variable "
+        f"{KEY_VARIABLE} has its key, if it needs one",
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="NAME",
+        help="the model to ask (default: the first that the server lists)",
+    )
+
+
+def base_url(text: str) -> str:
+    """Return the URL without a slash at its end; an argparse type."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not begin with http:// or https://")
+    return text.rstrip("/")
+
+
+def image_part(data: bytes) -> dict[str, Any]:
+    """Return an image file as a part of a message, with its bytes in a data: URI.
+
+    Raises
+    ------
+    ClientError
+        If it is not a PNG, JPEG, GIF or WebP file.
+    """
+    for start, media_type in MEDIA_TYPES.items():
+        if data.startswith(start):
+            url = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+            return {"type": "image_url", "image_url": {"url": url}}
+    raise ClientError("an image is not a PNG, JPEG, GIF or WebP file")
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a response asks to wait; None if it does not, or names a date."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * scale)
+        except (KeyError, ValueError):
+            continue
+    return None
+
+
+def error_text(body: bytes) -> str:
+    """Return the message of an error body in any of the usual forms, else its beginning."""
+    match decode(body):
+        case {"error": {"message": str(message)}} | {"error": str(message)}:
+            return message
+        case {"message": str(message)} | {"detail": str(message)}:
+            return message
+    return body.decode(errors="replace")[:MOST_ERROR_CHARACTERS].strip()
+
+
+def decode(body: bytes) -> Any:
+    """Return JSON as Python objects; None if it is not JSON."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a connection failed; some of aiohttp's errors have no text."""
+    return str(error) or type(error).__name__
