@@ -17,7 +17,7 @@ import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_TEXT_CHARS = 2000
 
@@ -35,6 +35,11 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_BUCKETS = 32
+
+TRACEPARENT = r"^(00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-01)?\Z"
+TraceParent = Annotated[str, msgspec.Meta(max_length=55, pattern=TRACEPARENT)]
+"""The span that the receiver's spans are children of, in W3C's form; empty if nobody records the
+request."""
 
 Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
@@ -288,6 +293,7 @@ class Submit(RequestMessage):
     apart_in_llm: bool = False
     """The `apart` of its Prompt."""
     task: Task = "generate"
+    traceparent: TraceParent = ""
 
 
 GatewayToPreprocess = Submit | Abort | Noted | Cleared
@@ -340,6 +346,7 @@ class Offer(ItemMessage):
     padded."""
     apart: bool = False
     """Accept the item only while the replica holds no other, because it may end the process."""
+    traceparent: TraceParent = ""
 
 
 class Pixels(ItemMessage):
@@ -442,6 +449,7 @@ class Prompt(RequestMessage):
     apart: bool = False
     """Compute the request in steps of its own until it is cleared, because it may end the group."""
     task: Task = "generate"
+    traceparent: TraceParent = ""
 
 
 # llm -> preprocess
@@ -540,6 +548,7 @@ class Start(RequestMessage):
     """int64: the tokens of earlier attempts, whose text was delivered with them."""
     timeout: Seconds = 3600.0
     """Seconds until the request's deadline, counted from the receipt of this message."""
+    traceparent: TraceParent = ""
 
 
 class Tokens(RequestMessage):

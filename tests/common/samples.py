@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from common.messages import HOPS
+from common.messages import HOPS, TRACEPARENT
 from common.wire import NUMPY_DTYPES, Tensor
 
 MAX_IMAGES = 32
@@ -90,6 +90,8 @@ def filled(kind: inspect.Type, tensor: Tensor, largest: bool) -> Any:
             return (filled(item, tensor, largest),) * ((most or MAX_IMAGES) if largest else 1)
         case inspect.TupleType(item_types=items):
             return tuple(filled(item, tensor, largest) for item in items)
+        case inspect.StrType(pattern=str(pattern)) if pattern == TRACEPARENT:
+            return f"00-{'5' * 32}-{'6' * 16}-01"
         case inspect.StrType(pattern=str(pattern)):
             return re.findall(r"\w+", pattern)[0]  # the first of the alternatives
         case inspect.StrType(max_length=most):

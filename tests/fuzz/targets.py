@@ -23,6 +23,7 @@ ITEMS = (0, 0, 1, 2)
 INNOCENT_ID = "innocent"
 REQUEST_IDS = ("a", "b", "c", INNOCENT_ID)
 ADDRESS = "ipc:///nowhere"
+TRACEPARENT = f"00-{'5' * 32}-{'6' * 16}-01"
 
 
 def innocent_key(number: int) -> RequestKey:
@@ -64,6 +65,7 @@ class Target(ABC):
             "detokenizer": tuple(Peer(each, ADDRESS) for each in ids),
             "protocol_version": (PROTOCOL_VERSION,),
             "fingerprint": ("", "f" * 64),
+            "traceparent": ("", TRACEPARENT),
         }
 
     @abstractmethod
