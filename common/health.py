@@ -108,9 +108,14 @@ class MemberCollector(Collector):
             "in_flight": ("Units (requests, images) in progress.", in_flight),
             "queued": ("Units accepted and not yet begun.", queued),
             "expected_delay_seconds": (
-                "vision: time until another image would be begun; preprocess: what the images that "
-                "wait there add to it.",
+                "gateway: time until the requests that wait have a first token; preprocess: what "
+                "the images that wait there add to the delay of vision; vision: time until another "
+                "image would be begun; llm: time until the requests that wait have begun.",
                 self._member.expected_delay,
+            ),
+            "credits": (
+                "vision, llm: units of work that the member would accept now.",
+                self._member.credits,
             ),
         }
         labels = {"role": self._member.role, "id": self._member.id, "group": self._member.group}

@@ -473,15 +473,18 @@ class Reserved(RequestMessage):
 
 
 class LlmLoad(Message):
-    """How busy a language group is. Preprocess chooses among groups by these figures.
+    """How busy a language group is.
 
-    Sent when a preprocess connects, and when the figures change.
+    Preprocess chooses among groups by these figures, and gateways serve them as metrics. Sent when
+    one of them connects, and when the figures change.
     """
 
     running: Count
     waiting: Count
     free_tokens: Count
     """Free tokens in the KV cache."""
+    capacity_tokens: Count = 0
+    """Tokens that the KV cache has room for."""
 
 
 LlmToPreprocess = ItemReceived | ItemRejected | Reserved | LlmLoad
@@ -633,7 +636,7 @@ class Pooled(RequestMessage):
     """The tokens of the prompt that stand for images."""
 
 
-LlmToGateway = Failed | Alone | Pooled
+LlmToGateway = Failed | Alone | Pooled | LlmLoad
 
 # What each service handles, whichever peer sends it.
 

@@ -69,6 +69,28 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AliasSettings:
+    """The setting for the names of metrics."""
+
+    metric_aliases: bool = setting(
+        True,
+        "serve metrics under the names of vLLM and SGLang as well, for dashboards and autoscalers "
+        "made for them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModelSettings(AliasSettings):
+    """The settings of the services that name the served model."""
+
+    served_model_name: str = setting(
+        EMBEDDED_MODEL.name,
+        "name of the model for clients, and the model_name of metrics under other systems' names",
+        objection=objection_to_text,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The settings of the services that read the model directory."""
 
@@ -244,10 +266,7 @@ class ControllerSettings(ServiceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings(ServiceSettings, ApiSettings):
-    served_model_name: str = setting(
-        EMBEDDED_MODEL.name, "name of the model for clients", objection=objection_to_text
-    )
+class GatewaySettings(ServiceSettings, ServedModelSettings, ApiSettings):
     drain_delay: float = setting(
         5.0,
         "seconds between SIGTERM, after which the gateway is not ready, and the closing of its "
@@ -259,6 +278,7 @@ class GatewaySettings(ServiceSettings, ApiSettings):
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(
     ServiceSettings,
+    ServedModelSettings,
     ContextSettings,
     VideoSettings,
     PixelSettings,
@@ -274,7 +294,9 @@ class PreprocessSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSettings):
+class VisionSettings(
+    ServiceSettings, ServedModelSettings, SizeSettings, DeviceSettings, ModelSettings
+):
     embedding_cache_mib: int = setting(
         256,
         "size of the cache of image embeddings, in MiB; 0 for none",
@@ -300,7 +322,14 @@ class VisionSettings(ServiceSettings, SizeSettings, DeviceSettings, ModelSetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmSettings(ServiceSettings, BatchSettings, ContextSettings, DeviceSettings, ModelSettings):
+class LlmSettings(
+    ServiceSettings,
+    ServedModelSettings,
+    BatchSettings,
+    ContextSettings,
+    DeviceSettings,
+    ModelSettings,
+):
     group: str = setting(
         "llm",
         "name of the tensor-parallel group, which all its ranks share",
@@ -331,6 +360,7 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(
+    AliasSettings,
     BatchSettings,
     ContextSettings,
     VideoSettings,

@@ -49,7 +49,12 @@ async def serve(settings: ControllerSettings, stop: threading.Event) -> None:
     server = await start_server(servicer, settings.control_listen)
     progress = Progress()
     health_port = serve_health(
-        settings.health_port, member, lambda: (0, 0), progress.is_hung, watch=progress.watch
+        settings.health_port,
+        member,
+        lambda: (0, 0),
+        progress.is_hung,
+        servicer.metrics.registry,
+        progress.watch,
     )
     get_logger().info("listening", grpc=settings.control_listen, id=member.id)
     tasks = [

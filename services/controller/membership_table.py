@@ -1,6 +1,6 @@
 """The table of members and their leases. It has no socket and no clock of its own."""
 
-from common.membership import DEAD
+from common.membership import DEAD, DRAINING
 from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2
 
@@ -18,6 +18,8 @@ class MembershipTable:
         self._members: dict[str, control_pb2.Member] = {}
         self._last_seen: dict[str, float] = {}
         """When each member reported last; for a dead member, when it was marked dead."""
+        self.num_lost = 0
+        """Members that died without draining first."""
 
     def report(self, member: control_pb2.Member, now: float) -> bool:
         """Store a member's report and renew its lease.
@@ -35,6 +37,7 @@ class MembershipTable:
         member = self._members.get(member_id)
         if member is None or member.state == DEAD:
             return False
+        self.num_lost += member.state != DRAINING
         member.state = DEAD
         member.in_flight = 0
         member.queued = 0

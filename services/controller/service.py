@@ -15,6 +15,7 @@ from common.progress import LEASE_SECONDS
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.controller.draining import Drains
 from services.controller.membership_table import MembershipTable
+from services.controller.metrics import ControllerMetrics
 from services.controller.places import Places, Refused
 from services.controller.reachability import LOCAL, location_of
 from services.controller.report_checks import objection_to
@@ -64,6 +65,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def __init__(self, controller: control_pb2.Member, launcher_key: str = "") -> None:
         """`launcher_key` is what a launcher must know. If it is empty, the first one may stay."""
         self._table = MembershipTable()
+        self.metrics = ControllerMetrics(self._table)
         self._places = Places(self._table, controller.id, launcher_key)
         self._silent: OrderedDict[object, asyncio.Timeout] = OrderedDict()
         """What ends each stream that has sent nothing yet, the oldest one first."""

@@ -34,6 +34,7 @@ from common.timings import Timings, read_timings, write_timings
 from common.vocabulary import Vocabulary
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
+from services.detokenizer.metrics import DetokenizerMetrics
 
 FINISH_REASONS = ("", "stop", "length")
 EXPIRY_SECONDS = 1.0
@@ -71,6 +72,7 @@ class Worker:
         vocab_size: int,
         max_model_len: int,
         reads_boxes: bool = False,
+        metrics: DetokenizerMetrics | None = None,
     ) -> None:
         """`vocab_size` is the number of the model's logits, which may exceed that of its tokens.
         No answer is longer than `max_model_len` tokens. `reads_boxes` says whether answers may hold
@@ -80,6 +82,7 @@ class Worker:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._reads_boxes = reads_boxes
+        self._metrics = metrics or DetokenizerMetrics()
         self._answers: dict[RequestKey, Answer] = {}
         self._gateways: set[str] = set()
         self._unreleased: set[str] = set()
@@ -159,7 +162,9 @@ class Worker:
                 self._begin(peer_id, message)
             case Tokens(key=key):
                 if self._owns(peer_id, key):
+                    began = time.perf_counter()
                     self._extend(key, message)
+                    self._metrics.busy_seconds += time.perf_counter() - began
             case Failed(key=key):
                 if self._owns(peer_id, key):
                     self._member.links.send(self._answers.pop(key).gateway_id, message)
@@ -283,6 +288,7 @@ class Worker:
             self._fail(key, reason)
             return
         answer.num_tokens += tokens.token_ids.shape[0]
+        self._metrics.num_tokens += tokens.token_ids.shape[0]
         decoder = answer.decoder
         ids = tokens.token_ids.numpy().tolist()
         text = decoder.push(ids)

@@ -15,6 +15,7 @@ from common.logs import get_logger
 from common.member import CONNECTABLE
 from common.membership import DRAINING, READY, STARTING, Membership, new_member_id
 from common.messages import GatewayInbound, Peer
+from common.metric_aliases import serve_aliases
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import GatewaySettings
@@ -47,6 +48,7 @@ class Gateway:
         self.core = GatewayCore(
             settings.served_model_name, settings.max_waiting, settings.request_timeout
         )
+        serve_aliases(self.core.metrics, settings, engine="0")
         self.measured_core = MeasuredCore(self.core, self.core.metrics)
         self.member = control_pb2.Member(
             id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
@@ -98,6 +100,7 @@ class Gateway:
             on_members=self.on_members,
             on_drain=stop.drain,
             is_hung=self.progress.is_hung,
+            expected_delay=self.core.expected_delay,
         )
 
     def log_addresses(self) -> None:

@@ -1,7 +1,7 @@
 """Which requests are admitted: those that find room in the queue and can meet their deadline."""
 
 from common.errors import Exhausted, ServingError, Unavailable
-from services.gateway.pace import Pace
+from common.pace import Pace
 from services.gateway.peers import Peers
 
 OUTAGE_SECONDS = 30.0

@@ -28,6 +28,7 @@ from common.messages import (
     GatewayInbound,
     GatewayOutbound,
     HandedOver,
+    LlmLoad,
     Peer,
     Pooled,
     RequestMessage,
@@ -78,6 +79,7 @@ class GatewayCore:
         self.model_name = model_name
         self.metrics = metrics or Metrics()
         self.peers = Peers()
+        self.metrics.watch(self.load, self.peers.kv_cache_usage)
         self.max_model_len = self.peers.max_model_len
         self.on_members = self.peers.on_members
         self.idle = asyncio.Event()
@@ -147,6 +149,10 @@ class GatewayCore:
         waiting = self._num_waiting
         return max(0, len(self._records) - waiting), waiting
 
+    def expected_delay(self) -> float:
+        """Return the seconds until the requests that wait have their first token; 0 if unknown."""
+        return self._admission.pace.expected_wait(self._num_waiting)
+
     # Called with the events of the connections
 
     def on_event(self, event: Event[GatewayInbound]) -> None:
@@ -160,6 +166,8 @@ class GatewayCore:
 
     def _handle(self, event: Event[GatewayInbound]) -> None:
         match event:
+            case Received(peer_id=peer_id, message=LlmLoad() as load):
+                self.peers.on_llm_load(peer_id, load)
             case Received():
                 self._receive(event)
             case PeerUp():
@@ -184,15 +192,11 @@ class GatewayCore:
         record = Record(request, record_id, timeout, task)
         self._failover.start_attempt(record)
         self._records[record.id] = record
-        self._change_waiting(1)
+        self._num_waiting += 1
         self.idle.clear()
         loop = asyncio.get_running_loop()
         record.timers["deadline"] = loop.call_later(timeout, self._on_deadline, record)
         return record
-
-    def _change_waiting(self, change: int) -> None:
-        self._num_waiting += change
-        self.metrics.waiting.set(self._num_waiting)
 
     async def _events(self, record: Record) -> AsyncGenerator[GenerationEvent, None]:
         while True:
@@ -208,6 +212,7 @@ class GatewayCore:
     def _receive(self, received: Received[GatewayInbound]) -> None:
         """Handle a message if its sender holds the current attempt of the request."""
         message = received.message
+        assert isinstance(message, RequestMessage)
         record = self._records.get(message.request_id)
         if record is None or record.attempt.number != message.attempt:
             if isinstance(message, Routed):
@@ -229,6 +234,7 @@ class GatewayCore:
     def _fail_unreadable(self, received: Received[GatewayInbound]) -> None:
         """Fail the request whose current attempt a message was about that cannot be handled."""
         message = received.message
+        assert isinstance(message, RequestMessage)
         record = self._records.get(message.request_id)
         if (
             record
@@ -240,6 +246,7 @@ class GatewayCore:
 
     def _handle_message(self, record: Record, received: Received[GatewayInbound]) -> None:
         message = received.message
+        assert isinstance(message, RequestMessage)
         match message:
             case Routed():
                 self._on_routed(record, message)
@@ -352,8 +359,8 @@ class GatewayCore:
         self._failover.on_first_token(record)
         if record.first_token is None:
             record.first_token = time.monotonic()
-            self._change_waiting(-1)
-            self._admission.pace.on_first_token(record.first_token, self._num_waiting)
+            self._num_waiting -= 1
+            self._admission.pace.on_served(record.first_token, self._num_waiting)
             record.events.put_nowait(Began(record.prompt_token_ids))
 
     # Ends
@@ -388,7 +395,7 @@ class GatewayCore:
         """Drop a request that has ended, and everything that is counted for it."""
         del self._records[record.id]
         if record.first_token is None:
-            self._change_waiting(-1)
+            self._num_waiting -= 1
         if not self._records:
             self.idle.set()
         self._failover.forget(record)

@@ -1,14 +1,14 @@
 """The gateway's metrics, and the one place that requests are observed: around `Core.generate`."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from functools import partial
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from typing import Any
 
 from common.errors import Internal, ServingError
 from common.logs import get_logger
+from common.messages import Usage
+from common.metrics import TOKENS, StageMetrics
 from services.gateway.generation import (
     Core,
     Ended,
@@ -18,67 +18,133 @@ from services.gateway.generation import (
     Result,
 )
 from services.gateway.observers import ABORTED, POOLED, Observation, RequestObserver
+from services.gateway.peers import STAGES
 
-FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
-DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
-LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+OUTCOMES = ("stop", "length", ABORTED)
+"""The outcomes that every gateway shows, also before the first request has ended so."""
+REQUEST_STAGES = {
+    "preprocess": "preprocess_seconds",
+    "llm_queue": "queue_seconds",
+    "llm_prefill": "prefill_seconds",
+    "llm_decode": "decode_seconds",
+}
+"""The stages of a request, and the names of their times in the timings of its answer."""
+ITEM_STAGES = {"vision_queue": "queue_seconds", "vision_encode": "encode_seconds"}
+"""The stages of an item, likewise."""
 
 
-class Metrics:
-    """All metrics of the gateway, in one registry."""
+class Metrics(StageMetrics):
+    """All metrics of the gateway. They are also an observer of its requests."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
-        self.registry = CollectorRegistry()
-        counter = partial(Counter, registry=self.registry)
-        gauge = partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
-        self.requests = counter(
-            "twinlens_requests", "Admitted requests, by how they ended.", ["outcome"]
+        super().__init__("gateway")
+        self.requests = self.counter("requests", "Admitted requests, by how they ended.", "outcome")
+        self.rejections = self.counter(
+            "rejections", "Requests that were refused at admission, by cause.", "reason"
         )
-        self.rejections = counter(
-            "twinlens_rejections", "Requests that were refused at admission, by cause.", ["reason"]
+        self.attempts = self.counter(
+            "attempts", "Attempts started: one for each request, and one for each retry."
         )
-        self.waiting = gauge(
-            "twinlens_requests_waiting", "Admitted requests that have no token yet."
-        )
-        self.in_flight = gauge(
-            "twinlens_requests_in_flight", "Admitted requests that have not ended."
-        )
-        self.attempts = counter(
-            "twinlens_attempts", "Attempts started: one for each request, and one for each retry."
-        )
-        self.failovers = counter(
-            "twinlens_failovers",
+        self.failovers = self.counter(
+            "failovers",
             "Attempts that were lost and retried, by the stage that was lost or not reachable.",
-            ["stage"],
+            "stage",
         )
-        self.first_token = histogram(
-            "twinlens_time_to_first_token_seconds",
-            "Seconds from the arrival of a request to its first token.",
-            buckets=FIRST_TOKEN_BUCKETS,
+        self.num_in_flight = 0
+        self.gauge(
+            "requests_in_flight",
+            "Admitted requests that have not ended.",
+            lambda: self.num_in_flight,
         )
-        self.duration = histogram(
-            "twinlens_request_duration_seconds",
-            "Seconds from the arrival of a request to its end.",
-            buckets=DURATION_BUCKETS,
+        self._add_times()
+        self._add_tokens()
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+        for stage in STAGES:
+            self.failovers.labels(stage)
+
+    def _add_times(self) -> None:
+        self.first_token = self.histogram(
+            "time_to_first_token_seconds",
+            "Seconds from the arrival of a request to its first token (TTFT).",
         )
-        self.inter_token = histogram(
-            "twinlens_inter_token_latency_seconds",
-            "Seconds between two pieces of an answer, per token of the later piece.",
-            buckets=LATENCY_BUCKETS,
+        self.inter_token = self.histogram(
+            "inter_token_latency_seconds",
+            "Seconds between two pieces of an answer, per token of the later piece (ITL).",
         )
-        self.prompt_tokens = counter(
-            "twinlens_prompt_tokens", "Prompt tokens of answered requests."
+        self.output_token = self.histogram(
+            "time_per_output_token_seconds",
+            "Seconds from the first token of an answer to its last one, per token after the first "
+            "(TPOT). Answers of one token do not count.",
         )
-        self.generation_tokens = counter("twinlens_generation_tokens", "Output tokens generated.")
-        self.image_tokens = counter("twinlens_image_tokens", "Prompt tokens that stand for images.")
+        self.duration = self.histogram(
+            "request_seconds", "Seconds from the arrival of a request to its end."
+        )
+        stage_seconds = self.histogram(
+            "stage_seconds",
+            "Seconds that an answered request spent in a stage; for the stages of vision, that "
+            "each of its items spent there.",
+            "stage",
+        )
+        self.stages = {
+            stage: stage_seconds.labels(stage) for stage in (*REQUEST_STAGES, *ITEM_STAGES)
+        }
+
+    def _add_tokens(self) -> None:
+        self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of answered requests.")
+        self.cached_tokens = self.counter(
+            "cached_prompt_tokens", "Those of them that were in the prefix cache."
+        )
+        self.image_tokens = self.counter("image_tokens", "Those of them that stand for images.")
+        self.generation_tokens = self.counter("generation_tokens", "Output tokens generated.")
+        self.prompt_length = self.histogram(
+            "request_prompt_tokens", "Prompt tokens of an answered request.", buckets=TOKENS
+        )
+        self.answer_length = self.histogram(
+            "request_generation_tokens", "Output tokens of an answered request.", buckets=TOKENS
+        )
+
+    def watch(
+        self, load: Callable[[], tuple[int, int]], kv_cache_usage: Callable[[], float]
+    ) -> None:
+        """Add what the core knows.
+
+        `load` returns the requests with and without a first token. `kv_cache_usage` returns the
+        mean of the language groups.
+        """
+        self.gauge(
+            "requests_running", "Admitted requests that have a first token.", lambda: load()[0]
+        )
+        self.gauge(
+            "requests_waiting", "Admitted requests that have no token yet.", lambda: load()[1]
+        )
+        self.gauge(
+            "llm_kv_cache_usage_ratio",
+            "Share of the KV cache that is in use, from 0 to 1: the mean of the language groups.",
+            kv_cache_usage,
+        )
 
     def begin(self, request: GenerationRequest, arrival: float) -> "MeasuredRequest":
         return MeasuredRequest(self, arrival)
 
     def on_refused(self, request: GenerationRequest, arrival: float, error: ServingError) -> None:
         self.rejections.labels(error.cause or error.code).inc()
+
+    def observe_answer(self, usage: Usage, timings: Mapping[str, Any]) -> None:
+        """Observe the tokens of an answered request, and the times of its stages."""
+        self.prompt_tokens.inc(usage.prompt_tokens)
+        self.cached_tokens.inc(usage.cached_tokens)
+        self.image_tokens.inc(usage.image_tokens)
+        self.prompt_length.observe(usage.prompt_tokens)
+        self.answer_length.observe(usage.completion_tokens)
+        self._observe_stages(REQUEST_STAGES, timings)
+        for item in timings.get("images", ()):
+            self._observe_stages(ITEM_STAGES, item)
+
+    def _observe_stages(self, stages: Mapping[str, str], timings: Mapping[str, Any]) -> None:
+        for stage, name in stages.items():
+            if name in timings:
+                self.stages[stage].observe(timings[name])
 
 
 class MeasuredRequest:
@@ -87,29 +153,36 @@ class MeasuredRequest:
     def __init__(self, metrics: Metrics, arrival: float) -> None:
         self._metrics = metrics
         self._arrival = arrival
-        self._last_token: float | None = None
-        metrics.in_flight.inc()
+        self._first_token = 0.0
+        self._last_token = 0.0
+        self._num_tokens = 0
+        metrics.num_in_flight += 1
 
     def on_event(self, event: GenerationEvent) -> None:
         match event:
             case Piece(token_ids=ids) if ids:
                 self._observe_tokens(len(ids))
             case Ended() | Result():
-                self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
-                self._metrics.image_tokens.inc(event.usage.image_tokens)
+                self._metrics.observe_answer(event.usage, event.timings)
 
     def on_end(self, outcome: str, error: ServingError | None) -> None:
-        self._metrics.in_flight.dec()
-        self._metrics.requests.labels(outcome).inc()
-        self._metrics.duration.observe(time.monotonic() - self._arrival)
+        metrics = self._metrics
+        metrics.num_in_flight -= 1
+        metrics.requests.labels(outcome).inc()
+        metrics.duration.observe(time.monotonic() - self._arrival)
+        if self._num_tokens > 1:
+            seconds = self._last_token - self._first_token
+            metrics.output_token.observe(seconds / (self._num_tokens - 1))
 
     def _observe_tokens(self, count: int) -> None:
         now = time.monotonic()
-        if self._last_token is None:
+        if not self._num_tokens:
+            self._first_token = now
             self._metrics.first_token.observe(now - self._arrival)
         else:
             self._metrics.inter_token.observe((now - self._last_token) / count)
         self._last_token = now
+        self._num_tokens += count
         self._metrics.generation_tokens.inc(count)
 
 

@@ -1,5 +1,6 @@
 """The OpenAI-compatible HTTP API."""
 
+import asyncio
 import math
 import time
 from contextlib import suppress
@@ -157,10 +158,9 @@ class InfoEndpoints:
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(
-            generate_latest(self.core.metrics.registry),
-            headers={"content-type": CONTENT_TYPE_LATEST},
-        )
+        # On a thread, because it takes some milliseconds.
+        text = await asyncio.to_thread(generate_latest, self.core.metrics.registry)
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": version("twinlens")})

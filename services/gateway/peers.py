@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from common.events import PeerDown, PeerUp, Sender
 from common.membership import DEAD, READY
-from common.messages import Abort, GatewayOutbound, Peer, Released
+from common.messages import Abort, GatewayOutbound, LlmLoad, Peer, Released
 from proto.twinlens.control.v1 import control_pb2
 
 STAGES = ("preprocess", "vision", "llm", "detokenizer")
@@ -33,6 +33,8 @@ class Peers:
         """What the served model does. The gateway opens no checkpoint: preprocess reports it."""
         self._stages: tuple[str, ...] = STAGES
         """The roles that requests to the served model pass through."""
+        self._llm_loads: dict[str, LlmLoad] = {}
+        """The last report of each connected language group."""
         self._unsent_aborts: dict[str, deque[Abort]] = {}
         """By member: the aborts that were due while it was disconnected."""
         self.links: Sender[GatewayOutbound]
@@ -57,6 +59,7 @@ class Peers:
         """Forget a disconnected member."""
         self._draining.discard(down.peer_id)
         self._released.discard(down.peer_id)
+        self._llm_loads.pop(down.peer_id, None)
         if self._connected.pop(down.peer_id, None) and not self.connected(down.role):
             self._last_lost_at[down.role] = self._clock()
 
@@ -64,6 +67,11 @@ class Peers:
         """Mark a member as draining: it gets new work only if no other member can take it."""
         if peer_id in self._connected:
             self._draining.add(peer_id)
+
+    def on_llm_load(self, peer_id: str, load: LlmLoad) -> None:
+        """Store how busy a connected language group is."""
+        if peer_id in self._connected:
+            self._llm_loads[peer_id] = load
 
     # Messages
 
@@ -131,6 +139,19 @@ class Peers:
         """Return the longest context of all ready language groups, or None if none is ready."""
         lengths = [m.max_model_len for m in self._members if m.role == "llm" and m.state == READY]
         return max(lengths, default=0) or None
+
+    def kv_cache_usage(self) -> float:
+        """Return which share of the KV cache is in use: the mean of the connected groups, or 0.
+
+        The thread of a scrape calls this, too.
+        """
+        loads = list(self._llm_loads.values())
+        usages = [
+            1 - min(load.free_tokens / load.capacity_tokens, 1.0)
+            for load in loads
+            if load.capacity_tokens
+        ]
+        return sum(usages) / len(usages) if usages else 0.0
 
     def choose(self, role: str, holders: Iterable[str]) -> Peer:
         """Return the connected member of the role that holds the fewest of this gateway's requests.

@@ -63,8 +63,13 @@ def make_child(
     }
     known = {field.name for field in fields(SERVICES[role])}
     arguments = [
-        f"{flag(key)}={value}"
-        for key, value in values.items()
-        if key in known and value is not None
+        argument(key, value) for key, value in values.items() if key in known and value is not None
     ]
     return Child(role, name, arguments, group)
+
+
+def argument(name: str, value: object) -> str:
+    """Return a setting as a command-line argument."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)}={value}"

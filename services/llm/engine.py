@@ -10,11 +10,13 @@ import torch
 
 from common.families.family import PromptForm
 from common.messages import ItemKey, Prompt, RequestKey, Usage
+from common.pace import Pace
 from common.timings import ItemTimings, read_timings, write_timings
 from common.wire import Tensor
 from compute.torch_tensors import to_torch
 from services.llm.embedding_budget import EmbeddingBudget
 from services.llm.guided_decoding import GuidedDecoding, Mask
+from services.llm.metrics import LlmMetrics
 from services.llm.ranks import Execute
 from services.llm.request import Limits, Request
 from services.llm.sampler import Logprobs, Sampler
@@ -69,6 +71,7 @@ class Engine:
         max_model_len: int | None = None,
         dtype: torch.dtype = torch.float32,
         prompt_forms: frozenset[PromptForm] | None = None,
+        metrics: LlmMetrics | None = None,
     ) -> None:
         """Create the engine of one group.
 
@@ -92,11 +95,14 @@ class Engine:
         self.input_width = input_width
         self.eos_token_ids = eos_token_ids
         self.budget = budget or EmbeddingBudget(2 * scheduler.max_tokens)
+        self.metrics = metrics or LlmMetrics()
+        self.metrics.watch(scheduler, self.budget)
         self.requests: dict[RequestKey, Request] = {}
         self._num_position_components = num_position_components
         self._max_tokens = min(max_model_len or scheduler.max_tokens, scheduler.max_tokens)
         self._dtype = dtype
         self._prompt_forms = prompt_forms
+        self._pace = Pace()
         self._ended: OrderedDict[RequestKey, str] = OrderedDict()
         """The preprocess of each request that ended last."""
         self._compiling: set[RequestKey] = set()
@@ -121,6 +127,11 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """(running requests, waiting requests)."""
         return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
+
+    @property
+    def expected_delay(self) -> float:
+        """The seconds until the requests that wait have begun; 0 if that is unknown."""
+        return self._pace.expected_wait(len(self.scheduler.waiting))
 
     @property
     def num_free(self) -> int:
@@ -281,17 +292,23 @@ class Engine:
         if not chunks:
             return None
         now = time.monotonic()
-        for chunk in chunks:
-            chunk.request.first_scheduled = chunk.request.first_scheduled or now
+        self._note_begun(chunks, now)
         embeddings: list[Any] = [part for chunk in chunks for part in embeddings_of(chunk)]
         sampling = [chunk for chunk in chunks if chunk.samples]
         masks = self.guided_decoding.begin_masks([chunk.request.key for chunk in sampling])
-        logits = self.execute(self.scheduler.plan(chunks), embeddings)
+        plan = self.scheduler.plan(chunks)
+        logits = self.execute(plan, embeddings)
         self.scheduler.computed(chunks)
-        if not sampling:
-            return []
         results = {row: mask.result() for row, mask in masks.items()}
-        return self._outputs_of(sampling, logits, results)
+        outputs = self._outputs_of(sampling, logits, results) if sampling else []
+        self.metrics.observe_step(chunks, len(plan.token_ids), time.monotonic() - now)
+        return outputs
+
+    def _note_begun(self, chunks: list[Chunk], now: float) -> None:
+        for request in (chunk.request for chunk in chunks):
+            if request.first_scheduled is None:
+                request.first_scheduled = now
+                self._pace.on_served(now, len(self.scheduler.waiting))
 
     def _outputs_of(
         self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]

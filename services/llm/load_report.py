@@ -1,4 +1,4 @@
-"""Reports to each preprocess how busy this group is."""
+"""Reports to each preprocess and gateway how busy this group is."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ REPORT_SECONDS = 0.25
 
 
 class LoadReport:
-    """Sends the load when a preprocess connects, and when it changes."""
+    """Sends the load when a peer connects, and when it changes."""
 
     def __init__(
         self,
@@ -26,13 +26,13 @@ class LoadReport:
         self._reported: LlmLoad | None = None
         self._next = 0.0
 
-    def add(self, preprocess_id: str) -> None:
-        """Report to this preprocess from now on, beginning with the present load."""
-        self._peers.add(preprocess_id)
-        self._links.send(preprocess_id, self._load())
+    def add(self, peer_id: str) -> None:
+        """Report to this peer from now on, beginning with the present load."""
+        self._peers.add(peer_id)
+        self._links.send(peer_id, self._load())
 
-    def remove(self, preprocess_id: str) -> None:
-        self._peers.discard(preprocess_id)
+    def remove(self, peer_id: str) -> None:
+        self._peers.discard(peer_id)
 
     def send_changes(self, at_once: bool) -> None:
         """Send a changed load, four times a second at most.
@@ -52,4 +52,5 @@ class LoadReport:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             free_tokens=scheduler.pool.num_free * scheduler.block_size,
+            capacity_tokens=scheduler.max_tokens,
         )

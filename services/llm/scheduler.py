@@ -64,6 +64,10 @@ class Scheduler:
         self.running: list[Request] = []
         self.turn = Turn()
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
+        """The prompt tokens that were looked up in the prefix cache."""
+        self.num_hit_tokens = 0
+        """Those of them that were in it."""
 
     @property
     def max_tokens(self) -> int:
@@ -258,6 +262,9 @@ class Scheduler:
         request.num_computed_tokens = len(cached) * self.block_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
+            if self._uses_prefix_cache(request):
+                self.num_queried_tokens += request.num_tokens
+                self.num_hit_tokens += request.num_cached_tokens
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

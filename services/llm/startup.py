@@ -11,6 +11,7 @@ from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
 from common.member import Member, Profile
+from common.metric_aliases import serve_aliases
 from common.process import EXIT_FAILED, Stop, leave
 from common.progress import LOADING_SECONDS
 from common.settings import LlmSettings
@@ -23,6 +24,7 @@ from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
 from services.llm.engine import Engine
 from services.llm.grouping import num_ranks_here
 from services.llm.guided_decoding import GuidedDecoding
+from services.llm.metrics import LlmMetrics
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard, join_group, names_of_ranks
 from services.llm.pooling_engine import PoolingEngine
@@ -99,7 +101,8 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     device, dtype = prepare(settings, checkpoint, num_sharing)
     check_quantization(settings.quantization, device.torch_device, dtype)
     device.use_card(settings.rank)
-    member = join_control_plane(settings, checkpoint, stop)
+    metrics = LlmMetrics()
+    member = join_control_plane(settings, checkpoint, stop, metrics)
     log = get_logger().bind(id=member.id)
     log.info(
         "loading",
@@ -119,7 +122,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         max_model_len=context_of(settings, checkpoint),
     )
     if settings.rank == 0:
-        run_leader(settings, checkpoint, stop, member, runner, cache, dtype, ranks)
+        run_leader(settings, checkpoint, stop, member, runner, cache, dtype, ranks, metrics)
     else:
         # The group drains as one, and ends with rank 0.
         stop.on_drain(member.links.announce_draining)
@@ -135,7 +138,9 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     return member
 
 
-def join_control_plane(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMember:
+def join_control_plane(
+    settings: LlmSettings, checkpoint: Checkpoint, stop: Stop, metrics: LlmMetrics
+) -> LlmMember:
     def end_group(reason: str) -> None:
         """End this process with its group.
 
@@ -157,6 +162,7 @@ def join_control_plane(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop
         ),
         on_group_loss=None if settings.tp == 1 else end_group,
         drains=settings.rank == 0,
+        registry=metrics.registry,
     )
 
 
@@ -278,6 +284,7 @@ def run_leader(
     cache: KvCache,
     dtype: torch.dtype,
     ranks: list[str],
+    metrics: LlmMetrics,
 ) -> None:
     """Serve requests as rank 0: schedule steps, and have all ranks execute them."""
     others = frozenset(ranks[1:])
@@ -307,7 +314,9 @@ def run_leader(
         max_model_len=max_model_len,
         dtype=dtype,
         prompt_forms=checkpoint.family.prompt_forms(checkpoint),
+        metrics=metrics,
     )
+    serve_aliases(metrics, settings, settings.group)
     labels = checkpoint.family.labels(checkpoint)
     worker = Worker(member, engine, stop.drain, others, labels)
     member.ready(max_model_len)

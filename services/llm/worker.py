@@ -101,6 +101,7 @@ class Worker:
 
     def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
         self._member.credits = self._engine.num_free
+        self._member.expected_delay = self._engine.expected_delay
         timeout = EXPIRY_SECONDS if self._engine.holds_anything else None
         if self._engine.is_compiling:
             timeout = COMPILED_SECONDS
@@ -140,7 +141,7 @@ class Worker:
                     self._on_detokenizer_down(peer_id, reason)
             case PeerDraining(peer_id=peer_id) if peer_id in self._ranks:
                 self._drain()
-            case PeerUp(peer_id=peer_id, role="preprocess"):
+            case PeerUp(peer_id=peer_id, role="preprocess" | "gateway"):
                 self._report.add(peer_id)
 
     def _on_detokenizer_down(self, peer_id: str, reason: str) -> None:

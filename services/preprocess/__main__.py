@@ -9,6 +9,7 @@ from common.config import BadSetting
 from common.logs import get_logger
 from common.member import Member, Profile
 from common.messages import PreprocessInbound
+from common.metric_aliases import serve_aliases
 from common.process import Stop, run
 from common.settings import PreprocessSettings
 from services.preprocess import families
@@ -49,6 +50,7 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
     sandboxes.wait_until_loaded()
     pool = VisionPool()
     metrics = PreprocessMetrics(pool)
+    serve_aliases(metrics, settings)
     member: Member[PreprocessInbound] = Member(
         settings,
         stop,

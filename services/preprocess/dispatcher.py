@@ -106,7 +106,7 @@ class Dispatcher:
                 self.pool.on_answer(peer_id, False, wait)
                 self._requeue_refused(message, peer_id)
             case Failed(message=reason):
-                self._retry(self._find_failed(message, peer_id), reason, skip_cache=True)
+                self._retry(self._find_failed(message, peer_id), reason, "failed")
             case Reserved(key=key):
                 if self._is_held_by(key, peer_id):
                     self._start_items(key)
@@ -143,7 +143,7 @@ class Dispatcher:
             if item in blamed:
                 self._on_death(item, reason)
             else:
-                self.pool.add(item, first=True)
+                self._redispatch(item, "lost")
 
     def _note_passed(self, vision_id: str) -> None:
         """A replica that works on an item apart gives no room to another one meanwhile."""
@@ -158,7 +158,7 @@ class Dispatcher:
         reason = f"the vision replica was lost: {reason}"
         self._count_failure(item, reason)
         if item.num_deaths < MAX_DEATHS:
-            self.pool.add(item, first=True)
+            self._redispatch(item, "lost")
             return
         index = item.key[2]
         text = (
@@ -283,13 +283,18 @@ class Dispatcher:
             self.pool.forget(item.prepared.mm_hash)
             self.pool.add(item, first=True)
 
-    def _retry(self, item: PendingItem | None, reason: str, skip_cache: bool = False) -> None:
+    def _redispatch(self, item: PendingItem, cause: str) -> None:
+        """Put an item back to the front of the queue, because its replica did not deliver it."""
+        self._metrics.redispatches.labels(cause).inc()
+        self.pool.add(item, first=True)
+
+    def _retry(self, item: PendingItem | None, reason: str, cause: str) -> None:
         """Give one failed item to another replica, or end its request after too many failures."""
         if item is None:
             return
         self._count_failure(item, reason)
         item.failed_at.add(item.vision_id)
-        item.skip_cache |= skip_cache
+        item.skip_cache = True
         item.num_failures += 1
         self.pool.on_item_end(item.vision_id, failed=True)
         if item.num_failures >= MAX_FAILURES:
@@ -298,12 +303,12 @@ class Dispatcher:
             text = f"{name} was given up after {MAX_FAILURES} attempts: {reason}"
             self._fail_request(request_of(item.key), index, Internal(text, "vision", index))
         else:
-            self.pool.add(item, first=True)
+            self._redispatch(item, cause)
 
     def _on_rejected(self, key: ItemKey, reason: str) -> None:
         """Have an item encoded again, unless the language group got its patches from here."""
         if self._has_tower:
-            self._retry(self._offered_item(key), reason, skip_cache=True)
+            self._retry(self._offered_item(key), reason, "rejected")
         elif key[2] in self.handovers[request_of(key)].items:
             error = Internal(f"the language group refused the item: {reason}", item=key[2])
             self._fail_request(request_of(key), key[2], error)
@@ -317,7 +322,6 @@ class Dispatcher:
             vision=item.vision_id,
             reason=reason,
         )
-        self._metrics.failed_dispatches.inc()
         self.pool.forget(item.prepared.mm_hash)
 
     def _why_hopeless(self, item: PendingItem) -> str:

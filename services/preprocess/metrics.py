@@ -1,37 +1,29 @@
 """The metrics of a preprocess service."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
+from common.metrics import StageMetrics
 from services.preprocess.vision_pool import VisionPool
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
-
-class PreprocessMetrics:
-    """The counters and times, and two numbers that are read from the pool."""
+class PreprocessMetrics(StageMetrics):
+    """The metrics of one preprocess. `kind` is image or video."""
 
     def __init__(self, pool: VisionPool) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.image_seconds = Histogram(
-            "twinlens_preprocess_image_seconds",
-            "Seconds to decode, resize and hash one image.",
-            buckets=SECONDS,
-            registry=registry,
+        super().__init__("preprocess")
+        self.request_seconds = self.histogram(
+            "request_seconds",
+            "Seconds from the arrival of a request until its prompt goes to a language group.",
         )
-        self.failed_dispatches = Counter(
-            "twinlens_preprocess_failed_dispatches",
-            "Image attempts that a vision replica failed.",
-            registry=registry,
+        self.item_seconds = self.histogram(
+            "item_seconds", "Seconds to decode, resize and hash one item.", "kind"
         )
-        waiting = Gauge(
-            "twinlens_preprocess_waiting_images",
-            "Images that wait for a vision replica.",
-            registry=registry,
+        self.redispatches = self.counter(
+            "redispatches",
+            "Items that went back into the queue because their replica was lost or failed, or "
+            "because the language group rejected the embeddings, by reason.",
+            "reason",
         )
-        waiting.set_function(lambda: pool.num_waiting)
-        queue = Gauge(
-            "twinlens_vision_queue_seconds",
-            "Seconds that the waiting images add before another image would begin.",
-            registry=registry,
+        self.gauge(
+            "waiting_items", "Items that wait for a vision replica.", lambda: pool.num_waiting
         )
-        queue.set_function(lambda: pool.queue_seconds)
+        for reason in ("lost", "failed", "rejected"):
+            self.redispatches.labels(reason)

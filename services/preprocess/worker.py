@@ -375,7 +375,7 @@ class Worker:
             preparation.items.append(item)
             self._prepared_bytes += item.nbytes
             preparation.item_seconds.append(facts.seconds)
-            self._metrics.image_seconds.observe(facts.seconds)
+            self._metrics.item_seconds.labels(item.kind).observe(facts.seconds)
 
     def _hand_over(self, preparation: Preparation) -> None:
         """Send the prompt to a language group. Its items follow once the group has room."""
@@ -396,6 +396,7 @@ class Worker:
         routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids, item_sizes=sizes)
         self._member.links.send(preparation.gateway_id, routed)
         self._member.links.send(llm.id, prompt)
+        self._metrics.request_seconds.observe(self._clock() - preparation.received)
         if items:
             pending = {i: PendingItem((*key, i), item) for i, item in enumerate(items)}
             handover = Handover(preparation.gateway_id, llm, preparation.deadline, pending)

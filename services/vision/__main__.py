@@ -10,6 +10,7 @@ from common.checkpoint import Checkpoint, open_checkpoint
 from common.logs import get_logger
 from common.member import Member, Profile
 from common.messages import VisionInbound
+from common.metric_aliases import serve_aliases
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import VisionSettings
@@ -53,6 +54,7 @@ def main(settings: VisionSettings, stop: Stop) -> None:
         is_compiled=artefact is not None,
     )
     worker = Worker(member, thread, cache, tower.dtype, EncodeTimes(buckets), metrics, rules)
+    serve_aliases(metrics, settings)
     get_logger().info("ready", id=member.id)
     member.ready()
     worker.run()

@@ -14,7 +14,12 @@ class EmbeddingCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self.num_evicted = 0
+        """Entries that made room for others."""
         self._entries: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def get(self, content: str) -> Tensor | None:
         if content not in self._entries:
@@ -31,6 +36,7 @@ class EmbeddingCache:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self.num_bytes -= oldest.nbytes
+            self.num_evicted += 1
 
     def drop(self, content: str) -> None:
         """Forget the embeddings of this content, because they were rejected."""

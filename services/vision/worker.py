@@ -95,6 +95,7 @@ class Worker:
         self._draining = False
         self._log = get_logger()
         member.track_load(self.load)
+        metrics.watch_load(self.load)
 
     def load(self) -> tuple[int, int]:
         """Return (granted items, items that wait for an equal one). Other threads call this."""
@@ -182,6 +183,7 @@ class Worker:
     # Offers
 
     def _handle_offer(self, job: Job) -> None:
+        self._metrics.offers.labels(job.offer.kind).inc()
         if job.key in self._jobs:
             request_id = job.offer.request_id
             self._log.warning(
@@ -335,10 +337,13 @@ class Worker:
     def _observe(self, job: Job, result: EncodeResult) -> None:
         """Record how long the item took, and report it to every preprocess if that is news."""
         num_patches = job.offer.num_patches
+        kind = job.offer.kind
+        waited = max(0.0, result.began - job.offered)
         self._times.record(num_patches, result.seconds)
         self._room.size = MAX_GRANTED
-        self._metrics.encode_seconds.observe(result.seconds)
-        self._metrics.wait_seconds.observe(max(0.0, result.began - job.offered))
+        self._metrics.encode_seconds.labels(kind).observe(result.seconds)
+        self._metrics.wait_seconds.labels(kind).observe(waited)
+        self._metrics.item_seconds.labels(kind).observe(waited + result.seconds)
         self._metrics.patches.inc(num_patches)
         if self._times.buckets:
             padding = bucket_of(num_patches, self._times.buckets) - num_patches
@@ -350,7 +355,8 @@ class Worker:
         self, job: Job, embeddings: Tensor, outcome: str, queued: float, encoded: float
     ) -> None:
         offer = job.offer
-        self._metrics.images.labels(outcome).inc()
+        self._metrics.items.labels(offer.kind, outcome).inc()
+        self._metrics.item_tokens.labels(offer.kind, outcome).inc(embeddings.shape[0])
         # The connection may have broken since the offer.
         self._member.links.connect(offer.llm, "llm")
         message = Embeddings(
@@ -376,12 +382,15 @@ class Worker:
         if self._jobs.get(job.key) is job:
             self._report_failure(job, reason)
         else:
-            self._metrics.images.labels("failed").inc()
+            self._count_failed(job)
         self._drop(lambda other: other is job)
         self._grant_twin(job.content)
 
+    def _count_failed(self, job: Job) -> None:
+        self._metrics.items.labels(job.offer.kind, "failed").inc()
+
     def _report_failure(self, job: Job, reason: str) -> None:
-        self._metrics.images.labels("failed").inc()
+        self._count_failed(job)
         self._log.warning("image refused", request_id=job.offer.request_id, reason=reason)
         failed = Failed(**job.offer.item_ids, code="Internal", message=reason, stage="vision")
         self._send(job, failed)

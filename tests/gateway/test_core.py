@@ -333,7 +333,7 @@ async def test_an_image_that_fails_after_the_first_token_does_not_end_the_answer
 async def test_a_deadline_that_cannot_be_met_is_refused_with_a_retry_after() -> None:
     gateway = Gateway(max_waiting=100)
     for n in range(3):
-        gateway.core._admission.pace.on_first_token(10.0 * n, num_waiting=1)
+        gateway.core._admission.pace.on_served(10.0 * n, num_waiting=1)
     async with gateway.core.generate(request("a")), gateway.core.generate(request("b")):
         with pytest.raises(Exhausted, match="about 20 s") as refused:
             async with gateway.core.generate(request("c", timeout=15.0)):

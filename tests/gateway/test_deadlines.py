@@ -50,7 +50,7 @@ async def test_a_request_ends_at_its_deadline_even_if_nobody_reads_its_events() 
 
 
 def metric(gateway: Gateway, name: str, **labels: str) -> float:
-    return gateway.core.metrics.registry.get_sample_value(f"twinlens_{name}", labels) or 0.0
+    return gateway.core.metrics.registry.get_sample_value(f"twinlens_gateway_{name}", labels) or 0.0
 
 
 async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
@@ -64,8 +64,8 @@ async def refusal(gateway: Gateway, **fields: Any) -> ServingError:
 
 async def test_refusals_are_counted_by_cause() -> None:
     gateway = Gateway(max_waiting=1)
-    gateway.core._admission.pace.on_first_token(0.0, num_waiting=1)
-    gateway.core._admission.pace.on_first_token(10.0, num_waiting=1)
+    gateway.core._admission.pace.on_served(0.0, num_waiting=1)
+    gateway.core._admission.pace.on_served(10.0, num_waiting=1)
     async with gateway.core.generate(request()):
         assert isinstance(await refusal(gateway), Exhausted)
         gateway.core._admission._max_waiting = 2

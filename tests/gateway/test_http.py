@@ -278,17 +278,17 @@ def test_metrics_count_how_requests_ended() -> None:
     assert client.head("/metrics").status_code == 200
     shown = client.get("/metrics").text.splitlines()
     for line in (
-        'twinlens_requests_total{outcome="stop"} 1.0',
-        'twinlens_requests_total{outcome="length"} 1.0',
-        'twinlens_requests_total{outcome="Unavailable"} 1.0',
-        'twinlens_rejections_total{reason="Exhausted"} 1.0',
-        "twinlens_requests_in_flight 0.0",
-        "twinlens_prompt_tokens_total 9.0",
-        "twinlens_image_tokens_total 4.0",
-        "twinlens_generation_tokens_total 4.0",
-        "twinlens_time_to_first_token_seconds_count 2.0",
-        "twinlens_inter_token_latency_seconds_count 2.0",
-        "twinlens_request_duration_seconds_count 3.0",
+        'twinlens_gateway_requests_total{outcome="stop"} 1.0',
+        'twinlens_gateway_requests_total{outcome="length"} 1.0',
+        'twinlens_gateway_requests_total{outcome="Unavailable"} 1.0',
+        'twinlens_gateway_rejections_total{reason="Exhausted"} 1.0',
+        "twinlens_gateway_requests_in_flight 0.0",
+        "twinlens_gateway_prompt_tokens_total 9.0",
+        "twinlens_gateway_image_tokens_total 4.0",
+        "twinlens_gateway_generation_tokens_total 4.0",
+        "twinlens_gateway_time_to_first_token_seconds_count 2.0",
+        "twinlens_gateway_inter_token_latency_seconds_count 2.0",
+        "twinlens_gateway_request_seconds_count 3.0",
     ):
         assert line in shown
     assert not any("_created" in line for line in shown)

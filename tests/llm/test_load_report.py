@@ -17,9 +17,7 @@ class Clock:
 def test_who_connects_is_told_at_once() -> None:
     links = FakeLinks()
     LoadReport(links, create_scheduler(num_blocks=10)).add("preprocess-1")
-    assert links.sent == [
-        ("preprocess-1", LlmLoad(running=0, waiting=0, free_tokens=10 * BLOCK_SIZE))
-    ]
+    assert links.sent == [("preprocess-1", LlmLoad(0, 0, 10 * BLOCK_SIZE, 10 * BLOCK_SIZE))]
 
 
 def test_a_change_is_told_once_and_not_more_often_than_now_and_then() -> None:

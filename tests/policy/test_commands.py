@@ -18,7 +18,8 @@ SERVE = """
 --grpc-port --help
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
---max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --min-pixels --model --preprocess
+--max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels
+--model --no-metric-aliases --preprocess
 --quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
 --video-fps --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
@@ -82,13 +83,15 @@ def test_each_service_alone_tells_its_flags_and_variables(role: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(SERVICES[role], parser)
     told = {
-        action.option_strings[0]: action.dest
+        flag: action.dest
         for action in parser._actions
         if action.help != argparse.SUPPRESS
+        for flag in action.option_strings
+        if flag != "-h"
     }
     shown = run(f"services.{role}", "--help")
     assert shown.returncode == 0 and not shown.stderr
-    assert flags_in(shown.stdout) == {"--help" if flag == "-h" else flag for flag in told}
+    assert flags_in(shown.stdout) == set(told)
     assert set(re.findall(r"\[(TWINLENS_\w+)\]", shown.stdout)) == {
         f"TWINLENS_{name.upper()}" for name in told.values() if name != "help"
     }

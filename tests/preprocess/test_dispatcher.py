@@ -1,7 +1,5 @@
 """An image has an owner until the language group has its embeddings, whatever replica fails."""
 
-from typing import Any
-
 import pytest
 
 from common.apart import MAX_DEATHS
@@ -384,11 +382,19 @@ def test_an_image_whose_bucket_is_gone_fails_and_the_error_names_the_buckets() -
     assert "256 patches" in sent[0][1].message and "buckets 64" in sent[0][1].message
 
 
-def test_failed_dispatches_are_counted() -> None:
+def test_items_that_are_dispatched_again_are_counted_by_the_reason() -> None:
     preprocess = Preprocess("vision-1")
+
+    def counts() -> list[float | None]:
+        read = preprocess.metrics.registry.get_sample_value
+        name = "twinlens_preprocess_redispatches_total"
+        return [read(name, {"reason": reason}) for reason in ("failed", "rejected", "lost")]
+
     preprocess.dispatch("r", IMAGES[0])
+    assert counts() == [0, 0, 0]
     preprocess.play(grant("vision-1", 0), failed("vision-1", 0))
-    value: Any = preprocess.metrics.registry.get_sample_value(
-        "twinlens_preprocess_failed_dispatches_total"
-    )
-    assert value == 1
+    assert counts() == [1, 0, 0]
+    preprocess.play(grant("vision-1", 0), rejected(0))
+    assert counts() == [1, 1, 0]
+    preprocess.play(grant("vision-1", 0), [PeerDown("vision-1", "vision", "gone")])
+    assert counts() == [1, 1, 1]

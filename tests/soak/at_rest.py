@@ -43,7 +43,7 @@ class AtRest:
 def look(launcher: int, members: list[control_pb2.Member], metrics: str) -> AtRest:
     found = {m.pid: m.role for m in members} | {launcher: "launcher"}
     processes = {pid: process for pid, role in found.items() if (process := process_of(pid, role))}
-    in_flight = round(sum(metric(metrics, "twinlens_requests_in_flight").values()))
+    in_flight = round(sum(metric(metrics, "twinlens_gateway_requests_in_flight").values()))
     return AtRest(processes, sum(m.in_flight + m.queued for m in members), in_flight)
 
 

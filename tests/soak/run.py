@@ -218,7 +218,7 @@ class Soak:
     def _compare_counts(self, metrics: str) -> None:
         """Compare the gateway's counts of requests and their ends with what the clients saw."""
         tally = self.report.tally
-        ended = at_rest.metric(metrics, "twinlens_requests_total")
+        ended = at_rest.metric(metrics, "twinlens_gateway_requests_total")
         self.report.accepted = round(sum(ended.values()))
         answered = round(
             sum(

@@ -70,7 +70,7 @@ def test_a_child_that_is_not_a_member_is_found() -> None:
 
 def test_the_use_of_a_process_is_read_from_proc() -> None:
     member = control_pb2.Member(role="vision", pid=os.getpid(), in_flight=2, queued=1)
-    state = look(2**22 + 1, [member], "# HELP x\ntwinlens_requests_in_flight 4.0\n")
+    state = look(2**22 + 1, [member], "# HELP x\ntwinlens_gateway_requests_in_flight 4.0\n")
     assert (state.held, state.requests_in_flight) == (3, 4)
     (process,) = state.processes.values()
     assert (
@@ -83,10 +83,11 @@ def test_the_use_of_a_process_is_read_from_proc() -> None:
 
 def test_metrics_are_read_by_their_labels() -> None:
     text = (
-        'twinlens_requests_total{outcome="stop"} '
-        '3.0\ntwinlens_requests_total{outcome="Internal"} 1e+02\ntwinlens_requests 7\n'
+        'twinlens_gateway_requests_total{outcome="stop"} '
+        '3.0\ntwinlens_gateway_requests_total{outcome="Internal"} 1e+02\n'
+        "twinlens_gateway_requests 7\n"
     )
-    assert metric(text, "twinlens_requests_total") == {
+    assert metric(text, "twinlens_gateway_requests_total") == {
         '{outcome="stop"}': 3.0,
         '{outcome="Internal"}': 100.0,
     }

@@ -176,7 +176,7 @@ def metric(system: Running, name: str) -> float:
 
 
 def num_failovers(system: Running) -> float:
-    return metric(system, "twinlens_failovers_total")
+    return metric(system, "twinlens_gateway_failovers_total")
 
 
 @pytest.mark.parametrize("role", ["llm", "detokenizer"])
@@ -189,7 +189,8 @@ def test_a_terminated_stage_finishes_what_it_has_and_what_is_on_its_way_to_it(
     before = num_failovers(system)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(system.chat, ask_about(RECEIPT), **LONG) for _ in range(4)]
-        until(lambda: metric(system, "twinlens_requests_waiting") == 2, "two answers have begun")
+        waiting = "twinlens_gateway_requests_waiting"
+        until(lambda: metric(system, waiting) == 2, "two answers have begun")
         os.kill(leaving, signal.SIGTERM)
         assert [text_of(answer.result()[1]) for answer in answers] == [long_text] * 4
     assert num_failovers(system) == before, "no request was retried"

@@ -118,4 +118,4 @@ def control_address(system: Running) -> str:
 def num_ended(system: Running) -> int:
     """Return the number of admitted requests that have ended, as the gateway counts them."""
     metrics = at_rest.read(system.url("/metrics"))
-    return round(sum(at_rest.metric(metrics, "twinlens_requests_total").values()))
+    return round(sum(at_rest.metric(metrics, "twinlens_gateway_requests_total").values()))

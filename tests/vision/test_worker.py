@@ -344,7 +344,7 @@ def test_an_image_in_the_cache_needs_no_pixels_and_no_room() -> None:
     assert [(receiver, m.request_id) for receiver, m in replica.take(CacheHit)] == [
         ("preprocess-1", "r1")
     ]
-    assert replica.count("twinlens_vision_images_total", outcome="cached") == 1
+    assert replica.count("twinlens_vision_items_total", kind="image", outcome="cached") == 1
 
 
 def test_embeddings_that_were_rejected_are_encoded_again() -> None:
@@ -597,7 +597,7 @@ def test_padding_is_counted_if_there_are_buckets() -> None:
     replica.finish()
     assert replica.count("twinlens_vision_patches_total") == NUM_PATCHES
     assert replica.count("twinlens_vision_padding_patches_total") == 64 - NUM_PATCHES
-    assert replica.count("twinlens_vision_images_total", outcome="encoded") == 1
+    assert replica.count("twinlens_vision_items_total", kind="image", outcome="encoded") == 1
 
 
 # The thread
