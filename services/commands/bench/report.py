@@ -90,8 +90,8 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
 
 def write_results(folder: Path, results: dict[str, Any], levels: Sequence[Level]) -> None:
     """Write results.json and requests.jsonl."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    with (folder / "requests.jsonl").open("w") as file:
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with (folder / "requests.jsonl").open("w", encoding="utf-8") as file:
         for level in levels:
             for answer in level.answers:
                 file.write(json.dumps(answer_record(level, answer)) + "\n")

@@ -38,7 +38,9 @@ class Target(ABC):
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Target":
-        await self._open(self._stack)
+        async with AsyncExitStack() as stack:  # closes what is open if another part fails
+            await self._open(stack)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:
