@@ -18,6 +18,7 @@ from common.settings import (
     ShardSettings,
 )
 from services.commands import control, convert, generate
+from services.commands.bench import command as bench
 from services.commands.compile import compile_model
 
 
@@ -60,6 +61,12 @@ OTHER_COMMANDS = (
         "let one member finish what it holds and leave",
         control.add_drain_arguments,
         control.drain,
+    ),
+    Command(
+        "bench",
+        "measure how fast a server answers, at rising concurrency or at a rate",
+        bench.add_bench_arguments,
+        bench.bench,
     ),
     Command(
         "convert",

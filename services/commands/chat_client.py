@@ -31,6 +31,7 @@ MOST_ERROR_CHARACTERS = 500
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 WORTH_REPEATING = (429, 503)
+NEEDS_TOOLS = "needs the extra `tools`: pip install 'twinlens[tools]'"
 
 MEDIA_TYPES = {
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -195,9 +196,7 @@ def import_aiohttp() -> Any:
     try:
         import aiohttp
     except ImportError as error:
-        raise ClientError(
-            "this command needs the extra `tools`: pip install 'twinlens[tools]'"
-        ) from error
+        raise ClientError(f"this command {NEEDS_TOOLS}") from error
     return aiohttp
 
 
@@ -389,5 +388,8 @@ def decode(body: bytes) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why a connection failed; some of aiohttp's errors have no text."""
-    return str(error) or type(error).__name__
+    """Return why a connection failed."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno:
+        return os.strerror(cause.errno).lower()
+    return str(error) or type(error).__name__  # some errors of aiohttp have no text

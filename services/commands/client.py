@@ -90,7 +90,7 @@ def connect(target: str) -> Iterator[grpc.Channel]:
 
 def explain(error: grpc.RpcError, target: str) -> str:
     """Return what went wrong in the user's terms."""
-    assert isinstance(error, grpc.Call)
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code = error.code()
     details = error.details() or "no details"
     if code == grpc.StatusCode.UNAVAILABLE and details.startswith("failed to connect"):

@@ -32,6 +32,10 @@ PLAN = """
 --max-model-len --max-tokens --model --vision-seconds
 """
 COMPILE = "--buckets --column-chunks --dtype --help --model --no-column-chunks --out"
+BENCH = """
+--concurrency --grpc --help --image --image-format --images --max-tokens --model --out
+--prompt-words --rate --requests --same --seed --slo --timeout --url --warmup
+"""
 STATUS = "--grpc --help --json"
 
 
@@ -65,6 +69,7 @@ def flags_in(text: str) -> set[str]:
         ("shard", "--help --model --out --tp"),
         ("generate", GENERATE),
         ("status", STATUS),
+        ("bench", BENCH),
         ("plan", PLAN),
         ("compile", COMPILE),
         ("scale", STATUS),
