@@ -20,6 +20,7 @@ from common.settings import (
 from services.commands import control, convert, generate
 from services.commands.bench import command as bench
 from services.commands.compile import compile_model
+from services.commands.evaluation import command as evaluation
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ OTHER_COMMANDS = (
         "write a copy of a model with other names of its tensors",
         convert.add_convert_arguments,
         convert.convert,
+    ),
+    Command(
+        "eval",
+        "ask a system the questions of a benchmark and score its answers",
+        evaluation.add_arguments,
+        evaluation.evaluate,
     ),
 )
 SETTINGS_HELP = {

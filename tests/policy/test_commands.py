@@ -38,6 +38,11 @@ BENCH = """
 """
 STATUS = "--grpc --help --json"
 
+EVAL = """
+--answers --concurrency --data --help --limit --max-tokens --model --out --prompt --restart --seed
+--temperature --url
+"""
+
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith("TWINLENS_")}
@@ -74,11 +79,13 @@ def flags_in(text: str) -> set[str]:
         ("compile", COMPILE),
         ("scale", STATUS),
         ("drain", STATUS),
+        ("eval cer", EVAL + "--exact-whitespace --ignore-case --ignore-punctuation"),
+        ("eval ocrbench", EVAL + "--images"),
     ],
 )
 def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:
     """A new flag needs a line here: is there no default that would do?"""
-    shown = run("services.cli", command, "--help")
+    shown = run("services.cli", *command.split(), "--help")
     assert shown.returncode == 0
     assert flags_in(shown.stdout) == set(flags.split())
 
