@@ -269,8 +269,8 @@ class Footnote(Check):
 
     def _is_near(self, wanted: str, part: str, at_end: bool) -> bool:
         letters = _letters(wanted)
-        reach = 2 * len(letters)
         near = _letters(part)
+        reach = 2 * len(letters) or len(near)
         near = near[max(0, len(near) - reach) :] if at_end else near[:reach]
         least = tolerance(wanted, self.max_diffs)
         return bool(near) and fuzz.partial_ratio(letters, near) / 100 >= least
