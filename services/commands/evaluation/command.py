@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from services.commands.chat_client import Answer, ChatClient, add_url_argument, choose_model
 from services.commands.client import ClientError, run_command, whole_number
-from services.commands.evaluation.data import BadData, read_json, read_json_lines
+from services.commands.evaluation.data import BadData, read_json, read_json_lines, read_text
 from services.commands.evaluation.records import RESULT, TABLE, Record, Records, write
 from services.commands.evaluation.runner import Asking, ask, record_of
 from services.commands.evaluation.table import markdown
@@ -36,8 +36,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument(
         "--answers",
         type=Path,
-        metavar="FILE",
-        help="score these answers and ask no system: JSON {ITEM: ANSWER}, or a records.jsonl",
+        metavar="PATH",
+        help="score these answers and ask no system: JSON {ITEM: ANSWER}, a records.jsonl, or a "
+        "folder of files that are named as the items",
     )
     parser.add_argument(
         "--out",
@@ -218,7 +219,10 @@ def given_answers(task: Task, arguments: argparse.Namespace) -> tuple[list[Answe
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Return the answers of a file by item, those of failed requests left out."""
+    """Return the answers of a file or folder by item, those of failed requests left out."""
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return {file.relative_to(path).as_posix(): read_text(file) for file in files}
     if path.suffix == ".jsonl":
         rows = read_json_lines(path)
         pairs = [(row.get("id"), row.get("output")) for _, row in rows if not row.get("error")]

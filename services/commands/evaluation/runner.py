@@ -7,7 +7,7 @@ from typing import Any
 
 from services.commands.chat_client import Answer, ChatClient, complete_patiently, image_part
 from services.commands.evaluation.records import Record
-from services.commands.evaluation.task import Item
+from services.commands.evaluation.task import BadItem, Item
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Asking:
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "temperature": self.temperature,
-            "seed": self.seed,
+            "seed": self.seed + item.repeat,
         }
 
 
@@ -53,8 +53,15 @@ async def ask_in_turn(
     client: ChatClient, left: Iterator[Item], asking: Asking, keep: Callable[[Record], None]
 ) -> None:
     for item in left:
-        answer = await complete_patiently(client, asking.body(item))
-        keep(record_of(item, answer))
+        keep(record_of(item, await answer_to(client, item, asking)))
+
+
+async def answer_to(client: ChatClient, item: Item, asking: Asking) -> Answer:
+    try:
+        body = await asyncio.to_thread(asking.body, item)
+    except BadItem as error:
+        return Answer(error=str(error))
+    return await complete_patiently(client, body)
 
 
 def record_of(item: Item, answer: Answer) -> Record:

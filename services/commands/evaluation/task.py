@@ -6,9 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.commands.client import ClientError
+
 ReadImage = Callable[[], bytes]
-"""Reads the bytes of an image file. An item holds this, so images are in memory only when sent."""
+"""Reads the bytes of an image file. An item holds this, so images are in memory only when sent. It
+may raise BadItem, which fails only its item."""
 Part = str | ReadImage
+
+
+class BadItem(ClientError):
+    """One item cannot be asked about, for the reason in the message. The others can."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,8 @@ class Item:
     """The user's message: texts and images in their order."""
     target: Any = None
     """What the task's score compares the answer with."""
+    repeat: int = 0
+    """Counts the items that ask the same; it is added to the seed."""
 
     @property
     def text(self) -> str:

@@ -2,5 +2,6 @@
 
 from services.commands.evaluation.cer import CER
 from services.commands.evaluation.ocrbench import OCRBENCH
+from services.commands.evaluation.olmocr_bench import OLMOCR_BENCH
 
-TASKS = {task.name: task for task in (OCRBENCH, CER)}
+TASKS = {task.name: task for task in (OCRBENCH, CER, OLMOCR_BENCH)}

@@ -61,6 +61,7 @@ class Check(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    type: str
     id: Annotated[str, Field(min_length=1)]
     pdf: Annotated[str, Field(min_length=1)]
     page: Annotated[int, Field(ge=1)]

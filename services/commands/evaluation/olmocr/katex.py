@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from services.commands.client import ClientError
 from services.commands.evaluation.olmocr.equations import Rendered, Symbol
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ RENDER = r"""async (latex) => {
 }"""
 
 
-class NoMath(Exception):
+class NoMath(ClientError):
     """Equations cannot be rendered here; the message says what is missing."""
 
 

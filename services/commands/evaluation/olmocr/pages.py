@@ -11,18 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-LONGEST_SIDE = 1288
-"""Pixels: the size that olmOCR's models were trained on (`target_longest_image_dim`)."""
+from services.commands.evaluation.task import BadItem
+
 MAX_MEMORY = 2 << 30
 MAX_SECONDS = 60
-SHORTEST_SIDE = 1
 
 
-class UnreadablePage(Exception):
+class UnreadablePage(BadItem):
     """A page of a PDF cannot be rendered; the message says why."""
 
 
-def page_image(pdf: Path, page: int, longest_side: int = LONGEST_SIDE) -> bytes:
+def page_image(pdf: Path, page: int, longest_side: int) -> bytes:
     """Return a page, counted from 1, as a PNG file whose longest side has this many pixels.
 
     Raises:
