@@ -81,6 +81,7 @@ def flags_in(text: str) -> set[str]:
         ("drain", STATUS),
         ("eval cer", EVAL + "--exact-whitespace --ignore-case --ignore-punctuation"),
         ("eval ocrbench", EVAL + "--images"),
+        ("eval olmocr-bench", EVAL + "--katex --longest-side --repeats"),
     ],
 )
 def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:

@@ -208,8 +208,12 @@ def given_answers(task: Task, arguments: argparse.Namespace) -> tuple[list[Answe
     """Return the items that `--answers` has an answer for, and a record of each."""
     arguments.model = str(arguments.answers)
     arguments.prompt = arguments.prompt or task.prompt("")
-    given = read_answers(arguments.answers)
-    items = [item for item in load_items(task, arguments) if item.id in given]
+    items = load_items(task, arguments)
+    if arguments.answers.is_dir():
+        given = read_folder(arguments.answers, items)
+    else:
+        given = read_answers(arguments.answers)
+    items = [item for item in items if item.id in given]
     if not items:
         raise BadData(f"{arguments.answers}: expected answers to items of {arguments.data}")
     records = Records(arguments.out, settings_of(task, arguments), arguments.restart)
@@ -218,11 +222,14 @@ def given_answers(task: Task, arguments: argparse.Namespace) -> tuple[list[Answe
     return records.answers(items), records
 
 
+def read_folder(folder: Path, items: Sequence[Item]) -> dict[str, str]:
+    """Return the text of each file of a folder that is named as an item."""
+    files = {item.id: folder / item.id for item in items}
+    return {id: read_text(file) for id, file in files.items() if file.is_file()}
+
+
 def read_answers(path: Path) -> dict[str, str]:
-    """Return the answers of a file or folder by item, those of failed requests left out."""
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
-        return {file.relative_to(path).as_posix(): read_text(file) for file in files}
+    """Return the answers of a file by item, those of failed requests left out."""
     if path.suffix == ".jsonl":
         rows = read_json_lines(path)
         pairs = [(row.get("id"), row.get("output")) for _, row in rows if not row.get("error")]
