@@ -20,7 +20,8 @@ SERVE = """
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels
 --model --no-metric-aliases --preprocess
---quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
+--quantization --read --record --record-mib --request-timeout --served-model-name
+--simulate-vision-ms --threads --tp
 --video-fps --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
