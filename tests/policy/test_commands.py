@@ -38,6 +38,9 @@ BENCH = """
 --prompt-words --rate --requests --same --seed --slo --timeout --url --warmup
 """
 STATUS = "--grpc --help --json"
+REPLAY = """
+--allow-differences --concurrency --grpc --help --json --list --model --out --requests --speed --url
+"""
 
 EVAL = """
 --answers --concurrency --data --help --limit --max-tokens --model --out --prompt --restart --seed
@@ -80,6 +83,7 @@ def flags_in(text: str) -> set[str]:
         ("compile", COMPILE),
         ("scale", STATUS),
         ("drain", STATUS),
+        ("replay", REPLAY),
         ("eval cer", EVAL + "--exact-whitespace --ignore-case --ignore-punctuation"),
         ("eval ocrbench", EVAL + "--images"),
     ],
