@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grpc",
         type=address,
-        default="",
         metavar="HOST:PORT",
         help="the gRPC address for requests that HTTP cannot express: of token ids, or with a "
         "regular expression (default: they are skipped)",

@@ -62,10 +62,19 @@ class Report:
         return (
             {"requests": len(self.replayed), "seconds": round(self.seconds, 3)}
             | {verdict: self.counts[verdict] for verdict in VERDICTS}
-            | {"lag_max": round(max((outcome.lag for outcome in sent), default=0.0), 4)}
-            | self.times
+            | {"lag_max_seconds": round(max((outcome.lag for outcome in sent), default=0.0), 4)}
+            | self._flat_times()
             | about
         )
+
+    def _flat_times(self) -> dict[str, float]:
+        """Return the times under keys such as ttft_p50_seconds and recorded_ttft_p50_seconds."""
+        flat: dict[str, float] = {}
+        for name, values in self.times.items():
+            measure, when = name.split("_")
+            prefix = "recorded_" if when == "recorded" else ""
+            flat |= {f"{prefix}{measure}_{p}_seconds": value for p, value in values.items()}
+        return flat
 
     def text(self) -> str:
         counts = ", ".join(
