@@ -215,6 +215,12 @@ class ApiSettings:
         "HTTP connections of one client, if that is to be fewer (default: half of all)",
         range=COUNTS,
     )
+    record: str = setting(
+        "",
+        "file to which admitted requests and their answers are written, for `twinlens replay`; it "
+        "holds what users sent",
+    )
+    record_mib: int = setting(1024, "largest size of the file of --record, in MiB", range=MEBIBYTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from services.commands import control, convert, generate
 from services.commands.bench import command as bench
 from services.commands.compile import compile_model
 from services.commands.evaluation import command as evaluation
+from services.commands.replay import command as replay
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ OTHER_COMMANDS = (
         "ask a system the questions of a benchmark and score its answers",
         evaluation.add_arguments,
         evaluation.evaluate,
+    ),
+    Command(
+        "replay",
+        "send recorded requests again, and compare answers and times",
+        replay.add_arguments,
+        replay.run,
     ),
 )
 SETTINGS_HELP = {

@@ -23,6 +23,7 @@ from proto.twinlens.control.v1 import control_pb2
 from services.gateway.core import GatewayCore
 from services.gateway.metrics import MeasuredCore
 from services.gateway.peers import CONNECTED_STAGES
+from services.gateway.recorder import start_recorder
 from services.gateway.servers import ApiServers, start_api_servers
 
 GRACE_SECONDS = 2.0
@@ -49,7 +50,9 @@ class Gateway:
             settings.served_model_name, settings.max_waiting, settings.request_timeout
         )
         serve_aliases(self.core.metrics, settings, engine="0")
-        self.measured_core = MeasuredCore(self.core, self.core.metrics)
+        self.recorder = start_recorder(settings)
+        observers = [self.recorder] if self.recorder else []
+        self.measured_core = MeasuredCore(self.core, self.core.metrics, observers)
         self.member = control_pb2.Member(
             id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
         )
@@ -82,6 +85,8 @@ class Gateway:
         self.membership.leave()
         self.loop.remove_reader(self.links.fileno())
         self.links.close()
+        if self.recorder:
+            self.recorder.close()
 
     def serve_health(self) -> None:
         serve_health(

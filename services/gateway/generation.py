@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class GenerationRequest:
     guide: str = ""
     """The JSON schema or regular expression that the answer must follow."""
     task: Task = "generate"
+    api: Literal["http", "grpc"] = "http"
+    """Through which API it came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ def to_generation(
         return_prompt_token_ids=request.response.return_prompt_token_ids,
         guide_kind=guide_kind,
         guide=guide,
+        api="grpc",
     )
 
 
@@ -117,6 +118,7 @@ def to_pooling(
         images=images,
         timeout=bounded(timeout),
         task=task,
+        api="grpc",
     )
 
 

@@ -20,7 +20,8 @@ SERVE = """
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels
 --model --no-metric-aliases --preprocess
---quantization --read --request-timeout --served-model-name --simulate-vision-ms --threads --tp
+--quantization --read --record --record-mib --request-timeout --served-model-name
+--simulate-vision-ms --threads --tp
 --video-fps --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
@@ -37,6 +38,9 @@ BENCH = """
 --prompt-words --rate --requests --same --seed --slo --timeout --url --warmup
 """
 STATUS = "--grpc --help --json"
+REPLAY = """
+--allow-differences --concurrency --grpc --help --json --list --model --out --requests --speed --url
+"""
 
 EVAL = """
 --answers --concurrency --data --help --limit --max-tokens --model --out --prompt --restart --seed
@@ -79,6 +83,7 @@ def flags_in(text: str) -> set[str]:
         ("compile", COMPILE),
         ("scale", STATUS),
         ("drain", STATUS),
+        ("replay", REPLAY),
         ("eval cer", EVAL + "--exact-whitespace --ignore-case --ignore-punctuation"),
         ("eval ocrbench", EVAL + "--images"),
         ("eval olmocr-bench", EVAL + "--katex --longest-side --repeats"),
