@@ -4,11 +4,12 @@ import argparse
 import select
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from common.membership import DEAD, READY, state_name
 from common.settings import SERVICES
@@ -122,19 +123,24 @@ def read_counters(url: str) -> dict[str, float]:
     """Return the counters of RATES from a page of metrics; nothing if it cannot be read."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    # A proxy that the environment sets is not meant for this address.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=METRICS_SECONDS) as response:
-            page = response.read().decode()
-        families = list(text_string_to_metric_families(page))
-    except (OSError, ValueError):
+        families = list(text_string_to_metric_families(read_page(url)))
+    except (OSError, HTTPException, ValueError):
         return {}
     samples = [sample for family in families for sample in family.samples]
     return {
         name: sum(sample.value for sample in samples if sample.name == name)
         for name in RATES.values()
     }
+
+
+def read_page(url: str) -> str:
+    """Return the text at a URL, without a proxy that the environment sets."""
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    with closing(kind(parts.netloc, timeout=METRICS_SECONDS)) as connection:
+        connection.request("GET", parts.path)
+        return connection.getresponse().read().decode()
 
 
 def print_once(arguments: argparse.Namespace) -> None:
