@@ -17,7 +17,7 @@ from common.settings import (
     ServeSettings,
     ShardSettings,
 )
-from services.commands import control, convert, generate
+from services.commands import control, convert, generate, top
 from services.commands.bench import command as bench
 from services.commands.compile import compile_model
 from services.commands.evaluation import command as evaluation
@@ -51,6 +51,12 @@ OTHER_COMMANDS = (
         "list the members of a running system and their load",
         control.add_status_arguments,
         control.status,
+    ),
+    Command(
+        "top",
+        "show a running system's stages and members live",
+        top.add_top_arguments,
+        top.top,
     ),
     Command(
         "scale",

@@ -21,6 +21,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # A proxy that the environment sets is not meant for this address.
     ("grpc.enable_http_proxy", 0),
+    # By default, channels share connections, and with them the back-off after a failure.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 
@@ -29,7 +31,12 @@ class ClientError(Exception):
 
 
 def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every command that talks to a running system."""
+    """Add the flags of the commands that ask a running system once."""
+    add_grpc_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print only one JSON object")
+
+
+def add_grpc_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grpc",
         default=DEFAULT_TARGET,
@@ -37,7 +44,6 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the gateway's gRPC address (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print only one JSON object")
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -51,6 +57,17 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def positive(text: str) -> float:
+    """Return a positive number; an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 def address(text: str) -> str:

@@ -1,6 +1,10 @@
 """`twinlens status`, `scale` and `drain`: show and change the members of a running system."""
 
 import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from common.membership import state_name
@@ -17,6 +21,11 @@ from services.commands.output import json_line, one_line
 
 TIMEOUT = 15.0
 COLUMNS = ("role", "id", "state", "pid", "in_flight", "queued", "detail")
+ID = COLUMNS.index("id")
+LEAST_ID = 8
+"""The columns that an id gets at least."""
+GAP = "  "
+INDENT: Any = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 SCALE_HELP = """Change how many replicas of a role `twinlens serve` keeps. New replicas take work as
 soon as they are ready. If there are too many, those with the least work finish what they hold and
@@ -68,7 +77,7 @@ def print_members(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json_line({"members": members}))
         return
-    print(table(members))
+    print(table(members, terminal_width()))
     if unused := unused_roles(members):
         print(f"\nThe served model needs no {' and no '.join(unused)}.")
 
@@ -84,17 +93,46 @@ def describe(member: control_pb2.Member) -> dict[str, Any]:
     return as_dict(member) | {"state": state_name(member.state)}
 
 
-def table(members: list[dict[str, Any]]) -> str:
-    """Return the members as text, one a line, in aligned columns."""
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is; None if it is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(members: list[dict[str, Any]], width: int | None = None) -> str:
+    """Return the members as text in aligned columns.
+
+    Without a width, each is one line. With one, no line is longer: ids are wrapped if they must be,
+    and each detail follows on lines of its own.
+    """
+    names = COLUMNS if width is None else COLUMNS[:-1]
     rows = [
-        [name.replace("_", " ") for name in COLUMNS],
-        *([one_line(str(member[name])) for name in COLUMNS] for member in members),
+        [name.replace("_", " ") for name in names],
+        *([one_line(str(member[name])) for name in names] for member in members),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    if width is None:
+        return "\n".join(aligned(row, widths) for row in rows)
+    others = sum(widths) - widths[ID] + len(GAP) * (len(widths) - 1)
+    widths[ID] = min(widths[ID], max(LEAST_ID, width - others))
+    details = ["", *(one_line(member["detail"]) for member in members)]
+    lines: list[str] = []
+    for row, detail in zip(rows, details, strict=True):
+        lines += wrapped_row(row, widths)
+        lines += textwrap.wrap(detail, max(width, LEAST_ID), **INDENT)
+    return "\n".join(lines)
+
+
+def wrapped_row(row: list[str], widths: list[int]) -> Iterator[str]:
+    """Yield the lines of a row whose id may be longer than its column."""
+    first, *rest = textwrap.wrap(row[ID], widths[ID]) or [""]
+    yield aligned([*row[:ID], first, *row[ID + 1 :]], widths)
+    for part in rest:
+        yield aligned(["", part], widths[: ID + 1])
+
+
+def aligned(cells: list[str], widths: list[int]) -> str:
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return GAP.join(padded).rstrip()
 
 
 def scale_role(arguments: argparse.Namespace) -> None:

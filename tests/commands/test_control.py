@@ -156,6 +156,46 @@ async def test_status_lists_every_member(
         ]
 
 
+def some_members() -> list[dict[str, Any]]:
+    """Many members, with ids as Kubernetes makes them and long details."""
+    why = "waits for a language group and for vision replicas with the fingerprint 0123456789abcdef"
+    return [
+        control.describe(
+            control_pb2.Member(
+                id=f"twinlens-{role}-7d9f8c5b4{n}-x2k8p-3fa2b1",
+                role=role,
+                state=STARTING if n % 7 == 0 else READY,
+                pid=4_000_000 + n,
+                in_flight=n,
+                queued=1000 * n,
+                detail=why if n % 7 == 0 else "",
+            )
+        )
+        for role in ("preprocess", "vision", "llm", "detokenizer")
+        for n in range(20)
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_list_of_members_fits_the_terminal(width: int) -> None:
+    members = some_members()
+    lines = control.table(members, width).splitlines()
+    assert max(map(len, lines)) <= width
+    text = "".join("".join(line.split()) for line in lines)
+    assert all("".join(member["detail"].split()) in text for member in members)
+    # An id is found in one line, or in two that follow each other in their column.
+    if width >= 100:
+        assert all(any(member["id"] in line for line in lines) for member in members)
+
+
+def test_a_list_for_a_program_has_one_line_for_each_member() -> None:
+    members = some_members()
+    header, *rows = control.table(members).splitlines()
+    assert header.split()[0] == "role" and len(rows) == len(members)
+    for row, member in zip(rows, members, strict=True):
+        assert member["id"] in row and row.endswith(member["detail"])
+
+
 async def test_a_gateway_without_its_controller_is_not_reported_as_absent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

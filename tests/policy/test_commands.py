@@ -78,6 +78,7 @@ def flags_in(text: str) -> set[str]:
         ("shard", "--help --model --out --tp"),
         ("generate", GENERATE),
         ("status", STATUS),
+        ("top", "--grpc --help --interval --url"),
         ("bench", BENCH),
         ("plan", PLAN),
         ("compile", COMPILE),

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from services.commands.chat_client import add_url_argument
-from services.commands.client import address, whole_number
+from services.commands.client import address, positive, whole_number
 
 BENCH_HELP = """Send requests about synthetic images to any server with OpenAI's HTTP interface, or
 to Twinlens over gRPC, and measure the answers. The last line of stdout is one JSON object. Its
@@ -126,17 +126,6 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 def numbers(text: str) -> list[int]:
     """Return a list of positive numbers separated by commas; an argparse type."""
     return [whole_number(1, 100_000)(part) for part in text.split(",")]
-
-
-def positive(text: str) -> float:
-    """Return a positive number; an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def share(text: str) -> float:

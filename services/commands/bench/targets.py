@@ -117,9 +117,8 @@ class GrpcTarget(Target):
         self._sent = 0
 
     async def _open(self, stack: AsyncExitStack) -> None:
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         for _ in range(CHANNELS):
-            channel = grpc.aio.insecure_channel(self.address, options)
+            channel = grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS)
             await stack.enter_async_context(channel)
             self._stubs.append(inference_pb2_grpc.InferenceServiceStub(channel))
 
