@@ -34,6 +34,7 @@ from common.messages import Peer, Task
 from common.process import EXIT_OK, Stop, leave
 from common.progress import LOADING_SECONDS, Progress
 from common.settings import ServiceSettings
+from common.tracing import NO_TRACING, Tracing, open_tracing
 from proto.twinlens.control.v1 import control_pb2
 
 CONNECTABLE = (READY, DRAINING)
@@ -135,12 +136,13 @@ class Member(Generic[M]):
         Raises
         ------
         BadSetting
-            if `--advertise` cannot lead to where the member listens.
+            if `--advertise` cannot lead to where the member listens, or traces cannot be exported.
         CannotStart
             if the inbox or the health port cannot be opened.
         """
         self.id = new_member_id(settings.name or profile.role)
         self._profile = profile
+        self.tracing = self._open_tracing(settings.otlp_traces_endpoint)
         self._on_group_loss = on_group_loss
         self._ranks: frozenset[str] | None = None
         """The ids of the ranks of the group; None until they have met."""
@@ -167,6 +169,11 @@ class Member(Generic[M]):
         if drains:
             stop.on_drain(self._drain)
         threading.Thread(target=self._end_on, args=(stop,), name="stop", daemon=True).start()
+
+    def _open_tracing(self, endpoint: str) -> Tracing:
+        """Return what records spans. Of a group only rank 0 records any."""
+        profile = self._profile
+        return NO_TRACING if profile.rank else open_tracing(endpoint, profile.role, self.id)
 
     def _open_links(self, settings: ServiceSettings, stop: Stop) -> Links[M]:
         check_advertised(settings.listen, settings.advertise)
@@ -316,9 +323,10 @@ class Member(Generic[M]):
         return time.monotonic() - self._last_event >= QUIET_SECONDS and self._load() == (0, 0)
 
     def close(self) -> None:
-        """Leave the controller and close all connections."""
+        """Leave the controller, close all connections, and export the last spans."""
         self.membership.leave()
         self.links.close()
+        self.tracing.close()
 
     def _set_state(
         self, state: "control_pb2.MemberState.ValueType", detail: str = "", max_model_len: int = 0

@@ -45,3 +45,10 @@ def objection_to_text(text: str) -> str:
     if len(text) > MAX_TEXT_CHARS or not text.isprintable():
         return f"give at most {MAX_TEXT_CHARS} printable characters"
     return ""
+
+
+def objection_to_http_url(text: str) -> str:
+    """Return why a text is not the URL of a service. An empty text names none."""
+    if text and not re.match(r"https?://[^/\s]+", text):
+        return "give http://HOST:PORT, or https:// for TLS"
+    return objection_to_text(text)

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from common.config import Range, names_of, setting
 from common.messages import MAX_FPS, MAX_FRAMES, MIN_FPS
-from common.setting_checks import objection_to_address, objection_to_name, objection_to_text
+from common.setting_checks import (
+    objection_to_address,
+    objection_to_http_url,
+    objection_to_name,
+    objection_to_text,
+)
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,7 +35,19 @@ COUNTS = Range(1, 2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceSettings:
+class TraceSettings:
+    """The setting for traces of requests."""
+
+    otlp_traces_endpoint: str = setting(
+        "",
+        "OTLP/gRPC endpoint to which traces are exported, such as http://collector:4317 (default: "
+        "that of the OTEL_EXPORTER_OTLP_* variables, or none)",
+        objection=objection_to_http_url,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings(TraceSettings):
     """The settings of every service."""
 
     controller: str = setting(
@@ -375,6 +392,7 @@ class ServeSettings(
     DeviceSettings,
     ApiSettings,
     ModelSettings,
+    TraceSettings,
 ):
     """The settings of the local launcher: its own, and those that it passes to services."""
 

@@ -8,6 +8,7 @@ from common.events import Event, Received
 from common.member import Posted
 from common.messages import Abort, Peer
 from common.progress import Progress
+from common.tracing import NO_TRACING, Tracing
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class FakeMember:
         self.id = "fake-1"
         self.links = FakeLinks()
         self.progress = Progress()
+        self.tracing: Tracing = NO_TRACING
         self.missing: list[str] | None = None
         self._script: Iterator[Any] = iter(())
         self._posted: list[Any] = []

@@ -31,6 +31,7 @@ from common.messages import (
 )
 from common.progress import UnitTimes
 from common.timings import Timings, read_timings, write_timings
+from common.tracing import ATTEMPT, NO_SPAN, Span
 from common.vocabulary import Vocabulary
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
@@ -60,6 +61,7 @@ class Answer:
     texts: list[str]
     """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
     began: float = field(default_factory=time.monotonic)
+    span: Span = NO_SPAN
 
 
 class Worker:
@@ -150,6 +152,7 @@ class Worker:
         answers = self._answers.items()
         for key, answer in [(k, a) for k, a in answers if peer_id in (a.llm_id, a.gateway_id)]:
             del self._answers[key]
+            answer.span.end(error=f"{role} was lost: {reason}")
             if role == "llm":
                 text = f"the detokenizer lost the language group: {reason}"
                 ids = request_ids(key)
@@ -167,10 +170,12 @@ class Worker:
                     self._metrics.busy_seconds += time.perf_counter() - began
             case Failed(key=key):
                 if self._owns(peer_id, key):
-                    self._member.links.send(self._answers.pop(key).gateway_id, message)
+                    answer = self._answers.pop(key)
+                    answer.span.end(error=message.code)
+                    self._member.links.send(answer.gateway_id, message)
             case Abort(key=key):
                 if self._owns(peer_id, key):
-                    del self._answers[key]
+                    self._answers.pop(key).span.end()
             case Released():
                 self._unreleased.discard(peer_id)
             case _:
@@ -204,6 +209,9 @@ class Worker:
             deadline=time.monotonic() + start.timeout,
             num_tokens=len(resumed),
             texts=[text] if self._reads_boxes else [],
+            span=self._member.tracing.begin(
+                "detokenizer", start.traceparent, None, {ATTEMPT: start.attempt}, "consumer"
+            ),
         )
         self._log.debug("answer begins", request_id=start.request_id)
 
@@ -270,6 +278,7 @@ class Worker:
     def _fail(self, key: RequestKey, reason: str) -> None:
         """End an answer in progress that cannot go on."""
         if answer := self._answers.pop(key, None):
+            answer.span.end(error=reason)
             self._refuse(answer.llm_id, answer.gateway_id, key, reason)
 
     def _refuse(self, llm_id: str, gateway_id: str, key: RequestKey, reason: str) -> None:
@@ -299,6 +308,7 @@ class Worker:
         if finish_reason:
             text += decoder.finish()
             del self._answers[key]
+            answer.span.end({"twinlens.finish_reason": finish_reason})
         if self._reads_boxes:
             answer.texts.append(text)
         if decoder.stopped and not tokens.finish_reason:

@@ -19,6 +19,7 @@ from common.metric_aliases import serve_aliases
 from common.process import Stop, run
 from common.progress import Progress
 from common.settings import GatewaySettings
+from common.tracing import open_tracing
 from proto.twinlens.control.v1 import control_pb2
 from services.gateway.core import GatewayCore
 from services.gateway.metrics import MeasuredCore
@@ -46,15 +47,21 @@ class Gateway:
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         self.loop = asyncio.get_running_loop()
+        self.member = control_pb2.Member(
+            id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
+        )
+        self.tracing = open_tracing(settings.otlp_traces_endpoint, "gateway", self.member.id)
         self.core = GatewayCore(
-            settings.served_model_name, settings.max_waiting, settings.request_timeout
+            settings.served_model_name,
+            settings.max_waiting,
+            settings.request_timeout,
+            tracing=self.tracing,
         )
         serve_aliases(self.core.metrics, settings, engine="0")
         self.recorder = start_recorder(settings)
         observers = [self.recorder] if self.recorder else []
-        self.measured_core = MeasuredCore(self.core, self.core.metrics, observers)
-        self.member = control_pb2.Member(
-            id=new_member_id(settings.name or "gateway"), role="gateway", state=STARTING
+        self.measured_core = MeasuredCore(
+            self.core, self.core.metrics, observers, tracing=self.tracing
         )
         self.progress = Progress()
         self.drain_requested = asyncio.Event()
@@ -87,6 +94,7 @@ class Gateway:
         self.links.close()
         if self.recorder:
             self.recorder.close()
+        self.tracing.close()
 
     def serve_health(self) -> None:
         serve_health(

@@ -35,6 +35,7 @@ from common.messages import (
     Routed,
     Usage,
 )
+from common.tracing import NO_TRACING, Tracing
 from services.gateway.admission import Admission
 from services.gateway.deltas import (
     read_delta,
@@ -56,6 +57,7 @@ from services.gateway.peers import Peers
 from services.gateway.pooled import read_pooled
 from services.gateway.record import Record
 from services.gateway.served_tasks import task_for
+from services.gateway.traces import outline
 
 MAX_UNREAD_EVENTS = 10_000
 """A request fails if its client has left this many events unread."""
@@ -75,6 +77,7 @@ class GatewayCore:
         metrics: Metrics | None = None,
         patience: float = PATIENCE_SECONDS,
         retry_seconds: float = RETRY_SECONDS,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.model_name = model_name
         self.metrics = metrics or Metrics()
@@ -95,7 +98,7 @@ class GatewayCore:
         self._records: dict[str, Record] = {}
         """Requests in flight by their id in the stages."""
         self._failover = Failover(
-            self._records, self.peers, self.metrics, self._fail, patience, retry_seconds
+            self._records, self.peers, self.metrics, self._fail, patience, retry_seconds, tracing
         )
         self._log = get_logger()
 
@@ -370,7 +373,7 @@ class GatewayCore:
         record.events.put_nowait(end)
         self._log.info(
             "answered",
-            request_id=record.id,
+            **record.log_ids,
             finish_reason=end.finish_reason if isinstance(end, Ended) else "",
             tokens=len(record.token_ids),
             seconds=round(end.timings["total_seconds"], 3),
@@ -385,9 +388,10 @@ class GatewayCore:
 
     def _fail(self, record: Record, error: ServingError) -> None:
         self._failover.abort(record)
+        record.attempt.end_span(outline(error))
         self._forget(record)
         self._log.warning(
-            "failed", request_id=record.id, code=error.code, stage=error.stage, reason=error.message
+            "failed", **record.log_ids, code=error.code, stage=error.stage, reason=error.message
         )
         record.events.put_nowait(error)
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from common.errors import InvalidRequest
+from common.tracing import read_traceparent
 from services.gateway.bodies import Bodies, address_of
 from services.gateway.body_budget import BodyBudget, Reservation
 from services.gateway.generation import Core, GenerationRequest
@@ -81,6 +82,8 @@ class Endpoint(ABC, Generic[A]):
         parse = partial(self.parse, body, scope["request_id"], timeout)
         asked = await self.bodies.work(scope, body, parse)
         del body, parse
+        if traceparent := read_traceparent(Headers(scope=scope).get("traceparent")):
+            asked.requests[:] = [replace(r, traceparent=traceparent) for r in asked.requests]
         reservation.release()
         num_image_bytes = sum(len(image) for request in asked.requests for image in request.images)
         with self.admitted_images.reserve(address_of(scope), num_image_bytes):

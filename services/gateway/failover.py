@@ -14,6 +14,7 @@ from common.errors import ServingError, Unavailable
 from common.events import PeerDown
 from common.logs import get_logger
 from common.messages import NO_PEER, Cleared, Noted
+from common.tracing import NO_TRACING, Tracing
 from services.gateway.blame import PASSED_TOKENS, Loss, acquit, assign_blame, verdict
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
@@ -43,6 +44,7 @@ class Failover:
         fail: Callable[[Record, ServingError], None],
         patience: float = PATIENCE_SECONDS,
         retry_seconds: float = RETRY_SECONDS,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._records = records
         self._peers = peers
@@ -50,6 +52,7 @@ class Failover:
         self._fail = fail
         self._patience = patience
         self._retry_seconds = retry_seconds
+        self._tracing = tracing
         self._waiting: dict[str, Record] = {}
         """Requests without an attempt, because a stage is missing or a retry is delayed."""
         self._log = get_logger()
@@ -70,6 +73,7 @@ class Failover:
             detokenizer = self._peers.choose("detokenizer", (a.detokenizer for a in attempts))
         record.attempt.preprocess = preprocess.id
         record.attempt.detokenizer = detokenizer.id
+        record.attempt.begin_span(self._tracing, record.request.span)
         avoid = self._peers.group_to_avoid(record.avoid)
         self._peers.links.send(preprocess.id, record.submit_message(detokenizer, avoid))
         self._metrics.attempts.inc()
@@ -182,6 +186,7 @@ class Failover:
         """Drop what is kept for a request that has ended and is no longer among the records."""
         self._waiting.pop(record.id, None)
         record.cancel_timers()
+        record.attempt.end_span()
         self.release_detokenizers()
 
     def release_detokenizers(self) -> None:
@@ -192,10 +197,11 @@ class Failover:
 
     def _end_attempt(self, record: Record, error: Unavailable) -> None:
         self.abort(record)
+        record.attempt.end_span(error.message)
         record.attempt = Attempt(record.attempt.number + 1, num_resumed=len(record.token_ids))
         self._metrics.failovers.labels(error.stage).inc()
         self._log.warning(
-            "retrying", request_id=record.id, attempt=record.attempt.number, reason=error.message
+            "retrying", **record.log_ids, attempt=record.attempt.number, reason=error.message
         )
         self._interrupt(record, error)
         self.release_detokenizers()

@@ -9,6 +9,7 @@ import numpy as np
 
 from common.boxes import Box
 from common.messages import Sampling, Stopping, Task, Usage
+from common.tracing import NO_SPAN, Span
 from services.gateway.videos import Media
 
 
@@ -38,6 +39,10 @@ class GenerationRequest:
     task: Task = "generate"
     api: Literal["http", "grpc"] = "http"
     """Through which API it came."""
+    traceparent: str = ""
+    """The client's span, as `read_traceparent` returns it; empty if it sent none."""
+    span: Span = NO_SPAN
+    """The span of the request at this gateway, set by `MeasuredCore`."""
 
 
 @dataclass(frozen=True, slots=True)

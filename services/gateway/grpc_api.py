@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from common.grpc_server import (
     serving_errors_only,
 )
 from common.logs import get_logger
+from common.tracing import read_traceparent
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.body_budget import BodyBudget
@@ -225,7 +227,10 @@ class InferenceServicer:
         self.core.check_model(request.model or None)
         timeout = context.time_remaining()
         convert = partial(to_request, request, split.media, request_id, timeout, max_model_len)
-        return request, await self._work(context, is_large, convert)
+        generation = await self._work(context, is_large, convert)
+        if traceparent := read_traceparent(metadata.get("traceparent")):
+            generation = replace(generation, traceparent=traceparent)
+        return request, generation
 
     async def _work(self, context: Context, is_large: bool, function: Callable[[], T]) -> T:
         """Return what the function returns, which does something with a request.

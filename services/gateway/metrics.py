@@ -9,6 +9,7 @@ from common.errors import Internal, ServingError
 from common.logs import get_logger
 from common.messages import Usage
 from common.metrics import TOKENS, StageMetrics
+from common.tracing import NO_TRACING, Tracing
 from services.gateway.generation import (
     Core,
     Ended,
@@ -19,6 +20,7 @@ from services.gateway.generation import (
 )
 from services.gateway.observers import ABORTED, POOLED, Observation, RequestObserver
 from services.gateway.peers import STAGES
+from services.gateway.traces import RequestTraces
 
 OUTCOMES = ("stop", "length", ABORTED)
 """The outcomes that every gateway shows, also before the first request has ended so."""
@@ -221,10 +223,12 @@ class MeasuredCore:
         core: Core,
         metrics: Metrics | None = None,
         observers: Sequence[RequestObserver] = (),
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.core = core
         self.metrics = metrics or Metrics()
-        self.observers: list[RequestObserver] = [self.metrics, *observers]
+        self.traces = RequestTraces(tracing, core.model_name)
+        self.observers: list[RequestObserver] = [self.metrics, self.traces, *observers]
         self.model_name = core.model_name
         self.request_timeout = core.request_timeout
         self.check_model = core.check_model
@@ -240,6 +244,7 @@ class MeasuredCore:
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         arrival = time.monotonic()
+        request = self.traces.with_span(request, arrival)
         async with AsyncExitStack() as stack:
             try:
                 with serving_errors_only():

@@ -23,6 +23,7 @@ from common.messages import (
     Task,
 )
 from common.timings import Timings
+from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
 from services.gateway.generation import GenerationEvent, GenerationRequest, Piece
 from services.gateway.videos import item_of
@@ -52,6 +53,21 @@ class Attempt:
     """Whether a token of this attempt has arrived."""
     alone_at: set[str] = field(default_factory=set)
     """The ids of the members that work on nothing but this request."""
+    span: Span = NO_SPAN
+
+    def begin_span(self, tracing: Tracing, parent: Span) -> None:
+        """Begin the span of the attempt, once it has a member of each stage."""
+        attributes: Attributes = {
+            ATTEMPT: self.number,
+            "twinlens.preprocess": self.preprocess,
+            "twinlens.detokenizer": self.detokenizer,
+        }
+        self.span = tracing.begin("attempt", parent.traceparent, None, attributes, "producer")
+
+    def end_span(self, error: str = "") -> None:
+        """End the span of the attempt, unless it has ended. It has failed if there is an error."""
+        self.span.end({"twinlens.llm": self.llm}, error)
+        self.span = NO_SPAN
 
     def keep_early(self, received: Received[GatewayInbound]) -> None:
         """Keep a message until Routed says from which language group the attempt's may come."""
@@ -169,7 +185,14 @@ class Record:
             apart="preprocess" in self.apart,
             apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
             task=self.task,
+            traceparent=self.attempt.span.traceparent,
         )
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """The fields that name the request in a log."""
+        traced = {"trace_id": trace_id_of(self.request.span.traceparent)}
+        return {"request_id": self.id} | (traced if self.request.span is not NO_SPAN else {})
 
     @property
     def ids(self) -> RequestIds:

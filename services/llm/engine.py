@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,8 @@ class Engine:
         self.metrics = metrics or LlmMetrics()
         self.metrics.watch(scheduler, self.budget)
         self.requests: dict[RequestKey, Request] = {}
+        self.on_end: Callable[[Request, str], None] = lambda request, error: None
+        """Called with each request that ends, and why it failed; empty if it did not."""
         self._num_position_components = num_position_components
         self._max_tokens = min(max_model_len or scheduler.max_tokens, scheduler.max_tokens)
         self._dtype = dtype
@@ -184,7 +187,7 @@ class Engine:
         for key, problem in self.guided_decoding.take_compiled():
             request = self.requests[key]
             if problem:
-                self._end(key)
+                self._end(key, problem)
                 refused.append((request, problem))
             else:
                 self._compiling.remove(key)
@@ -326,7 +329,7 @@ class Engine:
             else:
                 output = self._output(request, sampled.token_ids[row], sampled.logprobs.get(row))
             if output.error or output.finish_reason:
-                self._end(request.key)
+                self._end(request.key, output.error)
             outputs.append(output)
         return outputs
 
@@ -365,9 +368,10 @@ class Engine:
         low, high = (bound.to(self._dtype) for bound in torch.aminmax(embeddings))
         return bool(low.isfinite() & high.isfinite())
 
-    def _end(self, key: RequestKey) -> Request | None:
+    def _end(self, key: RequestKey, error: str = "") -> Request | None:
         request = self.requests.pop(key, None)
         if request:
+            self.on_end(request, error)
             if key in self._compiling:
                 self._compiling.remove(key)
             else:

@@ -31,7 +31,7 @@ class PoolingEngine(Engine):
         outputs = []
         for row, request in enumerate(chunk.request for chunk in chunks):
             request.first_token = now
-            self._end(request.key)
             error = "" if is_finite[row] else "the model's values for this prompt are not finite"
+            self._end(request.key, error)
             outputs.append(Output(request, 0, [], "stop", error, values=rows[row]))
         return outputs

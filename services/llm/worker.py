@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, assert_never
 
 import numpy as np
@@ -40,6 +41,7 @@ from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
 from services.llm.request import Request, objection_to, objection_to_grammar
+from services.llm.traces import record_request
 
 MAX_REQUESTS_OF_A_PREPROCESS = 4096
 """Requests that run or wait. The gateways admit far fewer at once."""
@@ -76,6 +78,7 @@ class Worker:
         """The peers that connected to this process. It connects to none of them itself."""
         self._log = get_logger()
         self._report = LoadReport(member.links, engine.scheduler)
+        engine.on_end = partial(record_request, member.tracing)
         member.track_load(lambda: engine.load)
 
     def run(self) -> None:
@@ -330,6 +333,7 @@ def start_of(output: Output) -> Start:
         timings=Tensor.of_bytes(timings_of(request)),
         output_token_ids=prompt.output_token_ids,
         timeout=max(0.0, request.deadline - time.monotonic()),
+        traceparent=prompt.traceparent,
     )
 
 

@@ -31,6 +31,7 @@ from common.messages import (
     VisionLoad,
     request_ids,
 )
+from common.tracing import NO_TRACING, Tracing
 from common.wire import Tensor
 from services.preprocess.in_flight import Handover, PendingItem
 from services.preprocess.metrics import PreprocessMetrics
@@ -62,10 +63,12 @@ class Dispatcher:
         *,
         name: str = "",
         has_tower: bool = True,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`name` is the id of this preprocess. Without a tower, items go to the language group."""
         self._name = name
         self._has_tower = has_tower
+        self._tracing = tracing
         self._links = links
         self.pool = pool
         self.handovers: dict[RequestKey, Handover] = {}
@@ -134,6 +137,8 @@ class Dispatcher:
         """
         self.pool.remove_replica(vision_id)
         items = [item for item in self._all_items() if item.vision_id == vision_id]
+        for item in items:
+            item.end_span(f"the vision replica was lost: {reason}")
         suspects = [item for item in items if item.is_suspect]
         blamed = [item for item in suspects if item.is_apart] or suspects
         # The last one is the first to be offered. It is the least suspicious one.
@@ -204,6 +209,7 @@ class Dispatcher:
     def _offer_of(self, item: PendingItem) -> Offer:
         request_id, attempt, index = item.key
         handover = self.handovers[request_id, attempt]
+        item.begin_span(self._tracing, handover.traceparent)
         return Offer(
             request_id=request_id,
             attempt=attempt,
@@ -217,6 +223,7 @@ class Dispatcher:
             timeout=max(0.0, handover.deadline - self._clock()),
             skip_cache=item.skip_cache,
             apart=item.is_apart,
+            traceparent=item.span.traceparent,
         )
 
     def _find(self, message: ItemMessage, vision_id: str) -> PendingItem | None:
@@ -292,6 +299,7 @@ class Dispatcher:
         """Give one failed item to another replica, or end its request after too many failures."""
         if item is None:
             return
+        item.end_span(reason)
         self._count_failure(item, reason)
         item.failed_at.add(item.vision_id)
         item.skip_cache = True
@@ -344,6 +352,7 @@ class Dispatcher:
         """The language group has the embeddings of this item."""
         if handover := self.handovers.get(key):
             if item := handover.items.pop(index, None):
+                item.end_span()
                 self.pool.on_item_end(item.vision_id, failed=False)
                 self._free(item)
             if not handover.items:

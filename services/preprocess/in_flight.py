@@ -5,6 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.messages import ItemKey, Peer, RequestKey, Submit
+from common.tracing import (
+    ATTEMPT,
+    ITEM,
+    ITEM_KIND,
+    NO_SPAN,
+    NUM_PATCHES,
+    Attributes,
+    Span,
+    Tracing,
+)
 from common.wire import Tensor
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.sandbox.pool import Task
@@ -30,6 +40,7 @@ class Preparation:
     """How many images of its size each item costs."""
     items: list[ReadyItem] = field(default_factory=list)
     item_seconds: list[float] = field(default_factory=list)
+    span: Span = NO_SPAN
 
     @property
     def key(self) -> RequestKey:
@@ -74,6 +85,28 @@ class PendingItem:
     skip_cache: bool = False
     expected_seconds: float = 0.0
     """Expected seconds in the tower, set while the item waits."""
+    span: Span = NO_SPAN
+    """The span of the last offer, until that comes to something."""
+
+    def begin_span(self, tracing: Tracing, parent: str) -> None:
+        """Begin the span of an offer to `vision_id`. That of an offer that came to nothing is
+        dropped."""
+        _, attempt, index = self.key
+        attributes: Attributes = {
+            ATTEMPT: attempt,
+            ITEM: index,
+            ITEM_KIND: self.prepared.kind,
+            NUM_PATCHES: self.prepared.num_patches,
+            "twinlens.vision": self.vision_id,
+            "twinlens.item.num_lost": self.num_failures + self.num_deaths,
+        }
+        name = f"dispatch {self.prepared.kind}"
+        self.span = tracing.begin(name, parent, None, attributes, "producer")
+
+    def end_span(self, error: str = "") -> None:
+        """End the span of the last offer, unless it has ended. With an error it has failed."""
+        self.span.end(error=error)
+        self.span = NO_SPAN
 
     @property
     def is_apart(self) -> bool:
@@ -96,6 +129,7 @@ class Handover:
     items: dict[int, PendingItem] = field(default_factory=dict)
     is_reserved: bool = False
     """Whether the group has reserved room for the embeddings of all items."""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

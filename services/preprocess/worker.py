@@ -31,6 +31,7 @@ from common.messages import (
     request_ids,
 )
 from common.progress import UnitTimes
+from common.tracing import ATTEMPT, ITEM, NUM_PATCHES, Attributes
 from common.wire import Tensor
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.in_flight import Handover, PendingItem, Preparation, SentPrompt
@@ -87,6 +88,7 @@ class Worker:
             clock,
             name=member.id,
             has_tower="vision" in preprocessor.checkpoint.family.needed_roles,
+            tracing=member.tracing,
         )
         self._groups = LlmGroups(clock)
         self._times = UnitTimes()
@@ -221,6 +223,9 @@ class Worker:
                 self._fail(key, gateway_id, error)
             return
         preparation = Preparation(submit, gateway_id, self._clock())
+        preparation.span = self._member.tracing.begin(
+            "preprocess", submit.traceparent, None, {ATTEMPT: submit.attempt}, "consumer"
+        )
         self._preparations[key] = preparation
         with self._failing(preparation):
             model = self._preprocessor
@@ -262,12 +267,13 @@ class Worker:
                 self._drop(key)
         self._turn.release_all_of(gateway_id)
 
-    def _drop(self, key: RequestKey) -> None:
-        self._remove_preparation(key)
+    def _drop(self, key: RequestKey, error: str = "") -> None:
+        self._remove_preparation(key, error)
         self._dispatcher.drop(key)
 
-    def _remove_preparation(self, key: RequestKey) -> None:
+    def _remove_preparation(self, key: RequestKey, error: str = "") -> None:
         if preparation := self._preparations.pop(key, None):
+            preparation.span.end({"twinlens.num_items": len(preparation.items)}, error)
             self._prepared_bytes -= sum(item.nbytes for item in preparation.items)
             if preparation.task:
                 self._tasks.cancel(preparation.task)
@@ -309,11 +315,11 @@ class Worker:
         try:
             yield
         except ServingError as e:
-            self._drop(key)
+            self._drop(key, error=e.code)
             self._fail(key, preparation.gateway_id, e)
         except Exception:  # noqa: BLE001 - the outermost loop: one request must not end the others
             self._log.exception("request failed", request_id=key[0])
-            self._drop(key)
+            self._drop(key, error="Internal")
             self._fail(key, preparation.gateway_id, Internal(SEE_LOG))
 
     def _advance(self, preparation: Preparation) -> None:
@@ -376,6 +382,21 @@ class Worker:
             self._prepared_bytes += item.nbytes
             preparation.item_seconds.append(facts.seconds)
             self._metrics.item_seconds.labels(item.kind).observe(facts.seconds)
+        if preparation.span.traceparent:
+            self._record_items(preparation, items)
+
+    def _record_items(self, preparation: Preparation, items: tuple[PreparedFacts, ...]) -> None:
+        """Record the spans of items that a sandbox prepared one after the other until now."""
+        ended = self._clock()
+        index = len(preparation.items)
+        for facts in reversed(items):
+            index -= 1
+            began = max(preparation.received, ended - facts.seconds)
+            attributes: Attributes = {ITEM: index, NUM_PATCHES: facts.num_patches}
+            name = f"prepare {facts.kind}"
+            parent = preparation.span.traceparent
+            self._member.tracing.begin(name, parent, began, attributes).end(ended=ended)
+            ended = began
 
     def _hand_over(self, preparation: Preparation) -> None:
         """Send the prompt to a language group. Its items follow once the group has room."""
@@ -399,7 +420,13 @@ class Worker:
         self._metrics.request_seconds.observe(self._clock() - preparation.received)
         if items:
             pending = {i: PendingItem((*key, i), item) for i, item in enumerate(items)}
-            handover = Handover(preparation.gateway_id, llm, preparation.deadline, pending)
+            handover = Handover(
+                preparation.gateway_id,
+                llm,
+                preparation.deadline,
+                pending,
+                traceparent=submit.traceparent,
+            )
             self._dispatcher.begin(key, handover)
         else:
             sent = SentPrompt(self._clock(), key, preparation.gateway_id, llm.id)
@@ -447,6 +474,7 @@ class Worker:
             whole=expanded.whole,
             apart=submit.apart_in_llm,
             task=submit.task,
+            traceparent=submit.traceparent,
         )
 
     def _fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:

@@ -36,6 +36,7 @@ from services.vision.item_rules import ItemRules
 from services.vision.metrics import VisionMetrics
 from services.vision.room import ANSWER_SECONDS, MAX_GRANTED, Room
 from services.vision.tower_thread import DeviceLost, EncodeResult, TowerThread
+from services.vision.traces import record_failure, record_item
 
 MAX_JOINED = 256
 """Offers of one preprocess that may wait for an equal item of another request."""
@@ -357,6 +358,7 @@ class Worker:
         offer = job.offer
         self._metrics.items.labels(offer.kind, outcome).inc()
         self._metrics.item_tokens.labels(offer.kind, outcome).inc(embeddings.shape[0])
+        record_item(self._member.tracing, offer, job.offered, outcome, queued, encoded)
         # The connection may have broken since the offer.
         self._member.links.connect(offer.llm, "llm")
         message = Embeddings(
@@ -392,6 +394,7 @@ class Worker:
     def _report_failure(self, job: Job, reason: str) -> None:
         self._count_failed(job)
         self._log.warning("image refused", request_id=job.offer.request_id, reason=reason)
+        record_failure(self._member.tracing, job.offer, job.offered, reason)
         failed = Failed(**job.offer.item_ids, code="Internal", message=reason, stage="vision")
         self._send(job, failed)
 

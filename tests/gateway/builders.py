@@ -27,9 +27,9 @@ class Gateway:
         replicas: int = 1,
         max_waiting: int = 10,
         request_timeout: float = 60,
-        **patience: float,
+        **options: Any,
     ) -> None:
-        self.core = GatewayCore("tiny", max_waiting, request_timeout, **patience)
+        self.core = GatewayCore("tiny", max_waiting, request_timeout, **options)
         self.links = FakeLinks()
         self.core.links = self.links
         for role in CONNECTED_STAGES:

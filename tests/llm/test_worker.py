@@ -26,6 +26,7 @@ from common.messages import (
     Tokens,
 )
 from common.progress import Progress
+from common.tracing import NO_TRACING
 from common.wire import Tensor, encode
 from compute.torch_tensors import to_wire
 from services.llm.worker import COMPILED_SECONDS, Worker
@@ -62,6 +63,7 @@ class FakeMember:
         self.batches = list(batches)
         self.num_loops = 0
         self.progress = Progress()
+        self.tracing = NO_TRACING
 
     def track_load(self, load: Callable[[], tuple[int, int]]) -> None:
         self.load = load

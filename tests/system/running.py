@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ class Running(Serving):
     def model(self) -> str:
         return self.get("/v1/models")[1]["data"][0]["id"]
 
-    def chat(self, messages: list[dict[str, Any]], **body: Any) -> tuple[int, Any]:
+    def chat(
+        self, messages: list[dict[str, Any]], headers: Mapping[str, str] = {}, **body: Any
+    ) -> tuple[int, Any]:
         """Return the status and the answer as a whole; greedy unless the body says otherwise."""
-        return fetch(self._chat_request(messages, body))
+        return fetch(self._chat_request(messages, body, headers))
 
     def stream(self, messages: list[dict[str, Any]], **body: Any) -> Iterator[dict[str, Any]]:
         """Yield each event of a streamed answer. Closing the iterator hangs up."""
@@ -52,13 +54,16 @@ class Running(Serving):
                     yield json.loads(line[6:])
 
     def _chat_request(
-        self, messages: list[dict[str, Any]], body: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        body: dict[str, Any],
+        headers: Mapping[str, str] = {},
     ) -> urllib.request.Request:
         whole = {"model": self.model, "messages": messages, "temperature": 0, **body}
         return urllib.request.Request(
             self.url("/v1/chat/completions"),
             json.dumps(whole).encode(),
-            {"content-type": "application/json"},
+            {"content-type": "application/json", **headers},
         )
 
     def twinlens(self, *arguments: str) -> subprocess.CompletedProcess[str]:
