@@ -165,7 +165,7 @@ class LlmTarget(Target):
             "waiting for rows": len(engine.budget._waiting) + len(engine.budget._held),
             "turn": float(scheduler.turn.holder is not None),
             "visitors": len(self._worker._visitors - {peer.id for peer in INNOCENTS}),
-            "peers": len(self._worker._report._peers - {"preprocess-i"}),
+            "peers": len(self._worker._report._peers - {peer.id for peer in INNOCENTS}),
         }
 
 
