@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit sanitize install check proto images image-cuda lock soak fuzz
+.PHONY: run test unit browser screenshots sanitize install check proto images image-cuda lock soak fuzz
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -21,11 +21,19 @@ $(VENV)/.installed: pyproject.toml
 check: install
 	scripts/check
 
+# The tests of the page run in Chromium, and are skipped without one.
+browser:
+	scripts/browser
+
+# The screenshots of the page in docs/images.
+screenshots: install browser
+	$(VENV)/bin/python -m tests.page.screenshots
+
 unit: install
 	@echo "Unit tests, with two workers"
 	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=--ignore=tests/%) $(WITH_EQUIPMENT:%=--ignore=tests/%)
 
-test: check unit
+test: check browser unit
 	@echo "Tests with real processes and real clients, with two workers"
 	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=tests/%)
 	@echo "Tests that need containers or a GPU, and are skipped without them"

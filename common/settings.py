@@ -238,6 +238,7 @@ class ApiSettings:
         "holds what users sent",
     )
     record_mib: int = setting(1024, "largest size of the file of --record, in MiB", range=MEBIBYTES)
+    ui: bool = setting(True, "serve the web page at /ui")
 
 
 @dataclass(frozen=True, kw_only=True)

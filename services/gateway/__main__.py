@@ -77,7 +77,7 @@ class Gateway:
         """Serve until `stop` is set or the gateway has drained."""
         self.serve_health()
         ticking = asyncio.create_task(self.keep_ticking())
-        async with start_api_servers(self.settings, self.measured_core) as servers:
+        async with start_api_servers(self.settings, self.measured_core, self.core) as servers:
             self.membership = self.join(stop)
             self.log_addresses()
             stop.on_drain(self.request_drain)

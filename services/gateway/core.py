@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import assert_never
 
@@ -55,10 +56,12 @@ from services.gateway.generation import (
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
 from services.gateway.pooled import read_pooled
-from services.gateway.record import Record
+from services.gateway.record import Record, RequestState
 from services.gateway.served_tasks import task_for
 from services.gateway.traces import outline
 
+NUM_RECENT = 50
+"""The number of latest requests that the times to the first token are kept of."""
 MAX_UNREAD_EVENTS = 10_000
 """A request fails if its client has left this many events unread."""
 
@@ -89,6 +92,8 @@ class GatewayCore:
         """Set while no request is in flight."""
         self.idle.set()
         self.is_draining = False
+        self.first_token_seconds = deque[float](maxlen=NUM_RECENT)
+        """The times to the first token of the latest requests."""
         self.request_timeout = request_timeout
         self._admission = Admission(self.peers, max_waiting)
         self._instance = secrets.token_hex(3)
@@ -155,6 +160,13 @@ class GatewayCore:
     def expected_delay(self) -> float:
         """Return the seconds until the requests that wait have their first token; 0 if unknown."""
         return self._admission.pace.expected_wait(self._num_waiting)
+
+    def state_of(self, request_id: str) -> RequestState | None:
+        """Return where the request with a client's id is; None if none is in flight."""
+        for record in self._records.values():
+            if record.request.request_id == request_id:
+                return record.state
+        return None
 
     # Called with the events of the connections
 
@@ -364,6 +376,7 @@ class GatewayCore:
             record.first_token = time.monotonic()
             self._num_waiting -= 1
             self._admission.pace.on_served(record.first_token, self._num_waiting)
+            self.first_token_seconds.append(record.first_token - record.admitted)
             record.events.put_nowait(Began(record.prompt_token_ids))
 
     # Ends

@@ -27,6 +27,7 @@ from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.pooling_http import Classifications, Embeddings
 from services.gateway.schema import new_request_id
+from services.gateway.ui.endpoints import Ui
 
 
 def create_app(
@@ -34,9 +35,10 @@ def create_app(
     max_body_bytes: int = 64 * 2**20,
     budget: BodyBudget | None = None,
     admitted_images: BodyBudget | None = None,
+    ui: Ui | None = None,
 ) -> Starlette:
     """Return the application. The budgets are shared with the other API: for bodies before
-    admission, and for the images of admitted requests."""
+    admission, and for the images of admitted requests. Without `ui` there is no page."""
     info = InfoEndpoints(core)
     shared = (
         core,
@@ -55,6 +57,7 @@ def create_app(
             Route("/health", info.ready),
             Route("/metrics", info.metrics),
             Route("/version", info.version),
+            *(ui.routes() if ui else []),
         ],
         middleware=[Middleware(RequestMiddleware, core=core, max_dropped_bytes=4 * max_body_bytes)],
         exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},

@@ -1,5 +1,6 @@
 """The members that the gateway is connected to, and the choice among them."""
 
+import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -27,11 +28,13 @@ class Peers:
         self._released: set[str] = set()
         self._last_lost_at: dict[str, float] = {}
         """By role: when the last connected member of the role was lost."""
-        self._members: list[control_pb2.Member] = []
+        self.members: list[control_pb2.Member] = []
         """Every live member that the controller knows."""
+        self.changed = asyncio.Event()
+        """Set when the members or their states changed. The one that waits for it clears it."""
         self.tasks: tuple[str, ...] = ("generate",)
         """What the served model does. The gateway opens no checkpoint: preprocess reports it."""
-        self._stages: tuple[str, ...] = STAGES
+        self.stages: tuple[str, ...] = STAGES
         """The roles that requests to the served model pass through."""
         self._llm_loads: dict[str, LlmLoad] = {}
         """The last report of each connected language group."""
@@ -43,11 +46,12 @@ class Peers:
 
     def on_members(self, members: list[control_pb2.Member]) -> None:
         """Store the members that the controller knows."""
-        self._members = [m for m in members if m.state != DEAD]
-        for member in self._members:
+        self.members = [m for m in members if m.state != DEAD]
+        for member in self.members:
             if member.role == "preprocess" and member.tasks and member.stages:
                 self.tasks = tuple(member.tasks)
-                self._stages = tuple(role for role in STAGES if role in member.stages)
+                self.stages = tuple(role for role in STAGES if role in member.stages)
+        self.changed.set()
 
     def on_peer_up(self, up: PeerUp) -> None:
         """Store a connected member and send it the aborts that it missed."""
@@ -114,7 +118,7 @@ class Peers:
 
         With `min_seconds`, a stage that lost its last member more recently than that is left out.
         """
-        connected = [role for role in CONNECTED_STAGES if role in self._stages]
+        connected = [role for role in CONNECTED_STAGES if role in self.stages]
         missing = [role for role in connected if not self.connected(role)]
         if min_seconds is None:
             return missing
@@ -129,15 +133,15 @@ class Peers:
         """Return which stages are not ready or not connected; empty if every stage is."""
         missing = [
             role
-            for role in self._stages
-            if not any(m.role == role and m.state == READY for m in self._members)
+            for role in self.stages
+            if not any(m.role == role and m.state == READY for m in self.members)
         ]
         missing += [role for role in self.missing() if role not in missing]
         return f"no {' and no '.join(missing)} is ready" if missing else ""
 
     def max_model_len(self) -> int | None:
         """Return the longest context of all ready language groups, or None if none is ready."""
-        lengths = [m.max_model_len for m in self._members if m.role == "llm" and m.state == READY]
+        lengths = [m.max_model_len for m in self.members if m.role == "llm" and m.state == READY]
         return max(lengths, default=0) or None
 
     def kv_cache_usage(self) -> float:
@@ -162,7 +166,7 @@ class Peers:
         connected = self.connected(role)
         num_held = Counter(holders)
         lasting = [peer_id for peer_id in connected if peer_id not in self._draining] or connected
-        ready = {m.id for m in self._members if m.state == READY}
+        ready = {m.id for m in self.members if m.state == READY}
         candidates = [peer_id for peer_id in lasting if peer_id in ready] or lasting
         best = min(candidates, key=num_held.__getitem__)
         return Peer(best, self._connected[best].address)

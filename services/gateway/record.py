@@ -102,6 +102,20 @@ class Attempt:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """Where a request in flight is, for the client that sent it."""
+
+    stage: str
+    """The stage that works on it; `gateway` while it waits for a stage to come back."""
+    interruption: str
+    """Why it was interrupted; empty if it was not, or if it goes on by now."""
+    num_retries: int
+    """The number of times that it was retried on other members."""
+    num_tokens: int
+    """The tokens of its answer so far."""
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """Everything needed to retry a request on other members after the tokens already delivered."""
@@ -159,6 +173,16 @@ class Record:
         if not self.request.images or not attempt.needs_preprocess:
             return "llm"
         return "vision" if self.task == "generate" else "preprocess"
+
+    @property
+    def state(self) -> RequestState:
+        """Where the request is now."""
+        return RequestState(
+            self.stage,
+            self.interruption.message if self.interruption else "",
+            self.attempt.number,
+            len(self.token_ids),
+        )
 
     def submit_message(self, detokenizer: Peer, avoid: str) -> Submit:
         """Return the message that starts the current attempt.

@@ -25,6 +25,8 @@ from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.schema import MAX_TIMEOUT
 from services.gateway.slow_readers import READ_SECONDS
+from services.gateway.ui.endpoints import Ui, create_ui
+from services.gateway.ui.pipeline import WatchedCore
 
 CLOSE_SECONDS = 1.0
 """How long the last bytes of answers may take to leave when the servers close."""
@@ -76,11 +78,16 @@ class ApiServers:
     """The running servers. `http_task` ends when the HTTP server has ended."""
 
     def __init__(
-        self, http: HttpServer, http_task: asyncio.Task[None], grpc_server: grpc.aio.Server
+        self,
+        http: HttpServer,
+        http_task: asyncio.Task[None],
+        grpc_server: grpc.aio.Server,
+        ui: Ui | None = None,
     ) -> None:
         self._http = http
         self._http_task = http_task
         self._grpc_server = grpc_server
+        self._ui = ui
 
     async def drain(self, idle: asyncio.Event) -> None:
         """Accept no more requests, and return once every request has been answered.
@@ -88,7 +95,7 @@ class ApiServers:
         Clients that do not read their answers are not waited for. `idle` is set while no request is
         in flight.
         """
-        self._http.should_exit = True
+        self._end_http()
         ending = {self._http_task, asyncio.create_task(self._grpc_server.stop(MAX_TIMEOUT))}
         while ending:
             await idle.wait()
@@ -98,18 +105,26 @@ class ApiServers:
 
     async def close(self) -> None:
         """End both servers and the calls in flight."""
-        self._http.should_exit = True
+        self._end_http()
         stopping = asyncio.create_task(self._grpc_server.stop(CLOSE_SECONDS))
         await asyncio.wait({self._http_task, stopping}, timeout=CLOSE_SECONDS)
         self._http_task.cancel()
         await self._grpc_server.stop(None)
 
+    def _end_http(self) -> None:
+        """Accept no more connections, and end those that would stay open for ever."""
+        self._http.should_exit = True
+        if self._ui:
+            self._ui.close()
+
 
 @contextlib.asynccontextmanager
 async def start_api_servers(
-    settings: GatewaySettings, core: MeasuredCore
+    settings: GatewaySettings, core: MeasuredCore, watched: WatchedCore | None = None
 ) -> AsyncIterator[ApiServers]:
     """Serve HTTP and gRPC on their ports until the block is left.
+
+    `watched` is the core that the page shows. Without it there is no page.
 
     Raises
     ------
@@ -127,8 +142,10 @@ async def start_api_servers(
         limits = ConnectionLimits(
             num_connections_allowed(settings.max_connections), settings.max_connections_per_client
         )
-        http = HttpServer(create_app(core, max_body_bytes, budget, admitted_images), limits)
-        servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server)
+        ui = create_ui(watched, channel) if watched and settings.ui else None
+        app = create_app(core, max_body_bytes, budget, admitted_images, ui)
+        http = HttpServer(app, limits)
+        servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server, ui)
         shares = ConnectionShares(grpc_port, max_connections())
         keeping_shares = asyncio.create_task(shares.keep())
         try:

@@ -19,9 +19,9 @@ SERVE = """
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels
---model --no-metric-aliases --otlp-traces-endpoint --preprocess
+--model --no-metric-aliases --no-ui --otlp-traces-endpoint --preprocess
 --quantization --read --record --record-mib --request-timeout --served-model-name
---simulate-vision-ms --threads --tp
+--simulate-vision-ms --threads --tp --ui
 --video-fps --vision --vision-artefact --vision-standby --vision-buckets --oversized-images
 """
 GENERATE = """
