@@ -11,6 +11,7 @@ LLM = "twinlens_llm_"
 VISION = "twinlens_vision_"
 HITS = ("cached", "joined")
 """The outcomes of items whose embeddings need no computation of their own."""
+DELIVERED = ("encoded", *HITS)
 KIND = {"kind": "modality"}
 
 
@@ -49,7 +50,7 @@ VLLM = (
     Alias("vllm:prefix_cache_queries", f"{LLM}prefix_cache_query_tokens"),
     Alias("vllm:prefix_cache_hits", f"{LLM}prefix_cache_hit_tokens"),
     Alias("vllm:iteration_tokens_total", f"{LLM}step_tokens"),
-    Alias("vllm:mm_cache_queries", f"{VISION}items"),
+    Alias("vllm:mm_cache_queries", f"{VISION}items", only={"outcome": DELIVERED}),
     Alias("vllm:mm_cache_hits", f"{VISION}items", only={"outcome": HITS}),
 )
 SGLANG = (
@@ -73,7 +74,12 @@ SGLANG = (
     Alias("sglang:encoder_cache_entries", f"{VISION}cache_entries"),
     Alias("sglang:encoder_cache_size_mb", f"{VISION}cache_bytes", scale=2**-20),
     Alias("sglang:encoder_cache_evictions", f"{VISION}cache_evictions"),
-    Alias("sglang:encoder_cache_total_files", f"{VISION}items", labels=KIND),
+    Alias(
+        "sglang:encoder_cache_total_files",
+        f"{VISION}items",
+        labels=KIND,
+        only={"outcome": DELIVERED},
+    ),
     Alias(
         "sglang:encoder_cache_hit_files",
         f"{VISION}items",

@@ -9,10 +9,13 @@ from prometheus_client.registry import Collector
 
 from common.membership import state_name
 from common.metrics import StageMetrics
+from common.settings import SERVICES
 from proto.twinlens.control.v1 import control_pb2
 from services.controller.membership_table import MembershipTable
 
 STATES = [state for state in control_pb2.MemberState.values() if state]
+ROLES = [role for role in SERVICES if role != "controller"]
+"""All of them are shown, so that an alert sees the number of a role fall to 0."""
 
 
 class ControllerMetrics(StageMetrics):
@@ -38,13 +41,12 @@ class MembersCollector(Collector):
         members = self._table.members()
         by_state = Counter((member.role, member.state) for member in members)
         hung = Counter(member.role for member in members if member.hung)
-        roles = sorted({member.role for member in members})
         family = GaugeMetricFamily(
             "twinlens_controller_members",
             "Members by role and state. Dead ones count for a minute.",
             labels=["role", "state"],
         )
-        for role in roles:
+        for role in ROLES:
             for state in STATES:
                 family.add_metric([role, state_name(state)], by_state[role, state])
         yield family
@@ -53,6 +55,6 @@ class MembersCollector(Collector):
             "Members that report that their work makes no progress.",
             labels=["role"],
         )
-        for role in roles:
+        for role in ROLES:
             family.add_metric([role], hung[role])
         yield family

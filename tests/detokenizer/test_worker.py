@@ -24,6 +24,7 @@ from common.messages import (
 )
 from common.vocabulary.tokenizer_json import read_tokenizer_json
 from common.wire import Tensor
+from services.detokenizer.metrics import DetokenizerMetrics
 from services.detokenizer.worker import Answer, Worker
 from tests.fakes import FakeMember, received
 
@@ -44,7 +45,10 @@ class Detokenizer:
 
     def __init__(self, *gateways: str) -> None:
         self.member = FakeMember()
-        self.worker = Worker(self.member, VOCABULARY, VOCABULARY.size, MAX_MODEL_LEN)
+        self.metrics = DetokenizerMetrics()
+        self.worker = Worker(
+            self.member, VOCABULARY, VOCABULARY.size, MAX_MODEL_LEN, metrics=self.metrics
+        )
         self.play([PeerUp(gateway, "gateway") for gateway in gateways])
 
     @property
@@ -325,3 +329,11 @@ def test_a_draining_detokenizer_waits_until_every_gateway_has_released_it() -> N
     assert detokenizer.awaited == {"gateway-3"}
     detokenizer.play([PeerUp("gateway-4", "gateway")])
     assert detokenizer.awaited == {"gateway-3", "gateway-4"}
+
+
+def test_tokens_and_the_time_that_they_take_are_counted() -> None:
+    detokenizer = Detokenizer("gateway-1")
+    detokenizer.play(start(), tokens(0, ids_of("ab")), tokens(2, ids_of("c"), "length"))
+    read = detokenizer.metrics.registry.get_sample_value
+    assert read("twinlens_detokenizer_tokens_total") == 3
+    assert (read("twinlens_detokenizer_busy_seconds_total") or 0) > 0

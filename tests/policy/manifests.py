@@ -14,7 +14,7 @@ import yaml
 from tests.policy.sources import ROOT
 
 OVERLAYS = ("cpu", "gpu", "ascend")
-COMPONENTS = ("hpa", "keda", "lws", "networkpolicy", "tls", "weights-oci")
+COMPONENTS = ("hpa", "keda", "lws", "networkpolicy", "prometheus", "tls", "weights-oci")
 OLDEST_MINOR = 21
 """The first kubectl whose kustomize knows components."""
 

@@ -16,12 +16,23 @@ from tests.policy.sources import ROOT
 
 Service = dict[str, Any]
 ON_CARDS = {"vision-gpu", "llm-gpu"}
+OBSERVERS = {"prometheus", "grafana"}
 DRAIN_DELAY_SECONDS = 5
 
 
 @pytest.fixture
 def compose() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+    """Compose.yaml without Prometheus and Grafana."""
+    found = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    services = found["services"]
+    found["services"] = {name: services[name] for name in services if name not in OBSERVERS}
+    return found
+
+
+@pytest.fixture
+def observers() -> dict[str, Service]:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    return {name: services[name] for name in OBSERVERS}
 
 
 def role_of(name: str) -> str:
@@ -149,6 +160,43 @@ def test_only_the_gateway_publishes_ports_and_on_loopback(compose: dict[str, Any
         "gateway": ["127.0.0.1:8000:8000", "127.0.0.1:50051:50051"]
     }
     assert all("network_mode" not in service for service in compose["services"].values())
+
+
+def test_observers_are_confined_pinned_and_started_by_their_profile_only(
+    observers: dict[str, Service],
+) -> None:
+    assert unconfined(observers) == []
+    for service in observers.values():
+        assert service["profiles"] == ["observe"]
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])
+        assert not any(name.startswith("TWINLENS_") for name in service.get("environment", {}))
+    assert published(observers) == {"grafana": ["127.0.0.1:3000:3000"]}
+
+
+def test_observers_read_files_that_are_there_and_write_to_volumes(
+    observers: dict[str, Service],
+) -> None:
+    for name, service in observers.items():
+        *files, data = service["volumes"]
+        assert data.startswith(f"{name}:/")
+        for mount in files:
+            assert (ROOT / mount["source"]).exists(), mount["source"]
+            assert mount["read_only"] and mount["bind"] == {"create_host_path": False}
+
+
+def test_nobody_can_change_grafana_which_has_no_password(observers: dict[str, Service]) -> None:
+    environment = observers["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+
+
+def test_prometheus_scrapes_every_service(compose: dict[str, Any]) -> None:
+    config = yaml.safe_load((ROOT / "deploy/grafana/prometheus.yml").read_text())
+    [job] = config["scrape_configs"]
+    [source] = job["dns_sd_configs"]
+    assert set(source["names"]) == set(compose["services"])
+    assert f"TWINLENS_HEALTH_PORT={source['port']}" in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_model_directory_is_only_read_and_must_be_there(compose: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ kubernetes_validate.utils.schema_contents = functools.cache(
     kubernetes_validate.utils.schema_contents
 )
 
-CUSTOM_KINDS = {"ScaledObject", "LeaderWorkerSet"}
+CUSTOM_KINDS = {"ScaledObject", "LeaderWorkerSet", "PodMonitor", "PrometheusRule"}
 """Kinds whose schemas come with what is installed in the cluster, not with Kubernetes."""
 NODE_CPUS = 2.0
 NODE_BYTES = 8 * 2**30
@@ -321,6 +321,15 @@ def test_a_leader_worker_set_has_a_pod_for_each_rank(tmp_path: Path) -> None:
     made = build_with(tmp_path, "gpu", "lws")
     group = of_kind(made, "LeaderWorkerSet")["llm"]["spec"]["leaderWorkerTemplate"]
     assert str(group["size"]) == environment(made, group["workerTemplate"])["TWINLENS_TP"]
+
+
+def test_a_prometheus_operator_scrapes_every_pod(tmp_path: Path) -> None:
+    made = build_with(tmp_path, "gpu", "prometheus")
+    monitor = of_kind(made, "PodMonitor")["twinlens"]["spec"]
+    [endpoint] = monitor["podMetricsEndpoints"]
+    for pod in pods(made).values():
+        assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert endpoint["port"] in [port["name"] for port in container(pod)["ports"]]
 
 
 @pytest.mark.parametrize("component", ["hpa", "keda"])
