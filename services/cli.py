@@ -22,6 +22,7 @@ from services.commands.bench import command as bench
 from services.commands.compile import compile_model
 from services.commands.evaluation import command as evaluation
 from services.commands.replay import command as replay
+from services.commands.verification import command as verification
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ OTHER_COMMANDS = (
         "send recorded requests again, and compare answers and times",
         replay.add_arguments,
         replay.run,
+    ),
+    Command(
+        "verify",
+        "compare what a running system computes with the model's reference implementation",
+        verification.add_arguments,
+        verification.verify,
     ),
 )
 SETTINGS_HELP = {

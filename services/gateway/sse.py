@@ -68,8 +68,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def logprobs_body(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return OpenAI's `logprobs` object: the entries of Piece.logprobs without token ids."""
+def logprobs_body(entries: list[dict[str, Any]], with_ids: bool) -> dict[str, Any]:
+    """Return OpenAI's `logprobs` object: the entries of Piece.logprobs.
+
+    They keep their token ids, which OpenAI's do not have, only `with_ids`.
+    """
+    if with_ids:
+        return {"content": entries}
 
     def without_id(entry: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in entry.items() if name != "token_id"}
@@ -118,7 +123,7 @@ class CompletionWriter:
             "index": 0,
             "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
             | extension(ended),
-            "logprobs": logprobs_body(logprobs) if self.with_logprobs else None,
+            "logprobs": self._logprobs(logprobs),
             "finish_reason": ended.finish_reason,
         }
         if self.with_ids:
@@ -146,8 +151,11 @@ class CompletionWriter:
             or (self.with_ids and piece.token_ids)
         ):
             return b""
-        logprobs = logprobs_body(piece.logprobs) if self.with_logprobs else None
-        return self._chunk({"content": piece.text}, logprobs=logprobs, token_ids=piece.token_ids)
+        return self._chunk(
+            {"content": piece.text},
+            logprobs=self._logprobs(piece.logprobs),
+            token_ids=piece.token_ids,
+        )
 
     def last_chunks(self, ended: Ended) -> bytes:
         """Return the chunk with the finish reason, and one with the usage if it is asked for."""
@@ -172,6 +180,9 @@ class CompletionWriter:
         return sse_event(
             self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | extra
         )
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return logprobs_body(entries, self.with_ids) if self.with_logprobs else None
 
     def _prompt_ids(self, began: Began) -> dict[str, Any]:
         return {"prompt_token_ids": began.prompt_token_ids} if self.with_ids else {}

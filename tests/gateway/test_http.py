@@ -72,8 +72,16 @@ def test_a_whole_answer_with_ids_and_logprobs(client: TestClient, core: FakeCore
     choice = answer["choices"][0]
     assert core.requests[0].return_prompt_token_ids
     assert (answer["prompt_token_ids"], choice["token_ids"]) == ([1, 2, 3], [10, 11, 12])
-    entry = {"token": "Hel", "bytes": [72, 101, 108], "logprob": -0.5}
+    entry = {"token_id": 10, "token": "Hel", "bytes": [72, 101, 108], "logprob": -0.5}
     assert choice["logprobs"]["content"][0] == entry | {"top_logprobs": [entry]}
+
+
+def test_log_probabilities_have_token_ids_only_if_a_client_asks_for_these(
+    client: TestClient,
+) -> None:
+    answer = client.post(CHAT, json=ASK | {"logprobs": True, "top_logprobs": 1}).json()
+    entry = answer["choices"][0]["logprobs"]["content"][0]
+    assert "token_id" not in entry and "token_id" not in entry["top_logprobs"][0]
 
 
 def test_a_stream_is_the_role_then_text_then_the_finish_reason(client: TestClient) -> None:
@@ -114,7 +122,7 @@ def test_a_stream_with_ids_and_logprobs_has_a_chunk_for_every_token(client: Test
     pieces = [chunk["choices"][0] for chunk in chunks[1:-1]]
     assert [piece["token_ids"] for piece in pieces] == [[10], [11], [12]]
     assert [piece["logprobs"]["content"][0]["token"] for piece in pieces] == ["Hel", "l", "o"]
-    assert "token_id" not in pieces[0]["logprobs"]["content"][0]
+    assert [piece["logprobs"]["content"][0]["token_id"] for piece in pieces] == [10, 11, 12]
 
 
 def test_all_chunks_of_an_answer_have_the_same_id(client: TestClient) -> None:

@@ -37,6 +37,10 @@ BENCH = """
 --concurrency --grpc --help --image --image-format --images --max-tokens --model --out
 --prompt-words --rate --requests --same --seed --slo --timeout --url --warmup
 """
+VERIFY = """
+--dtype --help --image --json --max-pixels --max-tokens --min-pixels --model --served-model-name
+--tolerance --url
+"""
 STATUS = "--grpc --help --json"
 REPLAY = """
 --allow-differences --concurrency --grpc --help --json --list --model --out --requests --speed --url
@@ -82,6 +86,7 @@ def flags_in(text: str) -> set[str]:
         ("bench", BENCH),
         ("plan", PLAN),
         ("compile", COMPILE),
+        ("verify", VERIFY),
         ("scale", STATUS),
         ("drain", STATUS),
         ("replay", REPLAY),

@@ -68,5 +68,11 @@ def test_the_packages_and_the_description_are_open(line: str) -> None:
 
 def test_every_stage_has_a_folder_that_is_looked_at() -> None:
     stages = {module.rpartition(".families.")[0] for module in family_modules()}
-    assert stages == {"common", "services.preprocess", "services.vision", "services.llm"}
+    assert stages == {
+        "common",
+        "services.preprocess",
+        "services.vision",
+        "services.llm",
+        "services.commands.verification",
+    }
     assert all((ROOT / stage.replace(".", "/") / "families").is_dir() for stage in stages)

@@ -9,11 +9,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import READY_SECONDS, ROOT, Serving, own_environment
 from proto.twinlens.control.v1 import control_pb2
+from services import cli
 
 GOLDEN = ROOT / "tests" / "golden" / "qwen2_5_vl"
 RECEIPT = ROOT / "examples" / "receipt.png"
@@ -77,6 +80,16 @@ class Running(Serving):
             timeout=READY_SECONDS,
             env=own_environment(),
         )
+
+    def verify(self, model: Path, *arguments: str) -> tuple[int, str]:
+        """Return the exit status of `twinlens verify`, and what it prints.
+
+        It runs in this process, because it imports much.
+        """
+        given = ["verify", "--model", str(model), "--url", self.url("/v1"), "--json", *arguments]
+        with redirect_stdout(StringIO()) as printed:
+            status = cli.run(cli.make_parser().parse_args(given))
+        return status, printed.getvalue()
 
     def pids(self) -> dict[str, int]:
         """Return the process id of each role, for a system with one member of each."""

@@ -77,6 +77,11 @@ def test_golden_requests_in_flight_together_equal_the_reference(system: Running)
     assert max(answer.usage.cached_tokens for answer in found) > 500
 
 
+def test_the_reference_finds_the_system_right(system: Running) -> None:
+    status, said = system.verify(CASE.checkpoint, "--dtype", "float32", "--max-tokens", "6")
+    assert status == 0, said
+
+
 def test_answers_keep_their_alpha_when_their_language_group_dies(system: Running) -> None:
     """The tokens that were delivered before must not count as prompt."""
     wholes = {golden.number: generate(system, golden, NUM_TOKENS) for golden in GOLDEN_REQUESTS}

@@ -49,6 +49,8 @@ def test_two_ranks_serve_cut_weights_and_a_killed_group_loses_nothing(tmp_path: 
         assert refused.returncode and "needs no vision" in refused.stderr
 
         assert [classify(running, question) for question in questions] == answers
+        verified, said = running.verify(CASE.checkpoint, "--dtype", "float32")
+        assert verified == 0, said
         status, chat = running.chat(messages_of(questions[0]))
         assert status == 200 and text_of(chat) == answers[0]
 

@@ -121,6 +121,11 @@ def test_a_second_image_is_refused(system: Running) -> None:
     assert "this model takes one image, not 2" in answer["error"]["message"]
 
 
+def test_the_reference_finds_the_system_right(system: Running) -> None:
+    status, said = system.verify(CASE.checkpoint, "--dtype", "float32", "--max-tokens", "6")
+    assert status == 0, said
+
+
 def test_answers_survive_the_death_of_a_language_model(system: Running) -> None:
     victims = [system.members("llm")[0].pid]
     asked = MIXED * 2
