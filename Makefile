@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit browser screenshots sanitize install check proto images image-cuda lock soak fuzz
+.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -53,6 +53,10 @@ BODIES ?= 100000
 fuzz: install
 	$(VENV)/bin/python -m tests.fuzz --seed $(SEED) --messages $(COUNT) --bodies $(BODIES) \
 		--processes 20000
+
+# docs/images/bench.png, from a run of the embedded model: about a minute.
+plots: install
+	$(VENV)/bin/python -m benchmarks.plots
 
 proto: install
 	scripts/proto

@@ -306,12 +306,19 @@ async def complete_patiently(
 async def choose_model(client: ChatClient, wanted: str) -> str:
     """Return the model to ask: the wanted one, or the first that the server lists.
 
+    A server that lists no models at all is believed to have the wanted one.
+
     Raises
     ------
     ClientError
         If the server does not answer, or does not have the model.
     """
-    served = await client.models()
+    try:
+        served = await client.models()
+    except ClientError:
+        if not wanted:
+            raise
+        return wanted
     if not served:
         raise ClientError(f"{client.url} lists no model; name one with --model")
     if wanted and wanted not in served:

@@ -170,6 +170,17 @@ async def test_a_server_that_is_not_there_and_a_wrong_model_are_one_clear_line(
     assert "no model 'other'; it serves org/tiny" in lines[2]
 
 
+async def test_a_refused_client_waits_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    busy = [response(429, {"error": {"message": "full"}}, "retry-after-ms: 1")]
+    async with scripted_server(Script(MODELS, GOOD, GOOD, busy, busy, GOOD)) as url:
+        assert await run("--url", url, *SMALL) == 0
+    out, _ = capsys.readouterr()
+    assert "refused with status 429: 2" in out
+    found = result(out)
+    assert (found["succeeded_requests"], found["rejected_requests"]) == (4, 2)
+    assert found["failed_requests"] == 0
+
+
 async def test_ctrl_c_prints_what_was_measured() -> None:
     """The server answers the check, the warm-up and two requests, and not the next one."""
     asked = asyncio.Event()

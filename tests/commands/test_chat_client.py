@@ -183,6 +183,16 @@ async def test_the_model_is_the_first_or_one_that_is_served() -> None:
             await choose_model(client, "c")
 
 
+async def test_a_server_that_does_not_list_its_models_is_believed_to_have_the_wanted_one() -> None:
+    async with (
+        scripted_server(Script([response(404, b"no such path")])) as url,
+        ChatClient(url) as client,
+    ):
+        assert await choose_model(client, "a") == "a"
+        with pytest.raises(ClientError, match="status 404: no such path"):
+            await choose_model(client, "")
+
+
 async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")

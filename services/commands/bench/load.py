@@ -75,7 +75,8 @@ async def send_at_concurrency(
             level.answers.append(answer)
             report(answer)
             if answer.status == REJECTED:
-                await asyncio.sleep(answer.retry_after or REJECTED_PAUSE_SECONDS)
+                wait = answer.retry_after
+                await asyncio.sleep(REJECTED_PAUSE_SECONDS if wait is None else wait)
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(level.concurrency):

@@ -107,7 +107,7 @@ def draw_cdf(axes: Axes, levels: Levels) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds")
-    axes.legend(frameon=False)
+    legend_below(axes, 3)
     decorate(axes, "Share of requests answered within a time")
 
 
@@ -130,8 +130,12 @@ def draw_stages(axes: Axes, levels: Levels) -> None:
     axes.set_yticks(rows, [level.name for level in levels])
     axes.invert_yaxis()
     axes.set_xlabel("mean seconds")
-    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(-0.05, -0.16))
+    legend_below(axes, 2)
     decorate(axes, "Where a request spends its time", grid="x")
+
+
+def legend_below(axes: Axes, columns: int) -> None:
+    axes.legend(frameon=False, ncols=columns, loc="upper left", bbox_to_anchor=(-0.05, -0.16))
 
 
 def finish(axes: Axes, levels: Levels, title: str) -> None:

@@ -45,7 +45,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Return all figures as one JSON object. Its own are those of the last level."""
-        levels = [rounded(self.figures(level)) for level in self.levels]
+        levels = [rounded(self.figures(level)) for level in self.levels if level.answers]
         about = {
             "target": self.target.address,
             "model": self.target.model,
@@ -58,11 +58,6 @@ class Run:
         return about | levels[-1] | {"levels": levels}
 
 
-def rounded(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures with six significant digits."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
-
-
 def run_bench(arguments: argparse.Namespace) -> int:
     """Run a load test and print its results. Return the exit status.
 
@@ -72,13 +67,20 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return run_command(lambda _: measure_and_publish(run), arguments)
 
 
-def title_of(run: Run) -> str:
-    """Return what the plots show."""
-    load = run.workload
-    number = load.images_per_request
-    images = f"{number} image{'s' * (number != 1)} of {load.width}x{load.height}"
-    answer = f"answers of {load.max_tokens} tokens"
-    return f"{run.target.model or run.target.address}: requests with {images}, {answer}"
+def make_run(arguments: argparse.Namespace) -> Run:
+    width, height = arguments.image
+    workload = Workload(
+        width=width,
+        height=height,
+        kind=arguments.image_format,
+        images_per_request=arguments.images,
+        same_share=arguments.same,
+        prompt_words=arguments.prompt_words,
+        max_tokens=arguments.max_tokens,
+        seed=random.randrange(2**32) if arguments.seed is None else arguments.seed,
+    )
+    kind, where = (GrpcTarget, arguments.grpc) if arguments.grpc else (HttpTarget, arguments.url)
+    return Run(arguments, workload, kind(where, arguments.model, arguments.timeout))
 
 
 def make_folder(folder: Path) -> None:
@@ -97,22 +99,6 @@ def make_folder(folder: Path) -> None:
         raise ClientError(f"--out {NEEDS_TOOLS}") from error
     except OSError as error:
         raise ClientError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def make_run(arguments: argparse.Namespace) -> Run:
-    width, height = arguments.image
-    workload = Workload(
-        width=width,
-        height=height,
-        kind=arguments.image_format,
-        images_per_request=arguments.images,
-        same_share=arguments.same,
-        prompt_words=arguments.prompt_words,
-        max_tokens=arguments.max_tokens,
-        seed=random.randrange(2**32) if arguments.seed is None else arguments.seed,
-    )
-    kind, where = (GrpcTarget, arguments.grpc) if arguments.grpc else (HttpTarget, arguments.url)
-    return Run(arguments, workload, kind(where, arguments.model, arguments.timeout))
 
 
 def measure_and_publish(run: Run) -> None:
@@ -180,3 +166,17 @@ def publish(run: Run) -> None:
         write_results(folder, results, run.levels)
         write_plots(folder, run.levels, title_of(run))
     print(json_line(results), flush=True)
+
+
+def title_of(run: Run) -> str:
+    """Return what the plots show."""
+    load = run.workload
+    number = load.images_per_request
+    images = f"{number} image{'s' * (number != 1)} of {load.width}x{load.height}"
+    answer = f"answers of {load.max_tokens} tokens"
+    return f"{run.target.model or run.target.address}: requests with {images}, {answer}"
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures with six significant digits."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
