@@ -119,6 +119,21 @@ def test_a_client_that_hangs_up_frees_everything(embedded: Running) -> None:
     embedded.await_idle()
 
 
+def metric(system: Running, name: str) -> float:
+    lines = system.get("/metrics")[1].splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_the_gateway_shows_what_runs_behind_it_under_the_names_of_vllm(embedded: Running) -> None:
+    assert metric(embedded, "vllm:num_requests_running") == 0
+    events = embedded.stream(ask_about(RECEIPT), max_tokens=3500, ignore_eos=True)
+    next(events)
+    assert metric(embedded, "vllm:num_requests_running") == 1
+    until(lambda: metric(embedded, "vllm:kv_cache_usage_perc") > 0, "the group has reported")
+    events.close()
+    until(lambda: metric(embedded, "vllm:kv_cache_usage_perc") == 0, "the blocks are free")
+
+
 def test_a_deadline_that_passes_ends_the_request_with_504(embedded: Running) -> None:
     body = {
         "model": embedded.model,

@@ -101,7 +101,8 @@ class Member(_message.Message):
     """Whether the work loop makes no progress. Peers have disconnected from the member by then."""
     expected_delay: _builtins.float
     """For vision, the seconds until the member would start another image. For preprocess, the seconds
-    that the images waiting there add to that.
+    that the images waiting there add to that. For gateway and llm, the seconds until the requests
+    that wait there have their first token, or have begun.
     """
     credits: _builtins.int
     """Units of work that the member would accept now: free places for vision, free sequences for llm.
