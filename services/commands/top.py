@@ -29,8 +29,8 @@ LIST_SECONDS = 3.0
 METRICS_SECONDS = 1.0
 LONGEST_ID = 28
 RATES = {
-    "requests/s": "twinlens_requests_total",
-    "tokens/s": "twinlens_generation_tokens_total",
+    "requests/s": "twinlens_gateway_requests_total",
+    "tokens/s": "twinlens_gateway_generation_tokens_total",
 }
 """The counters whose changes are shown as rates."""
 STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "dead": "red"}

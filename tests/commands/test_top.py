@@ -21,11 +21,11 @@ from tests.gateway.fake_core import FakeCore, http_server
 from tests.loopback import free_port
 from tests.policy.sources import ROOT
 
-METRICS = b"""# TYPE twinlens_requests_total counter
-twinlens_requests_total{outcome="stop"} 5.0
-twinlens_requests_total{outcome="abort"} 1.0
-# TYPE twinlens_generation_tokens_total counter
-twinlens_generation_tokens_total 100.0
+METRICS = b"""# TYPE twinlens_gateway_requests_total counter
+twinlens_gateway_requests_total{outcome="stop"} 5.0
+twinlens_gateway_requests_total{outcome="abort"} 1.0
+# TYPE twinlens_gateway_generation_tokens_total counter
+twinlens_gateway_generation_tokens_total 100.0
 """
 
 
@@ -105,7 +105,10 @@ def test_rates_come_from_the_changes_of_counters() -> None:
 async def test_counters_are_read_from_the_gateways_metrics() -> None:
     async with scripted_server(Script([response(200, METRICS)])) as url:
         found = await asyncio.to_thread(read_counters, url)
-    assert found == {"twinlens_requests_total": 6.0, "twinlens_generation_tokens_total": 100.0}
+    assert found == {
+        "twinlens_gateway_requests_total": 6.0,
+        "twinlens_gateway_generation_tokens_total": 100.0,
+    }
     assert read_counters(f"http://127.0.0.1:{free_port()}/metrics") == {}
 
 
@@ -113,7 +116,10 @@ async def test_the_counters_have_the_names_of_our_gateway() -> None:
     async with http_server(FakeCore()) as port:
         page = f"http://127.0.0.1:{port}/metrics"
         found = await asyncio.to_thread(read_counters, page)
-    assert found == {"twinlens_requests_total": 0.0, "twinlens_generation_tokens_total": 0.0}
+    assert found == {
+        "twinlens_gateway_requests_total": 0.0,
+        "twinlens_gateway_generation_tokens_total": 0.0,
+    }
 
 
 def test_many_members_fit_into_80_columns() -> None:

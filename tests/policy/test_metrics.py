@@ -15,7 +15,7 @@ from services.gateway.generation import Ended, GenerationRequest, Piece
 from services.gateway.metrics import Metrics
 from services.llm.metrics import LlmMetrics
 from tests.policy.exported import Family, exported, families_of, stages
-from tests.policy.sources import ROOT
+from tests.policy.sources import ROOT, sources
 
 GRAFANA = ROOT / "deploy" / "grafana"
 DASHBOARD = GRAFANA / "dashboards" / "twinlens.json"
@@ -144,6 +144,13 @@ def test_every_alert_finds_its_metrics(series: dict[str, frozenset[str]]) -> Non
 def test_the_autoscaler_finds_its_metrics(series: dict[str, frozenset[str]]) -> None:
     queries = autoscaler_queries()
     assert queries and all(not unknown_in(query, series) for query in queries)
+
+
+def test_our_own_commands_find_their_metrics(series: dict[str, frozenset[str]]) -> None:
+    """They read metrics by name, as a dashboard does."""
+    text = "".join((ROOT / file).read_text() for file in sources("services/commands", "benchmarks"))
+    names = set(re.findall(r'"(twinlens_[a-z]+_[a-z_]+)"', text))
+    assert "twinlens_gateway_requests_total" in names and names <= set(series)
 
 
 def test_the_alerts_of_kubernetes_are_those_of_compose() -> None:
