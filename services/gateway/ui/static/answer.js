@@ -39,6 +39,7 @@ export class Answer {
   async run(task) {
     const id = newRequestId();
     this.setProgress("Sending");
+    find("progress").toggleAttribute("data-busy", true);
     this.followStages(id);
     try {
       await this[task](id);
@@ -46,6 +47,7 @@ export class Answer {
       this.fail(error);
     } finally {
       this.isDone = true;
+      find("progress").removeAttribute("data-busy");
       this.onStage("");
       this.speak(true);
     }

@@ -87,7 +87,8 @@ export class Pipeline {
   drawStage(stage) {
     const column = this.columns.get(stage.role) ?? this.addColumn(stage.role);
     const hidden = stage.hidden ? `, ${stage.hidden} not shown` : "";
-    setText(column.total, `${stage.ready} ready${loadOf(stage)}${hidden}`);
+    setText(column.ready, `${stage.ready} ready${hidden}`);
+    setText(column.load, loadOf(stage));
     const ids = new Set(stage.members.map((member) => member.id));
     for (const [id, card] of this.cards) {
       if (card.role === stage.role && !ids.has(id)) {
@@ -98,12 +99,14 @@ export class Pipeline {
   }
 
   addColumn(role) {
-    const total = make("p", { class: "muted small" });
+    const ready = make("p", { class: "muted small" });
+    const load = make("p", { class: "muted small" });
     const mark = make("p", { class: "mark small" }, "your request is here");
     const members = make("ul");
-    const element = make("li", { "data-role": role }, make("h3", {}, NAMES[role] ?? role), total, mark, members);
+    const title = make("h3", {}, NAMES[role] ?? role);
+    const element = make("li", { "data-role": role }, title, ready, load, mark, members);
     find("stages").append(element);
-    const column = { element, total, mark, members };
+    const column = { element, ready, load, mark, members };
     this.columns.set(role, column);
     return column;
   }
@@ -117,9 +120,9 @@ export class Pipeline {
       }
       card.element.dataset.state = state;
     }
-    setText(card.state, state === "dead" ? state : state + loadOf(member));
+    setText(card.state, state);
     drawSlots(card.slots, member);
-    setText(card.load, placesOf(member));
+    setText(card.load, [loadOf(member), placesOf(member)].filter(Boolean).join(" · "));
     setText(card.detail, member.detail);
   }
 
@@ -128,7 +131,8 @@ export class Pipeline {
     const slots = make("p", { class: "slots", "aria-hidden": "true" });
     const load = make("p", { class: "muted small" });
     const detail = make("p", { class: "muted small" });
-    const element = make("li", { class: "member", "data-id": id }, make("p", { class: "name" }, id), state, slots, load, detail);
+    const name = make("p", { class: "name" }, id);
+    const element = make("li", { class: "member", "data-id": id }, name, state, slots, load, detail);
     column.members.append(element);
     const card = { role, element, state, slots, load, detail };
     this.cards.set(id, card);
@@ -162,7 +166,7 @@ function drawSlots(element, member) {
 
 /** Return what a member or a stage holds; empty if it holds nothing. */
 function loadOf({ in_flight, queued }) {
-  return (in_flight ? ` · ${in_flight} in work` : "") + (queued ? ` · ${queued} queued` : "");
+  return [in_flight && `${in_flight} in work`, queued && `${queued} queued`].filter(Boolean).join(" · ");
 }
 
 function placesOf(member) {
