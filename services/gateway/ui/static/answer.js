@@ -127,7 +127,9 @@ export class Answer {
         if (state.interruption) {
           this.setProgress(`Interrupted: ${state.interruption}. It goes on by itself.`);
         } else if (!state.num_tokens) {
-          this.setProgress(WAITS[state.stage] ?? state.stage);
+          const left = state.num_items_left;
+          const images = state.stage === "vision" && left ? `: ${count(left, "image")} left` : "";
+          this.setProgress((WAITS[state.stage] ?? state.stage) + images);
         }
       }
     }
