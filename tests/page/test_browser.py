@@ -19,6 +19,7 @@ from services.gateway.record import RequestState
 from tests.gateway.fake_core import FOREVER, HELLO, TIMINGS
 from tests.page.browser import MISSING, chromium, started_browser
 from tests.page.fake_gateway import FakeGateway, member, pipeline
+from tests.system.running import until
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason=MISSING)
 
@@ -295,10 +296,22 @@ def test_replicas_appear_drain_and_die(open_page: Open, gateway: FakeGateway) ->
     gateway.show(pipeline(member("vision-0-abc", "dead"), member("vision-1-def")))
     expect(first).to_have_attribute("data-state", "dead")
     expect(second).to_have_attribute("data-state", "ready")
-    expect(page.locator("#changes")).to_have_text("vision-1-def: ready")
+    expect(page.locator("#changes")).to_have_text("vision-0-abc: dead, vision-1-def: ready")
     gateway.show(pipeline(member("vision-1-def", "draining")))
     expect(first).to_have_count(0)
     expect(second).to_have_attribute("data-state", "draining")
+
+
+def test_a_hidden_page_keeps_no_connection(open_page: Open, gateway: FakeGateway) -> None:
+    """A browser opens six at most, so six hidden pages would keep the seventh from asking."""
+    page = open_page()
+    assert gateway.num_watchers == 1
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.evaluate(f"{hide % 'true'}; {tell}")
+    until(lambda: gateway.num_watchers == 0, "the feed is closed")
+    page.evaluate(f"{hide % 'false'}; {tell}")
+    until(lambda: gateway.num_watchers == 1, "the feed is open")
 
 
 def test_a_pipeline_that_is_not_ready_or_not_known_says_so(

@@ -23,6 +23,8 @@ async function send() {
   if (asked.images.length || asked.text) {
     answer = new Answer(asked, (role) => pipeline.markStage(role));
     await answer.run(pipeline.tasks.includes("generate") ? "generate" : pipeline.tasks[0]);
+  } else {
+    find("progress").textContent = "Type a question or choose an image first.";
   }
 }
 

@@ -20,16 +20,29 @@ export class Pipeline {
     this.columns = new Map();
     this.cards = new Map();
     this.stage = "";
+    this.changes = [];
+    this.hasDrawn = false;
+    this.feed = new AbortController();
+    document.addEventListener("visibilitychange", () => document.hidden && this.feed.abort());
   }
 
-  /** Show the pipeline for ever. */
+  /**
+   * Show the pipeline for ever, while the page can be seen.
+   *
+   * A browser has few connections to one server, and a feed keeps one.
+   */
   async follow() {
     for (;;) {
+      await untilShown();
       try {
-        for await (const state of pipelineStates()) {
+        this.feed = new AbortController();
+        for await (const state of pipelineStates(this.feed.signal)) {
           this.draw(state);
         }
       } catch (error) {
+        if (error.name === "AbortError") {
+          continue;
+        }
         this.setHealth("dead", "no connection");
         find("pipeline").classList.add("old");
         find("pipeline-state").textContent = error.message;
@@ -60,8 +73,13 @@ export class Pipeline {
         this.columns.delete(role);
       }
     }
+    this.changes = [];
     state.stages.forEach((stage) => this.drawStage(stage));
     this.markStage(this.stage);
+    if (this.changes.length && this.hasDrawn) {
+      find("changes").textContent = this.changes.join(", ");
+    }
+    this.hasDrawn = true;
   }
 
   summary({ gateway, is_current }) {
@@ -115,9 +133,7 @@ export class Pipeline {
     const card = this.cards.get(member.id) ?? this.addCard(role, column, member.id);
     const state = member.hung && member.state !== "dead" ? "hung" : member.state;
     if (card.element.dataset.state !== state) {
-      if (card.element.dataset.state || this.hasDrawn) {
-        find("changes").textContent = `${member.id}: ${state}`;
-      }
+      this.changes.push(`${member.id}: ${state}`);
       card.element.dataset.state = state;
     }
     setText(card.state, state);
@@ -145,6 +161,14 @@ export class Pipeline {
     card.element.getAnimations().length
       ? card.element.addEventListener("animationend", () => card.element.remove())
       : card.element.remove();
+  }
+}
+
+async function untilShown() {
+  while (document.hidden) {
+    await new Promise((resolve) => {
+      document.addEventListener("visibilitychange", resolve, { once: true });
+    });
   }
 }
 
