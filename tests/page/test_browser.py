@@ -159,7 +159,7 @@ def test_stop_aborts_the_request(open_page: Open, gateway: FakeGateway) -> None:
     [
         (
             Exhausted("3 requests are waiting", "gateway", retry_after=4.2),
-            "3 requests are waiting (429) Try again in 5 seconds.",
+            "3 requests are waiting (429). Try again in 5 seconds.",
         ),
         (InvalidRequest("image 1 is empty"), "image 1 is empty (400)"),
         (Unavailable("no vision is connected", "vision"), "no vision is connected (503)"),

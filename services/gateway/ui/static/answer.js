@@ -113,8 +113,9 @@ export class Answer {
       this.setProgress("Answering");
       this.speak(false);
     }
-    const boxes = delta.twinlens?.boxes ?? [];
-    figuresOf(boxes, this.question.images).then((figures) => find("figures").append(...figures));
+    if (delta.twinlens?.boxes) {
+      figuresOf(delta.twinlens.boxes, this.question.images).then((figures) => find("figures").append(...figures));
+    }
   }
 
   /** Show what the request waits for, until the answer has ended. */
@@ -145,7 +146,7 @@ export class Answer {
     }
     this.setProgress("Failed.");
     const status = error.status >= 400 ? ` (${error.status})` : "";
-    const retry = error.retryAfter ? ` Try again in ${count(error.retryAfter, "second")}.` : "";
+    const retry = error.retryAfter ? `. Try again in ${count(error.retryAfter, "second")}.` : "";
     find("error").textContent = `${error.message}${status}${retry}`;
     find("error").hidden = false;
   }

@@ -48,6 +48,9 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
+// A field that is not valid must be seen, or the browser cannot say what is wrong with it.
+form.addEventListener("invalid", () => find("options").toggleAttribute("open", true), true);
+
 find("stop").addEventListener("click", () => answer?.stop());
 
 question.addEventListener("keydown", (event) => {

@@ -158,9 +158,11 @@ export class Pipeline {
   removeCard(id, card) {
     this.cards.delete(id);
     card.element.classList.add("leaving");
-    card.element.getAnimations().length
-      ? card.element.addEventListener("animationend", () => card.element.remove())
-      : card.element.remove();
+    if (card.element.getAnimations().length) {
+      card.element.addEventListener("animationend", () => card.element.remove());
+    } else {
+      card.element.remove();
+    }
   }
 }
 
