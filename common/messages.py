@@ -318,7 +318,14 @@ class HandedOver(RequestMessage):
     preprocess."""
 
 
-PreprocessToGateway = Routed | Failed | HandedOver | Alone
+class ItemsLeft(RequestMessage):
+    """The language group got one more item of the request, and some are left. It only informs."""
+
+    count: Count = 1
+    """The number of items that are left."""
+
+
+PreprocessToGateway = Routed | Failed | HandedOver | Alone | ItemsLeft
 
 
 # preprocess -> vision

@@ -29,6 +29,7 @@ from common.messages import (
     GatewayInbound,
     GatewayOutbound,
     HandedOver,
+    ItemsLeft,
     LlmLoad,
     Peer,
     Pooled,
@@ -267,6 +268,8 @@ class GatewayCore:
                 self._on_routed(record, message)
             case HandedOver():
                 record.attempt.is_encoded = True
+            case ItemsLeft(count=count):
+                record.attempt.num_items_left = count
             case Alone():
                 self._failover.on_alone(record, received.peer_id)
             case Delta() if not record.attempt.llm:

@@ -15,6 +15,7 @@ from common.messages import (
     Delta,
     GatewayInbound,
     HandedOver,
+    ItemsLeft,
     Peer,
     Pooled,
     RequestIds,
@@ -49,6 +50,8 @@ class Attempt:
     """What arrived before Routed, which comes over another connection."""
     is_encoded: bool = False
     """Whether the language group has the prompt and the embeddings of every image."""
+    num_items_left: int | None = None
+    """How many items the language group does not have yet; None if no item has arrived."""
     is_answering: bool = False
     """Whether a token of this attempt has arrived."""
     alone_at: set[str] = field(default_factory=set)
@@ -77,7 +80,7 @@ class Attempt:
     def may_send(self, peer_id: str, message: GatewayInbound) -> bool:
         """Whether this member holds the attempt, and so may send this message about it."""
         match message:
-            case Routed() | HandedOver():
+            case Routed() | HandedOver() | ItemsLeft():
                 return peer_id == self.preprocess
             case Delta():
                 return peer_id == self.detokenizer
@@ -112,6 +115,8 @@ class RequestState:
     """Why it was interrupted; empty if it was not, or if it goes on by now."""
     num_retries: int
     """The number of times that it was retried on other members."""
+    num_items_left: int
+    """The images and videos that the language group does not have yet."""
     num_tokens: int
     """The tokens of its answer so far."""
 
@@ -177,11 +182,16 @@ class Record:
     @property
     def state(self) -> RequestState:
         """Where the request is now."""
+        attempt = self.attempt
+        left = attempt.num_items_left
+        if left is None:
+            left = len(self.request.images)
         return RequestState(
-            self.stage,
-            self.interruption.message if self.interruption else "",
-            self.attempt.number,
-            len(self.token_ids),
+            stage=self.stage,
+            interruption=self.interruption.message if self.interruption else "",
+            num_retries=attempt.number,
+            num_items_left=left if attempt.needs_preprocess else 0,
+            num_tokens=len(self.token_ids),
         )
 
     def submit_message(self, detokenizer: Peer, avoid: str) -> Submit:

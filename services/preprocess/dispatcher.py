@@ -22,6 +22,7 @@ from common.messages import (
     ItemMessage,
     ItemReceived,
     ItemRejected,
+    ItemsLeft,
     Offer,
     Pixels,
     PreprocessOutbound,
@@ -355,7 +356,10 @@ class Dispatcher:
                 item.end_span()
                 self.pool.on_item_end(item.vision_id, failed=False)
                 self._free(item)
-            if not handover.items:
+            if handover.items:
+                left = ItemsLeft(**request_ids(key), count=len(handover.items))
+                self._links.send(handover.gateway_id, left)
+            else:
                 del self.handovers[key]
                 self._links.send(handover.gateway_id, HandedOver(**request_ids(key)))
 

@@ -15,6 +15,7 @@ from common.messages import (
     Delta,
     Failed,
     HandedOver,
+    ItemsLeft,
     Message,
     Peer,
     RequestMessage,
@@ -205,7 +206,11 @@ def answering(request_id: str, llm: str) -> list[Action]:
     """Return what the members say until a request is answered."""
     ids = {"request_id": request_id, "attempt": 0}
     routed = Routed(**ids, llm=Peer(llm, ADDRESS))
-    found: list[tuple[str, Message]] = [("preprocess", routed), ("preprocess", HandedOver(**ids))]
+    found: list[tuple[str, Message]] = [
+        ("preprocess", routed),
+        ("preprocess", ItemsLeft(**ids)),
+        ("preprocess", HandedOver(**ids)),
+    ]
     for offset, word in enumerate(words := TEXT.split()):
         end = {
             "finish_reason": "stop",

@@ -72,6 +72,10 @@ class FakeGateway:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/ui"
 
+    @property
+    def num_watchers(self) -> int:
+        return self._feed.num_watchers
+
     def answer(self, *script: Step, refusal: Exception | None = None) -> None:
         """Answer requests by this script from now on, or refuse them."""
         self.core.script = script or HELLO
@@ -99,7 +103,8 @@ class FakeGateway:
     async def _serve(self) -> None:
         core: Core = self.core
         watched: Any = self
-        self._ui = Ui(watched, Feed(self._describe, self._changed))
+        self._feed = Feed(self._describe, self._changed)
+        self._ui = Ui(watched, self._feed)
         self._server = HttpServer(create_app(MeasuredCore(core), ui=self._ui))
         serving = asyncio.create_task(self._server.serve([listen("127.0.0.1", self.port)]))
         self._started.set()

@@ -1,8 +1,9 @@
-"""Writes the screenshots of docs/images: the page at work, and the dark page on a phone."""
+"""Writes the screenshots of docs/images: the page after a replica was killed, and on a phone."""
 
-from pathlib import Path
+import os
+import signal
 
-from playwright.sync_api import Browser, Page, ViewportSize
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from benchmarks.serving import ROOT
 from tests.page.browser import started_browser
@@ -15,29 +16,30 @@ PHONE: ViewportSize = {"width": 390, "height": 844}
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    with Running("--vision", "2") as system, started_browser() as browser:
-        url = system.url("/ui")
-        take(browser, url, FOLDER / "page.png", WIDE, is_dark=False)
-        take(browser, url, FOLDER / "page-phone.png", PHONE, is_dark=True)
+    with Running("--vision", "3") as system, started_browser() as browser:
+        page = open_page(browser, system, PHONE, is_dark=True)
+        page.evaluate("scrollTo(0, document.getElementById('text').offsetTop - 100)")
+        page.screenshot(path=FOLDER / "page-phone.png")
+        page.close()
+        page = open_page(browser, system, WIDE, is_dark=False)
+        victim = system.members("vision")[-1]
+        os.kill(victim.pid, signal.SIGKILL)
+        expect(page.locator(f"[data-id={victim.id}]")).to_have_attribute("data-state", "dead")
+        expect(page.locator("[data-role=vision] .member")).to_have_count(4)
+        page.screenshot(path=FOLDER / "page.png", full_page=True)
 
 
-def take(browser: Browser, url: str, file: Path, size: ViewportSize, is_dark: bool) -> None:
-    """Ask about the sample image, and write what the page looks like then."""
-    context = browser.new_context(
+def open_page(browser: Browser, system: Running, size: ViewportSize, is_dark: bool) -> Page:
+    """Return the page after it asked about the sample image."""
+    page = browser.new_page(
         viewport=size, color_scheme="dark" if is_dark else "light", reduced_motion="reduce"
     )
-    page = context.new_page()
-    page.goto(url)
-    ask(page)
-    page.screenshot(path=file, full_page=True)
-    context.close()
-
-
-def ask(page: Page) -> None:
-    page.get_by_text("ready", exact=True).first.wait_for()
+    page.goto(system.url("/ui"))
+    expect(page.locator("#health")).to_have_text("ready")
     page.set_input_files("#files", RECEIPT)
     page.get_by_role("button", name="Send").click()
-    page.locator("#progress", has_text="Done.").wait_for()
+    expect(page.locator("#progress")).to_have_text("Done.")
+    return page
 
 
 if __name__ == "__main__":

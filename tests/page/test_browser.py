@@ -19,6 +19,7 @@ from services.gateway.record import RequestState
 from tests.gateway.fake_core import FOREVER, HELLO, TIMINGS
 from tests.page.browser import MISSING, chromium, started_browser
 from tests.page.fake_gateway import FakeGateway, member, pipeline
+from tests.system.running import until
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason=MISSING)
 
@@ -158,7 +159,7 @@ def test_stop_aborts_the_request(open_page: Open, gateway: FakeGateway) -> None:
     [
         (
             Exhausted("3 requests are waiting", "gateway", retry_after=4.2),
-            "3 requests are waiting (429) Try again in 5 seconds.",
+            "3 requests are waiting (429). Try again in 5 seconds.",
         ),
         (InvalidRequest("image 1 is empty"), "image 1 is empty (400)"),
         (Unavailable("no vision is connected", "vision"), "no vision is connected (503)"),
@@ -290,15 +291,27 @@ def test_replicas_appear_drain_and_die(open_page: Open, gateway: FakeGateway) ->
     gateway.show(pipeline(busy, loading))
     second = page.locator("[data-id=vision-1-def]")
     expect(second).to_contain_text("loading weights, 40%")
-    expect(first).to_contain_text("ready · 2 in work · 1 queued")
+    expect(first).to_contain_text("2 in work · 1 queued")
     expect(first).to_contain_text("the next begins in 300 ms")
     gateway.show(pipeline(member("vision-0-abc", "dead"), member("vision-1-def")))
     expect(first).to_have_attribute("data-state", "dead")
     expect(second).to_have_attribute("data-state", "ready")
-    expect(page.locator("#changes")).to_have_text("vision-1-def: ready")
+    expect(page.locator("#changes")).to_have_text("vision-0-abc: dead, vision-1-def: ready")
     gateway.show(pipeline(member("vision-1-def", "draining")))
     expect(first).to_have_count(0)
     expect(second).to_have_attribute("data-state", "draining")
+
+
+def test_a_hidden_page_keeps_no_connection(open_page: Open, gateway: FakeGateway) -> None:
+    """A browser opens six at most, so six hidden pages would keep the seventh from asking."""
+    page = open_page()
+    assert gateway.num_watchers == 1
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.evaluate(f"{hide % 'true'}; {tell}")
+    until(lambda: gateway.num_watchers == 0, "the feed is closed")
+    page.evaluate(f"{hide % 'false'}; {tell}")
+    until(lambda: gateway.num_watchers == 1, "the feed is open")
 
 
 def test_a_pipeline_that_is_not_ready_or_not_known_says_so(
@@ -316,16 +329,16 @@ def test_the_stage_that_works_on_the_request_is_marked(
     gate = asyncio.Event()
     gateway.answer(gate, *HELLO)
     page = open_page()
-    gateway.state = RequestState("vision", "", 0, 0)
+    gateway.state = RequestState("vision", "", 0, 2, 0)
     send(page)
-    vision = page.locator("[data-role=vision]")
-    expect(vision).to_contain_text("your request is here")
-    expect(page.locator("#progress")).to_have_text("In vision")
-    gateway.state = RequestState("gateway", "llm was lost while it held the request", 1, 0)
+    mark = page.locator("[data-role=vision]").get_by_text("your request is here")
+    expect(mark).to_be_visible()
+    expect(page.locator("#progress")).to_have_text("In vision: 2 images left")
+    gateway.state = RequestState("gateway", "llm was lost while it held the request", 1, 0, 0)
     expect(page.locator("#progress")).to_contain_text("llm was lost while it held the request")
     gateway.set(gate)
     expect(page.locator("#text")).to_have_text("Hello")
-    expect(vision.get_by_text("your request is here")).to_be_hidden()
+    expect(mark).to_be_hidden()
 
 
 def test_the_keyboard_is_enough(open_page: Open, gateway: FakeGateway) -> None:

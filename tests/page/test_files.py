@@ -1,5 +1,6 @@
 """The files of the page, as a client gets them."""
 
+import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -13,6 +14,7 @@ from services.gateway.openai_http import create_app
 from services.gateway.ui.endpoints import Ui
 from services.gateway.ui.files import FILES
 from tests.gateway.fake_core import FakeCore
+from tests.policy.sources import ROOT
 
 STATIC = files(services.gateway.ui) / "static"
 MAX_BYTES = 40_000
@@ -24,6 +26,11 @@ def client() -> Iterator[TestClient]:
     app = create_app(MeasuredCore(FakeCore()), ui=Ui(nothing, nothing))
     with TestClient(app, follow_redirects=False) as client:
         yield client
+
+
+def test_the_files_are_part_of_a_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["setuptools"]["package-data"]["services.gateway.ui"] == ["static/*"]
 
 
 def test_every_file_is_served_and_they_are_small() -> None:

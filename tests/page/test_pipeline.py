@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from common.membership import DEAD, READY, STARTING
+from common.messages import HandedOver, ItemsLeft
 from common.settings import GatewaySettings
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from services.gateway.metrics import MeasuredCore
@@ -187,7 +188,13 @@ async def test_a_request_is_shown_from_stage_to_stage() -> None:
     where = Asking(gateway)
     assert where() is None
     async with gateway.core.generate(request(OWN_ID)) as events:
-        fresh = {"stage": "preprocess", "interruption": "", "num_retries": 0, "num_tokens": 0}
+        fresh = {
+            "stage": "preprocess",
+            "interruption": "",
+            "num_retries": 0,
+            "num_items_left": 0,
+            "num_tokens": 0,
+        }
         assert where() == fresh
         gateway.on_event(routed(OWN_ID))
         assert where() == fresh | {"stage": "llm"}
@@ -210,3 +217,15 @@ async def test_ids_that_can_be_guessed_show_nothing() -> None:
     gateway = Gateway()
     async with gateway.core.generate(request("job-1")):
         assert Asking(gateway)("job-1") is None
+
+
+async def test_the_images_that_are_left_are_counted() -> None:
+    gateway = Gateway()
+    where = Asking(gateway)
+    async with gateway.core.generate(request(OWN_ID, images=(b"a", b"b", b"c"))):
+        gateway.on_event(routed(OWN_ID))
+        assert (where()["stage"], where()["num_items_left"]) == ("vision", 3)
+        gateway.on_event(ItemsLeft(request_id=OWN_ID, attempt=0, count=1))
+        assert (where()["stage"], where()["num_items_left"]) == ("vision", 1)
+        gateway.on_event(HandedOver(request_id=OWN_ID, attempt=0))
+        assert (where()["stage"], where()["num_items_left"]) == ("llm", 0)

@@ -47,3 +47,31 @@ def test_a_harmful_line_is_found(line: str) -> None:
 @pytest.mark.parametrize("line", ["https://cdn.example.com/x.js", '"//example.com/x.css"'])
 def test_an_address_elsewhere_is_found(line: str) -> None:
     assert ELSEWHERE.search(line)
+
+
+THEMES = re.findall(r":root \{(.*?)\}", (STATIC / "page.css").read_text(), re.DOTALL)
+"""The colours of the light theme and of the dark one."""
+READABLE = [
+    *(("text", "back"), ("text", "surface"), ("muted", "back"), ("muted", "surface")),
+    *(("accent", "surface"), ("accent", "back"), ("on-accent", "accent")),
+    *((state, "surface") for state in ("ready", "starting", "draining", "dead")),
+]
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=["light", "dark"])
+@pytest.mark.parametrize(("front", "back"), READABLE, ids=lambda name: name)
+def test_texts_have_the_contrast_that_wcag_asks_for(theme: str, front: str, back: str) -> None:
+    colors = dict(re.findall(r"--([\w-]+): (#\w+);", theme))
+    bright, dim = sorted((luminance(colors[name]) for name in (front, back)), reverse=True)
+    assert (bright + 0.05) / (dim + 0.05) >= 4.5
+
+
+def luminance(color: str) -> float:
+    """Return the relative luminance of a colour such as #fff, as WCAG defines it."""
+    digits = color.removeprefix("#")
+    size = len(digits) // 3
+    parts = [int(digits[n : n + size] * (3 - size), 16) / 255 for n in range(0, 3 * size, size)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

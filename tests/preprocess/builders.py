@@ -16,6 +16,7 @@ from common.messages import (
     Item,
     ItemReceived,
     ItemRejected,
+    ItemsLeft,
     Offer,
     Peer,
     Prompt,
@@ -107,6 +108,7 @@ class Preprocess:
     ) -> None:
         self.member = FakeMember()
         self.clock = Clock()
+        self.items_left: list[int] = []
         self.encoded: list[str] = []
         pool = VisionPool(self.clock)
         self.metrics = PreprocessMetrics(pool)
@@ -124,11 +126,14 @@ class Preprocess:
         """
         self.member.play(self.worker, *batches)
         sent = self.member.links.take()
+        self.items_left += [message.count for _, message in sent if isinstance(message, ItemsLeft)]
         self.encoded += [
             message.request_id for _, message in sent if isinstance(message, HandedOver)
         ]
         return [
-            (receiver, message) for receiver, message in sent if not isinstance(message, HandedOver)
+            (receiver, message)
+            for receiver, message in sent
+            if not isinstance(message, HandedOver | ItemsLeft)
         ]
 
     def dispatch(self, request_id: str, *images: bytes, **fields: Any) -> Sent:

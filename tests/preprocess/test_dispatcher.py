@@ -57,6 +57,7 @@ def test_an_image_is_kept_until_its_embeddings_arrive_and_only_a_grant_moves_it(
     assert preprocess.encoded == []
     assert preprocess.play(arrived(0), arrived(0)) == [] and preprocess.holds_nothing
     assert preprocess.encoded == ["r"], "the gateway is told once"
+    assert preprocess.items_left == [1]
 
 
 def test_the_images_of_a_request_go_to_several_replicas_at_once() -> None:

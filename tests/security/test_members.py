@@ -32,6 +32,7 @@ from common.messages import (
     Hello,
     ItemReceived,
     ItemRejected,
+    ItemsLeft,
     Offer,
     Peer,
     Pixels,
@@ -875,6 +876,7 @@ async def test_a_route_with_wrong_contents_fails_its_request_at_once(
         ),
         ("preprocess-2", "preprocess", routed(llm="llm-2")),
         ("preprocess-2", "preprocess", HandedOver(request_id="r", attempt=0)),
+        ("preprocess-2", "preprocess", ItemsLeft(request_id="r", attempt=0)),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -42,6 +42,10 @@ class Feed:
         self._watchers = Counter[str]()
         self._is_closed = False
 
+    @property
+    def num_watchers(self) -> int:
+        return self._watchers.total()
+
     def close(self) -> None:
         """End all watching, and refuse more of it."""
         self._is_closed = True
@@ -60,7 +64,7 @@ class Feed:
         """
         if self._is_closed:
             raise Unavailable("the gateway is stopping: try again", "gateway", retry_after=1.0)
-        is_full = self._watchers.total() >= MAX_WATCHERS
+        is_full = self.num_watchers >= MAX_WATCHERS
         if is_full or self._watchers[client] >= MAX_WATCHERS_OF_A_CLIENT:
             reason = "too many pages watch the pipeline: close some, or try again later"
             raise Exhausted(reason, "gateway", retry_after=10.0)

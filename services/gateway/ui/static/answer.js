@@ -39,6 +39,7 @@ export class Answer {
   async run(task) {
     const id = newRequestId();
     this.setProgress("Sending");
+    find("progress").toggleAttribute("data-busy", true);
     this.followStages(id);
     try {
       await this[task](id);
@@ -46,6 +47,7 @@ export class Answer {
       this.fail(error);
     } finally {
       this.isDone = true;
+      find("progress").removeAttribute("data-busy");
       this.onStage("");
       this.speak(true);
     }
@@ -111,8 +113,9 @@ export class Answer {
       this.setProgress("Answering");
       this.speak(false);
     }
-    const boxes = delta.twinlens?.boxes ?? [];
-    figuresOf(boxes, this.question.images).then((figures) => find("figures").append(...figures));
+    if (delta.twinlens?.boxes) {
+      figuresOf(delta.twinlens.boxes, this.question.images).then((figures) => find("figures").append(...figures));
+    }
   }
 
   /** Show what the request waits for, until the answer has ended. */
@@ -125,7 +128,9 @@ export class Answer {
         if (state.interruption) {
           this.setProgress(`Interrupted: ${state.interruption}. It goes on by itself.`);
         } else if (!state.num_tokens) {
-          this.setProgress(WAITS[state.stage] ?? state.stage);
+          const left = state.num_items_left;
+          const images = state.stage === "vision" && left ? `: ${count(left, "image")} left` : "";
+          this.setProgress((WAITS[state.stage] ?? state.stage) + images);
         }
       }
     }
@@ -141,7 +146,7 @@ export class Answer {
     }
     this.setProgress("Failed.");
     const status = error.status >= 400 ? ` (${error.status})` : "";
-    const retry = error.retryAfter ? ` Try again in ${count(error.retryAfter, "second")}.` : "";
+    const retry = error.retryAfter ? `. Try again in ${count(error.retryAfter, "second")}.` : "";
     find("error").textContent = `${error.message}${status}${retry}`;
     find("error").hidden = false;
   }

@@ -45,8 +45,8 @@ export async function embed(body, requestId, signal) {
 }
 
 /** Yield the state of the pipeline, about once a second. */
-export async function* pipelineStates() {
-  for await (const data of events(await ask("ui/events", {}))) {
+export async function* pipelineStates(signal) {
+  for await (const data of events(await ask("ui/events", { signal }))) {
     yield JSON.parse(data);
   }
 }

@@ -18,7 +18,7 @@ async function figureOf(image, boxes) {
   const drawing = makeSvg(
     "svg",
     { viewBox: `0 0 ${picture.naturalWidth} ${picture.naturalHeight}`, "aria-hidden": "true" },
-    ...boxes.map((box) => drawingOf(box, Math.max(picture.naturalWidth, picture.naturalHeight) / 28)),
+    ...boxes.map((box) => drawingOf(box, Math.max(picture.naturalWidth, picture.naturalHeight) / 22)),
   );
   const entries = boxes.map((box) => make("li", { value: box.number }, describe(box)));
   return make(

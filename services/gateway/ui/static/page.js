@@ -23,6 +23,8 @@ async function send() {
   if (asked.images.length || asked.text) {
     answer = new Answer(asked, (role) => pipeline.markStage(role));
     await answer.run(pipeline.tasks.includes("generate") ? "generate" : pipeline.tasks[0]);
+  } else {
+    find("progress").textContent = "Type a question or choose an image first.";
   }
 }
 
@@ -45,6 +47,9 @@ form.addEventListener("submit", async (event) => {
     }
   }
 });
+
+// A field that is not valid must be seen, or the browser cannot say what is wrong with it.
+form.addEventListener("invalid", () => find("options").toggleAttribute("open", true), true);
 
 find("stop").addEventListener("click", () => answer?.stop());
 

@@ -20,16 +20,29 @@ export class Pipeline {
     this.columns = new Map();
     this.cards = new Map();
     this.stage = "";
+    this.changes = [];
+    this.hasDrawn = false;
+    this.feed = new AbortController();
+    document.addEventListener("visibilitychange", () => document.hidden && this.feed.abort());
   }
 
-  /** Show the pipeline for ever. */
+  /**
+   * Show the pipeline for ever, while the page can be seen.
+   *
+   * A browser has few connections to one server, and a feed keeps one.
+   */
   async follow() {
     for (;;) {
+      await untilShown();
       try {
-        for await (const state of pipelineStates()) {
+        this.feed = new AbortController();
+        for await (const state of pipelineStates(this.feed.signal)) {
           this.draw(state);
         }
       } catch (error) {
+        if (error.name === "AbortError") {
+          continue;
+        }
         this.setHealth("dead", "no connection");
         find("pipeline").classList.add("old");
         find("pipeline-state").textContent = error.message;
@@ -60,8 +73,13 @@ export class Pipeline {
         this.columns.delete(role);
       }
     }
+    this.changes = [];
     state.stages.forEach((stage) => this.drawStage(stage));
     this.markStage(this.stage);
+    if (this.changes.length && this.hasDrawn) {
+      find("changes").textContent = this.changes.join(", ");
+    }
+    this.hasDrawn = true;
   }
 
   summary({ gateway, is_current }) {
@@ -87,7 +105,8 @@ export class Pipeline {
   drawStage(stage) {
     const column = this.columns.get(stage.role) ?? this.addColumn(stage.role);
     const hidden = stage.hidden ? `, ${stage.hidden} not shown` : "";
-    setText(column.total, `${stage.ready} ready${loadOf(stage)}${hidden}`);
+    setText(column.ready, `${stage.ready} ready${hidden}`);
+    setText(column.load, loadOf(stage));
     const ids = new Set(stage.members.map((member) => member.id));
     for (const [id, card] of this.cards) {
       if (card.role === stage.role && !ids.has(id)) {
@@ -98,12 +117,14 @@ export class Pipeline {
   }
 
   addColumn(role) {
-    const total = make("p", { class: "muted small" });
+    const ready = make("p", { class: "muted small" });
+    const load = make("p", { class: "muted small" });
     const mark = make("p", { class: "mark small" }, "your request is here");
     const members = make("ul");
-    const element = make("li", { "data-role": role }, make("h3", {}, NAMES[role] ?? role), total, mark, members);
+    const title = make("h3", {}, NAMES[role] ?? role);
+    const element = make("li", { "data-role": role }, title, ready, load, mark, members);
     find("stages").append(element);
-    const column = { element, total, mark, members };
+    const column = { element, ready, load, mark, members };
     this.columns.set(role, column);
     return column;
   }
@@ -112,14 +133,12 @@ export class Pipeline {
     const card = this.cards.get(member.id) ?? this.addCard(role, column, member.id);
     const state = member.hung && member.state !== "dead" ? "hung" : member.state;
     if (card.element.dataset.state !== state) {
-      if (card.element.dataset.state || this.hasDrawn) {
-        find("changes").textContent = `${member.id}: ${state}`;
-      }
+      this.changes.push(`${member.id}: ${state}`);
       card.element.dataset.state = state;
     }
-    setText(card.state, state === "dead" ? state : state + loadOf(member));
+    setText(card.state, state);
     drawSlots(card.slots, member);
-    setText(card.load, placesOf(member));
+    setText(card.load, [loadOf(member), placesOf(member)].filter(Boolean).join(" · "));
     setText(card.detail, member.detail);
   }
 
@@ -128,7 +147,8 @@ export class Pipeline {
     const slots = make("p", { class: "slots", "aria-hidden": "true" });
     const load = make("p", { class: "muted small" });
     const detail = make("p", { class: "muted small" });
-    const element = make("li", { class: "member", "data-id": id }, make("p", { class: "name" }, id), state, slots, load, detail);
+    const name = make("p", { class: "name" }, id);
+    const element = make("li", { class: "member", "data-id": id }, name, state, slots, load, detail);
     column.members.append(element);
     const card = { role, element, state, slots, load, detail };
     this.cards.set(id, card);
@@ -138,9 +158,19 @@ export class Pipeline {
   removeCard(id, card) {
     this.cards.delete(id);
     card.element.classList.add("leaving");
-    card.element.getAnimations().length
-      ? card.element.addEventListener("animationend", () => card.element.remove())
-      : card.element.remove();
+    if (card.element.getAnimations().length) {
+      card.element.addEventListener("animationend", () => card.element.remove());
+    } else {
+      card.element.remove();
+    }
+  }
+}
+
+async function untilShown() {
+  while (document.hidden) {
+    await new Promise((resolve) => {
+      document.addEventListener("visibilitychange", resolve, { once: true });
+    });
   }
 }
 
@@ -162,7 +192,7 @@ function drawSlots(element, member) {
 
 /** Return what a member or a stage holds; empty if it holds nothing. */
 function loadOf({ in_flight, queued }) {
-  return (in_flight ? ` · ${in_flight} in work` : "") + (queued ? ` · ${queued} queued` : "");
+  return [in_flight && `${in_flight} in work`, queued && `${queued} queued`].filter(Boolean).join(" · ");
 }
 
 function placesOf(member) {

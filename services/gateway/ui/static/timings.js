@@ -35,8 +35,12 @@ export function showTimings(timings, usage) {
     bar(stages),
     make("table", { class: "legend" }, make("tbody", {}, ...stages.map(legendRow))),
   ];
-  if ((timings.images ?? []).length > 1) {
-    elements.push(imageTable(timings.images));
+  const images = timings.images ?? [];
+  if (images.length) {
+    elements.push(make("p", { class: "muted small" }, "Where the language model waits for an image, that counts as vision."));
+  }
+  if (images.length > 1) {
+    elements.push(imageTable(images));
   }
   return elements;
 }
