@@ -1,17 +1,24 @@
-"""What tracing costs: systems with and without it, asked in turn in one run.
+"""What tracing costs: requests with and without it, asked in turn in one run.
 
     python -m benchmarks.tracing [--before DIR]
 
-Each round asks each system the same number of requests, in an order that rotates. The other systems
-are idle meanwhile. A request has an image that no request before had, and 64 tokens of answer; a
-short one has an image of the cache, and one token. The systems are `off`, without an endpoint, and
-`on`, which exports every request to a collector that drops it. With `--before` there is also
-`before`: the code in another directory. Prints the medians over all rounds of a round's time and of
-the processes' CPU time, as ratios to `off` in the same round, and a last line of JSON.
+Each round asks the same requests in each of these ways, in an order that rotates:
+
+- `off`: a system without an endpoint
+- `unsampled`: a system that exports to a collector, of requests that are not sampled
+- `on`: the same system, of requests that are all sampled
+- `before`: the code in another directory, if one is given
+
+The other systems are idle meanwhile. A `usual` request has an image that no request before had, and
+64 tokens of answer. A `short` one has an image of the cache, and one token. Prints the medians over
+all rounds of a round's time and of the processes' CPU time, the ratios within a round of `on` to
+`unsampled` and of `off` to `before`, and a last line of JSON.
 """
 
 import argparse
 import json
+import os
+import secrets
 import statistics
 import sys
 import time
@@ -34,6 +41,7 @@ EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 CLIENTS = 2
 TIMEOUT_SECONDS = 60.0
 WARM_UP_ROUNDS = 2
+RATIOS = {"on": "unsampled", "off": "before"}
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,13 @@ LOADS = {"usual": Load(6, 64, False), "short": Load(24, 1, True)}
 
 
 @dataclass
-class System:
-    """A system, and what each round of each load took it: (seconds, seconds of CPU)."""
+class Way:
+    """A system and a way to ask it, and what each round of each load took: (seconds, seconds of
+    CPU)."""
 
-    serving: Serving
     pids: list[int]
     stub: Any
+    is_sampled: bool = False
     rounds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def measure(self, load: Load, images: list[bytes]) -> tuple[float, float]:
@@ -71,7 +80,9 @@ class System:
             sampling=inference_pb2.SamplingParams(temperature=0),
             stopping=inference_pb2.StoppingParams(max_tokens=load.max_tokens, ignore_eos=True),
         )
-        answer = self.stub.Generate(request, timeout=TIMEOUT_SECONDS)
+        traceparent = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+        metadata = (("traceparent", traceparent),) if self.is_sampled else ()
+        answer = self.stub.Generate(request, timeout=TIMEOUT_SECONDS, metadata=metadata)
         assert answer.usage.completion_tokens == load.max_tokens
 
     def cpu_seconds(self) -> float:
@@ -114,50 +125,58 @@ def dropping_collector() -> Iterator[str]:
         server.stop(None).wait()
 
 
-def start(stack: ExitStack, root: Path, *arguments: str) -> System:
+def start(stack: ExitStack, root: Path, *arguments: str) -> Way:
     common = ("--threads", "1", "--log-level", "warning")
     serving = stack.enter_context(Serving(*common, *arguments, root=root))
     pids = with_children(serving.process.pid, set())
     channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{serving.grpc_port}"))
-    return System(serving, pids, inference_pb2_grpc.InferenceServiceStub(channel))
+    return Way(pids, inference_pb2_grpc.InferenceServiceStub(channel))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    images = Images()
+    # The client decides which requests are sampled.
+    os.environ["OTEL_TRACES_SAMPLER"] = "parentbased_always_off"
     with ExitStack() as stack:
         endpoint = stack.enter_context(dropping_collector())
-        systems = {
-            "off": start(stack, ROOT),
-            "on": start(stack, ROOT, "--otlp-traces-endpoint", endpoint),
+        unsampled = start(stack, ROOT, "--otlp-traces-endpoint", endpoint)
+        ways = {
+            "unsampled": unsampled,
+            "on": Way(unsampled.pids, unsampled.stub, is_sampled=True),
         }
         if options.before:
-            systems["before"] = start(stack, options.before)
-        deadline = time.monotonic() + options.seconds
-        number = 0
-        while number <= WARM_UP_ROUNDS or time.monotonic() < deadline:
-            for name, load in LOADS.items():
-                files = images.take(load)
-                order = list(systems.values())
-                for system in order[number % len(order) :] + order[: number % len(order)]:
-                    found = system.measure(load, files)
-                    if number >= WARM_UP_ROUNDS:
-                        system.rounds.setdefault(name, []).append(found)
-            number += 1
-    return {name: report(systems, name) for name in LOADS}
+            ways["off"] = start(stack, ROOT)
+            ways["before"] = start(stack, options.before)
+        measure(list(ways.values()), options.loads, options.seconds)
+    return {name: report(ways, name) for name in options.loads}
 
 
-def report(systems: dict[str, System], load: str) -> dict[str, Any]:
+def measure(ways: list[Way], loads: list[str], seconds: float) -> None:
+    images = Images()
+    deadline = time.monotonic() + seconds
+    number = 0
+    while number <= WARM_UP_ROUNDS or time.monotonic() < deadline:
+        for name in loads:
+            files = images.take(LOADS[name])
+            first = number % len(ways)
+            for way in ways[first:] + ways[:first]:
+                found = way.measure(LOADS[name], files)
+                if number >= WARM_UP_ROUNDS:
+                    way.rounds.setdefault(name, []).append(found)
+        number += 1
+
+
+def report(ways: dict[str, Way], load: str) -> dict[str, Any]:
     """Return the medians of one load."""
-    off = systems["off"].rounds[load]
-    found: dict[str, Any] = {"rounds": len(off)}
-    for name, system in systems.items():
-        rounds = system.rounds[load]
-        for column, what in enumerate(("seconds", "cpu_seconds")):
-            each = [row[column] / LOADS[load].requests for row in rounds]
-            ratios = [mine[column] / own[column] for mine, own in zip(rounds, off, strict=True)]
+    found: dict[str, Any] = {"rounds": len(ways["on"].rounds[load])}
+    for column, what in enumerate(("seconds", "cpu_seconds")):
+        for name, way in ways.items():
+            each = [row[column] / LOADS[load].requests for row in way.rounds[load]]
             found[f"{name}_{what}_a_request"] = round(statistics.median(each), 5)
-            if name != "off":
-                found[f"{name}_{what}_ratio"] = round(statistics.median(ratios), 4)
+        for name, base in RATIOS.items():
+            if name in ways:
+                pairs = zip(ways[name].rounds[load], ways[base].rounds[load], strict=True)
+                ratios = [mine[column] / own[column] for mine, own in pairs]
+                found[f"{name}_to_{base}_{what}"] = round(statistics.median(ratios), 4)
     return found
 
 
@@ -166,6 +185,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", type=Path, help="directory with the code to compare with")
+    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument("--seconds", type=float, default=150.0, help="length of the measurement")
     found = run(parser.parse_args())
     for load, values in found.items():
