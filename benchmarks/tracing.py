@@ -2,7 +2,7 @@
 
     python -m benchmarks.tracing [--before DIR]
 
-Each round asks the same requests in each of these ways, in an order that rotates:
+Each round asks in each of these ways, in an order that rotates:
 
 - `off`: a system without an endpoint
 - `unsampled`: a system that exports to a collector, of requests that are not sampled
@@ -156,10 +156,9 @@ def measure(ways: list[Way], loads: list[str], seconds: float) -> None:
     number = 0
     while number <= WARM_UP_ROUNDS or time.monotonic() < deadline:
         for name in loads:
-            files = images.take(LOADS[name])
             first = number % len(ways)
             for way in ways[first:] + ways[:first]:
-                found = way.measure(LOADS[name], files)
+                found = way.measure(LOADS[name], images.take(LOADS[name]))
                 if number >= WARM_UP_ROUNDS:
                     way.rounds.setdefault(name, []).append(found)
         number += 1
