@@ -30,19 +30,20 @@ class Serving:
     The end of the with block interrupts the launcher and waits until it has ended.
     """
 
-    def __init__(self, *arguments: str, module: str = "services.cli") -> None:
-        """`module` is the command to run; `twinlens` itself, unless a test extends it."""
+    def __init__(self, *arguments: str, module: str = "services.cli", root: Path = ROOT) -> None:
+        """`module` is the command to run; `twinlens` itself, unless a test extends it. `root` has
+        the code."""
         self.http_port = free_port()
         self.grpc_port = free_port()
         ports = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "serve", *ports, *arguments],
-            cwd=ROOT,
+            cwd=root,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             # Children do not import from the working directory, so tests name it here.
-            env=own_environment() | {"PYTHONPATH": str(ROOT)},
+            env=own_environment() | {"PYTHONPATH": str(root)},
         )
         self.lines: list[str] = []
         self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()

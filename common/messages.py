@@ -606,6 +606,7 @@ class Delta(RequestMessage):
     logprobs: Tensor | None = None
     """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token."""
     timings: Tensor | None = None
+    """UTF-8 JSON: the stage timings so far. With the first piece and with the last one."""
     boxes: Tensor | None = None
     """UTF-8 JSON: the boxes of the whole answer, on the grid of its family (`common/boxes.py`).
     With the last piece only, and only if the family's answers hold boxes."""

@@ -96,7 +96,7 @@ class OtlpTracing(Tracing):
                 endpoint=endpoint or None,
                 channel_options=CHANNEL_OPTIONS,  # type: ignore[arg-type]
             )
-            self._exporter = ReportingExporter(sender)
+            self._exporter = ReportingExporter(sender, endpoint)
             self._processor = BatchSpanProcessor(self._exporter)
             provider = TracerProvider(resource=resource_of(role, member_id), shutdown_on_exit=False)
         except ValueError as e:
@@ -150,15 +150,17 @@ class OtlpTracing(Tracing):
 class ReportingExporter(SpanExporter):
     """Logs that an exporter fails, and that it works again, once each."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporter: SpanExporter, endpoint: str = "") -> None:
         self._exporter = exporter
+        self._endpoint = endpoint or "that of OTEL_EXPORTER_OTLP_*"
         self.is_failing = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._exporter.export(spans)
         is_failing = result is not SpanExportResult.SUCCESS
         if is_failing and not self.is_failing:
-            get_logger().warning("traces cannot be exported, so they are lost")
+            reason = "the collector does not take them, so they are lost"
+            get_logger().warning("no traces", endpoint=self._endpoint, reason=reason)
         elif self.is_failing and not is_failing:
             get_logger().info("traces are exported again")
         self.is_failing = is_failing

@@ -62,6 +62,8 @@ class Answer:
     """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
     began: float = field(default_factory=time.monotonic)
     span: Span = NO_SPAN
+    is_new: bool = True
+    """Whether no token has come yet. The first piece has the timings of the stages before it."""
 
 
 class Worker:
@@ -313,14 +315,19 @@ class Worker:
             answer.texts.append(text)
         if decoder.stopped and not tokens.finish_reason:
             self._member.links.send(answer.llm_id, StopFound(**tokens.ids))
-        end = self._end(answer, tokens.offset + len(ids), finish_reason) if finish_reason else {}
+        more: dict[str, Any] = {}
+        if finish_reason:
+            more = self._end(answer, tokens.offset + len(ids), finish_reason)
+        elif answer.is_new:
+            more = {"timings": Tensor.of_bytes(write_timings(answer.timings))}
+        answer.is_new = False
         delta = Delta(
             **tokens.ids,
             offset=tokens.offset,
             token_ids=Tensor.of(np.array(ids, np.int64)),
             text=Tensor.of_text(text),
             logprobs=self._logprobs(tokens, len(ids)),
-            **end,
+            **more,
         )
         self._member.links.send(answer.gateway_id, delta)
 

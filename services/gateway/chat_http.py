@@ -10,6 +10,7 @@ from services.gateway import sse
 from services.gateway.endpoint import Asked, Endpoint
 from services.gateway.generation import Began, Ended, GenerationRequest, Piece
 from services.gateway.schema import chat_to_generation, parse_chat
+from services.gateway.token_times import TokenTimes
 
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -29,6 +30,9 @@ class AskedChat(Asked):
 class ChatCompletions(Endpoint[AskedChat]):
     """POST /v1/chat/completions as an ASGI application."""
 
+    times_tokens = False
+    """Whether every answer has `token_timestamps`, also those that do not ask for them."""
+
     def parse(self, body: bytearray, request_id: str, timeout: float | None) -> AskedChat:
         chat = parse_chat(body)
         self.core.check_model(chat.model)
@@ -39,6 +43,8 @@ class ChatCompletions(Endpoint[AskedChat]):
             with_ids=bool(chat.return_token_ids),
             with_logprobs=bool(chat.logprobs),
             with_usage=chat.include_usage,
+            with_timings=bool(chat.timings),
+            token_times=TokenTimes() if chat.token_timestamps or self.times_tokens else None,
         )
         return AskedChat([generation], writer, bool(chat.stream))
 
@@ -60,6 +66,7 @@ class ChatCompletions(Endpoint[AskedChat]):
         pieces: list[Piece] = []
         async with self.core.generate(generation) as events:
             async for event in events:
+                writer.note(event)
                 match event:
                     case Began():
                         began = event
@@ -81,6 +88,7 @@ class ChatCompletions(Endpoint[AskedChat]):
         try:
             async with self.core.generate(generation) as events:
                 async for event in events:
+                    writer.note(event)
                     match event:
                         case Began():
                             started = True
@@ -95,6 +103,12 @@ class ChatCompletions(Endpoint[AskedChat]):
                 raise
             tail = sse.sse_event(sse.error_body(error))
         await send({"type": "http.response.body", "body": tail + sse.DONE})
+
+
+class TimedChatCompletions(ChatCompletions):
+    """The same for tools that need `token_timestamps` and cannot ask for them."""
+
+    times_tokens = True
 
 
 async def start_stream(send: Send) -> None:

@@ -37,6 +37,7 @@ from common.messages import (
     Routed,
     Usage,
 )
+from common.timings import Timings
 from common.tracing import NO_TRACING, Tracing
 from services.gateway.admission import Admission
 from services.gateway.deltas import (
@@ -338,10 +339,11 @@ class GatewayCore:
             self._fail(record, error)
             return
         if not record.attempt.is_answering:
-            self._on_first_token(record)
+            self._on_first_token(record, timings)
         record.add_tokens(piece)
-        self._failover.on_tokens(record, is_end=timings is not None)
-        if timings is not None:
+        is_end = delta.finish_reason != ""
+        self._failover.on_tokens(record, is_end)
+        if is_end:
             end = Ended(delta.finish_reason, delta.usage, record.complete(timings), boxes)
             self._finish(record, end)
 
@@ -352,7 +354,7 @@ class GatewayCore:
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="llm"))
             return
-        self._on_first_token(record)
+        self._on_first_token(record, timings)
         self._failover.on_tokens(record, is_end=True)
         usage = Usage(prompt_tokens=pooled.num_prompt_tokens, image_tokens=pooled.num_image_tokens)
         if record.request.task == "generate":
@@ -372,7 +374,7 @@ class GatewayCore:
             return Exhausted(reason, stage="gateway")
         return None
 
-    def _on_first_token(self, record: Record) -> None:
+    def _on_first_token(self, record: Record, timings: Timings) -> None:
         """Note the first token of the attempt, which is not always the first of the request."""
         self._failover.on_first_token(record)
         if record.first_token is None:
@@ -380,7 +382,7 @@ class GatewayCore:
             self._num_waiting -= 1
             self._admission.pace.on_served(record.first_token, self._num_waiting)
             self.first_token_seconds.append(record.first_token - record.admitted)
-            record.events.put_nowait(Began(record.prompt_token_ids))
+            record.events.put_nowait(Began(record.prompt_token_ids, {**timings}))
 
     # Ends
 

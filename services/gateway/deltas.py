@@ -34,8 +34,8 @@ class Entry(TokenEntry):
 entries_decoder = msgspec.json.Decoder(list[Entry])
 
 
-def read_delta(delta: Delta) -> tuple[Piece, Timings | None]:
-    """Return the new tokens of an answer with their text, and the timings if the answer ends.
+def read_delta(delta: Delta) -> tuple[Piece, Timings]:
+    """Return the new tokens of an answer with their text, and the timings that came with them.
 
     Raises
     ------
@@ -52,11 +52,9 @@ def read_delta(delta: Delta) -> tuple[Piece, Timings | None]:
         raise ValueError("the text or its log-probabilities cannot be read") from e
     if logprobs and len(logprobs) != len(ids):
         raise ValueError(f"{len(logprobs)} log-probabilities came for {len(ids)} tokens")
-    timings = None
-    if delta.finish_reason:
-        if delta.timings is None:
-            raise ValueError("the end of the answer has no timings")
-        timings = read_timings(delta.timings)
+    if delta.finish_reason and delta.timings is None:
+        raise ValueError("the end of the answer has no timings")
+    timings: Timings = read_timings(delta.timings) if delta.timings else {}
     return Piece(delta.offset, ids, text, logprobs), timings
 
 

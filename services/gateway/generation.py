@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -50,6 +50,8 @@ class Began:
     """The first event of an answer: the first token exists."""
 
     prompt_token_ids: list[int] | None
+    timings: dict[str, Any] = field(default_factory=dict)
+    """The fields of the proto message Timings that are known by now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from common.errors import ServingError, Unavailable, shorten
 from services.gateway import sse
 from services.gateway.bodies import Bodies, BodyDrop
 from services.gateway.body_budget import BodyBudget
-from services.gateway.chat_http import ChatCompletions
+from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.pooling_http import Classifications, Embeddings
@@ -48,6 +48,11 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(*shared), methods=["POST"]),
+            Route(
+                "/v1/token_timestamps/chat/completions",
+                TimedChatCompletions(*shared),
+                methods=["POST"],
+            ),
             Route("/v1/classify", Classifications(*shared), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
             Route("/v1/models", info.models),

@@ -64,6 +64,7 @@ class AskedEmbeddings(Asked):
     is_base64: bool
     dimensions: int | None
     """The length that the client expects."""
+    with_timings: bool
 
 
 class Embeddings(Endpoint[AskedEmbeddings]):
@@ -73,7 +74,8 @@ class Embeddings(Endpoint[AskedEmbeddings]):
         request = parse_embeddings(body)
         self.core.check_model(request.model)
         asked = to_embeddings(request, request_id, timeout, self.core.max_model_len())
-        return AskedEmbeddings(asked, request.encoding_format == "base64", request.dimensions)
+        is_base64 = request.encoding_format == "base64"
+        return AskedEmbeddings(asked, is_base64, request.dimensions, bool(request.timings))
 
     async def answer(
         self, asked: AskedEmbeddings, scope: Scope, receive: Receive, send: Send
@@ -88,7 +90,10 @@ class Embeddings(Endpoint[AskedEmbeddings]):
             num_tokens["prompt_tokens"] += result.usage.prompt_tokens
             num_tokens["image_tokens"] += result.usage.image_tokens
             check_dimensions(result, asked.dimensions)
-            return msgspec.Raw(msgspec.json.encode(embedding_body(index, result, asked.is_base64)))
+            entry = embedding_body(index, result, asked.is_base64)
+            if asked.with_timings:
+                entry["timings"] = result.timings
+            return msgspec.Raw(msgspec.json.encode(entry))
 
         data = await results_of(self.core, asked.requests, write)
         body = head(f"embd-{scope['request_id']}", self.core.model_name) | {

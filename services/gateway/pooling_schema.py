@@ -44,6 +44,8 @@ class EmbeddingsRequest(PoolingRequest):
     input: Any = None
     encoding_format: str | None = None
     dimensions: int | None = Field(None, ge=1)
+    timings: bool | None = None
+    """Whether each embedding comes with its stage timings."""
 
 
 R = TypeVar("R", bound=PoolingRequest)

@@ -60,6 +60,8 @@ class Attempt:
 
     def begin_span(self, tracing: Tracing, parent: Span) -> None:
         """Begin the span of the attempt, once it has a member of each stage."""
+        if not parent.traceparent:
+            return
         attributes: Attributes = {
             ATTEMPT: self.number,
             "twinlens.preprocess": self.preprocess,

@@ -118,6 +118,9 @@ class ChatRequest(Body):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
+    timings: bool | None = None
+    """Whether a stream ends with the stage timings. An answer as a whole always has them."""
+    token_timestamps: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
-from services.gateway.generation import Began, Ended, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece
+from services.gateway.token_times import TokenTimes
 
 # Events end with "\n\n" only: a widely used benchmark splits there and loses events that end with
 # "\r\n\r\n".
@@ -105,16 +106,32 @@ def box_body(box: Box, image: int) -> dict[str, Any]:
 class CompletionWriter:
     """Writes the bodies of one completion.
 
-    `with_ids`, `with_logprobs` and `with_usage` say what the client asked for besides the text.
+    `with_ids`, `with_logprobs`, `with_usage` and `with_timings` say what the client asked for
+    besides the text. If it asked for `token_timestamps`, `token_times` collects them.
     """
 
     def __init__(
-        self, request_id: str, model: str, *, with_ids: bool, with_logprobs: bool, with_usage: bool
+        self,
+        request_id: str,
+        model: str,
+        *,
+        with_ids: bool,
+        with_logprobs: bool,
+        with_usage: bool,
+        with_timings: bool = False,
+        token_times: TokenTimes | None = None,
     ) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self.with_ids = with_ids
         self.with_logprobs = with_logprobs
         self.with_usage = with_usage
+        self.with_timings = with_timings
+        self.token_times = token_times
+
+    def note(self, event: GenerationEvent) -> None:
+        """Note when an event arrived, before it is written."""
+        if self.token_times:
+            self.token_times.note(event)
 
     def whole(self, began: Began, pieces: list[Piece], ended: Ended) -> dict[str, Any]:
         """Return the body of a completion that is not streamed."""
@@ -134,11 +151,16 @@ class CompletionWriter:
             "usage": usage_body(ended.usage),
             "timings": ended.timings,
         }
+        if self.token_times:
+            body |= self.token_times.whole()
         return body | self._prompt_ids(began)
 
     def first_chunk(self, began: Began) -> bytes:
         """Return the first chunk of a stream, which has the role and no text."""
-        return self._chunk({"role": "assistant", "content": ""}, **self._prompt_ids(began))
+        extra = self._prompt_ids(began)
+        if self.token_times:
+            extra |= self.token_times.first()
+        return self._chunk({"role": "assistant", "content": ""}, **extra)
 
     def piece_chunk(self, piece: Piece) -> bytes:
         """Return the chunk of a piece, or nothing if it has nothing that the client asked for.
@@ -151,15 +173,23 @@ class CompletionWriter:
             or (self.with_ids and piece.token_ids)
         ):
             return b""
+        extra = self.token_times.next() if self.token_times else {}
         return self._chunk(
             {"content": piece.text},
             logprobs=self._logprobs(piece.logprobs),
             token_ids=piece.token_ids,
+            **extra,
         )
 
     def last_chunks(self, ended: Ended) -> bytes:
-        """Return the chunk with the finish reason, and one with the usage if it is asked for."""
-        end = self._chunk(extension(ended), finish_reason=ended.finish_reason)
+        """Return the chunk with the finish reason, and one with the usage if it is asked for.
+
+        The timings are in the later one.
+        """
+        extra: dict[str, Any] = {}
+        if self.with_timings and not self.with_usage:
+            extra["timings"] = ended.timings
+        end = self._chunk(extension(ended), finish_reason=ended.finish_reason, **extra)
         if not self.with_usage:
             return end
         totals = {"choices": [], "usage": usage_body(ended.usage), "timings": ended.timings}

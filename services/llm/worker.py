@@ -164,7 +164,7 @@ class Worker:
             case Prompt():
                 self._handle_prompt(peer_id, message)
             case Embeddings():
-                self._handle_embeddings(message)
+                self._handle_embeddings(peer_id, message)
             case Abort(key=key):
                 self._send_aborts(self._engine.abort_of(peer_id, key))
                 self._turn.release(key, peer_id)
@@ -223,12 +223,13 @@ class Worker:
         num_tokens = prompt.token_ids.shape[0] + (resumed.shape[0] if resumed else 0)
         return self._member.progress.unit(self._prompt_times, num_tokens)
 
-    def _handle_embeddings(self, message: Embeddings) -> None:
+    def _handle_embeddings(self, peer_id: str, message: Embeddings) -> None:
         """Pass the embeddings of an item to the engine, and report the outcome to its owner."""
         timings: ItemTimings = {
             "queue_seconds": message.queue_seconds,
             "encode_seconds": message.encode_seconds,
             "cached": message.cached,
+            "replica": "" if self._engine.pools else peer_id,
         }
         objection = self._engine.add_embeddings(
             message.item_key, message.mm_hash, message.embeddings, timings

@@ -91,6 +91,8 @@ class PendingItem:
     def begin_span(self, tracing: Tracing, parent: str) -> None:
         """Begin the span of an offer to `vision_id`. That of an offer that came to nothing is
         dropped."""
+        if not parent:
+            return
         _, attempt, index = self.key
         attributes: Attributes = {
             ATTEMPT: attempt,

@@ -31,7 +31,7 @@ from common.messages import (
     request_ids,
 )
 from common.progress import UnitTimes
-from common.tracing import ATTEMPT, ITEM, NUM_PATCHES, Attributes
+from common.tracing import ATTEMPT
 from common.wire import Tensor
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.in_flight import Handover, PendingItem, Preparation, SentPrompt
@@ -44,6 +44,7 @@ from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, 
 from services.preprocess.sandbox.pool import Finished, Task, Tasks
 from services.preprocess.submit_checks import check_submit, check_task
 from services.preprocess.tasks import preparing, reading, ready_item
+from services.preprocess.traces import record_items
 from services.preprocess.vision_pool import VisionPool
 
 CHECK_SECONDS = 0.5
@@ -382,21 +383,7 @@ class Worker:
             self._prepared_bytes += item.nbytes
             preparation.item_seconds.append(facts.seconds)
             self._metrics.item_seconds.labels(item.kind).observe(facts.seconds)
-        if preparation.span.traceparent:
-            self._record_items(preparation, items)
-
-    def _record_items(self, preparation: Preparation, items: tuple[PreparedFacts, ...]) -> None:
-        """Record the spans of items that a sandbox prepared one after the other until now."""
-        ended = self._clock()
-        index = len(preparation.items)
-        for facts in reversed(items):
-            index -= 1
-            began = max(preparation.received, ended - facts.seconds)
-            attributes: Attributes = {ITEM: index, NUM_PATCHES: facts.num_patches}
-            name = f"prepare {facts.kind}"
-            parent = preparation.span.traceparent
-            self._member.tracing.begin(name, parent, began, attributes).end(ended=ended)
-            ended = began
+        record_items(self._member.tracing, preparation, items, self._clock())
 
     def _hand_over(self, preparation: Preparation) -> None:
         """Send the prompt to a language group. Its items follow once the group has room."""

@@ -140,16 +140,20 @@ def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
     assert detokenizer.deltas[0].text.text() == "", "half a character is held back"
 
 
-def test_only_the_last_delta_carries_the_end_with_usage_and_timings() -> None:
+def test_only_the_last_delta_carries_the_end_and_only_it_and_the_first_carry_timings() -> None:
     detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(),
-        tokens(0, ids_of("ab")),
+        tokens(0, ids_of("a")),
+        tokens(1, ids_of("b")),
         tokens(2, ids_of("c"), "length"),
         tokens(3, ids_of("d"), "length"),
     )
-    first, last = detokenizer.deltas
-    assert (first.finish_reason, first.usage, first.timings) == ("", Usage(), None)
+    first, second, last = detokenizer.deltas
+    assert (first.finish_reason, first.usage) == ("", Usage())
+    assert first.timings is not None
+    assert json.loads(first.timings.bytes()) == {"prefill_seconds": 0.5, "images": []}
+    assert (second.finish_reason, second.usage, second.timings) == ("", Usage(), None)
     assert last.finish_reason == "length"
     assert last.usage == Usage(
         prompt_tokens=9, image_tokens=4, completion_tokens=3, cached_tokens=2

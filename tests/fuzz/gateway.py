@@ -24,7 +24,7 @@ from common.messages import (
 )
 from common.wire import Tensor
 from services.gateway.core import GatewayCore
-from services.gateway.generation import GenerationRequest
+from services.gateway.generation import Began, GenerationRequest
 from services.gateway.peers import MAX_PEERS_WITH_UNSENT_ABORTS
 from tests.fuzz.actions import HOLDER, Action, Call, Member, Say, Work
 from tests.fuzz.clock import CLOCK
@@ -229,5 +229,7 @@ def answering(request_id: str, llm: str) -> list[Action]:
 
 
 def without_times(event: Any) -> str:
+    if isinstance(event, Began):
+        return repr(event.prompt_token_ids)
     timings = getattr(event, "timings", None)
     return repr(event if timings is None else (event.finish_reason, event.usage))

@@ -28,7 +28,13 @@ from services.gateway.servers import HttpServer
 TIMINGS = {
     "preprocess_seconds": 0.25,
     "images": [
-        {"preprocess_seconds": 0.125, "queue_seconds": 0.0, "encode_seconds": 0.5, "cached": False}
+        {
+            "preprocess_seconds": 0.125,
+            "queue_seconds": 0.0,
+            "encode_seconds": 0.5,
+            "cached": False,
+            "replica": "vision-1",
+        }
     ],
     "queue_seconds": 0.0,
     "prefill_seconds": 0.5,
@@ -53,7 +59,7 @@ Step = GenerationEvent | Exception | Forever | asyncio.Event
 """What the script of a FakeCore consists of. An asyncio.Event is waited for."""
 
 HELLO: tuple[Step, ...] = (
-    Began([1, 2, 3]),
+    Began([1, 2, 3], {name: TIMINGS[name] for name in ("images", "prefill_seconds")}),
     Piece(0, [10], "Hel", [logprob(10, "Hel")]),
     Piece(1, [11], "", [logprob(11, "l")]),
     Piece(2, [12], "lo", [logprob(12, "o")]),

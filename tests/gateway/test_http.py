@@ -112,6 +112,16 @@ def test_usage_comes_in_a_separate_last_chunk(client: TestClient) -> None:
     )
 
 
+def test_timings_come_with_the_end_of_a_stream_that_asks_for_them(client: TestClient) -> None:
+    body = ASK | {"stream": True, "timings": True}
+    *chunks, last = events(client.post(CHAT, json=body).text)
+    assert last["choices"][0]["finish_reason"] == "stop" and last["timings"] == TIMINGS
+    assert not any("timings" in chunk for chunk in chunks)
+    both = body | {"stream_options": {"include_usage": True}}
+    chunks = events(client.post(CHAT, json=both).text)
+    assert [index for index, chunk in enumerate(chunks) if "timings" in chunk] == [4]
+
+
 def test_a_stream_with_ids_and_logprobs_has_a_chunk_for_every_token(client: TestClient) -> None:
     chunks = events(
         client.post(

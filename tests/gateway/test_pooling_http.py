@@ -68,6 +68,16 @@ def embedder() -> Iterator[TestClient]:
         yield client
 
 
+def test_each_embedding_has_its_timings_if_they_are_asked_for() -> None:
+    result = Result(np.ones(2, np.float32), [], Usage(), {"total_seconds": 0.5})
+    client = TestClient(create_app(MeasuredCore(FakeCore(Began(None), result))))
+    for asked in (False, True):
+        body = {"input": ["a", "b"], "timings": asked}
+        answer = client.post("/v1/embeddings", json=body).json()
+        found = [entry.get("timings") for entry in answer["data"]]
+        assert found == [{"total_seconds": 0.5} if asked else None] * 2
+
+
 def test_a_classification(client: TestClient, core: FakeCore) -> None:
     answer = client.post("/v1/classify", json=ASK, headers={"x-request-id": "mine"}).json()
     assert answer.pop("created") > 0

@@ -136,6 +136,7 @@ def test_the_start_names_the_gateway_and_tells_the_prompts_usage() -> None:
     start = answers(work([prompt(images=IMAGE, gateway_id="g7"), embeddings()]))[0]
     assert (start.gateway_id, start.usage.prompt_tokens, start.usage.image_tokens) == ("g7", 8, 5)
     assert b'"encode_seconds":2.0' in start.timings.bytes()
+    assert b'"replica":"vision"' in start.timings.bytes()
 
 
 def test_the_detokenizer_is_connected_to_before_anything_is_sent() -> None:

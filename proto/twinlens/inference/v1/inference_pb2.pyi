@@ -453,6 +453,7 @@ class ImageTimings(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     ENCODE_SECONDS_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     preprocess_seconds: _builtins.float
     """Time in preprocess: decoding, resizing and cutting into patches."""
     queue_seconds: _builtins.float
@@ -461,6 +462,10 @@ class ImageTimings(_message.Message):
     """Time in the vision tower."""
     cached: _builtins.bool
     """Whether a vision replica had the embeddings in its cache."""
+    replica: _builtins.str
+    """The id of the vision replica that sent the embeddings. Empty if the prefix cache made them
+    needless, or if the model has no vision tower.
+    """
     def __init__(
         self,
         *,
@@ -468,10 +473,11 @@ class ImageTimings(_message.Message):
         queue_seconds: _builtins.float = ...,
         encode_seconds: _builtins.float = ...,
         cached: _builtins.bool = ...,
+        replica: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "encode_seconds", b"encode_seconds", "preprocess_seconds", b"preprocess_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "encode_seconds", b"encode_seconds", "preprocess_seconds", b"preprocess_seconds", "queue_seconds", b"queue_seconds", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
