@@ -81,7 +81,9 @@ class Records:
         answered = []
         for item in items:
             record = self._records[item.id]
-            answered.append(Answered(item, record["output"], bool(record["error"])))
+            failed = bool(record["error"])
+            seconds = record.get("e2e_time", 0.0)
+            answered.append(Answered(item, "" if failed else record["output"], failed, seconds))
         return answered
 
     def write_scores(self, answered: Sequence[Answered], parts: Sequence[dict[str, Any]]) -> None:
