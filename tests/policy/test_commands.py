@@ -91,8 +91,13 @@ def flags_in(text: str) -> set[str]:
         ("drain", STATUS),
         ("replay", REPLAY),
         ("eval cer", EVAL + "--exact-whitespace --ignore-case --ignore-punctuation"),
+        ("eval clip-score", EVAL + "--clip --open-clip --strip-markup"),
+        ("eval mmbench", EVAL),
+        ("eval mmmu", EVAL + "--split"),
         ("eval ocrbench", EVAL + "--images"),
         ("eval olmocr-bench", EVAL + "--katex --longest-side --repeats"),
+        ("eval textvqa", EVAL + "--images"),
+        ("eval vqav2", EVAL + "--annotations --images --labels"),
     ],
 )
 def test_the_flags_of_a_command_are_these(command: str, flags: str) -> None:

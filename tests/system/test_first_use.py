@@ -2,9 +2,12 @@
 
 import json
 import urllib.request
+from pathlib import Path
 
 import pytest
 
+from services.commands.evaluation.command import evaluate
+from tests.commands.evaluation.endpoint import parse
 from tests.system.running import RECEIPT, ROOT, Running, ask_about, piece_of, text_of, until
 
 pytestmark = pytest.mark.system
@@ -28,6 +31,18 @@ def test_the_sample_is_read(embedded: Running) -> None:
     assert (
         error_rate(text_of(answer), (ROOT / "examples" / "receipt.txt").read_text().strip()) < 0.05
     )
+
+
+def test_an_evaluation_reads_the_samples(
+    embedded: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model reads the drawn samples without an error."""
+    data = ("--data", str(ROOT / "examples" / "samples" / "samples.json"))
+    out = ("--url", embedded.url("/v1"), "--out", str(tmp_path))
+    assert evaluate(parse("cer", *data, *out)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["items"], result["failed"]) == (3, 0)
+    assert result["scores"]["cer, CER"] < 0.05
 
 
 def test_the_command_line_returns_what_http_returns(embedded: Running) -> None:

@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files, whose images are read only when they are sent."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,21 +12,22 @@ from services.commands.client import ClientError
 from services.commands.evaluation.data import BadData, take
 
 GROUPS_IN_MEMORY = 4
-"""The row groups whose images are kept. Items are asked in order, so few are enough."""
+"""The parts of a column that stay in memory. Items are asked in order, so few are enough."""
 
 
 @dataclass(frozen=True)
 class ColumnRow:
-    """A row of a Parquet file, without the columns that were left out."""
+    """A row of a file, without the columns that were left out."""
 
     path: Path
     group: int
-    """The row group."""
+    """The part of the file that has the row: a row group, or a record batch."""
     number: int
     """The number of the row in its group."""
     line: int
     """The number of the row in the file, from 1."""
     values: dict[str, Any]
+    read_column: Callable[[Path, int, str], Any]
 
     @property
     def place(self) -> str:
@@ -37,38 +38,75 @@ class ColumnRow:
         return take(self.values, column, kind, self.place)
 
     def image(self, column: str) -> bytes:
-        """Return the bytes of an image in a column that was left out."""
-        cell = column_of(self.path, self.group, column)[self.number].as_py()
-        return bytes(take(cell, "bytes", bytes, f"{self.place}, column {column}"))
+        """Return the bytes of an image in a column that was left out.
+
+        A cell holds the bytes themselves or, in files of Hugging Face's datasets, an object with
+        them.
+        """
+        cell = self.read_column(self.path, self.group, column)[self.number].as_py()
+        if isinstance(cell, dict):
+            cell = cell.get("bytes")
+        if not isinstance(cell, bytes):
+            raise BadData(f'{self.place}: expected the bytes of an image in "{column}"')
+        return cell
 
 
 def read_parquet(path: Path, left_out: Sequence[str]) -> Iterator[ColumnRow]:
     """Yield the rows of a Parquet file without the columns `left_out`, or raise BadData."""
     file = open_parquet(path)
     columns = [name for name in file.schema_arrow.names if name not in left_out]
+    groups = (file.read_row_group(group, columns) for group in range(file.num_row_groups))
+    return rows_of(path, groups, parquet_column)
+
+
+def read_arrow(path: Path, left_out: Sequence[str]) -> Iterator[ColumnRow]:
+    """Yield the rows of an Arrow file without the columns `left_out`, or raise BadData."""
+    file = open_arrow(path)
+    columns = [name for name in file.schema.names if name not in left_out]
+    batches = (file.get_batch(batch) for batch in range(file.num_record_batches))
+    return rows_of(path, (batch.select(columns) for batch in batches), arrow_column)
+
+
+def rows_of(
+    path: Path, groups: Iterator[Any], read_column: Callable[[Path, int, str], Any]
+) -> Iterator[ColumnRow]:
     line = 0
-    for group in range(file.num_row_groups):
-        for number, values in enumerate(file.read_row_group(group, columns).to_pylist()):
+    for group, rows in enumerate(groups):
+        for number, values in enumerate(rows.to_pylist()):
             line += 1
-            yield ColumnRow(path, group, number, line, values)
+            yield ColumnRow(path, group, number, line, values, read_column)
+
+
+@lru_cache(GROUPS_IN_MEMORY)
+def parquet_column(path: Path, group: int, column: str) -> Any:
+    """Return a column of a row group."""
+    return open_parquet(path).read_row_group(group, [column]).column(0)
+
+
+@lru_cache(GROUPS_IN_MEMORY)
+def arrow_column(path: Path, batch: int, column: str) -> Any:
+    """Return a column of a record batch. Its pages are read from the file as they are used."""
+    return open_arrow(path).get_batch(batch).column(column)
 
 
 def open_parquet(path: Path) -> Any:
-    parquet = import_pyarrow("parquet")
+    parquet = import_pyarrow("pyarrow.parquet")
     try:
         return parquet.ParquetFile(path, memory_map=True)
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: expected a Parquet file ({error})") from error
 
 
-@lru_cache(GROUPS_IN_MEMORY)
-def column_of(path: Path, group: int, column: str) -> Any:
-    """Return a column of a row group."""
-    return open_parquet(path).read_row_group(group, [column]).column(0)
+def open_arrow(path: Path) -> Any:
+    pyarrow = import_pyarrow("pyarrow")
+    try:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path}: expected an Arrow file ({error})") from error
 
 
 def import_pyarrow(module: str) -> ModuleType:
-    """Return a module of pyarrow.
+    """Return pyarrow, or a module of it.
 
     Raises
     ------
@@ -76,7 +114,7 @@ def import_pyarrow(module: str) -> ModuleType:
         If it is not installed.
     """
     try:
-        return importlib.import_module(f"pyarrow.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ClientError(
             "this file needs the extra `tools`: pip install 'twinlens[tools]'"

@@ -13,12 +13,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from services.commands.chat_client import Answer, ChatClient, add_url_argument, choose_model
 from services.commands.client import ClientError, run_command, whole_number
 from services.commands.evaluation.data import BadData, read_json, read_json_lines, read_text
+from services.commands.evaluation.prompts import QUESTION
 from services.commands.evaluation.records import RESULT, TABLE, Record, Records, write
 from services.commands.evaluation.runner import Asking, ask, record_of
 from services.commands.evaluation.table import markdown
 from services.commands.evaluation.task import Answered, Item, Scores, Task
 from services.commands.evaluation.tasks import TASKS
-from services.commands.output import answer_text, json_line
+from services.commands.output import answer_text, json_line, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +107,14 @@ def run_task(arguments: argparse.Namespace) -> None:
         answered, records = asyncio.run(asked_answers(task, arguments))
     scores = task.score(answered, arguments)
     records.write_scores(answered, scores.parts)
-    print_scores(task, arguments, answered, scores)
+    facts = facts_of(arguments, answered)
+    if failure := records.first_failure(one.item for one in answered):
+        facts["first failure"] = one_line(failure)
+    print_scores(task, arguments, answered, scores, facts)
 
 
-def print_scores(
-    task: Task, arguments: argparse.Namespace, answered: Sequence[Answered], scores: Scores
-) -> None:
+def facts_of(arguments: argparse.Namespace, answered: Sequence[Answered]) -> dict[str, str]:
+    """Return what a reader of the scores must know, by name."""
     failed = sum(one.failed for one in answered)
     facts = {
         "model": arguments.model,
@@ -122,6 +125,17 @@ def print_scores(
         facts["prompt"] = repr(arguments.prompt)
         facts["max tokens"] = str(arguments.max_tokens or "what is left of the context")
         facts["temperature"] = str(arguments.temperature)
+    return facts
+
+
+def print_scores(
+    task: Task,
+    arguments: argparse.Namespace,
+    answered: Sequence[Answered],
+    scores: Scores,
+    facts: dict[str, str],
+) -> None:
+    failed = sum(one.failed for one in answered)
     text = markdown(scores, facts)
     result = {"task": task.name, "model": arguments.model, "items": len(answered), "failed": failed}
     result["scores"] = {f"{row.task}, {row.metric}": row.value for row in scores.rows}
@@ -137,8 +151,7 @@ async def asked_answers(
     """Return the items with their answers, and all records. Asks what is not recorded yet."""
     async with ChatClient(arguments.url) as client:
         arguments.model = await choose_model(client, arguments.model)
-        if arguments.prompt is None:
-            arguments.prompt = task.prompt(arguments.model)
+        arguments.prompt = prompt_of(task, arguments)
         items = load_items(task, arguments)
         records = Records(arguments.out, settings_of(task, arguments), arguments.restart)
         records.check_inputs(items)
@@ -148,6 +161,16 @@ async def asked_answers(
         with progress(records, items) as keep:
             await ask(client, records.unanswered(items), asking, arguments.concurrency, keep)
     return records.answers(items), records
+
+
+def prompt_of(task: Task, arguments: argparse.Namespace) -> str:
+    """Return the template that `--prompt` sets, or the task's for the model."""
+    default = task.prompt(arguments.model)
+    if arguments.prompt is None:
+        return default
+    if QUESTION in default and QUESTION not in arguments.prompt:
+        raise ClientError(f"--prompt: the template needs {QUESTION}, where the question will stand")
+    return str(arguments.prompt)
 
 
 def load_items(task: Task, arguments: argparse.Namespace) -> list[Item]:
@@ -207,7 +230,7 @@ def progress(records: Records, items: Sequence[Item]) -> Iterator[Callable[[Reco
 def given_answers(task: Task, arguments: argparse.Namespace) -> tuple[list[Answered], Records]:
     """Return the items that `--answers` has an answer for, and a record of each."""
     arguments.model = str(arguments.answers)
-    arguments.prompt = arguments.prompt or task.prompt("")
+    arguments.prompt = prompt_of(task, arguments)
     items = load_items(task, arguments)
     if arguments.answers.is_dir():
         given = read_folder(arguments.answers, items)

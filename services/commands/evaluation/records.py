@@ -76,12 +76,19 @@ class Records:
         with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    def first_failure(self, items: Iterable[Item]) -> str:
+        """Return what went wrong with the first item that failed; "" if none did."""
+        errors = ((item.id, self._records[item.id]["error"]) for item in items)
+        return next((f"item {id}: {error}" for id, error in errors if error), "")
+
     def answers(self, items: Iterable[Item]) -> list[Answered]:
         """Return the items with their answers. Every item must have a record."""
         answered = []
         for item in items:
             record = self._records[item.id]
-            answered.append(Answered(item, record["output"], bool(record["error"])))
+            failed = bool(record["error"])
+            seconds = record.get("e2e_time", 0.0)
+            answered.append(Answered(item, "" if failed else record["output"], failed, seconds))
         return answered
 
     def write_scores(self, answered: Sequence[Answered], parts: Sequence[dict[str, Any]]) -> None:
@@ -89,8 +96,9 @@ class Records:
         for one, score in zip(answered, parts, strict=True):
             self._records[one.item.id]["score"] = score
         order = [one.item.id for one in answered]
-        others = [id for id in self._records if id not in set(order)]
-        lines = [json.dumps(self._records[id], ensure_ascii=False) for id in order + others]
+        # Those of another --limit stay.
+        ids = dict.fromkeys([*order, *self._records])
+        lines = [json.dumps(self._records[id], ensure_ascii=False) for id in ids]
         write(self.folder / RECORDS, "".join(f"{line}\n" for line in lines))
 
 

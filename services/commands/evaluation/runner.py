@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.commands.chat_client import Answer, ChatClient, complete_patiently, image_part
+from services.commands.client import ClientError
 from services.commands.evaluation.records import Record
 from services.commands.evaluation.task import BadItem, Item
 
@@ -57,10 +58,21 @@ async def ask_in_turn(
 
 
 async def answer_to(client: ChatClient, item: Item, asking: Asking) -> Answer:
+    """Return the answer to an item; one with an error if the item or its request failed.
+
+    Raises
+    ------
+    ClientError
+        If an image of the data cannot be read.
+    """
     try:
         body = await asyncio.to_thread(asking.body, item)
     except BadItem as error:
         return Answer(error=str(error))
+    except ClientError as error:
+        raise ClientError(f"item {item.id}: {error}") from error
+    except OSError as error:
+        raise ClientError(f"item {item.id}: cannot read {error.filename}") from error
     return await complete_patiently(client, body)
 
 

@@ -45,6 +45,8 @@ class Answered:
     """The answer; "" if the request failed."""
     failed: bool = False
     """Whether there is no answer. Such an item counts as wrong."""
+    seconds: float = 0.0
+    """The time from sending the request to its end; 0 if nothing was asked."""
 
 
 @dataclass(frozen=True)

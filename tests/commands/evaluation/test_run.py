@@ -83,6 +83,7 @@ async def test_a_rerun_asks_only_what_is_missing_or_failed(
         assert last_line(printed)["failed"] == 1
         assert last_line(printed)["scores"]["cer, CER"] == 0.5
         assert "2, of which 1 failed and count as wrong" in printed
+        assert "- first failure: item 1.png: refused" in printed
     # An interruption leaves half a line.
     with (out / "records.jsonl").open("a") as file:
         file.write('{"id": "2.p')
@@ -185,3 +186,22 @@ async def test_a_bad_data_file_is_named_with_line_and_expectation(
     told = capsys.readouterr().err
     assert error in told and told.count("\n") == 1
     assert not fake.bodies
+
+
+async def test_an_image_in_an_unknown_format_is_named(
+    pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pages / "1.png").write_bytes(b"BM")
+    async with endpoint(read) as fake:
+        assert await run(fake, "cer", "--data", pages, "--out", tmp_path, "--concurrency", 1) == 1
+    assert "item 1.png: an image is not a PNG" in capsys.readouterr().err
+    assert len(records(tmp_path)) == 1
+
+
+async def test_a_template_without_the_question_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with endpoint(read) as fake:
+        command = ("mmbench", "--data", tmp_path, "--out", tmp_path, "--prompt", "Choose.")
+        assert await run(fake, *command) == 1
+    assert "needs {question}" in capsys.readouterr().err
