@@ -17,6 +17,7 @@ COMMANDS = {**SERVICES, **PROGRAMS}
 FILES_AND_LISTS = {
     "model",
     "read",
+    "record",
     "image",
     "vision_buckets",
     "vision_artefact",
