@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from services.commands.answers import Answer as Answer
+from services.commands.answers import decode, error_text, read_stream, read_whole
 from services.commands.client import ClientError
-from services.commands.event_stream import EventReader
 
 if TYPE_CHECKING:
     import aiohttp
@@ -27,7 +27,6 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 2.0
 """An unused connection is closed after this time. Servers close theirs after five seconds or more,
 and a request that is sent at that moment would fail."""
-MOST_ERROR_CHARACTERS = 500
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 WORTH_REPEATING = (429, 503)
@@ -40,66 +39,6 @@ MEDIA_TYPES = {
     b"RIFF": "image/webp",
 }
 """The media type of an image file by its first bytes."""
-
-
-@dataclass
-class Answer:
-    """What became of one request. `error` is empty if it succeeded."""
-
-    text: str = ""
-    token_times: list[tuple[float, int]] = field(default_factory=list)
-    """Of each chunk with tokens: the seconds after the request was sent, and how many tokens it
-    has. Empty if the answer was not streamed. A chunk whose number is not known counts as one."""
-    finish_reason: str = ""
-    """Empty if the answer failed."""
-    usage: dict[str, Any] = field(default_factory=dict)
-    """OpenAI's `usage`; empty if the server sent none."""
-    timings: dict[str, Any] = field(default_factory=dict)
-    """The stage timings of Twinlens; empty from other servers."""
-    token_ids: list[int] = field(default_factory=list)
-    """The answer's tokens, if the body asked for them with `return_token_ids`."""
-    status: int = 0
-    """The HTTP status; 0 if there was no answer."""
-    error: str = ""
-    retry_after: float | None = None
-    """The seconds after which the server wants to be asked again."""
-    began: float = 0.0
-    """The monotonic time of sending."""
-    seconds: float = 0.0
-    """The time from sending to the end."""
-    is_broken: bool = False
-    """Whether the connection failed, so that the same request may succeed."""
-
-
-class Message(msgspec.Struct):
-    """What is read of a message, or of a part of one. Reasoning may come apart from the text."""
-
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    @property
-    def has_text(self) -> bool:
-        return bool(self.content or self.reasoning_content or self.reasoning)
-
-
-class Choice(msgspec.Struct):
-    delta: Message | None = None
-    message: Message | None = None
-    token_ids: list[int] | None = None
-    finish_reason: str | None = None
-
-
-class Completion(msgspec.Struct):
-    """What is read of a chat completion, whole or one chunk of a stream."""
-
-    choices: list[Choice] | None = None
-    usage: dict[str, Any] | None = None
-    timings: dict[str, Any] | None = None
-    error: Any = None
-
-
-completion_decoder = msgspec.json.Decoder(Completion)
 
 
 class ChatClient:
@@ -207,80 +146,9 @@ async def read_response(response: "aiohttp.ClientResponse", answer: Answer) -> N
         answer.error = answer.error or f"status {response.status}"
         answer.retry_after = read_retry_after(response.headers)
     elif response.content_type == "text/event-stream":
-        await read_stream(response, answer)
+        await read_stream(response.content.iter_any(), answer)
     else:
         read_whole(await response.read(), answer)
-
-
-async def read_stream(response: "aiohttp.ClientResponse", answer: Answer) -> None:
-    reader = EventReader()
-    is_done = False
-    async for received in response.content.iter_any():
-        seconds = time.monotonic() - answer.began
-        for event in reader.feed(received):
-            is_done |= take_event(event, answer, seconds)
-    for event in reader.close():
-        is_done |= take_event(event, answer, time.monotonic() - answer.began)
-    if answer.error or answer.finish_reason:
-        return
-    if is_done:
-        # Some servers end without a reason. [DONE] says that nothing is missing.
-        answer.finish_reason = "stop"
-    else:
-        answer.error = "the stream ended before the answer did"
-        answer.is_broken = True
-
-
-def take_event(event: bytes, answer: Answer, seconds: float) -> bool:
-    """Add an event to the answer. Return whether it says that the stream is complete."""
-    if event.strip() == b"[DONE]":
-        return True
-    try:
-        chunk = completion_decoder.decode(event)
-    except msgspec.DecodeError as error:
-        answer.error = answer.error or f"the stream has an event that cannot be read: {error}"
-        return False
-    if chunk.error:
-        answer.error = answer.error or error_text(event)
-    else:
-        take_chunk(chunk, answer, seconds)
-    return False
-
-
-def take_chunk(chunk: Completion, answer: Answer, seconds: float) -> None:
-    known = answer.usage.get("completion_tokens") or 0
-    take_totals(chunk, answer)
-    for choice in chunk.choices or ():
-        delta = choice.delta or Message()
-        ids = choice.token_ids or []
-        answer.text += delta.content or ""
-        answer.token_ids += ids
-        answer.finish_reason = choice.finish_reason or answer.finish_reason
-        # Some servers count the tokens so far in each chunk.
-        counted = (answer.usage.get("completion_tokens") or 0) - known
-        if number := len(ids) or (max(1, counted) if delta.has_text else 0):
-            answer.token_times.append((seconds, number))
-
-
-def take_totals(body: Completion, answer: Answer) -> None:
-    """Take usage and timings from a whole answer or from any chunk that has them."""
-    answer.usage = body.usage or answer.usage
-    answer.timings = body.timings or answer.timings
-
-
-def read_whole(body: bytes, answer: Answer) -> None:
-    """Read an answer that is not streamed."""
-    try:
-        whole = completion_decoder.decode(body)
-    except msgspec.DecodeError:
-        whole = Completion()
-    if whole.error or not whole.choices or not (message := whole.choices[0].message):
-        answer.error = f"this is not a chat completion: {error_text(body)}"
-        return
-    answer.text = message.content or ""
-    answer.token_ids = whole.choices[0].token_ids or []
-    answer.finish_reason = whole.choices[0].finish_reason or "stop"
-    take_totals(whole, answer)
 
 
 async def complete_patiently(
@@ -374,24 +242,6 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
         except (KeyError, ValueError):
             continue
     return None
-
-
-def error_text(body: bytes) -> str:
-    """Return the message of an error body in any of the usual forms, else its beginning."""
-    match decode(body):
-        case {"error": {"message": str(message)}} | {"error": str(message)}:
-            return message
-        case {"message": str(message)} | {"detail": str(message)}:
-            return message
-    return body.decode(errors="replace")[:MOST_ERROR_CHARACTERS].strip()
-
-
-def decode(body: bytes) -> Any:
-    """Return JSON as Python objects; None if it is not JSON."""
-    try:
-        return msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return None
 
 
 def reason_of(error: BaseException) -> str:

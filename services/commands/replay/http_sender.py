@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from common.recording import Exchange
-from services.commands.chat_client import Answer, ChatClient, decode, error_text, reason_of
+from services.commands.answers import decode, error_text
+from services.commands.chat_client import Answer, ChatClient, reason_of
 from services.commands.replay.bodies import ReadFile, http_body
 from services.commands.replay.outcome import Outcome
 
