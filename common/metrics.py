@@ -102,7 +102,7 @@ class Alias:
     values: Mapping[str, str] = field(default_factory=dict)
     """The other system's names of values of labels."""
     scale: float = 1.0
-    """Its unit in ours."""
+    """What a value of ours is multiplied by."""
 
 
 class AliasCollector(Collector):

@@ -95,9 +95,12 @@ class Metrics(StageMetrics):
     def _add_tokens(self) -> None:
         self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of answered requests.")
         self.cached_tokens = self.counter(
-            "cached_prompt_tokens", "Those of them that were in the prefix cache."
+            "cached_prompt_tokens",
+            "Prompt tokens of answered requests that were in the prefix cache.",
         )
-        self.image_tokens = self.counter("image_tokens", "Those of them that stand for images.")
+        self.image_tokens = self.counter(
+            "image_tokens", "Prompt tokens of answered requests that stand for images."
+        )
         self.generation_tokens = self.counter("generation_tokens", "Output tokens generated.")
         self.prompt_length = self.histogram(
             "request_prompt_tokens", "Prompt tokens of an answered request.", buckets=TOKENS

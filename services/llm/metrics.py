@@ -15,14 +15,14 @@ class LlmMetrics(StageMetrics):
 
     def watch(self, scheduler: Scheduler, budget: EmbeddingBudget) -> None:
         """Add the metrics of rank 0, once it has what they are read from."""
-        self.step_seconds = self.histogram(
+        step_seconds = self.histogram(
             "step_seconds",
             "Seconds of a step, by what it computed: parts of prompts (prefill), one token of each "
             "answer (decode), or both (mixed).",
             "phase",
         )
         self._seconds_of = {
-            phase: self.step_seconds.labels(phase) for phase in ("prefill", "decode", "mixed")
+            phase: step_seconds.labels(phase) for phase in ("prefill", "decode", "mixed")
         }
         self.step_tokens = self.histogram(
             "step_tokens", "Tokens that a step computed.", buckets=TOKENS

@@ -67,7 +67,7 @@ class Scheduler:
         self.num_queried_tokens = 0
         """The prompt tokens that were looked up in the prefix cache."""
         self.num_hit_tokens = 0
-        """Those of them that were in it."""
+        """The prompt tokens that were found in the prefix cache."""
 
     @property
     def max_tokens(self) -> int:

@@ -19,6 +19,7 @@ from common.messages import (
     Failed,
     ItemReceived,
     ItemRejected,
+    LlmLoad,
     Noted,
     Reserved,
     Start,
@@ -340,3 +341,12 @@ def test_a_request_that_ends_before_its_turn_gives_it_up(event: Event) -> None:
         [event],
     )
     assert answers(sent, "r") == [] and answers(sent, "other")[-1].finish_reason == "length"
+
+
+def test_gateways_and_preprocesses_get_the_load_and_detokenizers_do_not() -> None:
+    roles = ("gateway", "preprocess", "detokenizer")
+    sent = work([PeerUp(f"{role}-1", role) for role in roles])
+    assert {peer for peer, message in sent if isinstance(message, LlmLoad)} == {
+        "gateway-1",
+        "preprocess-1",
+    }

@@ -27,6 +27,7 @@ def test_the_least_recently_used_are_dropped_until_the_rest_fits() -> None:
     cache.put("e", rows(2))
     assert [name for name in "abcde" if cache.get(name) is not None] == ["a", "d", "e"]
     assert cache.num_bytes == 4 * 16
+    assert (len(cache), cache.num_evicted) == (3, 2)
 
 
 def test_an_entry_larger_than_the_cache_is_not_kept_and_displaces_nothing() -> None:

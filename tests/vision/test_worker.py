@@ -600,6 +600,24 @@ def test_padding_is_counted_if_there_are_buckets() -> None:
     assert replica.count("twinlens_vision_items_total", kind="image", outcome="encoded") == 1
 
 
+def test_the_times_and_the_tokens_of_an_item_are_counted_by_its_kind() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1))
+    replica.finish()
+    replica.play(offer("r1", "a"))
+    [delivered, _] = replica.member.links.of(Embeddings)
+    num_tokens = delivered.embeddings.shape[0]
+    assert replica.count("twinlens_vision_offers_total", kind="image") == 2
+    for outcome in ("encoded", "cached"):
+        name = "twinlens_vision_item_tokens_total"
+        assert replica.count(name, kind="image", outcome=outcome) == num_tokens
+    parts = [f"twinlens_vision_{name}_seconds_sum" for name in ("wait", "encode", "item")]
+    wait, encode, whole = (replica.count(name, kind="image") for name in parts)
+    assert whole == pytest.approx(wait + encode) and encode > 0
+    assert replica.count("twinlens_vision_items_in_flight") == 0
+    assert replica.count("twinlens_vision_cache_entries") == 1
+
+
 # The thread
 
 
