@@ -281,6 +281,17 @@ def test_a_classifier_shows_its_likeliest_labels(open_page: Open, gateway: FakeG
     expect(page.locator("#labels tr")).to_have_text(["yes75.0 %", "no25.0 %"])
 
 
+def test_an_embedding_is_shown_by_its_first_values(open_page: Open, gateway: FakeGateway) -> None:
+    values = np.linspace(0, 1, 101, dtype=np.float32)
+    gateway.answer(Began(None), Result(values, [], USAGE, TIMINGS))
+    gateway.show(pipeline(member("vision-0-abc"), tasks=["embed"], model="vlmo"))
+    page = open_page()
+    expect(page.locator("#model")).to_have_text("vlmo")
+    send(page)
+    expect(page.locator("#text")).to_contain_text("A vector of 101 values: 0.0000, 0.0100, ")
+    expect(page.locator(".legend tr")).to_have_count(7)
+
+
 def test_replicas_appear_drain_and_die(open_page: Open, gateway: FakeGateway) -> None:
     page = open_page()
     first = page.locator("[data-id=vision-0-abc]")

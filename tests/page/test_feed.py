@@ -68,6 +68,15 @@ async def test_a_snapshot_is_due_after_an_interval_without_a_change(
     assert await anext(snapshots) != await anext(snapshots)
 
 
+async def test_a_new_watcher_gets_no_old_snapshot(source: Source) -> None:
+    now = 100.0
+    feed = Feed(source.describe, source.changed, 1.0, lambda: now)
+    assert await anext(feed.snapshots()) == b"1"
+    assert await anext(feed.snapshots()) == b"1"
+    now += 2.0
+    assert await anext(feed.snapshots()) == b"2"
+
+
 async def test_nothing_is_computed_while_nobody_watches(feed: Feed, source: Source) -> None:
     assert await anext(feed.snapshots()) == b"1"
     source.changed.set()

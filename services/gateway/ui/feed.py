@@ -28,12 +28,14 @@ class Feed:
         describe: Callable[[], Awaitable[bytes]],
         changed: asyncio.Event,
         interval: float = INTERVAL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`describe` returns a snapshot. It is called every `interval` seconds, and soon after
         `changed` is set."""
         self._describe = describe
         self._changed = changed
         self._interval = interval
+        self._clock = clock
         self._turn = asyncio.Lock()
         self._latest = b""
         self._number = 0
@@ -92,12 +94,12 @@ class Feed:
         return b"" if self._is_closed else self._latest
 
     def _has_later_than(self, seen: int) -> bool:
-        is_current = time.monotonic() - self._made_at < 2 * self._interval
+        is_current = self._clock() - self._made_at < 2 * self._interval
         return self._is_closed or (self._number > seen and is_current)
 
     async def _make_next(self) -> None:
         """Make a snapshot when it is due, or soon after a change."""
-        elapsed = time.monotonic() - self._made_at
+        elapsed = self._clock() - self._made_at
         await asyncio.sleep(MIN_INTERVAL_SECONDS - elapsed)
         try:
             async with asyncio.timeout(self._interval - elapsed):
@@ -109,4 +111,4 @@ class Feed:
         self._changed.clear()
         self._latest = await self._describe()
         self._number += 1
-        self._made_at = time.monotonic()
+        self._made_at = self._clock()

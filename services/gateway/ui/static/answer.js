@@ -95,9 +95,10 @@ export class Answer {
 
   async embed(id) {
     const answer = await embed({ messages: this.messages() }, id, this.stopping.signal);
-    const { embedding } = answer.data[0];
+    const [{ embedding, timings }] = answer.data;
     const first = embedding.slice(0, 8).map((value) => value.toFixed(4));
     this.text.data = `A vector of ${embedding.length} values: ${first.join(", ")}, …`;
+    find("timings").replaceChildren(...showTimings(timings, answer.usage));
     this.setProgress("Done.");
   }
 

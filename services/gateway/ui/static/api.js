@@ -41,7 +41,7 @@ export async function classify(body, requestId, signal) {
 }
 
 export async function embed(body, requestId, signal) {
-  return (await post("v1/embeddings", body, requestId, signal)).json();
+  return (await post("v1/embeddings", { ...body, timings: true }, requestId, signal)).json();
 }
 
 /** Yield the state of the pipeline, about once a second. */

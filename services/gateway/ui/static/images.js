@@ -37,10 +37,13 @@ export function gatherImages() {
     input.value = "";
   });
   document.addEventListener("paste", (event) => add(event.clipboardData.files));
-  // A file that misses the field must not replace the page.
+  // A file that misses the field must not replace the page. Text may be dropped into the question.
+  const hasFiles = (event) => event.dataTransfer.types.includes("Files");
   document.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    drop.classList.add("over");
+    if (hasFiles(event)) {
+      event.preventDefault();
+      drop.classList.add("over");
+    }
   });
   document.addEventListener("dragleave", (event) => {
     if (!event.relatedTarget) {
@@ -48,9 +51,11 @@ export function gatherImages() {
     }
   });
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     drop.classList.remove("over");
-    add(event.dataTransfer.files);
+    if (hasFiles(event)) {
+      event.preventDefault();
+      add(event.dataTransfer.files);
+    }
   });
 
   return () => Promise.all(
