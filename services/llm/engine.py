@@ -371,13 +371,13 @@ class Engine:
     def _end(self, key: RequestKey, error: str = "") -> Request | None:
         request = self.requests.pop(key, None)
         if request:
-            self.on_end(request, error)
             if key in self._compiling:
                 self._compiling.remove(key)
             else:
                 self.scheduler.finish(request)
             self._forget(key)
             self._remember_end(key, request.preprocess_id)
+            self.on_end(request, error)
         return request
 
     def _forget(self, key: RequestKey) -> None:
