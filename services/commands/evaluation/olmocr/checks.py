@@ -7,6 +7,7 @@ is in `equations.py`, because it needs a browser.
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from fuzzysearch import find_near_matches
@@ -56,6 +57,14 @@ FORMATS = {
 """How Markdown and HTML write the formatted text, by format."""
 
 
+def _inside(path: str) -> str:
+    """Return the path of a file in a folder; an error if it leads out of the folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or ".." in parts or parts[0].startswith("/"):
+        raise ValueError("expected the path of a PDF in the folder of PDFs")
+    return path
+
+
 class Check(BaseModel):
     """What all tests have: the page that they are about, and an id."""
 
@@ -63,7 +72,8 @@ class Check(BaseModel):
 
     type: str
     id: Annotated[str, Field(min_length=1)]
-    pdf: Annotated[str, Field(min_length=1)]
+    pdf: Annotated[str, AfterValidator(_inside)]
+    """Its path in the folder of PDFs."""
     page: Annotated[int, Field(ge=1)]
     max_diffs: Annotated[int, Field(ge=0)] = 0
     checked: Literal["verified", "rejected"] | None = None

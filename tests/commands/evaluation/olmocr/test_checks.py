@@ -179,6 +179,8 @@ def test_a_footnote_mark_is_between_two_texts(answer: str, passed: bool) -> None
         {"type": "other"},
         {"type": "present", "text": "a", "unknown": 1},
         {"type": "math", "math": " "},
+        {"type": "present", "text": "a", "pdf": "../a.pdf"},
+        {"type": "present", "text": "a", "pdf": "/a.pdf"},
     ],
 )
 def test_a_test_that_cannot_be_meant_is_refused(fields: dict[str, Any]) -> None:
