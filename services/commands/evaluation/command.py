@@ -108,8 +108,11 @@ def run_task(arguments: argparse.Namespace) -> None:
     scores = task.score(answered, arguments)
     records.write_scores(answered, scores.parts)
     facts = facts_of(arguments, answered)
-    if failure := records.first_failure(one.item for one in answered):
+    items = [one.item for one in answered]
+    if failure := records.first_failure(items):
         facts["first failure"] = one_line(failure)
+    if count := records.cut_off(items):
+        facts["cut off"] = f"{count} answers at the longest that was allowed"
     print_scores(task, arguments, answered, scores, facts)
 
 
