@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
 from services.commands.chat_client import Answer, ChatClient, add_url_argument, choose_model
 from services.commands.client import ClientError, run_command, whole_number
 from services.commands.evaluation.data import BadData, read_json, read_json_lines, read_text
@@ -211,6 +208,9 @@ def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def progress(records: Records, items: Sequence[Item]) -> Iterator[Callable[[Record], None]]:
     """Show on stderr how many items are answered. Yields what keeps a record and counts it."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
     failed = 0
     with Progress(
         *Progress.get_default_columns(),
