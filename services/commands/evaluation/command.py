@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
 from services.commands.chat_client import Answer, ChatClient, add_url_argument, choose_model
 from services.commands.client import ClientError, run_command, whole_number
 from services.commands.evaluation.data import BadData, read_json, read_json_lines, read_text
@@ -108,8 +105,11 @@ def run_task(arguments: argparse.Namespace) -> None:
     scores = task.score(answered, arguments)
     records.write_scores(answered, scores.parts)
     facts = facts_of(arguments, answered)
-    if failure := records.first_failure(one.item for one in answered):
+    items = [one.item for one in answered]
+    if failure := records.first_failure(items):
         facts["first failure"] = one_line(failure)
+    if count := records.cut_off(items):
+        facts["cut off"] = f"{count} answers at the longest that was allowed"
     print_scores(task, arguments, answered, scores, facts)
 
 
@@ -208,6 +208,9 @@ def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def progress(records: Records, items: Sequence[Item]) -> Iterator[Callable[[Record], None]]:
     """Show on stderr how many items are answered. Yields what keeps a record and counts it."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
     failed = 0
     with Progress(
         *Progress.get_default_columns(),

@@ -14,6 +14,7 @@ SETTINGS = "settings.json"
 RECORDS = "records.jsonl"
 TABLE = "table.md"
 RESULT = "result.json"
+FIELDS = frozenset(["id", "input", "output", "error", "finish_reason", "e2e_time"])
 Record = dict[str, Any]
 """`id`, `input`, `output`, `error`, `finish_reason`, `e2e_time` in seconds, and `score` once the
 run is complete."""
@@ -81,13 +82,17 @@ class Records:
         errors = ((item.id, self._records[item.id]["error"]) for item in items)
         return next((f"item {id}: {error}" for id, error in errors if error), "")
 
+    def cut_off(self, items: Iterable[Item]) -> int:
+        """Return the number of answers that ended because they were as long as allowed."""
+        return sum(self._records[item.id]["finish_reason"] == "length" for item in items)
+
     def answers(self, items: Iterable[Item]) -> list[Answered]:
         """Return the items with their answers. Every item must have a record."""
         answered = []
         for item in items:
             record = self._records[item.id]
             failed = bool(record["error"])
-            seconds = record.get("e2e_time", 0.0)
+            seconds = record["e2e_time"]
             answered.append(Answered(item, "" if failed else record["output"], failed, seconds))
         return answered
 
@@ -109,7 +114,7 @@ def read_records(path: Path) -> Iterable[Record]:
         with path.open("r+b") as file:
             file.truncate(lines.rfind(b"\n") + 1)
     for place, record in read_json_lines(path):
-        if not {"id", "input", "output", "error"} <= record.keys():
+        if not record.keys() >= FIELDS:
             raise BadData(f"{place}: expected a record of `twinlens eval`")
         yield record
 

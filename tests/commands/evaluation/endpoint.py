@@ -39,7 +39,8 @@ class Endpoint:
         if isinstance(answer, int):
             return web.json_response({"error": {"message": "refused"}}, status=answer)
         message = {"role": "assistant", "content": answer}
-        return web.json_response({"choices": [{"message": message, "finish_reason": "stop"}]})
+        reason = "length" if len(answer) > body.get("max_tokens", 2**31) else "stop"
+        return web.json_response({"choices": [{"message": message, "finish_reason": reason}]})
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.model}]})

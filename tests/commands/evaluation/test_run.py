@@ -188,6 +188,15 @@ async def test_a_bad_data_file_is_named_with_line_and_expectation(
     assert not fake.bodies
 
 
+async def test_the_answers_that_were_cut_off_are_counted(
+    pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with endpoint(read) as fake:
+        command = ("cer", "--data", pages, "--out", tmp_path, "--max-tokens", 4)
+        assert await run(fake, *command) == 0
+    assert "- cut off: 1 answers" in capsys.readouterr().out
+
+
 async def test_an_image_in_an_unknown_format_is_named(
     pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
