@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from services.commands.verification.reference import (
     PixelLimits,
     PromptMismatch,
 )
+from tests.fine_tunes import LAYOUTS, write
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.golden.qwen_vl_requests import GoldenRequest, requests_of
 
@@ -58,6 +60,20 @@ def test_transformers_as_we_run_it_equals_transformers_as_published(name: str) -
     check_answer(
         reference, question, prompt_ids, case.expected["greedy_ids"], case.tensors["greedy_logits"]
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_reads_each_layout_of_fine_tunes(layout: str, tmp_path: Path) -> None:
+    case = GoldenCase("b_two_images_tied")
+    tuned = write(case, layout, tmp_path / "model")
+    reference = Qwen25VLReference(open_checkpoint(tuned.checkpoint), PixelLimits())
+    question = Question("images", "", images_of(case))
+    answer_ids = case.expected["greedy_ids"][:4]
+    prompt_ids = case.expected["input_ids"]
+    check_answer(reference, question, prompt_ids, answer_ids, case.tensors["greedy_logits"])
+    assert reference.prompt_ids(Question("text", "Hello")) == Qwen25VLReference(
+        open_checkpoint(case.checkpoint), PixelLimits()
+    ).prompt_ids(Question("text", "Hello"))
 
 
 def messages_of(case: GoldenCase) -> list[dict[str, Any]]:
