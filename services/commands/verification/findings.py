@@ -13,7 +13,6 @@ from services.commands.verification.comparison import (
     compare_vectors,
     first_difference,
 )
-from services.commands.verification.families import load_chat, load_pooling
 from services.commands.verification.questions import (
     Question,
     chat_questions,
@@ -47,18 +46,13 @@ class Plan:
     vectors of length 1 may be."""
 
 
-def findings(plan: Plan) -> Iterator[Finding]:
-    """Load the reference, and yield what is found for each question.
-
-    Raises BadCheckpoint or ClientError if that is not possible.
-    """
-    match plan.checkpoint.family.tasks_of(plan.checkpoint)[0]:
-        case "generate":
-            return ChatVerifier(plan, load_chat(plan.checkpoint, plan.limits)).findings()
-        case "classify":
-            return label_findings(plan, load_pooling(plan.checkpoint, plan.limits))
-        case "embed":
-            return vector_findings(plan, load_pooling(plan.checkpoint, plan.limits))
+def findings(plan: Plan, reference: ChatReference | PoolingReference) -> Iterator[Finding]:
+    """Yield what is found for each question. Raises ClientError if one is not answered."""
+    if isinstance(reference, ChatReference):
+        return ChatVerifier(plan, reference).findings()
+    if "classify" in plan.checkpoint.family.tasks_of(plan.checkpoint):
+        return label_findings(plan, reference)
+    return vector_findings(plan, reference)
 
 
 class ChatVerifier:
@@ -68,9 +62,9 @@ class ChatVerifier:
         self._plan = plan
         self._reference = reference
         self._vocabulary = open_vocabulary(plan.checkpoint)
-        size = plan.checkpoint.sizes.vocab_size
+        self._answer_ids = range(plan.checkpoint.sizes.vocab_size)
         placeholders = plan.checkpoint.family.placeholder_ids(plan.checkpoint).values()
-        self._known_ids = {*range(size), *placeholders}
+        self._prompt_ids = {*self._answer_ids, *placeholders}
 
     def findings(self) -> Iterator[Finding]:
         for question in chat_questions(self._plan.images, self._reference.max_images):
@@ -78,7 +72,8 @@ class ChatVerifier:
             yield self._finding(question, served)
 
     def _finding(self, question: Question, served: Served) -> Finding:
-        if not self._known_ids.issuperset((*(served.prompt_ids or ()), *served.token_ids)):
+        is_known = self._prompt_ids.issuperset(served.prompt_ids or ())
+        if not is_known or any(token not in self._answer_ids for token in served.token_ids):
             note = "the system serves token ids that this model does not have"
             return Finding(question.name, "differs", None, f"{note}: it is another model")
         expected = self._reference.prompt_ids(question)

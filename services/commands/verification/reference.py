@@ -1,8 +1,8 @@
 """What `twinlens verify` needs of a reference implementation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class PixelLimits:
             )
 
 
-class ChatReference(Protocol):
+class ChatReference(ABC):
     """The reference of a model that writes."""
 
     title: str
@@ -40,10 +40,11 @@ class ChatReference(Protocol):
     max_images: int
     """The most images in a question."""
 
+    @abstractmethod
     def prompt_ids(self, question: Question) -> list[int]:
         """Return the token ids of a question's prompt, with a placeholder for each embedding."""
-        ...
 
+    @abstractmethod
     def log_probs(
         self, question: Question, prompt_ids: Sequence[int], answer_ids: Sequence[int]
     ) -> np.ndarray:
@@ -51,17 +52,16 @@ class ChatReference(Protocol):
 
         Returns float32 [len(answer_ids), vocab_size]. Raises PromptMismatch.
         """
-        ...
 
 
-class PoolingReference(Protocol):
+class PoolingReference(ABC):
     """The reference of a model that answers with a label or a vector."""
 
     title: str
 
+    @abstractmethod
     def pool(self, question: Question) -> np.ndarray:
         """Return the log-probabilities of the labels, or a vector of length 1; float32 [n]."""
-        ...
 
 
 def answer_log_probs(logits: Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ from common.checkpoint import open_checkpoint
 from services.commands.client import ClientError
 from services.commands.output import json_line
 from services.commands.verification.comparison import BOUNDS, VECTOR_BOUNDS
+from services.commands.verification.families import load
 from services.commands.verification.findings import Plan, findings
 from services.commands.verification.memory import GIB, check_memory
 from services.commands.verification.questions import read_image
@@ -25,13 +26,15 @@ def print_findings(arguments: argparse.Namespace) -> bool:
     needed = Float32Weights(plan.checkpoint).bytes_needed
     print(
         f"{plan.system.url} serves {plan.system.name!r}; the reference of "
-        f"{plan.checkpoint.path} computes in float32 here and needs {needed / GIB:.1f} GiB",
+        f"{plan.checkpoint.path} needs {needed / GIB:.1f} GiB of memory here",
         flush=True,
     )
     check_memory(needed)
+    reference = load(plan.checkpoint, plan.limits)
+    print(f"reference: {reference.title}, in float32", flush=True)
     found = []
     print(ROW.format(*HEADINGS), flush=True)
-    for finding in findings(plan):
+    for finding in findings(plan, reference):
         found.append(finding)
         print(finding.row(), flush=True)
     for finding in found:
@@ -39,7 +42,7 @@ def print_findings(arguments: argparse.Namespace) -> bool:
             print(f"{finding.question}: {finding.note}")
     print(verdict(plan, found), flush=True)
     if arguments.json:
-        print(json_line(summary(plan, found)))
+        print(json_line(summary(plan, reference.title, found)))
     return all(finding.is_within for finding in found)
 
 
@@ -78,7 +81,7 @@ def verdict(plan: Plan, found: list[Finding]) -> str:
     return f"{line}: outside {bound} (--dtype, --tolerance)"
 
 
-def summary(plan: Plan, found: list[Finding]) -> dict[str, Any]:
+def summary(plan: Plan, reference: str, found: list[Finding]) -> dict[str, Any]:
     """Return the JSON object of a run."""
     compared = [finding.comparison for finding in found if finding.comparison]
     return finite(
@@ -89,6 +92,7 @@ def summary(plan: Plan, found: list[Finding]) -> dict[str, Any]:
             "tolerance": plan.tolerance,
             "dtype": plan.dtype,
             "model": str(plan.checkpoint.path),
+            "reference": reference,
             "served_model": plan.system.name,
             "url": plan.system.url,
             "questions": [finding.fields() for finding in found],

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.checkpoint import open_checkpoint
 from services.commands.verification.families.qwen2_5_vl import Qwen25VLReference
@@ -19,6 +21,7 @@ from services.commands.verification.reference import (
     PixelLimits,
     PromptMismatch,
 )
+from tests.fine_tunes import LAYOUTS, write
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.golden.qwen_vl_requests import GoldenRequest, requests_of
 
@@ -58,6 +61,33 @@ def test_transformers_as_we_run_it_equals_transformers_as_published(name: str) -
     check_answer(
         reference, question, prompt_ids, case.expected["greedy_ids"], case.tensors["greedy_logits"]
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_reads_each_layout_of_fine_tunes(layout: str, tmp_path: Path) -> None:
+    case = GoldenCase("b_two_images_tied")
+    tuned = write(case, layout, tmp_path / "model")
+    reference = Qwen25VLReference(open_checkpoint(tuned.checkpoint), PixelLimits())
+    question = Question("images", "", images_of(case))
+    answer_ids = case.expected["greedy_ids"][:4]
+    prompt_ids = case.expected["input_ids"]
+    check_answer(reference, question, prompt_ids, answer_ids, case.tensors["greedy_logits"])
+    assert reference.prompt_ids(Question("text", "Hello")) == Qwen25VLReference(
+        open_checkpoint(case.checkpoint), PixelLimits()
+    ).prompt_ids(Question("text", "Hello"))
+
+
+def test_a_head_that_is_stored_although_it_is_tied_is_not_read(tmp_path: Path) -> None:
+    case = GoldenCase("b_two_images_tied")
+    tuned = write(case, "twice", tmp_path / "model")
+    tensors = load_file(tuned.checkpoint / "model.safetensors")
+    tensors["lm_head.weight"].zero_()
+    save_file(tensors, tuned.checkpoint / "model.safetensors")
+    reference = Qwen25VLReference(open_checkpoint(tuned.checkpoint), PixelLimits())
+    question = Question("images", "", images_of(case))
+    answer_ids = case.expected["greedy_ids"][:2]
+    prompt_ids = case.expected["input_ids"]
+    check_answer(reference, question, prompt_ids, answer_ids, case.tensors["greedy_logits"])
 
 
 def messages_of(case: GoldenCase) -> list[dict[str, Any]]:

@@ -11,22 +11,22 @@ from services.commands.verification.families.vlmo import VlmoReference
 from services.commands.verification.families.wemm import WemmReference
 from services.commands.verification.reference import ChatReference, PixelLimits, PoolingReference
 
-CHAT: dict[str, Callable[[Checkpoint, PixelLimits], ChatReference]] = {
+Reference = ChatReference | PoolingReference
+REFERENCES: dict[str, Callable[[Checkpoint, PixelLimits], Reference]] = {
     "qwen2_5_vl": Qwen25VLReference,
     "qwen": QwenVLReference,
     "wemm": WemmReference,
+    "vlmo": VlmoReference,
 }
-"""The references of families that write, by their `model_type`."""
-POOLING = {"vlmo": VlmoReference}
-"""Those of families that answer with a label or a vector."""
+"""The references of the families, by their `model_type`."""
 
 
-def load_chat(checkpoint: Checkpoint, limits: PixelLimits) -> ChatReference:
-    """Return the reference of a checkpoint that writes.
+def load(checkpoint: Checkpoint, limits: PixelLimits) -> Reference:
+    """Return the reference of a checkpoint.
 
     Raises BadCheckpoint if it cannot read the files, ClientError if a package is missing.
     """
-    make = CHAT[checkpoint.family.model_type]
+    make = REFERENCES[checkpoint.family.model_type]
     if make is Qwen25VLReference and not importlib.util.find_spec("transformers"):
         raise ClientError(
             "the reference of this family is transformers: pip install 'twinlens[reference]'"
@@ -35,8 +35,3 @@ def load_chat(checkpoint: Checkpoint, limits: PixelLimits) -> ChatReference:
         return make(checkpoint, limits)
     except (OSError, KeyError) as e:
         raise BadCheckpoint(f"{checkpoint.path} cannot be read by its reference: {e}") from e
-
-
-def load_pooling(checkpoint: Checkpoint, limits: PixelLimits) -> PoolingReference:
-    """Return the reference of a checkpoint that answers with labels or vectors."""
-    return POOLING[checkpoint.family.model_type](checkpoint, limits)

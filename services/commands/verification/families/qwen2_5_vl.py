@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from common.families.qwen2_5_vl import HEAD, pixel_limits
+from common.families.qwen2_5_vl import HEAD, is_tied, pixel_limits
 from services.commands.verification.questions import Question, read_rgb
 from services.commands.verification.reference import (
+    ChatReference,
     PixelLimits,
     answer_log_probs,
     forced,
@@ -22,10 +23,11 @@ from services.commands.verification.reference import (
 )
 from services.commands.verification.weights import Float32Weights
 
+EMBEDDING = "model.language_model.embed_tokens"
 MAX_IMAGES = 8
 
 
-class Qwen25VLReference:
+class Qwen25VLReference(ChatReference):
     """transformers' own tokenizer, chat template, image processor and model."""
 
     max_images = MAX_IMAGES
@@ -55,7 +57,7 @@ class Qwen25VLReference:
         with torch.device("meta"):
             self._model = transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
         rebuild_tables(self._model)
-        lend_weights(self._model, Float32Weights(checkpoint))
+        lend_weights(self._model, Float32Weights(checkpoint), is_tied(checkpoint))
 
     def prompt_ids(self, question: Question) -> list[int]:
         content: Any = question.text
@@ -128,23 +130,25 @@ def rebuild_tables(model: nn.Module) -> None:
                 setattr(parent, name, type(child)(child.config))
 
 
-def lend_weights(model: nn.Module, weights: Float32Weights) -> None:
-    """Make each module read its weights before it runs, and drop them afterwards."""
+def lend_weights(model: nn.Module, weights: Float32Weights, is_tied: bool) -> None:
+    """Make each module read its weights before it runs, and drop them afterwards.
+
+    `is_tied` says that the head reads those of the token embedding.
+    """
     for name, module in model.named_modules():
         if module._parameters:
-            lend_to(name, module, weights)
+            shared = is_tied and f"{name}.weight" == HEAD
+            lend_to(module, weights, EMBEDDING if shared else name)
 
 
-def lend_to(prefix: str, module: nn.Module, weights: Float32Weights) -> None:
+def lend_to(module: nn.Module, weights: Float32Weights, prefix: str) -> None:
     empty = dict(module._parameters)
 
     def lend(*_: Any) -> None:
         for name, parameter in empty.items():
             if parameter is not None:
-                stored = f"{prefix}.{name}"
-                if stored == HEAD and stored not in weights:
-                    stored = "model.language_model.embed_tokens.weight"
-                module._parameters[name] = nn.Parameter(weights[stored], requires_grad=False)
+                weight = weights[f"{prefix}.{name}"]
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
     def drop(*_: Any) -> None:
         module._parameters.update(empty)

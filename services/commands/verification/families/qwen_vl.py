@@ -27,6 +27,7 @@ from services.commands.verification.mathematics import (
 )
 from services.commands.verification.questions import Question, read_rgb
 from services.commands.verification.reference import (
+    ChatReference,
     PixelLimits,
     answer_log_probs,
     forced,
@@ -44,10 +45,10 @@ POOL_HEAD_DIM = 128
 MAX_IMAGES = 8
 
 
-class QwenVLReference:
+class QwenVLReference(ChatReference):
     """The whole model in float32, one layer after the other."""
 
-    title = "plain float32 code of this family"
+    title = "plain code of this family"
     max_images = MAX_IMAGES
 
     def __init__(self, checkpoint: Checkpoint, limits: PixelLimits) -> None:

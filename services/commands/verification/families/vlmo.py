@@ -19,7 +19,7 @@ from services.commands.verification.mathematics import (
     normalised,
 )
 from services.commands.verification.questions import Question, read_rgb
-from services.commands.verification.reference import PixelLimits
+from services.commands.verification.reference import PixelLimits, PoolingReference
 from services.commands.verification.weights import Float32Weights
 
 EPS = 1e-6
@@ -29,10 +29,10 @@ TEXT_REACH = 196
 """The relative positions of texts are stored for this length."""
 
 
-class VlmoReference:
+class VlmoReference(PoolingReference):
     """The whole model in float32, one layer after the other."""
 
-    title = "plain float32 code of this family"
+    title = "plain code of this family"
 
     def __init__(self, checkpoint: Checkpoint, limits: PixelLimits) -> None:
         limits.check_unset(checkpoint.family.title)

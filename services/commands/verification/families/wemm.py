@@ -27,6 +27,7 @@ from services.commands.verification.mathematics import (
 )
 from services.commands.verification.questions import Question, read_rgb
 from services.commands.verification.reference import (
+    ChatReference,
     PixelLimits,
     answer_log_probs,
     forced,
@@ -39,10 +40,10 @@ DECODER = "language_model.model"
 NO_TOKENS = frozenset[str]()
 
 
-class WemmReference:
+class WemmReference(ChatReference):
     """The whole model in float32, one layer after the other."""
 
-    title = "plain float32 code of this family"
+    title = "plain code of this family"
     max_images = 1
 
     def __init__(self, checkpoint: Checkpoint, limits: PixelLimits) -> None:
