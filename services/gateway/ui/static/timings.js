@@ -71,6 +71,7 @@ function bar(stages) {
   const parts = stages.map(([, seconds], index) => {
     const part = make("span", { "data-stage": index });
     part.style.width = `${(100 * seconds) / total}%`;
+    part.hidden = !seconds; // it would leave a gap
     return part;
   });
   return make("div", { class: "bar", "aria-hidden": "true" }, ...parts);
