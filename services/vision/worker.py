@@ -107,12 +107,16 @@ class Worker:
     def run(self) -> None:
         """Handle events until the process must stop or has drained."""
         while (events := self._wait_for_events()) is not None:
-            for event in events:
-                self._handle_alone(event)
-            self._drop_lapsed_grants()
-            self._encode_next()
-            self._announce_vacancies()
-            self._member.expected_delay = self._queue_seconds()
+            self.step(events)
+
+    def step(self, events: Iterable[Event[VisionInbound]]) -> None:
+        """Handle events, and do what they make possible."""
+        for event in events:
+            self._handle_alone(event)
+        self._drop_lapsed_grants()
+        self._encode_next()
+        self._announce_vacancies()
+        self._member.expected_delay = self._queue_seconds()
 
     def _wait_for_events(self) -> list[Event[VisionInbound]] | None:
         self._member.credits = self._room.num_free(self._num_granted())
