@@ -60,10 +60,10 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
     """
     done: Counter[str] = Counter()
     ends: list[tuple[float, str]] = []
-    free = dict.fromkeys(pool._replicas, pool.clock.now)
+    free = dict.fromkeys(pool._replicas._by_id, pool.clock.now)
     while sum(done.values()) < until:
         for one in pool.assign():
-            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[
+            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas._by_id[
                 one.vision_id
             ].expected(one.prepared.num_patches)
             ends.append((free[one.vision_id], one.vision_id))
