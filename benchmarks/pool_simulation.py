@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pool_loads import Arrival, Finished, Spec
+from benchmarks.pool_loads import SIZES, Arrival, Finished, Spec
 from common.checkpoint import open_checkpoint
 from common.events import PeerUp, Received
 from common.member import Posted
@@ -121,6 +121,7 @@ class Replica:
     """A vision replica: the real worker, and a tower that waits. It is the worker's member, too."""
 
     def __init__(self, name: str, spec: Spec, net: Net, rules: ItemRules) -> None:
+        self.id = name
         self.spec = spec
         self.links = net.links_of(name)
         self.expected_delay = 0.0
@@ -135,7 +136,7 @@ class Replica:
             member,
             cache,
             "float32",
-            EncodeTimes(spec.buckets),
+            measured_times(spec),
             VisionMetrics(cache),
             rules,
             net.clock,
@@ -164,6 +165,15 @@ class Replica:
         began = time.thread_time()
         self.worker.step([event])
         self._net.costs.vision += time.thread_time() - began
+
+
+def measured_times(spec: Spec) -> EncodeTimes:
+    """Return the times of a replica that has encoded items of every size before."""
+    times = EncodeTimes(spec.buckets)
+    for num_patches in filter(spec.fits, SIZES):
+        times.record(num_patches, spec.seconds(num_patches))
+    times.changed_notably()
+    return times
 
 
 class Preprocess:

@@ -4,6 +4,7 @@ An item waits here, not at a replica, until a replica grants it. So the replica 
 gets the oldest item that fits, whether the replica was there before, came back, or is new.
 """
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -30,6 +31,8 @@ The item's content decides between them."""
 FULL_FACTOR = 1.5
 """An item waits for a full replica if the replica is expected to finish sooner by this factor than
 one with room."""
+UNKNOWN_WAIT = 0.5
+"""How long an item is expected to wait at a replica that others may have given work, in items."""
 UNMEASURED_SECONDS_PER_PATCH = 1e-4
 FAILED_SECONDS = 1.0
 """The time that each failure in a row adds to a replica's expected times. Otherwise a replica that
@@ -47,8 +50,6 @@ class Shortlist:
 
     def without(self, vision_ids: set[str]) -> "Shortlist":
         """Return the others; all if there is no other one."""
-        if not vision_ids:
-            return self
         others = Shortlist(
             *(
                 {r: cost for r, cost in costs.items() if r.id not in vision_ids}
@@ -77,6 +78,8 @@ class VisionPool:
         replica.buckets = load.buckets
         replica.seconds = dict(zip(load.sizes, load.seconds, strict=False))
         replica.free_at = self._clock() + load.wait_seconds
+        replica.is_shared = load.is_shared
+        replica.is_idle = load.is_idle
         self._replicas.put(replica)
 
     def on_answer(
@@ -225,6 +228,7 @@ class VisionPool:
         self.remove(item)
         item.vision_id = replica.id
         replica.unanswered += 1
+        replica.is_idle = False
         replica.free_at = max(now, replica.free_at) + self._seconds(
             replica, item.prepared.num_patches
         )
@@ -269,11 +273,14 @@ class VisionPool:
         """
         size = item.prepared.num_patches
         mm_hash = item.prepared.mm_hash
-        both = shortlist.without(item.failed_at)
-        limit = NEAR_FACTOR * min((both.open | both.full).values()) + NEAR_SECONDS
-        near = [replica for replica, cost in both.open.items() if cost <= limit]
-        if not near:
-            return min(both.full, key=both.full.__getitem__)
+        if item.failed_at:
+            shortlist = shortlist.without(item.failed_at)
+        open_seconds = min(shortlist.open.values(), default=math.inf)
+        full_seconds = min(shortlist.full.values(), default=math.inf)
+        limit = NEAR_FACTOR * min(open_seconds, full_seconds) + NEAR_SECONDS
+        if open_seconds > limit:
+            return min(shortlist.full, key=shortlist.full.__getitem__)
+        near = [replica for replica, cost in shortlist.open.items() if cost <= limit]
         neighbours = [
             replica
             for replica in self._replicas.neighbours(mm_hash)
@@ -288,8 +295,9 @@ class VisionPool:
         self, replica: VisionReplica, num_patches: int, later: dict[str, float], now: float
     ) -> float:
         """Return the seconds until it is expected to finish an item of this size."""
-        wait = max(0.0, replica.free_at - now) + later.get(replica.id, 0.0)
         seconds = self._seconds(replica, num_patches) + FAILED_SECONDS * replica.num_failed
+        least = UNKNOWN_WAIT * seconds if replica.may_be_busy else 0.0
+        wait = max(least, replica.free_at - now) + later.get(replica.id, 0.0)
         return wait + seconds if replica.is_open else FULL_FACTOR * (max(wait, seconds) + seconds)
 
     def _seconds(self, replica: VisionReplica, num_patches: int) -> float:

@@ -27,6 +27,9 @@ ALIKE_FACTOR = 1.25
 STALE_FACTOR = 4
 """A heap is cleaned when it has this many times more entries than there are replicas."""
 
+IDLE = float("-inf")
+"""Where replicas stand in a heap that are known to be idle while others may be."""
+
 Kind = tuple[tuple[int, ...], int | None, int]
 """Buckets, speed as a logarithm (None if unknown), and the number of failures in a row."""
 
@@ -47,6 +50,10 @@ class VisionReplica:
     is_draining: bool = False
     num_failed: int = 0
     """The number of items in a row that it failed with."""
+    is_shared: bool = False
+    """Whether too many preprocesses use it for each to learn of its items."""
+    is_idle: bool = False
+    """Whether it has reported that, though shared, it is idle, and was offered nothing since."""
     entry: int = -1
     """Names its valid entry in a heap; -1 if it has none."""
     kind: Kind | None = None
@@ -67,6 +74,11 @@ class VisionReplica:
         """Whether it may be offered another item now."""
         return self.has_room and self.unanswered < MAX_UNANSWERED
 
+    @property
+    def may_be_busy(self) -> bool:
+        """Whether it may have items of others that nobody knows of here."""
+        return self.is_shared and not self.is_idle
+
     def own_kind(self) -> Kind:
         speed = None
         if self.seconds:
@@ -83,7 +95,9 @@ class Heap:
 
     def put(self, replica: VisionReplica, num_alike: int) -> None:
         """Add the valid entry of a replica, which has `num_alike` others of its kind."""
-        heapq.heappush(self._entries, (replica.free_at, replica.entry, replica))
+        is_first = replica.is_shared and replica.is_idle
+        place = IDLE if is_first else replica.free_at
+        heapq.heappush(self._entries, (place, replica.entry, replica))
         if len(self._entries) > STALE_FACTOR * (num_alike + NUM_EARLIEST):
             self._entries = [entry for entry in self._entries if is_valid(entry)]
             heapq.heapify(self._entries)
