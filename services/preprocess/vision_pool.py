@@ -259,7 +259,7 @@ class VisionPool:
         shortlist = Shortlist({}, {})
         for alike in fitting:
             for heap, costs in ((alike.open, shortlist.open), (alike.full, shortlist.full)):
-                for replica in heap.earliest(NUM_EARLIEST):
+                for replica in heap.first(NUM_EARLIEST):
                     costs[replica] = self._cost(replica, num_patches, later, now)
         return shortlist
 

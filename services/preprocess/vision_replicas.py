@@ -5,7 +5,6 @@ in two heaps by the time at which they would begin another item: the open ones a
 So the number of replicas that a choice looks at does not grow with the fleet.
 """
 
-import heapq
 import itertools
 import math
 import zlib
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.buckets import bucket_of, expected_seconds
+from services.preprocess.heap import NO_ENTRY, Heap
 
 MAX_UNANSWERED = 2
 """How many offers to one replica may be unanswered. A frozen replica delays at most these until its
@@ -24,8 +24,6 @@ NUM_NEIGHBOURS = 16
 """How many further replicas it looks at. They depend on the content of the item alone."""
 ALIKE_FACTOR = 1.25
 """Replicas are alike if their speeds differ by about this factor at most."""
-STALE_FACTOR = 4
-"""A heap is cleaned when it has this many times more entries than there are replicas."""
 
 IDLE = float("-inf")
 """Where replicas stand in a heap that are known to be idle while others may be."""
@@ -54,8 +52,7 @@ class VisionReplica:
     """Whether too many preprocesses use it for each to learn of its items."""
     is_idle: bool = False
     """Whether it has reported that, though shared, it is idle, and was offered nothing since."""
-    entry: int = -1
-    """Names its valid entry in a heap; -1 if it has none."""
+    entry: int = NO_ENTRY
     kind: Kind | None = None
     """Where it was put; None if it was put nowhere."""
     counts_as_open: bool = False
@@ -87,45 +84,13 @@ class VisionReplica:
         return self.buckets, speed, self.num_failed
 
 
-class Heap:
-    """Replicas by the time at which they would begin another item. Old entries are skipped."""
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[float, int, VisionReplica]] = []
-
-    def put(self, replica: VisionReplica, num_alike: int) -> None:
-        """Add the valid entry of a replica, which has `num_alike` others of its kind."""
-        is_first = replica.is_shared and replica.is_idle
-        place = IDLE if is_first else replica.free_at
-        heapq.heappush(self._entries, (place, replica.entry, replica))
-        if len(self._entries) > STALE_FACTOR * (num_alike + NUM_EARLIEST):
-            self._entries = [entry for entry in self._entries if is_valid(entry)]
-            heapq.heapify(self._entries)
-
-    def earliest(self, count: int) -> list[VisionReplica]:
-        """Return the first replicas, at most `count`."""
-        found: list[tuple[float, int, VisionReplica]] = []
-        while self._entries and len(found) < count:
-            entry = heapq.heappop(self._entries)
-            if is_valid(entry):
-                found.append(entry)
-        for entry in found:
-            heapq.heappush(self._entries, entry)
-        return [replica for _, _, replica in found]
-
-
-def is_valid(entry: tuple[float, int, VisionReplica]) -> bool:
-    """Whether an entry is the latest one of its replica."""
-    return entry[2].entry == entry[1]
-
-
 class Alike:
     """The replicas of one kind."""
 
     def __init__(self) -> None:
         self.members: dict[str, VisionReplica] = {}
-        self.open = Heap()
-        self.full = Heap()
+        self.open = Heap[VisionReplica]()
+        self.full = Heap[VisionReplica]()
         self.num_open = 0
 
     @property
@@ -141,7 +106,6 @@ class VisionReplicas:
         self._kinds: dict[Kind, Alike] = {}
         self._ring: list[tuple[int, str]] = []
         """The replicas that can be chosen, at places that depend on their ids alone."""
-        self._entries = itertools.count()
 
     def get(self, vision_id: str) -> VisionReplica | None:
         return self._by_id.get(vision_id)
@@ -172,9 +136,9 @@ class VisionReplicas:
         alike = self._kinds[kind]
         alike.num_open += replica.is_open - replica.counts_as_open
         replica.counts_as_open = replica.is_open
-        replica.entry = next(self._entries)
         heap = alike.open if replica.is_open else alike.full
-        heap.put(replica, len(alike.members))
+        is_first = replica.is_shared and replica.is_idle
+        heap.put(replica, IDLE if is_first else replica.free_at, len(alike.members))
 
     def _take_out(self, replica: VisionReplica) -> None:
         if replica.kind is None:
@@ -186,7 +150,7 @@ class VisionReplicas:
             del self._kinds[replica.kind]
         del self._ring[bisect_left(self._ring, place_of(replica.id))]
         replica.kind = None
-        replica.entry = -1
+        replica.entry = NO_ENTRY
         replica.counts_as_open = False
 
     def remove(self, vision_id: str) -> VisionReplica | None:
