@@ -39,6 +39,7 @@ COLUMNS = (
     *("preprocess us", "vision us", "messages", "offers"),
 )
 NUM_CHOICES = 300
+ITEMS_PER_REPLICA = 5
 
 
 def main() -> None:
@@ -81,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.replicas = [8]
         arguments.preprocess = [2, 10]
+        arguments.items = 100
     return arguments
 
 
@@ -97,11 +99,11 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, float]
 
 
 def measure(
-    fleet_name: str, replicas: int, preprocess: int, load: float, per_replica: int, seed: int
+    fleet_name: str, replicas: int, preprocess: int, load: float, least_items: int, seed: int
 ) -> dict[str, Any]:
     """Return one row of the table. Times in milliseconds and CPU microseconds for each item."""
     fleet = FLEETS[fleet_name](replicas)
-    items = arrivals(fleet, preprocess, load, max(1000, per_replica * replicas), seed)
+    items = arrivals(fleet, preprocess, load, max(least_items, ITEMS_PER_REPLICA * replicas), seed)
     finished, costs = simulate(fleet, preprocess, items)
     best = ideal(fleet, items)
     return {

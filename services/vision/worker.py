@@ -178,13 +178,18 @@ class Worker:
                 self._send_load(self._peers if is_news else [peer_id])
             case PeerDown(peer_id=peer_id, role="preprocess", reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
-                self._peers.discard(peer_id)
-                if len(self._peers) == MAX_NOTIFIED:
-                    self._send_load(self._peers)
-                self._room.forget(peer_id)
-                self._drop(lambda job: job.preprocess_id == peer_id)
+                self._forget_peer(peer_id)
             case Drain():
                 self._draining = True
+
+    def _forget_peer(self, peer_id: str) -> None:
+        self._peers.discard(peer_id)
+        if len(self._peers) == MAX_NOTIFIED:
+            self._send_load(self._peers)
+        if self._told_idle is not None and peer_id in self._told_idle:
+            self._told_idle = None
+        self._room.forget(peer_id)
+        self._drop(lambda job: job.preprocess_id == peer_id)
 
     def _handle_message(self, peer_id: str, message: VisionInbound) -> None:
         match message:
