@@ -20,6 +20,7 @@ from common.events import PeerUp, Received
 from common.member import Posted
 from common.messages import Embeddings, ItemKey, ItemReceived, Offer, Peer, Reserved
 from common.settings import EMBEDDED_MODEL
+from common.tracing import NO_TRACING
 from common.wire import Tensor
 from services.preprocess.dispatcher import Dispatcher
 from services.preprocess.in_flight import Handover, PendingItem
@@ -122,6 +123,7 @@ class Replica:
 
     def __init__(self, name: str, spec: Spec, net: Net, rules: ItemRules) -> None:
         self.id = name
+        self.tracing = NO_TRACING
         self.spec = spec
         self.links = net.links_of(name)
         self.expected_delay = 0.0
