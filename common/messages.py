@@ -401,7 +401,8 @@ class Vacancy(Message):
 class VisionLoad(Message):
     """What a replica can run, how long that takes, and when it would start an item.
 
-    Sent when a preprocess connects, and when work of another preprocess changes the figures.
+    Sent when a preprocess connects, and when work of another preprocess changes the figures. If
+    many preprocesses share the replica, only a few learn that it has become idle.
     """
 
     buckets: Buckets = ()
@@ -410,6 +411,10 @@ class VisionLoad(Message):
     """Patch counts measured so far: items of up to `sizes[i]` patches took `seconds[i]`."""
     seconds: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_BUCKETS)] = ()
     wait_seconds: Seconds = 0.0
+    is_shared: bool = False
+    """More preprocesses use the replica than it notifies of every item, so it may be busy."""
+    is_idle: bool = False
+    """The receiver is one of the few that learn that the shared replica is idle."""
 
 
 VisionToPreprocess = Grant | CacheHit | Busy | Vacancy | VisionLoad | Failed

@@ -21,6 +21,9 @@ class MembershipTable:
         self.num_lost = 0
         """Members that died without draining first."""
 
+    def __len__(self) -> int:
+        return len(self._members)
+
     def report(self, member: control_pb2.Member, now: float) -> bool:
         """Store a member's report and renew its lease.
 

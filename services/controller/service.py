@@ -35,6 +35,9 @@ MAX_SILENT_STREAMS = 256
 """Streams that have sent nothing yet."""
 REPORT_SECONDS = 0.01
 """The least time between two reports of a stream that are handled."""
+LIST_SECONDS_PER_MEMBER = 0.0005
+"""The least time between two lists for one watcher, for each member that they have. So many changes
+at once, as at a start, become few lists, and those that a second has cost the same in any fleet."""
 ANSWER_SECONDS = 5.0
 """How long a member may take to start draining, and the launcher to accept a replica count."""
 
@@ -94,6 +97,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             yield self._response(stream)
             while True:
                 await stream.changed.wait()
+                if stream.is_watching:
+                    await asyncio.wait({reports}, timeout=self._list_pause())
                 stream.changed.clear()
                 if reports.done() or self._has_died(stream):
                     return
@@ -270,6 +275,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def _notify_watchers(self) -> None:
         for watcher in self._watchers:
             watcher.changed.set()
+
+    def _list_pause(self) -> float:
+        """Return how long further changes are waited for before the list is sent."""
+        return LIST_SECONDS_PER_MEMBER * len(self._table)
 
     def _response(self, stream: JoinStream) -> control_pb2.JoinResponse:
         launcher = stream.launcher

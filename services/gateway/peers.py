@@ -32,6 +32,8 @@ class Peers:
         """Every live member that the controller knows."""
         self.changed = asyncio.Event()
         """Set when the members or their states changed. The one that waits for it clears it."""
+        self._ready_ids: set[str] = set()
+        self._ready_roles: set[str] = set()
         self.tasks: tuple[str, ...] = ("generate",)
         """What the served model does. The gateway opens no checkpoint: preprocess reports it."""
         self.stages: tuple[str, ...] = STAGES
@@ -47,6 +49,9 @@ class Peers:
     def on_members(self, members: list[control_pb2.Member]) -> None:
         """Store the members that the controller knows."""
         self.members = [m for m in members if m.state != DEAD]
+        ready = [m for m in members if m.state == READY]
+        self._ready_ids = {m.id for m in ready}
+        self._ready_roles = {m.role for m in ready}
         for member in self.members:
             if member.role == "preprocess" and member.tasks and member.stages:
                 self.tasks = tuple(member.tasks)
@@ -131,11 +136,7 @@ class Peers:
 
     def unready_reason(self) -> str:
         """Return which stages are not ready or not connected; empty if every stage is."""
-        missing = [
-            role
-            for role in self.stages
-            if not any(m.role == role and m.state == READY for m in self.members)
-        ]
+        missing = [role for role in self.stages if role not in self._ready_roles]
         missing += [role for role in self.missing() if role not in missing]
         return f"no {' and no '.join(missing)} is ready" if missing else ""
 
@@ -166,8 +167,7 @@ class Peers:
         connected = self.connected(role)
         num_held = Counter(holders)
         lasting = [peer_id for peer_id in connected if peer_id not in self._draining] or connected
-        ready = {m.id for m in self.members if m.state == READY}
-        candidates = [peer_id for peer_id in lasting if peer_id in ready] or lasting
+        candidates = [peer_id for peer_id in lasting if peer_id in self._ready_ids] or lasting
         best = min(candidates, key=num_held.__getitem__)
         return Peer(best, self._connected[best].address)
 

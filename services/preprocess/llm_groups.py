@@ -1,13 +1,14 @@
 """Chooses the language group of each request, by load and by prefix cache. Uses no socket."""
 
-import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 
 from common.messages import LlmLoad, Peer
+from services.preprocess.heap import NO_ENTRY, Heap
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.prepared import ExpandedPrompt
 
@@ -16,6 +17,8 @@ PREFIX_TOKENS = 64
 MAX_STEPS = 64
 REMEMBERED_PREFIXES = 8192
 """How many steps of a group's latest prompts are remembered. Its prefix cache forgets, too."""
+NUM_LOOKED_AT = 8
+"""How many groups a choice looks at, however many there are."""
 CLEARLY_BUSIER = 4
 """A prompt leaves the group with its prefix if another has this many requests fewer, or at most
 half as many."""
@@ -31,6 +34,7 @@ class Group:
     free_tokens: int | None = None
     """The tokens that its KV cache has room for, by its last report."""
     is_draining: bool = False
+    entry: int = NO_ENTRY
     prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def is_full_for(self, num_tokens: int) -> bool:
@@ -41,14 +45,6 @@ class Group:
         """Return how many steps of the prompt this group has computed before."""
         return next((n for n, step in enumerate(steps) if step not in self.prefixes), len(steps))
 
-    def remember(self, steps: list[bytes]) -> None:
-        """Note that this group computes a prompt with these steps."""
-        for step in steps:
-            self.prefixes[step] = None
-            self.prefixes.move_to_end(step)
-        while len(self.prefixes) > REMEMBERED_PREFIXES:
-            self.prefixes.popitem(last=False)
-
 
 class LlmGroups:
     """The connected language groups."""
@@ -56,16 +52,36 @@ class LlmGroups:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._groups: dict[str, Group] = {}
-        self._turn = itertools.count()
+        self._lasting = Heap[Group]()
+        """The groups that are not draining, by their number of requests."""
+        self._draining = Heap[Group]()
+        self._holders: dict[bytes, dict[str, None]] = {}
+        """By step: the ids of the groups that remember it."""
         self._lost = float("-inf")
 
     def add(self, peer: Peer) -> None:
-        self._groups[peer.id] = Group(peer)
+        self.remove(peer.id)
+        self._groups[peer.id] = group = Group(peer)
+        self._put(group)
 
     def remove(self, llm_id: str) -> None:
         """Forget a dead group."""
-        if self._groups.pop(llm_id, None):
+        if group := self._groups.pop(llm_id, None):
+            group.entry = NO_ENTRY
+            for step in group.prefixes:
+                self._forget_holder(step, llm_id)
             self._lost = self._clock()
+
+    def _put(self, group: Group) -> None:
+        """Put a group where it belongs, because something about it has changed."""
+        heap = self._draining if group.is_draining else self._lasting
+        heap.put(group, group.num_requests, len(self._groups))
+
+    def _forget_holder(self, step: bytes, llm_id: str) -> None:
+        holders = self._holders[step]
+        del holders[llm_id]
+        if not holders:
+            del self._holders[step]
 
     def has_other(self, avoid: str) -> bool:
         """Whether there is a group that is neither draining nor the one to avoid."""
@@ -84,12 +100,14 @@ class LlmGroups:
         """Give new requests to other groups. Otherwise a draining group would never end."""
         if group := self._groups.get(llm_id):
             group.is_draining = True
+            self._put(group)
             self._lost = self._clock()
 
     def update_load(self, llm_id: str, load: LlmLoad) -> None:
         if group := self._groups.get(llm_id):
             group.num_requests = load.running + load.waiting
             group.free_tokens = load.free_tokens
+            self._put(group)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -99,31 +117,54 @@ class LlmGroups:
 
         A draining group is chosen only if there is no other. None: there is no group.
         """
-        candidates = [group for group in self._groups.values() if group.peer.id != avoid]
-        candidates = [group for group in candidates if not group.is_draining] or candidates
-        if not candidates:
+        least = self._least_busy(prompt.num_tokens, avoid)
+        if least is None:
             return None
         steps = prefix_steps(prompt, mm_hashes)
-        group = self._best(candidates, steps, prompt.num_tokens)
+        group = self._with_prefix(steps, least, avoid) or least
         group.num_requests += 1
-        group.remember(steps)
+        self._put(group)
+        self._remember(group, steps)
         return group.peer
 
-    def _best(self, candidates: list[Group], steps: list[bytes], num_tokens: int) -> Group:
-        """Return the group with the longest prefix, unless it is clearly busier than another.
+    def _least_busy(self, num_tokens: int, avoid: str) -> Group | None:
+        """Return the group with the fewest requests, rather one whose KV cache has room.
 
         Equally good groups take turns.
         """
-        turn = next(self._turn) % len(candidates)
-        in_turn = candidates[turn:] + candidates[:turn]
-        least = min(in_turn, key=lambda group: (group.is_full_for(num_tokens), group.num_requests))
-        matching = max(in_turn, key=lambda group: group.match(steps))
-        is_clearly_busier = matching.num_requests > max(
-            least.num_requests + CLEARLY_BUSIER, 2 * least.num_requests
-        )
-        if matching.match(steps) > least.match(steps) and not is_clearly_busier:
-            return matching
-        return least
+        for heap in (self._lasting, self._draining):
+            groups = [group for group in heap.first(NUM_LOOKED_AT) if group.peer.id != avoid]
+            if groups:
+                return next((g for g in groups if not g.is_full_for(num_tokens)), groups[0])
+        return None
+
+    def _with_prefix(self, steps: list[bytes], least: Group, avoid: str) -> Group | None:
+        """Return a group with a longer prefix than the least busy one, unless it is clearly busier.
+
+        Of the groups with the prompt's longest known step, a few are looked at.
+        """
+        deepest = next((step for step in reversed(steps) if step in self._holders), None)
+        if deepest is None or deepest in least.prefixes:
+            return None
+        holders = islice(self._holders[deepest], NUM_LOOKED_AT)
+        groups = [self._groups[llm_id] for llm_id in holders if llm_id != avoid]
+        groups = [group for group in groups if group.is_draining <= least.is_draining]
+        if not groups:
+            return None
+        group = min(groups, key=lambda group: (-group.match(steps), group.num_requests))
+        most = max(least.num_requests + CLEARLY_BUSIER, 2 * least.num_requests)
+        is_better = group.match(steps) > least.match(steps) and group.num_requests <= most
+        return group if is_better else None
+
+    def _remember(self, group: Group, steps: list[bytes]) -> None:
+        """Note that a group computes a prompt with these steps."""
+        for step in steps:
+            group.prefixes[step] = None
+            group.prefixes.move_to_end(step)
+            self._holders.setdefault(step, {})[group.peer.id] = None
+        while len(group.prefixes) > REMEMBERED_PREFIXES:
+            step, _ = group.prefixes.popitem(last=False)
+            self._forget_holder(step, group.peer.id)
 
 
 def prefix_steps(prompt: ExpandedPrompt, mm_hashes: list[str]) -> list[bytes]:

@@ -4,20 +4,24 @@ An item waits here, not at a replica, until a replica grants it. So the replica 
 gets the oldest item that fits, whether the replica was there before, came back, or is new.
 """
 
+import math
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
-from common.buckets import bucket_of, expected_seconds
+from common.buckets import bucket_of
 from common.messages import ItemKey, VisionLoad
 from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
+from services.preprocess.vision_replicas import (
+    MAX_UNANSWERED,
+    NUM_EARLIEST,
+    VisionReplica,
+    VisionReplicas,
+    rank,
+)
 
-MAX_UNANSWERED = 2
-"""How many offers to one replica may be unanswered. A frozen replica delays at most these until its
-lease ends."""
 MAX_LOOKED_AT = 32
 """How many waiting items get a replica chosen at once."""
 NEAR_FACTOR = 1.25
@@ -27,6 +31,8 @@ The item's content decides between them."""
 FULL_FACTOR = 1.5
 """An item waits for a full replica if the replica is expected to finish sooner by this factor than
 one with room."""
+UNKNOWN_WAIT = 0.5
+"""How long an item is expected to wait at a replica that others may have given work, in items."""
 UNMEASURED_SECONDS_PER_PATCH = 1e-4
 FAILED_SECONDS = 1.0
 """The time that each failure in a row adds to a replica's expected times. Otherwise a replica that
@@ -35,35 +41,22 @@ MAX_FAILED = 10
 REMEMBERED_ITEMS = 20_000
 
 
-@dataclass(slots=True, eq=False)
-class VisionReplica:
-    """A replica that has reported what it can run."""
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """Replicas that may be good for items of one size, and the seconds until each would finish."""
 
-    id: str
-    buckets: tuple[int, ...] = ()
-    seconds: dict[int, float] = field(default_factory=dict)
-    """The measured time of an item, by bucket."""
-    free_at: float = 0.0
-    """When it would begin another item, by its last report and what it was offered since."""
-    has_room: bool = True
-    unanswered: int = 0
-    """The offers that it has not answered yet."""
-    is_draining: bool = False
-    num_failed: int = 0
-    """The number of items in a row that it failed with."""
+    open: dict[VisionReplica, float]
+    full: dict[VisionReplica, float]
 
-    def expected(self, num_patches: int) -> float:
-        """Return the expected seconds in the tower; 0 if nothing was measured yet."""
-        return expected_seconds(self.seconds, self.buckets, num_patches)
-
-    def fits(self, num_patches: int) -> bool:
-        """Whether it can run an item of this size."""
-        return bucket_of(num_patches, self.buckets) > 0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it may be offered another item now."""
-        return self.has_room and self.unanswered < MAX_UNANSWERED
+    def without(self, vision_ids: set[str]) -> "Shortlist":
+        """Return the others; all if there is no other one."""
+        others = Shortlist(
+            *(
+                {r: cost for r, cost in costs.items() if r.id not in vision_ids}
+                for costs in (self.open, self.full)
+            )
+        )
+        return others if others.open or others.full else self
 
 
 class VisionPool:
@@ -71,7 +64,7 @@ class VisionPool:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._replicas: dict[str, VisionReplica] = {}
+        self._replicas = VisionReplicas()
         self._waiting: OrderedDict[ItemKey, PendingItem] = OrderedDict()
         self._waiting_seconds = 0.0
         self._holders: OrderedDict[str, str] = OrderedDict()
@@ -81,10 +74,13 @@ class VisionPool:
 
     def update_load(self, vision_id: str, load: VisionLoad) -> None:
         """Handle a replica's report, its first one or a later one."""
-        replica = self._replicas.setdefault(vision_id, VisionReplica(vision_id))
+        replica = self._replicas.add(vision_id)
         replica.buckets = load.buckets
         replica.seconds = dict(zip(load.sizes, load.seconds, strict=False))
         replica.free_at = self._clock() + load.wait_seconds
+        replica.is_shared = load.is_shared
+        replica.is_idle = load.is_idle
+        self._replicas.put(replica)
 
     def on_answer(
         self, vision_id: str, has_room: bool | None = None, wait_seconds: float | None = None
@@ -108,37 +104,36 @@ class VisionPool:
             replica.has_room = replica.has_room if has_room is None else has_room
             if wait_seconds is not None:
                 replica.free_at = self._clock() + wait_seconds
+            self._replicas.put(replica)
 
     def on_item_end(self, vision_id: str, failed: bool) -> None:
         """Count an item that the replica has failed with, or reset the count after a success."""
         if replica := self._replicas.get(vision_id):
             replica.num_failed = min(replica.num_failed + 1, MAX_FAILED) if failed else 0
+            self._replicas.put(replica)
 
     def drain(self, vision_id: str) -> None:
         """Offer nothing more to a replica."""
         if replica := self._replicas.get(vision_id):
             replica.is_draining = True
             self._lost[replica.buckets] = self._clock()
+            self._replicas.put(replica)
 
     def remove_replica(self, vision_id: str) -> None:
         """Forget a dead replica."""
-        if replica := self._replicas.pop(vision_id, None):
+        if replica := self._replicas.remove(vision_id):
             self._lost[replica.buckets] = self._clock()
 
     @property
     def num_replicas(self) -> int:
-        return len(self._usable())
+        """The number of replicas that are not draining."""
+        return self._replicas.num_usable
 
     @property
     def buckets(self) -> tuple[int, ...]:
         """The buckets of all replicas; none if a replica takes any item, or there is no replica."""
-        usable = self._usable()
-        if not all(replica.buckets for replica in usable):
-            return ()
-        return tuple(sorted({bucket for replica in usable for bucket in replica.buckets}))
-
-    def _usable(self) -> list[VisionReplica]:
-        return [replica for replica in self._replicas.values() if not replica.is_draining]
+        found = [replica.buckets for replica in self._replicas.examples()]
+        return tuple(sorted(set().union(*found))) if all(found) else ()
 
     # Items
 
@@ -187,12 +182,11 @@ class VisionPool:
 
     def hopeless_items(self) -> list[PendingItem]:
         """Return the items that no replica can run, if a fitting replica is gone for too long."""
-        usable = self._usable()
         now = self._clock()
         hopeless = []
         for item in self._waiting.values():
             num_patches = item.prepared.num_patches
-            if any(replica.fits(num_patches) for replica in usable):
+            if any(self._replicas.fitting(num_patches)):
                 continue
             lost = [when for buckets, when in self._lost.items() if bucket_of(num_patches, buckets)]
             if now - max(lost, default=float("-inf")) > MISSING_SECONDS:
@@ -206,27 +200,27 @@ class VisionPool:
         where it is expected to finish first. If that replica is full, the item keeps waiting for
         it, and the items behind it take its time into account.
         """
-        usable = self._usable()
-        open_ids = {replica.id for replica in usable if replica.is_open}
-        if not self._waiting or not usable:
-            return []
         now = self._clock()
         offers = []
-        free_at = {replica.id: max(now, replica.free_at) for replica in usable}
+        later: dict[str, float] = {}
+        shortlists: dict[int, Shortlist | None] = {}
         for item in list(islice(self._waiting.values(), MAX_LOOKED_AT)):
-            replica = self._holder(item) or (
-                self._first_to_finish(item, usable, free_at, now) if open_ids else None
-            )
+            size = item.prepared.num_patches
+            replica = self._holder(item)
             if replica is None:
-                continue
-            if replica.id in open_ids or replica.id == self._holders.get(item.prepared.mm_hash):
-                self._dequeue(item, replica, now)
-                offers.append(item)
+                if size not in shortlists:
+                    shortlists[size] = self._shortlist(size, later, now)
+                shortlist = shortlists[size]
+                if shortlist is None:
+                    continue
+                replica = self._first_to_finish(item, shortlist, now)
                 if not replica.is_open:
-                    open_ids.discard(replica.id)
-            free_at[replica.id] = max(free_at[replica.id], now) + self._seconds(
-                replica, item.prepared.num_patches
-            )
+                    later[replica.id] = later.get(replica.id, 0.0) + self._seconds(replica, size)
+                    shortlist.full[replica] = self._cost(replica, size, later, now)
+                    continue
+            self._dequeue(item, replica, now)
+            offers.append(item)
+            shortlists = {}
         return offers
 
     def _dequeue(self, item: PendingItem, replica: VisionReplica, now: float) -> None:
@@ -234,9 +228,11 @@ class VisionPool:
         self.remove(item)
         item.vision_id = replica.id
         replica.unanswered += 1
+        replica.is_idle = False
         replica.free_at = max(now, replica.free_at) + self._seconds(
             replica, item.prepared.num_patches
         )
+        self._replicas.put(replica)
 
     def _holder(self, item: PendingItem) -> VisionReplica | None:
         """Return the replica that has the embeddings already. It needs no room for them."""
@@ -250,33 +246,59 @@ class VisionPool:
             return None
         return replica
 
-    def _first_to_finish(
-        self, item: PendingItem, usable: list[VisionReplica], free_at: dict[str, float], now: float
-    ) -> VisionReplica | None:
-        """Return the replica that is expected to finish the item first, if any can run it.
+    def _shortlist(
+        self, num_patches: int, later: dict[str, float], now: float
+    ) -> "Shortlist | None":
+        """Return replicas for items of this size; None if none that can run them is open.
 
-        Among equally good ones it is the same for every preprocess.
+        `later` has the seconds of the items that wait for a full replica already.
         """
-        num_patches = item.prepared.num_patches
-        fitting = [replica for replica in usable if replica.fits(num_patches)]
-        candidates = [replica for replica in fitting if replica.id not in item.failed_at] or fitting
-        if not candidates:
+        fitting = list(self._replicas.fitting(num_patches))
+        if not any(alike.num_open for alike in fitting):
             return None
-        costs = {
-            replica.id: self._cost(replica, num_patches, free_at[replica.id], now)
-            for replica in candidates
-        }
-        limit = NEAR_FACTOR * min(costs.values()) + NEAR_SECONDS
-        near = [replica for replica in candidates if costs[replica.id] <= limit]
-        mm_hash = item.prepared.mm_hash
-        return max(near, key=lambda replica: (replica.has_room, rank(mm_hash, replica.id)))
+        shortlist = Shortlist({}, {})
+        for alike in fitting:
+            for heap, costs in ((alike.open, shortlist.open), (alike.full, shortlist.full)):
+                for replica in heap.first(NUM_EARLIEST):
+                    costs[replica] = self._cost(replica, num_patches, later, now)
+        return shortlist
 
-    def _cost(self, replica: VisionReplica, num_patches: int, free_at: float, now: float) -> float:
-        """Return the seconds until it is expected to finish."""
+    def _first_to_finish(
+        self, item: PendingItem, shortlist: "Shortlist", now: float
+    ) -> VisionReplica:
+        """Return the replica that is expected to finish the item first.
+
+        Among equally good ones it is one that is open, and the same for every preprocess, as far as
+        possible.
+        """
+        size = item.prepared.num_patches
+        mm_hash = item.prepared.mm_hash
+        if item.failed_at:
+            shortlist = shortlist.without(item.failed_at)
+        open_seconds = min(shortlist.open.values(), default=math.inf)
+        full_seconds = min(shortlist.full.values(), default=math.inf)
+        limit = NEAR_FACTOR * min(open_seconds, full_seconds) + NEAR_SECONDS
+        if open_seconds > limit:
+            return min(shortlist.full, key=shortlist.full.__getitem__)
+        near = [replica for replica, cost in shortlist.open.items() if cost <= limit]
+        neighbours = [
+            replica
+            for replica in self._replicas.neighbours(mm_hash)
+            if replica.is_open
+            and replica.fits(size)
+            and replica.id not in item.failed_at
+            and self._cost(replica, size, {}, now) <= limit
+        ]
+        return max(neighbours or near, key=lambda replica: rank(mm_hash, replica.id))
+
+    def _cost(
+        self, replica: VisionReplica, num_patches: int, later: dict[str, float], now: float
+    ) -> float:
+        """Return the seconds until it is expected to finish an item of this size."""
         seconds = self._seconds(replica, num_patches) + FAILED_SECONDS * replica.num_failed
-        if replica.is_open:
-            return free_at - now + seconds
-        return FULL_FACTOR * (max(free_at - now, seconds) + seconds)
+        least = UNKNOWN_WAIT * seconds if replica.may_be_busy else 0.0
+        wait = max(least, replica.free_at - now) + later.get(replica.id, 0.0)
+        return wait + seconds if replica.is_open else FULL_FACTOR * (max(wait, seconds) + seconds)
 
     def _seconds(self, replica: VisionReplica, num_patches: int) -> float:
         return replica.expected(num_patches) or self._least_seconds(num_patches)
@@ -284,19 +306,9 @@ class VisionPool:
     def _least_seconds(self, num_patches: int) -> float:
         """Return the seconds in the tower of the fastest replica, as far as measured."""
         measured: Iterable[float] = (
-            replica.expected(num_patches)
-            for replica in self._replicas.values()
-            if replica.fits(num_patches)
+            alike.example.expected(num_patches) for alike in self._replicas.fitting(num_patches)
         )
         return min(
             (seconds for seconds in measured if seconds),
             default=UNMEASURED_SECONDS_PER_PATCH * num_patches,
         )
-
-
-def rank(mm_hash: str, vision_id: str) -> int:
-    """Return a number that orders the replicas for an item.
-
-    It is the same for every preprocess, so equal items meet at one replica. Different items spread.
-    """
-    return zlib.crc32(f"{mm_hash}{vision_id}".encode())

@@ -3,6 +3,7 @@
 Embeddings go straight to the language group that the offer names.
 """
 
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -40,6 +41,12 @@ from services.vision.traces import record_failure, record_item
 
 MAX_JOINED = 256
 """Offers of one preprocess that may wait for an equal item of another request."""
+
+MAX_NOTIFIED = 8
+"""Up to this many preprocesses learn of each item that another one brings to an idle replica."""
+NUM_TOLD_IDLE = 2
+"""If there are more, this many learn that the replica has become idle, chosen at random. So the
+messages for an item do not grow with the number of preprocesses."""
 
 JobKey = tuple[str, ItemKey]
 """(preprocess, item): one preprocess cannot take the key of an item of another."""
@@ -93,6 +100,9 @@ class Worker:
         """Every preprocess that is connected."""
         self._visitors: set[str] = set()
         """The peers that connected to this process. It connects to none of them itself."""
+        self._told_idle: set[str] | None = None
+        """The peers that believe that the shared replica is idle; None while it is not."""
+        self._random = random.Random(member.id)
         self._draining = False
         self._log = get_logger()
         member.track_load(self.load)
@@ -107,12 +117,17 @@ class Worker:
     def run(self) -> None:
         """Handle events until the process must stop or has drained."""
         while (events := self._wait_for_events()) is not None:
-            for event in events:
-                self._handle_alone(event)
-            self._drop_lapsed_grants()
-            self._encode_next()
-            self._announce_vacancies()
-            self._member.expected_delay = self._queue_seconds()
+            self.step(events)
+
+    def step(self, events: Iterable[Event[VisionInbound]]) -> None:
+        """Handle events, and do what they make possible."""
+        for event in events:
+            self._handle_alone(event)
+        self._drop_lapsed_grants()
+        self._encode_next()
+        self._announce_vacancies()
+        self._announce_idleness()
+        self._member.expected_delay = self._queue_seconds()
 
     def _wait_for_events(self) -> list[Event[VisionInbound]] | None:
         self._member.credits = self._room.num_free(self._num_granted())
@@ -159,14 +174,22 @@ class Worker:
                 self._handle_message(peer_id, message)
             case PeerUp(peer_id=peer_id, role="preprocess"):
                 self._peers.add(peer_id)
-                self._send_load([peer_id])
+                is_news = len(self._peers) == MAX_NOTIFIED + 1
+                self._send_load(self._peers if is_news else [peer_id])
             case PeerDown(peer_id=peer_id, role="preprocess", reason=reason):
                 self._log.info("peer gone", peer=peer_id, reason=reason)
-                self._peers.discard(peer_id)
-                self._room.forget(peer_id)
-                self._drop(lambda job: job.preprocess_id == peer_id)
+                self._forget_peer(peer_id)
             case Drain():
                 self._draining = True
+
+    def _forget_peer(self, peer_id: str) -> None:
+        self._peers.discard(peer_id)
+        if len(self._peers) == MAX_NOTIFIED:
+            self._send_load(self._peers)
+        if self._told_idle is not None and peer_id in self._told_idle:
+            self._told_idle = None
+        self._room.forget(peer_id)
+        self._drop(lambda job: job.preprocess_id == peer_id)
 
     def _handle_message(self, peer_id: str, message: VisionInbound) -> None:
         match message:
@@ -233,7 +256,9 @@ class Worker:
         if not has_room:
             self._room.enqueue(job.preprocess_id)
         if was_idle:
-            self._send_load(self._peers - {job.preprocess_id})
+            notified = (self._told_idle or set()) if self._is_shared else self._peers
+            self._told_idle = None
+            self._send_load(notified - {job.preprocess_id})
 
     def _refuse(self, job: Job) -> None:
         self._room.enqueue(job.preprocess_id)
@@ -245,6 +270,17 @@ class Worker:
             return
         for peer_id in self._room.invite(self._num_granted()):
             self._member.links.send(peer_id, Vacancy(wait_seconds=self._queue_seconds()))
+
+    def _announce_idleness(self) -> None:
+        """Notify a few peers that the replica is idle, if it is shared by many."""
+        is_idle = not (self._num_granted() or self._room.awaits_answer or self._draining)
+        if is_idle and self._is_shared and self._told_idle is None:
+            self._told_idle = set(self._random.sample(sorted(self._peers), NUM_TOLD_IDLE))
+            self._send_load(self._told_idle, is_idle=True)
+
+    @property
+    def _is_shared(self) -> bool:
+        return len(self._peers) > MAX_NOTIFIED
 
     def _num_granted(self) -> int:
         """The items that take room. One in the tower does so even if nobody wants it any more."""
@@ -414,13 +450,15 @@ class Worker:
         if twins and not is_granted:
             self._grant(twins[0])
 
-    def _send_load(self, peer_ids: Iterable[str]) -> None:
+    def _send_load(self, peer_ids: Iterable[str], is_idle: bool = False) -> None:
         times = self._times
         load = VisionLoad(
             buckets=times.buckets,
             sizes=tuple(times.seconds),
             seconds=tuple(times.seconds.values()),
             wait_seconds=self._queue_seconds(),
+            is_shared=self._is_shared,
+            is_idle=is_idle,
         )
         for peer_id in peer_ids:
             self._member.links.send(peer_id, load)

@@ -131,6 +131,18 @@ async def test_a_member_that_joins_learns_the_lease(stub: Any) -> None:
     assert (await joined.call.read()).lease_seconds == membership_table.LEASE_SECONDS == 3
 
 
+async def test_changes_that_come_together_make_one_list_which_delays_no_end(
+    stub: Any, watcher: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LIST_SECONDS_PER_MEMBER", 10 * DEADLINE)
+    members = [Joined(stub) for _ in range(5)]
+    for number, joined in enumerate(members):
+        await joined.report(member(f"v-{number}"))
+        await joined.read_states()
+    await watcher.call.done_writing()
+    assert await watcher.call.read() is grpc.aio.EOF
+
+
 async def test_a_watcher_gets_the_members_at_once_and_after_every_change(
     stub: Any, watcher: Joined
 ) -> None:

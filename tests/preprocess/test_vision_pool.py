@@ -60,10 +60,10 @@ def serve(pool: Pool, until: int, slots: int = 2) -> Counter[str]:
     """
     done: Counter[str] = Counter()
     ends: list[tuple[float, str]] = []
-    free = dict.fromkeys(pool._replicas, pool.clock.now)
+    free = dict.fromkeys(pool._replicas._by_id, pool.clock.now)
     while sum(done.values()) < until:
         for one in pool.assign():
-            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas[
+            free[one.vision_id] = max(pool.clock.now, free[one.vision_id]) + pool._replicas._by_id[
                 one.vision_id
             ].expected(one.prepared.num_patches)
             ends.append((free[one.vision_id], one.vision_id))
@@ -151,6 +151,20 @@ def test_two_preprocesses_send_equal_images_to_one_replica_and_spread_others() -
             pool.on_answer(vision_id, True, 0.0)
             assert chosen.setdefault(content, vision_id) == vision_id
     assert max(Counter(chosen.values()).values()) <= 20 and len(set(chosen.values())) == 8
+
+
+def test_a_replica_that_others_use_unseen_is_preferred_once_it_reports_that_it_is_idle() -> None:
+    pool = Pool()
+    names = [f"v{n}" for n in range(40)]
+    measured = {"sizes": (64,), "seconds": (0.1,), "is_shared": True}
+    for name in names:
+        pool.update_load(name, VisionLoad(**measured))
+    pool.update_load("v7", VisionLoad(**measured, is_idle=True))
+    pool.update_load("v9", VisionLoad(**measured, is_idle=True))
+    pool.put(0, 1)
+    assert {vision_id for vision_id, _ in pool.offers()} == {"v7", "v9"}
+    pool.put(*range(2, 30))
+    assert len({vision_id for vision_id, _ in pool.offers()}) > 8, "the others are as good"
 
 
 def test_an_image_goes_where_its_embeddings_are_even_if_there_is_no_room() -> None:

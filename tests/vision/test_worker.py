@@ -44,7 +44,7 @@ from services.vision.tower_thread import (
     encode,
     size_of,
 )
-from services.vision.worker import MAX_JOINED, Job, Worker
+from services.vision.worker import MAX_JOINED, MAX_NOTIFIED, NUM_TOLD_IDLE, Job, Worker
 from tests.fakes import FakeMember, received
 from tests.golden import GoldenCase
 
@@ -568,6 +568,32 @@ def test_the_first_grant_is_reported_to_the_others_and_a_measurement_to_all() ->
     reports = replica.take(VisionLoad)
     assert sorted(receiver for receiver, _ in reports) == ["preprocess-1", "preprocess-2"]
     assert reports[0][1].sizes == (4,)
+
+
+def idle_reports(reports: list[tuple[str, VisionLoad]]) -> set[str]:
+    return {receiver for receiver, load in reports if load.is_idle}
+
+
+def test_a_replica_of_many_preprocesses_reports_to_two_of_them_when_it_is_idle() -> None:
+    replica = Replica()
+    names = {f"preprocess-{n}" for n in range(MAX_NOTIFIED + 1)}
+    replica.play([PeerUp(name, "preprocess") for name in sorted(names)])
+    reports = replica.take(VisionLoad)
+    assert {receiver for receiver, load in reports if load.is_shared} == names
+    told = idle_reports(reports)
+    assert len(told) == NUM_TOLD_IDLE
+    replica.play(offer("r0", "a"), pixels("r0", 1))
+    reports = replica.take(VisionLoad)
+    assert {receiver for receiver, _ in reports} == told - {"preprocess-1"}
+    assert not idle_reports(reports), "they learn that it is not idle any more"
+    replica.finish()
+    told = idle_reports(replica.take(VisionLoad))
+    assert len(told) == NUM_TOLD_IDLE
+    lost = max(told)
+    replica.play([PeerDown(lost, "preprocess", "gone")])
+    reports = replica.take(VisionLoad)
+    assert {receiver for receiver, _ in reports} == names - {lost}
+    assert not any(load.is_shared for _, load in reports), "it is not shared by many any more"
 
 
 def test_the_wait_is_the_time_of_all_granted_images_less_the_time_already_spent() -> None:
