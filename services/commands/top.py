@@ -144,11 +144,14 @@ def read_page(url: str) -> str:
 
 
 def print_once(arguments: argparse.Namespace) -> None:
-    """Print one look. Needs no terminal."""
+    """Print one look, with the rates of one interval. Needs no terminal."""
     from rich.console import Console
 
     watched = Watched(arguments.grpc, arguments.url)
     watched.look()
+    if watched.now.counters:
+        time.sleep(arguments.interval)
+        watched.look()
     Console().print(picture(watched))
 
 

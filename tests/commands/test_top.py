@@ -140,7 +140,8 @@ async def test_it_prints_once_into_a_pipe(
     controls: tuple[Controls, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     servicer, target = controls
-    assert await asyncio.to_thread(top, arguments("--grpc", target)) == 0
+    nowhere = f"http://127.0.0.1:{free_port()}/v1"
+    assert await asyncio.to_thread(top, arguments("--grpc", target, "--url", nowhere)) == 0
     assert "vision-0-abc" in capsys.readouterr().out
     assert servicer.asked == 1
 
