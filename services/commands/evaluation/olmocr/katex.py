@@ -51,8 +51,10 @@ class Katex:
     def __init__(self, folder: Path | None = None) -> None:
         """Find what is needed. `folder` has katex.min.js, its style sheet and fonts.
 
-        Raises:
-            NoMath: Something is missing.
+        Raises
+        ------
+        NoMath
+            If something is missing.
         """
         self._folder = folder or _katex_folder()
         if not (self._folder / "katex.min.js").exists():
@@ -87,11 +89,22 @@ class Katex:
         self._playwright.stop()
 
     def render(self, latex: str) -> Rendered | None:
-        """Return the rendered equation; None if KaTeX does not understand it."""
+        """Return the rendered equation; None if KaTeX does not understand it.
+
+        Raises
+        ------
+        NoMath
+            If the browser fails.
+        """
+        from playwright.sync_api import Error
+
         if latex not in self._rendered:
             result = None
             if len(latex) <= MAX_LATEX_CHARS:
-                result = self._page.evaluate(RENDER, latex)
+                try:
+                    result = self._page.evaluate(RENDER, latex)
+                except Error as e:
+                    raise NoMath(f"the browser failed: {e.message.splitlines()[0]}") from e
             self._rendered[latex] = _rendered(result) if result else None
         return self._rendered[latex]
 

@@ -7,8 +7,8 @@ github.com/allenai/olmocr, commit f7cfe4c, olmocr/bench/benchmark.py and utils.p
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def judge(bench: Bench, answers: Sequence[PageAnswer], katex: Path | None) -> Sc
     checks = [(file, check) for file, check in bench.checks if (check.pdf, check.page) in by_page]
     verdicts = []
     parts: list[dict[str, Any]] = [{"passed": [], "failed": {}} for _ in answers]
-    with equations(checks, katex) as (renderer, notes):
+    with ExitStack() as stack:
+        renderer, notes = open_renderer(stack, checks, katex)
         for file, check in checks:
             if isinstance(check, Math) and renderer is None:
                 continue
@@ -75,26 +76,19 @@ def judge(bench: Bench, answers: Sequence[PageAnswer], katex: Path | None) -> Sc
     return Scores(rows_of(verdicts), parts, report_of(verdicts), notes)
 
 
-@contextmanager
-def equations(
-    checks: Iterable[tuple[str, Check]], folder: Path | None
-) -> Iterator[tuple[Katex | None, list[str]]]:
-    """Provide what renders equations; None and a note for the table if it is missing here."""
+def open_renderer(
+    stack: ExitStack, checks: Iterable[tuple[str, Check]], folder: Path | None
+) -> tuple[Katex | None, list[str]]:
+    """Return what renders equations, or None and a note for the table if it is missing here."""
     count = sum(isinstance(check, Math) for _, check in checks)
     if not count:
-        yield None, []
-        return
+        return None, []
     try:
-        renderer = Katex(folder).__enter__()
+        return stack.enter_context(Katex(folder)), []
     except NoMath as reason:
         if folder is not None:
             raise
-        yield None, [f"{count} math tests were skipped: {reason}"]
-        return
-    try:
-        yield renderer, []
-    finally:
-        renderer.__exit__(None, None, None)
+        return None, [f"{count} math tests were skipped: {reason}"]
 
 
 def failure_of(check: Check, answer: str | None, renderer: Katex | None) -> str:
