@@ -183,11 +183,11 @@ def running(peer: Peer, place: Place) -> Iterator[str]:
             start_new_session=True,
         )
         try:
-            url = f"http://127.0.0.1:{place.port}/v1"
-            if not answers(f"{url}/models", process):
+            url = f"http://127.0.0.1:{place.port}"
+            if not answers(url + peer.ready_path, process):
                 log.seek(0)
                 sys.exit(f"{peer.name} did not start:\n{log.read()[-2000:]}")
-            yield url
+            yield f"{url}/v1"
         finally:
             stop(process)
 
@@ -232,9 +232,9 @@ def bench(url: str, cell: Cell, seed: int) -> Run:
             sys.exit(f"the load of {cell.name} failed")
         figures = json.loads(done.stdout.splitlines()[-1])
         lines = (Path(folder) / "requests.jsonl").read_text().splitlines()
-    if figures["failed"]:
+    if figures["failed_requests"]:
         sys.exit(f"{figures['failed']} requests of {cell.name} failed")
-    requests = sorted(map(json.loads, lines), key=lambda request: request["index"])
+    requests = sorted(map(json.loads, lines), key=lambda request: request["sent_seconds"])
     return Run(figures, [request["text"] for request in requests])
 
 

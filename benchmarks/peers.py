@@ -47,6 +47,8 @@ class Peer:
     name: str
     command: Callable[[Place], list[str]]
     environment: Callable[[Place], Mapping[str, str]] = field(default=lambda place: {})
+    ready_path: str = "/v1/models"
+    """Answers with 200 once the server can answer requests."""
 
     def variables(self, place: Place) -> dict[str, str]:
         """Return the whole environment of the server's process."""
@@ -127,7 +129,8 @@ def transformers(place: Place) -> list[str]:
 TWINLENS = Peer(
     name="twinlens",
     command=twinlens,
-    environment=lambda place: {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": ""},
+    environment=lambda place: {"PYTHONPATH": str(ROOT)},
+    ready_path="/readyz",
 )
 PEERS = {
     peer.name: peer

@@ -107,6 +107,7 @@ def answer_record(level: Level, answer: Answer) -> dict[str, Any]:
         "e2e_seconds": answer.seconds,
         "itl_seconds": itl(answer),
         "output_tokens": tokens_of(answer),
+        "text": answer.text,
         "status": answer.status,
         "finish_reason": answer.finish_reason,
         "error": answer.error,
