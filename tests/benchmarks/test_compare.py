@@ -24,10 +24,10 @@ def test_ratios_are_medians_of_each_rounds_own() -> None:
     """The machine was twice as fast in the second round, which changes no ratio."""
     cell = Cell(name="text", concurrency=1, requests=1)
     runs = {
-        ("twinlens", "text", 0): run_of(30),
-        ("twinlens", "text", 1): run_of(60),
-        ("vllm", "text", 0): run_of(20),
-        ("vllm", "text", 1): run_of(40),
+        ("twinlens", "text", 0): run_of(30, "a"),
+        ("twinlens", "text", 1): run_of(60, "a"),
+        ("vllm", "text", 0): run_of(20, "a"),
+        ("vllm", "text", 1): run_of(40, "a"),
     }
     figures = compare.summarise(runs, ["twinlens", "vllm"], [cell])["text"]
     assert figures["twinlens"]["output_tokens_per_second"] == 45
