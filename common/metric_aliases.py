@@ -13,6 +13,7 @@ HITS = ("cached", "joined")
 """The outcomes of items whose embeddings need no computation of their own."""
 DELIVERED = ("encoded", *HITS)
 KIND = {"kind": "modality"}
+CACHED = {"source": ("cached",)}
 
 
 def stage_alias(name: str, stage: str) -> Alias:
@@ -23,6 +24,11 @@ def stage_alias(name: str, stage: str) -> Alias:
 VLLM = (
     Alias("vllm:num_requests_running", f"{GATEWAY}requests_running"),
     Alias("vllm:num_requests_waiting", f"{GATEWAY}requests_waiting"),
+    Alias(
+        "vllm:num_requests_waiting_by_reason",
+        f"{GATEWAY}requests_waiting",
+        fixed={"reason": "capacity"},
+    ),
     Alias("vllm:kv_cache_usage_perc", f"{GATEWAY}llm_kv_cache_usage_ratio"),
     Alias("vllm:time_to_first_token_seconds", f"{GATEWAY}time_to_first_token_seconds"),
     Alias("vllm:inter_token_latency_seconds", f"{GATEWAY}inter_token_latency_seconds"),
@@ -32,7 +38,17 @@ VLLM = (
     stage_alias("vllm:request_prefill_time_seconds", "llm_prefill"),
     stage_alias("vllm:request_decode_time_seconds", "llm_decode"),
     Alias("vllm:prompt_tokens", f"{GATEWAY}prompt_tokens"),
-    Alias("vllm:prompt_tokens_cached", f"{GATEWAY}cached_prompt_tokens"),
+    Alias("vllm:prompt_tokens_cached", f"{GATEWAY}prompt_tokens", only=CACHED),
+    Alias(
+        "vllm:prompt_tokens_by_source",
+        f"{GATEWAY}prompt_tokens",
+        labels={"source": "source"},
+        values={"computed": "local_compute", "cached": "local_cache_hit"},
+    ),
+    Alias("vllm:prefix_cache_queries", f"{GATEWAY}prompt_tokens"),
+    Alias("vllm:prefix_cache_hits", f"{GATEWAY}prompt_tokens", only=CACHED),
+    Alias("vllm:mm_cache_queries", f"{GATEWAY}items"),
+    Alias("vllm:mm_cache_hits", f"{GATEWAY}items", only=CACHED),
     Alias("vllm:generation_tokens", f"{GATEWAY}generation_tokens"),
     Alias("vllm:request_prompt_tokens", f"{GATEWAY}request_prompt_tokens"),
     Alias("vllm:request_generation_tokens", f"{GATEWAY}request_generation_tokens"),
@@ -42,16 +58,12 @@ VLLM = (
         "vllm:request_success",
         f"{GATEWAY}requests",
         labels={"outcome": "finished_reason"},
-        only={"outcome": ("stop", "length", "aborted")},
-        values={"aborted": "abort"},
+        values={"stop": "stop", "length": "length", "pooled": "stop", "aborted": "abort"},
+        other="error",
     ),
     Alias("vllm:admission_rejections", f"{GATEWAY}rejections", labels={"reason": "reason"}),
     Alias("vllm:num_preemptions", f"{LLM}preemptions"),
-    Alias("vllm:prefix_cache_queries", f"{LLM}prefix_cache_query_tokens"),
-    Alias("vllm:prefix_cache_hits", f"{LLM}prefix_cache_hit_tokens"),
     Alias("vllm:iteration_tokens_total", f"{LLM}step_tokens"),
-    Alias("vllm:mm_cache_queries", f"{VISION}items", only={"outcome": DELIVERED}),
-    Alias("vllm:mm_cache_hits", f"{VISION}items", only={"outcome": HITS}),
 )
 SGLANG = (
     Alias("sglang:encoder_requests_received", f"{VISION}offers", labels=KIND),
@@ -97,14 +109,12 @@ SGLANG = (
 ALIASES = (*VLLM, *SGLANG)
 
 
-def serve_aliases(
-    metrics: StageMetrics, settings: ServedModelSettings, engine: str | None = None
-) -> None:
+def serve_aliases(metrics: StageMetrics, settings: ServedModelSettings, engine: str = "0") -> None:
     """Serve the metrics of a stage under their aliases as well, unless the settings forbid it.
 
-    `engine` is vLLM's label of an engine, which the metrics of vision do not have.
+    `engine` is vLLM's label of an engine.
     """
     if settings.metric_aliases:
         labels = {"model_name": settings.served_model_name}
         metrics.serve_aliases(SGLANG, labels)
-        metrics.serve_aliases(VLLM, labels | ({"engine": engine} if engine else {}))
+        metrics.serve_aliases(VLLM, labels | {"engine": engine})

@@ -20,10 +20,14 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 SECONDS = (
-    *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1, 2.5, 5, 10, 25, 60, 120, 300, 600),
+    *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3),
+    *(0.5, 0.75, 1, 2.5, 5, 10, 25, 60, 120, 300, 600),
 )
-"""The buckets of every histogram of times: from a decode step to the deadline of a request."""
+"""The buckets of every histogram of times: from a decode step to the deadline of a request.
+
+The objectives that vLLM's dashboards offer for TTFT and TPOT are among them: such a share is read
+from one bucket.
+"""
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 """The buckets of every histogram of token counts."""
 
@@ -101,6 +105,10 @@ class Alias:
     """The values of our labels that count, if not all do."""
     values: Mapping[str, str] = field(default_factory=dict)
     """The other system's names of values of labels."""
+    other: str = ""
+    """Its name of all values that `values` does not have; empty if they keep their names."""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """Labels that ours does not have, with their only value."""
     scale: float = 1.0
     """What a value of ours is multiplied by."""
 
@@ -126,7 +134,7 @@ class AliasCollector(Collector):
                 suffix = sample.name.removeprefix(family.name)
                 sums[suffix, tuple(self._renamed_labels(sample.labels))] += sample.value
         for (suffix, labels), value in sums.items():
-            given = {**self._labels, **dict(labels)}
+            given = {**self._labels, **alias.fixed, **dict(labels)}
             renamed.add_sample(alias.name + suffix, given, value * alias.scale)
         return renamed
 
@@ -139,4 +147,4 @@ class AliasCollector(Collector):
             if name == "le":
                 yield name, value
             elif name in alias.labels:
-                yield alias.labels[name], alias.values.get(value, value)
+                yield alias.labels[name], alias.values.get(value, alias.other or value)

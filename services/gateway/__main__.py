@@ -57,7 +57,7 @@ class Gateway:
             settings.request_timeout,
             tracing=self.tracing,
         )
-        serve_aliases(self.core.metrics, settings, engine="0")
+        serve_aliases(self.core.metrics, settings)
         self.recorder = start_recorder(settings)
         observers = [self.recorder] if self.recorder else []
         self.measured_core = MeasuredCore(

@@ -22,7 +22,7 @@ from services.gateway.observers import ABORTED, POOLED, Observation, RequestObse
 from services.gateway.peers import STAGES
 from services.gateway.traces import RequestTraces
 
-OUTCOMES = ("stop", "length", ABORTED)
+OUTCOMES = ("stop", "length", ABORTED, Internal.code)
 """The outcomes that every gateway shows, also before the first request has ended so."""
 REQUEST_STAGES = {
     "preprocess": "preprocess_seconds",
@@ -64,6 +64,8 @@ class Metrics(StageMetrics):
             self.requests.labels(outcome)
         for stage in STAGES:
             self.failovers.labels(stage)
+        for source in ("computed", "cached"):
+            self.items.labels(source)
 
     def _add_times(self) -> None:
         self.first_token = self.histogram(
@@ -93,10 +95,18 @@ class Metrics(StageMetrics):
         }
 
     def _add_tokens(self) -> None:
-        self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens of answered requests.")
-        self.cached_tokens = self.counter(
-            "cached_prompt_tokens",
-            "Prompt tokens of answered requests that were in the prefix cache.",
+        prompt_tokens = self.counter(
+            "prompt_tokens",
+            "Prompt tokens of answered requests: computed, or cached (in the prefix cache).",
+            "source",
+        )
+        self.computed_tokens = prompt_tokens.labels("computed")
+        self.cached_tokens = prompt_tokens.labels("cached")
+        self.items = self.counter(
+            "items",
+            "Items of answered requests: computed, or cached (equal ones were encoded before, or "
+            "the prefix cache had them).",
+            "source",
         )
         self.image_tokens = self.counter(
             "image_tokens", "Prompt tokens of answered requests that stand for images."
@@ -137,13 +147,14 @@ class Metrics(StageMetrics):
 
     def observe_answer(self, usage: Usage, timings: Mapping[str, Any]) -> None:
         """Observe the tokens of an answered request, and the times of its stages."""
-        self.prompt_tokens.inc(usage.prompt_tokens)
+        self.computed_tokens.inc(max(0, usage.prompt_tokens - usage.cached_tokens))
         self.cached_tokens.inc(usage.cached_tokens)
         self.image_tokens.inc(usage.image_tokens)
         self.prompt_length.observe(usage.prompt_tokens)
         self.answer_length.observe(usage.completion_tokens)
         self._observe_stages(REQUEST_STAGES, timings)
         for item in timings.get("images", ()):
+            self.items.labels("cached" if item.get("cached") else "computed").inc()
             self._observe_stages(ITEM_STAGES, item)
 
     def _observe_stages(self, stages: Mapping[str, str], timings: Mapping[str, Any]) -> None:

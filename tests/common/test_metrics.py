@@ -105,6 +105,25 @@ def test_an_alias_counts_only_some_values_and_renames_them(
     }
 
 
+def test_an_alias_may_have_one_name_for_all_other_values_and_a_label_of_its_own(
+    metrics: StageMetrics, serve: Callable[..., dict[str, float]]
+) -> None:
+    loaves = metrics.counter("loaves", "Loaves.", "outcome")
+    for number, outcome in enumerate(("eaten", "burnt", "lost"), 1):
+        loaves.labels(outcome).inc(number)
+    found = serve(
+        "loaves",
+        labels={"outcome": "end"},
+        values={"eaten": "eaten"},
+        other="waste",
+        fixed={"shop": "1"},
+    )
+    assert found == {
+        '_total{end="eaten",model_name="m",shop="1"}': 1,
+        '_total{end="waste",model_name="m",shop="1"}': 5,
+    }
+
+
 def test_an_alias_may_have_another_unit(
     metrics: StageMetrics, serve: Callable[..., dict[str, float]]
 ) -> None:

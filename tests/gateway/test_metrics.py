@@ -17,7 +17,7 @@ TIMINGS = {
     "decode_seconds": 0.04,
     "images": [
         {"queue_seconds": 0.1, "encode_seconds": 0.2},
-        {"queue_seconds": 0.3, "encode_seconds": 0.4},
+        {"queue_seconds": 0.3, "encode_seconds": 0.4, "cached": True},
     ],
 }
 
@@ -77,7 +77,7 @@ def test_an_answer_of_one_token_has_no_time_per_output_token(
 def test_the_times_of_stages_are_those_of_the_answer(
     metrics: Metrics, observed: MeasuredRequest
 ) -> None:
-    observed.on_event(Ended("stop", Usage(prompt_tokens=9), TIMINGS))
+    observed.on_event(Ended("stop", Usage(), TIMINGS))
     sums = {
         stage: value(metrics, "stage_seconds_sum", stage=stage)
         for stage in ("preprocess", "llm_queue", "llm_prefill", "llm_decode")
@@ -91,6 +91,15 @@ def test_the_times_of_stages_are_those_of_the_answer(
     assert value(metrics, "stage_seconds_sum", stage="vision_queue") == pytest.approx(0.4)
     assert value(metrics, "stage_seconds_sum", stage="vision_encode") == pytest.approx(0.6)
     assert value(metrics, "stage_seconds_count", stage="vision_encode") == 2
+
+
+def test_tokens_and_items_are_counted_by_whether_a_cache_had_them(
+    metrics: Metrics, observed: MeasuredRequest
+) -> None:
+    observed.on_event(Ended("stop", Usage(prompt_tokens=9, cached_tokens=2), TIMINGS))
+    for source, num_tokens in (("computed", 7), ("cached", 2)):
+        assert value(metrics, "prompt_tokens_total", source=source) == num_tokens
+        assert value(metrics, "items_total", source=source) == 1
 
 
 def test_requests_are_in_flight_until_their_end(

@@ -252,4 +252,4 @@ def test_the_outcome_is_counted(core: FakeCore) -> None:
         client.post("/v1/classify", json=ASK)
         text = client.get("/metrics").text
     assert 'twinlens_gateway_requests_total{outcome="pooled"} 1.0' in text
-    assert "twinlens_gateway_prompt_tokens_total 9.0" in text
+    assert 'twinlens_gateway_prompt_tokens_total{source="computed"} 9.0' in text

@@ -78,7 +78,7 @@ def stages(aliases: bool = True) -> dict[str, StageMetrics]:
     }
     settings = ServedModelSettings(served_model_name="org/tiny", metric_aliases=aliases)
     for role in ("gateway", "preprocess", "vision", "llm"):
-        serve_aliases(made[role], settings, "0" if role in ("gateway", "llm") else None)
+        serve_aliases(made[role], settings)
     for role, metrics in made.items():
         Health(
             control_pb2.Member(id=f"{role}-1", role=role), lambda: (0, 0), registry=metrics.registry

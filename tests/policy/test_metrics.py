@@ -11,6 +11,7 @@ import yaml
 
 from common.messages import Usage
 from common.metric_aliases import ALIASES
+from common.metrics import SECONDS
 from services.gateway.generation import Ended, GenerationRequest, Piece
 from services.gateway.metrics import Metrics
 from services.llm.metrics import LlmMetrics
@@ -252,10 +253,17 @@ def test_the_dashboards_of_vllm_find_every_series_after_one_request() -> None:
     request = metrics.begin(
         GenerationRequest(request_id="r", prompt_kind="messages", prompt=b""), 0
     )
-    timings = {"queue_seconds": 0.1, "prefill_seconds": 0.2, "decode_seconds": 0.3}
+    timings = {
+        "queue_seconds": 0.1,
+        "prefill_seconds": 0.2,
+        "decode_seconds": 0.3,
+        "images": [{"cached": True}],
+    }
     request.on_event(Piece(0, [1], "a", []))
     request.on_event(Piece(1, [2], "b", []))
-    request.on_event(Ended("stop", Usage(prompt_tokens=7, completion_tokens=2), timings))
+    request.on_event(
+        Ended("stop", Usage(prompt_tokens=7, completion_tokens=2, cached_tokens=3), timings)
+    )
     request.on_end("stop", None)
     group.observe_step([], 7, 0.2)
     samples = [
@@ -267,11 +275,20 @@ def test_the_dashboards_of_vllm_find_every_series_after_one_request() -> None:
     ]
     assert set(STOCK_VLLM) - {sample.name for sample in samples} == set()
     value = {sample.name: sample.value for sample in samples if sample.value}
-    assert value["vllm:prompt_tokens_total"] == 7 and value["vllm:generation_tokens_total"] == 2
+    assert value["vllm:prompt_tokens_total"] == 7
+    assert value["vllm:prefix_cache_hits_total"] == 3 and value["vllm:mm_cache_hits_total"] == 1
+    assert value["vllm:generation_tokens_total"] == 2
     assert value["vllm:request_prefill_time_seconds_sum"] == 0.2
     assert value["vllm:iteration_tokens_total_count"] == 1
     reasons = {s.labels["finished_reason"]: s.value for s in samples if "success" in s.name}
-    assert reasons == {"stop": 1, "length": 0, "abort": 0}
+    assert reasons == {"stop": 1, "length": 0, "abort": 0, "error": 0}
+
+
+def test_the_objectives_that_dashboards_of_vllm_offer_are_bounds_of_buckets() -> None:
+    """Its Overview board reads the share of requests within an objective from one bucket."""
+    ttft = (0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
+    tpot = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)
+    assert {*ttft, *tpot} <= set(SECONDS)
 
 
 def test_names_of_families_are_as_in_queries() -> None:
