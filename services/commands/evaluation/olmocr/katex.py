@@ -5,6 +5,7 @@ browser is driven by Playwright and never reaches a network, because an answer's
 trusted.
 """
 
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ KATEX_FOLDERS = ("/usr/share/javascript/katex", "/usr/share/nodejs/katex/dist")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 MAX_LATEX_CHARS = 20_000
 ADDRESS = "http://katex.invalid/"
+OWN_FILES = r"katex\.min\.(js|css)|fonts/[\w-]+\.\w+"
 PAGE = """<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="katex.min.css">
 <script src="katex.min.js"></script><div id="equation" style="font-size: 24px"></div>"""
 RENDER = r"""async (latex) => {
@@ -114,7 +116,7 @@ class Katex:
         file = self._folder / name
         if not name:
             route.fulfill(body=PAGE, content_type="text/html")
-        elif ".." not in name and file.is_file():
+        elif re.fullmatch(OWN_FILES, name) and file.is_file():
             route.fulfill(path=file)
         else:
             route.abort()

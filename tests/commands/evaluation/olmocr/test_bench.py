@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from services.commands.evaluation.command import evaluate
+from services.commands.evaluation.olmocr.bench import read_bench
 from services.commands.evaluation.olmocr.katex import Katex, NoMath
 from services.commands.evaluation.olmocr.pages import page_image
 from services.commands.evaluation.olmocr.scoring import confidence_interval
@@ -22,12 +23,16 @@ PRESENT = {"pdf": "a.pdf", "page": 1, "id": "1", "type": "present", "text": "wan
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Path:
-    """Two PDFs, of which one is none, and a test of each."""
+    """Two PDFs, of which one is none, and tests of each."""
     folder = tmp_path / "bench"
     (folder / "pdfs" / "sub").mkdir(parents=True)
     Image.new("L", (300, 400), 255).save(folder / "pdfs" / "a.pdf")
     (folder / "pdfs" / "sub" / "broken.pdf").write_bytes(b"no PDF")
-    tests = [PRESENT, PRESENT | {"pdf": "sub/broken.pdf", "id": "2", "type": "absent"}]
+    tests = [
+        PRESENT,
+        PRESENT | {"id": "3", "text": "other"},
+        PRESENT | {"pdf": "sub/broken.pdf", "id": "2", "type": "absent"},
+    ]
     (folder / "first.jsonl").write_text("\n\n".join(map(json.dumps, tests)))
     return folder
 
@@ -58,10 +63,10 @@ async def test_pages_are_asked_scored_and_written(
     assert result["scores"] == {
         "absent, rate of type": 0.0,
         "baseline, rate of type": 0.5,
-        "present, rate of type": pytest.approx(2 / 3),
+        "present, rate of type": 0.5,  # 2 and 1 of the 3 answers
         "baseline, rate of file": 0.5,
-        "first.jsonl, rate of file": 0.5,
-        "olmocr-bench, mean of files": 0.5,
+        "first.jsonl, rate of file": pytest.approx(1 / 3),
+        "olmocr-bench, mean of files": pytest.approx(5 / 12),
     }
     assert (out / "answers" / "a_pg1_repeat1.md").read_text() == "wanted"
     found = records(out)
@@ -150,6 +155,14 @@ def test_a_wrong_test_is_named(
     command = ("olmocr-bench", "--data", str(bench), "--answers", str(bench))
     assert evaluate(parse(*command, "--out", str(tmp_path / "out"))) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_pdf_with_a_baseline_test_gets_no_second(bench: Path) -> None:
+    blank = {"pdf": "a.pdf", "page": 1, "id": "b", "type": "baseline", "max_length": 3}
+    (bench / "blanks.jsonl").write_text(json.dumps(blank))
+    checks = read_bench(bench).checks
+    baselines = [(file, check.pdf) for file, check in checks if check.type == "baseline"]
+    assert baselines == [("blanks.jsonl", "a.pdf"), ("baseline", "sub/broken.pdf")]
 
 
 def test_hostile_pdfs_become_an_image_or_an_error() -> None:
