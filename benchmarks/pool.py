@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fleet", choices=FLEETS, nargs="+", default=["equal", "mixed"])
     parser.add_argument(
-        "--items", type=int, default=5, help="items for each replica, 1000 at least"
+        "--items", type=int, default=1000, help="the fewest items, if five a replica are fewer"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a small fleet, for a test")

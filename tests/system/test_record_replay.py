@@ -69,7 +69,7 @@ def first_traffic(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) 
         assert system.chat(ask_about(RECEIPT), max_tokens=12)[0] == 200
     text = [{"role": "user", "content": "Hello there"}]
     assert system.chat(text, max_tokens=8)[0] == 200
-    assert system.chat(text, max_tokens=16, temperature=1.5)[0] == 200
+    assert system.chat(text, max_tokens=16, temperature=1.5, ignore_eos=True)[0] == 200
     stream = system.stream(ask_about(RECEIPT), max_tokens=400, ignore_eos=True)
     for _ in range(4):
         next(stream)
@@ -79,7 +79,7 @@ def first_traffic(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) 
         request = inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=range(20, 40)),
             sampling=inference_pb2.SamplingParams(temperature=0.7),
-            stopping=inference_pb2.StoppingParams(max_tokens=8),
+            stopping=inference_pb2.StoppingParams(max_tokens=8, ignore_eos=True),
         )
         inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
     recorded.await_ends()
