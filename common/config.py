@@ -144,6 +144,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def arguments_of(values: Mapping[str, Any]) -> list[str]:
+    """Return settings as the command-line arguments of another process. None sets nothing."""
+    return [argument(name, value) for name, value in values.items() if value is not None]
+
+
+def argument(name: str, value: object) -> str:
+    """Return a setting as a command-line argument."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)}={value}"
+
+
 def plain_type(hint: Any) -> type:
     """Return the type of a field's values, which is `int` for `int | None`."""
     if isinstance(hint, types.UnionType):

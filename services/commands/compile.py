@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 
-from common.config import flag
+from common.config import arguments_of
 from common.settings import CompileSettings
 
 
@@ -13,10 +13,5 @@ def compile_model(settings: CompileSettings) -> int:
 
     The commands import no torch, and a compiler's libraries may end their process.
     """
-    arguments = [
-        f"{flag(field.name)}={value}"
-        if not isinstance(value := getattr(settings, field.name), bool)
-        else flag(field.name if value else f"no_{field.name}")
-        for field in fields(settings)
-    ]
+    arguments = arguments_of(asdict(settings))
     return subprocess.run([sys.executable, "-m", "services.vision.compile", *arguments]).returncode

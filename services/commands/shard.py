@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 
-from common.config import flag
+from common.config import arguments_of
 from common.settings import ShardSettings
 
 
@@ -13,7 +13,5 @@ def shard(settings: ShardSettings) -> int:
 
     The commands import no torch.
     """
-    arguments = [
-        f"{flag(field.name)}={getattr(settings, field.name)}" for field in fields(settings)
-    ]
+    arguments = arguments_of(asdict(settings))
     return subprocess.run([sys.executable, "-m", "services.llm.shard", *arguments]).returncode

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common.config import flag
+from common.config import arguments_of
 from common.logs import wants_console
 from common.settings import SERVICES, ServeSettings
 from services.launcher.autoscale import parse_bounds
@@ -62,14 +62,5 @@ def make_child(
         "die_with_parent": os.getpid(),
     }
     known = {field.name for field in fields(SERVICES[role])}
-    arguments = [
-        argument(key, value) for key, value in values.items() if key in known and value is not None
-    ]
+    arguments = arguments_of({key: value for key, value in values.items() if key in known})
     return Child(role, name, arguments, group)
-
-
-def argument(name: str, value: object) -> str:
-    """Return a setting as a command-line argument."""
-    if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)}={value}"

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 
-from common.config import BadSetting, flag
+from common.config import BadSetting, arguments_of
 from common.logs import get_logger
 from common.membership import new_member_id
 from common.process import EXIT_FAILED, EXIT_USAGE, leave
@@ -82,13 +82,7 @@ def command_of(settings: LlmSettings, rank: int) -> list[str]:
         die_with_parent=os.getpid(),
         health_port=0,
     )
-    values = {f.name: getattr(own, f.name) for f in fields(own)}
-    return [
-        sys.executable,
-        "-m",
-        "services.llm",
-        *(f"{flag(name)}={value}" for name, value in values.items() if value is not None),
-    ]
+    return [sys.executable, "-m", "services.llm", *arguments_of(asdict(own))]
 
 
 def listen_beside(listen: str, rank: int) -> str:
