@@ -13,6 +13,7 @@ SIZES = (256, 1024, 4096)
 SHARES = (0.25, 0.5, 0.25)
 SECONDS_PER_PATCH = MEAN_SECONDS / float(np.dot(SIZES, SHARES))
 SMALL_BUCKETS = (1024,)
+BULK = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,17 @@ def arrivals(
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What became of all items: seconds from arrival to the begin, per item, and the last end."""
+    """What became of all items."""
 
     waits: Sequence[float]
-    end: float
+    """Seconds from the arrival of each to its begin."""
+    begins: Sequence[float]
+    """When each began, in any order."""
+
+    @property
+    def bulk_seconds(self) -> float:
+        """When nine tenths of the items had begun. The last ones leave replicas without work."""
+        return float(np.quantile(self.begins, BULK))
 
 
 def ideal(fleet: Sequence[Spec], items: Sequence[Arrival]) -> Finished:
@@ -101,11 +109,13 @@ def ideal(fleet: Sequence[Spec], items: Sequence[Arrival]) -> Finished:
     busy: list[tuple[float, int]] = []
     queue: list[Arrival] = []
     waits: list[float] = []
+    begins: list[float] = []
     coming = list(reversed(items))
     now = 0.0
 
     def start(replica: int, item: Arrival) -> None:
         waits.append(now - item.time)
+        begins.append(now)
         heapq.heappush(busy, (now + fleet[replica].seconds(item.num_patches), replica))
 
     while coming or busy:
@@ -127,4 +137,4 @@ def ideal(fleet: Sequence[Spec], items: Sequence[Arrival]) -> Finished:
                 idle.sort(key=lambda n: (-fleet[n].speed, not fleet[n].buckets))
             else:
                 start(replica, queue.pop(index))
-    return Finished(waits, now)
+    return Finished(waits, begins)

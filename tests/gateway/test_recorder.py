@@ -142,8 +142,11 @@ def test_a_key_is_never_recorded(tmp_path: Path) -> None:
 
 
 def test_only_its_owner_may_read_the_file(tmp_path: Path) -> None:
-    os.umask(0)
-    recorder_of(tmp_path / "traffic").close()
+    before = os.umask(0)
+    try:
+        recorder_of(tmp_path / "traffic").close()
+    finally:
+        os.umask(before)
     assert stat.S_IMODE((tmp_path / "traffic").stat().st_mode) == 0o600
 
 
