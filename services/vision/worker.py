@@ -6,7 +6,7 @@ Embeddings go straight to the language group that the offer names.
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -100,8 +100,8 @@ class Worker:
         """Every preprocess that is connected."""
         self._visitors: set[str] = set()
         """The peers that connected to this process. It connects to none of them itself."""
-        self._told_idle: set[str] | None = None
-        """The peers that believe that the shared replica is idle; None while it is not."""
+        self._told_idle: set[str] = set()
+        """The peers that believe that the shared replica is idle."""
         self._random = random.Random(member.id)
         self._draining = False
         self._log = get_logger()
@@ -186,8 +186,7 @@ class Worker:
         self._peers.discard(peer_id)
         if len(self._peers) == MAX_NOTIFIED:
             self._send_load(self._peers)
-        if self._told_idle is not None and peer_id in self._told_idle:
-            self._told_idle = None
+        self._told_idle.discard(peer_id)
         self._room.forget(peer_id)
         self._drop(lambda job: job.preprocess_id == peer_id)
 
@@ -208,6 +207,7 @@ class Worker:
 
     def _handle_offer(self, job: Job) -> None:
         self._metrics.offers.labels(job.offer.kind).inc()
+        self._told_idle.discard(job.preprocess_id)  # whatever the answer is
         if job.key in self._jobs:
             request_id = job.offer.request_id
             self._log.warning(
@@ -256,8 +256,7 @@ class Worker:
         if not has_room:
             self._room.enqueue(job.preprocess_id)
         if was_idle:
-            notified = (self._told_idle or set()) if self._is_shared else self._peers
-            self._told_idle = None
+            notified = self._told_idle if self._is_shared else self._peers
             self._send_load(notified - {job.preprocess_id})
 
     def _refuse(self, job: Job) -> None:
@@ -274,7 +273,7 @@ class Worker:
     def _announce_idleness(self) -> None:
         """Notify a few peers that the replica is idle, if it is shared by many."""
         is_idle = not (self._num_granted() or self._room.awaits_answer or self._draining)
-        if is_idle and self._is_shared and self._told_idle is None:
+        if is_idle and self._is_shared and not self._told_idle:
             self._told_idle = set(self._random.sample(sorted(self._peers), NUM_TOLD_IDLE))
             self._send_load(self._told_idle, is_idle=True)
 
@@ -450,7 +449,9 @@ class Worker:
         if twins and not is_granted:
             self._grant(twins[0])
 
-    def _send_load(self, peer_ids: Iterable[str], is_idle: bool = False) -> None:
+    def _send_load(self, peer_ids: Collection[str], is_idle: bool = False) -> None:
+        if not is_idle:
+            self._told_idle = self._told_idle.difference(peer_ids)
         times = self._times
         load = VisionLoad(
             buckets=times.buckets,

@@ -596,6 +596,44 @@ def test_a_replica_of_many_preprocesses_reports_to_two_of_them_when_it_is_idle()
     assert not any(load.is_shared for _, load in reports), "it is not shared by many any more"
 
 
+def shared_replica(*extra: str) -> tuple[Replica, set[str]]:
+    """Return an idle replica of many preprocesses, and those that know that it is idle."""
+    replica = Replica()
+    names = [f"preprocess-{n}" for n in range(MAX_NOTIFIED + 1)]
+    replica.play([PeerUp(name, "preprocess") for name in (*names, *extra)])
+    return replica, idle_reports(replica.take(VisionLoad))
+
+
+def test_an_idle_replica_that_becomes_shared_again_reports_it_again() -> None:
+    replica, told = shared_replica()
+    lost = min({f"preprocess-{n}" for n in range(MAX_NOTIFIED + 1)} - told)
+    replica.play([PeerDown(lost, "preprocess", "gone")])
+    replica.take(VisionLoad)
+    replica.play([PeerUp(lost, "preprocess")])
+    assert len(idle_reports(replica.take(VisionLoad))) == NUM_TOLD_IDLE
+
+
+def test_the_loss_of_one_that_knows_of_idleness_does_not_mislead_the_other() -> None:
+    replica, told = shared_replica("preprocess-10", "preprocess-11")
+    replica.play([PeerDown(min(told), "preprocess", "gone")])
+    replica.take(VisionLoad)
+    other = min({"preprocess-1", "preprocess-2", "preprocess-3"} - told)
+    replica.play(offer("r0", "a", preprocess=other))
+    assert max(told) in {receiver for receiver, _ in replica.take(VisionLoad)}
+
+
+def test_a_cache_hit_does_not_end_the_reports_of_idleness() -> None:
+    replica, told = shared_replica()
+    replica.play(offer("r0", "a"), pixels("r0", 1))
+    replica.take(VisionLoad)
+    replica.finish()
+    told = idle_reports(replica.take(VisionLoad))
+    for number, name in enumerate(sorted(told)):
+        assert not replica.take(VisionLoad)
+        replica.play(offer(f"r{1 + number}", "a", preprocess=name))
+    assert len(idle_reports(replica.take(VisionLoad))) == NUM_TOLD_IDLE
+
+
 def test_the_wait_is_the_time_of_all_granted_images_less_the_time_already_spent() -> None:
     replica = Replica()
     replica.times.record(NUM_PATCHES, 2.0)
