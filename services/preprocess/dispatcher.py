@@ -177,6 +177,8 @@ class Dispatcher:
         """Free what is held for the request, here and at the replicas that have its items."""
         if handover := self.handovers.pop(key, None):
             for item in handover.items.values():
+                if item.vision_id:
+                    item.end_span("the request ended before the embeddings arrived")
                 self._free(item)
             for vision_id in {item.vision_id for item in handover.items.values() if item.vision_id}:
                 self._links.send(vision_id, Abort(**request_ids(key)))

@@ -108,6 +108,18 @@ def test_an_abort_ends_the_span(tracing: MemoryTracing) -> None:
     assert error_of(tracing.named("preprocess")) == ""
 
 
+def test_a_request_that_ends_first_shows_which_replica_had_its_image(
+    tracing: MemoryTracing,
+) -> None:
+    preprocess = traced(tracing, "vision-1")
+    preprocess.play(asked(*IMAGES[:2]))
+    preprocess.play(reserved("r"), grant("vision-1", 0, has_room=False), busy("vision-1", 1))
+    preprocess.play(abort("r"))
+    span = tracing.named("dispatch image")
+    assert span.attributes["twinlens.vision"] == "vision-1"
+    assert "ended before" in error_of(span)
+
+
 def test_what_nobody_records_makes_no_span(tracing: MemoryTracing) -> None:
     preprocess = traced(tracing, "vision-1")
     preprocess.play(asked(IMAGES[0], traceparent=""))
