@@ -217,6 +217,7 @@ class VisionPool:
                 if not replica.is_open:
                     later[replica.id] = later.get(replica.id, 0.0) + self._seconds(replica, size)
                     shortlist.full[replica] = self._cost(replica, size, later, now)
+                    shortlists = {size: shortlist}  # the others do not know of this item
                     continue
             self._dequeue(item, replica, now)
             offers.append(item)

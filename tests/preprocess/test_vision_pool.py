@@ -123,6 +123,18 @@ def test_a_slow_replica_takes_an_image_when_the_fast_one_has_too_many_before_it(
     assert {vision_id for vision_id, _ in offers} == {"slow"}
 
 
+def test_images_of_another_size_that_wait_for_a_replica_count_as_well() -> None:
+    pool = Pool()
+    pool.join("fast", 1.0, (64, 128))
+    pool.join("slow", 20.0, (64, 128))
+    pool.update_replica("fast", False, 2.0)
+    pool.put(0)
+    pool.put(*range(1, 7), num_patches=128)
+    assert pool.offers() == []
+    pool.put(7)
+    assert pool.offers() == [("slow", 7)]
+
+
 def test_images_go_to_an_idle_replica_not_to_one_that_others_keep_busy() -> None:
     pool = Pool()
     pool.join("busy", wait=3.0)
