@@ -186,7 +186,7 @@ class CompletionWriter:
 
         The timings are in the later one.
         """
-        extra: dict[str, Any] = {}
+        extra = self.token_times.next() if self.token_times else {}
         if self.with_timings and not self.with_usage:
             extra["timings"] = ended.timings
         end = self._chunk(extension(ended), finish_reason=ended.finish_reason, **extra)

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from services.gateway.generation import Began, Piece
+from common.messages import Usage
+from services.gateway.generation import Began, Ended, Piece
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.token_times import TokenTimes
 from tests.gateway.fake_core import TIMINGS, FakeCore
 
+ENDED = Ended("stop", Usage(), TIMINGS)
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 PREFILL_MICROSECONDS = round(1e6 * TIMINGS["prefill_seconds"])  # type: ignore[operator]
 
@@ -54,6 +56,14 @@ def test_every_token_has_an_interval_and_they_join(client: TestClient) -> None:
     assert all(before[1] == after[0] for before, after in pairwise(intervals))
     whole = client.post("/v1/chat/completions", json=ASK | {"token_timestamps": True}).json()
     assert len(whole["token_timestamps"]) == 3
+
+
+def test_the_last_chunk_has_the_intervals_of_tokens_without_a_chunk_of_their_own() -> None:
+    core = FakeCore(Began(None, {}), Piece(0, [1], "a", []), Piece(1, [2], "", []), ENDED)
+    client = TestClient(create_app(MeasuredCore(core)))
+    *_, text, last = chunks_of(client, "/v1/chat/completions", token_timestamps=True)
+    assert text["choices"][0]["delta"]["content"] == "a" and "token_timestamps" not in text
+    assert last["choices"][0]["finish_reason"] and len(last["token_timestamps"]) == 1
 
 
 def test_tokens_that_arrive_together_share_the_time() -> None:
