@@ -79,7 +79,7 @@ class Peers:
 
     def on_llm_load(self, peer_id: str, load: LlmLoad) -> None:
         """Store how busy a connected language group is."""
-        if peer_id in self._connected:
+        if self.role_of(peer_id) == "llm":
             self._llm_loads[peer_id] = load
 
     # Messages

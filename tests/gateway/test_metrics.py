@@ -122,6 +122,9 @@ def test_the_use_of_the_kv_cache_is_the_mean_of_the_connected_groups() -> None:
         peers.on_peer_up(PeerUp(name, "llm"))
         peers.on_llm_load(name, LlmLoad(1, 0, free, 100))
     assert peers.kv_cache_usage() == 0.5
+    peers.on_peer_up(PeerUp("preprocess-1", "preprocess"))
+    peers.on_llm_load("preprocess-1", LlmLoad(1, 0, 0, 100))
+    assert peers.kv_cache_usage() == 0.5, "it is not a group"
     peers.on_peer_down(PeerDown("llm-1", "llm", "gone"))
     assert peers.kv_cache_usage() == 0.25
 
