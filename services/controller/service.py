@@ -37,7 +37,8 @@ REPORT_SECONDS = 0.01
 """The least time between two reports of a stream that are handled."""
 LIST_SECONDS_PER_MEMBER = 0.0005
 """The least time between two lists for one watcher, for each member that they have. So many changes
-at once, as at a start, become few lists, and those that a second has cost the same in any fleet."""
+at once, as at a start, become few lists, and those that a second has cost the same in any fleet. A
+change after a quiet time is listed at once."""
 ANSWER_SECONDS = 5.0
 """How long a member may take to start draining, and the launcher to accept a replica count."""
 
@@ -52,6 +53,8 @@ class JoinStream:
         self.is_watching = first.watch
         self.changed = asyncio.Event()
         """Set when there is something to send."""
+        self.listed_at = 0.0
+        """When it got the last list of members, if it watches."""
         self.launcher: JoinedLauncher | None = None
         if first.HasField("managed"):
             self.launcher = JoinedLauncher(first.managed, self.changed.set)
@@ -98,7 +101,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             while True:
                 await stream.changed.wait()
                 if stream.is_watching:
-                    await asyncio.wait({reports}, timeout=self._list_pause())
+                    await asyncio.wait({reports}, timeout=self._list_pause(stream))
                 stream.changed.clear()
                 if reports.done() or self._has_died(stream):
                     return
@@ -276,12 +279,14 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         for watcher in self._watchers:
             watcher.changed.set()
 
-    def _list_pause(self) -> float:
-        """Return how long further changes are waited for before the list is sent."""
-        return LIST_SECONDS_PER_MEMBER * len(self._table)
+    def _list_pause(self, stream: JoinStream) -> float:
+        """Return how long further changes are waited for before the next list is sent."""
+        due = stream.listed_at + LIST_SECONDS_PER_MEMBER * len(self._table)
+        return max(0.0, due - time.monotonic())
 
     def _response(self, stream: JoinStream) -> control_pb2.JoinResponse:
         launcher = stream.launcher
+        stream.listed_at = time.monotonic()
         return control_pb2.JoinResponse(
             lease_seconds=LEASE_SECONDS,
             members=self._members() if stream.is_watching else [],

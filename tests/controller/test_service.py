@@ -143,6 +143,18 @@ async def test_changes_that_come_together_make_one_list_which_delays_no_end(
     assert await watcher.call.read() is grpc.aio.EOF
 
 
+def test_a_change_after_a_quiet_time_makes_a_list_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "LIST_SECONDS_PER_MEMBER", 1000.0)
+    request = control_pb2.JoinRequest(member=member(), watch=True)
+    servicer = ControlServicer(CONTROLLER)
+    stream = service.JoinStream(request)
+    servicer._handle_report(request)
+    servicer._response(stream)
+    assert servicer._list_pause(stream) > 0
+    stream.listed_at -= 1000.0
+    assert servicer._list_pause(stream) == 0
+
+
 async def test_a_watcher_gets_the_members_at_once_and_after_every_change(
     stub: Any, watcher: Joined
 ) -> None:
