@@ -138,6 +138,16 @@ async def test_a_change_is_shown_at_once(controller: str) -> None:
             await rest(events)
 
 
+async def test_a_request_for_the_head_of_the_feed_ends() -> None:
+    gateway = Gateway()
+    async with serving(gateway, "127.0.0.1:1") as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"HEAD /ui/events HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+    assert b"text/event-stream" in answer
+
+
 async def test_without_a_controller_the_last_known_members_are_shown() -> None:
     gateway = Gateway()
     gateway.core.on_members([member("vision-1")])

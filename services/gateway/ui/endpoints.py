@@ -64,8 +64,9 @@ class Events:
     async def _send(self, scope: Scope, send: Send) -> None:
         with self._feed.place_for(client_of(address_of(scope))):
             await start_stream(send)
-            async for snapshot in self._feed.snapshots():
-                await send_body(send, b"data: " + snapshot + b"\n\n")
+            if scope["method"] == "GET":  # Starlette lets HEAD through as well
+                async for snapshot in self._feed.snapshots():
+                    await send_body(send, b"data: " + snapshot + b"\n\n")
             await send({"type": "http.response.body", "body": b""})
 
 
