@@ -178,7 +178,7 @@ class Dispatcher:
         if handover := self.handovers.pop(key, None):
             for item in handover.items.values():
                 if item.vision_id:
-                    item.end_span("the request ended before the embeddings arrived")
+                    item.end_span("the attempt ended before the embeddings arrived")
                 self._free(item)
             for vision_id in {item.vision_id for item in handover.items.values() if item.vision_id}:
                 self._links.send(vision_id, Abort(**request_ids(key)))
