@@ -105,12 +105,12 @@ class MemberCollector(Collector):
         figures = {
             "ready": ("Whether the member takes work.", self._member.state == READY),
             "hung": ("Whether its work makes no progress.", self._hung()),
-            "in_flight": ("Units (requests, images) in progress.", in_flight),
+            "in_flight": ("Units (requests, items, answers) in progress.", in_flight),
             "queued": ("Units accepted and not yet begun.", queued),
             "expected_delay_seconds": (
                 "gateway: time until the requests that wait have a first token; preprocess: what "
-                "the images that wait there add to the delay of vision; vision: time until another "
-                "image would be begun; llm: time until the requests that wait have begun.",
+                "the items that wait there add to the delay of vision; vision: time until another "
+                "item would begin; llm: time until the requests that wait have begun.",
                 self._member.expected_delay,
             ),
             "credits": (

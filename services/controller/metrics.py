@@ -26,7 +26,7 @@ class ControllerMetrics(StageMetrics):
         self.registry.register(MembersCollector(table))
         self.total(
             "lost_members",
-            "Members that went silent, or whose stream broke while they did not drain.",
+            "Members that went silent, or left, without having drained.",
             lambda: table.num_lost,
         )
 

@@ -62,7 +62,7 @@ class Room:
         return num_taken < self.size
 
     def num_free(self, num_granted: int) -> int:
-        """Return how many further items would be admitted now, for `twinlens status`."""
+        """Return how many further items would be admitted now: the credits of the replica."""
         num_taken = num_granted + len(self._invited)
         return 0 if self._sole_peer else max(0, self.size - num_taken)
 
