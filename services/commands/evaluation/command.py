@@ -194,7 +194,7 @@ def load_items(task: Task, arguments: argparse.Namespace) -> list[Item]:
 
 def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what must be the same when a run is continued."""
-    return {
+    common = {
         "task": task.name,
         "model": arguments.model,
         "data": str(arguments.data.resolve()),
@@ -202,6 +202,11 @@ def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed,
+    }
+    own = {name: getattr(arguments, name) for name in task.asked_by}
+    return common | {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in own.items()
     }
 
 
