@@ -48,7 +48,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
         "--restart", action="store_true", help="discard the records in --out and ask again"
     )
     parser.add_argument(
-        "--prompt", metavar="TEMPLATE", help="the question's prompt (default: see the table)"
+        "--prompt",
+        metavar="TEMPLATE",
+        help="the prompt (default: by task and model, see the table)",
     )
     parser.add_argument(
         "--limit",
