@@ -58,7 +58,10 @@ def similarity(model: Similarity, one: Answered, arguments: argparse.Namespace) 
     if one.failed:
         return 0.0
     caption = without_markup(one.output) if arguments.strip_markup else one.output
-    return model.cosine(one.item.target, caption)
+    try:
+        return model.cosine(one.item.target, caption)
+    except OSError as error:
+        raise BadData(f"{one.item.target}: expected an image ({error})") from error
 
 
 def without_markup(caption: str) -> str:

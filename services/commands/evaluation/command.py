@@ -113,6 +113,8 @@ def run_task(arguments: argparse.Namespace) -> None:
     if count := records.cut_off(items):
         facts["cut off"] = f"{count} answers at the longest that was allowed"
     print_scores(task, arguments, answered, scores, facts)
+    if all(one.failed for one in answered):
+        raise ClientError(f"no item was answered; {failure}")
 
 
 def facts_of(arguments: argparse.Namespace, answered: Sequence[Answered]) -> dict[str, str]:

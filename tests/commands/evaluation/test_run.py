@@ -123,6 +123,14 @@ async def test_another_setting_or_input_is_refused_unless_restarted(
         assert len(fake.bodies) == 6
 
 
+async def test_a_run_without_an_answer_has_failed(
+    pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with endpoint(lambda text, images: 400) as fake:
+        assert await run(fake, "cer", "--data", pages, "--out", tmp_path) == 1
+    assert "no item was answered; item 0.png: refused" in capsys.readouterr().err
+
+
 async def test_other_images_are_refused_unless_restarted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
