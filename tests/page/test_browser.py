@@ -4,6 +4,7 @@ import asyncio
 import io
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,7 @@ def test_boxes_are_drawn_at_their_places_and_listed(open_page: Open, gateway: Fa
     expect(page.locator("figcaption li")).to_have_text(
         ["cat: (60, 40) to (300, 200)", "box: (0, 0) to (9, 0) to (9, 9) to (0, 9)"]
     )
+    expect(page.locator(".frame img")).to_have_attribute("alt", "red.png, with 2 boxes")
     picture = page.locator(".frame img").bounding_box()
     drawn = page.locator("polygon").first.bounding_box()
     assert picture and drawn
@@ -227,6 +229,18 @@ def test_boxes_are_drawn_at_their_places_and_listed(open_page: Open, gateway: Fa
     assert middle[1] - picture["y"] == pytest.approx(120 * scale, abs=1)
     # Miters count, too.
     assert drawn["width"] == pytest.approx(240 * scale, abs=10)
+
+
+def test_an_image_whose_file_has_gone_is_named(open_page: Open, tmp_path: Path) -> None:
+    file = tmp_path / "gone.png"
+    file.write_bytes(png()["buffer"])
+    page = open_page()
+    page.set_input_files("#files", file)
+    expect(page.locator("#images li")).to_have_count(1)
+    file.unlink()
+    send(page)
+    expect(page.locator("#error")).to_have_text("gone.png cannot be read any more. Remove it.")
+    expect(page.locator("#send")).to_be_visible()
 
 
 def test_the_timings_are_a_bar_by_stage_whose_parts_do_not_overlap(

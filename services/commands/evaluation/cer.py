@@ -38,7 +38,7 @@ def load(arguments: argparse.Namespace) -> list[Item]:
 
 
 def folder_pages(folder: Path) -> Iterator[tuple[str, ReadImage, str]]:
-    """Yield the name, the image and the text of each image that has a .txt file next to it."""
+    """Yield the name, image and text of each page: an image with a .txt file next to it."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGES:
             yield path.name, path.read_bytes, read_text(path.with_suffix(".txt"))

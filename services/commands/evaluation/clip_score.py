@@ -45,7 +45,7 @@ def score(answered: Sequence[Answered], arguments: argparse.Namespace) -> Scores
         raise ClientError(f"cannot write {file}: {error.strerror}") from error
     model = chosen_clip(arguments)
     if model is None:
-        note = f"no score: for one, use --answers {file} with --clip DIR or --open-clip FILE"
+        note = f"no score: for one, set --answers {file}, another --out, and --clip or --open-clip"
         return Scores([], [{} for _ in answered], notes=[note])
     parts = [{"cosine": similarity(model, one, arguments)} for one in answered]
     values = [part["cosine"] for part in parts]
@@ -58,7 +58,10 @@ def similarity(model: Similarity, one: Answered, arguments: argparse.Namespace) 
     if one.failed:
         return 0.0
     caption = without_markup(one.output) if arguments.strip_markup else one.output
-    return model.cosine(one.item.target, caption)
+    try:
+        return model.cosine(one.item.target, caption)
+    except OSError as error:
+        raise BadData(f"{one.item.target}: expected an image ({error})") from error
 
 
 def without_markup(caption: str) -> str:

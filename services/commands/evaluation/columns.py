@@ -54,7 +54,7 @@ class ColumnRow:
 def read_parquet(path: Path, left_out: Sequence[str]) -> Iterator[ColumnRow]:
     """Yield the rows of a Parquet file without the columns `left_out`, or raise BadData."""
     file = open_parquet(path)
-    columns = [name for name in file.schema_arrow.names if name not in left_out]
+    columns = columns_of(path, file.schema_arrow.names, left_out)
     groups = (file.read_row_group(group, columns) for group in range(file.num_row_groups))
     return rows_of(path, groups, parquet_column)
 
@@ -62,9 +62,17 @@ def read_parquet(path: Path, left_out: Sequence[str]) -> Iterator[ColumnRow]:
 def read_arrow(path: Path, left_out: Sequence[str]) -> Iterator[ColumnRow]:
     """Yield the rows of an Arrow file without the columns `left_out`, or raise BadData."""
     file = open_arrow(path)
-    columns = [name for name in file.schema.names if name not in left_out]
+    columns = columns_of(path, file.schema.names, left_out)
     batches = (file.get_batch(batch) for batch in range(file.num_record_batches))
     return rows_of(path, (batch.select(columns) for batch in batches), arrow_column)
+
+
+def columns_of(path: Path, names: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    """Return the columns without those `left_out`, or raise BadData if one of these is missing."""
+    for name in left_out:
+        if name not in names:
+            raise BadData(f'{path}: expected a column "{name}"')
+    return [name for name in names if name not in left_out]
 
 
 def rows_of(

@@ -48,7 +48,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
         "--restart", action="store_true", help="discard the records in --out and ask again"
     )
     parser.add_argument(
-        "--prompt", metavar="TEMPLATE", help="the question's prompt (default: see the table)"
+        "--prompt",
+        metavar="TEMPLATE",
+        help="the prompt (default: by task and model, see the table)",
     )
     parser.add_argument(
         "--limit",
@@ -111,6 +113,8 @@ def run_task(arguments: argparse.Namespace) -> None:
     if count := records.cut_off(items):
         facts["cut off"] = f"{count} answers at the longest that was allowed"
     print_scores(task, arguments, answered, scores, facts)
+    if all(one.failed for one in answered):
+        raise ClientError(f"no item was answered; {failure}")
 
 
 def facts_of(arguments: argparse.Namespace, answered: Sequence[Answered]) -> dict[str, str]:
@@ -194,7 +198,7 @@ def load_items(task: Task, arguments: argparse.Namespace) -> list[Item]:
 
 def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what must be the same when a run is continued."""
-    return {
+    common = {
         "task": task.name,
         "model": arguments.model,
         "data": str(arguments.data.resolve()),
@@ -202,6 +206,11 @@ def settings_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed,
+    }
+    own = {name: getattr(arguments, name) for name in task.asked_by}
+    return common | {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in own.items()
     }
 
 

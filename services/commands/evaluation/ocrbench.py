@@ -171,4 +171,5 @@ OCRBENCH = Task(
     score=score,
     max_tokens=512,
     add_arguments=add_arguments,
+    asked_by=["images"],
 )

@@ -145,4 +145,5 @@ OLMOCR_BENCH = Task(
     score=score,
     max_tokens=None,
     add_arguments=add_arguments,
+    asked_by=["longest_side"],
 )

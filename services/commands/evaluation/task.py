@@ -95,6 +95,8 @@ class Task:
     max_tokens: int | None
     """The longest answer by default; None for what is left of the context."""
     add_arguments: Callable[[argparse.ArgumentParser], None] = no_flags
+    asked_by: Sequence[str] = ()
+    """The task's own flags that change what is asked, by their names among the arguments."""
 
 
 def fill(template: str, **values: str) -> str:

@@ -173,4 +173,5 @@ TEXTVQA = Task(
     score=score,
     max_tokens=256,
     add_arguments=add_arguments,
+    asked_by=["images"],
 )

@@ -131,6 +131,8 @@ def read_rows(path: Path) -> Iterator[tuple[TsvRow, str]]:
                 raise BadData(f"{path}, line {line}: expected quoted cells ({error})") from error
             if cells is None:
                 return
+            if not cells:
+                continue  # an empty line, which pandas skips, too
             if len(cells) != len(header):
                 raise BadData(
                     f"{path}, line {line}: expected {len(header)} cells as in the first line, "

@@ -208,4 +208,5 @@ VQAV2 = Task(
     score=score,
     max_tokens=256,
     add_arguments=add_arguments,
+    asked_by=["images"],
 )

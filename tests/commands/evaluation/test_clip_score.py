@@ -82,6 +82,17 @@ async def test_captions_are_written_without_a_model_that_judges(
     assert "no score" in printed
 
 
+def test_a_file_that_is_no_image_is_named(
+    images: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "0.png").write_text("no image")
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"0.png": CAPTION}))
+    command = ("clip-score", "--data", str(images), "--answers", str(captions))
+    assert evaluate(parse(*command, "--clip", str(clip), "--out", str(tmp_path / "out"))) == 1
+    assert "0.png: expected an image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [(), ("--strip-markup",)])
 def test_given_captions_are_scored(
     images: Path,

@@ -36,6 +36,7 @@ def write_tsv(folder: Path) -> Path:
         writer.writerow(["index", "image", "question", "answer", "category"])
         for number, (question, answers, category) in enumerate(ROWS):
             writer.writerow([number, png_base64(number), question, repr(answers), category])
+        file.write("\n")
     return path
 
 
@@ -85,6 +86,16 @@ async def test_each_published_format(
     assert json.dumps(REPORT, indent=4) in printed
     assert result["scores"]["ocrbench, acc"] == pytest.approx(2 / 3)
     assert "counts right answers of 3" in printed
+
+
+async def test_a_parquet_file_without_images_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "?", "answer": ["a"]}]), path)
+    async with endpoint(lambda text, images: "a") as fake:
+        assert await run(fake, "ocrbench", "--data", path, "--out", tmp_path / "out") == 1
+    assert 'a.parquet: expected a column "image"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

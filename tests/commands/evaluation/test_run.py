@@ -123,6 +123,30 @@ async def test_another_setting_or_input_is_refused_unless_restarted(
         assert len(fake.bodies) == 6
 
 
+async def test_a_run_without_an_answer_has_failed(
+    pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with endpoint(lambda text, images: 400) as fake:
+        assert await run(fake, "cer", "--data", pages, "--out", tmp_path) == 1
+    assert "no item was answered; item 0.png: refused" in capsys.readouterr().err
+
+
+async def test_other_images_are_refused_unless_restarted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question's text is the same, whichever folder its image is in."""
+    rows = [{"image_path": "0.png", "question": "?", "answers": "a", "type": "Doc-oriented VQA"}]
+    (tmp_path / "ocr.json").write_text(json.dumps(rows))
+    for folder in ("small", "large"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(png(0))
+    command = ("ocrbench", "--data", tmp_path / "ocr.json", "--out", tmp_path / "out", "--images")
+    async with endpoint(lambda text, images: "a") as fake:
+        assert await run(fake, *command, tmp_path / "small") == 0
+        assert await run(fake, *command, tmp_path / "large") == 1
+        assert "another images" in capsys.readouterr().err
+
+
 async def test_a_busy_server_is_asked_again(pages: Path, tmp_path: Path) -> None:
     replies: list[str | int] = [503, 429]
 

@@ -13,7 +13,7 @@ async function figureOf(image, boxes) {
   if (!boxes.length) {
     return null;
   }
-  const picture = make("img", { src: image.url, alt: `${image.name}, with ${count(boxes.length, "box")}` });
+  const picture = make("img", { src: image.url, alt: `${image.name}, with ${count(boxes.length, "box", "boxes")}` });
   await picture.decode();
   const drawing = makeSvg(
     "svg",

@@ -59,15 +59,15 @@ export function gatherImages() {
   });
 
   return () => Promise.all(
-    Array.from(chosen.values(), async ({ file, name }) => ({ name, url: await dataUri(file) })),
+    Array.from(chosen.values(), async ({ file, name }) => ({ name, url: await dataUri(file, name) })),
   );
 }
 
-function dataUri(file) {
+function dataUri(file, name) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(reader.error));
+    reader.addEventListener("error", () => reject(new Error(`${name} cannot be read any more. Remove it.`)));
     reader.readAsDataURL(file);
   });
 }

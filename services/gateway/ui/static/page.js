@@ -38,6 +38,10 @@ form.addEventListener("submit", async (event) => {
   }
   try {
     await send();
+  } catch (error) {
+    find("progress").textContent = "Failed.";
+    find("error").textContent = error.message;
+    find("error").hidden = false;
   } finally {
     const hasFocus = document.activeElement === find("stop");
     find("stop").hidden = true;
