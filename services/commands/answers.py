@@ -39,6 +39,8 @@ class Answer:
     """The time from sending to the end."""
     is_broken: bool = False
     """Whether the connection failed, so that the same request may succeed."""
+    has_timed_out: bool = False
+    """Whether the answer was not complete in time."""
 
 
 class Message(msgspec.Struct):

@@ -6,11 +6,13 @@ It measures: each answer says when its tokens came. A failed request is recorded
 import argparse
 import asyncio
 import base64
+import math
 import os
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -47,17 +49,19 @@ class ChatClient:
     def __init__(self, url: str, api_key: str = "", timeout: float = 600.0) -> None:
         """`url` is the base URL, which usually ends in /v1. `timeout` is for each whole request.
 
-        Without `api_key` the variable OPENAI_API_KEY is used.
+        Without `api_key` the variable OPENAI_API_KEY is used. Entering raises ClientError if no
+        header can hold its value.
         """
         self.url = url.rstrip("/")
         self.timeout = timeout
-        self._api_key = api_key or os.environ.get(KEY_VARIABLE, "")
+        self._api_key = api_key
         self._session: aiohttp.ClientSession
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "ChatClient":
         aiohttp = import_aiohttp()
-        key = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        api_key = self._api_key or api_key_of_user()
+        key = {"authorization": f"Bearer {api_key}"} if api_key else {}
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -105,16 +109,20 @@ class ChatClient:
         """
         import aiohttp
 
-        answer = Answer(began=time.monotonic())
         encoded = msgspec.json.encode(body)
+        answer = Answer(began=time.monotonic())
         sent = {"content-type": "application/json"} | dict(headers)
         url = f"{self.url}/chat/completions"
         try:
             async with self._session.post(url, data=encoded, headers=sent) as response:
                 answer.status = response.status
                 await read_response(response, answer)
+        except aiohttp.ConnectionTimeoutError as error:
+            answer.error = f"the connection failed: {reason_of(error)}"
+            answer.is_broken = True
         except TimeoutError:
             answer.error = f"no whole answer within {self.timeout:g} s"
+            answer.has_timed_out = True
         except aiohttp.ClientError as error:
             answer.error = f"the connection failed: {reason_of(error)}"
             answer.is_broken = True
@@ -122,6 +130,20 @@ class ChatClient:
         if answer.error:
             answer.finish_reason = ""
         return answer
+
+
+def api_key_of_user() -> str:
+    """Return the key in the variable OPENAI_API_KEY; empty if there is none.
+
+    Raises
+    ------
+    ClientError
+        If no header can hold it. The message does not show it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ClientError(f"the variable {KEY_VARIABLE} holds characters that no key has")
+    return key
 
 
 def import_aiohttp() -> Any:
@@ -164,7 +186,7 @@ async def complete_patiently(
     while True:
         answer = await client.complete(body)
         is_worth_it = answer.is_broken or answer.status in WORTH_REPEATING
-        wait = pause if answer.retry_after is None else answer.retry_after
+        wait = answer.retry_after or pause  # a server that says 0 is not asked without a pause
         if not is_worth_it or time.monotonic() + wait > began + patience:
             return answer
         await asyncio.sleep(wait)
@@ -216,6 +238,12 @@ def base_url(text: str) -> str:
     """Return the URL without a slash at its end; an argparse type."""
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text!r} does not begin with http:// or https://")
+    try:
+        has_host = bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        has_host = False
+    if not has_host:
+        raise argparse.ArgumentTypeError(f"{text!r} does not name HOST or HOST:PORT")
     return text.rstrip("/")
 
 
@@ -235,12 +263,14 @@ def image_part(data: bytes) -> dict[str, Any]:
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a response asks to wait; None if it does not, or names a date."""
+    """Return the seconds that a response asks to wait; None if it does not say a number."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
-            return max(0.0, float(headers[name]) * scale)
+            seconds = float(headers[name]) * scale
         except (KeyError, ValueError):
             continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
     return None
 
 

@@ -76,7 +76,7 @@ def answers() -> list[Answer]:
         Answer(status=429, error="full", began=10.0),
         Answer(status=500, error="bug", began=10.0),
         Answer(status=200, error="no llm", began=10.0),
-        Answer(status=0, error="timeout", began=10.0),
+        Answer(status=200, error="late", has_timed_out=True, began=10.0),
         Answer(status=200, error="lost", is_broken=True, began=10.0),
     ]
 

@@ -3,15 +3,18 @@
 import argparse
 from typing import Any
 
+import aiohttp
 import pytest
 
 from services.commands.chat_client import (
     Answer,
     ChatClient,
     add_url_argument,
+    api_key_of_user,
     choose_model,
     complete_patiently,
     image_part,
+    read_retry_after,
 )
 from services.commands.client import ClientError
 from services.commands.event_stream import EventReader
@@ -171,7 +174,8 @@ async def test_a_slow_answer_ends_with_the_timeout() -> None:
     async with http_server(FakeCore()) as port:
         url = f"http://127.0.0.1:{port}/v1"
         async with ChatClient(url, timeout=1e-6) as client:
-            assert "within 1e-06 s" in (await client.complete({})).error
+            answer = await client.complete({})
+    assert "within 1e-06 s" in answer.error and answer.has_timed_out
 
 
 async def test_the_model_is_the_first_or_one_that_is_served() -> None:
@@ -200,6 +204,40 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     async with scripted_server(script) as url, ChatClient(url) as client:
         await client.models()
     assert "authorization: bearer secret\r\n" in script.heads[0].lower()
+
+
+async def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a secret\n")
+    assert api_key_of_user() == "a secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nsecret")
+    with pytest.raises(ClientError, match="OPENAI_API_KEY") as failed:
+        await ChatClient("http://h/v1").__aenter__()
+    assert "secret" not in str(failed.value)
+
+
+async def test_an_address_that_does_not_answer_is_no_late_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def connect(*_: Any, **__: Any) -> None:
+        raise aiohttp.ConnectionTimeoutError("no route")
+
+    async with ChatClient("http://h/v1", timeout=60) as client:
+        monkeypatch.setattr(aiohttp.ClientSession, "post", connect)
+        answer = await client.complete({})
+    assert (answer.error, answer.is_broken) == ("the connection failed: no route", True)
+    assert not answer.has_timed_out
+
+
+@pytest.mark.parametrize(
+    ("sent", "seconds"),
+    [("retry-after", 2.0), ("retry-after-ms", 0.002), ("x", None), ("retry-after-ms nan", None)],
+)
+def test_only_a_number_of_seconds_is_a_time_to_wait(sent: str, seconds: float | None) -> None:
+    name, _, value = sent.partition(" ")
+    assert read_retry_after({name: value or "2"}) == seconds
+    assert read_retry_after({"retry-after": "inf"}) is None
 
 
 async def test_our_own_gateway_answers_with_usage_timings_and_ids() -> None:
@@ -232,5 +270,6 @@ def test_the_url_must_be_one() -> None:
     parser = argparse.ArgumentParser()
     add_url_argument(parser)
     assert parser.parse_args(["--url", "http://h:1/v1/"]).url == "http://h:1/v1"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--url", "h:1"])
+    for wrong in ("h:1", "http://", "http://h:port/v1", "http://[::1/v1"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--url", wrong])

@@ -87,9 +87,11 @@ def failure_of(answer: Answer) -> str:
         return ""
     if answer.is_broken:
         return "connection"
+    if answer.has_timed_out:
+        return "timeout"
     if answer.status == 200:
         return "error in the stream"
-    return f"status {answer.status}" if answer.status else "timeout"
+    return f"status {answer.status}"
 
 
 def is_good(answer: Answer, slo: Slo) -> bool:

@@ -146,6 +146,7 @@ class GrpcTarget(Target):
         except grpc.aio.AioRpcError as error:
             answer.status = HTTP_STATUS.get(error.code(), 500)
             answer.error = explain(error, self.address)
+            answer.has_timed_out = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         answer.seconds = time.monotonic() - answer.began
         return answer
 
