@@ -22,6 +22,9 @@ class Answer:
     has. Empty if the answer was not streamed. A chunk whose number is not known counts as one."""
     finish_reason: str = ""
     """Empty if the answer failed."""
+    finish_seconds: float = 0.0
+    """The seconds after the request was sent at which the finish reason came in a stream; 0 if it
+    did not. The last token may have no text, and then no chunk of its own."""
     usage: dict[str, Any] = field(default_factory=dict)
     """OpenAI's `usage`; empty if the server sent none."""
     timings: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +121,9 @@ def take_chunk(chunk: Completion, answer: Answer, seconds: float) -> None:
         ids = choice.token_ids or []
         answer.text += delta.content or ""
         answer.token_ids += ids
-        answer.finish_reason = choice.finish_reason or answer.finish_reason
+        if choice.finish_reason:
+            answer.finish_reason = choice.finish_reason
+            answer.finish_seconds = seconds
         # Some servers count the tokens so far in each chunk.
         counted = (answer.usage.get("completion_tokens") or 0) - known
         if number := len(ids) or (max(1, counted) if delta.has_text else 0):

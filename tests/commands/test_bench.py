@@ -213,6 +213,9 @@ def test_the_times_of_an_answer(answers: list[Answer]) -> None:
     assert tokens_of(answers[1]) == 3  # without usage, those of the chunks
     assert itl(answers[1]) == [0.5]
     assert tpot(Answer(token_times=[(1.0, 1)])) is None
+    # The last three tokens have no text, such as the one that ends the answer.
+    answers[0].finish_seconds = 9.0
+    assert tpot(answers[0]) == (9.0 - 1.0) / (5 - 1)
     assert ttft(Answer()) is None
 
 
@@ -242,6 +245,7 @@ def test_the_figures_of_a_level(answers: list[Answer]) -> None:
     assert found["requests_per_second"] == 2 / 5
     assert found["images_per_second"] == 2 * 2 / 5
     assert found["output_tokens_per_second"] == (5 + 3) / 5
+    assert "prompt_tokens_mean" not in found, "the server does not say it"
     assert found["ttft_mean_seconds"] == 1.5
     assert found["ttft_p90_seconds"] == pytest.approx(1.9)
     assert found["e2e_p50_seconds"] == 3.5

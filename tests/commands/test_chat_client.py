@@ -64,7 +64,8 @@ async def test_a_stream_is_read_with_either_separator(separator: bytes) -> None:
     assert (answer.text, answer.finish_reason, answer.error) == ("Hello", "stop", "")
     assert answer.usage == {"prompt_tokens": 3, "completion_tokens": 2}
     assert numbers(answer) == [1, 1]
-    assert 0 < answer.token_times[0][0] <= answer.token_times[1][0] <= answer.seconds
+    (first, _), (second, _) = answer.token_times
+    assert 0 < first <= second <= answer.finish_seconds <= answer.seconds
 
 
 async def test_tokens_are_counted_by_their_ids_or_by_continuous_usage() -> None:

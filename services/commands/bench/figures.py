@@ -41,7 +41,8 @@ def tpot(answer: Answer) -> float | None:
     tokens = tokens_of(answer) - 1
     if tokens < 1 or not answer.token_times:
         return None
-    return (answer.token_times[-1][0] - answer.token_times[0][0]) / tokens
+    last = max(answer.token_times[-1][0], answer.finish_seconds)
+    return (last - answer.token_times[0][0]) / tokens
 
 
 def itl(answer: Answer) -> list[float]:
@@ -142,21 +143,22 @@ def counts(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def rates(good: Sequence[Answer], level: Level, images_per_request: int) -> dict[str, float]:
     output = sum(map(tokens_of, good))
-    prompt = sum(answer.usage.get("prompt_tokens") or 0 for answer in good)
     found = {
         "duration_seconds": level.seconds,
         "requests_per_second": per_second(len(good), level),
         "images_per_second": per_second(images_per_request * len(good), level),
         "output_tokens_per_second": per_second(output, level),
-        "prompt_tokens_per_second": per_second(prompt, level),
         "output_tokens_mean": output / max(1, len(good)),
-        "prompt_tokens_mean": prompt / max(1, len(good)),
         "client_busy_share": level.client_cpu_seconds / max(level.seconds, 1e-9),
     }
+    prompts = present(answer.usage.get("prompt_tokens") for answer in good)
+    if prompts:
+        found["prompt_tokens_per_second"] = per_second(sum(prompts), level)
+        found["prompt_tokens_mean"] = statistics.fmean(prompts)
     return found | spread("send_lag", level.lags)
 
 
-def per_second(number: int, level: Level) -> float:
+def per_second(number: float, level: Level) -> float:
     return number / level.seconds if level.seconds else 0.0
 
 
