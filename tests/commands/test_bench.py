@@ -181,6 +181,27 @@ async def test_a_refused_client_waits_and_goes_on(capsys: pytest.CaptureFixture[
     assert found["failed_requests"] == 0
 
 
+async def test_a_last_request_that_is_refused_ends_the_level(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    busy = [response(429, b"full", "retry-after: 100000")]
+    async with scripted_server(Script(MODELS, GOOD, busy)) as url:
+        flags = ("--requests", "1", "--warmup", "0", "--images", "0")
+        assert await run("--url", url, *flags) == 1
+    assert result(capsys.readouterr().out)["rejected_requests"] == 1
+
+
+async def test_results_are_printed_even_if_their_files_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").mkdir()
+    async with scripted_server(Script(MODELS, GOOD)) as url:
+        assert await run("--url", url, *SMALL, "--out", str(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert result(out)["succeeded_requests"] == 6
+    assert err == f"twinlens: cannot write to {tmp_path}: Is a directory\n"
+
+
 async def test_ctrl_c_prints_what_was_measured() -> None:
     """The server answers the check, the warm-up and two requests, and not the next one."""
     asked = asyncio.Event()
@@ -300,6 +321,9 @@ def test_arrivals_have_the_mean_rate_and_are_the_same_with_the_same_seed() -> No
         "--image 0x4",
         "--image 4",
         "--same 1.5",
+        "--same -1",
+        "--same nan",
+        "--same .",
         "--slo x=1",
         "--slo ttft",
         "--timeout inf",

@@ -1,6 +1,7 @@
 """`twinlens bench`: measures how fast a server answers."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup",
         type=whole_number(0, 10**6),
         metavar="N",
-        help="requests before each level that are not counted (default: as many as are in flight)",
+        help="requests before each level that are not counted (default: as many as are in flight, "
+        "4 with --rate)",
     )
 
 
@@ -130,8 +132,11 @@ def numbers(text: str) -> list[int]:
 
 def share(text: str) -> float:
     """Return a number from 0 to 1; an argparse type."""
-    value = 0.0 if text.strip("0.") == "" else positive(text)
-    if value > 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,14 +68,14 @@ async def send_at_concurrency(
     target: Target, prepared: Sequence[Any], level: Level, report: Report
 ) -> None:
     """Keep a fixed number of requests in flight: a closed loop."""
-    waiting = iter(prepared)
+    waiting = deque(prepared)
 
     async def client() -> None:
-        for request in waiting:
-            answer = await target.send(request)
+        while waiting:
+            answer = await target.send(waiting.popleft())
             level.answers.append(answer)
             report(answer)
-            if answer.status == REJECTED:
+            if answer.status == REJECTED and waiting:
                 wait = answer.retry_after
                 await asyncio.sleep(REJECTED_PAUSE_SECONDS if wait is None else wait)
 

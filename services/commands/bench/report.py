@@ -58,7 +58,8 @@ def level_text(level: Level, figures: dict[str, Any]) -> str:
         f"{level.name}: {figures['succeeded_requests']} of {figures['requests']} requests in "
         f"{figures['duration_seconds']:.1f} s; {figures['requests_per_second']:.2f} requests/s, "
         f"{figures['images_per_second']:.2f} images/s, "
-        f"{figures['output_tokens_per_second']:.1f} tokens/s"
+        f"{figures['output_tokens_per_second']:.1f} tokens/s "
+        f"({figures['output_tokens_mean']:.4g} tokens each)"
     )
     lines = [done, *problems(figures)]
     if "goodput_share" in figures:

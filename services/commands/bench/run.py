@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from services.commands.bench.command import DEFAULT_REQUESTS, REQUESTS_PER_CLIENT
@@ -95,10 +96,16 @@ def make_folder(folder: Path) -> None:
         import matplotlib  # noqa: F401
 
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass  # better now than after the test
     except ImportError as error:
         raise ClientError(f"--out {NEEDS_TOOLS}") from error
     except OSError as error:
-        raise ClientError(f"cannot write to {folder}: {error.strerror}") from error
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> ClientError:
+    return ClientError(f"cannot write to {folder}: {error.strerror}")
 
 
 def measure_and_publish(run: Run) -> None:
@@ -107,7 +114,8 @@ def measure_and_publish(run: Run) -> None:
     Raises
     ------
     ClientError
-        If the server cannot be asked, or no request of the last level succeeded.
+        If the server cannot be asked, if no request of the last level succeeded, or, after the
+        results, if the files cannot be written.
     KeyboardInterrupt
         After the results, if the test was interrupted.
     """
@@ -158,14 +166,17 @@ async def measure_level(run: Run, level: Level, requests: Iterator[Ask]) -> None
 
 
 def publish(run: Run) -> None:
-    """Print the results as the last line, and write the files."""
+    """Print the results as the last line, then write the files, which may fail."""
     results = run.results()
+    print(json_line(results), flush=True)
     if folder := run.arguments.out:
         from services.commands.bench.plots import write_plots  # needs matplotlib
 
-        write_results(folder, results, run.levels)
-        write_plots(folder, run.levels, title_of(run))
-    print(json_line(results), flush=True)
+        try:
+            write_results(folder, results, run.levels)
+            write_plots(folder, run.levels, title_of(run))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
 def title_of(run: Run) -> str:
