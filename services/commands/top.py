@@ -1,12 +1,14 @@
 """`twinlens top`: the stages and members of a running system, live in a terminal."""
 
 import argparse
+import os
 import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -120,7 +122,7 @@ def list_members(target: str) -> list[control_pb2.Member]:
 
 
 def read_counters(url: str) -> dict[str, float]:
-    """Return the counters of RATES from a page of metrics; nothing if it cannot be read."""
+    """Return the counters of RATES that a page of metrics has; nothing if it cannot be read."""
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
@@ -128,19 +130,26 @@ def read_counters(url: str) -> dict[str, float]:
     except (OSError, HTTPException, ValueError):
         return {}
     samples = [sample for family in families for sample in family.samples]
-    return {
-        name: sum(sample.value for sample in samples if sample.name == name)
-        for name in RATES.values()
-    }
+    found: dict[str, float] = {}
+    for sample in samples:
+        if sample.name in RATES.values():
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
 
 
 def read_page(url: str) -> str:
-    """Return the text at a URL, without a proxy that the environment sets."""
+    """Return the text at a URL, without a proxy that the environment sets.
+
+    Raises OSError, HTTPException or ValueError if there is none.
+    """
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     with closing(kind(parts.netloc, timeout=METRICS_SECONDS)) as connection:
         connection.request("GET", parts.path)
-        return connection.getresponse().read().decode()
+        response = connection.getresponse()
+        if response.status != HTTPStatus.OK:
+            raise ValueError(f"{url} answers with status {response.status}")
+        return response.read().decode()
 
 
 def print_once(arguments: argparse.Namespace) -> None:
@@ -177,7 +186,11 @@ def keys() -> Iterator[Callable[[float], bool]]:
 
     def is_quit(seconds: float) -> bool:
         ready, _, _ = select.select(inputs, [], [], seconds)
-        return bool(ready) and sys.stdin.read(1) in "qQ"
+        if not ready:
+            return False
+        # Not sys.stdin.read, which would keep the rest of an arrow key's bytes to itself.
+        pressed = os.read(sys.stdin.fileno(), 1024)
+        return not pressed or b"q" in pressed.lower()
 
     inputs = [sys.stdin] if sys.stdin.isatty() else []
     if not inputs:

@@ -110,6 +110,9 @@ async def test_counters_are_read_from_the_gateways_metrics() -> None:
         "twinlens_gateway_generation_tokens_total": 100.0,
     }
     assert read_counters(f"http://127.0.0.1:{free_port()}/metrics") == {}
+    for other in (response(404, METRICS), response(200, b"other_total 1.0\n")):
+        async with scripted_server(Script([other])) as url:
+            assert await asyncio.to_thread(read_counters, url) == {}
 
 
 async def test_the_counters_have_the_names_of_our_gateway() -> None:
@@ -177,7 +180,7 @@ async def test_it_refreshes_in_a_terminal_until_q(controls: tuple[Controls, str]
     os.close(its)
     reading = asyncio.create_task(asyncio.to_thread(read_until, ours, b" 43 "))
     assert b"vision-0-abc" in await reading
-    os.write(ours, b"q")
+    os.write(ours, b"\x1b[Aq")  # an arrow key sends three bytes at once
     draining = asyncio.create_task(asyncio.to_thread(read_until, ours, b""))
     assert await process.wait() == 0
     await draining
