@@ -255,11 +255,19 @@ def image_part(data: bytes) -> dict[str, Any]:
     ClientError
         If it is not a PNG, JPEG, GIF or WebP file.
     """
-    for start, media_type in MEDIA_TYPES.items():
-        if data.startswith(start):
-            url = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-            return {"type": "image_url", "image_url": {"url": url}}
-    raise ClientError("an image is not a PNG, JPEG, GIF or WebP file")
+    if not (kind := media_type(data)):
+        raise ClientError("an image is not a PNG, JPEG, GIF or WebP file")
+    return {"type": "image_url", "image_url": {"url": data_uri(data, kind)}}
+
+
+def media_type(data: bytes) -> str:
+    """Return the media type of an image file; empty if it is none of MEDIA_TYPES."""
+    return next((kind for start, kind in MEDIA_TYPES.items() if data.startswith(start)), "")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return a data: URI of a file of this media type."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:

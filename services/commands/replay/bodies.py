@@ -1,6 +1,5 @@
 """Recorded requests as they are sent again: bodies for HTTP, and messages for gRPC."""
 
-import base64
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 from common.messages import Sampling, Stopping
 from common.recording import Asked, BadRecording, Exchange, RecordedItem
 from proto.twinlens.inference.v1 import inference_pb2
+from services.commands.chat_client import data_uri, media_type
 
 ReadFile = Callable[[str], bytes]
 """Returns the bytes of a file by its hash."""
 
-IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
-"""The media type of an image by its first bytes, if it is not a PNG file."""
 ABORTED = "aborted"
 
 
@@ -109,14 +107,8 @@ def frames_of(item: RecordedItem, data: bytes) -> list[bytes]:
 
 
 def image_type(data: bytes) -> str:
-    """Return the media type of an image; servers look at the bytes of what is none of these."""
-    return next(
-        (name for start, name in IMAGE_TYPES.items() if data.startswith(start)), "image/png"
-    )
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    """Return the media type of an image; servers look at the bytes of one that is not known."""
+    return media_type(data) or "image/png"
 
 
 def stopping_of(exchange: Exchange) -> Stopping:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from common.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
-from services.commands.chat_client import DEFAULT_URL
-from services.commands.client import ClientError, whole_number
+from services.commands.chat_client import DEFAULT_URL, KEY_VARIABLE, base_url
+from services.commands.client import ClientError, positive, whole_number
 from services.commands.output import one_line
 
 DEFAULT_MAX_TOKENS = 16
@@ -24,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--url",
+        type=base_url,
         default=DEFAULT_URL,
-        help="the OpenAI interface of the running system (default: %(default)s)",
+        metavar="URL",
+        help="the running system's OpenAI base URL (default: %(default)s); the variable "
+        f"{KEY_VARIABLE} has its key, if it needs one",
     )
     parser.add_argument(
         "--served-model-name",
@@ -82,17 +85,6 @@ def check_packages() -> None:
         raise ClientError(
             "the reference computes with torch: pip install 'twinlens[engine,reference]'"
         )
-
-
-def positive(text: str) -> float:
-    """Return a number above 0; an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def verify(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from services.commands.chat_client import image_part
+from services.commands.chat_client import image_part, media_type
 from services.commands.client import ClientError, read_file
 
 TEXT = "Name three things that one can buy at a market, and say what each is good for."
@@ -101,8 +101,10 @@ def read_rgb(image: bytes) -> Image.Image:
 
 
 def read_image(path: Path) -> bytes:
-    """Return the contents of an image file. Raises ClientError if it cannot be read as one."""
+    """Return the contents of an image file. Raises ClientError if it cannot be asked about."""
     data = read_file(path)
+    if not media_type(data):
+        raise ClientError(f"{path} is not a PNG, JPEG, GIF or WebP file")
     try:
         read_rgb(data)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as e:

@@ -1,6 +1,7 @@
 """The run of `twinlens verify`: what it opens, what it prints, and its verdict."""
 
 import argparse
+import math
 from typing import Any
 
 from common.checkpoint import open_checkpoint
@@ -84,10 +85,12 @@ def verdict(plan: Plan, found: list[Finding]) -> str:
 def summary(plan: Plan, reference: str, found: list[Finding]) -> dict[str, Any]:
     """Return the JSON object of a run."""
     compared = [finding.comparison for finding in found if finding.comparison]
+    # A server may say no log-probabilities of some answers.
+    differences = [c.max_difference for c in compared if not math.isnan(c.max_difference)]
     return finite(
         {
             "is_within": all(finding.is_within for finding in found),
-            "max_difference": max((c.max_difference for c in compared), default=None),
+            "max_difference": max(differences, default=None),
             "agreement": min((c.agreement for c in compared), default=None),
             "tolerance": plan.tolerance,
             "dtype": plan.dtype,

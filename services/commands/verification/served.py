@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 
 import numpy as np
 
 from common.vocabulary import Vocabulary
-from services.commands.chat_client import KEY_VARIABLE
+from services.commands.chat_client import api_key_of_user
 from services.commands.client import ClientError
 from services.commands.verification.comparison import Served
 from services.commands.verification.questions import Question
@@ -100,7 +100,7 @@ class System:
         """Return an answer's JSON. Raises Refused if the request is not accepted, ClientError if
         nothing useful answers."""
         headers = {"content-type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
+        if key := api_key_of_user():
             headers["authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -112,7 +112,9 @@ class System:
                 said = e.read(2000).decode("utf-8", errors="replace")
             kind = Refused if e.code in (400, 422) else ClientError
             raise kind(f"{self.url}{path} says {e.code}: {said}") from e
-        except (OSError, ValueError) as e:
+        except ValueError as e:
+            raise ClientError(f"{self.url}{path} does not answer with JSON: {e}") from e
+        except (OSError, HTTPException) as e:
             raise ClientError(
                 f"nothing answers at {self.url}: start it with `twinlens serve`, or set its "
                 f"address with --url http://HOST:PORT/v1 ({e})"

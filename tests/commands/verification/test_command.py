@@ -9,6 +9,7 @@ from common.process import EXIT_USAGE
 from services.cli import make_parser, run
 from services.commands.verification import memory
 from services.commands.verification.comparison import Comparison, Step
+from services.commands.verification.questions import sample_images
 from services.commands.verification.report import Finding, describe, finite
 from services.llm.shard import write_parts
 from tests.golden import GoldenCase
@@ -25,7 +26,7 @@ def verify(*arguments: str) -> int:
     ("arguments", "reason"),
     [
         (("--model", "none"), "no model directory none"),
-        (("--model", str(CASE.checkpoint), "--image", __file__), "cannot be read as an image"),
+        (("--model", str(CASE.checkpoint), "--image", __file__), "is not a PNG, JPEG"),
         (("--model", str(CASE.checkpoint), "--image", "none.png"), "cannot read none.png"),
         (("--model", str(CASE.checkpoint)), f"nothing answers at {NOWHERE}"),
     ],
@@ -35,6 +36,15 @@ def test_what_cannot_be_compared_has_a_status_of_its_own(
 ) -> None:
     assert verify(*arguments) == EXIT_USAGE
     assert reason in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_refused_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "half.png"
+    path.write_bytes(sample_images()[0][:500])
+    assert verify("--model", str(CASE.checkpoint), "--image", str(path)) == EXIT_USAGE
+    assert f"{path} cannot be read as an image" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(
@@ -64,10 +74,10 @@ def test_cut_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
-def test_a_tolerance_is_a_number_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tolerance_is_a_positive_number(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         verify("--model", str(CASE.checkpoint), "--tolerance", value)
-    assert "is not a number above 0" in capsys.readouterr().err
+    assert "is not a positive number" in capsys.readouterr().err
 
 
 def test_a_step_is_told_with_both_tokens_and_their_margin() -> None:

@@ -1,5 +1,6 @@
 """What is read of answers: of ours, of vLLM's, and of those of servers that say little."""
 
+import http.client
 import io
 import json
 import math
@@ -118,7 +119,15 @@ def test_a_server_that_refuses_log_probabilities_is_asked_for_text(
     }
 
 
-@pytest.mark.parametrize("failure", [refusal(503), OSError("connection refused")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        refusal(503),
+        OSError("connection refused"),
+        http.client.BadStatusLine("what a gRPC port answers"),
+        ValueError("not JSON"),
+    ],
+)
 def test_a_server_that_does_not_answer_is_an_error(
     failure: Exception, monkeypatch: pytest.MonkeyPatch, vocabulary: Vocabulary
 ) -> None:
