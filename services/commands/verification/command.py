@@ -88,7 +88,7 @@ def check_packages() -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Compare, print, and return 0 within the bounds, 1 outside, and 2 if nothing was compared."""
+    """Compare, print, and return 0 within the bounds, 1 outside, and 2 if it is not known."""
     from common.checkpoint import BadCheckpoint
 
     try:

@@ -21,7 +21,7 @@ from services.commands.verification.weights import Float32Weights
 def print_findings(arguments: argparse.Namespace) -> bool:
     """Print a row for each question, and a verdict. Return whether all are within the bounds.
 
-    Raises BadCheckpoint or ClientError if nothing can be compared.
+    Raises BadCheckpoint or ClientError if a question cannot be asked or compared.
     """
     plan = plan_of(arguments)
     needed = Float32Weights(plan.checkpoint).bytes_needed
@@ -35,12 +35,14 @@ def print_findings(arguments: argparse.Namespace) -> bool:
     print(f"reference: {reference.title}, in float32", flush=True)
     found = []
     print(ROW.format(*HEADINGS), flush=True)
-    for finding in findings(plan, reference):
-        found.append(finding)
-        print(finding.row(), flush=True)
-    for finding in found:
-        if finding.note:
-            print(f"{finding.question}: {finding.note}")
+    try:
+        for finding in findings(plan, reference):
+            found.append(finding)
+            print(finding.row(), flush=True)
+    finally:  # what differs matters even if a later question is not answered
+        for finding in found:
+            if finding.note:
+                print(f"{finding.question}: {finding.note}")
     print(verdict(plan, found), flush=True)
     if arguments.json:
         print(json_line(summary(plan, reference.title, found)))

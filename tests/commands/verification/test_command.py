@@ -1,13 +1,17 @@
 """The command itself: what cannot be compared is neither right nor wrong."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.checkpoint import open_checkpoint
 from common.process import EXIT_USAGE
 from services.cli import make_parser, run
+from services.commands.client import ClientError
 from services.commands.verification import memory
+from services.commands.verification import run as verification_run
 from services.commands.verification.comparison import Comparison, Step
 from services.commands.verification.questions import sample_images
 from services.commands.verification.report import Finding, describe, finite
@@ -55,6 +59,21 @@ def test_too_little_memory_is_refused_with_what_is_needed(
     shown = capsys.readouterr()
     assert "needs 1.0 GiB" in shown.out
     assert "run it on another host" in shown.err
+
+
+def test_what_differs_is_said_even_if_a_later_question_is_not_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def findings(*_: object) -> Iterator[Finding]:
+        yield Finding("text", "equal", None, "step 3: another token")
+        raise ClientError("nothing answers")
+
+    monkeypatch.setattr(verification_run, "load", lambda *_: SimpleNamespace(title="a reference"))
+    monkeypatch.setattr(verification_run, "findings", findings)
+    asked = ("--model", str(CASE.checkpoint), "--served-model-name", "tiny")
+    assert verify(*asked) == EXIT_USAGE
+    shown = capsys.readouterr()
+    assert "text: step 3: another token" in shown.out and "nothing answers" in shown.err
 
 
 def test_limits_of_pixels_are_refused_for_a_family_that_has_none(
