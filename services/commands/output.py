@@ -4,6 +4,7 @@ An answer, or what a member says about itself, may contain sequences that a term
 """
 
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -28,8 +29,23 @@ def answer_text(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """Return a value as JSON that contains no control characters."""
-    return CONTROLS.sub(escape, json.dumps(value, ensure_ascii=False))
+    """Return a value as JSON that contains no control characters.
+
+    Numbers that JSON cannot write, such as NaN, become null.
+    """
+    return CONTROLS.sub(escape, json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in the place of numbers that are not finite."""
+    match value:
+        case dict():
+            return {key: finite(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [finite(entry) for entry in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def escape(found: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
 """Nothing that a member or a model says is obeyed by the terminal of the person who asks."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -28,6 +29,12 @@ def test_json_stays_the_same_value_without_control_characters() -> None:
     line = json_line(value)
     assert json.loads(line) == value
     assert line.isprintable() and "é" in line
+
+
+def test_numbers_that_json_cannot_write_are_null() -> None:
+    value = {"a": [1.5, math.nan], "b": (math.inf,), "c": {"d": -math.inf}, "e": "NaN"}
+    expected = {"a": [1.5, None], "b": [None], "c": {"d": None}, "e": "NaN"}
+    assert json.loads(json_line(value)) == expected
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -61,18 +61,6 @@ def amount(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
-def finite(value: Any) -> Any:
-    """Return JSON's values with those numbers as null that JSON cannot write."""
-    match value:
-        case dict():
-            return {key: finite(entry) for key, entry in value.items()}
-        case list():
-            return [finite(entry) for entry in value]
-        case float() if not math.isfinite(value):
-            return None
-    return value
-
-
 def shown(token: int, name_of: Callable[[int], str]) -> str:
     """Return a token or a label by its id and its name, fit for a terminal."""
     return f"{token} ({name_of(token)!r})"

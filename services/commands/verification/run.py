@@ -13,7 +13,7 @@ from services.commands.verification.findings import Plan, findings
 from services.commands.verification.memory import GIB, check_memory
 from services.commands.verification.questions import read_image
 from services.commands.verification.reference import PixelLimits
-from services.commands.verification.report import HEADINGS, ROW, Finding, finite
+from services.commands.verification.report import HEADINGS, ROW, Finding
 from services.commands.verification.served import System
 from services.commands.verification.weights import Float32Weights
 
@@ -89,17 +89,15 @@ def summary(plan: Plan, reference: str, found: list[Finding]) -> dict[str, Any]:
     compared = [finding.comparison for finding in found if finding.comparison]
     # A server may say no log-probabilities of some answers.
     differences = [c.max_difference for c in compared if not math.isnan(c.max_difference)]
-    return finite(
-        {
-            "is_within": all(finding.is_within for finding in found),
-            "max_difference": max(differences, default=None),
-            "agreement": min((c.agreement for c in compared), default=None),
-            "tolerance": plan.tolerance,
-            "dtype": plan.dtype,
-            "model": str(plan.checkpoint.path),
-            "reference": reference,
-            "served_model": plan.system.name,
-            "url": plan.system.url,
-            "questions": [finding.fields() for finding in found],
-        }
-    )
+    return {
+        "is_within": all(finding.is_within for finding in found),
+        "max_difference": max(differences, default=None),
+        "agreement": min((c.agreement for c in compared), default=None),
+        "tolerance": plan.tolerance,
+        "dtype": plan.dtype,
+        "model": str(plan.checkpoint.path),
+        "reference": reference,
+        "served_model": plan.system.name,
+        "url": plan.system.url,
+        "questions": [finding.fields() for finding in found],
+    }

@@ -1,5 +1,6 @@
 """The command itself: what cannot be compared is neither right nor wrong."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from common.checkpoint import open_checkpoint
 from common.process import EXIT_USAGE
 from services.cli import make_parser, run
 from services.commands.client import ClientError
+from services.commands.output import json_line
 from services.commands.verification import memory
 from services.commands.verification import run as verification_run
 from services.commands.verification.comparison import Comparison, Step
 from services.commands.verification.questions import sample_images
-from services.commands.verification.report import Finding, describe, finite
+from services.commands.verification.report import Finding, describe
 from services.llm.shard import write_parts
 from tests.golden import GoldenCase
 
@@ -110,7 +112,7 @@ def test_a_step_is_told_with_both_tokens_and_their_margin() -> None:
 def test_a_finding_is_json_even_without_numbers() -> None:
     step = Step("token", 0, 1, 2, margin=0.5, difference=float("nan"))
     comparison = Comparison(1, float("inf"), float("nan"), 0.0, 0, step)
-    fields = finite(Finding("text", "equal", comparison).fields())
+    fields = json.loads(json_line(Finding("text", "equal", comparison).fields()))
     assert fields["comparison"]["max_difference"] is None
     assert fields["comparison"]["first"]["difference"] is None
     assert fields["comparison"]["first"]["margin"] == 0.5
