@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import grpc
@@ -131,6 +132,26 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ClientError(f"cannot read {path}: {reason}") from error
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder for results, before the work that they cost.
+
+    Raises
+    ------
+    ClientError
+        If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> ClientError:
+    return ClientError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -199,7 +199,7 @@ async def test_results_are_printed_even_if_their_files_cannot_be_written(
         assert await run("--url", url, *SMALL, "--out", str(tmp_path)) == 1
     out, err = capsys.readouterr()
     assert result(out)["succeeded_requests"] == 6
-    assert err == f"twinlens: cannot write to {tmp_path}: Is a directory\n"
+    assert err == f"twinlens: cannot write {tmp_path}: is a directory\n"
 
 
 async def test_ctrl_c_prints_what_was_measured() -> None:

@@ -2,14 +2,13 @@
 
 import argparse
 import asyncio
+import importlib.util
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from services.commands.bench.command import DEFAULT_REQUESTS, REQUESTS_PER_CLIENT
@@ -19,7 +18,7 @@ from services.commands.bench.report import level_text, note, progress, write_res
 from services.commands.bench.targets import GrpcTarget, HttpTarget, Target
 from services.commands.bench.workload import Ask, Workload
 from services.commands.chat_client import NEEDS_TOOLS
-from services.commands.client import ClientError, run_command
+from services.commands.client import ClientError, cannot_write, prepare_folder, run_command
 from services.commands.output import json_line
 
 RATE_WARMUP = 4
@@ -84,28 +83,10 @@ def make_run(arguments: argparse.Namespace) -> Run:
     return Run(arguments, workload, kind(where, arguments.model, arguments.timeout))
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results.
-
-    Raises
-    ------
-    ClientError
-        If it cannot be made, or nothing can draw its plots.
-    """
-    try:
-        import matplotlib  # noqa: F401
-
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass  # better now than after the test
-    except ImportError as error:
-        raise ClientError(f"--out {NEEDS_TOOLS}") from error
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> ClientError:
-    return ClientError(f"cannot write to {folder}: {error.strerror}")
+def check_plots() -> None:
+    """Raise ClientError if nothing can draw the plots of --out."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ClientError(f"--out {NEEDS_TOOLS}")
 
 
 def measure_and_publish(run: Run) -> None:
@@ -120,7 +101,8 @@ def measure_and_publish(run: Run) -> None:
         After the results, if the test was interrupted.
     """
     if run.arguments.out:
-        make_folder(run.arguments.out)
+        check_plots()
+        prepare_folder(run.arguments.out)
     try:
         asyncio.run(measure(run))
     except KeyboardInterrupt:
