@@ -25,9 +25,11 @@ from common.recording import (
     read_recording,
 )
 from services.cli import make_parser
+from services.commands.replay import sending
 from services.commands.replay.bodies import grpc_request, http_body, needs_grpc
 from services.commands.replay.command import run, speed
 from services.commands.replay.compare import compare
+from services.commands.replay.http_sender import pooled_outcome
 from services.commands.replay.outcome import Outcome, Replayed
 from services.commands.replay.pace import send_at_once, send_at_pace
 from services.gateway.generation import GenerationRequest
@@ -39,6 +41,7 @@ from services.gateway.recorder import asked as record_of
 from services.gateway.recorder import bytes_of, recorded_item
 from services.gateway.schema import chat_to_generation, parse_chat
 from tests.gateway.fake_core import FakeCore, http_server
+from tests.loopback import free_port
 
 PNG = b"\x89PNG\r\n\x1a\n not decoded here"
 JPEG = b"\xff\xd8\xff not decoded here"
@@ -247,9 +250,10 @@ async def test_requests_are_sent_when_they_are_due_even_if_none_is_answered() ->
         return Outcome()
 
     began = time.monotonic()
-    replayed = await send_at_pace(at(0.0, 0.3, 0.1), send, 10.0, lambda: None)
+    replayed: list[Replayed] = []
+    await send_at_pace(at(0.0, 0.3, 0.1), send, 10.0, replayed.append)
     assert sent == [0.0, 0.1, 0.3] and time.monotonic() - began >= 0.03
-    assert [one.exchange.arrival for one in replayed] == [0.0, 0.3, 0.1]
+    assert {one.exchange.arrival for one in replayed} == {0.0, 0.1, 0.3}
 
 
 async def test_at_most_a_number_of_requests_is_in_flight_at_full_speed() -> None:
@@ -266,9 +270,11 @@ async def test_at_most_a_number_of_requests_is_in_flight_at_full_speed() -> None
             raise BadRecording("it is damaged")
         return Outcome()
 
-    replayed = await send_at_once(at(*map(float, range(9))), send, 3, lambda: None)
-    assert most == 3 and [one.exchange.arrival for one in replayed] == list(range(9))
-    assert [n for n, one in enumerate(replayed) if one.outcome and one.outcome.error] == [2]
+    replayed: list[Replayed] = []
+    await send_at_once(at(*map(float, range(9))), send, 3, replayed.append)
+    assert most == 3 and {one.exchange.arrival for one in replayed} == set(range(9))
+    failed = [one for one in replayed if one.outcome and one.outcome.error]
+    assert [one.exchange.arrival for one in failed] == [2.0]
 
 
 @pytest.mark.parametrize(("text", "value"), [("2", 2.0), ("0", np.inf), ("max", np.inf)])
@@ -300,6 +306,52 @@ def text_request(number: int, **fields: Any) -> Asked:
 def run_replay(*flags: str) -> int:
     arguments = make_parser().parse_args(["replay", *flags])
     return run(arguments)
+
+
+def test_ctrl_c_reports_what_was_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def send_one(recording: Any, _: Any, replayed: list[Replayed]) -> None:
+        replayed.append(Replayed(recording.exchanges[0], outcome(text="Hello", seconds=1.0)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sending, "send_all", send_one)
+    path = write(
+        tmp_path / "traffic",
+        text_request(0),
+        Answered(number=0, outcome="stop", seconds=1.0, text="Hello"),
+        text_request(1),
+    )
+    assert run_replay(str(path), "--json") == 130
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["is_interrupted"], summary["requests"], summary["equal"]) == (True, 1, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "traffic", text_request(0))
+    nowhere = f"http://127.0.0.1:{free_port()}/v1"
+    assert run_replay(str(path), "--url", nowhere, "--out", str(path / "out")) == 1
+    assert capsys.readouterr().err == f"twinlens: cannot write {path}/out: not a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "numbers"),
+    [
+        ({"data": [{"probs": [1, 0.5]}]}, [1.0, 0.5]),
+        ({"data": [{"embedding": "AACAPw=="}]}, [1.0]),
+        ({"data": [{"embedding": "A"}]}, []),
+        ({"data": [{"probs": [None]}]}, []),
+        ({"data": []}, []),
+    ],
+)
+def test_the_values_of_an_answer_are_read_or_it_has_failed(
+    body: dict[str, Any], numbers: list[float]
+) -> None:
+    found = pooled_outcome(200, msgspec.json.encode(body))
+    assert found.values == numbers
+    assert ("has no values" in found.error) == (not numbers)
 
 
 async def test_a_recording_is_replayed_and_compared(

@@ -133,4 +133,4 @@ def test_the_recorded_pace_is_kept(recorded: Recorded, first_traffic: Path) -> N
     last = recording.exchanges[-1].arrival
     status, summary, output = recorded.replay(first_traffic, "--speed", "2")
     assert status == 0, output
-    assert summary["seconds"] >= last / 2
+    assert summary["duration_seconds"] >= last / 2

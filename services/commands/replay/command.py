@@ -3,13 +3,25 @@
 import argparse
 import asyncio
 import math
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.process import EXIT_FAILED, EXIT_OK
 from common.recording import BadRecording, Recording, read_recording
 from services.commands.chat_client import add_url_argument
-from services.commands.client import ClientError, address, run_command, whole_number
+from services.commands.client import (
+    ClientError,
+    address,
+    prepare_folder,
+    run_command,
+    whole_number,
+)
 from services.commands.output import json_line
+
+if TYPE_CHECKING:
+    from services.commands.replay.outcome import Replayed
+    from services.commands.replay.report import Report
 
 DEFAULT_CONCURRENCY = 16
 
@@ -80,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_recording(arguments: argparse.Namespace) -> Recording:
-    """Return the recording, or raise ClientError if the file is none or holds no requests."""
+    """Return the recording, or raise ClientError if the file cannot be read as one."""
     path = arguments.file
     try:
         recording = read_recording(path)
@@ -102,16 +114,34 @@ def list_requests(arguments: argparse.Namespace) -> int:
 
 
 def replay(arguments: argparse.Namespace) -> int:
-    from services.commands.replay.report import Report, write_requests
+    """Replay a recording and return the exit status. Ctrl-C ends it with what was answered."""
+    from services.commands.replay.report import Report
     from services.commands.replay.sending import send_all
 
     recording = open_recording(arguments)
     if not recording.exchanges:
         raise ClientError(f"{arguments.file} holds no requests")
-    report = Report(recording, *asyncio.run(send_all(recording, arguments)))
     if arguments.out:
-        write_requests(report, arguments.out)
+        prepare_folder(arguments.out)
+    replayed: list[Replayed] = []
+    began = time.monotonic()
+    try:
+        asyncio.run(send_all(recording, arguments, replayed))
+    except KeyboardInterrupt:
+        if replayed:
+            publish(Report(recording, replayed, time.monotonic() - began, True), arguments)
+        raise
+    report = Report(recording, replayed, time.monotonic() - began)
+    publish(report, arguments)
+    return EXIT_FAILED if report.is_worse(arguments.allow_differences) else EXIT_OK
+
+
+def publish(report: "Report", arguments: argparse.Namespace) -> None:
+    """Print what is reported, then write the file, which may fail."""
+    from services.commands.replay.report import write_requests
+
     if not arguments.json:
         print(report.text())
-    print(json_line(report.summary()))
-    return EXIT_FAILED if report.is_worse(arguments.allow_differences) else EXIT_OK
+    print(json_line(report.summary()), flush=True)
+    if arguments.out:
+        write_requests(report, arguments.out)

@@ -1,6 +1,5 @@
 """Compares the answers of now with the recorded ones, and their times."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import numpy as np
 
 from common.recording import Answered
 from services.commands.replay.bodies import ABORTED
-from services.commands.replay.outcome import Outcome, Replayed
+from services.commands.replay.outcome import Outcome, Replayed, floats
 
 SAME_VALUES = 1e-3
 """Probabilities and embeddings are equal up to this difference: their sums depend on the batch."""
@@ -60,7 +59,7 @@ def compare(replayed: Replayed) -> Comparison:
 
 
 def compare_values(answered: Answered, outcome: Outcome) -> Comparison:
-    before = np.frombuffer(answered.values[: len(answered.values) // 4 * 4], "<f4")
+    before = np.array(values_of(answered), np.float32)
     now = np.array(outcome.values, np.float32)
     if before.shape != now.shape:
         return Comparison("differs", f"{len(now)} values and not {len(before)}")
@@ -69,6 +68,11 @@ def compare_values(answered: Answered, outcome: Outcome) -> Comparison:
         return Comparison("equal")
     worst = int(np.nanargmax(gaps)) if np.isfinite(gaps).any() else 0
     return Comparison("differs", f"value {worst} by {gaps[worst]:.3g}", worst)
+
+
+def values_of(answered: Answered) -> list[float]:
+    """Return the recorded probabilities or embedding."""
+    return floats(answered.values)
 
 
 def compare_answers(answered: Answered, outcome: Outcome) -> Comparison:
@@ -139,7 +143,3 @@ TIMES: tuple[
     ),
     ("e2e", lambda before: before.seconds, lambda now: now.seconds),
 )
-
-
-def count_verdicts(comparisons: Sequence[Comparison]) -> Counter[str]:
-    return Counter(comparison.verdict for comparison in comparisons)

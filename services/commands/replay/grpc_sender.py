@@ -12,6 +12,9 @@ from services.commands.generate import FINISH_REASONS
 from services.commands.replay.bodies import GrpcRequest, ReadFile, grpc_request
 from services.commands.replay.outcome import Outcome
 
+MOST_SECONDS = 600.0
+"""A request without a deadline has failed after this time, as over HTTP."""
+
 
 class GrpcSender:
     """A client of one system. An asynchronous context manager."""
@@ -35,14 +38,15 @@ class GrpcSender:
         outcome = Outcome()
         began = time.monotonic()
         try:
-            await self._ask(request, exchange.asked.timeout, outcome)
+            timeout = exchange.asked.timeout
+            await self._ask(request, MOST_SECONDS if timeout is None else timeout, outcome)
         except grpc.aio.AioRpcError as error:
             outcome.error = f"{error.code().name}: {error.details()}"
         if not outcome.seconds:
             outcome.seconds = time.monotonic() - began
         return outcome
 
-    async def _ask(self, request: GrpcRequest, timeout: float | None, outcome: Outcome) -> None:
+    async def _ask(self, request: GrpcRequest, timeout: float, outcome: Outcome) -> None:
         match request:
             case inference_pb2.ClassifyRequest():
                 labels = (await self._stub.Classify(request, timeout=timeout)).labels

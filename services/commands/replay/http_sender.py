@@ -5,13 +5,12 @@ import time
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from common.recording import Exchange
 from services.commands.answers import decode, error_text
 from services.commands.chat_client import Answer, ChatClient, reason_of
 from services.commands.replay.bodies import ReadFile, http_body
-from services.commands.replay.outcome import Outcome
+from services.commands.replay.outcome import Outcome, floats
 
 LEAST_TIMEOUT = 0.001
 PATHS = {"classify": "/classify", "embed": "/embeddings"}
@@ -75,11 +74,12 @@ def pooled_outcome(status: int, body: bytes) -> Outcome:
     """Return the outcome of a classification or an embedding from its response."""
     if status != 200:
         return Outcome(error=error_text(body) or f"status {status}")
-    match decode(body):
-        case {"data": [{"probs": list(values)}]} | {"data": [{"embedding": list(values)}]}:
-            return Outcome(finish_reason="pooled", values=values)
-        case {"data": [{"embedding": str(text)}]}:
-            data = base64.b64decode(text)
-            values = np.frombuffer(data[: len(data) // 4 * 4], "<f4").tolist()
-            return Outcome(finish_reason="pooled", values=values)
+    try:
+        match decode(body):
+            case {"data": [{"probs": list(values)}]} | {"data": [{"embedding": list(values)}]}:
+                return Outcome(finish_reason="pooled", values=list(map(float, values)))
+            case {"data": [{"embedding": str(text)}]}:
+                return Outcome(finish_reason="pooled", values=floats(base64.b64decode(text)))
+    except (TypeError, ValueError):
+        pass
     return Outcome(error=f"the answer has no values: {error_text(body)}")

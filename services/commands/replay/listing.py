@@ -24,8 +24,8 @@ def summary_of(recording: Recording) -> dict[str, Any]:
         "started": recording.runs[0].time,
         "num_requests": len(recording.exchanges),
         "num_files": recording.num_files,
-        "seconds": round(last, 3),
-        "cut_off": recording.is_cut_off,
+        "duration_seconds": round(last, 3),
+        "is_cut_off": recording.is_cut_off,
     }
 
 
@@ -37,7 +37,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
     described = {
         "number": asked.number,
         "request_id": asked.request_id,
-        "arrival": round(exchange.arrival, 3),
+        "arrival_seconds": round(exchange.arrival, 3),
         "api": asked.api,
         "task": asked.task,
         "prompt_kind": asked.prompt_kind,
@@ -49,8 +49,8 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         described |= {
             "error": answered.error,
             "num_tokens": len(answered.token_ids),
-            "ttft": answered.first_token_seconds,
-            "e2e": answered.seconds,
+            "ttft_seconds": answered.first_token_seconds,
+            "e2e_seconds": answered.seconds,
         }
     return described
 
@@ -71,7 +71,7 @@ def heading(recording: Recording) -> str:
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(about["started"]))
     text = (
         f"{about['model']}, Twinlens {about['twinlens']}: {about['num_requests']} requests in "
-        f"{about['seconds']:.1f} s from {began}, {about['num_files']} images and videos"
+        f"{about['duration_seconds']:.1f} s from {began}, {about['num_files']} images and videos"
     )
     return one_line(text + (". The last record is incomplete." if recording.is_cut_off else ""))
 

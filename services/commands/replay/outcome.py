@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.recording import Exchange
 
 
@@ -22,6 +24,11 @@ class Outcome:
     num_tokens: int = 0
     lag: float = 0.0
     """How much later it was sent than the pace asks for, in seconds."""
+
+
+def floats(data: bytes) -> list[float]:
+    """Return the numbers of little-endian float32 bytes; a part of one at the end is dropped."""
+    return np.frombuffer(data[: len(data) // 4 * 4], "<f4").tolist()
 
 
 @dataclass(frozen=True, slots=True)

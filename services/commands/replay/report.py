@@ -1,18 +1,21 @@
 """What `twinlens replay` reports: a table, a JSON object, and a file of both answers."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from common.recording import Exchange, Recording
-from services.commands.client import ClientError
+from services.commands.client import cannot_write
 from services.commands.output import json_line, one_line
+from services.commands.replay.bodies import ABORTED
 from services.commands.replay.compare import (
     Comparison,
+    Verdict,
     compare,
-    count_verdicts,
     time_percentiles,
+    values_of,
 )
 from services.commands.replay.listing import summary_of
 from services.commands.replay.outcome import Replayed
@@ -20,34 +23,34 @@ from services.commands.replay.outcome import Replayed
 SHOWN = 10
 """How many requests that got worse the table names."""
 WORSE = ("differs", "failed")
-VERDICTS = (
-    "equal",
-    "differs",
-    "failed",
-    "failed_again",
-    "answered_now",
-    "not_comparable",
-    "skipped",
-)
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 class Report:
     """The comparison of a replay with its recording."""
 
-    def __init__(self, recording: Recording, replayed: Sequence[Replayed], seconds: float) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        replayed: Sequence[Replayed],
+        seconds: float,
+        is_interrupted: bool = False,
+    ) -> None:
+        """`replayed` may have any order. Requests that an interrupt left unanswered are missing."""
         self.recording = recording
-        self.replayed = replayed
+        self.replayed = sorted(replayed, key=lambda one: one.exchange.arrival)
         self.seconds = seconds
-        self.comparisons = [compare(one) for one in replayed]
-        self.counts = count_verdicts(self.comparisons)
+        self.is_interrupted = is_interrupted
+        self.comparisons = [compare(one) for one in self.replayed]
+        self.counts = Counter(comparison.verdict for comparison in self.comparisons)
         self.times = time_percentiles(
             [
                 (one.exchange.answered, one.outcome)
-                for one, comparison in zip(replayed, self.comparisons, strict=True)
+                for one, comparison in zip(self.replayed, self.comparisons, strict=True)
                 if comparison.verdict in ("equal", "differs")
                 and one.exchange.answered
                 and one.outcome
-                and one.exchange.answered.outcome != "aborted"
+                and one.exchange.answered.outcome != ABORTED
             ]
         )
 
@@ -60,7 +63,11 @@ class Report:
         sent = [one.outcome for one in self.replayed if one.outcome]
         about = {f"recorded_{name}": value for name, value in summary_of(self.recording).items()}
         return (
-            {"requests": len(self.replayed), "seconds": round(self.seconds, 3)}
+            {
+                "requests": len(self.replayed),
+                "duration_seconds": round(self.seconds, 3),
+                "is_interrupted": self.is_interrupted,
+            }
             | {verdict: self.counts[verdict] for verdict in VERDICTS}
             | {"lag_max_seconds": round(max((outcome.lag for outcome in sent), default=0.0), 4)}
             | self._flat_times()
@@ -130,13 +137,12 @@ def write_requests(report: Report, folder: Path) -> None:
     """
     path = folder / "requests.jsonl"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         with os.fdopen(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
             for one, comparison in zip(report.replayed, report.comparisons, strict=True):
                 file.write(json_line(entry(one, comparison)) + "\n")
     except OSError as error:
-        raise ClientError(f"cannot write {path}: {error.strerror}") from None
+        raise cannot_write(path, error) from error
 
 
 def entry(one: Replayed, comparison: Comparison) -> dict[str, Any]:
@@ -160,8 +166,9 @@ def entry(one: Replayed, comparison: Comparison) -> dict[str, Any]:
             "error": answered.error,
             "text": answered.text,
             "token_ids": answered.token_ids,
-            "ttft": answered.first_token_seconds,
-            "e2e": answered.seconds,
+            "values": values_of(answered),
+            "ttft_seconds": answered.first_token_seconds,
+            "e2e_seconds": answered.seconds,
         }
     if outcome:
         found["replayed"] = {
@@ -169,8 +176,9 @@ def entry(one: Replayed, comparison: Comparison) -> dict[str, Any]:
             "error": outcome.error,
             "text": outcome.text,
             "token_ids": outcome.token_ids,
-            "ttft": outcome.first_token_seconds,
-            "e2e": outcome.seconds,
-            "lag": outcome.lag,
+            "values": outcome.values,
+            "ttft_seconds": outcome.first_token_seconds,
+            "e2e_seconds": outcome.seconds,
+            "lag_seconds": outcome.lag,
         }
     return found

@@ -2,9 +2,7 @@
 
 import argparse
 import math
-import time
 from contextlib import AsyncExitStack
-from functools import partial
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,9 +18,9 @@ from services.commands.replay.pace import send_at_once, send_at_pace
 
 
 async def send_all(
-    recording: Recording, arguments: argparse.Namespace
-) -> tuple[list[Replayed], float]:
-    """Send the requests as the flags say. Return what became of each, and the seconds it took.
+    recording: Recording, arguments: argparse.Namespace, replayed: list[Replayed]
+) -> None:
+    """Send the requests as the flags say, and add what became of each to `replayed`.
 
     Raises
     ------
@@ -46,15 +44,17 @@ async def send_all(
             sender = grpc if needs_grpc(exchange.asked) else http
             return await sender.send(exchange) if sender else None
 
-        began = time.monotonic()
         with make_progress() as progress:
             task = progress.add_task("replaying", total=len(exchanges))
-            on_done = partial(progress.advance, task)
+
+            def on_done(one: Replayed) -> None:
+                replayed.append(one)
+                progress.advance(task)
+
             if math.isinf(arguments.speed):
-                sent = await send_at_once(exchanges, send, arguments.concurrency, on_done)
+                await send_at_once(exchanges, send, arguments.concurrency, on_done)
             else:
-                sent = await send_at_pace(exchanges, send, arguments.speed, on_done)
-        return sent, time.monotonic() - began
+                await send_at_pace(exchanges, send, arguments.speed, on_done)
 
 
 def make_progress() -> Progress:
