@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from common.apart import MAX_DEATHS
+from common.membership import READY
 from tests.preprocess.cases import encoded, noise
 from tests.system.poisoned import COLOURS, LLM_MARKS, PREPROCESS_MARK, coloured
-from tests.system.running import Running, ask_about
+from tests.system.running import Running, ask_about, until
 
 pytestmark = pytest.mark.system
 NUM_INNOCENTS = 10
@@ -42,7 +43,8 @@ def attack(
     """
     innocents = [ask_about(encoded(noise(56, 56, n)), f"Read {n}.") for n in range(NUM_INNOCENTS)]
     questions = [*innocents[:5], poison, *innocents[5:]]
-    restarts = num_restarts(system)
+    restarts = num_restarts(system, role)
+    workers = num_working(system, role)
     with ThreadPoolExecutor(len(questions)) as pool:
         answers = list(
             pool.map(lambda q: system.chat(q, max_tokens=12, ignore_eos=True), questions)
@@ -51,12 +53,20 @@ def attack(
     assert [status for status, _ in answers] == [200] * NUM_INNOCENTS
     assert status == 500 and "in a row ended while they worked on" in body["error"]["message"], body
     assert role in body["error"]["message"]
-    assert num_restarts(system) - restarts <= MAX_DEATHS * num_processes
+    # A member that hangs is killed later than its request fails.
+    until(lambda: num_working(system, role) == workers, f"every {role} is back")
+    assert num_restarts(system, role) - restarts <= MAX_DEATHS * num_processes
     system.await_idle()
 
 
-def num_restarts(system: Running) -> int:
-    return len(system.logged(event="service exited, restarting it"))
+def num_restarts(system: Running, role: str) -> int:
+    restarts = system.logged(event="service exited, restarting it")
+    return sum(entry["name"].startswith(role) for entry in restarts)
+
+
+def num_working(system: Running, role: str) -> int:
+    """Return how many members of the role are ready and make progress."""
+    return sum(m.role == role and m.state == READY and not m.hung for m in system.members())
 
 
 @pytest.mark.parametrize("name", POISONS)
