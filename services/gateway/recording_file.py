@@ -156,13 +156,16 @@ class RecordingFile:
             self._file.truncate(self._size)
 
     def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            work, num_bytes = taken
-            work()
-            del work, taken
-            with self._changed:
-                self._held_bytes -= num_bytes
-        self._file.close()
+        try:
+            while (taken := self._take()) is not None:
+                work, num_bytes = taken
+                work()
+                del work, taken
+                with self._changed:
+                    self._held_bytes -= num_bytes
+        finally:  # after a bug, too: nothing may wait for a thread that has ended
+            self.is_full = True
+            self._file.close()
 
     def _take(self) -> tuple[Work, int] | None:
         """Return the next work, or None if the file must be closed."""

@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from itertools import islice
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from services.commands.bench.figures import (
 )
 from services.commands.bench.load import Level, poisson_gaps
 from services.commands.bench.pictures import pictures
-from services.commands.bench.workload import Workload
+from services.commands.bench.run import prepare
+from services.commands.bench.targets import HttpTarget
+from services.commands.bench.workload import Ask, Workload
 from services.commands.chat_client import Answer
 from tests.commands.scripted_server import (
     STREAM,
@@ -200,6 +203,23 @@ async def test_results_are_printed_even_if_their_files_cannot_be_written(
     out, err = capsys.readouterr()
     assert result(out)["succeeded_requests"] == 6
     assert err == f"twinlens: cannot write {tmp_path}: is a directory\n"
+
+
+async def test_ctrl_c_ends_the_drawing_of_images() -> None:
+    drawn = 0
+
+    def asks() -> Iterator[Ask]:
+        nonlocal drawn
+        for drawn in count(1):
+            if drawn == 3:
+                task.cancel()
+            yield Ask("", [], 1)
+
+    target = HttpTarget("http://127.0.0.1:1/v1", "m", 1.0)
+    task = asyncio.create_task(prepare(target, asks(), 10**9))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert drawn == 3
 
 
 async def test_ctrl_c_prints_what_was_measured() -> None:

@@ -239,6 +239,22 @@ async def test_requests_are_dropped_when_the_disk_is_too_slow(
     assert "disk is slower" in "".join(capfd.readouterr())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_bug_while_writing_ends_the_recording(tmp_path: Path) -> None:
+    recorder = recorder_of(tmp_path / "traffic")
+    await ask(recorder, FakeCore(), request())
+
+    def fail() -> None:
+        raise TypeError("a bug")
+
+    recorder.file.submit(fail, 0)
+    recorder.close()
+    held = recorder.file._held_bytes
+    await ask(recorder, FakeCore(), request())
+    assert recorder.file.is_full and recorder.file._held_bytes == held
+    assert len(read_recording(tmp_path / "traffic").exchanges) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"\xc6", b"#!/bin/sh", b"\xc6\0\0\0\1x"])
 def test_only_an_empty_file_or_a_recording_is_written_to(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "traffic"

@@ -25,8 +25,11 @@ COLUMNS = ("mean", *(f"p{percentile}" for percentile in PERCENTILES))
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[Answer], None]]:
-    """Show a bar on stderr, if that is a terminal. Yields what must be called with each answer."""
+def progress(title: str, total: int) -> Iterator[Callable[[Answer | None], None]]:
+    """Show a bar on stderr, if that is a terminal.
+
+    Yields what must be called after each step, with its answer if it has one.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,9 +47,9 @@ def progress(title: str, total: int) -> Iterator[Callable[[Answer], None]]:
         task = bar.add_task(title, total=total, failed="")
         failed = 0
 
-        def report(answer: Answer) -> None:
+        def report(answer: Answer | None) -> None:
             nonlocal failed
-            failed += bool(answer.error)
+            failed += bool(answer and answer.error)
             bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
 
         yield report

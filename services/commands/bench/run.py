@@ -6,7 +6,7 @@ import importlib.util
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -135,7 +135,7 @@ async def measure_level(run: Run, level: Level, requests: Iterator[Ask]) -> None
     clients = level.concurrency or RATE_WARMUP
     warmup = clients if run.arguments.warmup is None else run.arguments.warmup
     count = run.arguments.requests or max(DEFAULT_REQUESTS, REQUESTS_PER_CLIENT * clients)
-    prepared = [run.target.prepare(ask) for ask in islice(requests, warmup + count)]
+    prepared = await prepare(run.target, islice(requests, warmup + count), warmup + count)
     with progress(f"{level.name}: warm-up", warmup) as report:
         await run_level(run.target, prepared[:warmup], Level(clients, 0.0), report)
     run.levels.append(level)
@@ -145,6 +145,17 @@ async def measure_level(run: Run, level: Level, requests: Iterator[Ask]) -> None
     finally:  # an interrupted level has figures, too
         if level.answers:
             print(level_text(level, run.figures(level)), end="\n\n", flush=True)
+
+
+async def prepare(target: Target, asks: Iterable[Ask], count: int) -> list[Any]:
+    """Return the requests as they are sent. Many large images take a while to draw."""
+    prepared = []
+    with progress("drawing images", count) as report:
+        for ask in asks:
+            prepared.append(target.prepare(ask))
+            report(None)
+            await asyncio.sleep(0)  # Ctrl-C ends this loop, too
+    return prepared
 
 
 def publish(run: Run) -> None:

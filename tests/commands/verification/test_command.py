@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
-from common.checkpoint import open_checkpoint
+from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.process import EXIT_USAGE
 from services.cli import make_parser, run
 from services.commands.client import ClientError
@@ -15,6 +16,7 @@ from services.commands.output import json_line
 from services.commands.verification import memory
 from services.commands.verification import run as verification_run
 from services.commands.verification.comparison import Comparison, Step
+from services.commands.verification.families import REFERENCES
 from services.commands.verification.questions import sample_images
 from services.commands.verification.report import Finding, describe
 from services.llm.shard import write_parts
@@ -76,6 +78,29 @@ def test_what_differs_is_said_even_if_a_later_question_is_not_answered(
     assert verify(*asked) == EXIT_USAGE
     shown = capsys.readouterr()
     assert "text: step 3: another token" in shown.out and "nothing answers" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ImportError("no module transformers"), "pip install 'twinlens[reference]'"),
+        (json.JSONDecodeError("no template", "", 0), "cannot be read by its reference: no templ"),
+        (BadCheckpoint("it lacks a tensor"), "twinlens: it lacks a tensor"),
+    ],
+)
+def test_a_reference_that_cannot_be_made_is_one_clear_line(
+    failure: Exception,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def make(*_: object) -> NoReturn:
+        raise failure
+
+    monkeypatch.setitem(REFERENCES, "qwen2_5_vl", make)
+    asked = ("--model", str(CASE.checkpoint), "--served-model-name", "tiny")
+    assert verify(*asked) == EXIT_USAGE
+    assert reason in capsys.readouterr().err
 
 
 def test_limits_of_pixels_are_refused_for_a_family_that_has_none(

@@ -1,6 +1,5 @@
 """Reference implementations, one file per model family."""
 
-import importlib.util
 from collections.abc import Callable
 
 from common.checkpoint import BadCheckpoint, Checkpoint
@@ -24,14 +23,17 @@ REFERENCES: dict[str, Callable[[Checkpoint, PixelLimits], Reference]] = {
 def load(checkpoint: Checkpoint, limits: PixelLimits) -> Reference:
     """Return the reference of a checkpoint.
 
-    Raises BadCheckpoint if it cannot read the files, ClientError if a package is missing.
+    Raises BadCheckpoint if it cannot read the files, ClientError if a package is missing or old.
     """
     make = REFERENCES[checkpoint.family.model_type]
-    if make is Qwen25VLReference and not importlib.util.find_spec("transformers"):
-        raise ClientError(
-            "the reference of this family is transformers: pip install 'twinlens[reference]'"
-        )
     try:
         return make(checkpoint, limits)
-    except (OSError, KeyError) as e:
+    except BadCheckpoint:
+        raise
+    except ImportError as e:
+        raise ClientError(
+            "the reference of this family is transformers, in the version of "
+            f"pip install 'twinlens[reference]' ({e})"
+        ) from e
+    except (OSError, KeyError, ValueError) as e:
         raise BadCheckpoint(f"{checkpoint.path} cannot be read by its reference: {e}") from e
