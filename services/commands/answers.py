@@ -18,8 +18,9 @@ class Answer:
 
     text: str = ""
     token_times: list[tuple[float, int]] = field(default_factory=list)
-    """Of each chunk with tokens: the seconds after the request was sent, and how many tokens it
-    has. Empty if the answer was not streamed. A chunk whose number is not known counts as one."""
+    """For each chunk with tokens, when it came, in seconds after the request was sent, and how many
+    tokens it has. Empty if the answer was not streamed. A chunk whose number is not known counts
+    as one."""
     finish_reason: str = ""
     """Empty if the answer failed."""
     finish_seconds: float = 0.0

@@ -18,7 +18,7 @@ import msgspec
 
 from services.commands.answers import Answer as Answer
 from services.commands.answers import decode, error_text, read_stream, read_whole
-from services.commands.client import ClientError
+from services.commands.client import NEEDS_TOOLS, ClientError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -32,7 +32,6 @@ and a request that is sent at that moment would fail."""
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 WORTH_REPEATING = (429, 503)
-NEEDS_TOOLS = "needs the extra `tools`: pip install 'twinlens[tools]'"
 
 MEDIA_TYPES = {
     b"\x89PNG\r\n\x1a\n": "image/png",

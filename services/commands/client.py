@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from common.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from services.commands.output import one_line
 
+NEEDS_TOOLS = "needs the extra `tools`: pip install 'twinlens[tools]'"
 DEFAULT_TARGET = "127.0.0.1:50051"
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),

@@ -6,7 +6,7 @@ from common.metrics import StageMetrics
 class DetokenizerMetrics(StageMetrics):
     """Two sums, which the work loop adds to and a scrape reads.
 
-    A token takes some ten microseconds, so there is no histogram of their times.
+    A token takes about ten microseconds, so there is no histogram of their times.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,8 @@ def create_app(
     ui: Ui | None = None,
 ) -> Starlette:
     """Return the application. The budgets are shared with the other API: for bodies before
-    admission, and for the images of admitted requests. Without `ui` there is no page."""
+    admission, and for the images of admitted requests. The page is served if `ui` is
+    given."""
     info = InfoEndpoints(core)
     shared = (
         core,

@@ -81,7 +81,7 @@ class Recorder:
         self.began = time.monotonic()
         self.num_requests = 0
         self._hashes: set[str] = set()
-        """Of the files that the recording has."""
+        """The hashes of the clients' files that the recording holds."""
         self._open: set[int] = set()
         """The numbers of the recorded requests that have not ended."""
 

@@ -124,7 +124,7 @@ async def start_api_servers(
 ) -> AsyncIterator[ApiServers]:
     """Serve HTTP and gRPC on their ports until the block is left.
 
-    `watched` is the core that the page shows. Without it there is no page.
+    `watched` is the core that the page shows. If it is None, the page is not served.
 
     Raises
     ------

@@ -49,7 +49,7 @@ class Shortlist:
     full: dict[VisionReplica, float]
 
     def without(self, vision_ids: set[str]) -> "Shortlist":
-        """Return the others; all if there is no other one."""
+        """Return the replicas that are not among these, or all of them if none is left."""
         others = Shortlist(
             *(
                 {r: cost for r, cost in costs.items() if r.id not in vision_ids}

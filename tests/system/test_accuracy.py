@@ -28,7 +28,8 @@ BUCKETS = "--vision-buckets 64,256,512"
 
 
 LARGEST_DIFFERENCE = 1e-3
-"""Of a log-probability in float32: sums in another order differ by some 1e-5."""
+"""The largest difference of a log-probability in float32. Sums in another order differ by about
+1e-5."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,13 @@ from services.commands.bench.load import Level, run_level
 from services.commands.bench.report import level_text, note, progress, write_results
 from services.commands.bench.targets import GrpcTarget, HttpTarget, Target
 from services.commands.bench.workload import Ask, Workload
-from services.commands.chat_client import NEEDS_TOOLS
-from services.commands.client import ClientError, cannot_write, prepare_folder, run_command
+from services.commands.client import (
+    NEEDS_TOOLS,
+    ClientError,
+    cannot_write,
+    prepare_folder,
+    run_command,
+)
 from services.commands.output import json_line
 
 RATE_WARMUP = 4

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.commands.client import ClientError
+from services.commands.client import NEEDS_TOOLS, ClientError
 from services.commands.evaluation.data import (
     BadData,
     image_file,
@@ -135,7 +135,7 @@ def import_levenshtein() -> Callable[[Sequence[Hashable], Sequence[Hashable]], i
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
-        raise ClientError("cer needs the extra `tools`: pip install 'twinlens[tools]'") from error
+        raise ClientError(f"cer {NEEDS_TOOLS}") from error
     return Levenshtein.distance
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from services.commands.client import ClientError
+from services.commands.client import NEEDS_TOOLS, ClientError
 from services.commands.evaluation.data import BadData, take
 
 GROUPS_IN_MEMORY = 4
@@ -124,6 +124,4 @@ def import_pyarrow(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ClientError(
-            "this file needs the extra `tools`: pip install 'twinlens[tools]'"
-        ) from error
+        raise ClientError(f"this file {NEEDS_TOOLS}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from services.commands.client import ClientError, whole_number
+from services.commands.client import NEEDS_TOOLS, ClientError, whole_number
 from services.commands.evaluation.prompts import by_family
 from services.commands.evaluation.records import write
 from services.commands.evaluation.task import Answered, Item, Scores, Task
@@ -108,9 +108,7 @@ def import_own(name: str) -> ModuleType:
     try:
         return import_module(f"services.commands.evaluation.olmocr.{name}")
     except ImportError as error:
-        raise ClientError(
-            "olmocr-bench needs the extra `tools`: pip install 'twinlens[tools]'"
-        ) from error
+        raise ClientError(f"olmocr-bench {NEEDS_TOOLS}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ class Answered:
     output: str
     """The answer; "" if the request failed."""
     failed: bool = False
-    """Whether there is no answer. Such an item counts as wrong."""
+    """Whether the item got no answer. It then counts as wrong."""
     seconds: float = 0.0
     """The time from sending the request to its end; 0 if nothing was asked."""
 
