@@ -17,7 +17,7 @@ import msgspec
 
 from common.wire import Tensor
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 MAX_TEXT_CHARS = 2000
 
@@ -40,6 +40,13 @@ TRACEPARENT = r"^(00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-01)?\Z"
 TraceParent = Annotated[str, msgspec.Meta(max_length=55, pattern=TRACEPARENT)]
 """The span that the receiver's spans are children of, in W3C's form; empty if nobody records the
 request."""
+
+GuideKind = Annotated[
+    str, msgspec.Meta(pattern="^(json_object|json_schema|regex|choice|grammar|tool_calls)?$")
+]
+"""What an answer must follow: any JSON object, a JSON schema, a regular expression, one of the
+texts of a JSON list, a grammar (Lark or GBNF), or the form of calls of tools. Empty for a free
+answer."""
 
 Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BUCKETS)]
 
@@ -138,6 +145,10 @@ class Item(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     fps: Fps | None = None
     """How many of the given frames make a second, or how many frames to take from each second of a
     file. None for the default."""
+    min_pixels: Count | None = None
+    """The fewest pixels that the client wants the resized item to have; None for the model's."""
+    max_pixels: Count | None = None
+    """The most pixels that the client wants the resized item to have; None for the model's."""
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -155,6 +166,31 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    num_prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    """Like `num_logprobs`, for the tokens of the prompt."""
+
+
+class TokenRules(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Which tokens an answer prefers, and which it may not have."""
+
+    bias_token_ids: Tensor | None = None
+    """int64 [n]: tokens whose logits are changed."""
+    bias_values: Tensor | None = None
+    """float32 [n]: what is added to the logit of each of them."""
+    allowed_token_ids: Tensor | None = None
+    """int64 [n]: the only tokens that may be drawn; None for all."""
+    bad_words: Tensor | None = None
+    """UTF-8 JSON: a list of the texts that the answer may not have. In a Prompt each text is a list
+    of the token sequences that spell it."""
+
+
+class Repetition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """When an answer counts as caught in a loop: its last tokens are one pattern of
+    `min_pattern_size` to `max_pattern_size` tokens, `min_count` times in a row."""
+
+    max_pattern_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    min_pattern_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    min_count: Annotated[int, msgspec.Meta(ge=2, le=1024)]
 
 
 class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -169,6 +205,24 @@ class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     ] = ()
     stop_token_ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     skip_special_tokens: bool = True
+    include_stop: bool = False
+    """Whether the text ends with the stop string that ended it."""
+    repetition: Repetition | None = None
+    """None if loops do not end the answer."""
+
+
+class Sibling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Another answer to the same prompt, which is computed once for all of them."""
+
+    request_id: Name
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+MAX_CHOICES = 16
+"""The most answers to one prompt."""
+Siblings = Annotated[tuple[Sibling, ...], msgspec.Meta(max_length=MAX_CHOICES - 1)]
+Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+"""Requests with lower values come first."""
 
 
 class Usage(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -267,11 +321,11 @@ class Submit(RequestMessage):
     """One request.
 
     `prompt_kind` says what `prompt` holds. "messages" is UTF-8 JSON of chat messages, in which an
-    item stands as {"type": <its kind>}, in the order of `items`. "token_ids" is int64 token ids
-    with one placeholder for each item.
+    item stands as {"type": <its kind>}, in the order of `items`. "text" is UTF-8, read as the
+    tokenizer reads it. "token_ids" is int64 token ids with one placeholder for each item.
     """
 
-    prompt_kind: Annotated[str, msgspec.Meta(pattern="^(messages|token_ids)$")]
+    prompt_kind: Annotated[str, msgspec.Meta(pattern="^(messages|text|token_ids)$")]
     prompt: Tensor
     items: tuple[Item, ...]
     sampling: Sampling
@@ -281,9 +335,9 @@ class Submit(RequestMessage):
     timeout: Seconds
     """Seconds until the request's deadline, counted from the receipt of this message."""
     return_prompt_token_ids: bool = False
-    guide_kind: Annotated[str, msgspec.Meta(pattern="^(json_object|json_schema|regex)?$")] = ""
+    guide_kind: GuideKind = ""
     guide: Tensor | None = None
-    """UTF-8: the JSON schema or regular expression that the answer must follow."""
+    """UTF-8: what the answer must follow, by its kind."""
     output_token_ids: Tensor | None = None
     """int64: the tokens that earlier attempts delivered; the answer continues after them."""
     avoid: Name = ""
@@ -294,6 +348,18 @@ class Submit(RequestMessage):
     """The `apart` of its Prompt."""
     task: Task = "generate"
     traceparent: TraceParent = ""
+    guide_whitespace: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    """Regular expression of the white space between the tokens of guided JSON; empty for none."""
+    token_rules: TokenRules | None = None
+    priority: Priority = 0
+    siblings: Siblings = ()
+    """The other answers to the prompt. Each is a request of its own behind preprocess."""
+    adapter: Name = ""
+    """The LoRA adapter that the request asks for; empty for the model itself."""
+    reads_tool_calls: bool = False
+    """Whether the tool calls of the answer are taken out of its text."""
+    chat_options: Tensor | None = None
+    """UTF-8 JSON of the `ChatOptions` (`common/chat.py`) of messages; None for the defaults."""
 
 
 GatewayToPreprocess = Submit | Abort | Noted | Cleared
@@ -354,6 +420,7 @@ class Offer(ItemMessage):
     apart: bool = False
     """Accept the item only while the replica holds no other, because it may end the process."""
     traceparent: TraceParent = ""
+    priority: Priority = 0
 
 
 class Pixels(ItemMessage):
@@ -462,6 +529,12 @@ class Prompt(RequestMessage):
     """Compute the request in steps of its own until it is cleared, because it may end the group."""
     task: Task = "generate"
     traceparent: TraceParent = ""
+    token_rules: TokenRules | None = None
+    priority: Priority = 0
+    siblings: Siblings = ()
+    """The other answers to the prompt. They share its items and its deadline."""
+    reads_tool_calls: bool = False
+    """The `reads_tool_calls` of its Start."""
 
 
 # llm -> preprocess
@@ -564,6 +637,16 @@ class Start(RequestMessage):
     timeout: Seconds = 3600.0
     """Seconds until the request's deadline, counted from the receipt of this message."""
     traceparent: TraceParent = ""
+    reads_tool_calls: bool = False
+    """Whether the tool calls of the answer are taken out of its text."""
+    prompt_token_ids: Tensor | None = None
+    """int64 [p]: the prompt, if its log-probabilities were asked for."""
+    prompt_logprobs: Tensor | None = None
+    """float32 [p - 1]: log-probability of each token of the prompt but the first."""
+    prompt_top_token_ids: Tensor | None = None
+    """int64 [p - 1, k]."""
+    prompt_top_logprobs: Tensor | None = None
+    """float32 [p - 1, k]."""
 
 
 class Tokens(RequestMessage):
@@ -573,7 +656,7 @@ class Tokens(RequestMessage):
     token_ids: Tensor
     """int64 [n]."""
     finish_reason: Name = ""
-    """stop, length, or empty while the answer goes on."""
+    """stop, length, repetition, or empty while the answer goes on."""
     logprobs: Tensor | None = None
     """float32 [n]: log-probability of each token."""
     top_token_ids: Tensor | None = None
@@ -615,6 +698,13 @@ class Delta(RequestMessage):
     boxes: Tensor | None = None
     """UTF-8 JSON: the boxes of the whole answer, on the grid of its family (`common/boxes.py`).
     With the last piece only, and only if the family's answers hold boxes."""
+    tool_calls: Tensor | None = None
+    """UTF-8 JSON: the parts of tool calls that became certain, a list of objects. Each has the
+    `index` of its call and more of its `arguments`. The first part of a call has its `id` and
+    `name`, too."""
+    prompt_logprobs: Tensor | None = None
+    """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token of the prompt, and
+    null for the first one. With the first piece only."""
 
 
 DetokenizerToGateway = Delta | Failed

@@ -1,6 +1,6 @@
 """The interface between the API servers (OpenAI HTTP and gRPC) and the gateway's core."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from common.boxes import Box
-from common.messages import Sampling, Stopping, Task, Usage
+from common.messages import Sampling, Stopping, Task, TokenRules, Usage
 from common.tracing import NO_SPAN, Span
 from services.gateway.videos import Media
 
@@ -19,12 +19,15 @@ class GenerationRequest:
 
     `prompt_kind` says what `prompt` holds. "messages" is UTF-8 JSON of chat messages, in which an
     image stands as {"type": "image"} and a video as {"type": "video"}, in the order of `images`.
-    "token_ids" is little-endian int64 token ids with one placeholder for each image and video.
+    "text" is UTF-8, read as the tokenizer reads it. "token_ids" is little-endian int64 token ids
+    with one placeholder for each image and video.
     """
 
     request_id: str
     prompt_kind: str
     prompt: bytes
+    chat_options: bytes = b""
+    """UTF-8 JSON of the `ChatOptions` (`common/chat.py`) of messages; empty for the defaults."""
     images: tuple[Media, ...] = ()
     """The encoded images, and the videos."""
     sampling: Sampling = Sampling()
@@ -33,9 +36,20 @@ class GenerationRequest:
     """Seconds until the deadline; None means the gateway's own default."""
     return_prompt_token_ids: bool = False
     guide_kind: str = ""
-    """json_object, json_schema or regex; empty if the answer is not constrained."""
+    """A `GuideKind` of `common/messages.py`; empty if the answer is not constrained."""
     guide: str = ""
-    """The JSON schema or regular expression that the answer must follow."""
+    """What the answer must follow, by its kind."""
+    guide_whitespace: str = ""
+    """Regular expression of the white space between the tokens of guided JSON; empty for none."""
+    token_rules: TokenRules | None = None
+    n: int = 1
+    """The number of answers, at most MAX_CHOICES. Answer i has the seed of `sampling` plus i."""
+    priority: int = 0
+    """Requests with lower values come first."""
+    adapter: str = ""
+    """The LoRA adapter that answers; empty for the model itself."""
+    reads_tool_calls: bool = False
+    """Whether the tool calls of the answer are taken out of its text."""
     task: Task = "generate"
     api: Literal["http", "grpc"] = "http"
     """Through which API it came."""
@@ -52,6 +66,11 @@ class Began:
     prompt_token_ids: list[int] | None
     timings: dict[str, Any] = field(default_factory=dict)
     """The fields of the proto message Timings that are known by now."""
+    choice: int = 0
+    """The index of the answer among the `n` of its request."""
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+    """One OpenAI `logprobs.content` entry for each token of the prompt, and None for the first one;
+    None as a whole if the client asked for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,11 @@ class Piece:
 
     The entries and their `top_logprobs` also have a `token_id`, which OpenAI's do not have.
     """
+    tool_calls: Sequence[dict[str, Any]] = ()
+    """The parts of tool calls that became certain. Each has the `index` of its call and more of its
+    `arguments`. The first part of a call has its `id` and `name`, too."""
+    choice: int = 0
+    """The index of the answer among the `n` of its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +107,14 @@ class Ended:
     """The last event of an answer that succeeds."""
 
     finish_reason: str
+    """stop, length, repetition or tool_calls."""
     usage: Usage
     timings: dict[str, Any]
     """The fields of the proto message Timings, by name."""
     boxes: Boxes | None = None
     """The boxes that the answer marks; None if the model's answers mark none."""
+    choice: int = 0
+    """The index of the answer among the `n` of its request."""
 
 
 @dataclass(frozen=True, slots=True)

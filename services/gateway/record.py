@@ -222,6 +222,12 @@ class Record:
             apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
             task=self.task,
             traceparent=self.attempt.span.traceparent,
+            guide_whitespace=request.guide_whitespace,
+            token_rules=request.token_rules,
+            priority=request.priority,
+            adapter=request.adapter,
+            reads_tool_calls=request.reads_tool_calls,
+            chat_options=Tensor.of_bytes(request.chat_options) if request.chat_options else None,
         )
 
     @property

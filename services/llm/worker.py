@@ -335,6 +335,7 @@ def start_of(output: Output) -> Start:
         output_token_ids=prompt.output_token_ids,
         timeout=max(0.0, request.deadline - time.monotonic()),
         traceparent=prompt.traceparent,
+        reads_tool_calls=prompt.reads_tool_calls,
     )
 
 

@@ -462,6 +462,10 @@ class Worker:
             apart=submit.apart_in_llm,
             task=submit.task,
             traceparent=submit.traceparent,
+            token_rules=submit.token_rules,
+            priority=submit.priority,
+            siblings=submit.siblings,
+            reads_tool_calls=submit.reads_tool_calls,
         )
 
     def _fail(self, key: RequestKey, gateway_id: str, error: ServingError) -> None:
