@@ -105,6 +105,10 @@ def malformation_of(prompt: Prompt, limits: Limits) -> str:
     return ""
 
 
+MAY_BE_NONE = {"num_logprobs", "num_prompt_logprobs"}
+"""The fields of a Sampling that have no default."""
+
+
 def incompleteness_of(prompt: Prompt) -> str:
     """Return which value preprocess should have filled in; "" if it did that."""
     if prompt.stopping.max_tokens is None:
@@ -112,7 +116,7 @@ def incompleteness_of(prompt: Prompt) -> str:
     missing = [
         name
         for name in Sampling.__struct_fields__
-        if getattr(prompt.sampling, name) is None and name != "num_logprobs"
+        if getattr(prompt.sampling, name) is None and name not in MAY_BE_NONE
     ]
     return f"sampling.{missing[0]} is missing" if missing else ""
 
