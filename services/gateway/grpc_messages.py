@@ -14,6 +14,7 @@ from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import Task, Usage
 from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.chat_messages import encode_messages
 from services.gateway.generation import (
     Began,
     Ended,
@@ -26,7 +27,7 @@ from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.pooled import best_classes
-from services.gateway.schema import MAX_TIMEOUT, encode_messages
+from services.gateway.schema import MAX_TIMEOUT
 from services.gateway.videos import Media, check_media, item_of
 
 FINISH_REASONS = {

@@ -5,10 +5,7 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from common.messages import Task
-from services.gateway.generation import GenerationRequest
-from services.gateway.invalid_field import InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
-from services.gateway.schema import (
+from services.gateway.chat_messages import (
     Body,
     ChatMessage,
     check_message_count,
@@ -16,6 +13,9 @@ from services.gateway.schema import (
     encode_messages,
     read_message,
 )
+from services.gateway.generation import GenerationRequest
+from services.gateway.invalid_field import InvalidField, explain_body_error
+from services.gateway.json_bounds import check_json
 from services.gateway.unsupported import IN_POOLING, refuse_unsupported
 from services.gateway.videos import Media
 

@@ -5,18 +5,24 @@ import re
 import uuid
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-from common.chat import ROLES
 from common.messages import Sampling, Stopping
+from services.gateway.chat_messages import (
+    Body,
+    ChatMessage,
+    check_message_count,
+    check_text_length,
+    encode_messages,
+    read_message,
+)
 from services.gateway.generation import GenerationRequest
-from services.gateway.images import check_item_count, read_data_uri
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
-from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
+from services.gateway.limits import MAX_GUIDE_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
-from services.gateway.unsupported import IN_MESSAGE, IN_REQUEST, refuse_unsupported
-from services.gateway.videos import Media, read_video
+from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
+from services.gateway.videos import Media
 
 MAX_TIMEOUT = 1e9
 """The longest deadline of a request, in seconds."""
@@ -37,17 +43,6 @@ STOPPING_FIELDS = {"min_tokens", "ignore_eos", "stop", "stop_token_ids", "skip_s
 def one_or_many(stop: Any) -> Any:
     """Return a single stop string as a list."""
     return [stop] if isinstance(stop, str) else stop
-
-
-class Body(BaseModel):
-    """A JSON object that may have more fields than those declared."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-
-class ChatMessage(Body):
-    role: str
-    content: Any = None
 
 
 class StreamOptions(Body):
@@ -167,15 +162,6 @@ def parse_chat(body: bytes | bytearray) -> ChatRequest:
     return chat
 
 
-def check_message_count(messages: list[ChatMessage]) -> None:
-    """Raise InvalidField if there are too many messages and parts of messages."""
-    parts = sum(len(message.content) for message in messages if isinstance(message.content, list))
-    if len(messages) + parts > MAX_MESSAGES:
-        raise InvalidField(
-            "messages", f"more than {MAX_MESSAGES} messages and parts are not accepted; send fewer"
-        )
-
-
 def chat_to_generation(
     chat: ChatRequest, request_id: str, timeout: float | None, max_model_len: int | None
 ) -> GenerationRequest:
@@ -200,87 +186,3 @@ def chat_to_generation(
         guide_kind=guide_kind,
         guide=guide,
     )
-
-
-def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None) -> None:
-    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens."""
-    if max_model_len is None:
-        return
-    num_chars = 0
-    for message in messages:
-        match message["content"]:
-            case str(text):
-                num_chars += len(text)
-            case parts:
-                num_chars += sum(len(part.get("text", "")) for part in parts)
-    if num_chars > max_model_len * MAX_TOKEN_BYTES:
-        problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
-        raise InvalidField("messages", f"{problem}; send less text")
-
-
-def encode_messages(messages: list[dict[str, Any]]) -> bytes:
-    """Return chat messages in the form of GenerationRequest.prompt."""
-    return json.dumps(messages, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def read_message(message: ChatMessage, path: str, images: list[Media]) -> dict[str, Any]:
-    """Return the message in the form of a chat template, and append its images and videos to
-    `images`.
-
-    `path` names the message in errors.
-    """
-    if message.role not in ROLES:
-        raise InvalidField(
-            f"{path}.role",
-            f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}",
-        )
-    refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{path}.")
-    return {"role": ROLES[message.role], "content": read_content(message, path, images)}
-
-
-def read_content(
-    message: ChatMessage, path: str, images: list[Media]
-) -> str | list[dict[str, str]]:
-    match message.content:
-        case None:
-            return ""
-        case str(text):
-            return text
-        case list(parts):
-            return [
-                read_part(part, message.role, f"{path}.content[{n}]", images)
-                for n, part in enumerate(parts)
-            ]
-    raise InvalidField(f"{path}.content", "must be a string, a list of parts, or null")
-
-
-def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str, str]:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
-            check_role("an image", role, path)
-            check_item_count(len(images) + 1)
-            images.append(read_data_uri(url, f"{path}.image_url", len(images)))
-            return {"type": "image"}
-        case {"type": "video" | "video_url"}:
-            check_role("a video", role, path)
-            images.append(read_video(part, path, images))
-            return {"type": "video"}
-        case {"type": "text"}:
-            raise InvalidField(f"{path}.text", "must be a string")
-        case {"type": "image_url"}:
-            raise InvalidField(f"{path}.image_url", "must be an object with a url, or a string")
-        case {"type": str(kind)}:
-            raise InvalidField(
-                f"{path}.type",
-                f"{kind[:40]!r} is not supported; send text, image_url, video and video_url parts",
-            )
-    raise InvalidField(path, "must be an object with a type, such as text or image_url")
-
-
-def check_role(what: str, role: str, path: str) -> None:
-    """Raise InvalidField if a message of this role may not have an image or a video."""
-    if role != "user":
-        problem = f"{what} is not allowed in a message of role {role!r}"
-        raise InvalidField(path, f"{problem}; send it in a user message")
