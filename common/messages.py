@@ -699,9 +699,10 @@ class Delta(RequestMessage):
     """UTF-8 JSON: the boxes of the whole answer, on the grid of its family (`common/boxes.py`).
     With the last piece only, and only if the family's answers hold boxes."""
     tool_calls: Tensor | None = None
-    """UTF-8 JSON: the parts of tool calls that became certain, a list of objects. Each has the
-    `index` of its call and more of its `arguments`. The first part of a call has its `id` and
-    `name`, too."""
+    """UTF-8 JSON: the parts of tool calls that became certain, a list of objects, at most one of
+    each call. A part has the `index` of its call and more of its `arguments`. The first part of a
+    call has its `id` and `name`, too. A call with a part that is `withdrawn` was malformed, and
+    `text` has it whole."""
     prompt_logprobs: Tensor | None = None
     """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token of the prompt, and
     null for the first one. With the first piece only."""

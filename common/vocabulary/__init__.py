@@ -1,6 +1,5 @@
 """Tokens as ids, text and bytes, read from any of four kinds of vocabulary file."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from common.checkpoint import Checkpoint
@@ -32,9 +31,7 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
         raise
     except MALFORMED as e:
         raise BadCheckpoint(f"{file} is malformed ({type(e).__name__}): download it again") from e
-    names = {token.encode() for token in checkpoint.family.markup_tokens}
-    markup = {id for id in vocabulary.special_ids if vocabulary.bytes_by_id.get(id) in names}
-    return replace(vocabulary, markup_ids=frozenset(markup))
+    return vocabulary.with_markup(checkpoint.family.markup_tokens)
 
 
 def read_vocabulary(file: Path, checkpoint: Checkpoint) -> Vocabulary:

@@ -3,7 +3,8 @@
 import codecs
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -50,6 +51,12 @@ class Vocabulary:
     """How many spaces at the start of an answer are the tokenizer's, and not part of the text."""
     markup_ids: frozenset[int] = frozenset()
     """The special tokens that stay in an answer without special tokens."""
+
+    def with_markup(self, names: Iterable[str]) -> "Vocabulary":
+        """Return the vocabulary whose special tokens of these names stay in answers, too."""
+        texts = {name.encode() for name in names}
+        markup = {id for id in self.special_ids if self.bytes_by_id.get(id) in texts}
+        return replace(self, markup_ids=self.markup_ids | markup)
 
     def grammar_tokenizer_json(self) -> str:
         """Return the tokenizer for answers that follow a grammar: no text names a special token.

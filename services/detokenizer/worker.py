@@ -31,11 +31,13 @@ from common.messages import (
 )
 from common.progress import UnitTimes
 from common.timings import Timings, read_timings, write_timings
+from common.tool_calls import CLOSE, OPEN
 from common.tracing import ATTEMPT, NO_SPAN, Span
 from common.vocabulary import Vocabulary
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
 from services.detokenizer.metrics import DetokenizerMetrics
+from services.detokenizer.tool_calls import Parsed, ToolCallParser
 
 FINISH_REASONS = ("", "stop", "length")
 EXPIRY_SECONDS = 1.0
@@ -62,8 +64,23 @@ class Answer:
     """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
     began: float = field(default_factory=time.monotonic)
     span: Span = NO_SPAN
+    calls: ToolCallParser | None = None
+    """Takes the tool calls out of the text; None if they stay in it."""
     is_new: bool = True
     """Whether no token has come yet. The first piece has the timings of the stages before it."""
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a whole tool call has come."""
+        return self.calls is not None and self.calls.num_complete > 0
+
+    def parse(self, text: str, is_end: bool) -> Parsed:
+        """Return what new text makes certain of the text without calls, and of the calls."""
+        if self.calls is None:
+            return Parsed(text)
+        parsed = self.calls.push(text)
+        parsed.text += self.calls.finish() if is_end else ""
+        return parsed
 
 
 class Worker:
@@ -83,6 +100,7 @@ class Worker:
         boxes."""
         self._member = member
         self._vocabulary = vocabulary
+        self._tool_vocabulary = vocabulary.with_markup((OPEN, CLOSE))
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._reads_boxes = reads_boxes
@@ -196,12 +214,16 @@ class Worker:
             self._refuse(llm_id, start.gateway_id, start.key, reason)
             return
         stopping = start.stopping
+        vocabulary = self._tool_vocabulary if start.reads_tool_calls else self._vocabulary
         decoder = IncrementalDecoder(
-            self._vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens
+            vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens
         )
+        calls = ToolCallParser(start.request_id) if start.reads_tool_calls else None
         resumed = start.output_token_ids.numpy().tolist() if start.output_token_ids else []
         with self._member.progress.unit(self._resume_times, len(resumed)):
             text = decoder.push(resumed)  # which an earlier attempt has delivered
+            if calls:
+                calls.push(text)
         self._answers[start.key] = Answer(
             llm_id=llm_id,
             gateway_id=start.gateway_id,
@@ -211,6 +233,7 @@ class Worker:
             deadline=time.monotonic() + start.timeout,
             num_tokens=len(resumed),
             texts=[text] if self._reads_boxes else [],
+            calls=calls,
             span=self._member.tracing.begin(
                 "detokenizer", start.traceparent, None, {ATTEMPT: start.attempt}, "consumer"
             ),
@@ -310,9 +333,11 @@ class Worker:
         if finish_reason:
             text += decoder.finish()
             del self._answers[key]
-            answer.span.end({"twinlens.finish_reason": finish_reason})
         if self._reads_boxes:
             answer.texts.append(text)
+        parsed = answer.parse(text, is_end=bool(finish_reason))
+        if finish_reason == "stop" and answer.has_calls:
+            finish_reason = "tool_calls"
         if decoder.stopped and not tokens.finish_reason:
             self._member.links.send(answer.llm_id, StopFound(**tokens.ids))
         more: dict[str, Any] = {}
@@ -325,7 +350,8 @@ class Worker:
             **tokens.ids,
             offset=tokens.offset,
             token_ids=Tensor.of(np.array(ids, np.int64)),
-            text=Tensor.of_text(text),
+            text=Tensor.of_text(parsed.text),
+            tool_calls=Tensor.of_text(json.dumps(parsed.parts)) if parsed.parts else None,
             logprobs=self._logprobs(tokens, len(ids)),
             **more,
         )
@@ -340,6 +366,7 @@ class Worker:
             completion_tokens=completion_tokens,
             cached_tokens=prompt.cached_tokens,
         )
+        answer.span.end({"twinlens.finish_reason": finish_reason})
         answer.timings["decode_seconds"] = time.monotonic() - answer.began
         return {
             "finish_reason": finish_reason,

@@ -45,6 +45,7 @@ class ChatCompletions(Endpoint[AskedChat]):
             with_usage=chat.include_usage,
             with_timings=bool(chat.timings),
             token_times=TokenTimes() if chat.token_timestamps or self.times_tokens else None,
+            names_tool=chat.tool_use.is_named,
         )
         return AskedChat([generation], writer, bool(chat.stream))
 

@@ -1,6 +1,6 @@
 """What is read of a Delta, checked where it enters the gateway."""
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -10,7 +10,7 @@ from common.timings import Timings, read_timings
 from common.wire import Tensor
 from services.gateway.generation import Boxes, Piece
 
-FINISH_REASONS = ("", "stop", "length")
+FINISH_REASONS = ("", "stop", "length", "tool_calls")
 TOKEN_ID_END = 2**31
 MAX_SIDE = 2**31 - 1
 """The longest side of an item in pixels, so that coordinates fit into the API's numbers."""
@@ -31,7 +31,18 @@ class Entry(TokenEntry):
     top_logprobs: list[TokenEntry]
 
 
+class CallPart(TypedDict):
+    """A part of a tool call, as `Piece.tool_calls` has it."""
+
+    index: int
+    arguments: str
+    id: NotRequired[str]
+    name: NotRequired[str]
+    withdrawn: NotRequired[bool]
+
+
 entries_decoder = msgspec.json.Decoder(list[Entry])
+parts_decoder = msgspec.json.Decoder(list[CallPart])
 
 
 def read_delta(delta: Delta) -> tuple[Piece, Timings]:
@@ -48,14 +59,16 @@ def read_delta(delta: Delta) -> tuple[Piece, Timings]:
     try:
         text = delta.text.text()
         logprobs: Any = entries_decoder.decode(delta.logprobs.data) if delta.logprobs else []
+        calls: Any = parts_decoder.decode(delta.tool_calls.data) if delta.tool_calls else ()
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as e:
-        raise ValueError("the text or its log-probabilities cannot be read") from e
+        problem = "the text, its log-probabilities or its tool calls cannot be read"
+        raise ValueError(problem) from e
     if logprobs and len(logprobs) != len(ids):
         raise ValueError(f"{len(logprobs)} log-probabilities came for {len(ids)} tokens")
     if delta.finish_reason and delta.timings is None:
         raise ValueError("the end of the answer has no timings")
     timings: Timings = read_timings(delta.timings) if delta.timings else {}
-    return Piece(delta.offset, ids, text, logprobs), timings
+    return Piece(delta.offset, ids, text, logprobs, calls), timings
 
 
 def read_delta_boxes(delta: Delta, item_sizes: list[tuple[int, int]]) -> Boxes | None:

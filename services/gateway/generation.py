@@ -87,8 +87,9 @@ class Piece:
     The entries and their `top_logprobs` also have a `token_id`, which OpenAI's do not have.
     """
     tool_calls: Sequence[dict[str, Any]] = ()
-    """The parts of tool calls that became certain. Each has the `index` of its call and more of its
-    `arguments`. The first part of a call has its `id` and `name`, too."""
+    """The parts of tool calls that became certain, at most one of each call. A part has the `index`
+    of its call and more of its `arguments`. The first part of a call has its `id` and `name`, too.
+    A call with a part that is `withdrawn` was malformed, and its text follows whole."""
     choice: int = 0
     """The index of the answer among the `n` of its request."""
 

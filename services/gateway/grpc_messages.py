@@ -33,6 +33,7 @@ from services.gateway.videos import Media, check_media, item_of
 FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest

@@ -5,8 +5,10 @@ import re
 import uuid
 from typing import Annotated, Any
 
+import msgspec
 from pydantic import BeforeValidator, Field, ValidationError
 
+from common.chat import ChatOptions
 from common.messages import Sampling, Stopping
 from services.gateway.chat_messages import (
     Body,
@@ -21,6 +23,7 @@ from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
+from services.gateway.tools import MAX_TOOLS, Tool, ToolUse, read_tool_use
 from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
 from services.gateway.videos import Media
 
@@ -116,6 +119,14 @@ class ChatRequest(Body):
     timings: bool | None = None
     """Whether a stream ends with the stage timings. An answer as a whole always has them."""
     token_timestamps: bool | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """What the request asks for of tools. Raises InvalidField if that does not fit together."""
+        return read_tool_use(self.tools or [], self.tool_choice, self.parallel_tool_calls)
 
     @property
     def include_usage(self) -> bool:
@@ -174,6 +185,9 @@ def chat_to_generation(
     ]
     check_text_length(messages, max_model_len)
     guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
+    tool_use = chat.tool_use
+    if tool_use.guide:
+        guide_kind, guide = "tool_calls", tool_use.guide
     return GenerationRequest(
         request_id=request_id,
         prompt_kind="messages",
@@ -185,4 +199,6 @@ def chat_to_generation(
         return_prompt_token_ids=bool(chat.return_token_ids),
         guide_kind=guide_kind,
         guide=guide,
+        chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
+        reads_tool_calls=bool(tool_use.tools),
     )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from common.boxes import Box
@@ -9,6 +10,7 @@ from common.errors import ServingError
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, GenerationEvent, Piece
 from services.gateway.token_times import TokenTimes
+from services.gateway.tools import Call, join_calls
 
 # Events end with "\n\n" only: a widely used benchmark splits there and loses events that end with
 # "\r\n\r\n".
@@ -103,11 +105,38 @@ def box_body(box: Box, image: int) -> dict[str, Any]:
     return {"ref": box.ref, "image": image} | shape
 
 
+def whole_message(pieces: list[Piece]) -> dict[str, Any]:
+    """Return the message of an answer. Its content is null if it has calls and no text."""
+    text = "".join(piece.text for piece in pieces)
+    calls = join_calls(part for piece in pieces for part in piece.tool_calls)
+    if not calls:
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": text or None, "tool_calls": list(map(call_body, calls))}
+
+
+def call_body(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def call_deltas(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parts of calls as a stream has them."""
+    return [call_delta(part) for part in parts if "id" in part or part["arguments"]]
+
+
+def call_delta(part: dict[str, Any]) -> dict[str, Any]:
+    if "id" not in part:
+        return {"index": part["index"], "function": {"arguments": part["arguments"]}}
+    function = {"name": part["name"], "arguments": part["arguments"]}
+    return {"index": part["index"], "id": part["id"], "type": "function", "function": function}
+
+
 class CompletionWriter:
     """Writes the bodies of one completion.
 
     `with_ids`, `with_logprobs`, `with_usage` and `with_timings` say what the client asked for
-    besides the text. If it asked for `token_timestamps`, `token_times` collects them.
+    besides the text. If it asked for `token_timestamps`, `token_times` collects them. `names_tool`
+    says that it named the tool that the answer calls.
     """
 
     def __init__(
@@ -120,6 +149,7 @@ class CompletionWriter:
         with_usage: bool,
         with_timings: bool = False,
         token_times: TokenTimes | None = None,
+        names_tool: bool = False,
     ) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self.with_ids = with_ids
@@ -127,6 +157,7 @@ class CompletionWriter:
         self.with_usage = with_usage
         self.with_timings = with_timings
         self.token_times = token_times
+        self.names_tool = names_tool
 
     def note(self, event: GenerationEvent) -> None:
         """Note when an event arrived, before it is written."""
@@ -138,10 +169,9 @@ class CompletionWriter:
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
-            | extension(ended),
+            "message": whole_message(pieces) | extension(ended),
             "logprobs": self._logprobs(logprobs),
-            "finish_reason": ended.finish_reason,
+            "finish_reason": self._finish_reason(ended),
         }
         if self.with_ids:
             choice["token_ids"] = [token for piece in pieces for token in piece.token_ids]
@@ -167,15 +197,18 @@ class CompletionWriter:
 
         Some clients count every chunk without text as a token.
         """
+        calls = call_deltas(piece.tool_calls)
         if not (
             piece.text
+            or calls
             or (self.with_logprobs and piece.logprobs)
             or (self.with_ids and piece.token_ids)
         ):
             return b""
         extra = self.token_times.next() if self.token_times else {}
+        delta = {"content": piece.text} if piece.text or not calls else {}
         return self._chunk(
-            {"content": piece.text},
+            delta | ({"tool_calls": calls} if calls else {}),
             logprobs=self._logprobs(piece.logprobs),
             token_ids=piece.token_ids,
             **extra,
@@ -189,7 +222,7 @@ class CompletionWriter:
         extra = self.token_times.next() if self.token_times else {}
         if self.with_timings and not self.with_usage:
             extra["timings"] = ended.timings
-        end = self._chunk(extension(ended), finish_reason=ended.finish_reason, **extra)
+        end = self._chunk(extension(ended), finish_reason=self._finish_reason(ended), **extra)
         if not self.with_usage:
             return end
         totals = {"choices": [], "usage": usage_body(ended.usage), "timings": ended.timings}
@@ -210,6 +243,11 @@ class CompletionWriter:
         return sse_event(
             self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | extra
         )
+
+    def _finish_reason(self, ended: Ended) -> str:
+        """Return the reason as OpenAI says it: the call of a named tool is like any other stop."""
+        is_named_call = self.names_tool and ended.finish_reason == "tool_calls"
+        return "stop" if is_named_call else ended.finish_reason
 
     def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return logprobs_body(entries, self.with_ids) if self.with_logprobs else None

@@ -14,8 +14,6 @@ from services.gateway.invalid_field import InvalidField
 IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "structured_outputs": (),

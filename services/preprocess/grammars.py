@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import InvalidRequest
 from common.vocabulary import Vocabulary
+from services.preprocess.tool_grammar import read_tool_guide, tool_grammar
 
 ANY_OBJECT = '{"type": "object"}'
 # A model that is forced into JSON it would not write may indent for ever.
@@ -34,7 +35,8 @@ class Grammars:
             self._tokenizer = LLTokenizer(self._vocabulary.grammar_tokenizer_json())
 
     def grammar(self, kind: str, text: str) -> str:
-        """Return the grammar of "json_object", or of a "json_schema" or "regex" in `text`.
+        """Return the grammar of "json_object", or of a "json_schema", "regex" or "tool_calls" in
+        `text`.
 
         Raises
         ------
@@ -44,7 +46,9 @@ class Grammars:
         self.load()
         from llguidance import LLMatcher
 
-        if kind == "regex":
+        if kind == "tool_calls":
+            grammar = tool_grammar(read_tool_guide(text), self._vocabulary)
+        elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
             schema = checked_schema(text) if kind == "json_schema" else ANY_OBJECT

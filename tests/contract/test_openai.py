@@ -131,7 +131,7 @@ async def test_logprobs_and_our_own_fields(client: openai.AsyncOpenAI, core: Fak
         (openai.BadRequestError, {"messages": []}),
         (openai.BadRequestError, {"max_tokens": 10**9}),
         (openai.BadRequestError, {"n": 2}),
-        (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f g"}}]}),
         (openai.BadRequestError, {"response_format": {"type": "grammar"}}),
         (
             openai.BadRequestError,

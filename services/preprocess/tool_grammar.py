@@ -1,0 +1,112 @@
+"""The grammar of answers that call tools, in the form that Hermes and Qwen models are trained on.
+
+Calls that the answer must make stand alone. Otherwise they stand anywhere in a text, and only what
+follows the mark of a call is bound.
+"""
+
+import json
+from typing import Any
+
+import msgspec
+
+from common.errors import InvalidRequest
+from common.tool_calls import CLOSE, OPEN
+from common.vocabulary import Vocabulary
+
+MAX_CALLS = 16
+"""The most calls that an answer is made to have. A model that is held by a grammar may not find the
+end by itself."""
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Function(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that the answer may call."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: bool = False
+    """Whether the whole schema must be followed, or refused."""
+
+
+class ToolGuide(msgspec.Struct, forbid_unknown_fields=True):
+    """What the gateway says about the calls of an answer."""
+
+    functions: list[Function]
+    parallel: bool = True
+    """Whether the answer may have more than one call."""
+    required: bool = True
+    """Whether the answer has a call, and no text."""
+
+
+def read_tool_guide(text: str) -> ToolGuide:
+    """Return the guide that a gateway wrote. Raises InvalidRequest if it is malformed."""
+    try:
+        guide = msgspec.json.decode(text, type=ToolGuide)
+    except (msgspec.DecodeError, RecursionError) as e:
+        raise InvalidRequest(f"the tools cannot be read: {e}") from e
+    if not guide.functions:
+        raise InvalidRequest("an answer that calls tools needs at least one tool")
+    return guide
+
+
+def tool_grammar(guide: ToolGuide, vocabulary: Vocabulary) -> str:
+    """Return the grammar of an answer, in llguidance's form of Lark."""
+    bodies = [f"body_{n}" for n in range(len(guide.functions))]
+    close = either_spelling(CLOSE, vocabulary)
+    rules = [
+        "%llguidance {}",
+        *(required_rules(guide, vocabulary) if guide.required else free_rules(guide, vocabulary)),
+        f'inner: "\\n" ({" | ".join(bodies)}) "\\n" {close}',
+    ]
+    for body, function in zip(bodies, guide.functions, strict=True):
+        begin = f'{{"name": {json.dumps(function.name)}, "arguments": '
+        schema = arguments_schema(function, guide.required)
+        rules.append(f'{body}: {json.dumps(begin)} args_{body} "}}"')
+        rules.append(f"args_{body}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
+
+
+def required_rules(guide: ToolGuide, vocabulary: Vocabulary) -> list[str]:
+    """Return the rules of an answer that is made of calls."""
+    more = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if guide.parallel else ""
+    return [f"start: call {more}", f"call: {either_spelling(OPEN, vocabulary)} inner"]
+
+
+def free_rules(guide: ToolGuide, vocabulary: Vocabulary) -> list[str]:
+    """Return the rules of a text that may have calls. Without parallel calls, one ends it."""
+    ids = sorted(vocabulary.markup_ids)
+    markup = f"(TEXT <[{','.join(map(str, ids))}]>)*" if ids else ""
+    token = vocabulary.id_of(OPEN)
+    heads = ["spelled"] if token is None else ["spelled", f"TEXT <[{token}]>"]
+    call = f"{markup} ({' | '.join(heads)}) inner"
+    text = f"{markup} TEXT"
+    return [
+        f"start: ({call})* {text}" if guide.parallel else f"start: {text} | {call}",
+        f"spelled[lazy]: TEXT {json.dumps(OPEN)}",
+        r"TEXT: /(.|\n)*/",
+    ]
+
+
+def either_spelling(mark: str, vocabulary: Vocabulary) -> str:
+    """Return what matches a mark, as one token or spelled with others.
+
+    For llguidance they differ, because a token of such a name is special.
+    """
+    token = vocabulary.id_of(mark)
+    return json.dumps(mark) if token is None else f"({json.dumps(mark)} | <[{token}]>)"
+
+
+def arguments_schema(function: Function, is_required: bool) -> dict[str, Any]:
+    """Return the schema that the arguments of a call follow.
+
+    If the model decides whether to call, they are any object, unless the tool is strict. JSON is
+    compact, because a model may write white space for ever. What llguidance does not know of a
+    schema counts only if the tool is strict.
+    """
+    if is_required or function.strict:
+        schema = NO_ARGUMENTS if function.parameters is None else function.parameters
+    else:
+        schema = {}
+    options = {"whitespace_flexible": False, "lenient": not function.strict}
+    return {"type": "object"} | schema | {"x-guidance": options}
