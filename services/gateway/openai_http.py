@@ -26,6 +26,7 @@ from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.pooling_http import Classifications, Embeddings
+from services.gateway.responses.http import Responses, refuse_stored
 from services.gateway.schema import new_request_id
 from services.gateway.ui.endpoints import Ui
 
@@ -54,6 +55,8 @@ def create_app(
                 TimedChatCompletions(*shared),
                 methods=["POST"],
             ),
+            Route("/v1/responses", Responses(*shared), methods=["POST"]),
+            Route("/v1/responses/{id:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/classify", Classifications(*shared), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
             Route("/v1/models", info.models),

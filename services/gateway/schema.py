@@ -168,6 +168,19 @@ def parse_chat(body: bytes | bytearray) -> ChatRequest:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise explain_body_error(error) from None
+    return checked_chat(chat)
+
+
+def read_chat(values: dict[str, Any]) -> ChatRequest:
+    """Return a chat with these fields, as `parse_chat` does."""
+    try:
+        chat = ChatRequest.model_validate(values)
+    except ValidationError as error:
+        raise explain_body_error(error) from None
+    return checked_chat(chat)
+
+
+def checked_chat(chat: ChatRequest) -> ChatRequest:
     check_message_count(chat.messages)
     refuse_unsupported(chat.model_extra or {}, IN_REQUEST)
     return chat
