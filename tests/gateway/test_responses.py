@@ -18,6 +18,7 @@ from tests.gateway.fake_core import HELLO, TIMINGS, FakeCore
 
 PATH = "/v1/responses"
 PIXEL = "data:image/png;base64,aGVsbG8="
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 USAGE = Usage(prompt_tokens=9, image_tokens=4, completion_tokens=3)
 CALLS = (
@@ -105,7 +106,11 @@ def test_items_become_messages_with_their_images(client: TestClient, core: FakeC
     image = {"type": "input_image", "image_url": PIXEL, "detail": "auto"}
     items = [
         {"role": "developer", "content": "d"},
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}, image]},
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "a"}, image],
+        },
         {
             "type": "message",
             "id": "msg_1",
@@ -154,9 +159,10 @@ def test_calls_of_tools_are_items(client: TestClient, core: FakeCore) -> None:
     assert (first.call_id, first.name, first.arguments) == ("call_a", "look", '{"page":1}')
     assert (second.call_id, second.arguments, second.status) == ("call_b", "{}", "completed")
     events = stream(client)
-    assert events[-1].response.output == whole.model_copy(
-        update={"output": events[-1].response.output}
-    ).output
+    assert (
+        events[-1].response.output
+        == whole.model_copy(update={"output": events[-1].response.output}).output
+    )
     kinds = [event.type.removeprefix("response.") for event in events]
     assert kinds[4:] == [
         "output_text.delta",
@@ -273,6 +279,12 @@ def test_fields_of_chat_completions_are_taken_too(client: TestClient, core: Fake
             "input[1].content[0].image_url",
         ),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a", "colour": 1}]}, "tools[0].colour"),
+        ({"tools": [LOOK, LOOK]}, "tools[1].name"),
+        ({"tools": [LOOK], "tool_choice": {"type": "function", "name": "b"}}, "tool_choice.name"),
+        ({"tools": [LOOK], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_its_own_name(
