@@ -1,7 +1,8 @@
 """Which requests may have ended a member. Each of these suspects is retried apart from the others.
 
 A request that is alone in a member when it dies is to blame, and no other one is. Otherwise every
-request in work there is a suspect. `common/apart.py` has the agreement with the members.
+request in work there is a suspect. Several answers to one request are one suspect, because they
+have its prompt in common. `common/apart.py` has the agreement with the members.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from common.apart import MAX_DEATHS
 from common.errors import Internal, ServingError
 from common.events import PeerDown
-from services.gateway.record import Attempt, Record
+from services.gateway.record import Attempt, Choices, Record
 
 PASSED_TOKENS = 8
 """A request has passed the language group when an attempt has made this many tokens there. Fewer
@@ -44,44 +45,47 @@ def assign_blame(losses: Iterable[Loss], down: PeerDown) -> list[Record]:
     A request that is apart and waits for its turn was not in work.
     """
     losses = list(losses)
-    blamed = [loss.record for loss in losses if loss.was_alone(down)]
-    if blamed:
-        for record in blamed:
-            record.deaths[down.role] += 1
-    else:
-        blamed = [
-            loss.record
-            for loss in losses
-            if down.role not in loss.record.apart and is_suspect(loss, down.role)
-        ]
-    for record in blamed:
-        record.apart.add(down.role)
-    return blamed
+    blamed = {loss.record.choices for loss in losses if loss.was_alone(down)}
+    for choices in blamed:
+        choices.deaths[down.role] += 1
+    if not blamed:
+        by_request: dict[Choices, list[Loss]] = {}
+        for loss in losses:
+            by_request.setdefault(loss.record.choices, []).append(loss)
+        blamed = {
+            choices
+            for choices, lost in by_request.items()
+            if down.role not in choices.apart and is_suspect(choices, lost, down.role)
+        }
+    for choices in blamed:
+        choices.apart.add(down.role)
+    return [loss.record for loss in losses if loss.record.choices in blamed]
 
 
-def is_suspect(loss: Loss, role: str) -> bool:
+def is_suspect(choices: Choices, losses: list[Loss], role: str) -> bool:
     """Whether the member may have died of this request; counts the death if it was in work.
 
     A request that has just begun is a suspect. One that was answering becomes a suspect if it loses
     a second member without having passed the first: members are lost for other reasons, too, and
     then all answers go on at once.
     """
-    deaths = loss.record.deaths
+    deaths = choices.deaths
+    num_tokens = max(loss.num_tokens for loss in losses)
     match role:
-        case "preprocess" if not loss.attempt.llm:
+        case "preprocess" if not all(loss.attempt.llm for loss in losses):
             deaths[role] += 1
             return True
         case "llm" | "detokenizer":
-            if loss.num_tokens >= PASSED_TOKENS:
+            if num_tokens >= PASSED_TOKENS:
                 deaths[role] = 0
             deaths[role] += 1
-            return deaths[role] > 1 or (role == "llm" and not loss.num_tokens)
+            return deaths[role] > 1 or (role == "llm" and not num_tokens)
     return False
 
 
 def verdict(record: Record, down: PeerDown) -> ServingError | None:
     """Return the error of a request that was blamed for too many deaths."""
-    if record.deaths[down.role] < MAX_DEATHS:
+    if record.choices.deaths[down.role] < MAX_DEATHS:
         return None
     return Internal(
         f"{MAX_DEATHS} {down.role} processes in a row ended while they worked on this request, the "
@@ -92,5 +96,5 @@ def verdict(record: Record, down: PeerDown) -> ServingError | None:
 
 def acquit(record: Record, role: str) -> None:
     """Note that the request has passed the stage of this role."""
-    record.deaths.pop(role, None)
-    record.apart.discard(role)
+    record.choices.deaths.pop(role, None)
+    record.choices.apart.discard(role)

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import assert_never
+from typing import Any, assert_never
 
 from common.address import objection_to_peer
 from common.errors import (
@@ -49,6 +49,7 @@ from services.gateway.deltas import (
 from services.gateway.failover import PATIENCE_SECONDS, RETRY_SECONDS, Failover
 from services.gateway.generation import (
     Began,
+    Boxes,
     Ended,
     GenerationEvent,
     GenerationRequest,
@@ -58,7 +59,7 @@ from services.gateway.generation import (
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
 from services.gateway.pooled import read_pooled
-from services.gateway.record import Record, RequestState
+from services.gateway.record import Choices, Record, RequestState, one_by_one
 from services.gateway.served_tasks import task_for
 from services.gateway.traces import outline
 
@@ -123,14 +124,12 @@ class GatewayCore:
     async def generate(
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
-        record = self._admit(request)
+        choices = self._admit(request)
         try:
-            async with contextlib.aclosing(self._events(record)) as events:
+            async with contextlib.aclosing(self._events(choices)) as events:
                 yield events
         finally:
-            if record.id in self._records:
-                self._failover.abort(record)
-                self._forget(record)
+            self._drop(choices)
 
     def check_model(self, model: str | None) -> None:
         if model and model != self.model_name:
@@ -151,7 +150,8 @@ class GatewayCore:
         self._admission.close(reason)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), grace)
-        for record in list(self._records.values()):
+        while self._records:
+            record = next(iter(self._records.values()))
             self._fail(record, Unavailable(reason, stage="gateway", retry_after=1.0))
 
     def load(self) -> tuple[int, int]:
@@ -200,28 +200,31 @@ class GatewayCore:
 
     # Admission
 
-    def _admit(self, request: GenerationRequest) -> Record:
+    def _admit(self, request: GenerationRequest) -> Choices:
         timeout = self.request_timeout if request.timeout is None else request.timeout
         self._admission.check(self._num_waiting, timeout)
         task = task_for(request, self.peers.tasks)
         self._num_admitted += 1
         record_id = f"{request.request_id}~{self._instance}{self._num_admitted:x}"
-        record = Record(request, record_id, timeout, task)
-        self._failover.start_attempt(record)
-        self._records[record.id] = record
-        self._num_waiting += 1
-        self.idle.clear()
+        choices = Choices(is_joint=request.n > 1)
+        for index, one in enumerate(one_by_one(request)):
+            Record(one, f"{record_id}.{index}" if index else record_id, timeout, task, choices)
+        self._failover.start_attempt(choices.records[0])
         loop = asyncio.get_running_loop()
-        record.timers["deadline"] = loop.call_later(timeout, self._on_deadline, record)
-        return record
+        for record in choices.records:
+            self._records[record.id] = record
+            record.timers["deadline"] = loop.call_later(timeout, self._on_deadline, record)
+        self._num_waiting += request.n
+        self.idle.clear()
+        return choices
 
-    async def _events(self, record: Record) -> AsyncGenerator[GenerationEvent, None]:
+    async def _events(self, choices: Choices) -> AsyncGenerator[GenerationEvent, None]:
         while True:
-            event = await record.events.get()
+            event = await choices.events.get()
             if isinstance(event, ServingError):
                 raise event
             yield event
-            if isinstance(event, Ended | Result):
+            if isinstance(event, Result) or (isinstance(event, Ended) and event.is_last):
                 return
 
     # Messages about requests
@@ -300,8 +303,10 @@ class GatewayCore:
         return objection_to_peer(llm)
 
     def _on_routed(self, record: Record, routed: Routed) -> None:
-        if record.attempt.llm:
-            self._log.warning("ignored a second route", request_id=record.id)
+        """Note which language group has the prompt of an attempt, and of those joint with it."""
+        if record.attempt.llm or record.lead is not record:
+            if record.attempt.llm != routed.llm.id:
+                self._log.warning("ignored a second route", request_id=record.id)
             return
         if reason := self._objection_to_group(routed.llm):
             self._fail(record, Internal(reason, stage="preprocess"))
@@ -309,15 +314,19 @@ class GatewayCore:
         ids = routed.prompt_token_ids
         try:
             record.prompt_token_ids = None if ids is None else read_token_ids(ids)
-            record.item_sizes = read_item_sizes(routed.item_sizes, len(record.request.images))
+            sizes = read_item_sizes(routed.item_sizes, len(record.request.images))
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="preprocess"))
             return
-        record.attempt.llm = routed.llm.id
+        joint = record.joint_records
         self._failover.on_routed(record)
         self.links.connect(routed.llm, "llm")
-        early = record.attempt.early
-        record.attempt.early = []
+        early = []
+        for each in joint:
+            each.item_sizes = sizes
+            each.attempt.llm = routed.llm.id
+            early += each.attempt.early
+            each.attempt.early = []
         for received in early:
             self._receive(received)
 
@@ -330,7 +339,7 @@ class GatewayCore:
 
     def _on_delta(self, record: Record, delta: Delta) -> None:
         try:
-            piece, timings = read_delta(delta)
+            piece, timings = read_delta(delta, record.index)
             boxes = read_delta_boxes(delta, record.item_sizes)
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="detokenizer"))
@@ -344,8 +353,17 @@ class GatewayCore:
         is_end = delta.finish_reason != ""
         self._failover.on_tokens(record, is_end)
         if is_end:
-            end = Ended(delta.finish_reason, delta.usage, record.complete(timings), boxes)
-            self._finish(record, end)
+            self._finish(record, self._end_of(record, delta, record.complete(timings), boxes))
+
+    def _end_of(
+        self, record: Record, delta: Delta, timings: dict[str, Any], boxes: Boxes | None
+    ) -> Ended:
+        """Return the end of an answer. The last end of a request has the usage of all answers."""
+        choices = record.choices
+        choices.usages[record.index] = delta.usage
+        is_last = len(choices.usages) == len(choices.records)
+        usage = choices.total_usage if is_last else delta.usage
+        return Ended(delta.finish_reason, usage, timings, boxes, record.index, is_last)
 
     def _on_pooled(self, record: Record, pooled: Pooled) -> None:
         """End the request with its result, or with the best label if it asked for a text."""
@@ -369,7 +387,7 @@ class GatewayCore:
         if delta.offset != received:
             reason = f"expected token {received} of the answer, but got token {delta.offset}"
             return Internal(reason, stage="detokenizer")
-        if record.events.qsize() >= MAX_UNREAD_EVENTS:
+        if record.choices.events.qsize() >= MAX_UNREAD_EVENTS:
             reason = "the answer comes faster than its client reads it; read the stream faster"
             return Exhausted(reason, stage="gateway")
         return None
@@ -382,13 +400,14 @@ class GatewayCore:
             self._num_waiting -= 1
             self._admission.pace.on_served(record.first_token, self._num_waiting)
             self.first_token_seconds.append(record.first_token - record.admitted)
-            record.events.put_nowait(Began(record.prompt_token_ids, {**timings}))
+            began = Began(record.prompt_token_ids, {**timings}, record.index)
+            record.choices.events.put_nowait(began)
 
     # Ends
 
     def _finish(self, record: Record, end: Ended | Result) -> None:
         self._forget(record)
-        record.events.put_nowait(end)
+        record.choices.events.put_nowait(end)
         self._log.info(
             "answered",
             **record.log_ids,
@@ -405,13 +424,19 @@ class GatewayCore:
         self._fail(record, DeadlineExceeded(reason, stage=record.stage))
 
     def _fail(self, record: Record, error: ServingError) -> None:
-        self._failover.abort(record)
-        record.attempt.end_span(outline(error))
-        self._forget(record)
+        self._drop(record.choices, outline(error))
         self._log.warning(
             "failed", **record.log_ids, code=error.code, stage=error.stage, reason=error.message
         )
-        record.events.put_nowait(error)
+        record.choices.events.put_nowait(error)
+
+    def _drop(self, choices: Choices, reason: str = "") -> None:
+        """Abort all answers to a request that are in flight. With a reason, they have failed."""
+        for record in choices.records:
+            if record.id in self._records:
+                self._failover.abort(record)
+                record.attempt.end_span(reason)
+                self._forget(record)
 
     def _forget(self, record: Record) -> None:
         """Drop a request that has ended, and everything that is counted for it."""

@@ -45,8 +45,10 @@ entries_decoder = msgspec.json.Decoder(list[Entry])
 parts_decoder = msgspec.json.Decoder(list[CallPart])
 
 
-def read_delta(delta: Delta) -> tuple[Piece, Timings]:
+def read_delta(delta: Delta, choice: int = 0) -> tuple[Piece, Timings]:
     """Return the new tokens of an answer with their text, and the timings that came with them.
+
+    `choice` is the index of the answer among those to its request.
 
     Raises
     ------
@@ -68,7 +70,7 @@ def read_delta(delta: Delta) -> tuple[Piece, Timings]:
     if delta.finish_reason and delta.timings is None:
         raise ValueError("the end of the answer has no timings")
     timings: Timings = read_timings(delta.timings) if delta.timings else {}
-    return Piece(delta.offset, ids, text, logprobs, calls), timings
+    return Piece(delta.offset, ids, text, logprobs, calls, choice), timings
 
 
 def read_delta_boxes(delta: Delta, item_sizes: list[tuple[int, int]]) -> Boxes | None:

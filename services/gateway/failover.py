@@ -66,13 +66,14 @@ class Failover:
             self._interrupt(record, Unavailable(reason, missing[0], retry_after=1.0))
             return
         self._waiting.pop(record.id, None)
-        attempts = [r.attempt for r in self._records.values()]
+        attempts = [r.attempt for r in self._records.values() if r.lead is r]
         preprocess = self._peers.choose("preprocess", (a.preprocess for a in attempts if not a.llm))
         detokenizer = NO_PEER
         if record.task == "generate":
             detokenizer = self._peers.choose("detokenizer", (a.detokenizer for a in attempts))
-        record.attempt.preprocess = preprocess.id
-        record.attempt.detokenizer = detokenizer.id
+        for joint in record.joint_records:
+            joint.attempt.preprocess = preprocess.id
+            joint.attempt.detokenizer = detokenizer.id
         record.attempt.begin_span(self._tracing, record.request.span)
         avoid = self._peers.group_to_avoid(record.avoid)
         self._peers.links.send(preprocess.id, record.submit_message(detokenizer, avoid))
@@ -89,8 +90,10 @@ class Failover:
         blamed = assign_blame(losses, down)
         is_proven = any(loss.was_alone(down) for loss in losses)
         # The least suspicious first, so that they need not wait for another death.
-        for loss in sorted(losses, key=lambda loss: loss.record.deaths[down.role]):
+        for loss in sorted(losses, key=lambda loss: loss.record.choices.deaths[down.role]):
             record = loss.record
+            if record.id not in self._records:
+                continue  # the failure of another answer has just ended this request
             if record in blamed or not is_proven:
                 record.losses += 1
             error = self._reason_to_fail(record, down, record in blamed)
@@ -102,7 +105,7 @@ class Failover:
     def _losses(self, down: PeerDown) -> Iterator[Loss]:
         """Yield the attempts that are lost with a member, and those whose loss another stage has
         just reported."""
-        for record in list(self._records.values()):
+        for record in [record for record in self._records.values() if record.lead is record]:
             if record.attempt.depends_on(down.peer_id):
                 yield Loss(record, record.attempt)
             elif record.reported and record.reported.llm == down.peer_id:
@@ -131,6 +134,7 @@ class Failover:
 
         The missing peer may be gone, or the stage that reported it may not know the peer yet.
         """
+        record = record.lead
         if error.stage == "llm":
             record.avoid = record.attempt.llm
             record.reported = record.attempt
@@ -157,7 +161,8 @@ class Failover:
         self._peers.links.send(peer_id, Noted(**record.ids))
 
     def on_routed(self, record: Record) -> None:
-        """The request has passed preprocess."""
+        """The request has passed preprocess. From now on, each of its answers is retried alone."""
+        record.choices.is_joint = False
         self._clear(record, "preprocess", record.attempt.preprocess)
 
     def on_tokens(self, record: Record, is_end: bool) -> None:
@@ -179,7 +184,7 @@ class Failover:
         The language group passes the abort on to the detokenizer, and preprocess to vision.
         """
         for peer_id in (record.attempt.preprocess, record.attempt.llm):
-            if peer_id:
+            if peer_id and record.lead is record:
                 self._peers.send_abort(peer_id, record.abort_message())
 
     def forget(self, record: Record) -> None:
@@ -198,7 +203,8 @@ class Failover:
     def _end_attempt(self, record: Record, error: Unavailable) -> None:
         self.abort(record)
         record.attempt.end_span(error.message)
-        record.attempt = Attempt(record.attempt.number + 1, num_resumed=len(record.token_ids))
+        for joint in record.joint_records:
+            joint.attempt = Attempt(joint.attempt.number + 1, num_resumed=len(joint.token_ids))
         self._metrics.failovers.labels(error.stage).inc()
         self._log.warning(
             "retrying", **record.log_ids, attempt=record.attempt.number, reason=error.message

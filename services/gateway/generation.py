@@ -105,7 +105,7 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The last event of an answer that succeeds."""
+    """The last event of an answer that succeeds. A request ends with the last of its answers."""
 
     finish_reason: str
     """stop, length, repetition or tool_calls."""
@@ -116,6 +116,8 @@ class Ended:
     """The boxes that the answer marks; None if the model's answers mark none."""
     choice: int = 0
     """The index of the answer among the `n` of its request."""
+    is_last: bool = True
+    """Whether it ends the request. Then `usage` counts all answers, and the prompt once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class Core(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
         """Admit the request and return its events: Began, any number of Pieces, Ended.
 
-        If it asks for no text, they are Began and Result. Leaving the context before the last event
+        If it asks for several answers, each has these events, and those of all come in the order
+        in which they are made. If it asks for no text, they are Began and Result. Leaving the context before the last event
         aborts the request in every stage.
 
         Raises

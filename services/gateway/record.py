@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from common.errors import ServingError, Unavailable
@@ -20,13 +21,16 @@ from common.messages import (
     Pooled,
     RequestIds,
     Routed,
+    Sibling,
     Submit,
     Task,
+    Usage,
 )
 from common.timings import Timings
 from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
 from services.gateway.generation import GenerationEvent, GenerationRequest, Piece
+from services.gateway.parameters import MAX_SEED
 from services.gateway.videos import item_of
 
 MAX_EARLY_MESSAGES = 1000
@@ -124,8 +128,36 @@ class RequestState:
 
 
 @dataclass(slots=True, eq=False)
+class Choices:
+    """What the answers to one request share. Each of them has a record of its own."""
+
+    is_joint: bool = False
+    """Whether all records are one attempt, that of the first one. It is so until a language group
+    has their prompt. Then each is retried by itself."""
+    records: "list[Record]" = field(default_factory=list)
+    """By the index of the answer."""
+    events: asyncio.Queue[GenerationEvent | ServingError] = field(default_factory=asyncio.Queue)
+    """Events that the API server has not taken yet. An error is the last one."""
+    deaths: Counter[str] = field(default_factory=Counter)
+    """By role: how many members in a row have died while they worked on this request."""
+    apart: set[str] = field(default_factory=set)
+    """The roles whose members must work on this request apart from the others."""
+    usages: dict[int, Usage] = field(default_factory=dict)
+    """The token counts of the answers that have ended, by index."""
+
+    @property
+    def total_usage(self) -> Usage:
+        """The token counts of all answers together, once all have ended. The prompt counts once."""
+        num_completed = sum(usage.completion_tokens for usage in self.usages.values())
+        return msgspec.structs.replace(self.usages[0], completion_tokens=num_completed)
+
+
+@dataclass(slots=True, eq=False)
 class Record:
-    """Everything needed to retry a request on other members after the tokens already delivered."""
+    """Everything needed to retry a request on other members after the tokens already delivered.
+
+    A request for several answers has a record for each of them.
+    """
 
     request: GenerationRequest
     id: str
@@ -135,14 +167,16 @@ class Record:
     """Seconds from admission to the deadline."""
     task: Task
     """What the model is asked for, which for a generation may be a label."""
+    choices: Choices = field(default_factory=Choices)
+    """This answer and the others to the same request."""
+    index: int = field(init=False)
+    """The index of the answer among them."""
     attempt: Attempt = field(default_factory=lambda: Attempt(0))
     prompt_token_ids: list[int] | None = None
     item_sizes: list[tuple[int, int]] = field(default_factory=list)
     """Height and width of each image in pixels, once preprocess has read it."""
     token_ids: list[int] = field(default_factory=list)
     """Every output token received so far, from all attempts."""
-    events: asyncio.Queue[GenerationEvent | ServingError] = field(default_factory=asyncio.Queue)
-    """Events that the API server has not taken yet. An error is the last one."""
     admitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     """The time of the first token, on the monotonic clock."""
@@ -150,10 +184,6 @@ class Record:
     """The language group that the last attempt was lost with."""
     losses: int = 0
     """The number of attempts lost with a member, unless another request was to blame."""
-    deaths: Counter[str] = field(default_factory=Counter)
-    """By role: how many members in a row have died while they worked on this request."""
-    apart: set[str] = field(default_factory=set)
-    """The roles whose members must work on this request apart from the others."""
     reported: Attempt | None = None
     """The last attempt that ended because a stage reported the loss of another one. The gateway may
     notice that loss itself a moment later."""
@@ -163,6 +193,20 @@ class Record:
     """Why the answer was interrupted; None once a token of the new attempt arrives."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     """Pending timers by name: deadline, patience and retry."""
+
+    def __post_init__(self) -> None:
+        self.index = len(self.choices.records)
+        self.choices.records.append(self)
+
+    @property
+    def lead(self) -> "Record":
+        """The record whose attempt this one is part of: its own, or the first one's."""
+        return self.choices.records[0] if self.choices.is_joint else self
+
+    @property
+    def joint_records(self) -> "list[Record]":
+        """The records whose attempt is this one's."""
+        return self.choices.records if self.choices.is_joint else [self]
 
     @property
     def num_new_tokens(self) -> int:
@@ -218,13 +262,18 @@ class Record:
             guide=Tensor.of_text(request.guide) if request.guide else None,
             output_token_ids=delivered,
             avoid=avoid,
-            apart="preprocess" in self.apart,
-            apart_in_llm=not self.apart.isdisjoint(("llm", "detokenizer")),
+            apart="preprocess" in self.choices.apart,
+            apart_in_llm=not self.choices.apart.isdisjoint(("llm", "detokenizer")),
             task=self.task,
             traceparent=self.attempt.span.traceparent,
             guide_whitespace=request.guide_whitespace,
             token_rules=request.token_rules,
             priority=request.priority,
+            siblings=tuple(
+                Sibling(record.id, record.request.sampling.seed)
+                for record in self.joint_records
+                if record is not self
+            ),
             adapter=request.adapter,
             reads_tool_calls=request.reads_tool_calls,
             chat_options=Tensor.of_bytes(request.chat_options) if request.chat_options else None,
@@ -248,7 +297,7 @@ class Record:
     def add_tokens(self, piece: Piece) -> None:
         """Store new tokens and pass them to the client."""
         self.token_ids += piece.token_ids
-        self.events.put_nowait(piece)
+        self.choices.events.put_nowait(piece)
 
     def complete(self, timings: Timings) -> dict[str, Any]:
         """Return the stage timings of an answer with those that only the gateway knows."""
@@ -264,6 +313,20 @@ class Record:
         for name in names or tuple(self.timers):
             if timer := self.timers.pop(name, None):
                 timer.cancel()
+
+
+def one_by_one(request: GenerationRequest) -> list[GenerationRequest]:
+    """Return a request for each of the answers, whose seeds follow each other."""
+    if request.n == 1:
+        return [request]
+    sampling = request.sampling
+    samplings = [
+        msgspec.structs.replace(sampling, seed=(sampling.seed + index) & MAX_SEED)
+        for index in range(request.n)
+    ]
+    # The prompt is the same for all, so one answer brings what was asked about it.
+    samplings[1:] = [msgspec.structs.replace(s, num_prompt_logprobs=None) for s in samplings[1:]]
+    return [replace(request, n=1, sampling=each) for each in samplings]
 
 
 def prompt_tensor(request: GenerationRequest) -> Tensor:

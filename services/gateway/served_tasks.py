@@ -50,6 +50,7 @@ def refuse_what_labels_lack(request: GenerationRequest) -> None:
         "stop strings and stop tokens": bool(stopping.stop or stopping.stop_token_ids),
         "min_tokens": bool(stopping.min_tokens),
         "prompt token ids": request.return_prompt_token_ids,
+        "several answers": request.n > 1,
     }
     if refused := [name for name, is_asked in asked.items() if is_asked]:
         raise InvalidRequest(
