@@ -363,7 +363,8 @@ class Dispatcher:
                 self._links.send(handover.gateway_id, left)
             else:
                 del self.handovers[key]
-                self._links.send(handover.gateway_id, HandedOver(**request_ids(key)))
+                for each in (key, *handover.siblings):
+                    self._links.send(handover.gateway_id, HandedOver(**request_ids(each)))
 
     def _free(self, item: PendingItem) -> None:
         self.pool.remove(item)

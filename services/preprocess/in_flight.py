@@ -47,6 +47,11 @@ class Preparation:
         return self.submit.key
 
     @property
+    def sibling_keys(self) -> tuple[RequestKey, ...]:
+        """The other answers to the prompt."""
+        return tuple((other.request_id, self.submit.attempt) for other in self.submit.siblings)
+
+    @property
     def deadline(self) -> float:
         return self.received + self.submit.timeout
 
@@ -132,6 +137,8 @@ class Handover:
     is_reserved: bool = False
     """Whether the group has reserved room for the embeddings of all items."""
     traceparent: str = ""
+    siblings: tuple[RequestKey, ...] = ()
+    """The other answers to the prompt, which need its items, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,21 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
         check_vector(submit.guide, "uint8", f"the {submit.guide_kind}")
     elif submit.guide_kind not in GUIDES_WITHOUT_TEXT:
         raise InvalidRequest(f"the {submit.guide_kind} is missing")
+    if submit.siblings:
+        check_siblings(submit)
     if submit.output_token_ids is not None:
         check_output(submit.output_token_ids, vocab_size, max_model_len)
     if any(token_id >= vocab_size for token_id in submit.stopping.stop_token_ids):
         raise InvalidRequest(f"a stop token is outside the model's vocabulary of {vocab_size}")
+
+
+def check_siblings(submit: Submit) -> None:
+    """Raise InvalidRequest unless several answers to the prompt can be given together."""
+    ids = {submit.request_id, *(sibling.request_id for sibling in submit.siblings)}
+    if len(ids) <= len(submit.siblings):
+        raise InvalidRequest("two answers have the same request id: choose other ones")
+    if submit.output_token_ids is not None or submit.task != "generate":
+        raise InvalidRequest("only texts that have not begun can be answered several times")
 
 
 def check_item(item: Item, name: str) -> None:

@@ -251,7 +251,8 @@ class Worker:
         handovers = self._dispatcher.handovers.items()
         for key, handover in [(key, h) for key, h in handovers if h.llm.id == llm_id]:
             self._drop(key)
-            self._report_lost(key, handover.gateway_id, reason)
+            for each in (key, *handover.siblings):
+                self._report_lost(each, handover.gateway_id, reason)
         for sent in [sent for sent in self._unconfirmed if sent.llm_id == llm_id]:
             self._unconfirmed.remove(sent)
             self._report_lost(sent.key, sent.gateway_id, reason)
@@ -403,6 +404,10 @@ class Worker:
         sizes = Tensor.of(np.array(preparation.sizes, np.int64)) if items else None
         routed = Routed(**request_ids(key), llm=llm, prompt_token_ids=ids, item_sizes=sizes)
         self._member.links.send(preparation.gateway_id, routed)
+        siblings = preparation.sibling_keys
+        for sibling in siblings:
+            also = Routed(**request_ids(sibling), llm=llm)
+            self._member.links.send(preparation.gateway_id, also)
         self._member.links.send(llm.id, prompt)
         self._metrics.request_seconds.observe(self._clock() - preparation.received)
         if items:
@@ -413,11 +418,13 @@ class Worker:
                 preparation.deadline,
                 pending,
                 traceparent=submit.traceparent,
+                siblings=siblings,
             )
             self._dispatcher.begin(key, handover)
         else:
-            sent = SentPrompt(self._clock(), key, preparation.gateway_id, llm.id)
-            self._unconfirmed.append(sent)
+            now = self._clock()
+            for each in (key, *siblings):
+                self._unconfirmed.append(SentPrompt(now, each, preparation.gateway_id, llm.id))
         self._log.debug(
             "handed over",
             request_id=submit.request_id,
