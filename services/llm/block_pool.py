@@ -47,6 +47,11 @@ class BlockPool:
             self._free.pop(block, None)
         self._hold(blocks)
 
+    def share_held(self, blocks: list[int]) -> None:
+        """Let one more request hold these full blocks of another one. They need no names."""
+        assert all(self._num_holders[block] for block in blocks)
+        self._hold(blocks)
+
     def free(self, blocks: Iterable[int]) -> None:
         """Let one request less hold these blocks, given in the order of its tokens.
 

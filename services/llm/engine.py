@@ -22,6 +22,7 @@ from services.llm.ranks import Execute
 from services.llm.request import Limits, Request
 from services.llm.sampler import Logprobs, Sampler
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
+from services.llm.siblings import Siblings, prompts_of_siblings
 
 MAX_REMEMBERED_ENDS = 20_000
 MAX_EARLY_ABORTS = 20_000
@@ -110,6 +111,9 @@ class Engine:
         """The preprocess of each request that ended last."""
         self._compiling: set[RequestKey] = set()
         """The requests that the scheduler does not have yet, because they wait for a grammar."""
+        self._siblings = Siblings()
+        self._orphans: list[Request] = []
+        """Ended requests that waited for the prompt of one that ended before it was computed."""
         self._early_aborts: OrderedDict[tuple[RequestKey, str], None] = OrderedDict()
         """(request, peer that aborted it), for prompts that have not arrived."""
 
@@ -129,7 +133,8 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """(running requests, waiting requests)."""
-        return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._compiling)
+        num_running = len(self.scheduler.running)
+        return num_running, len(self.requests) - num_running
 
     @property
     def expected_delay(self) -> float:
@@ -163,12 +168,17 @@ class Engine:
         """
         request = Request(prompt, preprocess_id)
         assert not self.has_seen(request.key)
+        siblings = [Request(other, preprocess_id) for other in prompts_of_siblings(prompt)]
         if self._was_aborted(request):
             self._remember_end(request.key, preprocess_id)
+            for sibling in siblings:
+                self._remember_end(sibling.key, preprocess_id)
+            self._orphans += siblings
             return False
         try:
             self._register(request)
         except Exception:
+            self.budget.remove(request.key)
             self._forget(request.key)
             raise
         self.requests[request.key] = request
@@ -176,7 +186,35 @@ class Engine:
             self._compiling.add(request.key)
         else:
             self.scheduler.add(request)
+        if siblings:
+            self._hold(request, siblings)
         return True
+
+    def _hold(self, first: Request, siblings: list[Request]) -> None:
+        """Hold requests until the prompt that they have in common with the first is computed."""
+        wanted = []
+        for sibling in siblings:
+            if self._was_aborted(sibling):
+                self._remember_end(sibling.key, sibling.preprocess_id)
+            else:
+                wanted.append(sibling)
+                self.requests[sibling.key] = sibling
+                self._add_to_sampler(sibling)
+        self._siblings.add(first, wanted)
+
+    def _begin_siblings(self, first: Request) -> None:
+        """Begin the requests that were held for the prompt of this one."""
+        if siblings := self._siblings.release(first):
+            for sibling in siblings:
+                self.guided_decoding.copy(first.key, sibling.key)
+            self.scheduler.fork(first, siblings)
+
+    def take_orphans(self) -> list[Request]:
+        """Return the requests that ended since the last call because another one did, for whose
+        prompt they waited."""
+        orphans = self._orphans
+        self._orphans = []
+        return orphans
 
     def take_refused(self) -> list[tuple[Request, str]]:
         """Begin the requests whose grammars were compiled.
@@ -210,16 +248,20 @@ class Engine:
         prompt = request.prompt
         if prompt.grammar:
             self.guided_decoding.add(key, prompt.grammar.text(), request.output_token_ids.copy())
+        self._add_to_sampler(request)
+        if request.placeholders:
+            self.budget.add(key, request.num_item_tokens, request.preprocess_id)
+
+    def _add_to_sampler(self, request: Request) -> None:
+        prompt = request.prompt
         self.sampler.add(
-            key,
+            request.key,
             prompt.sampling,
             prompt.stopping,
             request.token_ids,
             request.output_token_ids,
             self.eos_token_ids,
         )
-        if request.placeholders:
-            self.budget.add(key, request.num_item_tokens, request.preprocess_id)
 
     def add_embeddings(
         self, key: ItemKey, mm_hash: str, embeddings: Tensor, timings: ItemTimings
@@ -231,9 +273,9 @@ class Engine:
         """
         *_, item = key
         request_key = key[:2]
-        if request_key in self._ended:
+        request = self.requests.get(request_key) or self._siblings.recipient(request_key)
+        if request is None and request_key in self._ended:
             return ""
-        request = self.requests.get(request_key)
         if request is None or request.mm_hash(item) != mm_hash:
             return None
         if item in request.embeddings:
@@ -259,7 +301,9 @@ class Engine:
         Their messages may still arrive, so their ends are remembered. Returns the requests that
         have begun to answer: their detokenizers hold something, too.
         """
-        return [request for key in keys if (request := self._end(key)) and request.first_token]
+        # The latest first: siblings that are aborted, too, do not wait in vain for the first one.
+        ended = [request for key in reversed(keys) if (request := self._end(key))]
+        return [request for request in ended if request.first_token]
 
     def abort_of(self, peer_id: str, key: RequestKey) -> list[Request]:
         """Abort a request, as `abort` does, if this peer owns it.
@@ -303,6 +347,8 @@ class Engine:
         logits = self.execute(plan, embeddings)
         self.scheduler.computed(chunks)
         results = {row: mask.result() for row, mask in masks.items()}
+        for chunk in sampling:
+            self._begin_siblings(chunk.request)
         outputs = self._outputs_of(sampling, logits, results) if sampling else []
         self.metrics.observe_step(chunks, len(plan.token_ids), time.monotonic() - now)
         return outputs
@@ -373,16 +419,24 @@ class Engine:
         if request:
             if key in self._compiling:
                 self._compiling.remove(key)
-            else:
+            elif not request.is_held:
                 self.scheduler.finish(request)
+            if (items_key := self._siblings.remove(request)) is not None:
+                self.budget.remove(items_key)
             self._forget(key)
             self._remember_end(key, request.preprocess_id)
             self.on_end(request, error)
+            self._end_orphans(request)
         return request
 
+    def _end_orphans(self, first: Request) -> None:
+        """End the requests that wait for the prompt of this one, which is not computed any more."""
+        for orphan in self._siblings.orphans_of(first):
+            self._end(orphan.key, "the request that computed the prompt ended before")
+            self._orphans.append(orphan)
+
     def _forget(self, key: RequestKey) -> None:
-        """Free what is held for a request besides its place in the scheduler."""
-        self.budget.remove(key)
+        """Free what is held to compute a request, besides its place in the scheduler."""
         self.sampler.remove(key)
         self.guided_decoding.remove(key)
 

@@ -102,6 +102,11 @@ class GuidedDecoding:
             raise ValueError(f"the answer cannot follow the grammar: {reason_of(matcher)}")
         return matcher
 
+    def copy(self, source: RequestKey, key: RequestKey) -> None:
+        """Have a request follow the grammar of another one, from the same state on."""
+        if matcher := self._matchers.get(source):
+            self._matchers[key] = matcher.deep_copy()
+
     def remove(self, key: RequestKey) -> None:
         """Forget a request, which need not have a grammar."""
         self._waiting.pop(key, None)

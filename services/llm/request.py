@@ -57,6 +57,7 @@ def objection_to(prompt: Prompt, limits: Limits) -> str:
         or incompleteness_of(prompt)
         or excess_of(prompt, limits)
         or outlier_of(prompt, limits)
+        or objection_to_siblings(prompt)
         or objection_to_texts(prompt)
         or ("" if limits.pools else objection_to_peer(prompt.detokenizer))
     )
@@ -149,6 +150,16 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
     return f"there is no adapter {prompt.adapter}" if prompt.adapter else ""
 
 
+def objection_to_siblings(prompt: Prompt) -> str:
+    """Return why a prompt cannot have several answers; "" if it can."""
+    if not prompt.siblings:
+        return ""
+    if prompt.task != "generate" or prompt.output_token_ids:
+        return "only an answer that has not begun can have siblings"
+    ids = {prompt.request_id, *(sibling.request_id for sibling in prompt.siblings)}
+    return "" if len(ids) > len(prompt.siblings) else "two siblings have the same request id"
+
+
 def objection_to_texts(prompt: Prompt) -> str:
     """Return which text of a prompt cannot be read; "" if all can."""
     try:
@@ -227,6 +238,8 @@ class Request:
     """Tokens that the prefix cache had when the request was first scheduled."""
     first_scheduled: float | None = None
     first_token: float | None = None
+    is_held: bool = False
+    """Whether it waits until the prompt is computed for another answer (`siblings.py`)."""
     is_apart: bool = field(init=False)
     """Whether it must be computed in steps of its own."""
     _block_hashes: list[bytes] = field(default_factory=list)

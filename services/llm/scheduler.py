@@ -80,6 +80,27 @@ class Scheduler:
         assert num_tokens <= self.max_tokens
         self.waiting.append(request)
 
+    def fork(self, first: Request, others: list[Request]) -> None:
+        """Begin requests with the prompt of one that is computed so far.
+
+        They hold its full blocks, too, and compute the rest of the prompt again. One without room
+        for that waits like any other request, and so does one whose prompt must be whole.
+        """
+        num_shared = (first.num_prompt_tokens - 1) // self.block_size
+        shared = list(first.block_table[:num_shared])
+        num_new = self._num_blocks(first.num_prompt_tokens) - num_shared
+        waiting = []
+        for request in others:
+            request.is_apart = False
+            if first.prompt.whole or num_new > self.pool.num_free:
+                waiting.append(request)
+                continue
+            self.pool.share_held(shared)
+            request.block_table.extend(shared + self.pool.allocate(num_new))
+            request.num_computed_tokens = num_shared * self.block_size
+            self.running.append(request)
+        self.waiting.extendleft(reversed(waiting))
+
     def finish(self, request: Request) -> None:
         """Free what the request holds, whether it runs or waits."""
         if request.block_table:

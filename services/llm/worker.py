@@ -41,6 +41,7 @@ from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
 from services.llm.request import Request, objection_to, objection_to_grammar
+from services.llm.siblings import sibling_keys
 from services.llm.traces import record_request
 
 MAX_REQUESTS_OF_A_PREPROCESS = 4096
@@ -93,6 +94,7 @@ class Worker:
                 next_expiry = now + EXPIRY_SECONDS
             for request, reason in self._engine.take_refused():
                 self._refuse(request.prompt, reason, code="InvalidRequest")
+            self._report_orphans()
             self._report_reserved()
             with self._member.progress.unit(self._step_times, len(self._engine.requests)):
                 outputs = self._engine.step()
@@ -190,7 +192,7 @@ class Worker:
         )
 
     def _handle_prompt(self, peer_id: str, prompt: Prompt) -> None:
-        if self._engine.has_seen(prompt.key):
+        if any(map(self._engine.has_seen, [prompt.key, *sibling_keys(prompt)])):
             self._ignore(peer_id, prompt, "the same attempt of the request is or was here")
             return
         problem = objection_to(prompt, self._engine.limits)
@@ -239,6 +241,14 @@ class Worker:
             self._ignore(message.preprocess_id, message, "no prompt here asked for it")
         else:
             self._acknowledge(owner, message.item_ids, objection)
+
+    def _report_orphans(self) -> None:
+        """Have gateways retry the requests that waited for the prompt of one that has ended."""
+        for request in self._engine.take_orphans():
+            prompt = request.prompt
+            text = "the language group ended the request that computed the prompt"
+            failed = Failed(**prompt.ids, code="Unavailable", message=text, stage="llm")
+            self._member.links.send(prompt.gateway_id, failed)
 
     def _report_reserved(self) -> None:
         """Report the requests for whose embeddings there is room now."""
