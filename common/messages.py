@@ -221,7 +221,9 @@ class Sibling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 MAX_CHOICES = 16
 """The most answers to one prompt."""
 Siblings = Annotated[tuple[Sibling, ...], msgspec.Meta(max_length=MAX_CHOICES - 1)]
-Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+MIN_PRIORITY = -(2**31)
+MAX_PRIORITY = 2**31 - 1
+Priority = Annotated[int, msgspec.Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 """Requests with lower values come first."""
 
 

@@ -37,6 +37,7 @@ class ChatCompletions(Endpoint[AskedChat]):
         chat = parse_chat(body)
         self.core.check_model(chat.model)
         generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
+        has_times = chat.token_timestamps or self.times_tokens
         writer = sse.CompletionWriter(
             request_id,
             self.core.model_name,
@@ -44,7 +45,7 @@ class ChatCompletions(Endpoint[AskedChat]):
             with_logprobs=bool(chat.logprobs),
             with_usage=chat.include_usage,
             with_timings=bool(chat.timings),
-            token_times=TokenTimes() if chat.token_timestamps or self.times_tokens else None,
+            token_times=[TokenTimes() for _ in range(generation.n)] if has_times else None,
             names_tool=chat.tool_use.is_named,
         )
         return AskedChat([generation], writer, bool(chat.stream))
@@ -65,17 +66,18 @@ class ChatCompletions(Endpoint[AskedChat]):
         send: Send,
     ) -> None:
         pieces: list[Piece] = []
+        ends: list[Ended] = []
         async with self.core.generate(generation) as events:
             async for event in events:
                 writer.note(event)
                 match event:
-                    case Began():
+                    case Began(choice=0):
                         began = event
                     case Piece():
                         pieces.append(event)
                     case Ended():
-                        body = writer.whole(began, pieces, event)
-        await JSONResponse(body)(scope, receive, send)
+                        ends.append(event)
+        await JSONResponse(writer.whole(began, pieces, ends))(scope, receive, send)
 
     async def _send_stream(
         self, generation: GenerationRequest, writer: sse.CompletionWriter, send: Send
@@ -92,11 +94,14 @@ class ChatCompletions(Endpoint[AskedChat]):
                     writer.note(event)
                     match event:
                         case Began():
-                            started = True
-                            await start_stream(send)
+                            if not started:
+                                started = True
+                                await start_stream(send)
                             await send_body(send, writer.first_chunk(event))
                         case Piece():
                             await send_body(send, writer.piece_chunk(event))
+                        case Ended(is_last=False):
+                            await send_body(send, writer.last_chunks(event))
                         case Ended():
                             tail = writer.last_chunks(event)
         except ServingError as error:

@@ -401,13 +401,13 @@ class GatewayCore:
             self._admission.pace.on_served(record.first_token, self._num_waiting)
             self.first_token_seconds.append(record.first_token - record.admitted)
             began = Began(record.prompt_token_ids, {**timings}, record.index)
-            record.choices.events.put_nowait(began)
+            record.choices.put(began)
 
     # Ends
 
     def _finish(self, record: Record, end: Ended | Result) -> None:
         self._forget(record)
-        record.choices.events.put_nowait(end)
+        record.choices.put(end)
         self._log.info(
             "answered",
             **record.log_ids,

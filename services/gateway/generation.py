@@ -154,8 +154,9 @@ class Core(Protocol):
         """Admit the request and return its events: Began, any number of Pieces, Ended.
 
         If it asks for several answers, each has these events, and those of all come in the order
-        in which they are made. If it asks for no text, they are Began and Result. Leaving the context before the last event
-        aborts the request in every stage.
+        in which they are made, but the first answer begins first. If it asks for no text, they are
+        Began and Result. Leaving the context before the last event aborts the request in every
+        stage.
 
         Raises
         ------

@@ -42,11 +42,10 @@ from services.gateway.grpc_messages import (
     InferenceRequest,
     classify_response,
     embed_response,
-    end_fields,
     error_status,
     stream_response,
     to_request,
-    token_logprob,
+    whole_response,
 )
 from services.gateway.grpc_reads import Reads, client_name
 from services.gateway.grpc_wire import TooManyFields, split_media
@@ -141,25 +140,22 @@ class InferenceServicer:
         }
 
     async def Generate(self, _messages: Any, context: Context) -> inference_pb2.GenerateResponse:
-        response = inference_pb2.GenerateResponse()
-        texts: list[str] = []
+        pieces: list[Piece] = []
+        ends: list[Ended] = []
         async with (
             abort_on_error(context),
             self._admitted(inference_pb2.GenerateRequest, context) as (request, events),
         ):
-            response.request_id = request.request_id
             async for event in events:
                 match event:
-                    case Began(prompt_token_ids=ids):
-                        response.prompt_token_ids.extend(ids or ())
+                    case Began(choice=0):
+                        began = event
                     case Piece():
-                        texts.append(event.text)
-                        response.token_ids.extend(event.token_ids)
-                        response.logprobs.extend(map(token_logprob, event.logprobs))
+                        pieces.append(event)
                     case Ended():
-                        response.MergeFrom(inference_pb2.GenerateResponse(**end_fields(event)))
-        response.text = "".join(texts)
-        return response
+                        ends.append(event)
+            return whole_response(request.request_id, began, pieces, ends)
+        raise AssertionError("an error ends the call")
 
     # A coroutine that writes, and not a generator: then one task does everything for the call.
     async def GenerateStream(self, _messages: Any, context: Context) -> None:
@@ -168,7 +164,8 @@ class InferenceServicer:
             self._admitted(inference_pb2.GenerateStreamRequest, context) as (request, events),
         ):
             async for event in events:
-                await write_in_time(context, stream_response(event, request.request_id))
+                if response := stream_response(event, request.request_id):
+                    await write_in_time(context, response)
 
     async def Classify(self, _messages: Any, context: Context) -> inference_pb2.ClassifyResponse:
         async with (

@@ -1,7 +1,6 @@
 """gRPC messages of the inference API to and from the types of `generation.py`."""
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from common.boxes import Box
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
-from common.messages import Task, Usage
+from common.messages import MAX_CHOICES, Task, Usage
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.chat_messages import encode_messages
 from services.gateway.generation import (
@@ -80,8 +79,17 @@ def to_generation(
         return_prompt_token_ids=request.response.return_prompt_token_ids,
         guide_kind=guide_kind,
         guide=guide,
+        n=read_n(request),
+        priority=request.priority,
         api="grpc",
     )
+
+
+def read_n(request: GenerateRequest) -> int:
+    """Return the number of answers, or raise InvalidField."""
+    if request.n > MAX_CHOICES:
+        raise InvalidField("n", f"at most {MAX_CHOICES} answers are possible")
+    return request.n or 1
 
 
 def to_request(
@@ -179,11 +187,48 @@ def as_written(value: Any) -> Any:
 # Answers
 
 
+def whole_response(
+    request_id: str, began: Began, pieces: list[Piece], ends: list[Ended]
+) -> inference_pb2.GenerateResponse:
+    """Return the message of an answer that is not streamed, or of several.
+
+    `pieces` and `ends` are those of all answers, in the order in which they came.
+    """
+    first, *others = [
+        choice_fields([piece for piece in pieces if piece.choice == end.choice], end)
+        for end in sorted(ends, key=lambda end: end.choice)
+    ]
+    return inference_pb2.GenerateResponse(
+        request_id=request_id,
+        prompt_token_ids=began.prompt_token_ids or (),
+        usage=usage_message(ends[-1].usage),
+        timings=inference_pb2.Timings(**ends[-1].timings),
+        more_choices=[inference_pb2.Choice(**fields) for fields in others],
+        **first,
+    )
+
+
+def choice_fields(pieces: list[Piece], ended: Ended) -> dict[str, Any]:
+    """Return the fields that both Choice and GenerateResponse have."""
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "token_ids": [token_id for piece in pieces for token_id in piece.token_ids],
+        "logprobs": [token_logprob(entry) for piece in pieces for entry in piece.logprobs],
+        "finish_reason": FINISH_REASONS[ended.finish_reason],
+        "boxes": box_messages(ended),
+    }
+
+
 def stream_response(
     event: GenerationEvent, request_id: str
-) -> inference_pb2.GenerateStreamResponse:
-    """Return the message of a streamed answer for an event of the core."""
+) -> inference_pb2.GenerateStreamResponse | None:
+    """Return the message of a streamed answer for an event of the core.
+
+    A stream begins once, so there is none for the begin of a further answer.
+    """
     match event:
+        case Began(choice=choice) if choice:
+            return None
         case Began(prompt_token_ids=ids):
             begin = inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ())
             return inference_pb2.GenerateStreamResponse(begin=begin)
@@ -193,25 +238,29 @@ def stream_response(
                 token_ids=event.token_ids,
                 text=event.text,
                 logprobs=map(token_logprob, event.logprobs),
+                choice=event.choice,
             )
             return inference_pb2.GenerateStreamResponse(delta=delta)
         case Ended():
-            end = inference_pb2.End(**end_fields(event))
-            return inference_pb2.GenerateStreamResponse(end=end)
+            return inference_pb2.GenerateStreamResponse(end=end_message(event))
         case Result():
             raise AssertionError("a text was asked for")
 
 
-def end_fields(ended: Ended) -> dict[str, Any]:
-    """Return the fields that both End and GenerateResponse have."""
-    return {
-        "finish_reason": FINISH_REASONS[ended.finish_reason],
-        "usage": usage_message(ended.usage),
-        "timings": inference_pb2.Timings(**ended.timings),
-        "boxes": map(box_message, ended.boxes.boxes, repeat(ended.boxes.image))
-        if ended.boxes
-        else (),
-    }
+def end_message(ended: Ended) -> inference_pb2.End:
+    return inference_pb2.End(
+        finish_reason=FINISH_REASONS[ended.finish_reason],
+        usage=usage_message(ended.usage),
+        timings=inference_pb2.Timings(**ended.timings),
+        boxes=box_messages(ended),
+        choice=ended.choice,
+    )
+
+
+def box_messages(ended: Ended) -> list[inference_pb2.Box]:
+    """Return the boxes that an answer marks, in pixels of their image."""
+    boxes = ended.boxes
+    return [box_message(box, boxes.image) for box in boxes.boxes] if boxes else []
 
 
 def box_message(box: Box, image: int) -> inference_pb2.Box:

@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol, with bounds on all that a client sends besides bodies.
 
 httptools bounds neither the size of a head, of trailers or of chunk extensions, nor the time that
-they take. It also drops the body of a request that offers an upgrade, which no offer means here.
+they take.
 """
 
 import asyncio
@@ -38,9 +38,6 @@ GOODBYE_SECONDS = 2.0
 answer."""
 
 
-FRAMING = (b"content-length", b"transfer-encoding")
-"""The headers that say where a body ends."""
-
 MALFORMED = Refusal(HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
 LONG_HEAD = Refusal(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -59,30 +56,6 @@ MANY_PIPELINED = Refusal(
 SLOW_HEAD = Refusal(
     HTTPStatus.REQUEST_TIMEOUT, f"the headers were not complete after {HEAD_SECONDS:g} seconds"
 )
-
-
-class WithoutChunks:
-    """An application for a client of HTTP/1.0, which does not know chunks.
-
-    A body of unknown length ends with the connection, which is never kept for such a client.
-    """
-
-    def __init__(self, app: ASGI3Application, cycle: RequestResponseCycle) -> None:
-        self._app = app
-        self._cycle = cycle
-        self._has_length = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_plainly(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                names = {name.lower() for name, _ in message["headers"]}
-                self._has_length = b"content-length" in names
-                self._cycle.chunked_encoding = None if self._has_length else False
-            elif not self._has_length:
-                self._cycle.expected_content_length = len(message.get("body", b""))
-            await send(message)
-
-        await self._app(scope, receive, send_plainly)
 
 
 class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
@@ -117,12 +90,6 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         """Bytes of the current slice that are not overhead."""
         self._is_new_part = False
         """Whether a head or a body has ended in the current slice."""
-        self._is_upgrade = False
-        """Whether the current request offers an upgrade, so that its parser ends with its head."""
-        self._is_reading_again = False
-        """Whether a new parser reads a head that was read before."""
-        self._has_ended = False
-        """Whether the client sends no more, and waits for what it asked for."""
         self._refusal: Refusal | None = None
         limits.add(client, self)
 
@@ -138,19 +105,6 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         self._disconnect()
         self._stop_head_timer()
         self._limits.remove(self._client, self)
-
-    def eof_received(self) -> bool:
-        """Whether the connection stays open although the client sends no more.
-
-        A client that asked for a whole answer may wait for it. That of a stream has hung up.
-        """
-        answered = self._answered
-        if self._is_in_body or not answered or answered.response_complete or self._refusal:
-            return False
-        self._stop_head_timer()
-        self._has_ended = True
-        answered.scope["has_ended"] = True  # type: ignore[typeddict-unknown-key]
-        return not answered.scope.get("is_streamed")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return READ_BUFFER
@@ -181,28 +135,11 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
-        cycle.scope["has_ended"] = self._has_ended  # type: ignore[typeddict-unknown-key]
-        is_old = cycle.scope["http_version"] < "1.1"
-        super()._start_asgi_task(cycle, WithoutChunks(app, cycle) if is_old else app)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._has_ended and not self.pipeline and self._is_answered:
-            self.transport.close()
+        super()._start_asgi_task(cycle, app)
 
     # Called by the parser
 
-    def on_message_begin(self) -> None:
-        if not self._is_reading_again:
-            super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        if not self._is_reading_again:
-            super().on_url(url)
-
     def on_headers_complete(self) -> None:
-        if self._is_reading_again:
-            return
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             self._refusal = LONG_HEAD
@@ -213,13 +150,12 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         self._stop_head_timer()
         self._is_in_body = True
         self._is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
-        self._is_upgrade = self.parser.should_upgrade()
         self._num_chunks = 0
         self._is_new_part = True
         super().on_headers_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not (self._is_in_body or self._is_reading_again):  # Trailers are dropped.
+        if not self._is_in_body:  # Trailers are dropped.
             super().on_header(name, value)
 
     def on_chunk_header(self) -> None:
@@ -236,8 +172,6 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         self._is_trailing = False
 
     def on_message_complete(self) -> None:
-        if self._is_upgrade:
-            return  # The body comes, and another parser reads it.
         self._is_in_body = False
         self._is_new_part = True
         super().on_message_complete()
@@ -250,35 +184,15 @@ class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):
         self._explained = 0
         self._is_new_part = False
         try:
-            self._feed(piece)
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            pass  # The request is answered without an upgrade.
         except httptools.HttpParserError:
             return self._refuse(self._refusal or MALFORMED)
         overhead = self._overhead + len(piece) - self._explained
         self._overhead = 0 if self._is_new_part else max(0, overhead)
         if refusal := self._exceeded():
             self._refuse(refusal)
-
-    def _feed(self, piece: bytes) -> None:
-        """Parse a piece. What follows a head that offers an upgrade is its body all the same."""
-        try:
-            self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._read_again()
-            self._feed(piece[upgrade.args[0] :])
-
-    def _read_again(self) -> None:
-        """Begin a parser that has read the head of the current request without its offer."""
-        fields = b"".join(
-            name + b": " + value + b"\r\n" for name, value in self.headers if name in FRAMING
-        )
-        method = self.scope["method"].encode()
-        version = self.scope["http_version"].encode()
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._is_upgrade = False
-        self._is_reading_again = True
-        self.parser.feed_data(method + b" / HTTP/" + version + b"\r\n" + fields + b"\r\n")
-        self._is_reading_again = False
 
     def _exceeded(self) -> Refusal | None:
         """Return which bound is exceeded, if one is."""

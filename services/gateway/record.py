@@ -29,7 +29,7 @@ from common.messages import (
 from common.timings import Timings
 from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
-from services.gateway.generation import GenerationEvent, GenerationRequest, Piece
+from services.gateway.generation import GenerationEvent, GenerationRequest, Piece, Result
 from services.gateway.parameters import MAX_SEED
 from services.gateway.videos import item_of
 
@@ -142,8 +142,21 @@ class Choices:
     """By role: how many members in a row have died while they worked on this request."""
     apart: set[str] = field(default_factory=set)
     """The roles whose members must work on this request apart from the others."""
+    early: list[GenerationEvent] | None = field(default_factory=list)
+    """Events of other answers that came before the first one began, as after a failover; None since
+    it has begun."""
     usages: dict[int, Usage] = field(default_factory=dict)
     """The token counts of the answers that have ended, by index."""
+
+    def put(self, event: GenerationEvent) -> None:
+        """Pass an event on to the API server, which gets the begin of the first answer first."""
+        is_first = isinstance(event, Result) or event.choice == 0
+        if self.early is not None and not is_first:
+            self.early.append(event)
+            return
+        for each in (event, *(self.early or ())):
+            self.events.put_nowait(each)
+        self.early = None
 
     @property
     def total_usage(self) -> Usage:
@@ -297,7 +310,7 @@ class Record:
     def add_tokens(self, piece: Piece) -> None:
         """Store new tokens and pass them to the client."""
         self.token_ids += piece.token_ids
-        self.choices.events.put_nowait(piece)
+        self.choices.put(piece)
 
     def complete(self, timings: Timings) -> dict[str, Any]:
         """Return the stage timings of an answer with those that only the gateway knows."""

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import BeforeValidator, Field, ValidationError
 
 from common.chat import ChatOptions
-from common.messages import Sampling, Stopping
+from common.messages import MAX_CHOICES, MAX_PRIORITY, MIN_PRIORITY, Sampling, Stopping
 from services.gateway.chat_messages import (
     Body,
     ChatMessage,
@@ -18,6 +18,7 @@ from services.gateway.chat_messages import (
     encode_messages,
     read_message,
 )
+from services.gateway.choices import read_n
 from services.gateway.generation import GenerationRequest
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
@@ -122,6 +123,9 @@ class ChatRequest(Body):
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = None
+    priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
 
     @property
     def tool_use(self) -> ToolUse:
@@ -214,4 +218,6 @@ def chat_to_generation(
         guide=guide,
         chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
         reads_tool_calls=bool(tool_use.tools),
+        n=read_n(chat),
+        priority=chat.priority or 0,
     )

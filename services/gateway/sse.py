@@ -8,7 +8,7 @@ from typing import Any
 from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
-from services.gateway.generation import Began, Ended, GenerationEvent, Piece
+from services.gateway.generation import Began, Ended, GenerationEvent, Piece, Result
 from services.gateway.token_times import TokenTimes
 from services.gateway.tools import Call, join_calls
 
@@ -135,8 +135,8 @@ class CompletionWriter:
     """Writes the bodies of one completion.
 
     `with_ids`, `with_logprobs`, `with_usage` and `with_timings` say what the client asked for
-    besides the text. If it asked for `token_timestamps`, `token_times` collects them. `names_tool`
-    says that it named the tool that the answer calls.
+    besides the text. If it asked for `token_timestamps`, `token_times` collects those of each
+    answer. `names_tool` says that it named the tool that the answer calls.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class CompletionWriter:
         with_logprobs: bool,
         with_usage: bool,
         with_timings: bool = False,
-        token_times: TokenTimes | None = None,
+        token_times: list[TokenTimes] | None = None,
         names_tool: bool = False,
     ) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
@@ -161,36 +161,49 @@ class CompletionWriter:
 
     def note(self, event: GenerationEvent) -> None:
         """Note when an event arrived, before it is written."""
-        if self.token_times:
-            self.token_times.note(event)
+        if self.token_times and not isinstance(event, Result):
+            self.token_times[event.choice].note(event)
 
-    def whole(self, began: Began, pieces: list[Piece], ended: Ended) -> dict[str, Any]:
-        """Return the body of a completion that is not streamed."""
+    def whole(self, began: Began, pieces: list[Piece], ends: list[Ended]) -> dict[str, Any]:
+        """Return the body of a completion that is not streamed.
+
+        `pieces` and `ends` are those of all answers, in the order in which they came.
+        """
+        choices = [
+            self._choice([piece for piece in pieces if piece.choice == end.choice], end)
+            for end in sorted(ends, key=lambda end: end.choice)
+        ]
+        body = self.head | {
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage_body(ends[-1].usage),
+            "timings": ends[-1].timings,
+        }
+        if self.token_times:
+            body |= self.token_times[0].whole()
+        return body | self._prompt_ids(began)
+
+    def _choice(self, pieces: list[Piece], ended: Ended) -> dict[str, Any]:
+        """Return one answer of a completion that is not streamed."""
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         choice = {
-            "index": 0,
+            "index": ended.choice,
             "message": whole_message(pieces) | extension(ended),
             "logprobs": self._logprobs(logprobs),
             "finish_reason": self._finish_reason(ended),
         }
         if self.with_ids:
             choice["token_ids"] = [token for piece in pieces for token in piece.token_ids]
-        body = self.head | {
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": usage_body(ended.usage),
-            "timings": ended.timings,
-        }
-        if self.token_times:
-            body |= self.token_times.whole()
-        return body | self._prompt_ids(began)
+        if self.token_times and ended.choice:
+            choice |= self.token_times[ended.choice].whole()
+        return choice
 
     def first_chunk(self, began: Began) -> bytes:
-        """Return the first chunk of a stream, which has the role and no text."""
+        """Return the first chunk of an answer, which has the role and no text."""
         extra = self._prompt_ids(began)
         if self.token_times:
-            extra |= self.token_times.first()
-        return self._chunk({"role": "assistant", "content": ""}, **extra)
+            extra |= self.token_times[began.choice].first()
+        return self._chunk(began.choice, {"role": "assistant", "content": ""}, **extra)
 
     def piece_chunk(self, piece: Piece) -> bytes:
         """Return the chunk of a piece, or nothing if it has nothing that the client asked for.
@@ -205,38 +218,51 @@ class CompletionWriter:
             or (self.with_ids and piece.token_ids)
         ):
             return b""
-        extra = self.token_times.next() if self.token_times else {}
         delta = {"content": piece.text} if piece.text or not calls else {}
         return self._chunk(
+            piece.choice,
             delta | ({"tool_calls": calls} if calls else {}),
             logprobs=self._logprobs(piece.logprobs),
             token_ids=piece.token_ids,
-            **extra,
+            **self._new_times(piece.choice),
         )
 
     def last_chunks(self, ended: Ended) -> bytes:
-        """Return the chunk with the finish reason, and one with the usage if it is asked for.
+        """Return the chunk with the finish reason of an answer.
 
-        The timings are in the later one.
+        At the end of the last one, a chunk with the usage follows if it is asked for. The timings
+        are in the later one.
         """
-        extra = self.token_times.next() if self.token_times else {}
+        extra = self._new_times(ended.choice)
         if self.with_timings and not self.with_usage:
             extra["timings"] = ended.timings
-        end = self._chunk(extension(ended), finish_reason=self._finish_reason(ended), **extra)
-        if not self.with_usage:
+        delta = extension(ended)
+        reason = self._finish_reason(ended)
+        end = self._chunk(ended.choice, delta, finish_reason=reason, **extra)
+        if not self.with_usage or not ended.is_last:
             return end
         totals = {"choices": [], "usage": usage_body(ended.usage), "timings": ended.timings}
         return end + sse_event(self.head | {"object": "chat.completion.chunk"} | totals)
 
+    def _new_times(self, choice: int) -> dict[str, Any]:
+        """Return the times of the tokens of an answer that no chunk had before."""
+        return self.token_times[choice].next() if self.token_times else {}
+
     def _chunk(
         self,
+        index: int,
         delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
         token_ids: list[int] | None = None,
         **extra: Any,
     ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         if self.with_ids and token_ids is not None:
             choice["token_ids"] = token_ids
         usage = {"usage": None} if self.with_usage else {}
@@ -253,4 +279,6 @@ class CompletionWriter:
         return logprobs_body(entries, self.with_ids) if self.with_logprobs else None
 
     def _prompt_ids(self, began: Began) -> dict[str, Any]:
-        return {"prompt_token_ids": began.prompt_token_ids} if self.with_ids else {}
+        if not self.with_ids or began.choice:
+            return {}
+        return {"prompt_token_ids": began.prompt_token_ids}

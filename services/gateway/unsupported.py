@@ -12,8 +12,6 @@ from typing import Any
 from services.gateway.invalid_field import InvalidField
 
 IN_REQUEST: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "structured_outputs": (),

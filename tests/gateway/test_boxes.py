@@ -10,9 +10,8 @@ from google.protobuf.json_format import MessageToDict
 from common.boxes import Box, write_boxes
 from common.messages import Delta, Routed
 from common.wire import Tensor
-from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import Began, Boxes, Ended, Piece
-from services.gateway.grpc_messages import end_fields
+from services.gateway.grpc_messages import end_message
 from services.gateway.sse import CompletionWriter
 from tests.gateway.builders import USAGE, Gateway, delta, error_of, request, rest, routed
 
@@ -88,7 +87,7 @@ def test_a_chat_completion_has_them_in_its_message(boxes: Boxes, wanted: dict[st
     writer = CompletionWriter("r", "m", with_ids=False, with_logprobs=False, with_usage=False)
     last = Ended("stop", USAGE, {}, boxes)
     whole = json.loads(
-        json.dumps(writer.whole(Began(None), [Piece(0, [1], "x", [])], last)["choices"][0])
+        json.dumps(writer.whole(Began(None), [Piece(0, [1], "x", [])], [last])["choices"][0])
     )
     assert whole["message"] == {"role": "assistant", "content": "x"} | wanted
     chunk = json.loads(writer.last_chunks(last).decode().removeprefix("data: "))
@@ -97,7 +96,7 @@ def test_a_chat_completion_has_them_in_its_message(boxes: Boxes, wanted: dict[st
 
 
 def test_grpc_has_them_at_the_end() -> None:
-    message = inference_pb2.End(**end_fields(Ended("stop", USAGE, {}, PLACED)))
+    message = end_message(Ended("stop", USAGE, {}, PLACED))
     found = [MessageToDict(box) for box in message.boxes]
     assert found == [
         {"ref": "a cat", "image": 1, "rectangle": {"x1": 3, "y1": 6, "x2": 170, "y2": 178}},
@@ -106,4 +105,4 @@ def test_grpc_has_them_at_the_end() -> None:
             "quad": {"corners": [{}, {"x": 300}, {"x": 150, "y": 100}, {"y": 1}]},
         },
     ]
-    assert not inference_pb2.End(**end_fields(Ended("stop", USAGE, {}))).boxes
+    assert not end_message(Ended("stop", USAGE, {})).boxes
