@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from common.errors import Internal, ServingError
@@ -163,22 +164,30 @@ class Metrics(StageMetrics):
                 self.stages[stage].observe(timings[name])
 
 
+@dataclass(slots=True)
+class Paced:
+    """When the tokens of one answer came, on the monotonic clock."""
+
+    first_token: float
+    last_token: float
+    num_tokens: int
+
+
 class MeasuredRequest:
     """Counts one admitted request, and measures its events as they pass."""
 
     def __init__(self, metrics: Metrics, arrival: float) -> None:
         self._metrics = metrics
         self._arrival = arrival
-        self._first_token = 0.0
-        self._last_token = 0.0
-        self._num_tokens = 0
+        self._answers: dict[int, Paced] = {}
+        """By index, of those that have a token."""
         metrics.num_in_flight += 1
 
     def on_event(self, event: GenerationEvent) -> None:
         match event:
-            case Piece(token_ids=ids) if ids:
-                self._observe_tokens(len(ids))
-            case Ended() | Result():
+            case Piece(token_ids=ids, choice=choice) if ids:
+                self._observe_tokens(choice, len(ids))
+            case Ended(is_last=True) | Result():
                 self._metrics.observe_answer(event.usage, event.timings)
 
     def on_end(self, outcome: str, error: ServingError | None) -> None:
@@ -186,19 +195,22 @@ class MeasuredRequest:
         metrics.num_in_flight -= 1
         metrics.requests.labels(outcome).inc()
         metrics.duration.observe(time.monotonic() - self._arrival)
-        if self._num_tokens > 1:
-            seconds = self._last_token - self._first_token
-            metrics.output_token.observe(seconds / (self._num_tokens - 1))
+        for answer in self._answers.values():
+            if answer.num_tokens > 1:
+                seconds = answer.last_token - answer.first_token
+                metrics.output_token.observe(seconds / (answer.num_tokens - 1))
 
-    def _observe_tokens(self, count: int) -> None:
+    def _observe_tokens(self, choice: int, count: int) -> None:
         now = time.monotonic()
-        if not self._num_tokens:
-            self._first_token = now
+        if not self._answers:
             self._metrics.first_token.observe(now - self._arrival)
+        answer = self._answers.get(choice)
+        if answer is None:
+            self._answers[choice] = Paced(now, now, count)
         else:
-            self._metrics.inter_token.observe((now - self._last_token) / count)
-        self._last_token = now
-        self._num_tokens += count
+            self._metrics.inter_token.observe((now - answer.last_token) / count)
+            answer.last_token = now
+            answer.num_tokens += count
         self._metrics.generation_tokens.inc(count)
 
 
@@ -217,7 +229,7 @@ class ObservedEvents:
 
     async def __anext__(self) -> GenerationEvent:
         event = await self._events.__anext__()
-        if isinstance(event, Ended):
+        if isinstance(event, Ended) and event.is_last:
             self.outcome = event.finish_reason
         elif isinstance(event, Result):
             self.outcome = POOLED

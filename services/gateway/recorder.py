@@ -142,12 +142,12 @@ class RecordedRequest:
 
     def on_event(self, event: GenerationEvent) -> None:
         match event:
-            case Began():
+            case Began(choice=0):
                 self._first_token = time.monotonic()
-            case Piece():
+            case Piece(choice=0):
                 self._token_ids += event.token_ids
                 self._texts.append(event.text)
-            case Ended() | Result():
+            case Ended(is_last=True) | Result():
                 self._end = event
 
     def on_end(self, outcome: str, error: ServingError | None) -> None:

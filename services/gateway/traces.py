@@ -54,15 +54,19 @@ class TracedRequest:
         self._span = request.span
         self._arrival = arrival
         self._attributes: dict[str, Any] = {}
+        self._finish_reasons: dict[int, str] = {}
+        """By the index of the answer."""
 
     def on_event(self, event: GenerationEvent) -> None:
         if self._span is NO_SPAN:
             return
+        if isinstance(event, Ended):
+            self._finish_reasons[event.choice] = event.finish_reason
         match event:
-            case Began():
+            case Began(choice=0):
                 seconds = time.monotonic() - self._arrival
                 self._attributes["twinlens.time_to_first_token_seconds"] = seconds
-            case Ended() | Result():
+            case Ended(is_last=True) | Result():
                 self._attributes |= {
                     "gen_ai.usage.input_tokens": event.usage.prompt_tokens,
                     "gen_ai.usage.output_tokens": event.usage.completion_tokens,
@@ -73,7 +77,8 @@ class TracedRequest:
     def on_end(self, outcome: str, error: ServingError | None) -> None:
         if self._span is NO_SPAN:
             return
-        self._attributes["gen_ai.response.finish_reasons"] = (outcome,)
+        reasons = [reason for _, reason in sorted(self._finish_reasons.items())]
+        self._attributes["gen_ai.response.finish_reasons"] = tuple(reasons) or (outcome,)
         if error:
             self._attributes |= error_attributes(error)
         self._span.end(self._attributes, outline(error) if error else "")
