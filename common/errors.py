@@ -2,7 +2,7 @@
 
 ServingError                 the base, with a code, a stage and perhaps the index of an item
 ├── InvalidRequest           400 / INVALID_ARGUMENT: the request is wrong; the message says how
-│   ├── UnreadableImage      422 / INVALID_ARGUMENT: an image cannot be decoded
+│   ├── UnreadableImage      400 / INVALID_ARGUMENT: an image cannot be decoded
 │   ├── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count is over a limit
 │   └── TooSlow              408 / INVALID_ARGUMENT: a request is sent too slowly
 ├── NotFound                 404 / NOT_FOUND: the model does not exist
@@ -68,8 +68,6 @@ class InvalidRequest(ServingError):
 
 class UnreadableImage(InvalidRequest):
     """An image cannot be decoded."""
-
-    http_status = 422
 
 
 class TooLarge(InvalidRequest):

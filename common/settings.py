@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Range, names_of, setting
+from common.image_formats import IMAGE_FORMATS, objection_to_image_formats
 from common.messages import MAX_FPS, MAX_FRAMES, MIN_FPS
 from common.setting_checks import (
     objection_to_address,
@@ -158,6 +159,18 @@ class PixelSettings(SizeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormatSettings:
+    """The setting for the formats of images."""
+
+    image_formats: str = setting(
+        "",
+        f"formats in which images are read, separated by commas (default: {','.join(IMAGE_FORMATS)}"
+        ", or those of them that the installed Pillow reads)",
+        objection=objection_to_image_formats,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DefaultsSettings:
     """The setting for what requests leave open."""
 
@@ -305,6 +318,7 @@ class PreprocessSettings(
     ServedModelSettings,
     ContextSettings,
     VideoSettings,
+    FormatSettings,
     PixelSettings,
     DefaultsSettings,
     ModelSettings,
@@ -388,6 +402,7 @@ class ServeSettings(
     BatchSettings,
     ContextSettings,
     VideoSettings,
+    FormatSettings,
     PixelSettings,
     DefaultsSettings,
     DeviceSettings,

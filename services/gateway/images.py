@@ -1,10 +1,11 @@
 """Encoded files of a request: data URIs, counts and sizes."""
 
-import binascii
+import re
 from typing import Literal
 
 from common.errors import TooLarge, UnreadableImage
 from common.wire import Buffer
+from services.gateway import base64_text
 from services.gateway.invalid_field import InvalidField
 
 MAX_ITEMS = 32
@@ -19,16 +20,16 @@ MAX_FILE_BYTES: dict[FileKind, int] = {
 MAX_HEAD_CHARS = 1000
 """The comma of a data URI must be among its first characters. Without one, the whole payload of
 several megabytes would be searched."""
-
-PIECE_CHARS = 2**20
-"""How much base64 is decoded at a time. Base64 can be cut at multiples of four characters."""
+BASE64_MARK = re.compile(r";\s*base64\s*(;[^,]*)?,", re.IGNORECASE)
+"""What stands before the payload of a data URI. Other parameters may stand around it."""
 
 
 def read_data_uri(url: str, field: str, index: int, kind: FileKind = "image") -> bytes:
     """Return the encoded file in a base64 data URI.
 
     `field` is the path of the field that holds the URI, and `index` that of the image or video in
-    the request; both appear in errors. The file is an image, a frame of a video, or a video.
+    the request; both appear in errors. The file is an image, a frame of a video, or a video. What
+    media type the URI declares does not matter: the file says what it is.
 
     Raises
     ------
@@ -39,38 +40,37 @@ def read_data_uri(url: str, field: str, index: int, kind: FileKind = "image") ->
     TooLarge
         if the file is larger than such a file may be.
     """
+    url = url.lstrip()
     scheme = url[:20].partition(":")[0].lower()
     if scheme in ("http", "https"):
         raise InvalidField(field, f"by-URL {kind}s are not enabled; send a data: URI")
     if scheme != "data":
         raise InvalidField(field, f"only {kind}s inside the request are accepted; send a data: URI")
-    head, comma, _ = url[:MAX_HEAD_CHARS].partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    start = start_of_base64(url)
+    if not start:
         raise InvalidField(
             field, "a data: URI must have the form data:<type>;base64,<file in base64>"
         )
-    if len(url) * 3 // 4 > MAX_FILE_BYTES[kind] + MAX_HEAD_CHARS:
+    if num_bytes_of(url) > MAX_FILE_BYTES[kind] + MAX_HEAD_CHARS:
         raise file_too_large(index, kind)
     try:
-        file = decode_base64(url, len(head) + 1)
-    except ValueError:
-        raise InvalidField(field, "the data after ;base64, is not valid base64") from None
+        file = base64_text.decode(url, start)
+    except ValueError as e:
+        problem = f"the {kind} after ;base64, is not valid base64: {e}"
+        raise InvalidField(field, problem) from None
     check_file(file, index, kind)
     return file
 
 
-def decode_base64(text: str, start: int) -> bytes:
-    """Return the bytes that the text has in base64 from `start` on, or raise ValueError.
+def start_of_base64(url: str) -> int:
+    """Return where the payload of a data URI in base64 begins; 0 if it is not one."""
+    found = BASE64_MARK.search(url, 0, MAX_HEAD_CHARS)
+    return found.end() if found else 0
 
-    The text is decoded in pieces, so that no call keeps other threads from running for long.
-    """
-    pieces = [
-        binascii.a2b_base64(text[at : at + PIECE_CHARS], strict_mode=True)
-        for at in range(start, len(text), PIECE_CHARS)
-    ]
-    if any(len(piece) != PIECE_CHARS // 4 * 3 for piece in pieces[:-1]):
-        raise ValueError("there is padding before the end")
-    return b"".join(pieces)
+
+def num_bytes_of(url: str) -> int:
+    """Return about how many bytes a data URI holds, whatever line ends and escapes it has."""
+    return (len(url) - url.count("\n") - url.count("\r") - 2 * url.count("%")) * 3 // 4
 
 
 def check_item_count(count: int) -> None:

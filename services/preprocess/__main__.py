@@ -14,6 +14,7 @@ from common.process import Stop, run
 from common.settings import PreprocessSettings
 from services.preprocess import families
 from services.preprocess.families import ItemLimits
+from services.preprocess.image_formats import formats_of
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.sandbox.jobs import Setup
@@ -45,6 +46,7 @@ def main(settings: PreprocessSettings, stop: Stop) -> None:
         settings.known_as,
         settings.video_fps,
         settings.max_frames,
+        formats_of(settings.image_formats),
     )
     sandboxes = Sandboxes(setup, settings.sandboxes or num_cores())
     sandboxes.wait_until_loaded()

@@ -3,17 +3,27 @@
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
+from PIL import (
+    ExifTags,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+)
 
-from common.errors import TooLarge, UnreadableImage
+from common.errors import ServingError, TooLarge, UnreadableImage
 from common.wire import Buffer
+from services.preprocess.image_formats import READABLE, refusal
+from services.preprocess.pixels import raw_mode_of, to_rgb
+from services.preprocess.whole_files import LACKS_END, load_jpeg, missing_end
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
 MAX_SCANNED_PIXELS = 50 * MAX_PIXELS
 """The most pixels that all scans of a JPEG may have together. Progressive files of common encoders
@@ -40,8 +50,10 @@ READER_ERRORS = (
 )
 
 
-def open_image(data: Buffer, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read the header of a PNG, JPEG, WEBP or GIF file, and check its size.
+def open_image(
+    data: Buffer, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = READABLE
+) -> Image.Image:
+    """Read the header of an image file in one of these formats, and check its size.
 
     Raises
     ------
@@ -52,17 +64,16 @@ def open_image(data: Buffer, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if the image has more than `max_pixels` pixels.
     """
     whole = bytes(data)
+    missing = missing_end(whole)
     with quiet():
         try:
-            image = Image.open(BytesIO(whole), formats=FORMATS)
+            image = Image.open(BytesIO(whole + missing), formats=[name.upper() for name in formats])
         except Image.DecompressionBombError as e:
             raise TooLarge(
                 f"the image has more than the {max_pixels} pixels allowed; send it smaller"
             ) from e
         except READER_ERRORS as e:
-            raise UnreadableImage(
-                f"the bytes are not an image in one of the formats {', '.join(FORMATS)}"
-            ) from e
+            raise UnreadableImage(refusal(whole, formats)) from e
         except MemoryError as e:
             raise UnreadableImage(TOO_COSTLY) from e
     if image.width * image.height > max_pixels:
@@ -71,6 +82,8 @@ def open_image(data: Buffer, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "send it smaller"
         )
     check_scans(image, whole)
+    if missing:
+        image.info[LACKS_END] = True
     return image
 
 
@@ -81,6 +94,8 @@ def size_of(image: Image.Image) -> tuple[int, int]:
     Raises UnreadableImage if the Exif data are broken.
     """
     size = image.height, image.width
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return size  # Pillow has exchanged them
     if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
         return size  # getexif would decode the pixels to find it
     try:
@@ -94,15 +109,20 @@ def size_of(image: Image.Image) -> tuple[int, int]:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """Return the RGB pixels of an opened image, of its first frame.
+    """Return the RGB pixels of an opened image, of its first frame or page.
 
-    As in the reference, the orientation noted in EXIF is applied, and transparency is dropped and
-    not blended. Raises UnreadableImage if the image is broken.
+    The orientation noted in EXIF is applied, deep pixels are scaled, and what is transparent is
+    white. Raises UnreadableImage if the image is broken or incomplete.
     """
     try:
         with quiet():
+            raw_mode = raw_mode_of(image)
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                load_jpeg(image)
             ImageOps.exif_transpose(image, in_place=True)
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return to_rgb(image, raw_mode)
+    except ServingError:
+        raise
     except READER_ERRORS as e:
         # Decoders of Pillow report a lack of memory as a broken file.
         raise UnreadableImage(

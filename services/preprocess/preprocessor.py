@@ -18,6 +18,7 @@ from common.wire import Buffer
 from services.preprocess import chat_template, images, videos
 from services.preprocess.chat_template import ChatTemplate
 from services.preprocess.families import FamilyRules, VideoRules
+from services.preprocess.image_formats import READABLE
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.prompts import Piece, PromptParts, num_chars
 from services.preprocess.sampling_defaults import add_instruction
@@ -43,17 +44,19 @@ class Preprocessor:
         known_as: str = "",
         video_rules: VideoRules | None = None,
         video_limits: VideoLimits = VideoLimits(),
+        image_formats: Sequence[str] = READABLE,
     ) -> None:
         """`max_model_len` is the context in tokens, and the model's own by default.
 
         `known_as` is the published name of the model, if its directory does not say it. Without
-        `video_rules`, the model takes no videos.
+        `video_rules`, the model takes no videos. Images are read in the `image_formats`.
         Raises ValueError if the model cannot be served with `max_model_len`.
         """
         self.checkpoint = checkpoint
         self.rules = rules
         self.video_rules = video_rules
         self.video_limits = video_limits
+        self.image_formats = image_formats
         self.max_model_len = checkpoint.max_model_len if max_model_len is None else max_model_len
         if objection := checkpoint.objection_to_context(self.max_model_len):
             raise ValueError(f"max_model_len is {max_model_len}, but {objection}")
@@ -101,9 +104,9 @@ class Preprocessor:
         """
         match kind:
             case "image":
-                return images.open_image(data)
+                return images.open_image(data, formats=self.image_formats)
             case "video":
-                return videos.open_clip(data, form, self.video_limits)
+                return videos.open_clip(data, form, self.video_limits, self.image_formats)
             case _:
                 assert_never(kind)
 

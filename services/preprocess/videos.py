@@ -19,6 +19,7 @@ from common.errors import InvalidRequest, ServingError, TooLarge, UnreadableImag
 from common.messages import MAX_FPS, MIN_FPS
 from common.wire import Buffer
 from services.preprocess import images
+from services.preprocess.image_formats import READABLE
 
 DEFAULT_FPS = 2.0
 DEFAULT_MAX_FRAMES = 128
@@ -96,8 +97,10 @@ class Clip(Protocol):
         ...
 
 
-def open_clip(data: Buffer, form: VideoForm, limits: VideoLimits) -> Clip:
-    """Read the headers of a video: of all its frames, or of its file.
+def open_clip(
+    data: Buffer, form: VideoForm, limits: VideoLimits, formats: Sequence[str] = READABLE
+) -> Clip:
+    """Read the headers of a video: of all its frames, which have these formats, or of its file.
 
     Raises
     ------
@@ -109,7 +112,8 @@ def open_clip(data: Buffer, form: VideoForm, limits: VideoLimits) -> Clip:
         if files cannot be read here.
     """
     if form.frame_lengths:
-        return ListedFrames(data, form.frame_lengths, form.fps or DEFAULT_FPS, limits)
+        fps = form.fps or DEFAULT_FPS
+        return ListedFrames(data, form.frame_lengths, fps, limits, formats)
     return VideoFile(data, form.fps or limits.fps, limits)
 
 
@@ -117,7 +121,12 @@ class ListedFrames:
     """Frames that come as encoded images. Implements `Clip`."""
 
     def __init__(
-        self, data: Buffer, lengths: Sequence[int], fps: float, limits: VideoLimits
+        self,
+        data: Buffer,
+        lengths: Sequence[int],
+        fps: float,
+        limits: VideoLimits,
+        formats: Sequence[str],
     ) -> None:
         if len(lengths) > limits.max_frames:
             raise TooLarge(
@@ -129,7 +138,8 @@ class ListedFrames:
         num_pixels = 0
         for index, length in enumerate(lengths):
             with naming_frame(index):
-                opened = images.open_image(memoryview(data)[start : start + length])
+                frame = memoryview(data)[start : start + length]
+                opened = images.open_image(frame, formats=formats)
             num_pixels += opened.width * opened.height
             check_pixels(num_pixels)
             self._images.append(opened)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.image_formats import IMAGE_FORMATS
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.pooling_schema import EmbeddingsRequest
 from services.gateway.schema import ChatRequest
 from services.gateway.unsupported import IN_MESSAGE, IN_POOLING, IN_REQUEST
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PPM", "TGA", "MPO", "JPEG2000")
+FORMATS = (*(name.upper() for name in IMAGE_FORMATS), "ICO", "PPM", "TGA", "MPO")
 MODEL = "org/tiny"
 VALUES: tuple[Any, ...] = (
     None,

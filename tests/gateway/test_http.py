@@ -162,7 +162,7 @@ ERRORS: list[tuple[Exception, int, dict[str, Any]]] = [
     (InvalidRequest("bad"), 400, {"type": "invalid_request_error", "code": "invalid_request"}),
     (
         UnreadableImage("bad", "preprocess", 1),
-        422,
+        400,
         {"code": "unreadable_image", "stage": "preprocess", "image": 1},
     ),
     (

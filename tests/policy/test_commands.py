@@ -15,7 +15,7 @@ from tests.policy.sources import ROOT
 
 SERVE = """
 --autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
---grpc-port --help
+--grpc-port --help --image-formats
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels

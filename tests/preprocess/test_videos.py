@@ -137,7 +137,7 @@ def test_a_video_takes_no_more_than_its_share_of_the_context() -> None:
 
 
 def test_a_broken_frame_is_named() -> None:
-    with pytest.raises(UnreadableImage, match="frame 1: the bytes are not an image"):
+    with pytest.raises(UnreadableImage, match="frame 1: this is text"):
         prepare([FRAMES[0], b"junk"])
     with pytest.raises(UnreadableImage, match="frame 2: the image is a broken or cut off PNG"):
         prepare([*FRAMES[:2], FRAMES[2][:-2000]])

@@ -169,15 +169,15 @@ def test_a_deadline_that_passes_ends_the_request_with_504(embedded: Running) -> 
 
 
 @pytest.mark.parametrize(
-    ("image", "codes"),
-    [(b"not an image", {400, 422}), (RECEIPT.read_bytes()[:2000], {400, 422}), (b"", {400, 422})],
+    "image",
+    [b"not an image", RECEIPT.read_bytes()[:2000], b""],
     ids=["garbage", "cut off", "empty"],
 )
 def test_an_image_that_cannot_be_read_is_named_and_the_next_request_works(
-    embedded: Running, image: bytes, codes: set[int]
+    embedded: Running, image: bytes
 ) -> None:
     status, answer = embedded.chat(ask_about(image))
-    assert status in codes
+    assert status == 400
     assert "image" in answer["error"]["message"]
     assert embedded.chat(ask_about(RECEIPT), max_tokens=1)[0] == 200
 

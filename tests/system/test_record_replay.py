@@ -74,7 +74,7 @@ def first_traffic(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) 
     for _ in range(4):
         next(stream)
     stream.close()
-    assert system.chat(ask_about(b"not an image at all"))[0] == 422
+    assert system.chat(ask_about(b"not an image at all"))[0] == 400
     with connect(f"127.0.0.1:{system.grpc_port}") as channel:
         request = inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=range(20, 40)),

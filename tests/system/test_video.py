@@ -161,7 +161,7 @@ def test_a_file_is_answered_as_its_frames_are(system: Running, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("part", "status", "reason"),
     [
-        ({"type": "video", "video": [data_uri(b"junk")]}, 422, "frame 0: the bytes are not an"),
+        ({"type": "video", "video": [data_uri(b"junk")]}, 400, "frame 0: this is text"),
         ({"type": "video", "video": [data_uri(FRAMES[0])] * 300}, 413, "at most 128 are taken"),
         ({"type": "video_url", "video_url": "http://127.0.0.1/x.mp4"}, 400, "by-URL videos"),
     ],

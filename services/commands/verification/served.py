@@ -110,7 +110,7 @@ class System:
         except urllib.error.HTTPError as e:
             with e:
                 said = e.read(2000).decode("utf-8", errors="replace")
-            kind = Refused if e.code in (400, 422) else ClientError
+            kind = Refused if e.code == 400 else ClientError
             raise kind(f"{self.url}{path} says {e.code}: {said}") from e
         except ValueError as e:
             raise ClientError(f"{self.url}{path} does not answer with JSON: {e}") from e

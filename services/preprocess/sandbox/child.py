@@ -7,6 +7,7 @@ the process that started it, and its sandboxes end with it.
 """
 
 import gc
+import logging
 import mmap
 import os
 import resource
@@ -36,6 +37,7 @@ from services.preprocess.sandbox.work import Workbench
 from services.preprocess.videos import VideoLimits
 
 LOADING_CPU_SECONDS = 60.0
+STDERR = 2
 MOST_KILLABLE = "1000"
 """The oom_score_adj of a sandbox. If the machine runs out of memory, sandboxes go first."""
 
@@ -46,6 +48,7 @@ def main(control: socket.socket, setup: Setup) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent decides when they end
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no sandbox becomes a zombie
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    silence_libraries()
     signal.setitimer(signal.ITIMER_PROF, LOADING_CPU_SECONDS)
     try:
         workbench = load(setup)
@@ -59,6 +62,15 @@ def main(control: socket.socket, setup: Setup) -> None:
         serve_in_fork(workbench, control, *order[1])
 
 
+def silence_libraries() -> None:
+    """Let only Python write errors: libtiff prints what is wrong with a file, past all logs."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    sys.stderr = os.fdopen(os.dup(STDERR), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    os.close(nowhere)
+
+
 def load(setup: Setup) -> Workbench:
     checkpoint = open_checkpoint(setup.model)
     limits = ItemLimits(setup.min_pixels, setup.max_pixels, setup.resizes_oversized)
@@ -70,6 +82,7 @@ def load(setup: Setup) -> Workbench:
         setup.known_as,
         families.load_video(checkpoint, limits),
         VideoLimits(setup.video_fps, setup.max_frames),
+        setup.image_formats,
     )
     workbench = Workbench(preprocessor)
     if rules.chat_prompt is not None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.messages import ItemKind
 from common.wire import Buffer
+from services.preprocess.image_formats import READABLE
 from services.preprocess.videos import DEFAULT_FPS, DEFAULT_MAX_FRAMES, VideoForm
 
 MAX_MESSAGE_BYTES = 128 * 1024
@@ -44,6 +45,7 @@ class Setup(msgspec.Struct, frozen=True):
     known_as: str = ""
     video_fps: float = DEFAULT_FPS
     max_frames: int = DEFAULT_MAX_FRAMES
+    image_formats: tuple[str, ...] = READABLE
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
