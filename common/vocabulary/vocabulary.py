@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -32,6 +33,16 @@ def mark_each_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(ONE_MARK_PER_BYTE, mark_each_byte)
+
+
+def pattern_of(token: dict[str, Any]) -> str:
+    """Return a pattern that matches an added token as the tokenizer does."""
+    before = r"\s*" if token.get("lstrip") else ""
+    after = r"\s*" if token.get("rstrip") else ""
+    name = f"({re.escape(token['content'])})"
+    if token.get("single_word"):
+        name = rf"(?<!\w){name}(?!\w)"
+    return before + name + after
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,41 @@ class Vocabulary:
             steps = normalizer["normalizers"]
             normalizer["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
         return self._open(json.dumps(described))
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer of texts in which no name is a token."""
+        described = json.loads(self.tokenizer_json)
+        return self._open(json.dumps(described | {"added_tokens": []}))
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        """What matches the name of any added token, with the spaces that belong to it."""
+        added = json.loads(self.tokenizer_json)["added_tokens"]
+        added.sort(key=lambda token: len(token["content"]), reverse=True)
+        return re.compile("|".join(map(pattern_of, added)) or r"(?!)")
+
+    @cached_property
+    def first_characters(self) -> str:
+        """The characters that the names of added tokens begin with."""
+        added = json.loads(self.tokenizer_json)["added_tokens"]
+        return "".join({token["content"][0] for token in added if token["content"]})
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Return the token ids of a text in which a mark keeps names from being tokens.
+
+        The mark is not part of the text. Names that it is not in are tokens, special or not.
+        """
+        token_ids: list[int] = []
+        end = 0
+        for name in self._names.finditer(text):
+            token_ids += encode(self._plain_tokenizer, text[end : name.start()].replace(mark, ""))
+            assert name.lastindex is not None
+            token_id = self.id_of(name.group(name.lastindex))
+            assert token_id is not None, f"{name.group()} is not a token of {self.file}"
+            token_ids.append(token_id)
+            end = name.end()
+        return token_ids + encode(self._plain_tokenizer, text[end:].replace(mark, ""))
 
     def _open(self, tokenizer_json: str) -> Tokenizer:
         try:

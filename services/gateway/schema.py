@@ -3,6 +3,7 @@
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -132,6 +133,11 @@ class ChatRequest(Body):
         """What the request asks for of tools. Raises InvalidField if that does not fit together."""
         return read_tool_use(self.tools or [], self.tool_choice, self.parallel_tool_calls)
 
+    add_generation_prompt: bool | None = None
+    """None for true, unless the answer continues the last message."""
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -216,8 +222,35 @@ def chat_to_generation(
         return_prompt_token_ids=bool(chat.return_token_ids),
         guide_kind=guide_kind,
         guide=guide,
-        chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
+        chat_options=encode_chat_options(chat, tool_use.tools),
         reads_tool_calls=bool(tool_use.tools),
         n=read_n(chat),
         priority=chat.priority or 0,
     )
+
+
+def encode_chat_options(chat: ChatRequest, tools: Sequence[dict[str, Any]]) -> bytes:
+    """Return how the chat template makes a prompt, in the form of GenerationRequest.chat_options.
+
+    Raises
+    ------
+    InvalidField
+        if the answer cannot continue the last message.
+    """
+    if chat.continue_final_message:
+        if chat.add_generation_prompt:
+            raise InvalidField(
+                "add_generation_prompt", "must be false with continue_final_message: true"
+            )
+        if chat.messages[-1].role != "assistant":
+            raise InvalidField(
+                "continue_final_message", "the last message must be one of the assistant"
+            )
+    options = ChatOptions(
+        tools=list(tools),
+        add_generation_prompt=chat.add_generation_prompt is not False
+        and not chat.continue_final_message,
+        continue_final_message=bool(chat.continue_final_message),
+        template_kwargs=chat.chat_template_kwargs or {},
+    )
+    return b"" if options == ChatOptions() else msgspec.json.encode(options)

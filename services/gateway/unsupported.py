@@ -37,10 +37,7 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1,),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
     "truncate_prompt_tokens": (),
@@ -57,15 +54,15 @@ The values in the tuple, and null, are accepted, because they do not change the 
 IN_POOLING: dict[str, tuple[Any, ...]] = {
     name: IN_REQUEST[name]
     for name in (
-        "add_generation_prompt",
         "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
         "documents",
         "mm_processor_kwargs",
         "truncate_prompt_tokens",
     )
 } | {
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "activation": (True,),
     "add_special_tokens": (True,),
     "normalize": (True,),

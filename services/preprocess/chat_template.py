@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
+import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.chat import ROLES
+from common.chat import ROLES, ChatOptions
 from common.checkpoint import BadCheckpoint
 from common.errors import InvalidRequest, shorten
 from common.model_files import read_file, read_optional_json
+from services.preprocess.prompts import Piece
+from services.preprocess.typed_tokens import has_any, marked, unused_marks
 
 TEMPLATE_ERRORS = (
     ArithmeticError,
@@ -27,7 +31,21 @@ TOO_COSTLY = (
     "correct the template in the model directory"
 )
 MAX_TEMPLATE_BYTES = 2**20
+RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class Call(msgspec.Struct):
+    """A call of a tool, as templates read it."""
+
+    function: CalledFunction
+    id: str = ""
+    type: str = "function"
 
 
 class ChatTemplate:
@@ -53,16 +71,23 @@ class ChatTemplate:
             # Python, which allows only a few inside each other.
             raise BadCheckpoint(f"the chat template cannot be compiled: {type(e).__name__}") from e
         self.special_tokens = special_tokens
+        syntax = environment.parse(source)
+        self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(syntax)
+        """Whether the template says the tools of a request."""
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """Return the prompt of a conversation, up to where the assistant begins to speak.
+    def render(self, messages: list[dict[str, Any]], options: ChatOptions = ChatOptions()) -> str:
+        """Return the prompt of a conversation.
 
         Raises InvalidRequest if the template refuses the messages, which are those of `normalise`.
         """
+        variables = options.template_kwargs | self.special_tokens
+        # Without tools the variable is None, as transformers has it.
+        variables |= {"messages": messages, "tools": options.tools or None}
+        variables["add_generation_prompt"] = (
+            options.add_generation_prompt and not options.continue_final_message
+        )
         try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=True, **self.special_tokens
-            )
+            return self.template.render(**variables)
         except jinja2.TemplateError as e:
             raise InvalidRequest(
                 f"the model's chat template refuses the messages: {shorten(e.message or '')}"
@@ -74,6 +99,70 @@ class ChatTemplate:
                 f"the model's chat template fails with these messages ({type(e).__name__}): "
                 "send others, or correct the template in the model directory"
             ) from e
+
+    def prompt(
+        self, messages: list[dict[str, Any]], options: ChatOptions, first_characters: str
+    ) -> Piece:
+        """Return the prompt of a conversation, in which no user can have written a token.
+
+        Parameters
+        ----------
+        messages
+            are those of `normalise`.
+        first_characters
+            are those that names of tokens begin with.
+
+        Raises
+        ------
+        InvalidRequest
+            if the template refuses the messages.
+        """
+        reserved = self.special_tokens.keys() | RESERVED_VARIABLES
+        if names := reserved & options.template_kwargs.keys():
+            raise InvalidRequest(
+                f"chat_template_kwargs.{min(names)}: the server sets this variable"
+            )
+        written = [messages, options.tools, options.template_kwargs]
+        is_marked = has_any(written, first_characters)
+        if not (is_marked or options.continue_final_message):
+            return Piece(self.render(messages, options))
+        mark, end, *_ = unused_marks(written)
+        if is_marked:
+            table = {ord(first): first + mark for first in first_characters}
+            messages, tools, variables = marked(written, table)
+            options = msgspec.structs.replace(options, tools=tools, template_kwargs=variables)
+        if options.continue_final_message:
+            messages = [*messages[:-1], with_end(messages[-1], end)]
+        text = self.render(messages, options)
+        if options.continue_final_message:
+            text = cut_off(text, end)
+        return Piece(text, mark=mark if is_marked else "")
+
+
+def with_end(message: dict[str, Any], end: str) -> dict[str, Any]:
+    """Return the last message of a conversation, whose text ends with a mark."""
+    if message["role"] != "assistant":
+        raise InvalidRequest(
+            "continue_final_message: the last message must be one of the assistant"
+        )
+    content = message["content"]
+    if isinstance(content, str):
+        return message | {"content": content + end}
+    last = content[-1] if content else {}
+    if last.get("type") != "text":
+        raise InvalidRequest("continue_final_message: the last message must end with a text")
+    return message | {"content": [*content[:-1], last | {"text": last["text"] + end}]}
+
+
+def cut_off(text: str, end: str) -> str:
+    """Return the text before its only end mark."""
+    before, found, after = text.partition(end)
+    if not found or end in after:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template does not say the last message as it "
+            "is; leave the field out"
+        )
+    return before
 
 
 def load(path: Path) -> ChatTemplate:
@@ -157,7 +246,20 @@ def normalise_message(message: Any, where: str) -> dict[str, Any]:
             ]
         case _:
             raise InvalidRequest(f"{where}.content must be text or a list of parts")
-    return {"role": ROLES[role], "content": content}
+    found = {"role": ROLES[role], "content": content}
+    if isinstance(call_id := rest.get("tool_call_id"), str):
+        found["tool_call_id"] = call_id
+    if calls := rest.get("tool_calls"):
+        found["tool_calls"] = normalise_calls(calls, f"{where}.tool_calls")
+    return found
+
+
+def normalise_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return calls of tools in OpenAI's form, whose arguments are an object."""
+    try:
+        return msgspec.to_builtins(msgspec.convert(calls, list[Call]))
+    except msgspec.ValidationError as e:
+        raise InvalidRequest(f"{where}: {e}") from e
 
 
 def normalise_part(part: Any, where: str) -> dict[str, str]:

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias, assert_never
 import numpy as np
 from PIL.Image import Image
 
+from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.messages import ItemKind
 from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Buffer
-from services.preprocess import chat_template, images, videos
+from services.preprocess import chat_template, hermes, images, videos
 from services.preprocess.chat_template import ChatTemplate
 from services.preprocess.families import FamilyRules, VideoRules
 from services.preprocess.image_formats import READABLE
@@ -77,6 +78,16 @@ class Preprocessor:
     def template(self) -> ChatTemplate:
         """The chat template of the model. Raises BadCheckpoint if there is none, or it is wrong."""
         return chat_template.load(self.checkpoint.path)
+
+    @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The chat template for tools, if the model's own knows none.
+
+        Raises InvalidRequest if the model does not speak ChatML.
+        """
+        if self.vocabulary.id_of("<|im_start|>") is None:
+            raise InvalidRequest("this model takes no tools: its chat template knows none")
+        return ChatTemplate(hermes.SOURCE, self.template.special_tokens)
 
     @property
     def placeholder(self) -> str | None:
@@ -163,15 +174,19 @@ class Preprocessor:
             frames[index] = images.resize(frame, height, width)
         return rules.prepare(frames, rules.frames_per_step / clip.fps)
 
-    def render(self, messages: Any) -> PromptParts:
+    def render(self, messages: Any, options: ChatOptions = ChatOptions()) -> PromptParts:
         """Return the prompt of chat messages.
 
         Raises InvalidRequest if they are malformed, or the model has no words for them.
         """
         known = add_instruction(chat_template.normalise(messages), self.defaults.instruction)
         if self.rules.chat_prompt is not None:
+            refuse_for_own_prompt(known, options)
             return self.rules.chat_prompt(known)
-        return [Piece(self.template.render(known))]
+        template = self.template
+        if uses_tools(known, options) and not template.knows_tools:
+            template = self.tool_template
+        return [template.prompt(known, options, self.vocabulary.first_characters)]
 
     def check_token_ids(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the token ids of a prompt, int64 [num_tokens], if they are the model's.
@@ -216,6 +231,8 @@ class Preprocessor:
             raise InvalidRequest(
                 "the text holds half of a surrogate pair; send valid Unicode"
             ) from e
+        if piece.mark:
+            return self.vocabulary.encode_marked(piece.text, piece.mark)
         return self.vocabulary.encode(piece.text, piece.special_tokens, piece.continues)
 
     def find_placeholders(self, token_ids: np.ndarray, kinds: Sequence[ItemKind]) -> np.ndarray:
@@ -274,3 +291,24 @@ class Preprocessor:
             self.rules.rope_parameter(len(expanded)),
             self.rules.whole,
         )
+
+
+def uses_tools(messages: list[dict[str, Any]], options: ChatOptions) -> bool:
+    """Whether a conversation has tools, or calls of tools."""
+    return bool(options.tools) or any(
+        message["role"] == "tool" or "tool_calls" in message for message in messages
+    )
+
+
+def refuse_for_own_prompt(messages: list[dict[str, Any]], options: ChatOptions) -> None:
+    """Raise InvalidRequest if a conversation needs a chat template, for a model that has none."""
+    if uses_tools(messages, options):
+        raise InvalidRequest("this model takes no tools: leave tools and tool messages out")
+    names = {
+        "add_generation_prompt": not options.add_generation_prompt,
+        "continue_final_message": options.continue_final_message,
+        "chat_template_kwargs": bool(options.template_kwargs),
+    }
+    for name, is_given in names.items():
+        if is_given:
+            raise InvalidRequest(f"{name}: this model has no chat template; leave it out")

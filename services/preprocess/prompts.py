@@ -18,6 +18,9 @@ class Piece:
     continues: bool = False
     """Whether the text continues a line, so that no space is put in front of it. Some SentencePiece
     models do that to each text."""
+    mark: str = ""
+    """A character that stands in what users wrote where it could spell a token's name. It is not
+    part of the text. Names of tokens that it is not in are tokens, of all kinds."""
 
 
 PromptParts: TypeAlias = Sequence[Piece | int]

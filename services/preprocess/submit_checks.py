@@ -8,7 +8,7 @@ from common.errors import InvalidRequest
 from common.messages import Item, Submit, Task
 from common.wire import Tensor
 
-PROMPT_DTYPES = {"messages": "uint8", "token_ids": "int64"}
+PROMPT_DTYPES = {"messages": "uint8", "text": "uint8", "token_ids": "int64"}
 GUIDES_WITHOUT_TEXT = ("", "json_object")
 
 
@@ -25,6 +25,8 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
         )
     for index, item in enumerate(submit.items):
         check_item(item, f"{item.kind} {index}")
+    if submit.chat_options is not None:
+        check_vector(submit.chat_options, "uint8", "the chat options")
     if submit.guide is not None:
         check_vector(submit.guide, "uint8", f"the {submit.guide_kind}")
     elif submit.guide_kind not in GUIDES_WITHOUT_TEXT:

@@ -143,9 +143,8 @@ def test_placeholders_must_match_the_images(preprocessor: Preprocessor) -> None:
     assert preprocessor.expand(two, [image] * 2).placeholders[:, 1].sum() == 8
 
 
-def test_a_placeholder_written_in_the_text_is_refused(preprocessor: Preprocessor) -> None:
-    parts = [{"type": "image"}, {"type": "text", "text": "what is <|image_pad|>?"}]
-    token_ids = token_ids_of(preprocessor, parts)
+def test_a_placeholder_too_many_in_a_raw_prompt_is_refused(preprocessor: Preprocessor) -> None:
+    token_ids = preprocessor.encode([Piece("<|image_pad|> what is <|image_pad|>?")])
     with pytest.raises(InvalidRequest, match=r"leave <\|image_pad\|> out of the text"):
         preprocessor.expand(token_ids, [image_of(preprocessor, 56, 56)])
 

@@ -61,7 +61,7 @@ class Read(msgspec.Struct, tag=True, frozen=True):
     """Tokenize a prompt, check its guide, and read the headers of its items.
 
     If there is room for the items, and preparing them takes little time, they are prepared, too.
-    Blobs: the prompt, the guide, the file of each item.
+    Blobs: the prompt, its chat options, the guide, the file of each item.
     """
 
     prompt_kind: str

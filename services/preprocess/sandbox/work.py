@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
+import msgspec
 import numpy as np
 from PIL.Image import Image
 
+from common.chat import ChatOptions
 from common.errors import InvalidRequest, ServingError, shorten
 from common.messages import ItemKind
 from common.wire import Buffer, Tensor
 from services.preprocess import images
 from services.preprocess.grammars import Grammars
 from services.preprocess.preprocessor import Opened, Preprocessor
-from services.preprocess.prompts import num_chars
+from services.preprocess.prompts import Piece, PromptParts, num_chars
 from services.preprocess.sandbox import meter
 from services.preprocess.sandbox.costs import BATCH_SECONDS, item_seconds
 from services.preprocess.sandbox.jobs import (
@@ -65,9 +67,9 @@ class Workbench:
             return Refused("InvalidRequest", "the request takes too much memory: send less"), []
 
     def _read(self, job: Read, blobs: Sequence[Buffer], limits: Meter) -> Answer:
-        prompt, guide, *files = blobs
+        prompt, options, guide, *files = blobs
         self._preprocessor.check_kinds(job.kinds)
-        token_ids = self._tokenize(job.prompt_kind, prompt, limits)
+        token_ids = self._tokenize(job.prompt_kind, prompt, options, limits)
         self._preprocessor.find_placeholders(token_ids, job.kinds)
         grammar = self._check_guide(job.guide_kind, guide, limits)
         # One limit for all headers: those of honest files take microseconds.
@@ -90,12 +92,16 @@ class Workbench:
         result = ReadDone(sizes, num_images, tuple(num_tokens), items)
         return result, [Tensor.of(token_ids).data, grammar, *patches]
 
-    def _tokenize(self, kind: str, prompt: Buffer, limits: Meter) -> np.ndarray:
-        if kind != "messages":
+    def _tokenize(self, kind: str, prompt: Buffer, options: Buffer, limits: Meter) -> np.ndarray:
+        if kind == "token_ids":
             ids = np.frombuffer(prompt, dtype=np.int64)
             return self._preprocessor.check_token_ids(ids)
-        limits.begin(meter.TEMPLATE)
-        parts = self._preprocessor.render(messages_of(prompt))
+        parts: PromptParts
+        if kind == "text":
+            parts = [Piece(text_of(prompt))]
+        else:
+            limits.begin(meter.TEMPLATE)
+            parts = self._preprocessor.render(messages_of(prompt), options_of(options))
         limits.begin(meter.TOKENIZER, CPU_SECONDS + num_chars(parts) / CHARS_A_SECOND)
         return self._preprocessor.encode(parts)
 
@@ -172,3 +178,21 @@ def messages_of(prompt: Buffer) -> Any:
         return json.loads(bytes(prompt))
     except (ValueError, RecursionError) as e:
         raise InvalidRequest("the messages are not valid JSON") from e
+
+
+def options_of(options: Buffer) -> ChatOptions:
+    """Return the options of messages; empty bytes mean the defaults."""
+    if not len(options):
+        return ChatOptions()
+    try:
+        return msgspec.json.decode(options, type=ChatOptions)
+    except (msgspec.DecodeError, RecursionError) as e:
+        raise InvalidRequest("the options of the chat template are malformed") from e
+
+
+def text_of(prompt: Buffer) -> str:
+    """Return a raw prompt."""
+    try:
+        return str(prompt, "utf-8")
+    except UnicodeDecodeError as e:
+        raise InvalidRequest("the prompt is not valid UTF-8") from e
