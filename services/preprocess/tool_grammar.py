@@ -109,4 +109,4 @@ def arguments_schema(function: Function, is_required: bool) -> dict[str, Any]:
     else:
         schema = {}
     options = {"whitespace_flexible": False, "lenient": not function.strict}
-    return {"type": "object"} | schema | {"x-guidance": options}
+    return schema | {"type": "object", "x-guidance": options}
