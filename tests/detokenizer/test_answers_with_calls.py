@@ -35,7 +35,8 @@ def parts(deltas: list[Delta]) -> list[dict[str, Any]]:
 def joined(deltas: list[Delta]) -> tuple[str, str, str]:
     """Return the text, the arguments of the only call, and the finish reason."""
     arguments = "".join(part["arguments"] for part in parts(deltas))
-    return "".join(d.text.text() for d in deltas), arguments, deltas[-1].finish_reason
+    text = "".join(d.text.text() + "".join(p.get("text", "") for p in parts([d])) for d in deltas)
+    return text, arguments, deltas[-1].finish_reason
 
 
 def test_a_call_comes_apart_from_the_text_and_is_the_reason_of_the_end() -> None:
