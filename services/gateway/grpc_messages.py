@@ -70,10 +70,8 @@ def to_generation(
     response = fields_set(request.response)
     sampling["num_logprobs"] = response.get("num_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")
-    guide_kind, guide = read_guide(request.guide)
     tool_use = read_chat_tools(request.chat)
-    if tool_use.guide:
-        guide_kind, guide = "tool_calls", tool_use.guide
+    guide_kind, guide = tool_use.guide_with(*read_guide(request.guide))
     return GenerationRequest(
         request_id=request_id,
         prompt_kind=prompt_kind,

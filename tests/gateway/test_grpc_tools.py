@@ -1,6 +1,5 @@
 """Tools in the gRPC API."""
 
-import json
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ def chat(**fields: Any) -> inference_pb2.Chat:
 )
 def test_a_choice_says_which_tools_may_be_called(fields: dict[str, Any], expected: Any) -> None:
     use = read_chat_tools(chat(**fields))
-    guide = json.loads(use.guide)
+    guide = use.guide
     names = [function["name"] for function in guide["functions"]]
     assert (names, guide["required"], guide["parallel"]) == expected
     assert [tool["function"]["name"] for tool in use.tools] == names
@@ -42,7 +41,7 @@ def test_a_choice_says_which_tools_may_be_called(fields: dict[str, Any], expecte
 def test_without_a_tool_to_call_the_answer_is_plain_text() -> None:
     for fields in ({"tools": []}, {"tool_mode": inference_pb2.TOOL_MODE_NONE}):
         use = read_chat_tools(chat(**fields))
-        assert (use.tools, use.guide) == ((), "")
+        assert (use.tools, use.guide) == ((), {})
 
 
 @pytest.mark.parametrize(

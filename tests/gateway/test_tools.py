@@ -70,6 +70,18 @@ def test_parallel_calls_may_be_refused() -> None:
         assert guide(asked) == (["f"], choice == "required", False)
 
 
+def test_an_answer_follows_another_guide_unless_it_calls_a_tool() -> None:
+    form = {"type": "json_object"}
+    asked = generation(tools=[F], response_format=form)
+    assert guide(asked) == (["f"], False, True)
+    assert json.loads(asked.guide)["otherwise"] == {"kind": "json_object", "text": ""}
+    for choice in ("required", named("f")):
+        asked = generation(tools=[F], response_format=form, tool_choice=choice)
+        assert "otherwise" not in json.loads(asked.guide)
+    asked = generation(tools=[F], response_format=form, tool_choice="none")
+    assert asked.guide_kind == "json_object"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -126,6 +126,46 @@ def test_without_parallel_calls_a_free_answer_ends_with_the_first_one() -> None:
     assert followed.both(f"text{call('{}')}\n") == "none"
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "right", "wrong"),
+    [
+        ("json_schema", '{"type": "object", "required": ["z"]}', '{"z":1}', "{}"),
+        ("json_object", "", "{}", "text"),
+        ("regex", "[ab]+", "ab", "c"),
+    ],
+)
+def test_an_answer_without_a_call_follows_the_other_guide(
+    kind: str, text: str, right: str, wrong: str
+) -> None:
+    other = {"kind": kind, "text": text}
+    followed = Followed(functions=[F], required=False, otherwise=other)
+    assert followed.both(right) in ("whole", "end")
+    assert followed.both(call("{}")) in ("whole", "end")
+    mixed = [wrong, "", f"{right}\n{call('{}')}", f"{call('{}')}\n{right}"]
+    assert {followed.both(text) for text in mixed} <= {"none", "begin"}
+
+
+def test_a_guide_that_only_helps_is_left_out_without_llguidance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars = Grammars(EMBEDDED)
+    free = {"functions": [F], "required": False}
+    assert not grammars.is_needless("tool_calls", json.dumps(free))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert grammars.is_needless("tool_calls", json.dumps(free))
+    other = {"kind": "json_object", "text": ""}
+    needed = [free | {"required": True}, free | {"parallel": False}, free | {"otherwise": other}]
+    for guide in [*needed, free | {"functions": [F | {"strict": True}]}]:
+        assert not grammars.is_needless("tool_calls", json.dumps(guide))
+    assert not grammars.is_needless("json_object", "")
+
+
+def test_the_tool_whose_parameters_cannot_be_followed_is_named() -> None:
+    bad = {"name": "bad", "parameters": {"$ref": "#/$defs/none"}}
+    with pytest.raises(InvalidRequest, match="the parameters of bad cannot be followed"):
+        Followed(functions=[F, bad])
+
+
 def test_markup_of_the_family_may_stand_in_a_free_answer() -> None:
     boxes = EMBEDDED.with_markup(["<|box_start|>"])
     text = "a<|box_start|>b"
