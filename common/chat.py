@@ -4,7 +4,13 @@ from typing import Any
 
 import msgspec
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 """The roles that a message may have, and the role that the chat template sees for each.
 
 "developer" is a later name of "system", which chat templates do not know.

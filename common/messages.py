@@ -703,8 +703,8 @@ class Delta(RequestMessage):
     tool_calls: Tensor | None = None
     """UTF-8 JSON: the parts of tool calls that became certain, a list of objects, at most one of
     each call. A part has the `index` of its call and more of its `arguments`. The first part of a
-    call has its `id` and `name`, too. A call with a part that is `withdrawn` was malformed, and
-    `text` has it whole."""
+    call has its `id` and `name`, too. A part may have a `text`, which follows it in the answer. A
+    call with a part that is `withdrawn` was malformed, and the text that follows has it whole."""
     prompt_logprobs: Tensor | None = None
     """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token of the prompt, and
     null for the first one. With the first piece only."""

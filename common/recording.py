@@ -113,7 +113,8 @@ class Answered(msgspec.Struct, tag="end", kw_only=True, frozen=True, omit_defaul
     """Seconds from the arrival to the first token; None if there was none."""
     token_ids: list[TokenId] = []
     text: str = ""
-    """Token ids and text are those of the first answer, if there are several."""
+    """The text with the arguments of tool calls. Token ids and text are those of the first answer,
+    if there are several."""
     values: bytes = b""
     """float32 [n], little-endian: the result of a request for no text."""
     usage: Usage = Usage()

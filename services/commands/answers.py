@@ -17,6 +17,7 @@ class Answer:
     """What became of one request. `error` is empty if it succeeded."""
 
     text: str = ""
+    """The text, with the arguments of tool calls."""
     token_times: list[tuple[float, int]] = field(default_factory=list)
     """For each chunk with tokens, when it came, in seconds after the request was sent, and how many
     tokens it has. Empty if the answer was not streamed. A chunk whose number is not known counts
@@ -47,16 +48,34 @@ class Answer:
     """Whether the answer was not complete in time."""
 
 
+class Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(msgspec.Struct):
+    """What is read of a call of a tool, or of a part of one."""
+
+    function: Function | None = None
+
+
 class Message(msgspec.Struct):
     """What is read of a message, or of a part of one. Reasoning may come apart from the text."""
 
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text, and the arguments of tool calls."""
+        functions = [call.function for call in self.tool_calls or () if call.function]
+        return (self.content or "") + "".join(call.arguments or "" for call in functions)
 
     @property
     def has_text(self) -> bool:
-        return bool(self.content or self.reasoning_content or self.reasoning)
+        return bool(self.text or self.reasoning_content or self.reasoning or self.tool_calls)
 
 
 class Choice(msgspec.Struct):
@@ -120,7 +139,7 @@ def take_chunk(chunk: Completion, answer: Answer, seconds: float) -> None:
     for choice in chunk.choices or ():
         delta = choice.delta or Message()
         ids = choice.token_ids or []
-        answer.text += delta.content or ""
+        answer.text += delta.text
         answer.token_ids += ids
         if choice.finish_reason:
             answer.finish_reason = choice.finish_reason
@@ -146,7 +165,7 @@ def read_whole(body: bytes, answer: Answer) -> None:
     if whole.error or not whole.choices or not (message := whole.choices[0].message):
         answer.error = f"this is not a chat completion: {error_text(body)}"
         return
-    answer.text = message.content or ""
+    answer.text = message.text
     answer.token_ids = whole.choices[0].token_ids or []
     answer.finish_reason = whole.choices[0].finish_reason or "stop"
     take_totals(whole, answer)

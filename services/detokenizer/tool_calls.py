@@ -47,6 +47,8 @@ class Part(TypedDict):
     """With the first part of a call."""
     withdrawn: NotRequired[bool]
     """Whether the call has turned out to be malformed. Then its text follows whole."""
+    text: NotRequired[str]
+    """Text of the answer that follows the part."""
 
 
 class Call(msgspec.Struct):
@@ -105,9 +107,16 @@ class Parsed:
     """What became certain of an answer."""
 
     text: str = ""
-    """The text without calls."""
+    """The text before the calls."""
     parts: list[Part] = field(default_factory=list)
     """At most one of each call."""
+
+    def add_text(self, text: str) -> None:
+        """Add text that follows what is there."""
+        if text and self.parts:
+            self.parts[-1]["text"] = self.parts[-1].get("text", "") + text
+        else:
+            self.text += text
 
 
 class ToolCallParser:
@@ -129,7 +138,8 @@ class ToolCallParser:
         """Whether anything but white space came since the last call."""
         self._rest = ""
         """Text that is not certain yet."""
-        self._read: Callable[[Parsed], bool] = self._read_text
+        self._parsed = Parsed()
+        self._read: Callable[[], bool] = self._read_text
         self._raw = ""
         """The text of the call in progress before `_rest`."""
         self._num_scanned = 0
@@ -140,10 +150,10 @@ class ToolCallParser:
     def push(self, text: str) -> Parsed:
         """Return what has become certain with more text."""
         self._rest += text
-        parsed = Parsed()
-        while self._read(parsed):
+        self._parsed = Parsed()
+        while self._read():
             pass
-        return parsed
+        return self._parsed
 
     def finish(self) -> str:
         """Return the text that was held back, at the end of the answer.
@@ -157,24 +167,24 @@ class ToolCallParser:
 
     # Each of these methods reads from `_rest`. It returns whether another one can go on.
 
-    def _read_text(self, parsed: Parsed) -> bool:
+    def _read_text(self) -> bool:
         start = self._rest.find(OPEN)
         is_found = start >= 0
         end = start if is_found else len(self._rest) - num_held(self._rest, OPEN)
         self._has_text |= bool(self._rest[:end].strip(SPACE))
         if self._has_text:
-            parsed.text += self._take(end)
+            self._parsed.add_text(self._take(end))
             end = 0
         if is_found:
             self._raw = self._take(end + len(OPEN))
             self._scan_next(self._read_head)
         return is_found
 
-    def _read_head(self, parsed: Parsed) -> bool:
+    def _read_head(self) -> bool:
         """Read up to the arguments, or a whole call that does not begin with its name."""
         is_short = self._num_scanned < MAX_HEAD_CHARS
         if is_short and (match := HEAD.match(self._rest[:MAX_HEAD_CHARS])):
-            return self._read_name(match, parsed)
+            return self._read_name(match)
         end = self._scanner.read(self._rest[self._num_scanned :])
         if end is None:
             self._num_scanned = len(self._rest)
@@ -182,44 +192,44 @@ class ToolCallParser:
         end += self._num_scanned
         call = None if self._scanner.is_wrong else decode(self._rest[:end], Call)
         if call is None or not (arguments := bytes(call.arguments).decode()).startswith("{"):
-            return self._withdraw(end, parsed)
-        self._begin(call.name, parsed)
-        parsed.parts[-1]["arguments"] = arguments
+            return self._withdraw(end)
+        self._begin(call.name)
+        self._part()["arguments"] = arguments
         self._take(end)
         return self._complete()
 
-    def _read_name(self, match: re.Match[str], parsed: Parsed) -> bool:
+    def _read_name(self, match: re.Match[str]) -> bool:
         name = decode(match[1], str)
         if name is None:
-            return self._withdraw(match.end(), parsed)
-        self._begin(name, parsed)
+            return self._withdraw(match.end())
+        self._begin(name)
         self._raw += self._take(match.end())
         self._scan_next(self._read_arguments)
         return True
 
-    def _read_arguments(self, parsed: Parsed) -> bool:
+    def _read_arguments(self) -> bool:
         end = self._scanner.read(self._rest)
         arguments = self._take(end)
         self._raw += arguments
         self._arguments += arguments
-        self._part(parsed)["arguments"] += arguments
+        self._part()["arguments"] += arguments
         if end is None:
             return False
         if self._scanner.is_wrong or decode(self._arguments, dict) is None:
-            return self._withdraw(0, parsed)
+            return self._withdraw(0)
         self._read = self._read_end
         return True
 
-    def _read_end(self, parsed: Parsed) -> bool:
+    def _read_end(self) -> bool:
         stripped = self._rest.lstrip(SPACE)
         if not stripped:
             return False
         if not stripped.startswith("}"):
-            return self._withdraw(0, parsed)
+            return self._withdraw(0)
         self._rest = stripped[1:]
         return self._complete()
 
-    def _read_close(self, _parsed: Parsed) -> bool:
+    def _read_close(self) -> bool:
         """Read the mark behind a call, which may be missing."""
         self._rest = self._rest.lstrip(SPACE)
         if len(self._rest) < len(CLOSE) and CLOSE.startswith(self._rest):
@@ -234,25 +244,27 @@ class ToolCallParser:
         self._rest = self._rest[len(taken) :]
         return taken
 
-    def _scan_next(self, read: Callable[[Parsed], bool]) -> None:
+    def _scan_next(self, read: Callable[[], bool]) -> None:
         """Go on with a method that reads a JSON object."""
         self._scanner = JsonScanner()
         self._num_scanned = 0
         self._arguments = ""
         self._read = read
 
-    def _begin(self, name: str, parsed: Parsed) -> None:
+    def _begin(self, name: str) -> None:
         index = self._num_begun
         self._num_begun += 1
-        id = call_id(self._request_id, index)
-        parsed.parts.append({"index": index, "id": id, "name": name, "arguments": ""})
+        part = self._part()
+        part["id"] = call_id(self._request_id, index)
+        part["name"] = name
 
-    def _part(self, parsed: Parsed) -> Part:
+    def _part(self) -> Part:
         """Return the part of the call in progress that is delivered next."""
         index = self._num_begun - 1
-        if not parsed.parts or parsed.parts[-1]["index"] != index:
-            parsed.parts.append({"index": index, "arguments": ""})
-        return parsed.parts[-1]
+        parts = self._parsed.parts
+        if not parts or parts[-1]["index"] != index:
+            parts.append({"index": index, "arguments": ""})
+        return parts[-1]
 
     def _complete(self) -> bool:
         self.num_complete += 1
@@ -260,11 +272,11 @@ class ToolCallParser:
         self._read = self._read_close
         return True
 
-    def _withdraw(self, end: int, parsed: Parsed) -> bool:
+    def _withdraw(self, end: int) -> bool:
         """Return a malformed call to the text, up to `end` in `_rest`."""
         if self._read in (self._read_arguments, self._read_end):
-            self._part(parsed)["withdrawn"] = True
-        parsed.text += self._raw + self._take(end)
+            self._part()["withdrawn"] = True
+        self._parsed.add_text(self._raw + self._take(end))
         self._has_text = True
         self._read = self._read_text
         return True

@@ -79,7 +79,8 @@ class Answer:
         if self.calls is None:
             return Parsed(text)
         parsed = self.calls.push(text)
-        parsed.text += self.calls.finish() if is_end else ""
+        if is_end:
+            parsed.add_text(self.calls.finish())
         return parsed
 
 

@@ -9,6 +9,7 @@ from common.chat import ROLES
 from services.gateway.images import check_item_count, read_data_uri
 from services.gateway.invalid_field import InvalidField
 from services.gateway.limits import MAX_MESSAGES, MAX_TOKEN_BYTES
+from services.gateway.tool_messages import read_tool_fields
 from services.gateway.unsupported import IN_MESSAGE, refuse_unsupported
 from services.gateway.videos import Media, read_video
 
@@ -22,6 +23,8 @@ class Body(BaseModel):
 class ChatMessage(Body):
     role: str
     content: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
 
 
 def check_message_count(messages: list[ChatMessage]) -> None:
@@ -66,7 +69,9 @@ def read_message(message: ChatMessage, path: str, images: list[Media]) -> dict[s
             f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}",
         )
     refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{path}.")
-    return {"role": ROLES[message.role], "content": read_content(message, path, images)}
+    content = read_content(message, path, images)
+    tool_fields = read_tool_fields(message.role, message.tool_calls, message.tool_call_id, path)
+    return {"role": ROLES[message.role], "content": content} | tool_fields
 
 
 def read_content(
@@ -88,6 +93,8 @@ def read_content(
 def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str, str]:
     match part:
         case {"type": "text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "refusal", "refusal": str(text)} if role == "assistant":
             return {"type": "text", "text": text}
         case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
             check_role("an image", role, path)
@@ -112,6 +119,6 @@ def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str,
 
 def check_role(what: str, role: str, path: str) -> None:
     """Raise InvalidField if a message of this role may not have an image or a video."""
-    if role != "user":
+    if role not in ("user", "tool"):
         problem = f"{what} is not allowed in a message of role {role!r}"
         raise InvalidField(path, f"{problem}; send it in a user message")

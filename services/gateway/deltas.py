@@ -1,5 +1,7 @@
 """What is read of a Delta, checked where it enters the gateway."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NotRequired, TypedDict
 
 import msgspec
@@ -32,13 +34,14 @@ class Entry(TokenEntry):
 
 
 class CallPart(TypedDict):
-    """A part of a tool call, as `Piece.tool_calls` has it."""
+    """A part of a tool call, as `Piece.tool_calls` has it, and text that follows it."""
 
     index: int
     arguments: str
     id: NotRequired[str]
     name: NotRequired[str]
     withdrawn: NotRequired[bool]
+    text: NotRequired[str]
 
 
 entries_decoder = msgspec.json.Decoder(list[Entry])
@@ -48,7 +51,8 @@ parts_decoder = msgspec.json.Decoder(list[CallPart])
 def read_delta(delta: Delta, choice: int = 0) -> tuple[Piece, Timings]:
     """Return the new tokens of an answer with their text, and the timings that came with them.
 
-    `choice` is the index of the answer among those to its request.
+    `choice` is the index of the answer among those to its request. The piece is to be delivered
+    `in_order`.
 
     Raises
     ------
@@ -71,6 +75,19 @@ def read_delta(delta: Delta, choice: int = 0) -> tuple[Piece, Timings]:
         raise ValueError("the end of the answer has no timings")
     timings: Timings = read_timings(delta.timings) if delta.timings else {}
     return Piece(delta.offset, ids, text, logprobs, calls, choice), timings
+
+
+def in_order(piece: Piece) -> Iterator[Piece]:
+    """Yield a piece as pieces whose text stands before their calls, in the order of the answer."""
+    calls: list[dict[str, Any]] = []
+    for part in piece.tool_calls:
+        calls.append({name: value for name, value in part.items() if name != "text"})
+        if text := part.get("text"):
+            yield replace(piece, tool_calls=calls)
+            end = piece.offset + len(piece.token_ids)
+            piece = replace(piece, offset=end, token_ids=[], text=text, logprobs=[])
+            calls = []
+    yield replace(piece, tool_calls=calls) if piece.tool_calls else piece
 
 
 def read_delta_boxes(delta: Delta, item_sizes: list[tuple[int, int]]) -> Boxes | None:

@@ -89,7 +89,8 @@ class Piece:
     tool_calls: Sequence[dict[str, Any]] = ()
     """The parts of tool calls that became certain, at most one of each call. A part has the `index`
     of its call and more of its `arguments`. The first part of a call has its `id` and `name`, too.
-    A call with a part that is `withdrawn` was malformed, and its text follows whole."""
+    They come after the text. A call with a part that is `withdrawn` was malformed, and its text
+    follows whole in the next piece."""
     choice: int = 0
     """The index of the answer among the `n` of its request."""
 

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common.boxes import Box
+from common.chat import ChatOptions
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import MAX_CHOICES, Task, Usage
@@ -22,6 +24,7 @@ from services.gateway.generation import (
     Piece,
     Result,
 )
+from services.gateway.grpc_tools import read_chat_tools, tool_call_deltas, tool_call_messages
 from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
@@ -67,7 +70,8 @@ def to_generation(
     response = fields_set(request.response)
     sampling["num_logprobs"] = response.get("num_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")
-    guide_kind, guide = read_guide(request.guide)
+    tool_use = read_chat_tools(request.chat)
+    guide_kind, guide = tool_use.guide_with(*read_guide(request.guide))
     return GenerationRequest(
         request_id=request_id,
         prompt_kind=prompt_kind,
@@ -81,6 +85,8 @@ def to_generation(
         guide=guide,
         n=read_n(request),
         priority=request.priority,
+        chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
+        reads_tool_calls=bool(tool_use.tools),
         api="grpc",
     )
 
@@ -216,6 +222,7 @@ def choice_fields(pieces: list[Piece], ended: Ended) -> dict[str, Any]:
         "logprobs": [token_logprob(entry) for piece in pieces for entry in piece.logprobs],
         "finish_reason": FINISH_REASONS[ended.finish_reason],
         "boxes": box_messages(ended),
+        "tool_calls": tool_call_messages(pieces),
     }
 
 
@@ -239,6 +246,7 @@ def stream_response(
                 text=event.text,
                 logprobs=map(token_logprob, event.logprobs),
                 choice=event.choice,
+                tool_calls=tool_call_deltas(event),
             )
             return inference_pb2.GenerateStreamResponse(delta=delta)
         case Ended():

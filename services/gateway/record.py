@@ -29,6 +29,7 @@ from common.messages import (
 from common.timings import Timings
 from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
+from services.gateway.deltas import in_order
 from services.gateway.generation import GenerationEvent, GenerationRequest, Piece, Result
 from services.gateway.parameters import MAX_SEED
 from services.gateway.videos import item_of
@@ -310,7 +311,8 @@ class Record:
     def add_tokens(self, piece: Piece) -> None:
         """Store new tokens and pass them to the client."""
         self.token_ids += piece.token_ids
-        self.choices.put(piece)
+        for one in in_order(piece):
+            self.choices.put(one)
 
     def complete(self, timings: Timings) -> dict[str, Any]:
         """Return the stage timings of an answer with those that only the gateway knows."""

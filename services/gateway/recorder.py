@@ -146,7 +146,7 @@ class RecordedRequest:
                 self._first_token = time.monotonic()
             case Piece(choice=0):
                 self._token_ids += event.token_ids
-                self._texts.append(event.text)
+                self._texts += [event.text, *(part["arguments"] for part in event.tool_calls)]
             case Ended(is_last=True) | Result():
                 self._end = event
 

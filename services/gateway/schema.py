@@ -209,8 +209,7 @@ def chat_to_generation(
     check_text_length(messages, max_model_len)
     guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
     tool_use = chat.tool_use
-    if tool_use.guide:
-        guide_kind, guide = "tool_calls", tool_use.guide
+    guide_kind, guide = tool_use.guide_with(guide_kind, guide)
     return GenerationRequest(
         request_id=request_id,
         prompt_kind="messages",

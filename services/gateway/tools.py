@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -54,10 +54,22 @@ class ToolUse:
 
     tools: Sequence[dict[str, Any]] = ()
     """The tools that the model is shown, in OpenAI's form."""
-    guide: str = ""
+    guide: Mapping[str, Any] = field(default_factory=dict)
     """The guide of kind `tool_calls` that the answer follows; empty for none."""
     is_named: bool = False
     """Whether the client named the one tool that the answer calls."""
+
+    def guide_with(self, kind: str, text: str) -> tuple[str, str]:
+        """Return the kind and the text of the guide of a request that asks for this one, too.
+
+        An answer that may call tools follows it unless it calls one. A call that is required
+        follows the tool only.
+        """
+        if not self.guide:
+            return kind, text
+        is_free = kind and not self.guide["required"]
+        other = {"otherwise": {"kind": kind, "text": text}} if is_free else {}
+        return "tool_calls", json.dumps({**self.guide, **other})
 
 
 NO_TOOLS = ToolUse()
@@ -91,7 +103,7 @@ def read_tool_use(tools: Sequence[Tool], choice: Any, parallel: bool | None) -> 
         "required": mode != "auto",
     }
     shown = [tool.shown() for tool in chosen]
-    return ToolUse(shown, json.dumps(guide), is_named=mode == "named")
+    return ToolUse(shown, guide, is_named=mode == "named")
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

@@ -87,7 +87,6 @@ IN_VIDEO: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 """Fields of a video in a message that are refused, in the same form."""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
     "function_call": (),
     "audio": (),
     "prefix": (False,),

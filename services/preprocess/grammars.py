@@ -3,12 +3,13 @@
 They are checked here, before anything is computed for a request.
 """
 
+import importlib.util
 import json
 from typing import Any
 
 from common.errors import InvalidRequest
 from common.vocabulary import Vocabulary
-from services.preprocess.tool_grammar import read_tool_guide, tool_grammar
+from services.preprocess.tool_grammar import ToolGuide, read_tool_guide, tool_grammar
 
 ANY_OBJECT = '{"type": "object"}'
 # A model that is forced into JSON it would not write may indent for ever.
@@ -21,6 +22,11 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._tokenizer: Any = None
+
+    def is_needless(self, kind: str, text: str) -> bool:
+        """Whether a guide need not be followed here, because llguidance is not installed."""
+        is_installed = importlib.util.find_spec("llguidance") is not None
+        return kind == "tool_calls" and not is_installed and read_tool_guide(text).can_be_left_out
 
     def load(self) -> None:
         """Load what all grammars need, once. Raises InvalidRequest if it is not installed."""
@@ -44,19 +50,38 @@ class Grammars:
             if no answer can follow it, or llguidance is not installed.
         """
         self.load()
+        if kind == "tool_calls":
+            return self._tool_grammar(read_tool_guide(text))
         from llguidance import LLMatcher
 
-        if kind == "tool_calls":
-            grammar = tool_grammar(read_tool_guide(text), self._vocabulary)
-        elif kind == "regex":
+        if kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
             schema = checked_schema(text) if kind == "json_schema" else ANY_OBJECT
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
-        if problem := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            reason = problem.splitlines()[0][:300]
-            raise InvalidRequest(f"the {kind} cannot be followed: {reason}")
+        if problem := self._objection_to(grammar):
+            raise InvalidRequest(f"the {kind} cannot be followed: {problem}")
         return grammar
+
+    def _tool_grammar(self, guide: ToolGuide) -> str:
+        other = guide.otherwise
+        otherwise = self.grammar(other.kind, other.text) if other else ""
+        grammar = tool_grammar(guide, self._vocabulary, otherwise)
+        if not self._objection_to(grammar):
+            return grammar
+        for function in guide.functions:
+            alone = ToolGuide([function], required=guide.required)
+            if problem := self._objection_to(tool_grammar(alone, self._vocabulary)):
+                name = function.name
+                raise InvalidRequest(f"the parameters of {name} cannot be followed: {problem}")
+        raise InvalidRequest("the tools are too many or too large to be followed: send fewer")
+
+    def _objection_to(self, grammar: str) -> str:
+        """Return why no answer can follow a grammar; empty if one can."""
+        from llguidance import LLMatcher
+
+        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        return problem.splitlines()[0][:300] if problem else ""
 
 
 def checked_schema(text: str) -> str:

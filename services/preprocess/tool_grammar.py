@@ -16,6 +16,8 @@ from common.vocabulary import Vocabulary
 MAX_CALLS = 16
 """The most calls that an answer is made to have. A model that is held by a grammar may not find the
 end by itself."""
+OTHER = "otherwise"
+"""The name of the grammar of an answer without calls."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -29,6 +31,13 @@ class Function(msgspec.Struct, forbid_unknown_fields=True):
     """Whether the whole schema must be followed, or refused."""
 
 
+class OtherGuide(msgspec.Struct, forbid_unknown_fields=True):
+    """What an answer follows that has no call."""
+
+    kind: str
+    text: str
+
+
 class ToolGuide(msgspec.Struct, forbid_unknown_fields=True):
     """What the gateway says about the calls of an answer."""
 
@@ -37,6 +46,14 @@ class ToolGuide(msgspec.Struct, forbid_unknown_fields=True):
     """Whether the answer may have more than one call."""
     required: bool = True
     """Whether the answer has a call, and no text."""
+    otherwise: OtherGuide | None = None
+    """What the answer follows if it has no call; None if it may be any text with calls in it."""
+
+    @property
+    def can_be_left_out(self) -> bool:
+        """Whether the guide only keeps the model from mistakes."""
+        is_strict = any(function.strict for function in self.functions)
+        return self.parallel and not (self.required or self.otherwise or is_strict)
 
 
 def read_tool_guide(text: str) -> ToolGuide:
@@ -50,27 +67,37 @@ def read_tool_guide(text: str) -> ToolGuide:
     return guide
 
 
-def tool_grammar(guide: ToolGuide, vocabulary: Vocabulary) -> str:
-    """Return the grammar of an answer, in llguidance's form of Lark."""
+def tool_grammar(guide: ToolGuide, vocabulary: Vocabulary, otherwise: str = "") -> str:
+    """Return the grammar of an answer, in llguidance's form.
+
+    `otherwise` is the grammar that the guide asks for if there is no call.
+    """
     bodies = [f"body_{n}" for n in range(len(guide.functions))]
     close = either_spelling(CLOSE, vocabulary)
     rules = [
         "%llguidance {}",
-        *(required_rules(guide, vocabulary) if guide.required else free_rules(guide, vocabulary)),
+        *start_rules(guide, vocabulary),
         f'inner: "\\n" ({" | ".join(bodies)}) "\\n" {close}',
     ]
     for body, function in zip(bodies, guide.functions, strict=True):
         begin = f'{{"name": {json.dumps(function.name)}, "arguments": '
-        schema = arguments_schema(function, guide.required)
+        is_bound = guide.required or function.strict
         rules.append(f'{body}: {json.dumps(begin)} args_{body} "}}"')
-        rules.append(f"args_{body}: %json {json.dumps(schema)}")
-    return "\n".join(rules)
+        rules.append(f"args_{body}: %json {json.dumps(arguments_schema(function, is_bound))}")
+    lark = "\n".join(rules)
+    if not otherwise:
+        return lark
+    [other] = json.loads(otherwise)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": lark}, other | {"name": OTHER}]})
 
 
-def required_rules(guide: ToolGuide, vocabulary: Vocabulary) -> list[str]:
-    """Return the rules of an answer that is made of calls."""
-    more = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if guide.parallel else ""
-    return [f"start: call {more}", f"call: {either_spelling(OPEN, vocabulary)} inner"]
+def start_rules(guide: ToolGuide, vocabulary: Vocabulary) -> list[str]:
+    """Return the rules of an answer, down to what stands inside the marks of a call."""
+    if not guide.required and not guide.otherwise:
+        return free_rules(guide, vocabulary)
+    other = f" | @{OTHER}" if guide.otherwise else ""
+    more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if guide.parallel else ""
+    return [f"start: call{more}{other}", f"call: {either_spelling(OPEN, vocabulary)} inner"]
 
 
 def free_rules(guide: ToolGuide, vocabulary: Vocabulary) -> list[str]:
@@ -97,16 +124,15 @@ def either_spelling(mark: str, vocabulary: Vocabulary) -> str:
     return json.dumps(mark) if token is None else f"({json.dumps(mark)} | <[{token}]>)"
 
 
-def arguments_schema(function: Function, is_required: bool) -> dict[str, Any]:
-    """Return the schema that the arguments of a call follow.
+def arguments_schema(function: Function, is_bound: bool) -> dict[str, Any]:
+    """Return the schema that the arguments of a call follow. It is any object, if not `is_bound`.
 
-    If the model decides whether to call, they are any object, unless the tool is strict. JSON is
-    compact, because a model may write white space for ever. What llguidance does not know of a
-    schema counts only if the tool is strict.
+    JSON is compact, because a model may write white space for ever. What llguidance does not know
+    of a schema counts only if the tool is strict.
     """
-    if is_required or function.strict:
+    if is_bound:
         schema = NO_ARGUMENTS if function.parameters is None else function.parameters
     else:
         schema = {}
     options = {"whitespace_flexible": False, "lenient": not function.strict}
-    return {"type": "object"} | schema | {"x-guidance": options}
+    return schema | {"type": "object", "x-guidance": options}

@@ -83,6 +83,14 @@ async def test_reasoning_counts_as_tokens_but_not_as_text() -> None:
     assert (answer.text, numbers(answer)) == ("yes", [1, 1])
 
 
+async def test_calls_of_tools_count_as_tokens_and_their_arguments_as_text() -> None:
+    parts = [{"name": "f", "arguments": ""}, {"arguments": '{"x"'}, {"arguments": ":1}"}]
+    deltas = [{"tool_calls": [{"index": 0, "function": part}]} for part in parts]
+    sent = [event(choices=[{"index": 0, "delta": delta}]) for delta in deltas]
+    answer = await ask(STREAM, ROLE, *sent, END, DONE)
+    assert (answer.text, numbers(answer)) == ('{"x":1}', [1, 1, 1])
+
+
 async def test_done_may_be_missing_and_so_may_the_finish_reason_but_not_both() -> None:
     assert (await ask(STREAM, text_event("a"), END)).error == ""
     assert (await ask(STREAM, text_event("a"), DONE)).finish_reason == "stop"

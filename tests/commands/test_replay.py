@@ -207,6 +207,8 @@ def values(*numbers: float) -> bytes:
         (answered(token_ids=[1], text="ab"), outcome(text="ab"), "equal", None),
         (answered(token_ids=[1], text="ab"), outcome(text="aX"), "differs", 1),
         (answered(token_ids=[1]), outcome("length", token_ids=[1]), "differs", None),
+        (answered("tool_calls", text="{}"), outcome(text="{}"), "equal", None),
+        (answered(text="{}"), outcome("tool_calls", text="{}"), "differs", None),
         (answered(token_ids=[1]), Outcome(error="no"), "failed", None),
         (answered("aborted", token_ids=[1]), outcome("length", token_ids=[1]), "equal", None),
         (answered("aborted", token_ids=[1]), outcome(token_ids=[2]), "differs", 0),

@@ -130,7 +130,7 @@ async def test_logprobs_and_our_own_fields(client: openai.AsyncOpenAI, core: Fak
         (openai.BadRequestError, {"temperature": -1}),
         (openai.BadRequestError, {"messages": []}),
         (openai.BadRequestError, {"max_tokens": 10**9}),
-        (openai.BadRequestError, {"n": 2}),
+        (openai.BadRequestError, {"n": 17}),
         (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f g"}}]}),
         (openai.BadRequestError, {"response_format": {"type": "grammar"}}),
         (

@@ -32,6 +32,7 @@ def parsed(pieces: Iterable[str]) -> tuple[str, list[dict[str, Any]], int]:
         indices = [part["index"] for part in found.parts]
         assert len(set(indices)) == len(indices), "at most one part of each call"
         for part in found.parts:
+            text += part.pop("text", "")
             if part["index"] == len(calls):
                 calls.append({**part})
             else:
@@ -130,6 +131,11 @@ def test_arguments_come_while_they_are_written() -> None:
     assert parser.push(CALL[begun + 5 : begun + 7]).parts == [
         {"index": 0, "arguments": CALL[begun + 5 : begun + 7]}
     ]
+
+
+def test_text_after_a_call_comes_with_the_part_that_it_follows() -> None:
+    parsed = ToolCallParser("r").push(f"a{CALL}b{CALL}")
+    assert (parsed.text, [part.get("text") for part in parsed.parts]) == ("a", ["b", None])
 
 
 def test_ids_are_those_of_the_request_and_differ() -> None:

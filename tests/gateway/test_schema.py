@@ -249,8 +249,9 @@ def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(nam
         ("messages", [{"content": "x"}], "messages[0].role: field required"),
         (
             "messages",
-            [{"role": "tool"}],
-            "messages[0].role: 'tool' is not supported; use system, developer, user, assistant",
+            [{"role": "function"}],
+            "messages[0].role: 'function' is not supported; use system, developer, user, "
+            "assistant, tool",
         ),
         (
             "messages",
@@ -272,11 +273,6 @@ def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(nam
             "messages",
             user({"type": "video_url"}),
             "messages[0].content[0].video_url: must be an object with a url, or a string",
-        ),
-        (
-            "messages",
-            [{"role": "assistant", "content": None, "tool_calls": [{}]}],
-            "messages[0].tool_calls: this value is not supported; send [] or leave it out",
         ),
         (
             "messages",

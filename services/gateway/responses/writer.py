@@ -131,12 +131,13 @@ class ResponseWriter:
             }
             begun = self._close("completed") + self._begin_item(call)
         arguments = part.get("arguments", "")
-        if not arguments:
-            return begun
-        assert self._open is not None
-        self._open["arguments"] += arguments
-        event = "response.function_call_arguments.delta"
-        return begun + self._event(event, self._place(), delta=arguments)
+        if arguments:
+            assert self._open is not None
+            self._open["arguments"] += arguments
+            event = "response.function_call_arguments.delta"
+            begun += self._event(event, self._place(), delta=arguments)
+        is_malformed = part.get("withdrawn", False)
+        return begun + self._close("incomplete") if is_malformed else begun
 
     # Items
 

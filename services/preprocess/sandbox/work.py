@@ -108,12 +108,14 @@ class Workbench:
     def _check_guide(self, kind: str, guide: Buffer, limits: Meter) -> bytes:
         if not kind:
             return b""
-        self._grammars.load()
-        limits.begin(meter.GUIDE)
         try:
             text = str(guide, "utf-8")
         except UnicodeDecodeError as e:
             raise InvalidRequest(f"the {kind} is not valid UTF-8") from e
+        if self._grammars.is_needless(kind, text):
+            return b""
+        self._grammars.load()
+        limits.begin(meter.GUIDE)
         return self._grammars.grammar(kind, text).encode()
 
     def _prepare(
