@@ -34,6 +34,12 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_BIASES = 1024
+"""The most tokens whose logits a request changes. OpenAI's own service accepts 300."""
+MAX_LOGIT_BIAS = 100
+"""The largest bias. It leaves a token no rival, and its negative rules the token out."""
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
 MAX_BUCKETS = 32
 
 TRACEPARENT = r"^(00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-01)?\Z"
@@ -176,12 +182,13 @@ class TokenRules(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     bias_token_ids: Tensor | None = None
     """int64 [n]: tokens whose logits are changed."""
     bias_values: Tensor | None = None
-    """float32 [n]: what is added to the logit of each of them."""
+    """float32 [n]: what is added to the logit of each of them. A token with MAX_LOGIT_BIAS has only
+    rivals with the same, and one with -MAX_LOGIT_BIAS is never drawn."""
     allowed_token_ids: Tensor | None = None
     """int64 [n]: the only tokens that may be drawn; None for all."""
     bad_words: Tensor | None = None
-    """UTF-8 JSON: a list of the texts that the answer may not have. In a Prompt each text is a list
-    of the token sequences that spell it."""
+    """UTF-8 JSON: a list of the texts that the answer may not have. In a Prompt it is a list of the
+    token sequences that spell them."""
 
 
 class Repetition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -17,9 +17,10 @@ class IncrementalDecoder:
     """The text of one answer.
 
     The pieces that `push` and `finish` return, joined, are the decoded answer up to its end or
-    right before the first stop string. What `push` returned is certain: no later token changes it.
-    Two things are held back: the bytes of an incomplete character, and text that may become a stop
-    string. Both are bounded, so the cost of a token does not grow with the answer.
+    right before the first stop string, or right after it. What `push` returned is certain: no later
+    token changes it. Two things are held back: the bytes of an incomplete character, and text that
+    may become a stop string. Both are bounded, so the cost of a token does not grow with the
+    answer.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class IncrementalDecoder:
         stop: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         """Begin an answer.
 
         A stop string that is complete before the `min_tokens`-th token does not end it.
+        `include_stop` says whether the stop string that ends it belongs to it.
         """
         assert all(stop)
         self.num_tokens = 0
@@ -43,6 +46,7 @@ class IncrementalDecoder:
         self._stop = stop
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._held = ""
         self._num_strippable = vocabulary.max_stripped_spaces
         self._utf8 = codecs.getincrementaldecoder("utf-8")(vocabulary.decode_errors)
@@ -74,11 +78,12 @@ class IncrementalDecoder:
             return new
         text = self._held + new
         if self.num_tokens >= self._min_tokens:
-            start = first_stop(text, self._stop, num_searched=len(self._held))
-            if start is not None:
+            found = first_stop(text, self._stop, num_searched=len(self._held))
+            if found is not None:
                 self.stopped = True
                 self._held = ""
-                return text[:start]
+                start, end = found
+                return text[: end if self._include_stop else start]
         certain = len(text) - max(num_held(text, stop) for stop in self._stop)
         self._held = text[certain:]
         return text[:certain]
@@ -91,14 +96,15 @@ class IncrementalDecoder:
         return stripped
 
 
-def first_stop(text: str, stop: Sequence[str], num_searched: int) -> int | None:
-    """Return where the earliest stop string begins, or None if there is none.
+def first_stop(text: str, stop: Sequence[str], num_searched: int) -> tuple[int, int] | None:
+    """Return where the earliest stop string begins and ends, or None if there is none.
 
     The first `num_searched` characters were searched before. Only stop strings that end after them
-    count.
+    count. Of two that begin at the same place, the shorter one is found.
     """
-    found = [text.find(one, max(0, num_searched - len(one) + 1)) for one in stop]
-    return min((start for start in found if start >= 0), default=None)
+    found = [(text.find(one, max(0, num_searched - len(one) + 1)), len(one)) for one in stop]
+    places = [(start, start + length) for start, length in found if start >= 0]
+    return min(places, default=None)
 
 
 def num_held(text: str, stop: str) -> int:

@@ -62,6 +62,8 @@ class Answer:
     """The number of tokens so far, of all attempts."""
     texts: list[str]
     """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
+    hidden_ids: frozenset[int] = frozenset()
+    """The stop tokens whose text does not belong to the answer that they end."""
     began: float = field(default_factory=time.monotonic)
     span: Span = NO_SPAN
     calls: ToolCallParser | None = None
@@ -217,7 +219,11 @@ class Worker:
         stopping = start.stopping
         vocabulary = self._tool_vocabulary if start.reads_tool_calls else self._vocabulary
         decoder = IncrementalDecoder(
-            vocabulary, stopping.stop, stopping.skip_special_tokens, stopping.min_tokens
+            vocabulary,
+            stopping.stop,
+            stopping.skip_special_tokens,
+            stopping.min_tokens,
+            stopping.include_stop,
         )
         calls = ToolCallParser(start.request_id) if start.reads_tool_calls else None
         resumed = start.output_token_ids.numpy().tolist() if start.output_token_ids else []
@@ -235,6 +241,7 @@ class Worker:
             num_tokens=len(resumed),
             texts=[text] if self._reads_boxes else [],
             calls=calls,
+            hidden_ids=frozenset() if stopping.include_stop else frozenset(stopping.stop_token_ids),
             span=self._member.tracing.begin(
                 "detokenizer", start.traceparent, None, {ATTEMPT: start.attempt}, "consumer"
             ),
@@ -326,8 +333,9 @@ class Worker:
         self._metrics.num_tokens += tokens.token_ids.shape[0]
         decoder = answer.decoder
         ids = tokens.token_ids.numpy().tolist()
-        text = decoder.push(ids)
         finish_reason = tokens.finish_reason
+        ends_hidden = finish_reason == "stop" and ids and ids[-1] in answer.hidden_ids
+        text = decoder.push(ids[:-1] if ends_hidden else ids)
         if decoder.stopped:
             ids = ids[: max(0, decoder.num_tokens - tokens.offset)]
             finish_reason = "stop"

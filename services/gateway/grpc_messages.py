@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -30,6 +31,7 @@ from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.pooled import best_classes
 from services.gateway.schema import MAX_TIMEOUT
+from services.gateway.token_rules import make_token_rules
 from services.gateway.videos import Media, check_media, item_of
 
 FINISH_REASONS = {
@@ -37,6 +39,8 @@ FINISH_REASONS = {
     "length": inference_pb2.FINISH_REASON_LENGTH,
     "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
+TOKEN_RULES = ("logit_bias", "allowed_token_ids", "bad_words")
+"""The fields of SamplingParams that are not those of a Sampling."""
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 PoolingRequest = inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest
@@ -66,7 +70,9 @@ def to_generation(
     check_media(images)
     prompt_kind, prompt = read_prompt(request, images)
     sampling = fields_set(request.sampling)
+    rules = {name: sampling.pop(name, None) for name in TOKEN_RULES}
     stopping = fields_set(request.stopping)
+    stopping["include_stop"] = stopping.pop("include_stop_str_in_output", None)
     response = fields_set(request.response)
     sampling["num_logprobs"] = response.get("num_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")
@@ -87,6 +93,7 @@ def to_generation(
         priority=request.priority,
         chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
         reads_tool_calls=bool(tool_use.tools),
+        token_rules=make_token_rules(**rules),
         api="grpc",
     )
 
@@ -176,10 +183,16 @@ def read_prompt(request: InferenceRequest, images: Images) -> tuple[str, bytes]:
 
 def fields_set(message: Message) -> dict[str, Any]:
     """Return the fields that the client has set, as Python values by name."""
-    return {
-        field.name: list(value) if field.is_repeated else as_written(value)
-        for field, value in message.ListFields()
-    }
+    return {field.name: plain_value(field, value) for field, value in message.ListFields()}
+
+
+def plain_value(field: FieldDescriptor, value: Any) -> Any:
+    """Return the value of a field as a number, a text, a list or a dictionary."""
+    if not field.is_repeated:
+        return as_written(value)
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        return {key: as_written(one) for key, one in value.items()}
+    return list(value)
 
 
 def as_written(value: Any) -> Any:

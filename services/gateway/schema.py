@@ -25,6 +25,7 @@ from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
+from services.gateway.token_rules import make_token_rules
 from services.gateway.tools import MAX_TOOLS, Tool, ToolUse, read_tool_use
 from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
 from services.gateway.videos import Media
@@ -127,6 +128,10 @@ class ChatRequest(Body):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
     priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
 
     @property
     def tool_use(self) -> ToolUse:
@@ -153,6 +158,7 @@ class ChatRequest(Body):
     def stopping(self, max_model_len: int | None) -> Stopping:
         """Return when the answer ends. `max_completion_tokens` has priority over `max_tokens`."""
         values = self.model_dump(include=STOPPING_FIELDS)
+        values["include_stop"] = self.include_stop_str_in_output
         if self.max_completion_tokens is None:
             values["max_tokens"] = self.max_tokens
             return make_stopping(values, max_model_len)
@@ -225,6 +231,7 @@ def chat_to_generation(
         reads_tool_calls=bool(tool_use.tools),
         n=read_n(chat),
         priority=chat.priority or 0,
+        token_rules=make_token_rules(chat.logit_bias, chat.allowed_token_ids, chat.bad_words),
     )
 
 

@@ -42,6 +42,8 @@ class Output:
     token_ids: list[int]
     finish_reason: str = ""
     error: str = ""
+    error_code: str = "Internal"
+    """The class of `common.errors` that the error has."""
     logprobs: Logprobs | None = None
     values: np.ndarray | None = None
     """float32 [n]: the result of a request that generates no text."""
@@ -261,6 +263,7 @@ class Engine:
             request.token_ids,
             request.output_token_ids,
             self.eos_token_ids,
+            prompt.token_rules,
         )
 
     def add_embeddings(
@@ -372,6 +375,8 @@ class Engine:
             request.first_token = request.first_token or now
             if row in sampled.bad_rows:
                 output = self._failed_output(request)
+            elif row in sampled.ruled_out_rows:
+                output = ruled_out_output(request)
             else:
                 output = self._output(request, sampled.token_ids[row], sampled.logprobs.get(row))
             if output.error or output.finish_reason:
@@ -444,6 +449,16 @@ class Engine:
         self._ended[key] = preprocess_id
         if len(self._ended) > MAX_REMEMBERED_ENDS:
             self._ended.popitem(last=False)
+
+
+def ruled_out_output(request: Request) -> Output:
+    """Return the end of a request whose rules leave no token."""
+    error = (
+        "no token can come next: allowed_token_ids, logit_bias, bad_words, min_tokens and the "
+        "form of the answer rule all of them out; ask for less"
+    )
+    offset = len(request.output_token_ids)
+    return Output(request, offset, [], error=error, error_code="InvalidRequest")
 
 
 def usage_of(request: Request) -> Usage:

@@ -16,6 +16,7 @@ from common.families.family import PromptForm
 from common.messages import Prompt, RequestKey, Sampling
 from common.timings import ItemTimings, read_timings
 from common.wire import Tensor
+from services.llm.token_rules import objection_to_rules
 
 HASH_BYTES = 16
 MM_HASH_BYTES = 32
@@ -59,6 +60,7 @@ def objection_to(prompt: Prompt, limits: Limits) -> str:
         or outlier_of(prompt, limits)
         or objection_to_siblings(prompt)
         or objection_to_texts(prompt)
+        or objection_to_rules(prompt.token_rules, limits.vocab_size)
         or ("" if limits.pools else objection_to_peer(prompt.detokenizer))
     )
 

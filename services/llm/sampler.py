@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.messages import Sampling, Stopping
+from common.messages import Sampling, Stopping, TokenRules
 from services.llm.noise import gumbel_noise, mix, signed
+from services.llm.token_rules import RulesInForce
 
 GREEDY_BELOW = 1e-5
 # The noise lies between -2.9 and 22.9, so a token further behind the best cannot win.
@@ -25,7 +26,8 @@ FIRST_NUCLEUS_WIDTH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities under the model's own distribution, before penalties and temperature."""
+    """Log-probabilities under the model's own distribution, before rules, penalties and
+    temperature."""
 
     logprob: float
     """The log-probability of the drawn token."""
@@ -45,6 +47,8 @@ class SampledTokens:
     """By row, for rows that asked for log-probabilities and are not bad."""
     bad_rows: list[int]
     """Rows whose logits hold a NaN, +inf, or nothing finite: no token can be drawn."""
+    ruled_out_rows: list[int]
+    """Rows whose request rules every token out, by its own rules and its grammar together."""
 
 
 class TokenCounts:
@@ -91,11 +95,15 @@ class SamplingState:
     """Tokens of prompt and output, for the repetition penalty; None if there is none."""
     drawn: TokenCounts | None
     """Tokens of the output, for presence and frequency penalty; None if there is none."""
+    rules: RulesInForce | None
+    """None if the request has none."""
 
     def record(self, token_id: int) -> None:
         for counts in (self.seen, self.drawn):
             if counts is not None:
                 counts.add(token_id)
+        if self.rules is not None:
+            self.rules.record(token_id)
 
 
 @dataclass(slots=True)
@@ -134,6 +142,7 @@ class Sampler:
         prompt_token_ids: np.ndarray,
         output_token_ids: list[int],
         eos_token_ids: tuple[int, ...],
+        rules: TokenRules | None = None,
     ) -> None:
         """Begin a request, or resume one that has `output_token_ids` already.
 
@@ -155,6 +164,7 @@ class Sampler:
             if penalises_repetition
             else None,
             TokenCounts(output_token_ids) if penalises_output else None,
+            RulesInForce(rules, output_token_ids) if rules else None,
         )
 
     def remove(self, key: Hashable) -> None:
@@ -176,6 +186,7 @@ class Sampler:
         """
         requests = [self._requests[key] for key in keys]
         scores = masked(self._penalised(logits, requests, positions), masks)
+        scores = restricted(scores, requests)
         best, choice = greatest(scores)
         if drawn_rows := [row for row, request in enumerate(requests) if not request.is_greedy]:
             rows = torch.tensor(drawn_rows, device=logits.device)
@@ -186,20 +197,26 @@ class Sampler:
             )
         # A NaN or +inf is the maximum of its row. A row of -inf has no other maximum.
         token_ids = torch.where(best.isfinite(), choice, -1).tolist()
-        bad_rows = [row for row, token_id in enumerate(token_ids) if token_id < 0]
+        undrawn = [row for row, token_id in enumerate(token_ids) if token_id < 0]
+        ruled_out = [
+            row for row in undrawn if scores[row].isneginf().all() and is_sound(logits[row])
+        ]
         logprobs = self._logprobs(logits, requests, token_ids)
         for request, token_id in zip(requests, token_ids, strict=True):
             if token_id >= 0:
                 request.record(token_id)
-        return SampledTokens(token_ids, logprobs, bad_rows)
+        bad_rows = [row for row in undrawn if row not in ruled_out]
+        return SampledTokens(token_ids, logprobs, bad_rows, ruled_out)
 
     def _penalised(
         self, logits: Tensor, requests: list[SamplingState], positions: list[int]
     ) -> Tensor:
-        """Return the logits with all penalties applied; the same tensor if there are none."""
+        """Return the logits with all penalties and biases applied; the same tensor if there are
+        none."""
         banned = LogitEdits()
         factors = LogitEdits()
         terms = LogitEdits()
+        biases = LogitEdits()
         vocab_size = logits.shape[1]
         for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
             sampling = request.sampling
@@ -216,7 +233,10 @@ class Sampler:
                     request.drawn.ids,
                     -sampling.presence_penalty - sampling.frequency_penalty * counts,
                 )
-        if not (banned.places or factors.places or terms.places):
+            if (rules := request.rules) is not None:
+                biases.add(row, vocab_size, rules.bias_ids, rules.bias_values)
+                banned.add(row, vocab_size, rules.banned_ids(), -torch.inf)
+        if not (banned.places or factors.places or terms.places or biases.places):
             return logits
         flat = logits.flatten().clone()
         if factors.places:
@@ -226,6 +246,9 @@ class Sampler:
         if terms.places:
             places, term = terms.tensors(logits.device)
             flat[places] += term
+        if biases.places:  # a place may have a term, too, and each place is set once
+            places, bias = biases.tensors(logits.device)
+            flat[places] += bias
         if banned.places:
             places, values = banned.tensors(logits.device)
             flat[places] = values
@@ -270,6 +293,42 @@ def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
     for row, mask in masks.items():
         allowed[row] = torch.from_numpy(mask)
     return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+
+def restricted(scores: Tensor, requests: list[SamplingState]) -> Tensor:
+    """Return the scores with -inf for the tokens that the rules of each request leave out."""
+    narrowed = [
+        (row, narrowed_row(scores[row], request.rules))
+        for row, request in enumerate(requests)
+        if request.rules is not None and request.rules.narrows
+    ]
+    if narrowed:
+        scores = scores.clone()  # it may be the logits, which must not change
+    for row, values in narrowed:
+        scores[row] = values
+    return scores
+
+
+def narrowed_row(scores: Tensor, rules: RulesInForce) -> Tensor:
+    """Return the scores of a request, [vocab_size], with -inf for tokens that are not allowed, and
+    for the rivals of those that are forced if one of these can be drawn."""
+    if rules.allowed_ids is not None:
+        scores = only(scores, rules.allowed_ids)
+    if not rules.forced_ids.size:
+        return scores
+    forced = only(scores, rules.forced_ids)
+    return torch.where(forced.isfinite().any(), forced, scores)
+
+
+def only(scores: Tensor, token_ids: np.ndarray) -> Tensor:
+    """Return the scores, [vocab_size], with -inf for all tokens but these."""
+    ids = torch.from_numpy(token_ids).to(scores.device)
+    return torch.full_like(scores, -torch.inf).index_copy_(0, ids, scores[ids])
+
+
+def is_sound(logits: Tensor) -> bool:
+    """Whether the logits of one row hold no NaN and no +inf, and something finite."""
+    return bool(logits.max().isfinite())
 
 
 def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:

@@ -302,7 +302,7 @@ class Worker:
             self._member.links.send(detokenizer_id, start_of(output))
         if output.error:
             self._log.error("request failed", request_id=prompt.request_id, reason=output.error)
-            failed = Failed(**prompt.ids, code="Internal", message=output.error, stage="llm")
+            failed = Failed(**prompt.ids, code=output.error_code, message=output.error, stage="llm")
             self._member.links.send(detokenizer_id, failed)
             return
         tokens = Tokens(

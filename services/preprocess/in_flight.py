@@ -34,6 +34,8 @@ class Preparation:
     """What a sandbox does, or must do, for the request now."""
     token_ids: np.ndarray | None = None
     grammar: Tensor | None = None
+    bad_words: Tensor | None = None
+    """The `bad_words` of its Prompt's token rules."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each item, by its header."""
     num_images: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ import numpy as np
 from common.errors import InvalidRequest
 from common.messages import Item, Submit, Task
 from common.wire import Tensor
+from services.preprocess.token_rules import check_token_rules
 
 PROMPT_DTYPES = {"messages": "uint8", "text": "uint8", "token_ids": "int64"}
 GUIDES_WITHOUT_TEXT = ("", "json_object")
@@ -37,6 +38,8 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
         check_output(submit.output_token_ids, vocab_size, max_model_len)
     if any(token_id >= vocab_size for token_id in submit.stopping.stop_token_ids):
         raise InvalidRequest(f"a stop token is outside the model's vocabulary of {vocab_size}")
+    if submit.token_rules is not None:
+        check_token_rules(submit.token_rules, vocab_size)
 
 
 def check_siblings(submit: Submit) -> None:

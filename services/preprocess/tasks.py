@@ -28,7 +28,10 @@ def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
     kinds = tuple(item.kind for item in submit.items)
     guide = submit.guide.data if submit.guide else b""
     options = submit.chat_options.data if submit.chat_options else b""
-    blobs = [submit.prompt.data, options, guide, *(item.data.data for item in submit.items)]
+    rules = submit.token_rules
+    words = rules.bad_words.data if rules and rules.bad_words else b""
+    texts = [submit.prompt.data, options, guide, words]
+    blobs = [*texts, *(item.data.data for item in submit.items)]
     seconds = LEAST_SECONDS + SECONDS_PER_BYTE * sum(map(len, blobs))
     forms = forms_of(submit.items)
     job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms)

@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
 import numpy as np
 
 from common.apart import Turn
@@ -27,6 +28,7 @@ from common.messages import (
     RequestMessage,
     Routed,
     Submit,
+    TokenRules,
     VisionLoad,
     request_ids,
 )
@@ -363,10 +365,12 @@ class Worker:
 
     def _on_read(self, preparation: Preparation, found: ReadDone, blobs: list[memoryview]) -> None:
         """Go on only if the prompt will fit into the context with its items."""
-        token_ids, grammar, *patches = blobs
+        token_ids, grammar, words, *patches = blobs
         preparation.token_ids = np.frombuffer(token_ids, np.int64)
         if preparation.submit.guide_kind:
             preparation.grammar = Tensor.of_bytes(grammar)
+        if words:
+            preparation.bad_words = Tensor.of_bytes(words)
         preparation.sizes = found.sizes
         preparation.num_images = found.num_images
         self._on_prepared(preparation, found.items, patches)
@@ -469,7 +473,7 @@ class Worker:
             apart=submit.apart_in_llm,
             task=submit.task,
             traceparent=submit.traceparent,
-            token_rules=submit.token_rules,
+            token_rules=rules_of(preparation),
             priority=submit.priority,
             siblings=submit.siblings,
             reads_tool_calls=submit.reads_tool_calls,
@@ -490,6 +494,14 @@ def hashes_of(items: Sequence[PreparedItem]) -> np.ndarray:
     """uint8 [num_items, 32]."""
     hashes = [list(bytes.fromhex(item.mm_hash)) for item in items]
     return np.array(hashes, np.uint8).reshape(-1, 32)
+
+
+def rules_of(preparation: Preparation) -> TokenRules | None:
+    """Return the token rules of the prompt, with its bad words as token sequences."""
+    rules = preparation.submit.token_rules
+    if rules is None:
+        return None
+    return msgspec.structs.replace(rules, bad_words=preparation.bad_words)
 
 
 def timings_of(preparation: Preparation, now: float) -> Tensor:

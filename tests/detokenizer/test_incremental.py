@@ -196,6 +196,14 @@ def test_the_first_stop_string_to_be_complete_ends_the_answer() -> None:
     assert decoder.push(ids_of("abcde")) == "ab" and decoder.num_tokens == 4
 
 
+def test_the_text_after_an_included_stop_string_is_left_out() -> None:
+    token = next(id for id, data in VOCABULARY.bytes_by_id.items() if data == b"<|im_start|>")
+    decoder = IncrementalDecoder(
+        VOCABULARY, ("start", "m_"), skip_special_tokens=False, include_stop=True
+    )
+    assert decoder.push([token]) == "<|im_" and decoder.finish() == ""
+
+
 def test_a_stop_string_before_min_tokens_does_not_end_the_answer() -> None:
     decoder = IncrementalDecoder(VOCABULARY, ("ab", "xabz"), min_tokens=4)
     assert decoder.push(ids_of("xab")) == ""
@@ -210,10 +218,13 @@ ab = st.text("ab", min_size=1, max_size=4)
 
 @settings(max_examples=500)
 @given(
-    st.text("abé", max_size=20), st.lists(ab, max_size=3), st.lists(st.integers(1, 5), max_size=8)
+    st.text("abé", max_size=20),
+    st.lists(ab, max_size=3),
+    st.lists(st.integers(1, 5), max_size=8),
+    st.booleans(),
 )
 def test_stop_strings_cut_as_a_search_of_the_whole_text_does(
-    text: str, stop: list[str], sizes: list[int]
+    text: str, stop: list[str], sizes: list[int], include: bool
 ) -> None:
     ids = ids_of(text)
     want = text
@@ -223,10 +234,10 @@ def test_stop_strings_cut_as_a_search_of_the_whole_text_does(
             errors="ignore"
         )
         if starts := [so_far.index(one) for one in stop if one in so_far]:
-            want = so_far[: min(starts)]
+            want = so_far if include else so_far[: min(starts)]
             num_tokens = n
             break
-    decoder = IncrementalDecoder(VOCABULARY, tuple(stop))
+    decoder = IncrementalDecoder(VOCABULARY, tuple(stop), include_stop=include)
     found = ""
     for size in [*sizes, len(ids)]:
         found += decoder.push(ids[:size])

@@ -203,6 +203,24 @@ def test_a_stop_string_in_the_last_token_wins_without_a_message_to_the_group() -
     assert not detokenizer.member.links.of(StopFound)
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_the_text_of_a_stop_token_belongs_to_the_answer_only_if_asked(include: bool) -> None:
+    detokenizer = Detokenizer("gateway-1")
+    ids = ids_of("a;;")
+    stopping = {"stop_token_ids": tuple(ids[1:2]), "include_stop": include, "min_tokens": 2}
+    detokenizer.play(start(**stopping), tokens(0, ids, finish_reason="stop"))
+    assert detokenizer.text() == ("a;;" if include else "a;")
+    [delta] = detokenizer.deltas
+    assert delta.token_ids.numpy().tolist() == ids
+
+
+def test_a_stop_token_that_does_not_end_the_answer_is_text() -> None:
+    detokenizer = Detokenizer("gateway-1")
+    ids = ids_of("a;")
+    detokenizer.play(start(stop_token_ids=(ids[1],)), tokens(0, ids, finish_reason="length"))
+    assert detokenizer.text() == "a;"
+
+
 def test_there_is_one_logprobs_entry_for_each_token_also_after_a_stop() -> None:
     detokenizer = Detokenizer("gateway-1", "gateway-2")
     ids = ids_of("xEND")

@@ -202,6 +202,7 @@ def submit(
         apart=fields.get("apart", False),
         apart_in_llm=fields.get("apart_in_llm", False),
         task=fields.get("task", "generate"),
+        token_rules=fields.get("token_rules"),
     )
     return received(gateway, "gateway", message)
 

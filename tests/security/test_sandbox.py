@@ -79,7 +79,7 @@ def reading(
     content = [*({"type": "image"} for _ in files), {"type": "text", "text": text}]
     prompt = json.dumps([{"role": "user", "content": content}]).encode()
     job = Read("messages", guide_kind, ("image",) * len(files), 0, False)
-    return Task(job, [prompt, b"", guide, *files], 0.002)
+    return Task(job, [prompt, b"", guide, b"", *files], 0.002)
 
 
 IMAGE = encoded(noise(56, 56))
@@ -276,7 +276,7 @@ def test_a_guide_that_cannot_be_followed_fails_its_request(
 
 @pytest.mark.parametrize("prompt", [b"[" * 500_000, b"\xff", b"", b"{", b"3"])
 def test_messages_that_are_none_fail_their_request(running: Running, prompt: bytes) -> None:
-    result = running.do(Task(Read("messages", "", (), 0, False), [prompt, b"", b""], 0.002))
+    result = running.do(Task(Read("messages", "", (), 0, False), [prompt, b"", b"", b""], 0.002))
     assert isinstance(result, Refused) and result.code == "InvalidRequest"
 
 

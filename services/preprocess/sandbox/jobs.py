@@ -58,10 +58,11 @@ class Loaded(msgspec.Struct, tag=True, frozen=True):
 
 
 class Read(msgspec.Struct, tag=True, frozen=True):
-    """Tokenize a prompt, check its guide, and read the headers of its items.
+    """Tokenize a prompt and its bad words, check its guide, and read the headers of its items.
 
     If there is room for the items, and preparing them takes little time, they are prepared, too.
-    Blobs: the prompt, its chat options, the guide, the file of each item.
+    Blobs: the prompt, its chat options, the guide, the bad words (empty for none), the file of each
+    item.
     """
 
     prompt_kind: str
@@ -106,7 +107,8 @@ class PreparedFacts(msgspec.Struct, frozen=True):
 
 
 class ReadDone(msgspec.Struct, tag=True, frozen=True):
-    """Blobs: the token ids as int64, the grammar as UTF-8, the patches of each prepared item."""
+    """Blobs: the token ids as int64, the grammar as UTF-8, the token sequences of the bad words as
+    JSON, the patches of each prepared item."""
 
     sizes: tuple[tuple[int, int], ...]
     """Height and width of each item, by its header."""

@@ -32,6 +32,7 @@ from services.preprocess.sandbox.jobs import (
     Result,
 )
 from services.preprocess.sandbox.meter import CPU_SECONDS, ITEM_SECONDS, Meter
+from services.preprocess.token_rules import word_sequences
 from services.preprocess.videos import VideoForm
 
 CHARS_A_SECOND = 500_000
@@ -67,11 +68,12 @@ class Workbench:
             return Refused("InvalidRequest", "the request takes too much memory: send less"), []
 
     def _read(self, job: Read, blobs: Sequence[Buffer], limits: Meter) -> Answer:
-        prompt, options, guide, *files = blobs
+        prompt, options, guide, words, *files = blobs
         self._preprocessor.check_kinds(job.kinds)
         token_ids = self._tokenize(job.prompt_kind, prompt, options, limits)
         self._preprocessor.find_placeholders(token_ids, job.kinds)
         grammar = self._check_guide(job.guide_kind, guide, limits)
+        sequences = self._spell(words, limits)
         # One limit for all headers: those of honest files take microseconds.
         limits.begin(0)
         opened: list[Opened] = []
@@ -90,7 +92,7 @@ class Workbench:
         if job.has_room and costs <= BATCH_SECONDS:
             items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
         result = ReadDone(sizes, num_images, tuple(num_tokens), items)
-        return result, [Tensor.of(token_ids).data, grammar, *patches]
+        return result, [Tensor.of(token_ids).data, grammar, sequences, *patches]
 
     def _tokenize(self, kind: str, prompt: Buffer, options: Buffer, limits: Meter) -> np.ndarray:
         if kind == "token_ids":
@@ -104,6 +106,13 @@ class Workbench:
             parts = self._preprocessor.render(messages_of(prompt), options_of(options))
         limits.begin(meter.TOKENIZER, CPU_SECONDS + num_chars(parts) / CHARS_A_SECOND)
         return self._preprocessor.encode(parts)
+
+    def _spell(self, words: Buffer, limits: Meter) -> bytes:
+        """Return the token sequences of bad words as JSON; empty if there are no words."""
+        if not words:
+            return b""
+        limits.begin(meter.TOKENIZER)
+        return json.dumps(word_sequences(self._preprocessor.vocabulary, words)).encode()
 
     def _check_guide(self, kind: str, guide: Buffer, limits: Meter) -> bytes:
         if not kind:
