@@ -40,6 +40,7 @@ def setting(
     hidden: bool = False,
     range: Range | None = None,
     objection: Callable[[str], str] | None = None,
+    repeats: bool = False,
 ) -> Any:
     """Return a field of a settings dataclass. It is typed Any, as `dataclasses.field` is.
 
@@ -53,6 +54,8 @@ def setting(
         has the values that a number may have.
     objection
         returns what is wrong with a text, in words; empty if nothing is.
+    repeats
+        whether the flag may be repeated. Its values are joined by commas.
     """
     return dataclasses.field(
         default=default,
@@ -62,6 +65,7 @@ def setting(
             "hidden": hidden,
             "range": range,
             "objection": objection,
+            "repeats": repeats,
         },
     )
 
@@ -130,6 +134,8 @@ def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = {"type": kind, "choices": meta["choices"] or None}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        if meta["repeats"]:
+            how["action"] = Joined
         parser.add_argument(
             flag(field.name),
             dest=field.name,
@@ -137,6 +143,21 @@ def add_arguments(settings: type, parser: argparse.ArgumentParser) -> None:
             help=text.replace("%", "%%"),
             **how,
         )
+
+
+class Joined(argparse.Action):
+    """Joins the values of a repeated flag by commas. They replace those of the environment."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        joined = values if given == self.default else f"{given},{values}"
+        setattr(namespace, self.dest, joined)
 
 
 def flag(name: str) -> str:

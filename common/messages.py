@@ -234,6 +234,21 @@ Priority = Annotated[int, msgspec.Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 """Requests with lower values come first."""
 
 
+MAX_ADAPTERS = 32
+"""The most LoRA adapters of a language group."""
+MAX_PATH_BYTES = 240
+"""The longest path of an adapter, so that all of a group fit into one message."""
+AdapterPath = Annotated[str, msgspec.Meta(max_length=MAX_PATH_BYTES)]
+
+
+class Adapter(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A LoRA adapter that requests may choose."""
+
+    name: Name
+    path: AdapterPath
+    """Its directory on the hosts of the language group, as it was given."""
+
+
 class Usage(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Token counts of a request."""
 
@@ -530,8 +545,8 @@ class Prompt(RequestMessage):
     and values of equal tokens. So far that is the rope parameter."""
     rope_parameter: Count = 0
     """A parameter of the rotary embedding that belongs to the request; 0 if its family has none."""
-    adapter: Count = 0
-    """Index of the request's adapter; 0 for none. Nothing sets it so far."""
+    adapter: Name = ""
+    """The LoRA adapter that the request asks for; empty for the model itself."""
     whole: bool = False
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
     apart: bool = False
@@ -581,7 +596,16 @@ class LlmLoad(Message):
     """Tokens that the KV cache has room for."""
 
 
-LlmToPreprocess = ItemReceived | ItemRejected | Reserved | LlmLoad
+class Adapters(Message):
+    """The LoRA adapters that requests to a language group may choose.
+
+    Sent to preprocesses and gateways when one of them connects, and when the adapters change.
+    """
+
+    adapters: Annotated[tuple[Adapter, ...], msgspec.Meta(max_length=MAX_ADAPTERS)]
+
+
+LlmToPreprocess = ItemReceived | ItemRejected | Reserved | LlmLoad | Adapters
 
 
 # vision -> llm
@@ -626,7 +650,41 @@ class ExecuteStep(Message):
     """The parts of the items' embeddings that fall into the step, in row order."""
 
 
-LlmToLlm = ExecuteStep
+class PrepareAdapter(Message):
+    """Read your share of an adapter, off the loop of steps, and answer with AdapterPrepared."""
+
+    adapter: Count
+    """The number of the adapter in step plans. It is never given again."""
+    path: AdapterPath
+
+
+class AdapterPrepared(Message):
+    """A rank has read its share of an adapter, or cannot."""
+
+    adapter: Count
+    identity: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    """Hash of the files that the rank has read. All ranks must have read the same."""
+    error: Text = ""
+    """Why the rank cannot use the adapter; empty if it can."""
+
+    def __post_init__(self) -> None:
+        self.error = self.error[:MAX_TEXT_CHARS]
+
+
+class UseAdapter(Message):
+    """Steps after this message may name the adapter, which was prepared."""
+
+    adapter: Count
+
+
+class DropAdapter(Message):
+    """No step after this message names the adapter: free it, whether it was used or prepared."""
+
+    adapter: Count
+
+
+LlmToLlm = ExecuteStep | PrepareAdapter | AdapterPrepared | UseAdapter | DropAdapter
+RankZeroToLlm = ExecuteStep | PrepareAdapter | UseAdapter | DropAdapter
 
 
 # llm -> detokenizer
@@ -732,7 +790,38 @@ GatewayToDetokenizer = Released
 
 # gateway <-> llm
 
-GatewayToLlm = Abort | Noted | Cleared
+
+class LoadAdapter(Message):
+    """Load an adapter for requests that name it. The answer is AdapterChanged."""
+
+    task: Name
+    """Names the task in the answer."""
+    name: Name
+    path: AdapterPath
+    replace: bool = False
+    """Whether an adapter of this name may be replaced. Its requests go on with the old one."""
+
+
+class UnloadAdapter(Message):
+    """Accept no further requests for an adapter, and free it once those that run have ended."""
+
+    task: Name
+    name: Name
+
+
+class AdapterChanged(Message):
+    """The answer to LoadAdapter or UnloadAdapter."""
+
+    task: Name
+    code: Name = ""
+    """The class of common.errors that says why nothing changed; empty if the task is done."""
+    reason: Text = ""
+
+    def __post_init__(self) -> None:
+        self.reason = self.reason[:MAX_TEXT_CHARS]
+
+
+GatewayToLlm = Abort | Noted | Cleared | LoadAdapter | UnloadAdapter
 
 
 class Pooled(RequestMessage):
@@ -749,15 +838,15 @@ class Pooled(RequestMessage):
     """The tokens of the prompt that stand for images."""
 
 
-LlmToGateway = Failed | Alone | Pooled | LlmLoad
+LlmToGateway = Failed | Alone | Pooled | LlmLoad | Adapters | AdapterChanged
 
 # What each service handles, whichever peer sends it.
 
 GatewayInbound = PreprocessToGateway | DetokenizerToGateway | LlmToGateway
 PreprocessInbound = GatewayToPreprocess | VisionToPreprocess | LlmToPreprocess
 VisionInbound = PreprocessToVision
-LlmInbound = PreprocessToLlm | VisionToLlm | DetokenizerToLlm | GatewayToLlm
-RankInbound = LlmToLlm
+LlmInbound = PreprocessToLlm | VisionToLlm | DetokenizerToLlm | GatewayToLlm | AdapterPrepared
+RankInbound = RankZeroToLlm
 DetokenizerInbound = LlmToDetokenizer | GatewayToDetokenizer
 
 # What each service sends, whichever peer receives it.

@@ -2,7 +2,7 @@
 
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.families.family import BadCheckpoint
 from common.model_files import MAX_SHOWN_CHARS, parse_json
@@ -28,14 +28,19 @@ def read_table(file: Path) -> dict[str, TensorInfo]:
     BadCheckpoint
         if it is not such a file, or is damaged.
     """
-    size = file.stat().st_size
     with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise BadCheckpoint(
-                f"{file} is not a safetensors file, or is cut off: download it again"
-            )
-        table = f.read(length)
+        return parse_table(file, f, file.stat().st_size)
+
+
+def parse_table(file: Path, f: BinaryIO, size: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a safetensors file of `size` bytes, as `read_table` does.
+
+    `f` is the file, or what was read of it; errors call it `file`.
+    """
+    length = int.from_bytes(f.read(8), "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise BadCheckpoint(f"{file} is not a safetensors file, or is cut off: download it again")
+    table = f.read(length)
     try:
         header = parse_json(table, "its table of contents")
     except BadCheckpoint as e:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.config import Range, names_of, setting
 from common.image_formats import IMAGE_FORMATS, objection_to_image_formats
-from common.messages import MAX_FPS, MAX_FRAMES, MIN_FPS
+from common.messages import MAX_ADAPTERS, MAX_FPS, MAX_FRAMES, MIN_FPS
 from common.setting_checks import (
     objection_to_address,
     objection_to_http_url,
@@ -287,6 +287,27 @@ class BatchSettings:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The settings for LoRA adapters of a language group."""
+
+    lora: str = setting(
+        "",
+        "NAME=DIR of a LoRA adapter (PEFT layout) that requests choose by `model`; several are "
+        "separated by commas, or the flag is repeated",
+        repeats=True,
+    )
+    lora_root: str = setting(
+        "",
+        "folder on the hosts of the language groups from which adapters may be loaded at run time "
+        "(default: none are loaded at run time)",
+    )
+    max_loras: int = setting(
+        8, "most LoRA adapters of a language group", range=Range(1, MAX_ADAPTERS)
+    )
+    max_lora_rank: int = setting(64, "largest rank of a LoRA adapter", range=Range(1, 1024))
+
+
 # The fields of a dataclass's last base come first, also in --help.
 
 
@@ -363,6 +384,7 @@ class VisionSettings(
 class LlmSettings(
     ServiceSettings,
     ServedModelSettings,
+    LoraSettings,
     BatchSettings,
     ContextSettings,
     DeviceSettings,
@@ -399,6 +421,7 @@ class DetokenizerSettings(ServiceSettings, ModelSettings):
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(
     AliasSettings,
+    LoraSettings,
     BatchSettings,
     ContextSettings,
     VideoSettings,

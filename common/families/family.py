@@ -173,6 +173,11 @@ class Family(ABC):
     """The prefixes of the canonical names of the vision tower's tensors."""
     embedding_name: str
     """The canonical name of the token embedding."""
+    lora_modules: tuple[str, ...] = ()
+    """The modules of a layer that a LoRA adapter may change; empty if there are no adapters for the
+    family."""
+    layers_name: str = ""
+    """The canonical name of the list of layers, for LoRA adapters."""
 
     def recognises(self, path: Path, config: dict[str, Any]) -> bool:
         """Whether a model directory is of this family.

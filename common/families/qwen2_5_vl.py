@@ -47,6 +47,16 @@ class Qwen25VL(Family):
     num_position_components = 3
     tower_prefixes = ("model.visual.",)
     embedding_name = "model.language_model.embed_tokens.weight"
+    lora_modules = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    layers_name = "model.language_model.layers"
 
     def recognises(self, path: Path, config: dict[str, Any]) -> bool:
         """Some trainers save the model type of the language model alone."""

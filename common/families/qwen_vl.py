@@ -45,6 +45,8 @@ class QwenVL(Family):
     answers_hold_boxes = True
     tower_prefixes = ("transformer.visual.",)
     embedding_name = "transformer.wte.weight"
+    lora_modules = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+    layers_name = "transformer.h"
 
     def canonical_name(self, name: str) -> str:
         return name

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -35,12 +35,13 @@ class ChatCompletions(Endpoint[AskedChat]):
 
     def parse(self, body: bytearray, request_id: str, timeout: float | None) -> AskedChat:
         chat = parse_chat(body)
-        self.core.check_model(chat.model)
+        adapter = self.core.check_model(chat.model)
         generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
+        generation = replace(generation, adapter=adapter)
         has_times = chat.token_timestamps or self.times_tokens
         writer = sse.CompletionWriter(
             request_id,
-            self.core.model_name,
+            adapter or self.core.model_name,
             with_ids=bool(chat.return_token_ids),
             with_logprobs=bool(chat.logprobs),
             with_usage=chat.include_usage,

@@ -23,6 +23,8 @@ from common.events import Event, PeerDown, PeerDraining, PeerUp, Received, Sende
 from common.logs import get_logger
 from common.messages import (
     Abort,
+    AdapterChanged,
+    Adapters,
     Alone,
     Delta,
     Failed,
@@ -39,6 +41,7 @@ from common.messages import (
 )
 from common.timings import Timings
 from common.tracing import NO_TRACING, Tracing
+from services.gateway.adapters import AdaptersOfGroups
 from services.gateway.admission import Admission
 from services.gateway.deltas import (
     read_delta,
@@ -89,6 +92,7 @@ class GatewayCore:
         self.metrics = metrics or Metrics()
         self.peers = Peers()
         self.metrics.watch(self.load, self.peers.kv_cache_usage)
+        self.adapters = AdaptersOfGroups(self.peers)
         self.max_model_len = self.peers.max_model_len
         self.on_members = self.peers.on_members
         self.idle = asyncio.Event()
@@ -131,11 +135,14 @@ class GatewayCore:
         finally:
             self._drop(choices)
 
-    def check_model(self, model: str | None) -> None:
-        if model and model != self.model_name:
-            raise NotFound(
-                f"no model {shorten(model)!r} is served here; served: {self.model_name!r}"
-            )
+    def check_model(self, model: str | None) -> str:
+        if not model or model == self.model_name:
+            return ""
+        adapters = self.adapters.paths()
+        if model in adapters:
+            return model
+        served = ", ".join(map(repr, (self.model_name, *adapters)))
+        raise NotFound(f"no model {shorten(model)!r} is served here; served: {served}")
 
     def unready_reason(self) -> str:
         return "the gateway is draining" if self.is_draining else self.peers.unready_reason()
@@ -185,13 +192,20 @@ class GatewayCore:
         match event:
             case Received(peer_id=peer_id, message=LlmLoad() as load):
                 self.peers.on_llm_load(peer_id, load)
+            case Received(peer_id=peer_id, message=Adapters() as report):
+                self.adapters.on_report(peer_id, report)
+                self._failover.start_waiting()
+            case Received(peer_id=peer_id, message=AdapterChanged() as answer):
+                self.adapters.on_changed(peer_id, answer)
             case Received():
                 self._receive(event)
             case PeerUp():
                 self.peers.on_peer_up(event)
+                self.adapters.on_peer_up(event)
                 self._failover.start_waiting()
             case PeerDown(peer_id=peer_id, reason=reason):
                 self.peers.on_peer_down(event)
+                self.adapters.on_peer_down(peer_id)
                 self._log.warning("peer gone", peer=peer_id, reason=reason)
                 self._failover.on_peer_down(event)
             case PeerDraining(peer_id=peer_id):
@@ -332,7 +346,10 @@ class GatewayCore:
 
     def _on_failed(self, record: Record, failed: Failed) -> None:
         error = from_code(failed.code, failed.message, failed.stage, failed.item)
-        if isinstance(error, Unavailable) and failed.item is None:
+        adapter = record.request.adapter
+        if adapter and adapter not in self.adapters.paths():
+            self._fail(record, NotFound(f"the adapter {adapter!r} was unloaded"))
+        elif isinstance(error, Unavailable) and failed.item is None:
             self._failover.retry_later(record, error)
         else:
             self._fail(record, error)

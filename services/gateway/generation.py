@@ -10,6 +10,7 @@ import numpy as np
 from common.boxes import Box
 from common.messages import Sampling, Stopping, Task, TokenRules, Usage
 from common.tracing import NO_SPAN, Span
+from services.gateway.adapters import AdaptersOfGroups
 from services.gateway.videos import Media
 
 
@@ -166,8 +167,19 @@ class Core(Protocol):
         """
         ...
 
-    def check_model(self, model: str | None) -> None:
-        """Raise NotFound if `model` is neither empty nor the name of the served model."""
+    def check_model(self, model: str | None) -> str:
+        """Return the LoRA adapter that `model` names; empty for the served model itself.
+
+        Raises
+        ------
+        NotFound
+            if `model` is not empty, and neither the served model nor one of its adapters.
+        """
+        ...
+
+    @property
+    def adapters(self) -> AdaptersOfGroups:
+        """The LoRA adapters of the language groups."""
         ...
 
     def max_model_len(self) -> int | None:

@@ -221,10 +221,12 @@ class InferenceServicer:
         request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
-        self.core.check_model(request.model or None)
+        adapter = self.core.check_model(request.model or None)
         timeout = context.time_remaining()
         convert = partial(to_request, request, split.media, request_id, timeout, max_model_len)
         generation = await self._work(context, is_large, convert)
+        if adapter:
+            generation = replace(generation, adapter=adapter)
         if traceparent := read_traceparent(metadata.get("traceparent")):
             generation = replace(generation, traceparent=traceparent)
         return request, generation

@@ -258,6 +258,7 @@ class MeasuredCore:
         self.model_name = core.model_name
         self.request_timeout = core.request_timeout
         self.check_model = core.check_model
+        self.adapters = core.adapters
         self.max_model_len = core.max_model_len
         self.unready_reason = core.unready_reason
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import ServingError, Unavailable, shorten
 from services.gateway import sse
+from services.gateway.adapters_http import LoadAdapterEndpoint, UnloadAdapterEndpoint
 from services.gateway.bodies import Bodies, BodyDrop
 from services.gateway.body_budget import BodyBudget
 from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
@@ -59,6 +60,10 @@ def create_app(
             Route("/v1/responses/{id:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/classify", Classifications(*shared), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
+            Route("/v1/load_lora_adapter", LoadAdapterEndpoint(core, shared[1]), methods=["POST"]),
+            Route(
+                "/v1/unload_lora_adapter", UnloadAdapterEndpoint(core, shared[1]), methods=["POST"]
+            ),
             Route("/v1/models", info.models),
             Route("/v1/models/{model:path}", info.model),
             Route("/livez", info.live),
@@ -145,21 +150,27 @@ class InfoEndpoints:
         self.core = core
         self.created = int(time.time())
 
-    def describe_model(self) -> dict[str, Any]:
-        return {
-            "id": self.core.model_name,
+    def describe_model(self, adapter: str = "") -> dict[str, Any]:
+        """Return what the API says about the served model, or about one of its adapters."""
+        name = self.core.model_name
+        described = {
+            "id": adapter or name,
             "object": "model",
             "created": self.created,
             "owned_by": "twinlens",
             "max_model_len": self.core.max_model_len(),
         }
+        if adapter:
+            described |= {"root": self.core.adapters.paths().get(adapter, ""), "parent": name}
+        return described
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self.describe_model()]})
+        names = ("", *self.core.adapters.paths())
+        return JSONResponse({"object": "list", "data": [*map(self.describe_model, names)]})
 
     async def model(self, request: Request) -> Response:
-        self.core.check_model(request.path_params["model"])
-        return JSONResponse(self.describe_model())
+        adapter = self.core.check_model(request.path_params["model"])
+        return JSONResponse(self.describe_model(adapter))
 
     async def live(self, request: Request) -> Response:
         return JSONResponse({"status": "live"})

@@ -7,6 +7,7 @@ from common.address import bound_socket, host_port
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.config import BadSetting, check_values, flag
+from common.lora import check_adapter_settings, open_adapter, parse_adapters
 from common.settings import ServeSettings
 from common.vision_artefact import check_artefact_settings, open_artefact
 from services.launcher.autoscale import parse_bounds
@@ -42,7 +43,18 @@ def check(settings: ServeSettings) -> ServeSettings:
     if settings.read and not Path(settings.read).is_file():
         raise BadSetting(f"--read {settings.read}: no such file")
     name = settings.served_model_name or checkpoint.name
+    check_adapters(settings, checkpoint, name)
     return replace(without_unused_roles(settings, checkpoint), served_model_name=name)
+
+
+def check_adapters(settings: ServeSettings, checkpoint: Checkpoint, served_name: str) -> None:
+    """Check the LoRA adapters. Raises BadSetting, or BadCheckpoint for what is in their files."""
+    if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
+        raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
+    adapters = parse_adapters(settings.lora)
+    check_adapter_settings(adapters, served_name, settings.max_loras)
+    for path in adapters.values():
+        open_adapter(path, checkpoint, settings.max_lora_rank)
 
 
 def without_unused_roles(settings: ServeSettings, checkpoint: Checkpoint) -> ServeSettings:

@@ -8,6 +8,20 @@ from torch import Tensor
 from services.llm.attention import StepAttention
 from services.llm.step_plan import StepPlan
 
+ROWS = "rows of adapter "
+SAMPLED_ROWS = f"sampled {ROWS}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Which rows of a batch an adapter changes."""
+
+    adapter: int
+    rows: Tensor
+    """int64 [n], in rising order."""
+    sampled_rows: Tensor
+    """int64: indices into the batch's `sampled_rows`, in rising order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -24,10 +38,10 @@ class Batch:
     are none."""
     rope_parameters: Tensor
     """int64 [T]: the rope parameter of each token's sequence."""
-    adapters: Tensor
-    """int64 [T]: the adapter of each token's sequence."""
     attention: StepAttention | None
     """None if one kernel computes the whole step."""
+    adapters: tuple[AdapterRows, ...] = ()
+    """The rows of each adapter that the step uses."""
 
 
 def arrays_of(plan: StepPlan) -> dict[str, np.ndarray]:
@@ -40,8 +54,21 @@ def arrays_of(plan: StepPlan) -> dict[str, np.ndarray]:
         "item_rows": plan.item_rows,
         "sampled_item_rows": np.flatnonzero(is_item),
         "rope_parameters": np.repeat(plan.rope_parameters, plan.query_lens),
-        "adapters": np.repeat(plan.adapters, plan.query_lens),
+        **arrays_of_adapters(plan),
     }
+
+
+def arrays_of_adapters(plan: StepPlan) -> dict[str, np.ndarray]:
+    """Return the two arrays of each AdapterRows of a step."""
+    if not plan.adapters.any():
+        return {}
+    adapters = np.repeat(plan.adapters, plan.query_lens)
+    sampled = adapters[plan.sampled_rows]
+    arrays = {}
+    for adapter in np.unique(adapters[adapters > 0]):
+        arrays[f"{ROWS}{adapter}"] = np.flatnonzero(adapters == adapter)
+        arrays[f"{SAMPLED_ROWS}{adapter}"] = np.flatnonzero(sampled == adapter)
+    return arrays
 
 
 def batch_of(tensors: dict[str, Tensor], attention: StepAttention | None) -> Batch:
@@ -52,8 +79,12 @@ def batch_of(tensors: dict[str, Tensor], attention: StepAttention | None) -> Bat
         item_rows=none_if_empty(tensors["item_rows"]),
         sampled_item_rows=none_if_empty(tensors["sampled_item_rows"]),
         rope_parameters=tensors["rope_parameters"],
-        adapters=tensors["adapters"],
         attention=attention,
+        adapters=tuple(
+            AdapterRows(int(name.removeprefix(ROWS)), rows, tensors[f"sampled {name}"])
+            for name, rows in tensors.items()
+            if name.startswith(ROWS)
+        ),
     )
 
 

@@ -69,6 +69,8 @@ class DecodeGraphs:
         """Whether a graph can run the step."""
         num_seqs, num_blocks = plan.block_tables.shape
         is_decode = plan.num_tokens == num_seqs and len(plan.item_rows) == 0
+        if plan.adapters.any():
+            return False  # a graph adds nothing to single rows
         return is_decode and num_seqs <= self._sizes[-1] and num_blocks <= self._width
 
     def run(self, plan: StepPlan) -> Tensor:
@@ -102,7 +104,6 @@ class DecodeGraphs:
             item_rows=None,
             sampled_item_rows=None,
             rope_parameters=inputs["rope_parameters"],
-            adapters=inputs["adapters"],
             attention=PagedAttention(inputs["slots"], [call]),
         )
         x = self._model.embed(inputs["token_ids"])
@@ -117,7 +118,6 @@ class DecodeGraphs:
             "context_lens": (size,),
             "block_tables": (size, self._width),
             "rope_parameters": (size,),
-            "adapters": (size,),
         }
 
     def _blank(self, size: int) -> dict[str, np.ndarray]:
@@ -139,7 +139,6 @@ class DecodeGraphs:
         arrays["context_lens"][:num_seqs] = plan.context_lens
         arrays["block_tables"][:num_seqs, :num_blocks] = plan.block_tables
         arrays["rope_parameters"][:num_seqs] = plan.rope_parameters
-        arrays["adapters"][:num_seqs] = plan.adapters
         return arrays
 
     def _send(self, arrays: dict[str, np.ndarray]) -> None:

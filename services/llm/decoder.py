@@ -1,11 +1,12 @@
 """A pre-norm decoder: attention with rotary positions and a gated MLP in every layer.
 
 A family loads the weights and brings its rotary tables. It may extend a layer by low-rank pairs for
-the rows of items, and scale queries.
+the rows of items, and scale queries. LoRA adapters add low-rank pairs for the rows of the sequences
+that ask for them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -55,6 +56,10 @@ class SideBySide:
         return torch.cat([pair(x) for pair in self.pairs], -1)
 
 
+Adapted = tuple[Tensor, LowRank | None]
+"""Rows, int64 in rising order, and the pair of an adapter whose result is added on them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A product, and a low-rank pair whose result is added on the rows of items."""
@@ -63,12 +68,33 @@ class Projection:
     low_rank: LowRank | SideBySide | None = None
 
     def __call__(
-        self, x: Tensor, item_rows: Tensor | None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        item_rows: Tensor | None,
+        residual: Tensor | None = None,
+        adapted: Sequence[Adapted] = (),
     ) -> Tensor:
         y = self.product(x, residual)
         if self.low_rank is not None and item_rows is not None:
             y.index_add_(0, item_rows, self.low_rank(x.index_select(0, item_rows)))
+        for rows, pair in adapted:
+            if pair is None:
+                continue
+            if len(rows) == len(x):
+                y += pair(x)
+            elif len(rows):
+                y.index_add_(0, rows, pair(x.index_select(0, rows)))
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPairs:
+    """One rank's share of what an adapter adds to a layer; None where it adds nothing."""
+
+    qkv: LowRank | None = None
+    o: LowRank | None = None
+    gate_up: LowRank | None = None
+    down: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +131,8 @@ class Decoder:
     tensor's values. Blank rows of a graph have rope parameter 0."""
     query_scale: Callable[[Batch], Tensor] | None = None
     """Returns the factor of each token's queries, [T]; None if queries are not scaled."""
+    adapters: dict[int, list[LayerPairs]] = field(default_factory=dict)
+    """The pairs of each layer, by the number of the adapter in step plans. They come and go."""
 
     @property
     def vocab_size(self) -> int:
@@ -154,16 +182,24 @@ class Decoder:
         tables = self.rotary(batch)
         scale = self.scale_of(batch)
         item_rows = batch.item_rows
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            attended = self._attend(layer, x, batch, tables, scale, cache)
+        for index, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
+            pairs = [(rows, self.adapters[rows.adapter][index]) for rows in batch.adapters]
+            adapted = [(rows.rows, pair) for rows, pair in pairs]
+            attended = self._attend(layer, x, batch, tables, scale, cache, adapted)
             if layer is self.layers[-1]:
                 # From here on nothing reads the other rows.
                 x = x[batch.sampled_rows]
                 attended = attended[batch.sampled_rows]
                 item_rows = batch.sampled_item_rows
-            x = self._add(x, layer.o, attended, item_rows)
-            gate_up = layer.gate_up(self._normalise(x, layer.mlp_norm), item_rows)
-            x = self._add(x, layer.down, silu_mul(gate_up), item_rows)
+                adapted = [(rows.sampled_rows, pair) for rows, pair in pairs]
+            x = self._add(x, layer.o, attended, item_rows, [(r, p.o) for r, p in adapted])
+            gate_up = layer.gate_up(
+                self._normalise(x, layer.mlp_norm),
+                item_rows,
+                adapted=[(rows, pair.gate_up) for rows, pair in adapted],
+            )
+            down = [(rows, pair.down) for rows, pair in adapted]
+            x = self._add(x, layer.down, silu_mul(gate_up), item_rows, down)
         return self.shard.all_gather(self.head(self._normalise(x, self.norm)).float())
 
     def _attend(
@@ -174,12 +210,17 @@ class Decoder:
         tables: RotaryTables,
         scale: Tensor | None,
         cache: Tensor,
+        adapted: Sequence[tuple[Tensor, LayerPairs]],
     ) -> Tensor:
         """[T, hidden] -> [T, heads of this rank * head_dim]."""
         assert batch.attention is not None
         num_q = self.num_local_heads
         num_kv = self.num_local_kv_heads
-        qkv = layer.qkv(self._normalise(x, layer.input_norm), batch.item_rows)
+        qkv = layer.qkv(
+            self._normalise(x, layer.input_norm),
+            batch.item_rows,
+            adapted=[(rows, pair.qkv) for rows, pair in adapted],
+        )
         qkv = qkv.view(len(x), num_q + 2 * num_kv, self.sizes.head_dim)
         rotate(qkv, num_q + num_kv, *tables)
         q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
@@ -188,12 +229,17 @@ class Decoder:
         return batch.attention.run(q, k, v, cache)
 
     def _add(
-        self, x: Tensor, projection: Projection, part: Tensor, item_rows: Tensor | None
+        self,
+        x: Tensor,
+        projection: Projection,
+        part: Tensor,
+        item_rows: Tensor | None,
+        adapted: Sequence[Adapted],
     ) -> Tensor:
         """Return x plus the sum of the ranks' products."""
         if self.shard.world_size == 1:
-            return projection(part, item_rows, residual=x)
-        return x + self.shard.all_reduce(projection(part, item_rows))
+            return projection(part, item_rows, x, adapted)
+        return x + self.shard.all_reduce(projection(part, item_rows, adapted=adapted))
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.norm_eps)

@@ -17,6 +17,7 @@ from common.wire import Tensor
 from compute.torch_tensors import to_torch
 from services.llm.embedding_budget import EmbeddingBudget
 from services.llm.guided_decoding import GuidedDecoding, Mask
+from services.llm.lora_registry import LoraRegistry
 from services.llm.metrics import LlmMetrics
 from services.llm.ranks import Execute
 from services.llm.request import Limits, Request
@@ -76,6 +77,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         prompt_forms: frozenset[PromptForm] | None = None,
         metrics: LlmMetrics | None = None,
+        adapters: LoraRegistry | None = None,
     ) -> None:
         """Create the engine of one group.
 
@@ -91,7 +93,10 @@ class Engine:
             is the dtype that the model computes in.
         prompt_forms
             are the only forms that prompts have; None if they may have any.
+        adapters
+            are the LoRA adapters that prompts may name; None if there are none.
         """
+        self.adapters = adapters or LoraRegistry()
         self.scheduler = scheduler
         self.execute = execute
         self.sampler = sampler
@@ -168,9 +173,10 @@ class Engine:
         Returns whether the request goes on: False if it was aborted before. One with a grammar
         waits until `take_refused` finds that compiled.
         """
-        request = Request(prompt, preprocess_id)
+        adapter = self.adapters.find(prompt.adapter)
+        request = Request(prompt, preprocess_id, adapter)
         assert not self.has_seen(request.key)
-        siblings = [Request(other, preprocess_id) for other in prompts_of_siblings(prompt)]
+        siblings = [Request(p, preprocess_id, adapter) for p in prompts_of_siblings(prompt)]
         if self._was_aborted(request):
             self._remember_end(request.key, preprocess_id)
             for sibling in siblings:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from common.families import ModelSizes
 from compute.linear import Linear
 from compute.quantization import Int8Linear
 from compute.weights import Weights
@@ -26,34 +27,18 @@ class Bounds(NamedTuple):
     num_zeros: int = 0
     """Rows of zeros that follow them."""
 
-
-class ShardLoader:
-    """Reads what one rank needs. `bounds` of heads are in rows, which is heads * head_dim."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        shard: Shard = Shard(),
-        report_loading: Callable[[float], None] = lambda fraction: None,
-        quantization: str = "none",
-    ) -> None:
-        """Raises BadCheckpoint if the ranks cannot share the model."""
-        self.sizes = checkpoint.sizes
-        self.sizes.check_fits(shard.world_size)
-        self.dtype = dtype
-        self.device = device
-        self.shard = shard
-        self._product = Int8Linear if quantization == "int8" else Linear
-        if self.sizes.only_world_size:
-            checkpoint = replace(checkpoint, rank=shard.rank)
-        tower = checkpoint.family.tower_prefixes
-        self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), report_loading)
-
     @property
-    def num_bytes_read(self) -> int:
-        return self._weights.num_bytes_read
+    def length(self) -> int:
+        """The rows that the rank holds, those of zeros included."""
+        return self.last - self.first + self.num_zeros
+
+
+class RankBounds:
+    """The rows of a rank. Those of heads are heads * head_dim."""
+
+    def __init__(self, sizes: ModelSizes, shard: Shard) -> None:
+        self.sizes = sizes
+        self.shard = shard
 
     @property
     def q_bounds(self) -> Bounds:
@@ -68,6 +53,37 @@ class ShardLoader:
     @property
     def mlp_bounds(self) -> Bounds:
         return Bounds(*self.shard.split(self.sizes.intermediate_size))
+
+    def _rows_of_heads(self, first: int, last: int, num_zeros: int = 0) -> Bounds:
+        return Bounds(*(heads * self.sizes.head_dim for heads in (first, last, num_zeros)))
+
+
+class ShardLoader(RankBounds):
+    """Reads what one rank needs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = Shard(),
+        report_loading: Callable[[float], None] = lambda fraction: None,
+        quantization: str = "none",
+    ) -> None:
+        """Raises BadCheckpoint if the ranks cannot share the model."""
+        super().__init__(checkpoint.sizes, shard)
+        self.sizes.check_fits(shard.world_size)
+        self.dtype = dtype
+        self.device = device
+        self._product = Int8Linear if quantization == "int8" else Linear
+        if self.sizes.only_world_size:
+            checkpoint = replace(checkpoint, rank=shard.rank)
+        tower = checkpoint.family.tower_prefixes
+        self._weights = Weights(checkpoint, lambda name: not name.startswith(tower), report_loading)
+
+    @property
+    def num_bytes_read(self) -> int:
+        return self._weights.num_bytes_read
 
     def whole(self, name: str, *shape: int) -> Tensor:
         """Return a tensor that every rank holds whole."""
@@ -108,19 +124,12 @@ class ShardLoader:
         shape = (self.sizes.vocab_size, self.sizes.hidden_size)
         return self.rows(name, shape, Bounds(*self.shard.split(self.sizes.vocab_size)))
 
-    def _rows_of_heads(self, first: int, last: int, num_zeros: int = 0) -> Bounds:
-        return Bounds(*(heads * self.sizes.head_dim for heads in (first, last, num_zeros)))
-
     def _part(self, name: str, shape: tuple[int, ...], dim: int, bounds: Bounds) -> Tensor:
         first, last, num_zeros = bounds
         if self.sizes.only_world_size:
             shape, first, last = self._in_own_file(shape, dim, first, last)
         part = self._weights.slice(name, shape, dim, first, last, self.dtype, self.device)
-        if not num_zeros:
-            return part
-        zeros = list(part.shape)
-        zeros[dim] = num_zeros
-        return torch.cat((part, part.new_zeros(zeros)), dim)
+        return with_zeros(part, dim, num_zeros)
 
     def _in_own_file(
         self, shape: tuple[int, ...], dim: int, first: int, last: int
@@ -135,3 +144,12 @@ class ShardLoader:
         start = first // (length * num_ranks) * length
         own = tuple(size // num_ranks if i == dim else size for i, size in enumerate(shape))
         return own, start, start + length
+
+
+def with_zeros(part: Tensor, dim: int, num_zeros: int) -> Tensor:
+    """Return a rank's part of a tensor with the zeros that follow it along a dimension."""
+    if not num_zeros:
+        return part
+    zeros = list(part.shape)
+    zeros[dim] = num_zeros
+    return torch.cat((part, part.new_zeros(zeros)), dim)

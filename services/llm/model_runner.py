@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from common.lora import LoraFiles
 from common.sizing import Footprint
 from services.llm import families
 from services.llm.attention import GatheredAttention
 from services.llm.batch import arrays_of, batch_of
+from services.llm.decoder import Decoder, LayerPairs
 from services.llm.fused_decode import FusedDecode
+from services.llm.loading import RankBounds
+from services.llm.lora_weights import read_layers
 from services.llm.parallel import Shard
 from services.llm.step_plan import StepPlan
 
@@ -30,6 +34,7 @@ class ModelRunner:
         shard: Shard = Shard(),
         quantization: str = "none",
     ) -> None:
+        self._model_type = checkpoint.family.model_type
         self._model = families.load(checkpoint, dtype, device, shard, report_loading, quantization)
         self._block_size = block_size
         shape = self._model.kv_cache_shape(num_blocks, block_size)
@@ -56,6 +61,30 @@ class ModelRunner:
     def input_width(self) -> int:
         """The width of the embeddings that `execute` takes."""
         return self._model.input_width
+
+    @torch.inference_mode()
+    def prepare_adapter(self, files: LoraFiles) -> list[LayerPairs]:
+        """Return this rank's share of an adapter. Any thread may call this.
+
+        Raises
+        ------
+        BadCheckpoint
+            if a value is not finite in the dtype of the model.
+        """
+        model = self._model
+        assert isinstance(model, Decoder)
+        targets = families.LORA_TARGETS[self._model_type](RankBounds(model.sizes, model.shard))
+        return read_layers(files, targets, len(model.layers), model.dtype, model.device)
+
+    def use_adapter(self, adapter: int, layers: list[LayerPairs]) -> None:
+        """Let steps name an adapter from now on."""
+        assert isinstance(self._model, Decoder)
+        self._model.adapters[adapter] = layers
+
+    def drop_adapter(self, adapter: int) -> None:
+        """Free an adapter that no further step names, if it is there."""
+        if isinstance(self._model, Decoder):
+            self._model.adapters.pop(adapter, None)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:

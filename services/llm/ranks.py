@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -9,10 +10,18 @@ from torch import Tensor
 from common.events import PeerUp, Received
 from common.logs import get_logger
 from common.member import Event, Member
-from common.messages import ExecuteStep, LlmInbound, RankInbound
+from common.messages import (
+    DropAdapter,
+    ExecuteStep,
+    LlmInbound,
+    PrepareAdapter,
+    RankInbound,
+    UseAdapter,
+)
 from common.progress import UnitTimes
 from common.wire import Tensor as WireTensor
 from compute.torch_tensors import to_torch, to_wire
+from services.llm.lora_loading import RankAdapters
 from services.llm.request import MAX_POSITION
 from services.llm.step_plan import StepPlan
 
@@ -63,7 +72,13 @@ def lead(member: Member[LlmInbound], ranks: Collection[str], execute: Execute) -
     return execute_on_all
 
 
-def follow(member: Member[RankInbound], leader: str, limits: StepLimits, execute: Execute) -> None:
+def follow(
+    member: Member[RankInbound],
+    leader: str,
+    limits: StepLimits,
+    execute: Execute,
+    adapters: RankAdapters | None = None,
+) -> None:
     """Execute what rank 0, whose id is `leader`, sends until the process must stop.
 
     What any other peer sends is dropped. A step of rank 0 that is wrong ends the process, because
@@ -74,14 +89,24 @@ def follow(member: Member[RankInbound], leader: str, limits: StepLimits, execute
     for event in member.events():
         if not isinstance(event, Received):
             continue
-        step: object = event.message
-        if event.peer_id != leader or not isinstance(step, ExecuteStep):
-            log.warning("ignored a message", peer=event.peer_id, name=type(step).__name__)
-            continue
-        check_step(step, limits)
-        plan = to_plan(step)
-        with member.progress.unit(times, size_of(plan)):
-            execute(plan, [to_torch(part) for part in step.embeddings])
+        message: object = event.message
+        if event.peer_id != leader:
+            message = None
+        match message:
+            case ExecuteStep():
+                check_step(message, limits)
+                plan = to_plan(message)
+                with member.progress.unit(times, size_of(plan)):
+                    execute(plan, [to_torch(part) for part in message.embeddings])
+            case PrepareAdapter() if adapters:
+                adapters.prepare(message, partial(member.links.send, leader))
+            case UseAdapter(adapter=adapter) if adapters:
+                adapters.use(adapter)
+            case DropAdapter(adapter=adapter) if adapters:
+                adapters.drop(adapter)
+            case _:
+                name = type(event.message).__name__
+                log.warning("ignored a message", peer=event.peer_id, name=name)
 
 
 def check_step(step: ExecuteStep, limits: StepLimits) -> None:

@@ -16,6 +16,7 @@ from common.families.family import PromptForm
 from common.messages import Prompt, RequestKey, Sampling
 from common.timings import ItemTimings, read_timings
 from common.wire import Tensor
+from services.llm.lora_registry import Resident
 from services.llm.token_rules import objection_to_rules
 
 HASH_BYTES = 16
@@ -149,7 +150,7 @@ def outlier_of(prompt: Prompt, limits: Limits) -> str:
         return f"rope_delta is {delta}, outside [{-num_tokens}, {highest}]"
     if prompt.rope_parameter > most:
         return f"rope_parameter is {prompt.rope_parameter}, at most {most} is possible"
-    return f"there is no adapter {prompt.adapter}" if prompt.adapter else ""
+    return ""
 
 
 def objection_to_siblings(prompt: Prompt) -> str:
@@ -225,6 +226,8 @@ class Request:
     prompt: Prompt
     preprocess_id: str = ""
     """The peer that brought the prompt. It owns the request, together with its gateway."""
+    adapter: Resident | None = None
+    """What `prompt.adapter` meant when the request came; None for the model itself."""
     arrived: float = field(default_factory=time.monotonic)
     token_ids: np.ndarray = field(init=False)
     positions: np.ndarray = field(init=False)
@@ -334,7 +337,7 @@ class Request:
 
         Equal names mean equal keys and values.
 
-            hash[-1] = H(cache salt)
+            hash[-1] = H(cache salt), or with an adapter H(H(cache salt) + hash of its files)
             hash[i] = H(hash[i - 1] + token ids + positions
                         + (mm_hash, offset in the item) of each item in block i)
 
@@ -345,11 +348,15 @@ class Request:
         if num_blocks > len(hashes):
             items = self._items_by_block(len(hashes), num_blocks, block_size)
             contents = self._block_contents(len(hashes), num_blocks, block_size)
-            parent = hashes[-1] if hashes else digest(self.prompt.cache_salt)
+            parent = hashes[-1] if hashes else self._root_hash()
             for block, content in enumerate(contents, len(hashes)):
                 parent = digest(parent + content + items.get(block, b""))
                 hashes.append(parent)
         return hashes[:num_blocks]
+
+    def _root_hash(self) -> bytes:
+        root = digest(self.prompt.cache_salt)
+        return digest(root + self.adapter.identity) if self.adapter else root
 
     def _block_contents(self, first: int, last: int, block_size: int) -> list[bytes]:
         """Return the token ids and positions of each of the blocks [first, last)."""

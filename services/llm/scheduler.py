@@ -196,7 +196,7 @@ class Scheduler:
             item_rows=item_rows,
             sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
-            adapters=np.array([r.prompt.adapter for r in requests], np.int64),
+            adapters=np.array([r.adapter.number if r.adapter else 0 for r in requests], np.int64),
         )
 
     def computed(self, chunks: list[Chunk]) -> None:

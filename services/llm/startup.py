@@ -10,6 +10,7 @@ from torch import Tensor
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
+from common.lora import check_adapter_settings, parse_adapters
 from common.member import Member, Profile
 from common.metric_aliases import serve_aliases
 from common.process import EXIT_FAILED, Stop, leave
@@ -24,6 +25,8 @@ from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
 from services.llm.engine import Engine
 from services.llm.grouping import num_ranks_here
 from services.llm.guided_decoding import GuidedDecoding
+from services.llm.lora_loading import GroupAdapters, RankAdapters
+from services.llm.lora_registry import LoraRegistry
 from services.llm.metrics import LlmMetrics
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard, join_group, names_of_ranks
@@ -91,6 +94,10 @@ def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
         raise BadSetting(
             f"--quantization {settings.quantization}: a model that generates no text has none"
         )
+    if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
+        raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
+    adapters = parse_adapters(settings.lora)
+    check_adapter_settings(adapters, settings.served_model_name, settings.max_loras)
     if settings.rank > 0 and not settings.rendezvous:
         raise BadSetting(f"--rank {settings.rank} needs --rendezvous, the same for every rank")
 
@@ -114,6 +121,11 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     shard, ranks = meet_other_ranks(settings, checkpoint, device, member)
     cache = size_cache(settings, checkpoint, device, dtype, shard, num_sharing)
     runner = make_runner(settings, checkpoint, device, dtype, shard, cache, member)
+    adapters = None
+    residents = []
+    if isinstance(runner, ModelRunner) and checkpoint.family.lora_modules:
+        adapters = RankAdapters(runner, checkpoint, settings)
+        residents = adapters.load_given(parse_adapters(settings.lora), shard)
     log.info(
         "ready",
         weight_mib=runner.num_bytes_read >> 20,
@@ -122,7 +134,25 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         max_model_len=context_of(settings, checkpoint),
     )
     if settings.rank == 0:
-        run_leader(settings, checkpoint, stop, member, runner, cache, dtype, ranks, metrics)
+        group_adapters = GroupAdapters(
+            LoraRegistry(residents),
+            adapters,
+            settings,
+            member,
+            frozenset(ranks[1:]),
+        )
+        run_leader(
+            settings,
+            checkpoint,
+            stop,
+            member,
+            runner,
+            cache,
+            dtype,
+            ranks,
+            metrics,
+            group_adapters,
+        )
     else:
         # The group drains as one, and ends with rank 0.
         stop.on_drain(member.links.announce_draining)
@@ -134,7 +164,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
             runner.input_width,
             checkpoint.family.num_position_components,
         )
-        follow(member, ranks[0], limits, runner.execute)
+        follow(member, ranks[0], limits, runner.execute, adapters)
     return member
 
 
@@ -285,6 +315,7 @@ def run_leader(
     dtype: torch.dtype,
     ranks: list[str],
     metrics: LlmMetrics,
+    adapters: GroupAdapters,
 ) -> None:
     """Serve requests as rank 0: schedule steps, and have all ranks execute them."""
     others = frozenset(ranks[1:])
@@ -315,9 +346,10 @@ def run_leader(
         dtype=dtype,
         prompt_forms=checkpoint.family.prompt_forms(checkpoint),
         metrics=metrics,
+        adapters=adapters.registry,
     )
     serve_aliases(metrics, settings, settings.group)
     labels = checkpoint.family.labels(checkpoint)
-    worker = Worker(member, engine, stop.drain, others, labels)
+    worker = Worker(member, engine, stop.drain, others, labels, adapters)
     member.ready(max_model_len)
     worker.run()

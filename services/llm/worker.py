@@ -12,11 +12,13 @@ import numpy as np
 from common.apart import Turn
 from common.events import PeerDown, PeerDraining, PeerUp, Received
 from common.logs import get_logger
-from common.member import Event, Member
+from common.member import Event, Member, Posted
 from common.messages import (
     Abort,
+    AdapterPrepared,
     Alone,
     Cleared,
+    DropAdapter,
     Embeddings,
     ExecuteStep,
     Failed,
@@ -24,8 +26,10 @@ from common.messages import (
     ItemReceived,
     ItemRejected,
     LlmInbound,
+    LoadAdapter,
     Noted,
     Pooled,
+    PrepareAdapter,
     Prompt,
     RequestKey,
     RequestMessage,
@@ -33,13 +37,17 @@ from common.messages import (
     Start,
     StopFound,
     Tokens,
+    UnloadAdapter,
+    UseAdapter,
     request_ids,
 )
 from common.progress import UnitTimes
+from common.settings import LlmSettings
 from common.timings import ItemTimings
 from common.wire import Tensor
 from services.llm.engine import Engine, Output, timings_of, usage_of
 from services.llm.load_report import LoadReport
+from services.llm.lora_loading import GroupAdapters
 from services.llm.request import Request, objection_to, objection_to_grammar
 from services.llm.siblings import sibling_keys
 from services.llm.traces import record_request
@@ -62,11 +70,13 @@ class Worker:
         drain: Callable[[], None] = lambda: None,
         ranks: frozenset[str] = frozenset(),
         labels: Sequence[str] = (),
+        adapters: GroupAdapters | None = None,
     ) -> None:
         """Create the work loop.
 
         `drain` drains the group. It is called when one of the other `ranks` must leave: no rank
-        can leave without the others. `labels` are those of a model that classifies.
+        can leave without the others. `labels` are those of a model that classifies. `adapters`
+        loads and unloads LoRA adapters.
         """
         self._member = member
         self._engine = engine
@@ -78,7 +88,8 @@ class Worker:
         self._visitors: set[str] = set()
         """The peers that connected to this process. It connects to none of them itself."""
         self._log = get_logger()
-        self._report = LoadReport(member.links, engine.scheduler)
+        self._adapters = adapters or GroupAdapters(engine.adapters, None, LlmSettings(), member)
+        self._report = LoadReport(member.links, engine.scheduler, engine.adapters)
         engine.on_end = partial(record_request, member.tracing)
         member.track_load(lambda: engine.load)
 
@@ -96,6 +107,7 @@ class Worker:
                 self._refuse(request.prompt, reason, code="InvalidRequest")
             self._report_orphans()
             self._report_reserved()
+            self._keep_adapters()
             with self._member.progress.unit(self._step_times, len(self._engine.requests)):
                 outputs = self._engine.step()
             self._announce_turn()
@@ -103,6 +115,13 @@ class Worker:
                 self._send_output_alone(output)
             idle = outputs is None
             self._report.send_changes(at_once=idle)
+
+    def _keep_adapters(self) -> None:
+        """Free adapters that nothing uses any more, and report a change."""
+        self._adapters.drop_unused(request.adapter for request in self._engine.requests.values())
+        if self._adapters.changed:
+            self._adapters.changed = False
+            self._report.send_adapters()
 
     def _wait_for_events(self, idle: bool) -> list[Event[LlmInbound]] | None:
         self._member.credits = self._engine.num_free
@@ -144,6 +163,8 @@ class Worker:
                     self._turn.release_all_of(peer_id)
                 elif role == "detokenizer":
                     self._on_detokenizer_down(peer_id, reason)
+            case Posted(event=AdapterPrepared() as prepared):
+                self._adapters.on_prepared("", prepared)
             case PeerDraining(peer_id=peer_id) if peer_id in self._ranks:
                 self._drain()
             case PeerUp(peer_id=peer_id, role="preprocess" | "gateway"):
@@ -178,7 +199,13 @@ class Worker:
                 self._turn.note(key, peer_id)
             case Cleared(key=key):
                 self._engine.scheduler.clear(key, peer_id)
-            case ExecuteStep():
+            case LoadAdapter():
+                self._adapters.load(peer_id, message)
+            case UnloadAdapter():
+                self._adapters.unload(peer_id, message)
+            case AdapterPrepared():
+                self._adapters.on_prepared(peer_id, message)
+            case ExecuteStep() | PrepareAdapter() | UseAdapter() | DropAdapter():
                 # Not among the messages of rank 0, but whoever says that it is a rank may send it.
                 self._ignore(peer_id, message, "it has nothing to say to rank 0")
             case _:
@@ -196,6 +223,10 @@ class Worker:
             self._ignore(peer_id, prompt, "the same attempt of the request is or was here")
             return
         problem = objection_to(prompt, self._engine.limits)
+        if prompt.adapter and self._engine.adapters.find(prompt.adapter) is None:
+            # It was unloaded a moment ago, or another group has it.
+            self._refuse(prompt, f"the group has no adapter {prompt.adapter!r}", "Unavailable")
+            return
         if self._engine.num_requests_of(peer_id) >= MAX_REQUESTS_OF_A_PREPROCESS:
             problem = f"it is beyond the {MAX_REQUESTS_OF_A_PREPROCESS} requests of one preprocess"
         if not self._engine.pools and prompt.detokenizer.id in self._visitors:

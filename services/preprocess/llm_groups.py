@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 
-from common.messages import LlmLoad, Peer
+from common.messages import Adapters, LlmLoad, Peer
 from services.preprocess.heap import NO_ENTRY, Heap
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.prepared import ExpandedPrompt
@@ -34,12 +34,18 @@ class Group:
     free_tokens: int | None = None
     """The tokens that its KV cache has room for, by its last report."""
     is_draining: bool = False
+    adapters: frozenset[str] = frozenset()
+    """The names of its LoRA adapters, by its last report."""
     entry: int = NO_ENTRY
     prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def is_full_for(self, num_tokens: int) -> bool:
         """Whether its KV cache has no room for the prompt now."""
         return self.free_tokens is not None and self.free_tokens < num_tokens
+
+    def has(self, adapter: str) -> bool:
+        """Whether it can compute with a LoRA adapter; every group can without one ("")."""
+        return adapter == "" or adapter in self.adapters
 
     def match(self, steps: list[bytes]) -> int:
         """Return how many steps of the prompt this group has computed before."""
@@ -109,36 +115,46 @@ class LlmGroups:
             group.free_tokens = load.free_tokens
             self._put(group)
 
+    def update_adapters(self, llm_id: str, report: Adapters) -> None:
+        if group := self._groups.get(llm_id):
+            group.adapters = frozenset(adapter.name for adapter in report.adapters)
+
     def __len__(self) -> int:
         return len(self._groups)
 
-    def choose(self, prompt: ExpandedPrompt, mm_hashes: list[str], avoid: str = "") -> Peer | None:
+    def choose(
+        self, prompt: ExpandedPrompt, mm_hashes: list[str], avoid: str = "", adapter: str = ""
+    ) -> Peer | None:
         """Choose the group for a prompt, which then counts as sent there.
 
-        A draining group is chosen only if there is no other. None: there is no group.
+        A draining group is chosen only if there is no other. None: there is no group, or none has
+        the adapter.
         """
-        least = self._least_busy(prompt.num_tokens, avoid)
+        least = self._least_busy(prompt.num_tokens, avoid, adapter)
         if least is None:
             return None
-        steps = prefix_steps(prompt, mm_hashes)
-        group = self._with_prefix(steps, least, avoid) or least
+        steps = prefix_steps(prompt, mm_hashes, adapter)
+        group = self._with_prefix(steps, least, avoid, adapter) or least
         group.num_requests += 1
         self._put(group)
         self._remember(group, steps)
         return group.peer
 
-    def _least_busy(self, num_tokens: int, avoid: str) -> Group | None:
+    def _least_busy(self, num_tokens: int, avoid: str, adapter: str) -> Group | None:
         """Return the group with the fewest requests, rather one whose KV cache has room.
 
-        Equally good groups take turns.
+        Equally good groups take turns. An adapter may be at any group, so all are looked at.
         """
+        count = len(self._groups) if adapter else NUM_LOOKED_AT
         for heap in (self._lasting, self._draining):
-            groups = [group for group in heap.first(NUM_LOOKED_AT) if group.peer.id != avoid]
+            groups = [g for g in heap.first(count) if g.peer.id != avoid and g.has(adapter)]
             if groups:
                 return next((g for g in groups if not g.is_full_for(num_tokens)), groups[0])
         return None
 
-    def _with_prefix(self, steps: list[bytes], least: Group, avoid: str) -> Group | None:
+    def _with_prefix(
+        self, steps: list[bytes], least: Group, avoid: str, adapter: str
+    ) -> Group | None:
         """Return a group with a longer prefix than the least busy one, unless it is clearly busier.
 
         Of the groups with the prompt's longest known step, a few are looked at.
@@ -148,7 +164,7 @@ class LlmGroups:
             return None
         holders = islice(self._holders[deepest], NUM_LOOKED_AT)
         groups = [self._groups[llm_id] for llm_id in holders if llm_id != avoid]
-        groups = [group for group in groups if group.is_draining <= least.is_draining]
+        groups = [g for g in groups if g.is_draining <= least.is_draining and g.has(adapter)]
         if not groups:
             return None
         group = min(groups, key=lambda group: (-group.match(steps), group.num_requests))
@@ -167,13 +183,13 @@ class LlmGroups:
             self._forget_holder(step, group.peer.id)
 
 
-def prefix_steps(prompt: ExpandedPrompt, mm_hashes: list[str]) -> list[bytes]:
+def prefix_steps(prompt: ExpandedPrompt, mm_hashes: list[str], adapter: str = "") -> list[bytes]:
     """Return a name for each of the prompt's first whole steps.
 
-    Equal names mean equal tokens and items up to the end of the step.
+    Equal names mean the same adapter, and equal tokens and items up to the end of the step.
     """
     names: list[bytes] = []
-    parent = prompt.cache_salt
+    parent = prompt.cache_salt + adapter.encode()
     items = list(zip(prompt.placeholders.tolist(), mm_hashes, strict=True))
     for step in range(min(prompt.num_tokens // PREFIX_TOKENS, MAX_STEPS)):
         start = step * PREFIX_TOKENS

@@ -16,6 +16,7 @@ from common.logs import get_logger
 from common.member import Event, Member, Posted
 from common.messages import (
     Abort,
+    Adapters,
     Alone,
     Cleared,
     Failed,
@@ -213,6 +214,8 @@ class Worker:
                 self._turn.release(key, peer_id)
             case LlmLoad():
                 self._groups.update_load(peer_id, message)
+            case Adapters():
+                self._groups.update_adapters(peer_id, message)
             case _:
                 self._dispatcher.handle_message(peer_id, message)
 
@@ -399,10 +402,11 @@ class Worker:
         items = preparation.items
         expanded = self._preprocessor.expand(preparation.token_ids, [*items])
         prompt = self._prompt_of(preparation, expanded)
-        llm = self._groups.choose(expanded, [item.mm_hash for item in items], submit.avoid)
+        hashes = [item.mm_hash for item in items]
+        llm = self._groups.choose(expanded, hashes, submit.avoid, submit.adapter)
         if llm is None:
-            error = "no language group is connected: try again in a moment"
-            raise Unavailable(error, stage="llm")
+            what = f"has the adapter {submit.adapter!r}" if submit.adapter else "is connected"
+            raise Unavailable(f"no language group {what}: try again in a moment", stage="llm")
         ids = Tensor.of(expanded.token_ids) if submit.return_prompt_token_ids else None
         self._remove_preparation(key)
         sizes = Tensor.of(np.array(preparation.sizes, np.int64)) if items else None
@@ -469,6 +473,7 @@ class Worker:
             output_token_ids=submit.output_token_ids,
             cache_salt=expanded.cache_salt,
             rope_parameter=expanded.rope_parameter,
+            adapter=submit.adapter,
             whole=expanded.whole,
             apart=submit.apart_in_llm,
             task=submit.task,

@@ -24,6 +24,8 @@ FILES_AND_LISTS = {
     "autoscale",
     "buckets",
     "embeddings",
+    "lora",
+    "lora_root",
     "out",
 }
 """Texts that their own readers check."""

@@ -72,9 +72,10 @@ class OpeningCore(FakeCore):
         self._draw = draw
         self._workbench = Workbench(PREPROCESSOR)
 
-    def check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> str:
         if model not in (None, self.model_name):
             raise NotFound("this model is not served")
+        return ""
 
     @asynccontextmanager
     async def generate(

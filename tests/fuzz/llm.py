@@ -89,7 +89,7 @@ class LlmTarget(Target):
         hashes = tuple(hash_of(content) for content in (1, 2))
         return super().pools(number) | {
             "mm_hash": hashes,
-            "adapter": (0,),
+            "adapter": ("", "unknown"),
             "rope_parameter": (0, 3),
         }
 

@@ -10,6 +10,7 @@ import grpc
 
 from common.errors import NotFound
 from common.messages import Usage
+from services.gateway.adapters import AdaptersOfGroups
 from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits
 from services.gateway.generation import (
@@ -23,6 +24,7 @@ from services.gateway.generation import (
 from services.gateway.grpc_api import create_server
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
+from services.gateway.peers import Peers
 from services.gateway.servers import HttpServer
 
 TIMINGS = {
@@ -84,6 +86,7 @@ class FakeCore:
         self.aborted = asyncio.Event()
         self.reason = ""
         self.is_draining = False
+        self.adapters = AdaptersOfGroups(Peers())
 
     @asynccontextmanager
     async def generate(
@@ -116,9 +119,12 @@ class FakeCore:
             if not ended:
                 self.aborted.set()
 
-    def check_model(self, model: str | None) -> None:
-        if model not in (None, self.model_name):
-            raise NotFound(f"no model {model!r} is served")
+    def check_model(self, model: str | None) -> str:
+        if model in (None, self.model_name):
+            return ""
+        if model in self.adapters.paths():
+            return model
+        raise NotFound(f"no model {model!r} is served")
 
     def max_model_len(self) -> int | None:
         return 4096

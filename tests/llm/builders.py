@@ -10,6 +10,7 @@ import numpy as np
 from common.messages import Peer, Prompt, Sampling, Stopping
 from common.wire import Tensor
 from services.llm.block_pool import BlockPool
+from services.llm.lora_registry import Resident
 from services.llm.request import Request
 from services.llm.scheduler import Chunk, Scheduler, embeddings_of
 from services.llm.step_plan import StepPlan
@@ -35,7 +36,7 @@ def create_prompt(
     sampling: dict[str, Any] | None = None,
     cache_salt: bytes = b"",
     rope_parameter: int = 0,
-    adapter: int = 0,
+    adapter: str = "",
     whole: bool = False,
     apart: bool = False,
     **stopping: Any,
@@ -71,9 +72,13 @@ def create_prompt(
 
 
 def create_request(
-    *args: Any, salt: bytes = b"", has_embeddings: bool = True, **kwargs: Any
+    *args: Any,
+    salt: bytes = b"",
+    has_embeddings: bool = True,
+    resident: Resident | None = None,
+    **kwargs: Any,
 ) -> Request:
-    request = Request(create_prompt(*args, **kwargs, cache_salt=salt))
+    request = Request(create_prompt(*args, **kwargs, cache_salt=salt), adapter=resident)
     for image in range(len(request.placeholders)) if has_embeddings else ():
         give_embeddings(request, image)
     return request

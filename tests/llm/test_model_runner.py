@@ -43,8 +43,9 @@ class Sequence:
     """A golden request: its tokens with their positions and embeddings, and blocks that lie
     anywhere in the cache."""
 
-    def __init__(self, case: GoldenCase, blocks: np.ndarray) -> None:
+    def __init__(self, case: GoldenCase, blocks: np.ndarray, adapter: int = 0) -> None:
         self.blocks = blocks
+        self.adapter = adapter
         self.num_computed = 0
         self.token_ids = np.array(case.expected["input_ids"], np.int64)
         self.positions = case.tensors["position_ids"]
@@ -108,7 +109,7 @@ def step(runner: ModelRunner, work: list[tuple[Sequence, int]]) -> np.ndarray:
             np.int64,
         ),
         rope_parameters=np.zeros(len(work), np.int64),
-        adapters=np.zeros(len(work), np.int64),
+        adapters=np.array([s.adapter for s, _ in work], np.int64),
     )
     embeddings = []
     for (s, count), span, image in zip(work, spans, is_image, strict=True):
@@ -141,10 +142,12 @@ def runner_of(
     )
 
 
-def forced_logits(runner: ModelRunner, case: GoldenCase, chunk: int) -> np.ndarray:
+def forced_logits(
+    runner: ModelRunner, case: GoldenCase, chunk: int, adapter: int = 0
+) -> np.ndarray:
     """Logits of the last prompt token and of every greedy token but the last, the expected ones
     being fed."""
-    sequence = Sequence(case, blocks_of(1)[0])
+    sequence = Sequence(case, blocks_of(1)[0], adapter)
     logits = np.empty((0, runner.vocab_size), np.float32)
     while not len(logits):
         logits = step(runner, [(sequence, min(chunk, sequence.num_left))])

@@ -42,9 +42,12 @@ class Remade(GoldenCase):
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> GoldenCase:
-    """A golden case with random attention of 28 and 4 heads."""
+    return padded_case(tmp_path_factory.mktemp("padded") / "model")
+
+
+def padded_case(folder: Path) -> GoldenCase:
+    """Return a golden case with random attention of 28 and 4 heads, written to a new folder."""
     given = GoldenCase("c_gqa_tp8")
-    folder = tmp_path_factory.mktemp("padded") / "model"
     shutil.copytree(given.checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]

@@ -1,5 +1,6 @@
 """Which requests a step computes, how far, and who gives way where memory is short."""
 
+from services.llm.lora_registry import Resident
 from services.llm.request import Request
 from services.llm.scheduler import Scheduler
 from tests.llm.builders import (
@@ -364,7 +365,7 @@ def test_a_preempted_request_that_must_be_whole_is_computed_whole_again() -> Non
 def test_a_plan_carries_the_rope_parameter_and_the_adapter_of_each_sequence() -> None:
     scheduler = create_scheduler(
         create_request("a", num_tokens=3, rope_parameter=7),
-        create_request("b", num_tokens=3, adapter=2),
+        create_request("b", num_tokens=3, resident=Resident(2, "a", "/a", b"identity")),
     )
     plan = scheduler.plan(scheduler.schedule())
     assert (plan.rope_parameters.tolist(), plan.adapters.tolist()) == ([7, 0], [0, 2])

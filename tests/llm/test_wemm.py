@@ -62,6 +62,7 @@ class Sequence:
     def __init__(self, number: int, blocks: np.ndarray) -> None:
         self.blocks = blocks
         self.num_computed = 0
+        self.adapter = 0
         self.token_ids, start = prompt_of(number)
         self.embeddings = embeddings_of(number)
         self.is_image = np.zeros(len(self.token_ids), bool)

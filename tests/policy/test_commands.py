@@ -17,6 +17,7 @@ SERVE = """
 --autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help --image-formats
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
+--lora --lora-root --max-lora-rank --max-loras
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
 --max-num-batched-tokens --max-num-seqs --max-pixels --max-waiting --metric-aliases --min-pixels
 --model --no-metric-aliases --no-ui --otlp-traces-endpoint --preprocess

@@ -111,7 +111,7 @@ BAD_PROMPTS: dict[str, Prompt] = {
     "rope_delta below": replace(PLAIN, rope_delta=-(2**48)),
     "rope_delta above": replace(PLAIN, rope_delta=2**48),
     "rope_parameter": replace(PLAIN, rope_parameter=2**48),
-    "adapter": replace(PLAIN, adapter=1),
+    "adapter": replace(PLAIN, adapter="unknown"),
     "placeholders that overlap": replace(
         create_prompt("bad", images=((1, 3, 1), (5, 2, 2))),
         placeholders=Tensor.of(np.array([[1, 3], [2, 2]])),

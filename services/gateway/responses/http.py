@@ -1,6 +1,6 @@
 """POST /v1/responses as an ASGI application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,9 +35,9 @@ class Responses(Endpoint[AskedResponse]):
 
     def parse(self, body: bytearray, request_id: str, timeout: float | None) -> AskedResponse:
         request = parse_responses(body)
-        self.core.check_model(request.model)
-        writer = ResponseWriter(request_id, self.core.model_name, request)
-        generation = self._generation(request, request_id, timeout)
+        adapter = self.core.check_model(request.model)
+        writer = ResponseWriter(request_id, adapter or self.core.model_name, request)
+        generation = replace(self._generation(request, request_id, timeout), adapter=adapter)
         return AskedResponse([generation], request, writer)
 
     def _generation(

@@ -7,7 +7,8 @@ import torch
 from common.checkpoint import Checkpoint
 from services.llm.families import qwen2_5_vl, qwen_vl, vlmo, wemm
 from services.llm.language_model import LanguageModel
-from services.llm.loading import ShardLoader
+from services.llm.loading import RankBounds, ShardLoader
+from services.llm.lora_weights import LoraTarget
 from services.llm.parallel import Shard
 from services.llm.pooling_model import PoolingModel
 
@@ -17,6 +18,11 @@ FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], LanguageModel]] = {
     "wemm": wemm.load,
 }
 """How the model of a family is loaded, by its `model_type`."""
+LORA_TARGETS: dict[str, Callable[[RankBounds], dict[str, LoraTarget]]] = {
+    "qwen2_5_vl": qwen2_5_vl.lora_targets,
+    "qwen": qwen_vl.lora_targets,
+}
+"""Where a rank adds the pairs of a LoRA adapter, for the families that have adapters."""
 POOLING_FAMILIES: dict[str, Callable[[Checkpoint, ShardLoader], PoolingModel]] = {
     "vlmo": vlmo.load,
 }

@@ -10,7 +10,8 @@ from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.qwen2_5_vl import HEAD, is_tied
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, RotaryTables, rotary_tables
-from services.llm.loading import ShardLoader
+from services.llm.loading import RankBounds, ShardLoader
+from services.llm.lora_weights import Columns, LoraTarget, Rows
 
 PREFIX = "model.language_model"
 
@@ -120,6 +121,22 @@ def load_layer(loader: ShardLoader, name: str) -> Layer:
         gate_up=loader.projection(torch.cat((gate, up))),
         down=loader.projection(down),
     )
+
+
+def lora_targets(bounds: RankBounds) -> dict[str, LoraTarget]:
+    """Return where a rank adds the pairs of an adapter, by the modules of a layer."""
+    q = bounds.q_bounds
+    kv = bounds.kv_bounds
+    mlp = bounds.mlp_bounds
+    return {
+        "self_attn.q_proj": Rows("qkv", (q,)),
+        "self_attn.k_proj": Rows("qkv", (kv,), q.length),
+        "self_attn.v_proj": Rows("qkv", (kv,), q.length + kv.length),
+        "self_attn.o_proj": Columns("o", q),
+        "mlp.gate_proj": Rows("gate_up", (mlp,)),
+        "mlp.up_proj": Rows("gate_up", (mlp,), mlp.length),
+        "mlp.down_proj": Columns("down", mlp),
+    }
 
 
 def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.qwen_vl import seq_length
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, RotaryTables, rotary_tables
-from services.llm.loading import Bounds, ShardLoader
+from services.llm.loading import Bounds, RankBounds, ShardLoader
+from services.llm.lora_weights import Columns, LoraTarget, Rows
 
 PREFIX = "transformer"
 SUPPORTED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
@@ -128,15 +129,30 @@ def load_layer(loader: ShardLoader, name: str) -> Layer:
     )
 
 
-def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:
-    """Return this rank's query, key and value rows as one weight and one bias.
+def lora_targets(bounds: RankBounds) -> dict[str, LoraTarget]:
+    """Return where a rank adds the pairs of an adapter, by the modules of a layer."""
+    mlp = bounds.mlp_bounds
+    return {
+        "attn.c_attn": Rows("qkv", tuple(qkv_blocks(bounds))),
+        "attn.c_proj": Columns("o", bounds.q_bounds),
+        "mlp.w2": Rows("gate_up", (mlp,)),
+        "mlp.w1": Rows("gate_up", (mlp,), mlp.length),
+        "mlp.c_proj": Columns("down", mlp),
+    }
 
-    They are three blocks of one tensor, and each rank takes its share of each.
-    """
+
+def qkv_blocks(bounds: RankBounds) -> list[Bounds]:
+    """Return a rank's query, key and value rows, which are three blocks of one tensor."""
+    rows = bounds.sizes.num_heads * bounds.sizes.head_dim
+    first, last, _ = bounds.q_bounds
+    return [Bounds(block * rows + first, block * rows + last) for block in range(3)]
+
+
+def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:
+    """Return this rank's query, key and value rows as one weight and one bias."""
     sizes = loader.sizes
     rows = sizes.num_heads * sizes.head_dim
-    first, last, _ = loader.q_bounds
-    blocks = [Bounds(block * rows + first, block * rows + last) for block in range(3)]
+    blocks = qkv_blocks(loader)
     weights = [
         loader.rows(f"{name}.weight", (3 * rows, sizes.hidden_size), bounds) for bounds in blocks
     ]

@@ -1,0 +1,97 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shape."""
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from common.errors import InvalidRequest
+from common.messages import MAX_PATH_BYTES
+from services.gateway.bodies import Bodies
+from services.gateway.generation import Core
+from services.gateway.invalid_field import explain_body_error
+from services.gateway.json_bounds import check_json
+
+
+class Load(BaseModel):
+    """The body of a load."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1, max_length=MAX_PATH_BYTES)
+    load_inplace: bool = False
+    """Whether an adapter of this name may be replaced."""
+
+
+class Unload(BaseModel):
+    """The body of an unload."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: int | None = None
+    """vLLM's own number of an adapter, which it does not read either."""
+
+
+B = TypeVar("B", Load, Unload)
+
+
+class AdapterEndpoint(ABC):
+    """An endpoint that changes the adapters, as an ASGI application."""
+
+    def __init__(self, core: Core, bodies: Bodies) -> None:
+        self.core = core
+        self.bodies = bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.bodies.reserve(scope) as reservation:
+            body = await self.bodies.read(receive, reservation)
+            text = await self.change(body)
+        await PlainTextResponse(text)(scope, receive, send)
+
+    @abstractmethod
+    async def change(self, body: bytearray) -> str:
+        """Do what a body asks for, and return what the client reads.
+
+        Raises
+        ------
+        ServingError
+            if that is not possible.
+        """
+
+
+class LoadAdapterEndpoint(AdapterEndpoint):
+    """POST /v1/load_lora_adapter."""
+
+    async def change(self, body: bytearray) -> str:
+        asked = parse(Load, body)
+        check_new_name(self.core, asked.lora_name)
+        await self.core.adapters.load(asked.lora_name, asked.lora_path, asked.load_inplace)
+        return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
+
+
+class UnloadAdapterEndpoint(AdapterEndpoint):
+    """POST /v1/unload_lora_adapter."""
+
+    async def change(self, body: bytearray) -> str:
+        asked = parse(Unload, body)
+        await self.core.adapters.unload(asked.lora_name)
+        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+
+
+def check_new_name(core: Core, name: str) -> None:
+    """Raise InvalidRequest if the served model would hide an adapter of this name."""
+    if name == core.model_name:
+        raise InvalidRequest(f"{name!r} is the served model: give the adapter another name")
+
+
+def parse(kind: type[B], body: bytearray) -> B:
+    """Return a body. Raises InvalidRequest if it is malformed."""
+    check_json(body)
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise explain_body_error(error) from None
