@@ -27,7 +27,9 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 
 def shown(asked: GenerationRequest) -> list[dict[str, Any]]:
     """Return the tools that the model is shown."""
-    tools: list[dict[str, Any]] = json.loads(asked.chat_options)["tools"]
+    tools: list[dict[str, Any]] = (
+        json.loads(asked.chat_options)["tools"] if asked.chat_options else []
+    )
     return tools
 
 

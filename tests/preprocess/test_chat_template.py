@@ -117,7 +117,7 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         ([], "at least one message"),
         ({"role": "user"}, "must be a list"),
         (["hi"], r"messages\[0\].role must be one of system, developer, user, assistant"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\].role"),
+        ([{"role": "king", "content": "x"}], r"messages\[0\].role"),
         ([{"role": "user", "content": 7}], r"messages\[0\].content must be text or a list"),
         (
             [{"role": "user", "content": [text("a"), {"type": "audio"}]}],
