@@ -3,11 +3,13 @@
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,12 +25,16 @@ from services.gateway import sse
 from services.gateway.bodies import Bodies, BodyDrop
 from services.gateway.body_budget import BodyBudget
 from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
+from services.gateway.cors import Cors
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
 from services.gateway.pooling_http import Classifications, Embeddings
+from services.gateway.request_log import HUNG_UP, current_end, one_line
 from services.gateway.responses.http import Responses, refuse_stored
 from services.gateway.schema import new_request_id
 from services.gateway.ui.endpoints import Ui
+
+PAGE = "/ui"
 
 
 def create_app(
@@ -37,6 +43,7 @@ def create_app(
     budget: BodyBudget | None = None,
     admitted_images: BodyBudget | None = None,
     ui: Ui | None = None,
+    cors: Cors | None = None,
 ) -> Starlette:
     """Return the application. The budgets are shared with the other API: for bodies before
     admission, and for the images of admitted requests. The page is served if `ui` is
@@ -47,35 +54,57 @@ def create_app(
         Bodies(max_body_bytes, budget or BodyBudget()),
         admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES),
     )
+    routes = [
+        Route("/v1/chat/completions", ChatCompletions(*shared), methods=["POST"]),
+        Route(
+            "/v1/token_timestamps/chat/completions",
+            TimedChatCompletions(*shared),
+            methods=["POST"],
+        ),
+        Route("/v1/responses", Responses(*shared), methods=["POST"]),
+        Route("/v1/responses/{id:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
+        Route("/v1/classify", Classifications(*shared), methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
+        Route("/v1/models", info.models),
+        Route("/v1/models/{model:path}", info.model),
+        Route("/livez", info.live),
+        Route("/readyz", info.ready),
+        Route("/health", info.ready),
+        Route("/metrics", info.metrics),
+        Route("/version", info.version),
+    ]
+    known = [describe_route(route) for route in routes]
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", ChatCompletions(*shared), methods=["POST"]),
-            Route(
-                "/v1/token_timestamps/chat/completions",
-                TimedChatCompletions(*shared),
-                methods=["POST"],
-            ),
-            Route("/v1/responses", Responses(*shared), methods=["POST"]),
-            Route("/v1/responses/{id:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
-            Route("/v1/classify", Classifications(*shared), methods=["POST"]),
-            Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
-            Route("/v1/models", info.models),
-            Route("/v1/models/{model:path}", info.model),
-            Route("/livez", info.live),
-            Route("/readyz", info.ready),
-            Route("/health", info.ready),
-            Route("/metrics", info.metrics),
-            Route("/version", info.version),
-            *(ui.routes() if ui else []),
+        routes=[*routes, *(ui.routes() if ui else [])],
+        middleware=[
+            Middleware(
+                RequestMiddleware,
+                core=core,
+                cors=cors or Cors(),
+                max_dropped_bytes=4 * max_body_bytes,
+            )
         ],
-        middleware=[Middleware(RequestMiddleware, core=core, max_dropped_bytes=4 * max_body_bytes)],
-        exception_handlers={ServingError: on_serving_error, HTTPException: on_http_exception},
+        exception_handlers={
+            ServingError: on_serving_error,
+            HTTPException: partial(on_http_exception, known),
+        },
     )
     app.router.redirect_slashes = False
     return app
 
 
+def describe_route(route: Route) -> str:
+    """Return the methods and the path of a route, as an error names them."""
+    path = route.path.replace(":path}", "}")
+    return f"{methods_of(route.methods or ())} {path}"
+
+
+def methods_of(methods: Iterable[str]) -> str:
+    return ", ".join(sorted(set(methods) - {"HEAD"}))
+
+
 def error_response(error: ServingError) -> JSONResponse:
+    current_end().fail(error)
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
@@ -87,55 +116,101 @@ async def on_serving_error(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Return the error of a path that does not exist, or that does not accept the method."""
+async def on_http_exception(known: list[str], request: Request, error: Exception) -> Response:
+    """Return the error of a path that does not exist, or that does not accept the method.
+
+    It names the paths that are `known`, or the methods that the path accepts.
+    """
     assert isinstance(error, HTTPException)
     detail = error.detail.lower()
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = methods_of(headers["Allow"].split(", "))
+        advice = f"use {headers['Allow']}"
+    else:
+        advice = f"what exists: {'; '.join(known)}"
+    message = f"{request.method} {shorten(request.scope['path'])}: {detail}; {advice}"
+    current_end().refuse(error.status_code, message)
     body = {
-        "message": f"{request.method} {shorten(request.scope['path'])}: {detail}",
+        "message": message,
         "type": "invalid_request_error",
         "param": None,
         "code": detail.replace(" ", "_"),
     }
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    return JSONResponse({"error": body}, error.status_code, headers)
 
 
 class RequestMiddleware:
     """Gives each request an id, which every response carries, and responds to unexpected errors.
 
-    It also reads and drops what the application leaves of the request's body.
+    It answers preflights, and adds what a web page needs to read a response. It also reads and
+    drops what the application leaves of the request's body, and logs how a request ends without an
+    answer.
     """
 
-    def __init__(self, app: ASGIApp, core: MeasuredCore, max_dropped_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, core: MeasuredCore, cors: Cors, max_dropped_bytes: int
+    ) -> None:
         self.app = app
         self.core = core
+        self.cors = cors
         self.max_dropped_bytes = max_dropped_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope["request_id"] = request_id = new_request_id(Headers(scope=scope).get("x-request-id"))
-        started = False
+        headers = Headers(scope=scope)
+        scope["request_id"] = request_id = new_request_id(headers.get("x-request-id"))
+        scope["path"] = without_slash(scope["path"])
+        is_page = scope["path"].startswith(PAGE)
         drop = BodyDrop(scope, receive, send, self.max_dropped_bytes)
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                if self.core.is_draining or drop.is_unread:
-                    headers["connection"] = "close"
-            await drop.send(message)
-
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        answer = Answer(
+            drop, request_id, [] if is_page else self.cors.headers(headers.get("origin"))
+        )
+        app = self.app
+        if scope["method"] == "OPTIONS" and not is_page:
+            app = self.cors.preflight(headers) or app
+        answer.closes = self.core.is_draining
+        with one_line(request_id) as end:
             try:
                 with serving_errors_only(), suppress(ClientDisconnect):
-                    await self.app(scope, drop.receive, send_with_id)
+                    await app(scope, drop.receive, answer.send)
             except ServingError as error:
-                if started:
+                end.fail(error)
+                if answer.is_started:
                     raise
-                await error_response(error)(scope, drop.receive, send_with_id)
+                await error_response(error)(scope, drop.receive, answer.send)
+            if not answer.is_complete and not scope.get("is_refused"):
+                end.give_up(scope.get("gave_up", HUNG_UP))
+
+
+class Answer:
+    """Sends the response to one request, with the headers that every response has."""
+
+    def __init__(self, drop: BodyDrop, request_id: str, cors: list[tuple[str, str]]) -> None:
+        self.closes = False
+        """Whether the connection is closed after the response."""
+        self.is_started = False
+        self.is_complete = False
+        self._drop = drop
+        self._headers = [("x-request-id", request_id), *cors]
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            headers = MutableHeaders(scope=message)
+            for name, value in self._headers:
+                headers.append(name, value)
+            if self.closes or self._drop.is_unread:
+                headers["connection"] = "close"
+        elif not message.get("more_body", False):
+            self.is_complete = True
+        await self._drop.send(message)
+
+
+def without_slash(path: str) -> str:
+    """Return the path without the slash at its end. The page's has a redirection of its own."""
+    return path if path in ("/", f"{PAGE}/") else path.removesuffix("/")
 
 
 class InfoEndpoints:
