@@ -123,21 +123,20 @@ async def on_http_exception(known: list[str], request: Request, error: Exception
     """
     assert isinstance(error, HTTPException)
     detail = error.detail.lower()
-    headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = methods_of(headers["Allow"].split(", "))
-        advice = f"use {headers['Allow']}"
+        assert error.headers
+        advice = f"use {methods_of(error.headers['Allow'].split(', '))}"
     else:
         advice = f"what exists: {'; '.join(known)}"
-    message = f"{request.method} {shorten(request.scope['path'])}: {detail}; {advice}"
-    current_end().refuse(error.status_code, message)
+    reason = f"{request.method} {shorten(request.scope['path'])}: {detail}"
+    current_end().refuse(error.status_code, reason)
     body = {
-        "message": message,
+        "message": f"{reason}; {advice}",
         "type": "invalid_request_error",
         "param": None,
         "code": detail.replace(" ", "_"),
     }
-    return JSONResponse({"error": body}, error.status_code, headers)
+    return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
 class RequestMiddleware:

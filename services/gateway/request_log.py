@@ -25,7 +25,8 @@ def log_abort(request_id: str, reason: str) -> None:
 class RequestEnd:
     """Why a request has no answer, or no whole one; nothing is known while all goes well."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_id: str = "") -> None:
+        self.request_id = request_id
         self._status = 0
         self._reason = ""
         self._fields: dict[str, str] = {}
@@ -70,7 +71,7 @@ _end = ContextVar[RequestEnd | None]("request_end", default=None)
 @contextmanager
 def one_line(request_id: str) -> Iterator[RequestEnd]:
     """Write the line of a request after the block. Tasks that the block starts share its end."""
-    end = RequestEnd()
+    end = RequestEnd(request_id)
     token = _end.set(end)
     with structlog.contextvars.bound_contextvars(request_id=request_id):
         try:
