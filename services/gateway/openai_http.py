@@ -176,9 +176,11 @@ class RequestMiddleware:
                     await app(scope, drop.receive, answer.send)
             except ServingError as error:
                 end.fail(error)
-                if answer.is_started:
+                if answer.status:
                     raise
                 await error_response(error)(scope, drop.receive, answer.send)
+            if answer.status >= 400:
+                end.refuse(answer.status, HTTPStatus(answer.status).phrase)
             if not answer.is_complete and not scope.get("is_refused"):
                 end.give_up(scope.get("gave_up", HUNG_UP))
 
@@ -189,14 +191,15 @@ class Answer:
     def __init__(self, drop: BodyDrop, request_id: str, cors: list[tuple[str, str]]) -> None:
         self.closes = False
         """Whether the connection is closed after the response."""
-        self.is_started = False
+        self.status = 0
+        """The status that was sent; 0 before the response has begun."""
         self.is_complete = False
         self._drop = drop
         self._headers = [("x-request-id", request_id), *cors]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.is_started = True
+            self.status = message["status"]
             headers = MutableHeaders(scope=message)
             for name, value in self._headers:
                 headers.append(name, value)

@@ -14,7 +14,8 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
+--autoscale --block-size --cors-origins
+--detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help --image-formats
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
  --max-connections --max-connections-per-client --max-frames --max-held-body-mib --max-model-len
