@@ -3,7 +3,6 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -17,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import ServingError, Unavailable, shorten
@@ -28,13 +26,18 @@ from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
 from services.gateway.cors import Cors
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
+from services.gateway.openapi import ApiRoute, Schema, document
 from services.gateway.pooling_http import Classifications, Embeddings
+from services.gateway.pooling_schema import ClassifyRequest, EmbeddingsRequest
 from services.gateway.request_log import HUNG_UP, current_end, one_line
 from services.gateway.responses.http import Responses, refuse_stored
-from services.gateway.schema import new_request_id
+from services.gateway.responses.schema import ResponsesRequest
+from services.gateway.schema import ChatRequest, new_request_id
 from services.gateway.ui.endpoints import Ui
 
 PAGE = "/ui"
+STREAMED = ("application/json", "text/event-stream")
+"""The media types of an answer that may be a stream."""
 
 
 def create_app(
@@ -55,25 +58,63 @@ def create_app(
         admitted_images or BodyBudget(MAX_ADMITTED_IMAGE_BYTES),
     )
     routes = [
-        Route("/v1/chat/completions", ChatCompletions(*shared), methods=["POST"]),
-        Route(
+        ApiRoute(
+            "/v1/chat/completions",
+            ChatCompletions(*shared),
+            "Answer a chat.",
+            methods=["POST"],
+            body=ChatRequest,
+            media_types=STREAMED,
+        ),
+        ApiRoute(
             "/v1/token_timestamps/chat/completions",
             TimedChatCompletions(*shared),
+            "Answer a chat, with the times of its tokens.",
             methods=["POST"],
+            body=ChatRequest,
+            media_types=STREAMED,
         ),
-        Route("/v1/responses", Responses(*shared), methods=["POST"]),
-        Route("/v1/responses/{id:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
-        Route("/v1/classify", Classifications(*shared), methods=["POST"]),
-        Route("/v1/embeddings", Embeddings(*shared), methods=["POST"]),
-        Route("/v1/models", info.models),
-        Route("/v1/models/{model:path}", info.model),
-        Route("/livez", info.live),
-        Route("/readyz", info.ready),
-        Route("/health", info.ready),
-        Route("/metrics", info.metrics),
-        Route("/version", info.version),
+        ApiRoute(
+            "/v1/responses",
+            Responses(*shared),
+            "Make a response, in OpenAI's newer form of a chat.",
+            methods=["POST"],
+            body=ResponsesRequest,
+            media_types=STREAMED,
+        ),
+        ApiRoute(
+            "/v1/responses/{id:path}",
+            refuse_stored,
+            "Say that no response is stored.",
+            methods=["GET", "POST", "DELETE"],
+        ),
+        ApiRoute(
+            "/v1/classify",
+            Classifications(*shared),
+            "Return the probabilities of a classifier's labels.",
+            methods=["POST"],
+            body=ClassifyRequest,
+        ),
+        ApiRoute(
+            "/v1/embeddings",
+            Embeddings(*shared),
+            "Return the embeddings of texts or of an image.",
+            methods=["POST"],
+            body=EmbeddingsRequest,
+        ),
+        ApiRoute("/v1/models", info.models, "List the models."),
+        ApiRoute("/v1/models/{model:path}", info.model, "Describe a model."),
+        ApiRoute("/livez", info.live, "Say that the process lives."),
+        ApiRoute("/readyz", info.ready, "Say whether requests can be answered."),
+        ApiRoute("/health", info.ready, "The same as /readyz."),
+        ApiRoute(
+            "/metrics", info.metrics, "Return Prometheus metrics.", media_types=["text/plain"]
+        ),
+        ApiRoute("/version", info.version, "Return the version of Twinlens."),
+        ApiRoute("/openapi.json", info.openapi, "Return this document."),
     ]
-    known = [describe_route(route) for route in routes]
+    info.document = document(routes, version("twinlens"))
+    known = [f"{', '.join(r.documented_methods)} {r.documented_path}" for r in routes]
     app = Starlette(
         routes=[*routes, *(ui.routes() if ui else [])],
         middleware=[
@@ -91,16 +132,6 @@ def create_app(
     )
     app.router.redirect_slashes = False
     return app
-
-
-def describe_route(route: Route) -> str:
-    """Return the methods and the path of a route, as an error names them."""
-    path = route.path.replace(":path}", "}")
-    return f"{methods_of(route.methods or ())} {path}"
-
-
-def methods_of(methods: Iterable[str]) -> str:
-    return ", ".join(sorted(set(methods) - {"HEAD"}))
 
 
 def error_response(error: ServingError) -> JSONResponse:
@@ -125,7 +156,8 @@ async def on_http_exception(known: list[str], request: Request, error: Exception
     detail = error.detail.lower()
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         assert error.headers
-        advice = f"use {methods_of(error.headers['Allow'].split(', '))}"
+        allowed = set(error.headers["Allow"].split(", ")) - {"HEAD"}
+        advice = f"use {', '.join(sorted(allowed))}"
     else:
         advice = f"what exists: {'; '.join(known)}"
     reason = f"{request.method} {shorten(request.scope['path'])}: {detail}"
@@ -221,6 +253,8 @@ class InfoEndpoints:
     def __init__(self, core: MeasuredCore) -> None:
         self.core = core
         self.created = int(time.time())
+        self.document: Schema = {}
+        """The OpenAPI document, set once there are routes."""
 
     def describe_model(self) -> dict[str, Any]:
         return {
@@ -250,6 +284,9 @@ class InfoEndpoints:
         # On a thread, because it takes some milliseconds.
         text = await asyncio.to_thread(generate_latest, self.core.metrics.registry)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(self.document)
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": version("twinlens")})
