@@ -76,6 +76,12 @@ class TooLarge(InvalidRequest):
     http_status = 413
 
 
+class UnsupportedType(InvalidRequest):
+    """A body is not in a form, or not encoded in a way, that the server reads."""
+
+    http_status = 415
+
+
 class TooSlow(InvalidRequest):
     """A request is sent too slowly."""
 
@@ -120,6 +126,7 @@ BY_CODE = {
         InvalidRequest,
         UnreadableImage,
         TooLarge,
+        UnsupportedType,
         TooSlow,
         NotFound,
         Exhausted,

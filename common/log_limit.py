@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_LINES = 10
+MAX_ENDS = 10_000
+"""The lines of one cause that may pass if they say how a request ended without an answer."""
 WINDOW_SECONDS = 10.0
 MAX_CAUSES = 1000
 MAX_REPORTED_CAUSES = 10
@@ -36,7 +38,9 @@ class LogLimit(logging.Filter):
     arguments are filled in. If there are too many causes, new ones count as one.
 
     A line below "warning" which names a request always passes. There is one such line for a
-    request that was admitted, so admission limits their rate, and each says something else.
+    request that was admitted, so admission limits their rate, and each says something else. Nothing
+    limits the rate of requests that are refused. Of the lines that name a request and its status,
+    MAX_ENDS pass.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,8 +52,10 @@ class LogLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line may be written."""
-        if record.levelno < logging.WARNING and names_request(record):
+        is_end = names(record, "request_id", "status")
+        if record.levelno < logging.WARNING and names(record, "request_id") and not is_end:
             return True
+        most = MAX_ENDS if is_end else MAX_LINES
         now = self._clock()
         with self._lock:
             window = self._window_of(cause_of(record), now)
@@ -57,7 +63,7 @@ class LogLimit(logging.Filter):
                 window.began = now
                 window.num_lines = 0
             window.num_lines += 1
-            if window.num_lines > MAX_LINES:
+            if window.num_lines > most:
                 window.num_left_out += 1
                 return False
             record.left_out = window.num_left_out
@@ -105,5 +111,5 @@ def cause_of(record: logging.LogRecord) -> Cause:
     return record.levelno, first_line[:MAX_CAUSE_CHARS]
 
 
-def names_request(record: logging.LogRecord) -> bool:
-    return isinstance(record.msg, dict) and "request_id" in record.msg
+def names(record: logging.LogRecord, *fields: str) -> bool:
+    return isinstance(record.msg, dict) and all(field in record.msg for field in fields)

@@ -3,6 +3,8 @@
 import os
 import re
 
+from common.errors import shorten
+
 MAX_SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux (unix(7))."""
 MAX_NAME_CHARS = 190
@@ -52,3 +54,14 @@ def objection_to_http_url(text: str) -> str:
     if text and not re.match(r"https?://[^/\s]+", text):
         return "give http://HOST:PORT, or https:// for TLS"
     return objection_to_text(text)
+
+
+def objection_to_origins(text: str) -> str:
+    """Return why a text is not a list of origins of web pages. An empty text names none."""
+    for origin in text.split(",") if text else ():
+        if not re.fullmatch(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s,*]+/?", origin.strip()):
+            return (
+                f"{shorten(origin)!r} is not an origin: give SCHEME://HOST or SCHEME://HOST:PORT, "
+                "separated by commas, or * for all"
+            )
+    return ""

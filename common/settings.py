@@ -13,6 +13,7 @@ from common.setting_checks import (
     objection_to_address,
     objection_to_http_url,
     objection_to_name,
+    objection_to_origins,
     objection_to_text,
 )
 
@@ -252,6 +253,12 @@ class ApiSettings:
     )
     record_mib: int = setting(1024, "largest size of the file of --record, in MiB", range=MEBIBYTES)
     ui: bool = setting(True, "serve the web page at /ui")
+    cors_origins: str = setting(
+        "",
+        "origins of web pages that may use the API, separated by commas, or * for all (always "
+        "allowed: http and https pages on localhost, 127.0.0.1 and [::1])",
+        objection=objection_to_origins,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,12 @@ class Acceptor:
             if self._limits.make_room(client):
                 self._serve(connection, client)
             else:
-                get_logger().warning("refused a connection", client=client)
+                get_logger().warning(
+                    "refused a connection",
+                    client=client,
+                    status=TOO_MANY.status.value,
+                    reason=TOO_MANY.message,
+                )
                 refuse(connection)
 
     def _serve(self, connection: socket.socket, client: str) -> None:

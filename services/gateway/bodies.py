@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -10,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import TooLarge, TooSlow
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
+from services.gateway.encodings import decoded
 from services.gateway.limits import (
     BODY_PATIENCE_SECONDS,
     DROP_PATIENCE_SECONDS,
@@ -78,6 +80,33 @@ class Bodies:
                 stage="gateway",
             ) from None
         return body
+
+    async def decode(
+        self, scope: Scope, body: bytearray, encoding: str, reservation: Reservation
+    ) -> bytearray:
+        """Return a body that is encoded as `encoding_of` says; `reservation` grows with it.
+
+        Clients take turns with each piece of it, so a large one delays another client little.
+
+        Raises
+        ------
+        InvalidRequest
+            if it cannot be decoded.
+        TooLarge
+            if it is larger than any body may be, once it is decoded.
+        Exhausted
+            if there is no room for it.
+        """
+        turns = self._large if len(body) > SMALL_BODY_BYTES else self._small
+        client = client_of(address_of(scope))
+        pieces = decoded(body, encoding)
+        whole = bytearray()
+        while (piece := await turns.run(client, partial(next, pieces, None))) is not None:
+            if len(whole) + len(piece) > self._max_bytes:
+                raise too_large(self._max_bytes)
+            reservation.grow(len(piece))
+            whole += piece
+        return whole
 
     async def work(self, scope: Scope, body: bytearray, function: Callable[[], T]) -> T:
         """Return what the function returns, which does something with the body.

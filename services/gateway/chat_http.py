@@ -21,10 +21,9 @@ STREAM_HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class AskedChat(Asked):
-    """The request of a chat, what writes its answer, and whether the answer is streamed."""
+    """The request of a chat, and what writes its answer."""
 
     writer: sse.CompletionWriter
-    is_streamed: bool
 
 
 class ChatCompletions(Endpoint[AskedChat]):
@@ -49,7 +48,7 @@ class ChatCompletions(Endpoint[AskedChat]):
             token_times=[TokenTimes() for _ in range(generation.n)] if has_times else None,
             names_tool=chat.tool_use.is_named,
         )
-        return AskedChat([generation], writer, bool(chat.stream))
+        return AskedChat([generation], writer, is_streamed=bool(chat.stream))
 
     async def answer(self, asked: AskedChat, scope: Scope, receive: Receive, send: Send) -> None:
         [generation] = asked.requests

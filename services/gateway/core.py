@@ -442,9 +442,6 @@ class GatewayCore:
 
     def _fail(self, record: Record, error: ServingError) -> None:
         self._drop(record.choices, outline(error))
-        self._log.warning(
-            "failed", **record.log_ids, code=error.code, stage=error.stage, reason=error.message
-        )
         record.choices.events.put_nowait(error)
 
     def _drop(self, choices: Choices, reason: str = "") -> None:

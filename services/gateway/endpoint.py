@@ -4,17 +4,19 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from common.errors import InvalidRequest
 from common.tracing import read_traceparent
 from services.gateway.bodies import Bodies, address_of
 from services.gateway.body_budget import BodyBudget, Reservation
+from services.gateway.encodings import check_content_type, encoding_of, remove_mark
 from services.gateway.generation import Core, GenerationRequest
 from services.gateway.schema import MAX_TIMEOUT
 
@@ -24,6 +26,7 @@ class Asked:
     """What a body asks for: one request, or several that are answered together."""
 
     requests: list[GenerationRequest]
+    is_streamed: bool = field(default=False, kw_only=True)
 
 
 A = TypeVar("A", bound=Asked)
@@ -62,9 +65,15 @@ class Endpoint(ABC, Generic[A]):
         """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))
+        headers = Headers(scope=scope)
+        timeout = read_timeout(headers.get("x-request-timeout"))
+        check_content_type(headers)
+        encoding = encoding_of(headers)
         with self.bodies.reserve(scope) as reservation:
             body = await self.bodies.read(receive, reservation)
+            if encoding:
+                body = await self.bodies.decode(scope, body, encoding, reservation)
+            remove_mark(body)
             work = self._answer(body, timeout, reservation, scope, receive, send)
             del body
             await cancel_on_disconnect(work, receive)
@@ -82,6 +91,8 @@ class Endpoint(ABC, Generic[A]):
         parse = partial(self.parse, body, scope["request_id"], timeout)
         asked = await self.bodies.work(scope, body, parse)
         del body, parse
+        if asked.is_streamed:
+            begin_stream(scope)
         if traceparent := read_traceparent(Headers(scope=scope).get("traceparent")):
             asked.requests[:] = [replace(r, traceparent=traceparent) for r in asked.requests]
         reservation.release()
@@ -100,9 +111,23 @@ def read_timeout(header: str | None) -> float | None:
         seconds = math.nan
     if not 0 < seconds <= MAX_TIMEOUT:
         raise InvalidRequest(
-            "X-Request-Timeout: must be a number of seconds above 0", stage="gateway"
+            f"X-Request-Timeout: must be a number of seconds above 0, up to {MAX_TIMEOUT:.0f}",
+            stage="gateway",
         )
     return seconds
+
+
+def begin_stream(scope: Scope) -> None:
+    """Note that the answer is a stream, so that its client has gone once it sends no more.
+
+    Raises
+    ------
+    ClientDisconnect
+        if it sends no more already.
+    """
+    scope["is_streamed"] = True
+    if scope.get("has_ended"):
+        raise ClientDisconnect
 
 
 async def cancel_on_disconnect(work: Awaitable[None], receive: Receive) -> None:

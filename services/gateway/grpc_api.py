@@ -51,6 +51,7 @@ from services.gateway.grpc_reads import Reads, client_name
 from services.gateway.grpc_wire import TooManyFields, split_media
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES, SMALL_BODY_BYTES
 from services.gateway.readiness import ReadinessServicer
+from services.gateway.request_log import current_end, one_line
 from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import READ_SECONDS
 from services.gateway.turns import Turns
@@ -218,8 +219,10 @@ class InferenceServicer:
         is_large = len(split.request) > SMALL_BODY_BYTES
         request = await self._work(context, is_large, partial(message_of, kind, split.request))
         metadata = dict(context.invocation_metadata() or ())
-        request_id = new_request_id(request.request_id or metadata.get("x-request-id"))
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        request_id = current_end().request_id
+        if request.request_id:
+            request_id = new_request_id(request.request_id)
+            structlog.contextvars.bind_contextvars(request_id=request_id)
         await context.send_initial_metadata((("x-request-id", request_id),))
         adapter = self.core.check_model(request.model or None)
         timeout = context.time_remaining()
@@ -331,12 +334,18 @@ class Reflection(reflection.aio.ReflectionServicer):
 
 @asynccontextmanager
 async def abort_on_error(context: Context) -> AsyncIterator[None]:
-    """Abort the call with the status of the error that the block raises."""
-    try:
-        with serving_errors_only():
-            yield
-    except ServingError as error:
-        await abort(context, error)
+    """Abort the call with the status of the error that the block raises, and log why it ended."""
+    metadata = dict(context.invocation_metadata() or ())
+    with one_line(new_request_id(metadata.get("x-request-id"))) as end:
+        try:
+            with serving_errors_only():
+                yield
+        except ServingError as error:
+            end.fail(error)
+            await abort(context, error)
+        except asyncio.CancelledError:
+            end.give_up()
+            raise
 
 
 async def abort(context: Context, error: ServingError) -> None:

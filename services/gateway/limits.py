@@ -26,6 +26,8 @@ MAX_CHUNKS = 2**18
 """The most chunks of one body."""
 MAX_PIPELINED = 16
 """The most requests of one connection that wait for the answers to those before them."""
+MAX_ECHOED_BYTES = 1000
+"""The most bytes of a header that an answer repeats."""
 HEAD_SECONDS = 10.0
 """How long a client may take for a request line and its headers."""
 MIN_BODY_BYTES_PER_SECOND = 16 * 1024

@@ -10,7 +10,7 @@ from common.errors import Internal, ServingError
 from common.logs import get_logger
 from common.messages import Usage
 from common.metrics import TOKENS, StageMetrics
-from common.tracing import NO_TRACING, Tracing
+from common.tracing import NO_TRACING, Tracing, trace_id_of
 from services.gateway.generation import (
     Core,
     Ended,
@@ -21,6 +21,7 @@ from services.gateway.generation import (
 )
 from services.gateway.observers import ABORTED, POOLED, Observation, RequestObserver
 from services.gateway.peers import STAGES
+from services.gateway.request_log import current_end
 from services.gateway.traces import RequestTraces
 
 OUTCOMES = ("stop", "length", "tool_calls", ABORTED, Internal.code)
@@ -272,11 +273,13 @@ class MeasuredCore:
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         arrival = time.monotonic()
         request = self.traces.with_span(request, arrival)
+        current_end().trace(trace_id_of(request.span.traceparent))
         async with AsyncExitStack() as stack:
             try:
                 with serving_errors_only():
                     events = await stack.enter_async_context(self.core.generate(request))
             except ServingError as error:
+                current_end().fail(error)
                 for observer in self.observers:
                     observer.on_refused(request, arrival, error)
                 raise
@@ -299,6 +302,7 @@ def ended_once(
             yield observed
     except ServingError as error:
         failure = error
+        current_end().fail(error)
         raise
     finally:
         outcome = failure.code if failure else observed.outcome

@@ -1,8 +1,11 @@
 """Answers to connections that never become a request."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
+
+from common.logs import get_logger
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,17 @@ class Refusal:
     status: HTTPStatus
     message: str
 
-    def response(self) -> bytes:
+    def log(self, request_id: str, client: str) -> None:
+        """Write the log line of a request that never reaches the application."""
+        get_logger().info(
+            "refused",
+            request_id=request_id,
+            status=self.status.value,
+            reason=self.message,
+            client=client,
+        )
+
+    def response(self, headers: Iterable[tuple[str, str]] = ()) -> bytes:
         """Return the whole HTTP response, with OpenAI's error object as its body."""
         is_busy = self.status == HTTPStatus.TOO_MANY_REQUESTS
         error = {
@@ -25,6 +38,7 @@ class Refusal:
         head = (
             f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
+            "connection: close\r\n"
         )
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
         return head.encode() + body

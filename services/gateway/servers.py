@@ -17,6 +17,7 @@ from common.settings import GatewaySettings
 from services.gateway.acceptor import Acceptor
 from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits, num_connections_allowed
+from services.gateway.cors import Cors
 from services.gateway.grpc_api import create_server
 from services.gateway.grpc_connections import ConnectionShares
 from services.gateway.http_protocol import BoundedProtocol
@@ -43,7 +44,12 @@ class HttpServer(uvicorn.Server):
     takes too long.
     """
 
-    def __init__(self, app: Starlette, limits: ConnectionLimits | None = None) -> None:
+    def __init__(
+        self,
+        app: Starlette,
+        limits: ConnectionLimits | None = None,
+        cors: Cors | None = None,
+    ) -> None:
         # X-Forwarded-For is not believed, because a client could choose its address by it.
         config = uvicorn.Config(
             app,
@@ -56,6 +62,7 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(config)
         self._limits = limits or ConnectionLimits(num_connections_allowed())
+        self._cors = cors or Cors()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, which uvicorn leaves to asyncio otherwise."""
@@ -67,7 +74,9 @@ class HttpServer(uvicorn.Server):
 
     def _protocol(self, client: str) -> BoundedProtocol:
         loop = asyncio.get_running_loop()
-        return BoundedProtocol(self.config, self.server_state, loop, self._limits, client)
+        return BoundedProtocol(
+            self.config, self.server_state, loop, self._limits, self._cors, client
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -143,8 +152,9 @@ async def start_api_servers(
             num_connections_allowed(settings.max_connections), settings.max_connections_per_client
         )
         ui = create_ui(watched, channel) if watched and settings.ui else None
-        app = create_app(core, max_body_bytes, budget, admitted_images, ui)
-        http = HttpServer(app, limits)
+        cors = Cors(settings.cors_origins)
+        app = create_app(core, max_body_bytes, budget, admitted_images, ui, cors)
+        http = HttpServer(app, limits, cors)
         servers = ApiServers(http, asyncio.create_task(http.serve([listener])), grpc_server, ui)
         shares = ConnectionShares(grpc_port, max_connections())
         keeping_shares = asyncio.create_task(shares.keep())

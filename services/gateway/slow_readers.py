@@ -11,8 +11,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from common.logs import get_logger
-
 READ_SECONDS = 30.0
 """How long a client may leave bytes unread before it is cut off."""
 MIN_READ_BYTES = 16 * 1024
@@ -44,13 +42,16 @@ class ReadDeadlineProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._cancel_read_timer()
 
+    def give_up(self, reason: str) -> None:
+        """Note why the connection is closed."""
+
     def _start_read_timer(self, unread: int) -> None:
         self._read_timer = self.loop.call_later(self.read_seconds, self._check_progress, unread)
 
     def _check_progress(self, unread_before: int) -> None:
         unread = self.transport.get_write_buffer_size()
         if unread_before - unread < MIN_READ_BYTES:
-            get_logger().warning("cut off a client that does not read", unread=unread)
+            self.give_up(f"the client left {unread} bytes of its answer unread")
             connection = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ZERO)
             self.transport.abort()

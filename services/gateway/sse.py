@@ -20,6 +20,7 @@ ERROR_CODES = {
     "InvalidRequest": "invalid_request",
     "UnreadableImage": "unreadable_image",
     "TooLarge": "too_large",
+    "UnsupportedType": "unsupported_media_type",
     "TooSlow": "request_timeout",
     "NotFound": "model_not_found",
     "Exhausted": "rate_limit_exceeded",

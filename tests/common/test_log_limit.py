@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.log_limit import MAX_CAUSES, MAX_LINES, WINDOW_SECONDS, LogLimit
+from common.log_limit import MAX_CAUSES, MAX_ENDS, MAX_LINES, WINDOW_SECONDS, LogLimit
 
 
 class Log:
@@ -59,6 +59,15 @@ def test_an_info_line_about_one_request_always_passes(log: Log) -> None:
     assert [log.write(answered) for _ in range(100)].count(None) == 100 - MAX_LINES
     gone = [log.write({"event": "peer gone"}, logging.INFO) for _ in range(100)]
     assert gone.count(None) == 100 - MAX_LINES
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_many_lines_that_say_how_a_request_ended_pass(log: Log, level: int) -> None:
+    ended = {"event": "refused", "request_id": "r", "status": 400}
+    written = [log.write(ended, level) for _ in range(MAX_ENDS + 5)]
+    assert written.count(None) == 5
+    log.now += WINDOW_SECONDS
+    assert log.write(ended, level) == 5
 
 
 def test_different_causes_take_bounded_memory_and_are_limited_together(log: Log) -> None:

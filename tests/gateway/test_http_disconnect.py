@@ -1,4 +1,7 @@
-"""A request is aborted as soon as its client disconnects, whatever it waits for."""
+"""A request is aborted as soon as its client disconnects, whatever it waits for.
+
+A client that only ends its side, right after it asked for a whole answer, still gets the answer.
+"""
 
 import asyncio
 import json
@@ -7,7 +10,8 @@ from typing import Any
 import pytest
 
 from services.gateway.generation import Began, Piece
-from tests.gateway.fake_core import FOREVER, FakeCore, http_server
+from services.gateway.http_protocol import BoundedProtocol
+from tests.gateway.fake_core import FOREVER, HELLO, FakeCore, http_server
 
 BEFORE_THE_FIRST_TOKEN = (FOREVER,)
 IN_THE_MIDDLE = (Began(None), Piece(0, [1], "x", []), FOREVER)
@@ -22,8 +26,10 @@ def request(path: str = "chat/completions", **body: Any) -> bytes:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", [BEFORE_THE_FIRST_TOKEN, IN_THE_MIDDLE])
 async def test_a_request_is_aborted_when_its_client_disconnects(
-    script: tuple[Any, ...], stream: bool
+    monkeypatch: pytest.MonkeyPatch, script: tuple[Any, ...], stream: bool
 ) -> None:
+    if not stream:
+        monkeypatch.setattr(BoundedProtocol, "half_close_seconds", -1.0)
     core = FakeCore(*script)
     async with http_server(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -36,7 +42,10 @@ async def test_a_request_is_aborted_when_its_client_disconnects(
 
 
 @pytest.mark.parametrize("path", ["classify", "embeddings"])
-async def test_a_request_for_no_text_is_aborted_when_its_client_disconnects(path: str) -> None:
+async def test_a_request_for_no_text_is_aborted_when_its_client_disconnects(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "half_close_seconds", -1.0)
     core = FakeCore(Began(None), FOREVER)
     async with http_server(core) as port, asyncio.timeout(10):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -81,3 +90,31 @@ async def test_a_connection_serves_one_request_after_the_other() -> None:
             assert (await reader.readuntil(b"0\r\n\r\n")).count(b"[DONE]") == 1
         writer.close()
         await writer.wait_closed()
+
+
+@pytest.mark.parametrize("num_requests", [1, 3])
+async def test_a_client_that_only_ends_its_side_gets_a_whole_answer(num_requests: int) -> None:
+    go_on = asyncio.Event()
+    core = FakeCore(Began(None), go_on, *HELLO[1:])
+    async with http_server(core) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request() * num_requests)
+        writer.write_eof()
+        await core.waiting.wait()
+        go_on.set()
+        assert (await reader.read()).count(b'"content":"Hello"') == num_requests
+        writer.close()
+        await writer.wait_closed()
+    assert not core.aborted.is_set()
+
+
+async def test_a_client_of_a_stream_that_ends_its_side_has_hung_up() -> None:
+    core = FakeCore(*IN_THE_MIDDLE)
+    async with http_server(core) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(stream=True))
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+    assert not core.requests or core.aborted.is_set()

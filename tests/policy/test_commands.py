@@ -14,7 +14,8 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---autoscale --block-size --detokenizer --device --dtype --embedding-cache-mib --embeddings
+--autoscale --block-size --cors-origins
+--detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help --image-formats
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib
 --lora --lora-root --max-lora-rank --max-loras

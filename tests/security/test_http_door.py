@@ -275,7 +275,10 @@ async def test_requests_that_wait_on_one_connection_are_few() -> None:
         assert len(core.requests) == 1
 
 
-async def test_a_disconnect_ends_the_first_of_several_requests_of_a_connection() -> None:
+async def test_a_disconnect_ends_the_first_of_several_requests_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "half_close_seconds", -1.0)
     core = FakeCore(FOREVER)
     async with http_server(core) as port, asyncio.timeout(10):
         _, writer = await connect(port)

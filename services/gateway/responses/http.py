@@ -12,6 +12,7 @@ from services.gateway.chat_http import send_body, start_stream
 from services.gateway.endpoint import Asked, Endpoint
 from services.gateway.generation import Began, Ended, GenerationRequest, Piece
 from services.gateway.invalid_field import InvalidField
+from services.gateway.request_log import current_end
 from services.gateway.responses.schema import (
     NOT_STORED,
     ResponsesRequest,
@@ -38,7 +39,7 @@ class Responses(Endpoint[AskedResponse]):
         adapter = self.core.check_model(request.model)
         writer = ResponseWriter(request_id, adapter or self.core.model_name, request)
         generation = replace(self._generation(request, request_id, timeout), adapter=adapter)
-        return AskedResponse([generation], request, writer)
+        return AskedResponse([generation], request, writer, is_streamed=bool(request.stream))
 
     def _generation(
         self,
@@ -108,8 +109,10 @@ class Responses(Endpoint[AskedResponse]):
 
 async def refuse_stored(request: Request) -> Response:
     """Answer whatever asks for a response that was made before."""
+    message = f"{request.method} {request.url.path}: {NOT_STORED}"
+    current_end().refuse(404, message)
     error = {
-        "message": f"{request.method} {request.url.path}: {NOT_STORED}",
+        "message": message,
         "type": "invalid_request_error",
         "param": None,
         "code": "response_not_stored",

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.bodies import address_of
 from services.gateway.body_budget import client_of
 from services.gateway.chat_http import send_body, start_stream
-from services.gateway.endpoint import cancel_on_disconnect
+from services.gateway.endpoint import begin_stream, cancel_on_disconnect
 from services.gateway.ui.feed import Feed
 from services.gateway.ui.files import FILES, File
 from services.gateway.ui.pipeline import Pipeline, WatchedCore
@@ -59,6 +59,7 @@ class Events:
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin_stream(scope)
         await cancel_on_disconnect(self._send(scope, send), receive)
 
     async def _send(self, scope: Scope, send: Send) -> None:
