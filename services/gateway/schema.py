@@ -20,6 +20,7 @@ from services.gateway.chat_messages import (
 )
 from services.gateway.choices import read_n
 from services.gateway.generation import GenerationRequest
+from services.gateway.image_parts import bounded
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES
@@ -126,6 +127,7 @@ class ChatRequest(Body):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
     priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     @property
     def tool_use(self) -> ToolUse:
@@ -209,7 +211,7 @@ def chat_to_generation(
         request_id=request_id,
         prompt_kind="messages",
         prompt=encode_messages(messages),
-        images=tuple(images),
+        images=bounded(images, chat.mm_processor_kwargs),
         sampling=sampling,
         stopping=stopping,
         timeout=timeout,
