@@ -73,6 +73,10 @@ class RecordedItem(msgspec.Struct, kw_only=True, frozen=True):
     frame_lengths: Annotated[tuple[Number, ...], msgspec.Meta(max_length=MAX_FRAMES)] = ()
     """The bytes of each frame of a video that came as images; empty for a file."""
     fps: Fps | None = None
+    min_pixels: Number | None = None
+    """The fewest pixels that the client wanted the resized item to have."""
+    max_pixels: Number | None = None
+    """The most pixels that the client wanted the resized item to have."""
 
 
 class Asked(msgspec.Struct, tag="request", kw_only=True, frozen=True, omit_defaults=True):

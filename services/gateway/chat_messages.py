@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from common.chat import ROLES
-from services.gateway.images import check_item_count, read_data_uri
+from services.gateway.image_parts import read_image
+from services.gateway.images import check_item_count
 from services.gateway.invalid_field import InvalidField
 from services.gateway.limits import MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.tool_messages import read_tool_fields
@@ -96,10 +97,10 @@ def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str,
             return {"type": "text", "text": text}
         case {"type": "refusal", "refusal": str(text)} if role == "assistant":
             return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
+        case {"type": "image_url", "image_url": str() | {"url": str()}}:
             check_role("an image", role, path)
             check_item_count(len(images) + 1)
-            images.append(read_data_uri(url, f"{path}.image_url", len(images)))
+            images.append(read_image(part, path, len(images)))
             return {"type": "image"}
         case {"type": "video" | "video_url"}:
             check_role("a video", role, path)

@@ -11,11 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import InvalidRequest, TooLarge
+from common.pixel_bounds import PixelBounds
 from common.wire import Buffer
 from services.gateway.images import check_item_count
 from services.gateway.invalid_field import InvalidField
 from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
-from services.gateway.videos import Media, Video, check_frame_count, read_fps, video_of
+from services.gateway.videos import (
+    BoundedImage,
+    Media,
+    Video,
+    bytes_of,
+    check_frame_count,
+    read_fps,
+    video_of,
+)
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
@@ -32,6 +41,8 @@ TEXT, TOKEN_IDS, IMAGES, GUIDE, VIDEOS = 3, 4, 5, 9, 11
 """Numbers of fields in GenerateRequest and GenerateStreamRequest."""
 NESTED = (6, 7, 8, GUIDE)
 """Numbers of the fields that are messages with plain values."""
+DATA, MIN_PIXELS, MAX_PIXELS = 1, 2, 3
+"""Numbers of fields in Image."""
 FRAMES, FILE, FPS = 1, 2, 3
 """Numbers of fields in Video."""
 OTHER = 0
@@ -116,6 +127,10 @@ class Walker:
             yield Field(number, wire_type, position, value, after)
             position = after
 
+    def number(self, field: Field) -> int:
+        """Return the value of a field that is a number."""
+        return self._varint(field.value, field.end)[0]
+
     def _varint(self, position: int, end: int) -> tuple[int, int]:
         """Return the number at the position, and the position after it."""
         number = 0
@@ -142,14 +157,14 @@ def split_media(data: bytes, max_model_len: int | None, max_fields: int | None =
     context = max_model_len or DEFAULT_CONTEXT
     walker = Walker(data, max_fields or MAX_MESSAGES + min(context, MAX_UNPACKED_IDS))
     view = memoryview(data)
-    images: list[Buffer] = []
+    images: list[Media] = []
     videos: list[Video] = []
     kept: list[Buffer] = []
     bounds = Bounds(context)
     for field in walker.fields(0, len(data)):
         if field.number == IMAGES and field.wire_type == BYTES:
             check_item_count(len(images) + len(videos) + 1)
-            images.append(view[image_range(walker, field)])
+            images.append(read_image(walker, field, view))
             continue
         if field.number == VIDEOS and field.wire_type == BYTES:
             check_item_count(len(images) + len(videos) + 1)
@@ -165,13 +180,25 @@ def split_media(data: bytes, max_model_len: int | None, max_fields: int | None =
     return Split(b"".join(kept), (*images, *videos))
 
 
-def image_range(walker: Walker, image: Field) -> slice:
-    """Return where the last field `data` of an Image has its bytes."""
-    found = slice(0, 0)
+def read_image(walker: Walker, image: Field, view: memoryview) -> Media:
+    """Return an Image, of whose fields the last ones count.
+
+    Raises
+    ------
+    InvalidRequest
+        if its bounds are wrong.
+    """
+    data: Buffer = b""
+    numbers: dict[int, int] = {}
     for field in walker.fields(image.value, image.end):
-        if field.number == 1 and field.wire_type == BYTES:
-            found = slice(field.value, field.end)
-    return found
+        if field.number == DATA and field.wire_type == BYTES:
+            data = view[field.value : field.end]
+        elif field.number in (MIN_PIXELS, MAX_PIXELS) and field.wire_type == VARINT:
+            numbers[field.number] = walker.number(field)
+    bounds = PixelBounds(numbers.get(MIN_PIXELS), numbers.get(MAX_PIXELS))
+    if bounds.objection:
+        raise InvalidField("images", bounds.objection)
+    return BoundedImage(data, bounds) if bounds else data
 
 
 def read_video(walker: Walker, video: Field, view: memoryview, before: Sequence[Video]) -> Video:
@@ -189,7 +216,7 @@ def read_video(walker: Walker, video: Field, view: memoryview, before: Sequence[
         kind = field.number, field.wire_type
         if kind == (FRAMES, BYTES):
             check_frame_count(len(frames) + 1, before)
-            frames.append(view[image_range(walker, field)])
+            frames.append(read_frame(walker, field, view))
         elif kind == (FILE, BYTES):
             file = view[field.value : field.end]
         elif kind == (FPS, FIXED64):
@@ -198,6 +225,15 @@ def read_video(walker: Walker, video: Field, view: memoryview, before: Sequence[
         raise InvalidField("videos", "send either the frames or the file of a video")
     fps = read_fps(fps, "videos.fps")
     return video_of(frames, fps) if frames else Video(file, fps=fps)
+
+
+def read_frame(walker: Walker, frame: Field, view: memoryview) -> Buffer:
+    """Return the bytes of a frame. All frames are resized alike, so none may have bounds."""
+    image = read_image(walker, frame, view)
+    if isinstance(image, BoundedImage):
+        problem = "min_pixels and max_pixels are not supported in frames; leave them out"
+        raise InvalidField("videos.frames", problem)
+    return bytes_of(image)
 
 
 class Bounds:

@@ -11,7 +11,6 @@ from common.logs import get_logger
 from common.messages import Usage
 from common.recording import Answered, Asked, File, RecordedItem, file_hash
 from common.settings import GatewaySettings
-from common.wire import Buffer
 from services.gateway.generation import (
     Began,
     Ended,
@@ -22,7 +21,7 @@ from services.gateway.generation import (
 )
 from services.gateway.observers import Observation
 from services.gateway.recording_file import DISK_ERRORS, RecordingFile, open_recording
-from services.gateway.videos import Media, Video
+from services.gateway.videos import Media, Video, bounds_of, bytes_of
 
 RECORD_BYTES = 1000
 """Roughly what a record takes besides the bytes of a prompt, a file or an answer."""
@@ -169,16 +168,18 @@ class RecordedRequest:
         self._recorder.end(answered)
 
 
-def bytes_of(media: Media) -> Buffer:
-    return media.data if isinstance(media, Video) else media
-
-
 def recorded_item(media: Media) -> RecordedItem:
     """Return what a request has of an image or a video, which refers to its bytes by their hash."""
-    hash = file_hash(bytes_of(media))
+    bounds = bounds_of(media)
+    item = partial(
+        RecordedItem,
+        hash=file_hash(bytes_of(media)),
+        min_pixels=bounds.min_pixels,
+        max_pixels=bounds.max_pixels,
+    )
     if not isinstance(media, Video):
-        return RecordedItem(hash=hash)
-    return RecordedItem(kind="video", hash=hash, frame_lengths=media.frame_lengths, fps=media.fps)
+        return item()
+    return item(kind="video", frame_lengths=media.frame_lengths, fps=media.fps)
 
 
 def asked(

@@ -21,6 +21,7 @@ from services.gateway.chat_messages import (
 )
 from services.gateway.choices import read_n
 from services.gateway.generation import GenerationRequest
+from services.gateway.image_parts import bounded
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES
@@ -132,6 +133,7 @@ class ChatRequest(Body):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     @property
     def tool_use(self) -> ToolUse:
@@ -220,7 +222,7 @@ def chat_to_generation(
         request_id=request_id,
         prompt_kind="messages",
         prompt=encode_messages(messages),
-        images=tuple(images),
+        images=bounded(images, chat.mm_processor_kwargs),
         sampling=sampling,
         stopping=stopping,
         timeout=timeout,

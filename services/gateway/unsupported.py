@@ -36,7 +36,6 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "chat_template": (),
     "documents": ([],),
-    "mm_processor_kwargs": ({},),
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
@@ -52,7 +51,6 @@ IN_POOLING: dict[str, tuple[Any, ...]] = {
     for name in (
         "chat_template",
         "documents",
-        "mm_processor_kwargs",
         "truncate_prompt_tokens",
     )
 } | {
@@ -60,28 +58,13 @@ IN_POOLING: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "activation": (True,),
+    "mm_processor_kwargs": ({},),
     "add_special_tokens": (True,),
     "normalize": (True,),
     "softmax": (True,),
     "use_activation": (True,),
 }
 """Fields of a classification or of a request for embeddings that are refused, in the same form."""
-IN_VIDEO: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    (
-        "max_frames",
-        "max_pixels",
-        "min_frames",
-        "min_pixels",
-        "nframes",
-        "resized_height",
-        "resized_width",
-        "total_pixels",
-        "video_end",
-        "video_start",
-    ),
-    (),
-)
-"""Fields of a video in a message that are refused, in the same form."""
 IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),

@@ -14,6 +14,7 @@ from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.messages import ItemKind
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Buffer
 from services.preprocess import chat_template, hermes, images, videos
@@ -121,22 +122,26 @@ class Preprocessor:
             case _:
                 assert_never(kind)
 
-    def num_tokens(self, size: tuple[int, int], max_patches: int = 0) -> int:
+    def num_tokens(
+        self, size: tuple[int, int], max_patches: int = 0, bounds: PixelBounds = NO_BOUNDS
+    ) -> int:
         """Return the tokens that an image of this (height, width) becomes.
 
         Raises InvalidRequest if there can be no such image.
         """
-        return self.rules.num_tokens(*self.rules.fitting_size(*size, max_patches))
+        return self.rules.num_tokens(*self.rules.fitting_size(*size, max_patches, bounds))
 
-    def num_tokens_of(self, opened: Opened, max_patches: int = 0) -> int:
+    def num_tokens_of(
+        self, opened: Opened, max_patches: int = 0, bounds: PixelBounds = NO_BOUNDS
+    ) -> int:
         """Return the tokens that an opened item becomes, as far as its headers say that.
 
         Raises InvalidRequest if there can be no such item.
         """
         if isinstance(opened, Image):
-            return self.num_tokens(images.size_of(opened), max_patches)
+            return self.num_tokens(images.size_of(opened), max_patches, bounds)
         assert self.video_rules is not None
-        size = self.video_rules.fitting_size(*opened.size, opened.num_frames, max_patches)
+        size = self.video_rules.fitting_size(*opened.size, opened.num_frames, max_patches, bounds)
         return self.video_rules.num_tokens(*size, opened.num_frames)
 
     def prepare_item(
@@ -145,10 +150,12 @@ class Preprocessor:
         data: Buffer | Opened,
         max_patches: int = 0,
         form: VideoForm = VideoForm(),
+        bounds: PixelBounds = NO_BOUNDS,
     ) -> PreparedItem:
         """Decode, resize, cut into patches and name one item, encoded or already opened.
 
-        It must have at most `max_patches` patches, if that is not 0.
+        It must have at most `max_patches` patches, if that is not 0. The client's `bounds` are kept
+        as far as the deployment's limits allow.
 
         Raises
         ------
@@ -159,16 +166,16 @@ class Preprocessor:
         if isinstance(opened, bytes | bytearray | memoryview):
             opened = self.open_item(kind, opened, form)
         if not isinstance(opened, Image):
-            return self._prepare_video(opened, max_patches)
+            return self._prepare_video(opened, max_patches, bounds)
         image = images.decode(opened)
-        size = self.rules.fitting_size(image.height, image.width, max_patches)
+        size = self.rules.fitting_size(image.height, image.width, max_patches, bounds)
         resampling = self.checkpoint.family.resampling
         return self.rules.prepare_item(kind, images.resize(image, *size, resampling))
 
-    def _prepare_video(self, clip: Clip, max_patches: int) -> PreparedItem:
+    def _prepare_video(self, clip: Clip, max_patches: int, bounds: PixelBounds) -> PreparedItem:
         rules = self.video_rules
         assert rules is not None
-        height, width = rules.fitting_size(*clip.size, clip.num_frames, max_patches)
+        height, width = rules.fitting_size(*clip.size, clip.num_frames, max_patches, bounds)
         frames = np.empty((clip.num_frames, height, width, 3), dtype=np.uint8)
         for index, frame in enumerate(clip.frames()):
             frames[index] = images.resize(frame, height, width)

@@ -6,6 +6,7 @@ import numpy as np
 
 from common.errors import InvalidRequest
 from common.messages import Item, Submit, Task
+from common.pixel_bounds import PixelBounds
 from common.wire import Tensor
 from services.preprocess.token_rules import check_token_rules
 
@@ -54,6 +55,8 @@ def check_siblings(submit: Submit) -> None:
 def check_item(item: Item, name: str) -> None:
     """Raise InvalidRequest if the fields of an item do not fit together."""
     check_vector(item.data, "uint8", name)
+    if objection := PixelBounds(item.min_pixels, item.max_pixels).objection:
+        raise InvalidRequest(f"{name}: {objection}")
     if item.frame_lengths is None:
         return
     check_vector(item.frame_lengths, "int64", f"{name}: its frames")

@@ -6,6 +6,7 @@ from itertools import count
 import numpy as np
 
 from common.messages import Item
+from common.pixel_bounds import PixelBounds
 from services.preprocess.in_flight import Preparation
 from services.preprocess.prepared import ReadyItem
 from services.preprocess.sandbox.costs import (
@@ -34,7 +35,8 @@ def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
     blobs = [*texts, *(item.data.data for item in submit.items)]
     seconds = LEAST_SECONDS + SECONDS_PER_BYTE * sum(map(len, blobs))
     forms = forms_of(submit.items)
-    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms)
+    bounds = bounds_of(submit.items)
+    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms, bounds)
     return Task(job, blobs, seconds)
 
 
@@ -50,7 +52,7 @@ def preparing(preparation: Preparation, max_patches: int) -> Task:
         seconds += item_seconds(num_bytes, preparation.sizes[end], preparation.num_images[end])
     batch = items[first:end]
     kinds = tuple(item.kind for item in batch)
-    job = Prepare(first, kinds, max_patches, forms_of(batch, first))
+    job = Prepare(first, kinds, max_patches, forms_of(batch, first), bounds_of(batch, first))
     return Task(job, [item.data.data for item in batch], seconds)
 
 
@@ -62,6 +64,15 @@ def forms_of(items: Sequence[Item], first: int = 0) -> dict[int, VideoForm]:
             lengths = item.frame_lengths.numpy().tolist() if item.frame_lengths else ()
             forms[index] = VideoForm(tuple(lengths), item.fps)
     return forms
+
+
+def bounds_of(items: Sequence[Item], first: int = 0) -> dict[int, PixelBounds]:
+    """Return the bounds that the client sets to the items from index `first` on."""
+    return {
+        index: bounds
+        for index, item in enumerate(items, first)
+        if (bounds := PixelBounds(item.min_pixels, item.max_pixels))
+    }
 
 
 def ready_item(facts: PreparedFacts, patches: memoryview) -> ReadyItem:

@@ -184,16 +184,6 @@ def test_fields_that_do_not_change_the_answer_are_accepted(harmless: dict[str, A
     assert generation(seed=1, **harmless) == generation(seed=1)
 
 
-@pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "unheard-of", None])
-def test_any_detail_is_accepted(detail: str | None) -> None:
-    part = {
-        "type": "image_url",
-        "image_url": {"url": uri(b"x"), "detail": detail},
-        "prompt_cache_breakpoint": True,
-    }
-    assert generation(user(part)).images == (b"x",)
-
-
 UNSUPPORTED_VALUES = {
     "n": 2,
     "tools": [{"type": "function"}],

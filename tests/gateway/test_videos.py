@@ -70,7 +70,7 @@ def test_a_video_travels_with_the_lengths_of_its_frames() -> None:
         (FRAMES | {"fps": 0}, "fps: must be a number from 0.01 to 1000"),
         (FRAMES | {"fps": "2"}, "fps: must be a number"),
         (FRAMES | {"fps": True}, "fps: must be a number"),
-        (FILE | {"max_pixels": 9}, "messages[0].content[0].max_pixels: this field is not"),
+        (FILE | {"max_pixels": "9"}, "messages[0].content[0].max_pixels: must be a whole number"),
         (FILE | {"nframes": 4}, "nframes: this field is not supported"),
     ],
 )

@@ -9,7 +9,9 @@ from common.checkpoint import Checkpoint
 from common.errors import TooLarge
 from common.item_hash import item_hash
 from common.messages import ItemKind
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.families import ItemLimits
+from services.preprocess.families.limits import check_bounds
 from services.preprocess.prepared import PreparedItem
 
 MAX_SIDE = 96
@@ -69,8 +71,11 @@ class ToyRules:
         self._patches_per_token: int = eye["patches_per_token"]
         self._fingerprint = checkpoint.fingerprint
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
         size = min(height, MAX_SIDE), min(width, MAX_SIDE)
+        check_bounds(bounds, *size)
         rows, columns = self._grid(*size)
         if max_patches and rows * columns > max_patches:
             raise TooLarge(f"it has {rows * columns} patches, at most {max_patches} are allowed")

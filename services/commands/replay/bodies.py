@@ -92,13 +92,18 @@ def content_of(
 
 def item_part(item: RecordedItem, data: bytes) -> dict[str, Any]:
     """Return an image or a video as a part of a message."""
+    fields = {
+        name: value
+        for name in ("fps", "min_pixels", "max_pixels")
+        if (value := getattr(item, name)) is not None
+    }
     if item.kind == "image":
-        return {"type": "image_url", "image_url": {"url": data_uri(data, image_type(data))}}
-    fps = {} if item.fps is None else {"fps": item.fps}
+        url = data_uri(data, image_type(data))
+        return {"type": "image_url", "image_url": {"url": url}} | fields
     if not item.frame_lengths:
-        return {"type": "video_url", "video_url": {"url": data_uri(data, "video/mp4")}} | fps
+        return {"type": "video_url", "video_url": {"url": data_uri(data, "video/mp4")}} | fields
     frames = [data_uri(frame, image_type(frame)) for frame in frames_of(item, data)]
-    return {"type": "video", "video": frames} | fps
+    return {"type": "video", "video": frames} | fields
 
 
 def frames_of(item: RecordedItem, data: bytes) -> list[bytes]:
@@ -165,7 +170,9 @@ def grpc_request(exchange: Exchange, read_file: ReadFile) -> GrpcRequest:
         fields["text"] = text_of(messages_of(asked))
     files = [(item, read_file(item.hash)) for item in asked.items]
     fields["images"] = [
-        inference_pb2.Image(data=data) for item, data in files if item.kind == "image"
+        inference_pb2.Image(data=data, min_pixels=item.min_pixels, max_pixels=item.max_pixels)
+        for item, data in files
+        if item.kind == "image"
     ]
     if asked.task == "classify":
         return inference_pb2.ClassifyRequest(**fields)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from common.errors import InvalidRequest
+from common.pixel_bounds import PixelBounds
+
 
 @dataclass(frozen=True, slots=True)
 class ItemLimits:
@@ -20,3 +23,9 @@ class ItemLimits:
                 f"this model takes images of {side} x {side} pixels only, and resizes all to that: "
                 "leave out --min-pixels and --max-pixels"
             )
+
+
+def check_bounds(bounds: PixelBounds, height: int, width: int) -> None:
+    """Raise InvalidRequest if the client's bounds exclude the one size that an image gets."""
+    if objection := bounds.objection_to(height, width):
+        raise InvalidRequest(objection)

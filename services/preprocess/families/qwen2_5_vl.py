@@ -11,6 +11,7 @@ from common.families import qwen2_5_vl as family_rules
 from common.families.qwen2_5_vl import MAX_ASPECT_RATIO
 from common.item_hash import item_hash
 from common.messages import ItemKind
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.families.limits import ItemLimits
 from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
@@ -89,13 +90,17 @@ class Qwen25VLRules:
         """The sides of a resized image are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
-        rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
+        low, high = bounds.within(self.min_pixels, self.max_pixels)
+        rows, columns = smart_resize(height, width, self.factor, low, high)
         if not max_patches or self.num_patches(rows, columns) <= max_patches:
             return rows, columns
         largest = max_patches * self.patch_size**2
         if self.resizes_oversized and largest >= self.min_pixels:
-            rows, columns = smart_resize(height, width, self.factor, self.min_pixels, largest)
+            low = min(low, largest)
+            rows, columns = smart_resize(height, width, self.factor, low, largest)
         if self.num_patches(rows, columns) > max_patches:
             raise TooLarge(
                 f"it has {self.num_patches(rows, columns)} patches, the vision replicas take at "
@@ -146,16 +151,22 @@ class Qwen25VideoRules:
         self.resizes_oversized = limits.resizes_oversized
 
     def fitting_size(
-        self, height: int, width: int, num_frames: int, max_patches: int
+        self,
+        height: int,
+        width: int,
+        num_frames: int,
+        max_patches: int,
+        bounds: PixelBounds = NO_BOUNDS,
     ) -> tuple[int, int]:
+        low, high = bounds.within(self.min_pixels, self.max_pixels)
         most = self.max_tokens
         if max_patches:
             most = min(most, max_patches // self.merge_size**2)
         aim = most if self.resizes_oversized else self.max_tokens
         largest = aim // self.num_steps(num_frames) * self.factor**2
         if largest:
-            high = max(min(self.max_pixels, largest), self.min_pixels)
-            size = smart_resize(height, width, self.factor, self.min_pixels, high)
+            high = max(min(high, largest), self.min_pixels)
+            size = smart_resize(height, width, self.factor, min(low, high), high)
             if self.num_tokens(*size, num_frames) <= most:
                 return size
         raise TooLarge(

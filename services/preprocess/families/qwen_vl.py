@@ -17,7 +17,8 @@ from common.families.qwen_vl import (
     TURN_MARKERS,
 )
 from common.messages import ItemKind
-from services.preprocess.families.limits import ItemLimits
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
+from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import ChatPrompt, Piece, PromptParts
@@ -44,7 +45,10 @@ class QwenVLRules:
         self.chat_prompt = chat_prompt_of(checkpoint)
         limits.check_square(self.side)
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
+        check_bounds(bounds, self.side, self.side)
         num_patches = (self.side // self.patch_size) ** 2
         if max_patches and num_patches > max_patches:
             raise TooLarge(

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from common.messages import ItemKind
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.prepared import PreparedItem
 from services.preprocess.prompts import ChatPrompt, FitPrompt
 
@@ -27,10 +28,13 @@ class FamilyRules(Protocol):
         """Cuts or pads the tokens of a chat's prompt; None if prompts may have any length."""
         ...
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
         """Return the (height, width) to which an item of this size in pixels is resized.
 
-        It must have at most `max_patches` patches, if that is not 0.
+        It must have at most `max_patches` patches, if that is not 0. It keeps to the client's
+        `bounds` as far as the deployment's limits allow.
 
         Raises
         ------

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.prepared import PreparedItem
 
 
@@ -16,11 +17,17 @@ class VideoRules(Protocol):
         ...
 
     def fitting_size(
-        self, height: int, width: int, num_frames: int, max_patches: int
+        self,
+        height: int,
+        width: int,
+        num_frames: int,
+        max_patches: int,
+        bounds: PixelBounds = NO_BOUNDS,
     ) -> tuple[int, int]:
         """Return the (height, width) to which the frames of a video of this size are resized.
 
-        The video must have at most `max_patches` patches, if that is not 0.
+        The video must have at most `max_patches` patches, if that is not 0. Its frames keep to the
+        client's `bounds` as far as the deployment's limits allow.
 
         Raises
         ------

@@ -8,7 +8,8 @@ from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.families import vlmo as family_rules
 from common.messages import ItemKind
-from services.preprocess.families.limits import ItemLimits
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
+from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import Piece, PromptParts
@@ -58,7 +59,10 @@ class VlmoRules:
         padding = np.full(self.text_len - len(text), self.pad)
         return np.concatenate([text, padding, image])
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
+        check_bounds(bounds, self.side, self.side)
         return self.side, self.side
 
     def num_tokens(self, height: int, width: int) -> int:

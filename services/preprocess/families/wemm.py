@@ -11,7 +11,8 @@ from common.families import wemm as family_rules
 from common.families.wemm import END, START, grid_of
 from common.item_hash import item_hash
 from common.messages import ItemKind
-from services.preprocess.families.limits import ItemLimits
+from common.pixel_bounds import NO_BOUNDS, PixelBounds
+from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
 from services.preprocess.prompts import Piece, PromptParts
@@ -91,10 +92,17 @@ class WemmRules:
             )
         return limits.max_pixels // self.patch_size**2
 
-    def fitting_size(self, height: int, width: int, max_patches: int) -> tuple[int, int]:
+    def fitting_size(
+        self, height: int, width: int, max_patches: int, bounds: PixelBounds = NO_BOUNDS
+    ) -> tuple[int, int]:
         size = full_size(height, width, self.shortest, self.longest)
-        if self.max_patches and self._num_patches(size) > self.max_patches:
-            size = smaller_size(*size, self.patch_size, self.max_patches)
+        check_bounds(PixelBounds(bounds.min_pixels), *size)
+        most = self.max_patches
+        if bounds.max_pixels:
+            asked = max(bounds.max_pixels // self.patch_size**2, 1)
+            most = min(most or asked, asked)
+        if most and self._num_patches(size) > most:
+            size = smaller_size(*size, self.patch_size, most)
         if not max_patches or self._num_patches(size) <= max_patches:
             return size
         if not self.resizes_oversized:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from common.messages import ItemKind
+from common.pixel_bounds import PixelBounds
 from common.wire import Buffer
 from services.preprocess.image_formats import READABLE
 from services.preprocess.videos import DEFAULT_FPS, DEFAULT_MAX_FRAMES, VideoForm
@@ -73,6 +74,8 @@ class Read(msgspec.Struct, tag=True, frozen=True):
     has_room: bool
     forms: dict[int, VideoForm] = {}
     """The forms of the videos, by the index of the item."""
+    bounds: dict[int, PixelBounds] = {}
+    """The bounds that the client sets to the items, by the index of the item."""
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):
@@ -84,6 +87,8 @@ class Prepare(msgspec.Struct, tag=True, frozen=True):
     max_patches: int
     forms: dict[int, VideoForm] = {}
     """The forms of the videos, by the index of the item."""
+    bounds: dict[int, PixelBounds] = {}
+    """The bounds that the client sets to the items, by the index of the item."""
 
 
 Job = Read | Prepare

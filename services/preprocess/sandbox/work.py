@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -13,6 +13,7 @@ from PIL.Image import Image
 from common.chat import ChatOptions
 from common.errors import InvalidRequest, ServingError, shorten
 from common.messages import ItemKind
+from common.pixel_bounds import NO_BOUNDS
 from common.wire import Buffer, Tensor
 from services.preprocess import images
 from services.preprocess.grammars import Grammars
@@ -56,9 +57,7 @@ class Workbench:
                 case Read():
                     return self._read(job, blobs, limits)
                 case Prepare():
-                    items, patches = self._prepare(
-                        job.first, job.kinds, blobs, job.max_patches, limits, job.forms
-                    )
+                    items, patches = self._prepare(job.first, blobs, job, limits)
                     return Prepared(items), patches
                 case _:
                     assert_never(job)
@@ -83,14 +82,15 @@ class Workbench:
             with naming(kind, index):
                 item = self._preprocessor.open_item(kind, file, job.forms.get(index, VideoForm()))
                 opened.append(item)
-                num_tokens.append(self._preprocessor.num_tokens_of(item, job.max_patches))
+                bounds = job.bounds.get(index, NO_BOUNDS)
+                num_tokens.append(self._preprocessor.num_tokens_of(item, job.max_patches, bounds))
         sizes = tuple(map(size_of, opened))
         num_images = tuple(map(num_images_of, opened))
         items: tuple[PreparedFacts, ...] = ()
         patches: list[Buffer] = []
         costs = sum(map(item_seconds, map(len, files), sizes, num_images))
         if job.has_room and costs <= BATCH_SECONDS:
-            items, patches = self._prepare(0, job.kinds, opened, job.max_patches, limits)
+            items, patches = self._prepare(0, opened, job, limits)
         result = ReadDone(sizes, num_images, tuple(num_tokens), items)
         return result, [Tensor.of(token_ids).data, grammar, sequences, *patches]
 
@@ -130,11 +130,9 @@ class Workbench:
     def _prepare(
         self,
         first: int,
-        kinds: tuple[ItemKind, ...],
         files: Sequence[Buffer | Opened],
-        max_patches: int,
+        job: Job,
         limits: Meter,
-        forms: Mapping[int, VideoForm] = {},
     ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
         """Prepare the items from index `first` on: files, or opened ones.
 
@@ -142,12 +140,17 @@ class Workbench:
         """
         facts = []
         patches: list[Buffer] = []
-        for index, (kind, file) in enumerate(zip(kinds, files, strict=True), first):
+        for index, (kind, file) in enumerate(zip(job.kinds, files, strict=True), first):
             began = time.monotonic()
             limits.begin(index, ITEM_SECONDS[kind])
             with naming(kind, index):
-                form = forms.get(index, VideoForm())
-                item = self._preprocessor.prepare_item(kind, file, max_patches, form)
+                item = self._preprocessor.prepare_item(
+                    kind,
+                    file,
+                    job.max_patches,
+                    job.forms.get(index, VideoForm()),
+                    job.bounds.get(index, NO_BOUNDS),
+                )
                 patches.append(Tensor.of(item.patches()).data)
             facts.append(
                 PreparedFacts(
