@@ -36,7 +36,7 @@ Hash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 PromptKind = Annotated[str, msgspec.Meta(pattern=r"^(messages|token_ids)\Z")]
-GuideKind = Annotated[str, msgspec.Meta(pattern=r"^(json_object|json_schema|regex)?\Z")]
+GuideKind = Annotated[str, msgspec.Meta(pattern=r"^(json_object|json_schema|regex|tool_calls)?\Z")]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
@@ -101,6 +101,8 @@ class Asked(msgspec.Struct, tag="request", kw_only=True, frozen=True, omit_defau
     guide: str = ""
     timeout: Seconds | None = None
     """Seconds until the deadline; None if the client set none."""
+    chat_options: bytes = b""
+    """As in GenerationRequest."""
 
 
 class Answered(msgspec.Struct, tag="end", kw_only=True, frozen=True, omit_defaults=True):

@@ -200,4 +200,5 @@ def asked(
         guide_kind=request.guide_kind,
         guide=request.guide,
         timeout=request.timeout,
+        chat_options=request.chat_options,
     )

@@ -86,6 +86,16 @@ VIDEO_PARTS = [
     {"type": "text", "text": "What happens?"},
 ]
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "F.", "parameters": SCHEMA, "strict": True},
+}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+LOOP = [
+    *TEXT,
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": [image(PNG)]},
+]
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("generate", {"messages": TEXT, "return_token_ids": True}),
     ("generate", {"messages": TEXT, "return_token_ids": True, "temperature": 0.0, "seed": 0}),
@@ -130,6 +140,16 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "generate",
         {"messages": TEXT, "return_token_ids": True, "response_format": {"type": "json_object"}},
     ),
+    ("generate", {"messages": LOOP, "return_token_ids": True, "tools": [TOOL]}),
+    *[
+        ("generate", {"messages": TEXT, "return_token_ids": True, "tools": [TOOL], **choice})
+        for choice in (
+            {"tool_choice": "required"},
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            {"parallel_tool_calls": False, "response_format": {"type": "json_object"}},
+            {"tool_choice": "none"},
+        )
+    ],
     ("classify", {"messages": [{"role": "user", "content": [image(PNG)]}]}),
     ("embed", {"input": ["a text"]}),
     ("embed", {"messages": [{"role": "user", "content": [image(PNG)]}]}),

@@ -11,6 +11,7 @@ from common.messages import Sampling, Stopping
 from common.recording import Asked, BadRecording, Exchange, RecordedItem
 from proto.twinlens.inference.v1 import inference_pb2
 from services.commands.chat_client import data_uri, media_type
+from services.commands.replay.tools import ToolCall, call_body, tool_fields, without_tools
 
 ReadFile = Callable[[str], bytes]
 """Returns the bytes of a file by its hash."""
@@ -23,6 +24,8 @@ class Message(msgspec.Struct):
 
     role: str
     content: str | list[dict[str, str]]
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 def needs_grpc(asked: Asked) -> bool:
@@ -39,11 +42,8 @@ def http_body(exchange: Exchange, model: str, read_file: ReadFile) -> dict[str, 
         if the recording is damaged.
     """
     asked = exchange.asked
-    messages = [
-        {"role": message.role, "content": content_of(message, items, read_file)}
-        for items in [iter(asked.items)]
-        for message in messages_of(asked)
-    ]
+    items = iter(asked.items)
+    messages = [message_body(message, items, read_file) for message in messages_of(asked)]
     body: dict[str, Any] = {"model": model, "messages": messages}
     if asked.task == "embed":
         return body | {"encoding_format": "base64"}
@@ -53,7 +53,8 @@ def http_body(exchange: Exchange, model: str, read_file: ReadFile) -> dict[str, 
     if "num_logprobs" in values:
         values |= {"logprobs": True, "top_logprobs": values.pop("num_logprobs")}
     streamed = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    return body | streamed | {"seed": asked.sampling.seed} | values | response_format(asked)
+    values |= tool_fields(asked) | response_format(without_tools(asked))
+    return body | streamed | {"seed": asked.sampling.seed} | values
 
 
 def set_values(values: Sampling | Stopping) -> dict[str, Any]:
@@ -71,6 +72,21 @@ def messages_of(asked: Asked) -> list[Message]:
         return msgspec.json.decode(asked.prompt, type=list[Message])
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadRecording(f"the prompt of request {asked.number} is damaged ({error})") from None
+
+
+def message_body(
+    message: Message, items: Iterator[RecordedItem], read_file: ReadFile
+) -> dict[str, Any]:
+    """Return a message as a body has it, with the next files in place of its images and videos."""
+    body: dict[str, Any] = {
+        "role": message.role,
+        "content": content_of(message, items, read_file),
+    }
+    if message.tool_calls:
+        body["tool_calls"] = list(map(call_body, message.tool_calls))
+    if message.tool_call_id is not None:
+        body["tool_call_id"] = message.tool_call_id
+    return body
 
 
 def content_of(
