@@ -195,9 +195,23 @@ class Repetition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     """When an answer counts as caught in a loop: its last tokens are one pattern of
     `min_pattern_size` to `max_pattern_size` tokens, `min_count` times in a row."""
 
-    max_pattern_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    min_pattern_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
-    min_count: Annotated[int, msgspec.Meta(ge=2, le=1024)]
+    max_pattern_size: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    """0 if loops do not end the answer."""
+    min_pattern_size: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    """0 means 1."""
+    min_count: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+
+    @property
+    def objection(self) -> str:
+        """Why the values do not fit together; empty if they do."""
+        if self.min_pattern_size > self.max_pattern_size:
+            return (
+                f"min_pattern_size is {self.min_pattern_size} and max_pattern_size "
+                f"{self.max_pattern_size}; it may not be larger"
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            return f"min_count is {self.min_count}; a loop repeats itself 2 times or more"
+        return ""
 
 
 class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -215,7 +229,7 @@ class Stopping(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     include_stop: bool = False
     """Whether the text ends with the stop string that ended it."""
     repetition: Repetition | None = None
-    """None if loops do not end the answer."""
+    """Which loops end the answer; None for the model's default, and in a Prompt for no loops."""
 
 
 class Sibling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -61,6 +61,7 @@ VLLM = (
         values={
             "stop": "stop",
             "length": "length",
+            "repetition": "repetition",
             "tool_calls": "stop",
             "pooled": "stop",
             "aborted": "abort",

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.messages import ItemKind, Task
+from common.messages import ItemKind, Repetition, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,8 @@ class RequestDefaults:
     """It replaces the value of generation_config.json."""
     max_tokens: int | None = None
     """The length of an answer; None for what the prompt leaves of the context."""
+    repetition: Repetition | None = None
+    """The loops that end an answer; None if none do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.families.family import Family, ModelSizes, RequestDefaults, sizes_of
-from common.messages import ItemKind
+from common.messages import ItemKind, Repetition
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
@@ -27,16 +27,23 @@ DEFAULT_TOKENS_PER_SECOND = 4
 
 
 HEAD = "lm_head.weight"
+PAGE_LOOPS = Repetition(max_pattern_size=256, min_pattern_size=128, min_count=16)
+"""The loops that end the transcript of a page. 2,048 tokens or more must repeat themselves, which
+is more than the blank rows of a form or a column of zeros have. A line of 16 tokens that goes on
+for ever ends after 2,048 tokens, and one of 100 tokens after 3,200."""
 DEFAULTS = {
     "rolmocr": RequestDefaults(
         "Return the plain text representation of this document as if you were reading it "
         "naturally.\n",
         temperature=0.2,
         max_tokens=4096,
-    )
+        repetition=PAGE_LOOPS,
+    ),
+    "olmocr": RequestDefaults(repetition=PAGE_LOOPS),
 }
 """What fine-tunes do if a request leaves it open, by a part of their names in lower case. The
-model card of RolmOCR has these values (https://huggingface.co/reducto/RolmOCR)."""
+model card of RolmOCR has its instruction, temperature and length
+(https://huggingface.co/reducto/RolmOCR)."""
 
 
 class Qwen25VL(Family):

@@ -22,6 +22,7 @@ Boxes = Sequence[inference_pb2.Box]
 FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_REPETITION: "repetition",
     inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 

@@ -39,7 +39,7 @@ from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
 from services.detokenizer.metrics import DetokenizerMetrics
 from services.detokenizer.tool_calls import Parsed, ToolCallParser
 
-FINISH_REASONS = ("", "stop", "length")
+FINISH_REASONS = ("", "stop", "length", "repetition")
 EXPIRY_SECONDS = 1.0
 """How often deadlines are checked."""
 MAX_TOP_LOGPROBS = 20

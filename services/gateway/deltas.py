@@ -12,7 +12,7 @@ from common.timings import Timings, read_timings
 from common.wire import Tensor
 from services.gateway.generation import Boxes, Piece
 
-FINISH_REASONS = ("", "stop", "length", "tool_calls")
+FINISH_REASONS = ("", "stop", "length", "repetition", "tool_calls")
 TOKEN_ID_END = 2**31
 MAX_SIDE = 2**31 - 1
 """The longest side of an item in pixels, so that coordinates fit into the API's numbers."""

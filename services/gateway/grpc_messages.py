@@ -30,6 +30,7 @@ from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.pooled import best_classes
+from services.gateway.repetition import make_repetition
 from services.gateway.schema import MAX_TIMEOUT
 from services.gateway.token_rules import make_token_rules
 from services.gateway.videos import Media, check_media, item_of
@@ -37,6 +38,7 @@ from services.gateway.videos import Media, check_media, item_of
 FINISH_REASONS = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
+    "repetition": inference_pb2.FINISH_REASON_REPETITION,
     "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
 TOKEN_RULES = ("logit_bias", "allowed_token_ids", "bad_words")
@@ -73,6 +75,8 @@ def to_generation(
     rules = {name: sampling.pop(name, None) for name in TOKEN_RULES}
     stopping = fields_set(request.stopping)
     stopping["include_stop"] = stopping.pop("include_stop_str_in_output", None)
+    loops = stopping.pop("repetition_detection", None)
+    stopping["repetition"] = make_repetition(None if loops is None else fields_set(loops))
     response = fields_set(request.response)
     sampling["num_logprobs"] = response.get("num_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")

@@ -24,7 +24,7 @@ from services.gateway.peers import STAGES
 from services.gateway.request_log import current_end
 from services.gateway.traces import RequestTraces
 
-OUTCOMES = ("stop", "length", "tool_calls", ABORTED, Internal.code)
+OUTCOMES = ("stop", "length", "repetition", "tool_calls", ABORTED, Internal.code)
 """The outcomes that every gateway shows, also before the first request has ended so."""
 REQUEST_STAGES = {
     "preprocess": "preprocess_seconds",

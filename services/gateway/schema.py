@@ -26,6 +26,7 @@ from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_GUIDE_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
+from services.gateway.repetition import RepetitionDetection, make_repetition
 from services.gateway.token_rules import make_token_rules
 from services.gateway.tools import MAX_TOOLS, Tool, ToolUse, read_tool_use
 from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
@@ -134,6 +135,7 @@ class ChatRequest(Body):
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    repetition_detection: RepetitionDetection | None = None
 
     @property
     def tool_use(self) -> ToolUse:
@@ -161,6 +163,8 @@ class ChatRequest(Body):
         """Return when the answer ends. `max_completion_tokens` has priority over `max_tokens`."""
         values = self.model_dump(include=STOPPING_FIELDS)
         values["include_stop"] = self.include_stop_str_in_output
+        loops = self.repetition_detection
+        values["repetition"] = make_repetition(loops.model_dump() if loops else None)
         if self.max_completion_tokens is None:
             values["max_tokens"] = self.max_tokens
             return make_stopping(values, max_model_len)

@@ -401,12 +401,12 @@ class Engine:
         goes_on = self.guided_decoding.accept(request.key, token_id)
         if failure := self.guided_decoding.failure_of(request.key):
             return Output(request, offset, [], error=failure)
-        request.output_token_ids.append(token_id)
+        request.append(token_id)
         finish_reason = self._finish_reason(request) if goes_on else "stop"
         return Output(request, offset, [token_id], finish_reason, logprobs=logprobs)
 
     def _finish_reason(self, request: Request) -> str:
-        """Return "stop", "length", or "" if the answer goes on."""
+        """Return "stop", "length", "repetition", or "" if the answer goes on."""
         stopping = request.prompt.stopping
         count = len(request.output_token_ids)
         last = request.output_token_ids[-1]
@@ -414,7 +414,9 @@ class Engine:
         is_eos = last in self.eos_token_ids and not stopping.ignore_eos
         if count > stopping.min_tokens and (is_stop or is_eos):
             return "stop"
-        return "length" if count == stopping.max_tokens else ""
+        if count == stopping.max_tokens:
+            return "length"
+        return "repetition" if request.is_looping and count >= stopping.min_tokens else ""
 
     def _is_finite(self, embeddings: torch.Tensor) -> bool:
         """Whether all elements are finite, also in the dtype that the model computes in.

@@ -17,6 +17,7 @@ from common.messages import Prompt, RequestKey, Sampling
 from common.timings import ItemTimings, read_timings
 from common.wire import Tensor
 from services.llm.lora_registry import Resident
+from services.llm.repetition import LoopGuard, guard_of
 from services.llm.token_rules import objection_to_rules
 
 HASH_BYTES = 16
@@ -114,9 +115,12 @@ MAY_BE_NONE = {"num_logprobs", "num_prompt_logprobs"}
 
 
 def incompleteness_of(prompt: Prompt) -> str:
-    """Return which value preprocess should have filled in; "" if it did that."""
+    """Return which value preprocess should have filled in or refused; "" if it did that."""
     if prompt.stopping.max_tokens is None:
         return "stopping.max_tokens is missing"
+    repetition = prompt.stopping.repetition
+    if repetition is not None and repetition.objection:
+        return f"stopping.repetition: {repetition.objection}"
     missing = [
         name
         for name in Sampling.__struct_fields__
@@ -247,6 +251,9 @@ class Request:
     """Whether it waits until the prompt is computed for another answer (`siblings.py`)."""
     is_apart: bool = field(init=False)
     """Whether it must be computed in steps of its own."""
+    is_looping: bool = False
+    """Whether the answer is caught in a loop that ends it."""
+    _loop_guard: LoopGuard | None = field(init=False)
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -254,6 +261,7 @@ class Request:
         self.is_apart = self.prompt.apart
         if self.prompt.output_token_ids:
             self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
+        self._loop_guard = guard_of(self.prompt.stopping.repetition, self.output_token_ids)
         self.positions = self.prompt.positions.numpy()
         self.placeholders = [
             (int(offset), int(length)) for offset, length in self.prompt.placeholders.numpy()
@@ -262,6 +270,12 @@ class Request:
     @property
     def key(self) -> RequestKey:
         return self.prompt.key
+
+    def append(self, token_id: int) -> None:
+        """Add a token to the answer."""
+        self.output_token_ids.append(token_id)
+        if self._loop_guard is not None:
+            self.is_looping = self._loop_guard.add(token_id)
 
     def mm_hash(self, item: int) -> str | None:
         """Return the name of an item's content in hex digits; None if there is no such item."""

@@ -39,16 +39,18 @@ def resolve_stopping(
     model: RequestDefaults = RequestDefaults(),
     task: Task = "generate",
 ) -> Stopping:
-    """Fill `max_tokens` in, or check it against what the prompt leaves of the context.
+    """Fill `repetition` and `max_tokens` in, or check the latter against what is left of the
+    context.
 
-    It means nothing for a task that generates no text.
-
-    It becomes the model's own length, if it has one, but at most what is left.
+    Neither means anything for a task that generates no text. `max_tokens` becomes the model's own
+    length, if it has one, but at most what is left.
 
     Raises InvalidRequest if the context is too short.
     """
     if task != "generate":
         return msgspec.structs.replace(stopping, max_tokens=1)
+    if stopping.repetition is None:
+        stopping = msgspec.structs.replace(stopping, repetition=model.repetition)
     left = max_model_len - num_prompt_tokens
     if left <= 0:
         raise InvalidRequest(

@@ -32,6 +32,7 @@ STRINGS = (
     " ",
     "stop",
     "length",
+    "repetition",
     "ipc:///tmp/nowhere",
     "tcp://127.0.0.1:1",
     "inproc://x",

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from common.messages import Repetition
 from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import GenerationRequest
 from services.gateway.grpc_messages import to_generation
@@ -74,3 +75,36 @@ def test_a_stop_string_is_included_if_asked_at_either_door() -> None:
     assert grpc_generation(stopping=stopping).stopping.include_stop
     assert not generation().stopping.include_stop
     assert not grpc_generation().stopping.include_stop
+
+
+LOOPS = {"max_pattern_size": 20, "min_pattern_size": 2, "min_count": 3}
+
+
+@pytest.mark.parametrize("values", [LOOPS, {"max_pattern_size": 5, "min_count": 2}, {}])
+def test_loops_end_an_answer_if_asked_at_either_door(values: dict[str, int]) -> None:
+    http = generation(repetition_detection=values).stopping.repetition
+    loops = inference_pb2.RepetitionDetection(**values)
+    stopping = inference_pb2.StoppingParams(repetition_detection=loops)
+    assert http == grpc_generation(stopping=stopping).stopping.repetition == Repetition(**values)
+
+
+def test_without_a_word_about_loops_the_models_default_holds() -> None:
+    assert generation().stopping.repetition is None
+    assert generation(repetition_detection=None).stopping.repetition is None
+    assert grpc_generation().stopping.repetition is None
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({**LOOPS, "max_pattern_size": 1025}, ".max_pattern_size: expected int <= 1024, got 1025"),
+        ({**LOOPS, "min_count": 1}, ": min_count is 1; a loop repeats itself 2 times or more"),
+        ({**LOOPS, "min_pattern_size": 21}, ": min_pattern_size is 21 and max_pattern_size 20"),
+        ({**LOOPS, "size": 1}, ".size: extra inputs are not permitted"),
+        ({**LOOPS, "min_count": 2.5}, ".min_count: input should be a valid integer"),
+        (True, ": input should be an object"),
+    ],
+)
+def test_wrong_values_about_loops_are_refused_by_name(values: Any, problem: str) -> None:
+    message = refusal(repetition_detection=values).message
+    assert message.startswith("repetition_detection" + problem)

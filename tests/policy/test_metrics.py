@@ -281,7 +281,7 @@ def test_the_dashboards_of_vllm_find_every_series_after_one_request() -> None:
     assert value["vllm:request_prefill_time_seconds_sum"] == 0.2
     assert value["vllm:iteration_tokens_total_count"] == 1
     reasons = {s.labels["finished_reason"]: s.value for s in samples if "success" in s.name}
-    assert reasons == {"stop": 1, "length": 0, "abort": 0, "error": 0}
+    assert reasons == {"stop": 1, "length": 0, "repetition": 0, "abort": 0, "error": 0}
 
 
 def test_the_objectives_that_dashboards_of_vllm_offer_are_bounds_of_buckets() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from common.checkpoint import open_checkpoint
 from common.families.family import RequestDefaults
+from common.families.qwen2_5_vl import PAGE_LOOPS
 from common.messages import Prompt, Sampling, Stopping
 from services.preprocess import families
 from services.preprocess.preprocessor import Preprocessor
@@ -19,7 +20,8 @@ from tests.preprocess.cases import checkpoint_path
 INSTRUCTION = (
     "Return the plain text representation of this document as if you were reading it naturally.\n"
 )
-ROLMOCR = RequestDefaults(INSTRUCTION, 0.2, 4096)
+ROLMOCR = RequestDefaults(INSTRUCTION, 0.2, 4096, PAGE_LOOPS)
+OLMOCR = RequestDefaults(repetition=PAGE_LOOPS)
 
 
 def folder_of(path: Path, name_or_path: str | None = None) -> Path:
@@ -37,6 +39,7 @@ def folder_of(path: Path, name_or_path: str | None = None) -> Path:
         ("reducto_rolmocr-fp16", None, ROLMOCR),
         ("models--reducto--RolmOCR/snapshots/0123", None, ROLMOCR),
         ("ocr", "reducto/RolmOCR", ROLMOCR),
+        ("olmOCR-2-7B-1025-FP8", None, OLMOCR),
         ("ocr", "Qwen/Qwen2.5-VL-7B-Instruct", RequestDefaults()),
         ("ocr", None, RequestDefaults()),
         ("RolmOCR/other", None, RequestDefaults()),

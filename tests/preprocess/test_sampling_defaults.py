@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import InvalidRequest
 from common.families.family import RequestDefaults
-from common.messages import Sampling, Stopping
+from common.messages import Repetition, Sampling, Stopping
 from services.preprocess.sampling_defaults import (
     add_instruction,
     resolve_sampling,
@@ -90,6 +90,18 @@ def test_the_models_length_is_kept_as_far_as_the_context_and_the_client_allow() 
     assert resolve_stopping(Stopping(), 90, 100, MODEL).max_tokens == 5
     assert resolve_stopping(Stopping(), 97, 100, MODEL).max_tokens == 3
     assert resolve_stopping(Stopping(max_tokens=9), 90, 100, MODEL).max_tokens == 9
+
+
+def test_the_models_loops_end_an_answer_unless_the_client_says_otherwise() -> None:
+    loops = Repetition(max_pattern_size=9, min_count=3)
+    model = RequestDefaults(repetition=loops)
+    others = Repetition(max_pattern_size=2, min_count=2)
+    none = Repetition(max_pattern_size=0)
+    assert resolve_stopping(Stopping(), 90, 100, model).repetition == loops
+    assert resolve_stopping(Stopping(), 90, 100).repetition is None
+    for client in (others, none):
+        found = resolve_stopping(Stopping(repetition=client), 90, 100, model)
+        assert found.repetition == client
 
 
 IMAGE = {"type": "image"}

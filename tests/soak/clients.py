@@ -29,6 +29,7 @@ MEDIA_TYPES = {b"\x89PNG": "image/png", b"RIFF": "image/webp"}
 FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_REPETITION: "repetition",
     inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 

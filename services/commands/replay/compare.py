@@ -27,7 +27,7 @@ Verdict = Literal[
 - not_comparable: answered now, but the recording ends before its answer.
 - skipped: it was not sent, because it needs gRPC.
 """
-SUCCESSES = ("stop", "length", "tool_calls", "pooled", ABORTED)
+SUCCESSES = ("stop", "length", "repetition", "tool_calls", "pooled", ABORTED)
 
 
 @dataclass(frozen=True, slots=True)

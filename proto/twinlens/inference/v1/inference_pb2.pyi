@@ -280,7 +280,7 @@ class RepetitionDetection(_message.Message):
     MIN_PATTERN_SIZE_FIELD_NUMBER: _builtins.int
     MIN_COUNT_FIELD_NUMBER: _builtins.int
     max_pattern_size: _builtins.int
-    """The most tokens of the pattern."""
+    """The most tokens of the pattern (at most 1024). 0: loops do not end the answer."""
     min_pattern_size: _builtins.int
     """The fewest tokens of the pattern. 0 means 1."""
     min_count: _builtins.int
@@ -322,7 +322,7 @@ class StoppingParams(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def repetition_detection(self) -> Global___RepetitionDetection:
-        """Absent: loops do not end the answer."""
+        """Absent: the model's default, which for most models is that loops do not end the answer."""
 
     def __init__(
         self,

@@ -13,6 +13,10 @@ const WAITS = {
   vision: "In vision",
   llm: "In the language model",
 };
+const CUT_OFF = {
+  length: "Cut off: the most tokens are reached.",
+  repetition: "Cut off: the answer repeated itself.",
+};
 
 /** What the page shows of an answer. `onStage` is called with the stage that works on it. */
 export class Answer {
@@ -73,7 +77,7 @@ export class Answer {
         find("timings").replaceChildren(...showTimings(chunk.timings, chunk.usage));
       }
     }
-    this.setProgress(reason === "length" ? "Cut off: the most tokens are reached." : "Done.");
+    this.setProgress(CUT_OFF[reason] ?? "Done.");
   }
 
   async classify(id) {
