@@ -7,7 +7,6 @@ weights of some modules. It may be made to do harm.
 
 import io
 import math
-import os
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import BadCheckpoint, Checkpoint
-from common.config import BadSetting
-from common.messages import MAX_ADAPTERS, MAX_PATH_BYTES, NO_CONTROL_CHARACTERS
 from common.model_files import check_place, parse_json, read_file, shown
 from common.safetensors_files import parse_table
 from common.tensor_info import TensorInfo
@@ -27,7 +24,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 MAX_TABLE_BYTES = 16 * 2**20
 """The most that an adapter's file holds besides its tensors."""
-MAX_NAME_BYTES = 190
 ITEM_BYTES = 4
 """The most bytes of an element."""
 DTYPES = ("F32", "F16", "BF16")
@@ -79,47 +75,6 @@ class LoraFiles:
     """The file with the tensors, into which the offsets of the pairs point."""
     identity: bytes
     """Hash of both files: adapters with equal hashes compute the same."""
-
-
-def parse_adapters(text: str) -> dict[str, str]:
-    """Return the directories that `--lora` names, by the names of the adapters.
-
-    Raises
-    ------
-    BadSetting
-        if an entry is not NAME=DIR, or a name comes twice.
-    """
-    found: dict[str, str] = {}
-    for entry in filter(None, text.split(",")):
-        name, _, path = entry.partition("=")
-        if objection := objection_to_adapter(name, path):
-            raise BadSetting(f"--lora {entry}: {objection}")
-        if name in found:
-            raise BadSetting(f"--lora names {name!r} twice: give each adapter a name of its own")
-        found[name] = path
-    return found
-
-
-def objection_to_adapter(name: str, path: str) -> str:
-    """Return why a name and a directory cannot be those of an adapter; "" if they can."""
-    if not name or not path:
-        return "give NAME=DIR, a name for clients and the directory of the adapter"
-    if len(name.encode()) > MAX_NAME_BYTES or not re.match(NO_CONTROL_CHARACTERS, name):
-        return f"a name has at most {MAX_NAME_BYTES} bytes, and no control characters"
-    if len(os.fsencode(path)) > MAX_PATH_BYTES or "\0" in path:
-        return f"a path has at most {MAX_PATH_BYTES} bytes"
-    return ""
-
-
-def check_adapter_settings(adapters: dict[str, str], served_name: str, max_loras: int) -> None:
-    """Raise BadSetting if one group cannot have these adapters."""
-    if served_name in adapters:
-        raise BadSetting(f"--lora {served_name}=...: this is the name of the served model")
-    if len(adapters) > max_loras:
-        raise BadSetting(
-            f"--lora names {len(adapters)} adapters, --max-loras is {max_loras} (at most "
-            f"{MAX_ADAPTERS})"
-        )
 
 
 def open_adapter(path: str | Path, checkpoint: Checkpoint, max_rank: int) -> LoraFiles:

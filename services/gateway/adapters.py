@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from common.errors import ServingError, Unavailable, from_code
+from common.adapter_names import objection_to_adapter
+from common.errors import InvalidRequest, ServingError, Unavailable, from_code
 from common.events import PeerUp
 from common.logs import get_logger
 from common.messages import AdapterChanged, Adapters, LoadAdapter, UnloadAdapter
@@ -98,18 +99,19 @@ class AdaptersOfGroups:
     # Called by the API servers
 
     async def load(self, name: str, path: str, replace: bool = False) -> None:
-        """Load an adapter into all connected groups, or into none.
+        """Load an adapter into all connected groups.
 
         Raises
         ------
         ServingError
-            if a group cannot load it. The groups that could have unloaded it again.
+            if a group cannot load it. The groups that could unload it again, unless it replaced
+            another one there.
         """
         change = await self._change(
             lambda task: LoadAdapter(task=task, name=name, path=path, replace=replace)
         )
         if change.errors:
-            for group in change.changed:
+            for group in [] if replace else change.changed:
                 unload = UnloadAdapter(task=self._next_task(), name=name)
                 self._peers.links.send(group, unload)
             raise change.errors[0]
@@ -151,3 +153,11 @@ class AdaptersOfGroups:
 
     def _next_task(self) -> str:
         return f"adapter-{next(self._tasks)}"
+
+
+def check_adapter(model_name: str, name: str, path: str) -> None:
+    """Raise InvalidRequest if no adapter can have this name or this directory."""
+    if name == model_name:
+        raise InvalidRequest(f"{name!r} is the served model: give the adapter another name")
+    if objection := objection_to_adapter(name, path):
+        raise InvalidRequest(objection)

@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from common.errors import InvalidRequest
-from common.messages import MAX_PATH_BYTES
+from services.gateway.adapters import check_adapter
 from services.gateway.bodies import Bodies
 from services.gateway.generation import Core
 from services.gateway.invalid_field import explain_body_error
@@ -21,7 +20,7 @@ class Load(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_path: str = Field(min_length=1, max_length=MAX_PATH_BYTES)
+    lora_path: str = Field(min_length=1)
     load_inplace: bool = False
     """Whether an adapter of this name may be replaced."""
 
@@ -68,7 +67,7 @@ class LoadAdapterEndpoint(AdapterEndpoint):
 
     async def change(self, body: bytearray) -> str:
         asked = parse(Load, body)
-        check_new_name(self.core, asked.lora_name)
+        check_adapter(self.core.model_name, asked.lora_name, asked.lora_path)
         await self.core.adapters.load(asked.lora_name, asked.lora_path, asked.load_inplace)
         return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
 
@@ -80,12 +79,6 @@ class UnloadAdapterEndpoint(AdapterEndpoint):
         asked = parse(Unload, body)
         await self.core.adapters.unload(asked.lora_name)
         return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
-
-
-def check_new_name(core: Core, name: str) -> None:
-    """Raise InvalidRequest if the served model would hide an adapter of this name."""
-    if name == core.model_name:
-        raise InvalidRequest(f"{name!r} is the served model: give the adapter another name")
 
 
 def parse(kind: type[B], body: bytearray) -> B:

@@ -27,6 +27,7 @@ from common.logs import get_logger
 from common.tracing import read_traceparent
 from proto.twinlens.control.v1 import control_pb2, control_pb2_grpc
 from proto.twinlens.inference.v1 import inference_pb2
+from services.gateway.adapters import check_adapter
 from services.gateway.body_budget import BodyBudget
 from services.gateway.fair_share import FairShare
 from services.gateway.generation import (
@@ -138,6 +139,12 @@ class InferenceServicer:
             "Embed": grpc.stream_unary_rpc_method_handler(
                 self.Embed, None, inference_pb2.EmbedResponse.SerializeToString
             ),
+            "LoadAdapter": grpc.stream_unary_rpc_method_handler(
+                self.LoadAdapter, None, inference_pb2.LoadAdapterResponse.SerializeToString
+            ),
+            "UnloadAdapter": grpc.stream_unary_rpc_method_handler(
+                self.UnloadAdapter, None, inference_pb2.UnloadAdapterResponse.SerializeToString
+            ),
         }
 
     async def Generate(self, _messages: Any, context: Context) -> inference_pb2.GenerateResponse:
@@ -184,6 +191,25 @@ class InferenceServicer:
         ):
             return embed_response(await last_of(events), request.request_id)
         raise AssertionError("an error ends the call")
+
+    async def LoadAdapter(
+        self, _messages: Any, context: Context
+    ) -> inference_pb2.LoadAdapterResponse:
+        async with abort_on_error(context):
+            with await self.reads.receive(context) as data:
+                asked = parsed(data or b"", inference_pb2.LoadAdapterRequest.FromString)
+            check_adapter(self.core.model_name, asked.name, asked.path)
+            await self.core.adapters.load(asked.name, asked.path, asked.replace)
+        return inference_pb2.LoadAdapterResponse()
+
+    async def UnloadAdapter(
+        self, _messages: Any, context: Context
+    ) -> inference_pb2.UnloadAdapterResponse:
+        async with abort_on_error(context):
+            with await self.reads.receive(context) as data:
+                asked = parsed(data or b"", inference_pb2.UnloadAdapterRequest.FromString)
+            await self.core.adapters.unload(asked.name)
+        return inference_pb2.UnloadAdapterResponse()
 
     @asynccontextmanager
     async def _admitted(

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from common.adapter_names import check_adapter_settings, parse_adapters
 from common.address import bound_socket, host_port
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
 from common.config import BadSetting, check_values, flag
-from common.lora import check_adapter_settings, open_adapter, parse_adapters
+from common.lora import open_adapter
 from common.settings import ServeSettings
 from common.vision_artefact import check_artefact_settings, open_artefact
 from services.launcher.autoscale import parse_bounds

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.adapter_names import objection_to_adapter
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.config import BadSetting
 from common.errors import Exhausted, InvalidRequest, NotFound, ServingError
@@ -19,7 +20,6 @@ from common.lora import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     LoraFiles,
-    objection_to_adapter,
     open_adapter,
 )
 from common.member import Member

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.adapter_names import check_adapter_settings, parse_adapters
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
-from common.lora import check_adapter_settings, parse_adapters
 from common.member import Member, Profile
 from common.metric_aliases import serve_aliases
 from common.process import EXIT_FAILED, Stop, leave

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from services.llm.lora_registry import Resident
 from services.llm.request import Request
 from services.llm.scheduler import Scheduler
 from tests.llm.builders import (
@@ -224,3 +225,16 @@ def test_what_was_computed_for_a_bad_request_is_taken_over_by_none(distrusted: b
     scheduler.add(second)
     run(scheduler, runner)
     assert second.num_cached_tokens == (0 if distrusted else 12)
+
+
+def test_what_one_adapter_computed_is_not_taken_over_by_another() -> None:
+    first, other, renewed = (
+        Resident(number, "a", "/a", identity)
+        for number, identity in ((1, b"first"), (2, b"second"), (3, b"first"))
+    )
+    assert cached(create_request(num_tokens=18, resident=first), create_request(num_tokens=18)) == 0
+    assert cached(create_request(num_tokens=18), create_request(num_tokens=18, resident=first)) == 0
+    same = [create_request(num_tokens=18, resident=resident) for resident in (first, other)]
+    assert cached(*same) == 0, "another content under the same name"
+    same = [create_request(num_tokens=18, resident=resident) for resident in (first, renewed)]
+    assert cached(*same) == 16, "the same content, loaded again"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.messages import LlmLoad, Peer
+from common.messages import Adapter, Adapters, LlmLoad, Peer
 from services.preprocess.in_flight import MISSING_SECONDS
 from services.preprocess.llm_groups import CLEARLY_BUSIER, PREFIX_TOKENS, LlmGroups
 from services.preprocess.prepared import ExpandedPrompt
@@ -143,3 +143,17 @@ def test_reports_about_a_group_that_is_gone_are_ignored(name: str) -> None:
     tell(made, name)
     made.drain(name)
     assert len(made) == 0 and made.choose(prompt(), []) is None
+
+
+def test_a_request_with_an_adapter_goes_to_a_group_that_has_it() -> None:
+    made = groups(*"abcdefghijkl")
+    for name in "abcdefghijk":
+        tell(made, name)
+    tell(made, "l", running=50)
+    assert made.choose(prompt(), [], adapter="x") is None
+    made.update_adapters("l", Adapters(adapters=(Adapter("x", "/x"),)))
+    found = made.choose(prompt(), [], adapter="x")
+    assert found and found.id == "l"
+    assert chosen(made, prompt()) != "l", "its prefix is that of another model"
+    made.update_adapters("l", Adapters(adapters=()))
+    assert made.choose(prompt(), [], adapter="x") is None
