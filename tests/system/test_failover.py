@@ -164,3 +164,31 @@ def test_sampled_streams_go_on_with_the_draws_that_they_would_have_had(
     assert ask_all(sampled, ask) == sampled
     victims.thaw()
     await_recovery(system, "llm")
+
+
+def test_calls_of_tools_go_on_without_a_part_repeated_or_missing(system: Running) -> None:
+    """The schema leaves the model no choice, so there is no near tie."""
+    text = "".join(map(str, range(100)))
+    schema = {"type": "object", "properties": {"s": {"const": text}}, "required": ["s"]}
+    schema["additionalProperties"] = False
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    victims = Victims(system, "llm", signal.SIGKILL)
+
+    def ask(n: int) -> tuple[list[str], str, list[str]]:
+        parts: list[dict[str, Any]] = []
+        ends: list[str] = []
+        for event in system.stream(question(n), **body):
+            [choice] = event["choices"]
+            parts += choice["delta"].get("tool_calls", [])
+            ends += [reason for reason in [choice["finish_reason"]] if reason]
+            if len(parts) > 20:
+                victims.hit_one()
+        names = [part["function"]["name"] for part in parts if "id" in part]
+        return names, "".join(part["function"]["arguments"] for part in parts), ends
+
+    expected = (["f"], f'{{"s":"{text}"}}', ["tool_calls"])
+    numbers = dict.fromkeys(range(NUM_STREAMS), expected)
+    assert ask_all(numbers, ask) == numbers
+    assert victims.hit
+    await_recovery(system, "llm")
