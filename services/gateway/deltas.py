@@ -71,6 +71,8 @@ def read_delta(delta: Delta, choice: int = 0) -> tuple[Piece, Timings]:
         raise ValueError(problem) from e
     if logprobs and len(logprobs) != len(ids):
         raise ValueError(f"{len(logprobs)} log-probabilities came for {len(ids)} tokens")
+    if any(("id" in part) != ("name" in part) for part in calls):
+        raise ValueError("the first part of a call has an id and a name")
     if delta.finish_reason and delta.timings is None:
         raise ValueError("the end of the answer has no timings")
     timings: Timings = read_timings(delta.timings) if delta.timings else {}

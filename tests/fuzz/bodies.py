@@ -168,13 +168,30 @@ def chat(draw: Random) -> dict[str, Any]:
     messages: list[Any] = [{"role": "user", "content": draw.choice([parts, "Read it."])}]
     if draw.random() < 0.3:
         messages.insert(0, {"role": "system", "content": "You read."})
-    return {
+    body = {
         "model": MODEL,
         "messages": messages,
         "stream": draw.random() < 0.3,
         "max_tokens": 5,
         "temperature": 0.5,
         "stop": ["x"],
+    }
+    return body | with_tools(draw, messages) if draw.random() < 0.3 else body
+
+
+def with_tools(draw: Random, messages: list[Any]) -> dict[str, Any]:
+    """Return the fields of a body about tools, and add a call and its result to the messages."""
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    function = {"name": "f", "description": "F.", "parameters": schema, "strict": True}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": "1", "content": [dict(TEXT_PART)]})
+    name = {"type": "function", "function": {"name": "f"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [name]}}
+    return {
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": draw.choice(["auto", "none", "required", name, allowed]),
+        "parallel_tool_calls": draw.random() < 0.5,
     }
 
 
