@@ -63,6 +63,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.turn = Turn()
+        self._block_copies: list[tuple[int, int]] = []
+        """The copies of blocks that the next step makes. No step changes the blocks before."""
         self.num_preemptions = 0
         self.num_queried_tokens = 0
         """The prompt tokens that were looked up in the prefix cache."""
@@ -81,23 +83,26 @@ class Scheduler:
         self.waiting.append(request)
 
     def fork(self, first: Request, others: list[Request]) -> None:
-        """Begin requests with the prompt of one that is computed so far.
+        """Begin requests with the prompt of one whose prompt is computed, and no more.
 
-        They hold its full blocks, too, and compute the rest of the prompt again. One without room
-        for that waits like any other request, and so does one whose prompt must be whole.
+        They hold its full blocks, too. The next step copies its last block, if that is not full,
+        for each of them. One without room for the copy waits, as after a preemption.
         """
-        num_shared = (first.num_prompt_tokens - 1) // self.block_size
-        shared = list(first.block_table[:num_shared])
-        num_new = self._num_blocks(first.num_prompt_tokens) - num_shared
+        assert first.num_computed_tokens == first.num_prompt_tokens
+        num_full, num_left = divmod(first.num_prompt_tokens, self.block_size)
+        full = list(first.block_table[:num_full])
+        num_new = min(1, num_left)
         waiting = []
         for request in others:
             request.is_apart = False
-            if first.prompt.whole or num_new > self.pool.num_free:
+            if num_new > self.pool.num_free:
                 waiting.append(request)
                 continue
-            self.pool.share_held(shared)
-            request.block_table.extend(shared + self.pool.allocate(num_new))
-            request.num_computed_tokens = num_shared * self.block_size
+            self.pool.share_held(full)
+            new = self.pool.allocate(num_new)
+            self._block_copies += [(first.block_table[num_full], block) for block in new]
+            request.block_table.extend(full + new)
+            request.num_computed_tokens = first.num_computed_tokens
             self.running.append(request)
         self.waiting.extendleft(reversed(waiting))
 
@@ -186,6 +191,8 @@ class Scheduler:
         token_ids = np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks])
         item_rows = self._item_rows(chunks, starts)
         token_ids[item_rows] = 0  # placeholders may lie outside the vocabulary
+        copies = np.array(self._block_copies, np.int64).reshape(-1, 2)
+        self._block_copies = []
         return StepPlan(
             token_ids=token_ids,
             positions=self._positions(chunks, starts, index + deltas[seqs]),
@@ -197,6 +204,7 @@ class Scheduler:
             sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
             adapters=np.array([r.adapter.number if r.adapter else 0 for r in requests], np.int64),
+            block_copies=copies,
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
