@@ -260,7 +260,7 @@ class Engine:
             self.guided_decoding.add(key, prompt.grammar.text(), request.output_token_ids.copy())
         self._add_to_sampler(request)
         if request.placeholders:
-            self.budget.add(key, request.num_item_tokens, request.preprocess_id)
+            self.budget.add(key, request.num_item_tokens, request.preprocess_id, request.priority)
 
     def _add_to_sampler(self, request: Request) -> None:
         prompt = request.prompt

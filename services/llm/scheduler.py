@@ -41,6 +41,9 @@ class Scheduler:
     block. Such a block is taken from a request that waits for an item, or else from the latest
     arrival. The oldest request that can compute always goes on.
 
+    All this holds among requests of equal priority. Those with lower values are admitted first, and
+    lose their blocks last. A request can wait for as long as more urgent ones come.
+
     A request that is apart takes its turn once all its items are there and it has room. Then it has
     the steps to itself, until the gateway has cleared or ended it.
     """
@@ -61,6 +64,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
+        """The most urgent requests first."""
         self.running: list[Request] = []
         self.turn = Turn()
         self._block_copies: list[tuple[int, int]] = []
@@ -80,7 +84,10 @@ class Scheduler:
         """Queue a request that fits into the KV cache."""
         num_tokens = request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)
         assert num_tokens <= self.max_tokens
-        self.waiting.append(request)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, request)
 
     def fork(self, first: Request, others: list[Request]) -> None:
         """Begin requests with the prompt of one whose prompt is computed, and no more.
@@ -104,7 +111,8 @@ class Scheduler:
             request.block_table.extend(full + new)
             request.num_computed_tokens = first.num_computed_tokens
             self.running.append(request)
-        self.waiting.extendleft(reversed(waiting))
+        for request in reversed(waiting):
+            self._put_back(request)
 
     def finish(self, request: Request) -> None:
         """Free what the request holds, whether it runs or waits."""
@@ -127,7 +135,7 @@ class Scheduler:
             return self._schedule_alone()
         wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
         # Decodes first: a long prompt waits for them, not they for it.
-        wanted.sort(key=lambda w: w[1] > 1)
+        wanted.sort(key=lambda w: (w[1] > 1, w[0].priority))
         chunks = []
         budget = self.max_num_batched_tokens
         for request, count in wanted[: self.max_num_seqs]:
@@ -237,10 +245,13 @@ class Scheduler:
     def _victim(self) -> Request:
         """Return the request to preempt: the latest that waits for an item, else the latest.
 
-        The request that has the steps to itself goes last, because no other one frees room then.
+        It is one of the least urgent. The request that has the steps to itself goes last, because
+        no other one frees room then.
         """
         holder = self.turn.holder
         others = [request for request in self.running if request.key != holder] or self.running
+        highest = max(request.priority for request in others)
+        others = [request for request in others if request.priority == highest]
         waits = (request for request in reversed(others) if request.num_wanted == 0)
         return next(waits, others[-1])
 
@@ -280,7 +291,7 @@ class Scheduler:
     def _preempt_stalled(self, request: Request, cached: list[int]) -> None:
         """Make room for a request that can compute, while all that run wait for items."""
         while not self._has_room(request, cached):
-            self._preempt(self.running[-1])
+            self._preempt(self._victim())
 
     def _start(self, request: Request, cached: list[int]) -> None:
         self.waiting.remove(request)
@@ -299,8 +310,15 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
-        self.waiting.appendleft(request)
+        self._put_back(request)
         self.num_preemptions += 1
+
+    def _put_back(self, request: Request) -> None:
+        """Queue a request before all that are as urgent."""
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].priority < request.priority:
+            place += 1
+        self.waiting.insert(place, request)
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.block_table)
