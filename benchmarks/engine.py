@@ -261,6 +261,12 @@ def main() -> None:
         overhead = scheduling.overhead(runner, checkpoint, BLOCK_SIZE, options.context)
         print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")
         results["scheduling_overhead"] = round(overhead, 4)
+        one, all_of_them = scheduling.choices(runner, checkpoint, BLOCK_SIZE, options.context)
+        print(
+            f"prefill with the first token of one answer: {one * 1e3:.1f} ms, with those of "
+            f"{scheduling.CHOICES}: {all_of_them * 1e3:.1f} ms"
+        )
+        results["choices_prefill_ratio"] = round(all_of_them / one, 3)
     print(json.dumps(conditions | results))
 
 

@@ -660,6 +660,7 @@ class ExecuteStep(Message):
     sampled_rows: Tensor
     rope_parameters: Tensor
     adapters: Tensor
+    block_copies: Tensor
     embeddings: tuple[Tensor, ...]
     """The parts of the items' embeddings that fall into the step, in row order."""
 

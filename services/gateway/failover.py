@@ -81,7 +81,7 @@ class Failover:
 
     def start_waiting(self) -> None:
         """Start an attempt for each waiting request. A new member is a reason to retry at once."""
-        for record in list(self._waiting.values()):
+        for record in sorted(self._waiting.values(), key=lambda record: record.request.priority):
             self.start_attempt(record)
 
     def on_peer_down(self, down: PeerDown) -> None:

@@ -48,7 +48,7 @@ class BlockPool:
         self._hold(blocks)
 
     def share_held(self, blocks: list[int]) -> None:
-        """Let one more request hold these full blocks of another one. They need no names."""
+        """Let one more request hold these full blocks of another one, which need no names."""
         assert all(self._num_holders[block] for block in blocks)
         self._hold(blocks)
 

@@ -60,6 +60,7 @@ class CudaModelRunner(ModelRunner):
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
         if self._graphs is None:
             return super().execute(plan, embeddings)
+        self._copy_blocks(plan)
         if self._graphs.covers(plan):
             return self._graphs.run(plan)
         return self._execute_paged(plan, embeddings)

@@ -1,6 +1,6 @@
 """Room for the embeddings of items in the memory of rank 0. Imports no torch."""
 
-from collections import OrderedDict
+from heapq import heappop, heappush
 
 from common.cgroup import available_memory
 from common.messages import RequestKey
@@ -10,21 +10,31 @@ MEMORY_SHARE = 0.125
 
 
 class EmbeddingBudget:
-    """Reserves room for all items of a request at once, in the order of arrival.
+    """Reserves room for all items of a request at once, in the order of priority and arrival.
 
     A request keeps its room until it ends. So a request whose items are being encoded never waits
-    for another request, and no later request overtakes the first that waits.
+    for another request, and no later request overtakes the first that waits, unless it is more
+    urgent.
     """
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = self.num_free = num_tokens
-        self._waiting: OrderedDict[RequestKey, tuple[int, str]] = OrderedDict()
+        self._waiting: dict[RequestKey, tuple[int, str]] = {}
+        self._queue: list[tuple[int, int, RequestKey]] = []
+        """A heap of (priority, number of the arrival, request), also of requests that have ended
+        meanwhile."""
+        self._num_added = 0
         self._held: dict[RequestKey, int] = {}
 
-    def add(self, key: RequestKey, num_tokens: int, owner: str) -> None:
-        """Queue a request with this number of item tokens. `owner` is notified of the room."""
+    def add(self, key: RequestKey, num_tokens: int, owner: str, priority: int = 0) -> None:
+        """Queue a request with this number of item tokens. `owner` is notified of the room.
+
+        Requests with a lower `priority` come first.
+        """
         assert num_tokens <= self.num_tokens
         self._waiting[key] = (num_tokens, owner)
+        heappush(self._queue, (priority, self._num_added, key))
+        self._num_added += 1
 
     def remove(self, key: RequestKey) -> None:
         """Forget a request that ended, whether it waits or holds room."""
@@ -34,11 +44,14 @@ class EmbeddingBudget:
     def take_reserved(self) -> list[tuple[RequestKey, str]]:
         """Return the requests that got room since the last call, with their owners."""
         reserved = []
-        while self._waiting:
-            key, (num_tokens, owner) = next(iter(self._waiting.items()))
+        while self._queue:
+            key = self._queue[0][2]
+            num_tokens, owner = self._waiting.get(key, (0, ""))
             if num_tokens > self.num_free:
                 break
-            del self._waiting[key]
+            heappop(self._queue)
+            if self._waiting.pop(key, None) is None:
+                continue  # it has ended
             self.num_free -= num_tokens
             self._held[key] = num_tokens
             reserved.append((key, owner))

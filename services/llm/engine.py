@@ -210,12 +210,14 @@ class Engine:
                 self._add_to_sampler(sibling)
         self._siblings.add(first, wanted)
 
-    def _begin_siblings(self, first: Request) -> None:
-        """Begin the requests that were held for the prompt of this one."""
-        if siblings := self._siblings.release(first):
+    def _begin_siblings(self, first: Request) -> list[Request]:
+        """Begin the requests that were held for the prompt of this one, and return them."""
+        siblings = self._siblings.release(first)
+        if siblings:
             for sibling in siblings:
                 self.guided_decoding.copy(first.key, sibling.key)
             self.scheduler.fork(first, siblings)
+        return siblings
 
     def take_orphans(self) -> list[Request]:
         """Return the requests that ended since the last call because another one did, for whose
@@ -258,7 +260,7 @@ class Engine:
             self.guided_decoding.add(key, prompt.grammar.text(), request.output_token_ids.copy())
         self._add_to_sampler(request)
         if request.placeholders:
-            self.budget.add(key, request.num_item_tokens, request.preprocess_id)
+            self.budget.add(key, request.num_item_tokens, request.preprocess_id, request.priority)
 
     def _add_to_sampler(self, request: Request) -> None:
         prompt = request.prompt
@@ -356,8 +358,6 @@ class Engine:
         logits = self.execute(plan, embeddings)
         self.scheduler.computed(chunks)
         results = {row: mask.result() for row, mask in masks.items()}
-        for chunk in sampling:
-            self._begin_siblings(chunk.request)
         outputs = self._outputs_of(sampling, logits, results) if sampling else []
         self.metrics.observe_step(chunks, len(plan.token_ids), time.monotonic() - now)
         return outputs
@@ -371,8 +371,19 @@ class Engine:
     def _outputs_of(
         self, chunks: list[Chunk], logits: torch.Tensor, masks: dict[int, Mask]
     ) -> list[Output]:
-        """Sample a token for each request that is computed so far."""
+        """Sample a token for each request that is computed so far.
+
+        Requests that waited for the prompt of another one get their first tokens by its logits.
+        """
         requests = [chunk.request for chunk in chunks]
+        rows = list(range(len(requests)))
+        for row, chunk in enumerate(chunks):
+            siblings = self._begin_siblings(chunk.request)
+            requests += siblings
+            rows += [row] * len(siblings)
+        if len(rows) > len(chunks):
+            logits = logits[rows]
+            masks = {row: masks[source] for row, source in enumerate(rows) if source in masks}
         positions = [len(request.output_token_ids) for request in requests]
         sampled = self.sampler.sample(logits, [r.key for r in requests], positions, masks)
         now = time.monotonic()

@@ -94,6 +94,7 @@ class ModelRunner:
         for each of `plan.item_rows`.
         """
         check_embeddings(plan, embeddings)
+        self._copy_blocks(plan)
         model = self._model
         tensors = {name: self._tensor(array) for name, array in arrays_of(plan).items()}
         x = model.embed(tensors["token_ids"])
@@ -104,6 +105,12 @@ class ModelRunner:
             return self._fused_decode.run(plan, x, batch_of(tensors, attention=None))
         attention = GatheredAttention(plan, self._block_size, model.dtype, model.device)
         return model.forward(x, batch_of(tensors, attention), self._kv_cache)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        """Copy blocks that one sequence has filled in part and several go on from."""
+        if len(plan.block_copies):
+            sources, targets = self._tensor(plan.block_copies.T)
+            self._kv_cache[:, :, targets] = self._kv_cache[:, :, sources]
 
     def _clear_fresh_blocks(self, plan: StepPlan) -> None:
         """Clear blocks that a sequence begins and does not fill.

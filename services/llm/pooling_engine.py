@@ -19,7 +19,9 @@ class PoolingEngine(Engine):
     def _register(self, request: Request) -> None:
         """Hold room for the item. Nothing is sampled."""
         if request.placeholders:
-            self.budget.add(request.key, request.num_item_tokens, request.preprocess_id)
+            self.budget.add(
+                request.key, request.num_item_tokens, request.preprocess_id, request.priority
+            )
 
     def _outputs_of(
         self, chunks: list[Chunk], values: torch.Tensor, masks: dict[int, Mask]

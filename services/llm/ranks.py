@@ -130,6 +130,7 @@ def check_step(step: ExecuteStep, limits: StepLimits) -> None:
         ("sampled_rows", step.sampled_rows.shape[-1:], 0, rows),
         ("rope_parameters", num_seqs, 0, 2**48),
         ("adapters", num_seqs, 0, 2**48),
+        ("block_copies", (*step.block_copies.shape[:1], 2), 0, limits.num_blocks),
     ):
         tensor = getattr(step, name)
         if tensor.dtype != "int64" or len(shape) == 0 or tensor.shape != shape:

@@ -283,6 +283,11 @@ class Request:
         return hashes[item].tobytes().hex() if item < len(hashes) else None
 
     @property
+    def priority(self) -> int:
+        """Requests with lower values come first."""
+        return self.prompt.priority
+
+    @property
     def num_resumed_tokens(self) -> int:
         """The number of output tokens that earlier attempts delivered."""
         return self.prompt.output_token_ids.shape[0] if self.prompt.output_token_ids else 0

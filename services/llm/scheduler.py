@@ -41,6 +41,9 @@ class Scheduler:
     block. Such a block is taken from a request that waits for an item, or else from the latest
     arrival. The oldest request that can compute always goes on.
 
+    All this holds among requests of equal priority. Those with lower values are admitted first, and
+    lose their blocks last. A request can wait for as long as more urgent ones come.
+
     A request that is apart takes its turn once all its items are there and it has room. Then it has
     the steps to itself, until the gateway has cleared or ended it.
     """
@@ -61,8 +64,11 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
+        """The most urgent requests first."""
         self.running: list[Request] = []
         self.turn = Turn()
+        self._block_copies: list[tuple[int, int]] = []
+        """The copies of blocks that the next step makes. No step changes the blocks before."""
         self.num_preemptions = 0
         self.num_queried_tokens = 0
         """The prompt tokens that were looked up in the prefix cache."""
@@ -78,28 +84,35 @@ class Scheduler:
         """Queue a request that fits into the KV cache."""
         num_tokens = request.num_prompt_tokens + (request.prompt.stopping.max_tokens or 0)
         assert num_tokens <= self.max_tokens
-        self.waiting.append(request)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, request)
 
     def fork(self, first: Request, others: list[Request]) -> None:
-        """Begin requests with the prompt of one that is computed so far.
+        """Begin requests with the prompt of one whose prompt is computed, and no more.
 
-        They hold its full blocks, too, and compute the rest of the prompt again. One without room
-        for that waits like any other request, and so does one whose prompt must be whole.
+        They hold its full blocks, too. The next step copies its last block, if that is not full,
+        for each of them. One without room for the copy waits, as after a preemption.
         """
-        num_shared = (first.num_prompt_tokens - 1) // self.block_size
-        shared = list(first.block_table[:num_shared])
-        num_new = self._num_blocks(first.num_prompt_tokens) - num_shared
+        assert first.num_computed_tokens == first.num_prompt_tokens
+        num_full, num_left = divmod(first.num_prompt_tokens, self.block_size)
+        full = list(first.block_table[:num_full])
+        num_new = min(1, num_left)
         waiting = []
         for request in others:
             request.is_apart = False
-            if first.prompt.whole or num_new > self.pool.num_free:
+            if num_new > self.pool.num_free:
                 waiting.append(request)
                 continue
-            self.pool.share_held(shared)
-            request.block_table.extend(shared + self.pool.allocate(num_new))
-            request.num_computed_tokens = num_shared * self.block_size
+            self.pool.share_held(full)
+            new = self.pool.allocate(num_new)
+            self._block_copies += [(first.block_table[num_full], block) for block in new]
+            request.block_table.extend(full + new)
+            request.num_computed_tokens = first.num_computed_tokens
             self.running.append(request)
-        self.waiting.extendleft(reversed(waiting))
+        for request in reversed(waiting):
+            self._put_back(request)
 
     def finish(self, request: Request) -> None:
         """Free what the request holds, whether it runs or waits."""
@@ -122,7 +135,7 @@ class Scheduler:
             return self._schedule_alone()
         wanted = [(request, count) for request in self.running if (count := request.num_wanted) > 0]
         # Decodes first: a long prompt waits for them, not they for it.
-        wanted.sort(key=lambda w: w[1] > 1)
+        wanted.sort(key=lambda w: (w[1] > 1, w[0].priority))
         chunks = []
         budget = self.max_num_batched_tokens
         for request, count in wanted[: self.max_num_seqs]:
@@ -186,6 +199,8 @@ class Scheduler:
         token_ids = np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks])
         item_rows = self._item_rows(chunks, starts)
         token_ids[item_rows] = 0  # placeholders may lie outside the vocabulary
+        copies = np.array(self._block_copies, np.int64).reshape(-1, 2)
+        self._block_copies = []
         return StepPlan(
             token_ids=token_ids,
             positions=self._positions(chunks, starts, index + deltas[seqs]),
@@ -197,6 +212,7 @@ class Scheduler:
             sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
             adapters=np.array([r.adapter.number if r.adapter else 0 for r in requests], np.int64),
+            block_copies=copies,
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
@@ -229,10 +245,13 @@ class Scheduler:
     def _victim(self) -> Request:
         """Return the request to preempt: the latest that waits for an item, else the latest.
 
-        The request that has the steps to itself goes last, because no other one frees room then.
+        It is one of the least urgent. The request that has the steps to itself goes last, because
+        no other one frees room then.
         """
         holder = self.turn.holder
         others = [request for request in self.running if request.key != holder] or self.running
+        highest = max(request.priority for request in others)
+        others = [request for request in others if request.priority == highest]
         waits = (request for request in reversed(others) if request.num_wanted == 0)
         return next(waits, others[-1])
 
@@ -272,7 +291,7 @@ class Scheduler:
     def _preempt_stalled(self, request: Request, cached: list[int]) -> None:
         """Make room for a request that can compute, while all that run wait for items."""
         while not self._has_room(request, cached):
-            self._preempt(self.running[-1])
+            self._preempt(self._victim())
 
     def _start(self, request: Request, cached: list[int]) -> None:
         self.waiting.remove(request)
@@ -291,8 +310,15 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
-        self.waiting.appendleft(request)
+        self._put_back(request)
         self.num_preemptions += 1
+
+    def _put_back(self, request: Request) -> None:
+        """Queue a request before all that are as urgent."""
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].priority < request.priority:
+            place += 1
+        self.waiting.insert(place, request)
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.block_table)

@@ -1,6 +1,6 @@
 """What one step computes: made by the scheduler, executed by every rank. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class StepPlan:
     """int64 [num_seqs]: the rope parameter of each sequence; 0 if its family has none."""
     adapters: np.ndarray
     """int64 [num_seqs]: the adapter of each sequence; 0 for none."""
+    block_copies: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """int64 [num_copies, 2]: blocks of the KV cache whose content is copied before anything else,
+    and the blocks to which it is copied."""
 
     @property
     def num_tokens(self) -> int:

@@ -227,6 +227,7 @@ class Dispatcher:
             skip_cache=item.skip_cache,
             apart=item.is_apart,
             traceparent=item.span.traceparent,
+            priority=item.priority,
         )
 
     def _find(self, message: ItemMessage, vision_id: str) -> PendingItem | None:

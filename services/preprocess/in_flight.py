@@ -49,6 +49,10 @@ class Preparation:
         return self.submit.key
 
     @property
+    def priority(self) -> int:
+        return self.submit.priority
+
+    @property
     def sibling_keys(self) -> tuple[RequestKey, ...]:
         """The other answers to the prompt."""
         return tuple((other.request_id, self.submit.attempt) for other in self.submit.siblings)
@@ -94,6 +98,8 @@ class PendingItem:
     """Expected seconds in the tower, set while the item waits."""
     span: Span = NO_SPAN
     """The span of the last offer, until that comes to something."""
+    priority: int = 0
+    """Items with lower values are offered first."""
 
     def begin_span(self, tracing: Tracing, parent: str) -> None:
         """Begin the span of an offer to `vision_id`. That of an offer that came to nothing is

@@ -37,7 +37,7 @@ def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
     forms = forms_of(submit.items)
     bounds = bounds_of(submit.items)
     job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms, bounds)
-    return Task(job, blobs, seconds)
+    return Task(job, blobs, seconds, submit.priority)
 
 
 def preparing(preparation: Preparation, max_patches: int) -> Task:
@@ -53,7 +53,8 @@ def preparing(preparation: Preparation, max_patches: int) -> Task:
     batch = items[first:end]
     kinds = tuple(item.kind for item in batch)
     job = Prepare(first, kinds, max_patches, forms_of(batch, first), bounds_of(batch, first))
-    return Task(job, [item.data.data for item in batch], seconds)
+    blobs = [item.data.data for item in batch]
+    return Task(job, blobs, seconds, preparation.priority)
 
 
 def forms_of(items: Sequence[Item], first: int = 0) -> dict[int, VideoForm]:

@@ -14,6 +14,7 @@ from itertools import islice
 from common.buckets import bucket_of
 from common.messages import ItemKey, VisionLoad
 from services.preprocess.in_flight import MISSING_SECONDS, PendingItem
+from services.preprocess.priority import enqueue
 from services.preprocess.vision_replicas import (
     MAX_UNANSWERED,
     NUM_EARLIEST,
@@ -138,16 +139,17 @@ class VisionPool:
     # Items
 
     def add(self, item: PendingItem, first: bool = False) -> None:
-        """Queue an item for a replica. An item that has waited before goes `first`."""
+        """Queue an item for a replica behind those that are as urgent.
+
+        An item that has waited before goes `first` among them.
+        """
         item.vision_id = ""
         item.is_accepted = False
         item.has_passed = False
         item.has_pixels = False
         item.expected_seconds = self._least_seconds(item.prepared.num_patches)
-        self._waiting[item.key] = item
         self._waiting_seconds += item.expected_seconds
-        if first:
-            self._waiting.move_to_end(item.key, last=False)
+        enqueue(self._waiting, item.key, item, first)
 
     def remove(self, item: PendingItem) -> None:
         """Take an item out of the queue, if it is there."""

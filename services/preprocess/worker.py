@@ -42,6 +42,7 @@ from services.preprocess.llm_groups import LlmGroups
 from services.preprocess.metrics import PreprocessMetrics
 from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.priority import enqueue
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
 from services.preprocess.sandbox.pool import Finished, Task, Tasks
@@ -107,7 +108,7 @@ class Worker:
         return len(self._dispatcher.handovers), len(self._preparations)
 
     def run(self) -> None:
-        """Handle what arrived, then take one step of the oldest request that can go on.
+        """Handle what arrived, then take one step of the first request that can go on.
 
         The steps that may take long are tasks of sandboxes, which post their results.
         """
@@ -129,7 +130,7 @@ class Worker:
         return self._member.take_events(wait=self._next() is None, timeout=timeout)
 
     def _next(self) -> Preparation | None:
-        """Return the oldest preparation that can go on, or only the one that has the turn.
+        """Return the first preparation that can go on, or only the one that has the turn.
 
         While the next one is apart and others are in sandboxes, none goes on.
         """
@@ -232,7 +233,7 @@ class Worker:
         preparation.span = self._member.tracing.begin(
             "preprocess", submit.traceparent, None, {ATTEMPT: submit.attempt}, "consumer"
         )
-        self._preparations[key] = preparation
+        enqueue(self._preparations, key, preparation)
         with self._failing(preparation):
             model = self._preprocessor
             check_submit(submit, model.vocab_size, model.max_model_len)
@@ -419,7 +420,10 @@ class Worker:
         self._member.links.send(llm.id, prompt)
         self._metrics.request_seconds.observe(self._clock() - preparation.received)
         if items:
-            pending = {i: PendingItem((*key, i), item) for i, item in enumerate(items)}
+            pending = {
+                i: PendingItem((*key, i), item, priority=submit.priority)
+                for i, item in enumerate(items)
+            }
             handover = Handover(
                 preparation.gateway_id,
                 llm,

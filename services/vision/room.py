@@ -4,6 +4,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from common.messages import MIN_PRIORITY
+
 MAX_GRANTED = 2
 """One item is in the tower while the pixels of the next one arrive.
 
@@ -16,11 +18,16 @@ After that the room goes to the next peer.
 """
 
 
+FIRST = MIN_PRIORITY - 1
+"""Before every priority."""
+
+
 class Room:
     """One budget of items for all producers.
 
     A peer that finds no room joins a queue. When room becomes free, it is reserved for the first
-    peer in the queue for a moment. So no peer has to poll, and none is passed over.
+    peer in the queue for a moment. So no peer has to poll, and none is passed over but by peers
+    with more urgent items.
 
         offer --room--> granted --------> tower --> done: room
           |                ^                          |
@@ -39,7 +46,8 @@ class Room:
 
         It is 1 until one was measured, because nobody knows how long a second would wait.
         """
-        self._queue: OrderedDict[str, None] = OrderedDict()
+        self._queue: OrderedDict[str, int] = OrderedDict()
+        """The peers that wait, each with the priority of its most urgent item that was refused."""
         self._invited: dict[str, float] = {}
         self._sole_peer = ""
         """The peer whose item has the replica to itself, or waits for that."""
@@ -71,9 +79,12 @@ class Room:
         """Whether an item has the replica to itself, or waits for that."""
         return bool(self._sole_peer)
 
-    def enqueue(self, peer_id: str) -> None:
-        """Let the peer wait for room. A peer that waits already keeps its place."""
-        self._queue.setdefault(peer_id)
+    def enqueue(self, peer_id: str, priority: int = 0) -> None:
+        """Let the peer wait for room. A peer that waits already keeps its place.
+
+        Peers with lower values are invited first.
+        """
+        self._queue[peer_id] = min(priority, self._queue.get(peer_id, priority))
 
     def declined(self, peer_id: str) -> None:
         """Release the room that was reserved for the peer."""
@@ -102,11 +113,12 @@ class Room:
         if self._sole_peer:
             if num_granted or self._invited:
                 return []
-            self._queue.setdefault(self._sole_peer)
+            self._queue[self._sole_peer] = FIRST
             self._queue.move_to_end(self._sole_peer, last=False)
         invited = []
         while self._queue and num_granted + len(self._invited) < self.size:
-            peer_id, _ = self._queue.popitem(last=False)
+            peer_id = min(self._queue, key=self._queue.__getitem__)
+            del self._queue[peer_id]
             self._invited[peer_id] = now
             invited.append(peer_id)
             if self._sole_peer:

@@ -254,13 +254,13 @@ class Worker:
         wait = self._queue_seconds()
         self._send(job, Grant(**job.offer.item_ids, wait_seconds=wait, has_room=has_room))
         if not has_room:
-            self._room.enqueue(job.preprocess_id)
+            self._room.enqueue(job.preprocess_id, job.offer.priority)
         if was_idle:
             notified = self._told_idle if self._is_shared else self._peers
             self._send_load(notified - {job.preprocess_id})
 
     def _refuse(self, job: Job) -> None:
-        self._room.enqueue(job.preprocess_id)
+        self._room.enqueue(job.preprocess_id, job.offer.priority)
         self._send(job, Busy(**job.offer.item_ids, wait_seconds=self._queue_seconds()))
 
     def _announce_vacancies(self) -> None:
@@ -333,9 +333,13 @@ class Worker:
             job.patches = pixels.patches
 
     def _encode_next(self) -> None:
-        """Give the oldest item with pixels to the tower, if the tower is free."""
-        ready = (job for job in self._jobs.values() if job.patches is not None)
-        if self._encoding is None and (job := next(ready, None)):
+        """Give the first item with pixels to the tower, if the tower is free.
+
+        That is the oldest one of those that are most urgent.
+        """
+        ready = [job for job in self._jobs.values() if job.patches is not None]
+        if self._encoding is None and ready:
+            job = min(ready, key=lambda job: job.offer.priority)
             assert job.patches is not None
             self._encoding = job
             self._encoding_since = self._clock()

@@ -130,6 +130,9 @@ class FakeRunner:
 
     def next_tokens(self, plan: StepPlan, embeddings: list[Any]) -> list[int]:
         self.plans.append(plan)
+        blocks = self.cache.reshape(-1, self.block_size, 4)
+        sources, targets = plan.block_copies.T
+        blocks[targets] = blocks[sources]
         inputs = plan.token_ids.copy()
         inputs[plan.item_rows] = np.concatenate(
             [np.zeros(0), *(np.asarray(e)[:, 0] for e in embeddings)]

@@ -203,6 +203,8 @@ def submit(
         apart_in_llm=fields.get("apart_in_llm", False),
         task=fields.get("task", "generate"),
         token_rules=fields.get("token_rules"),
+        priority=fields.get("priority", 0),
+        siblings=fields.get("siblings", ()),
     )
     return received(gateway, "gateway", message)
 

@@ -41,15 +41,21 @@ def sampled_whole(
     system: Running, request: inference_pb2.GenerateRequest
 ) -> tuple[tuple[list[int], str], float]:
     """Return the answer's token ids and text, and the smallest gap of a draw."""
-    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
-        answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
-            request, timeout=READY_SECONDS
-        )
+    answer = generate(system, request)
     gaps = [
         gap_of(entry, request.sampling.seed, position)
         for position, entry in enumerate(answer.logprobs)
     ]
     return (list(answer.token_ids), answer.text), min(gaps)
+
+
+def generate(
+    system: Running, request: inference_pb2.GenerateRequest
+) -> inference_pb2.GenerateResponse:
+    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
+        return inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            request, timeout=READY_SECONDS
+        )
 
 
 def sampled_stream(

@@ -12,6 +12,15 @@ from typing import Any, TypeVar
 import pytest
 
 from common.membership import READY
+from tests.system.choices import (
+    NUM_CHOICES,
+    Answers,
+    assert_choices_are_single_answers,
+    assert_greedy_choices_are_equal,
+    request_for,
+    streamed_answers,
+    whole_answers,
+)
 from tests.system.running import (
     GOLDEN,
     Running,
@@ -192,3 +201,27 @@ def test_calls_of_tools_go_on_without_a_part_repeated_or_missing(system: Running
     assert ask_all(numbers, ask) == numbers
     assert victims.hit
     await_recovery(system, "llm")
+
+
+def test_several_answers_are_those_of_single_requests(system: Running) -> None:
+    assert_choices_are_single_answers(system)
+    assert_greedy_choices_are_equal(system)
+
+
+@pytest.mark.parametrize("role", ["llm", "detokenizer", "preprocess"])
+def test_several_answers_to_a_request_go_on_each_after_its_own_tokens(
+    system: Running, role: str
+) -> None:
+    requests = [request_for(n, NUM_TOKENS // 2, NUM_CHOICES) for n in range(2 * NUM_STREAMS)]
+    clear = first_clear(lambda n: whole_answers(system, requests[n]))
+    victims = Victims(system, role, signal.SIGKILL)
+
+    def ask(n: int) -> Answers:
+        def on_tokens(count: int) -> None:
+            if count > 20 or role == "preprocess":
+                victims.hit_one()
+
+        return streamed_answers(system, requests[n], on_tokens)
+
+    assert ask_all(clear, ask) == clear
+    await_recovery(system, role)

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.system.choices import (
+    assert_choices_are_single_answers,
+    assert_greedy_choices_are_equal,
+)
 from tests.system.running import GOLDEN, Running, golden_messages, piece_of, text_of, until
 
 pytestmark = pytest.mark.system
@@ -46,6 +50,11 @@ def assert_reference(system: Running, tp: int) -> None:
 
 def test_the_answer_of_two_ranks_is_the_reference(pair: Running) -> None:
     assert_reference(pair, tp=2)
+
+
+def test_several_answers_of_two_ranks_are_those_of_single_requests(pair: Running) -> None:
+    assert_choices_are_single_answers(pair)
+    assert_greedy_choices_are_equal(pair)
 
 
 def test_the_answer_of_eight_ranks_is_the_reference() -> None:

@@ -30,6 +30,15 @@ def test_peers_are_admitted_up_to_the_bound() -> None:
     ] * MAX_GRANTED + [False]
 
 
+def test_a_peer_with_a_more_urgent_item_is_invited_first() -> None:
+    room = full_size()
+    for peer, priority in (("a", 0), ("b", 1), ("c", -1), ("d", 0), ("b", -2)):
+        room.enqueue(peer, priority)
+    assert [room.invite(MAX_GRANTED - 1) for _ in range(1)] == [["b"]]
+    assert room.admits("b", 0)
+    assert room.invite(0) == ["c", "a"]
+
+
 def test_room_that_is_reserved_for_one_peer_is_refused_to_another() -> None:
     room = full_size()
     room.enqueue("a")

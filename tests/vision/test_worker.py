@@ -206,6 +206,14 @@ def declines(preprocess: str) -> list[Event]:
     return received(preprocess, "preprocess", Decline())
 
 
+def test_of_two_items_that_came_together_the_more_urgent_one_is_encoded_first() -> None:
+    replica = Replica()
+    replica.play(offer("r0", "a", priority=1) + offer("r1", "b"))
+    replica.play(pixels("r0", 1) + pixels("r1", 2))
+    replica.encode_all()
+    assert [request_id for request_id, _ in replica.embeddings()] == ["r1", "r0"]
+
+
 def test_embeddings_go_straight_to_the_language_group_that_the_offer_names() -> None:
     replica = Replica()
     replica.play(offer("r", "a", image=3), pixels("r", 5, image=3))

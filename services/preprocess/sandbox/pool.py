@@ -3,9 +3,9 @@
 The loop starts tasks and never waits for them. A thread receives the answers and posts them to the
 loop, which passes them to `handle`. Everything else happens on the loop's thread.
 
-Tasks take turns by what they are expected to cost: cheap ones first, but a task that waits
-overtakes newer ones in time. Costly tasks never occupy the last sandboxes, so a cheap one that
-arrives meanwhile starts at once.
+Tasks of equal priority take turns by what they are expected to cost: cheap ones first, but a task
+that waits overtakes newer ones in time. Costly tasks never occupy the last sandboxes, so a cheap
+one that arrives meanwhile starts at once.
 """
 
 import mmap
@@ -79,6 +79,8 @@ class Task:
     blobs: Sequence[Buffer]
     seconds: float
     """The CPU time that it is expected to take."""
+    priority: int = 0
+    """Tasks with lower values come first."""
     queued: float = 0.0
     num_starts: int = 0
 
@@ -288,7 +290,7 @@ class Sandboxes:
 
     def _assign(self) -> None:
         """Give waiting tasks to sandboxes, as many as may run now."""
-        self._waiting.sort(key=lambda task: task.queued + AGING * task.seconds)
+        self._waiting.sort(key=lambda task: (task.priority, task.queued + AGING * task.seconds))
         for task in list(self._waiting):
             if not self._may_start(task):
                 continue
