@@ -34,6 +34,8 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_PROMPT_LOGPROBS = 2**16
+"""The most log-probabilities of a prompt. Writing them takes the detokenizer 0.2 s."""
 MAX_BIASES = 1024
 """The most tokens whose logits a request changes. OpenAI's own service accepts 300."""
 MAX_LOGIT_BIAS = 100
@@ -729,6 +731,8 @@ class Start(RequestMessage):
     """int64 [p - 1, k]."""
     prompt_top_logprobs: Tensor | None = None
     """float32 [p - 1, k]."""
+    prompt_ranks: Tensor | None = None
+    """int64 [p - 1]: how likely each token was in its place; 1 for the most likely one."""
 
 
 class Tokens(RequestMessage):
@@ -787,7 +791,7 @@ class Delta(RequestMessage):
     call with a part that is `withdrawn` was malformed, and the text that follows has it whole."""
     prompt_logprobs: Tensor | None = None
     """UTF-8 JSON: a list with one OpenAI `logprobs.content` entry for each token of the prompt, and
-    null for the first one. With the first piece only."""
+    null for the first one. An entry has a `rank`, too. With the first piece only."""
 
 
 DetokenizerToGateway = Delta | Failed

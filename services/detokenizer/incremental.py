@@ -120,7 +120,7 @@ def num_held(text: str, stop: str) -> int:
 def logprob_entry(
     vocabulary: Vocabulary, token_id: int, logprob: float, top: Iterable[tuple[int, float]] = ()
 ) -> dict[str, Any]:
-    """Return an entry of OpenAI's `logprobs.content`.
+    """Return an entry of OpenAI's `logprobs.content`, with the token ids, which gRPC clients get.
 
     `top` holds the ids and log-probabilities of the most likely tokens, the best one first.
     """
@@ -129,10 +129,11 @@ def logprob_entry(
 
 
 def logprob_of(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
-    """Return what OpenAI's interface says about one token."""
+    """Return what OpenAI's interface says about one token, and its id."""
     data = vocabulary.token_bytes(token_id)
     return {
         "token": data.decode("utf-8", "replace"),
         "logprob": max(logprob, LOWEST_LOGPROB),
         "bytes": list(data),
+        "token_id": token_id,
     }

@@ -37,6 +37,7 @@ from common.vocabulary import Vocabulary
 from common.wire import Tensor
 from services.detokenizer.incremental import IncrementalDecoder, logprob_entry
 from services.detokenizer.metrics import DetokenizerMetrics
+from services.detokenizer.prompt_logprobs import objection_to_prompt, prompt_entries
 from services.detokenizer.tool_calls import Parsed, ToolCallParser
 
 FINISH_REASONS = ("", "stop", "length", "repetition")
@@ -62,6 +63,8 @@ class Answer:
     """The number of tokens so far, of all attempts."""
     texts: list[str]
     """The pieces of the text so far, of all attempts; kept if the answer may hold boxes."""
+    prompt_logprobs: Tensor | None = None
+    """Those of the first Delta, until that is sent."""
     hidden_ids: frozenset[int] = frozenset()
     """The stop tokens whose text does not belong to the answer that they end."""
     began: float = field(default_factory=time.monotonic)
@@ -241,6 +244,7 @@ class Worker:
             num_tokens=len(resumed),
             texts=[text] if self._reads_boxes else [],
             calls=calls,
+            prompt_logprobs=prompt_entries(self._vocabulary, start),
             hidden_ids=frozenset() if stopping.include_stop else frozenset(stopping.stop_token_ids),
             span=self._member.tracing.begin(
                 "detokenizer", start.traceparent, None, {ATTEMPT: start.attempt}, "consumer"
@@ -261,6 +265,8 @@ class Worker:
             read_timings(start.timings)
         except ValueError as e:
             return str(e)
+        if reason := objection_to_prompt(start, self._vocab_size):
+            return reason
         if start.output_token_ids is None:
             return ""
         return self._objection_to_ids("output_token_ids", start.output_token_ids, 0)
@@ -354,6 +360,9 @@ class Worker:
             more = self._end(answer, tokens.offset + len(ids), finish_reason)
         elif answer.is_new:
             more = {"timings": Tensor.of_bytes(write_timings(answer.timings))}
+        if answer.prompt_logprobs:
+            more["prompt_logprobs"] = answer.prompt_logprobs
+            answer.prompt_logprobs = None
         answer.is_new = False
         delta = Delta(
             **tokens.ids,
@@ -396,15 +405,8 @@ class Worker:
             tokens.top_logprobs.numpy().tolist(),
             strict=False,
         )
-        return Tensor.of_text(json.dumps([self._entry(*row) for row in rows]))
-
-    def _entry(
-        self, token_id: int, logprob: float, top_ids: list[int], top_logprobs: list[float]
-    ) -> dict[str, Any]:
-        """Return OpenAI's entry with the token ids, which gRPC clients get."""
-        top = zip(top_ids, top_logprobs, strict=True)
-        entry = logprob_entry(self._vocabulary, token_id, logprob, top)
-        entry["token_id"] = token_id
-        for candidate, candidate_id in zip(entry["top_logprobs"], top_ids, strict=True):
-            candidate["token_id"] = candidate_id
-        return entry
+        entries = [
+            logprob_entry(self._vocabulary, token_id, logprob, zip(top_ids, top, strict=True))
+            for token_id, logprob, top_ids, top in rows
+        ]
+        return Tensor.of_text(json.dumps(entries))

@@ -62,6 +62,7 @@ from services.gateway.generation import (
 from services.gateway.metrics import Metrics
 from services.gateway.peers import Peers
 from services.gateway.pooled import read_pooled
+from services.gateway.prompt_logprobs import read_prompt_logprobs
 from services.gateway.record import Choices, Record, RequestState, one_by_one
 from services.gateway.served_tasks import task_for
 from services.gateway.traces import outline
@@ -358,6 +359,7 @@ class GatewayCore:
         try:
             piece, timings = read_delta(delta, record.index)
             boxes = read_delta_boxes(delta, record.item_sizes)
+            prompt_logprobs = read_prompt_logprobs(delta)
         except ValueError as e:
             self._fail(record, Internal(str(e), stage="detokenizer"))
             return
@@ -365,7 +367,7 @@ class GatewayCore:
             self._fail(record, error)
             return
         if not record.attempt.is_answering:
-            self._on_first_token(record, timings)
+            self._on_first_token(record, timings, prompt_logprobs)
         record.add_tokens(piece)
         is_end = delta.finish_reason != ""
         self._failover.on_tokens(record, is_end)
@@ -409,7 +411,12 @@ class GatewayCore:
             return Exhausted(reason, stage="gateway")
         return None
 
-    def _on_first_token(self, record: Record, timings: Timings) -> None:
+    def _on_first_token(
+        self,
+        record: Record,
+        timings: Timings,
+        prompt_logprobs: list[dict[str, Any] | None] | None = None,
+    ) -> None:
         """Note the first token of the attempt, which is not always the first of the request."""
         self._failover.on_first_token(record)
         if record.first_token is None:
@@ -417,7 +424,7 @@ class GatewayCore:
             self._num_waiting -= 1
             self._admission.pace.on_served(record.first_token, self._num_waiting)
             self.first_token_seconds.append(record.first_token - record.admitted)
-            began = Began(record.prompt_token_ids, {**timings}, record.index)
+            began = Began(record.prompt_token_ids, {**timings}, record.index, prompt_logprobs)
             record.choices.put(began)
 
     # Ends

@@ -71,7 +71,8 @@ class Began:
     """The index of the answer among the `n` of its request."""
     prompt_logprobs: list[dict[str, Any] | None] | None = None
     """One OpenAI `logprobs.content` entry for each token of the prompt, and None for the first one;
-    None as a whole if the client asked for none."""
+    None as a whole if the client asked for none. An entry also has a `rank`, which is 1 if the
+    token was the most likely one in its place."""
 
 
 @dataclass(frozen=True, slots=True)

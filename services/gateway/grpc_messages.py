@@ -79,6 +79,7 @@ def to_generation(
     stopping["repetition"] = make_repetition(None if loops is None else fields_set(loops))
     response = fields_set(request.response)
     sampling["num_logprobs"] = response.get("num_logprobs")
+    sampling["num_prompt_logprobs"] = response.get("num_prompt_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")
     tool_use = read_chat_tools(request.chat)
     guide_kind, guide = tool_use.guide_with(*read_guide(request.guide))
@@ -224,6 +225,7 @@ def whole_response(
     return inference_pb2.GenerateResponse(
         request_id=request_id,
         prompt_token_ids=began.prompt_token_ids or (),
+        prompt_logprobs=map(prompt_logprob, began.prompt_logprobs or ()),
         usage=usage_message(ends[-1].usage),
         timings=inference_pb2.Timings(**ends[-1].timings),
         more_choices=[inference_pb2.Choice(**fields) for fields in others],
@@ -254,7 +256,11 @@ def stream_response(
         case Began(choice=choice) if choice:
             return None
         case Began(prompt_token_ids=ids):
-            begin = inference_pb2.Begin(request_id=request_id, prompt_token_ids=ids or ())
+            begin = inference_pb2.Begin(
+                request_id=request_id,
+                prompt_token_ids=ids or (),
+                prompt_logprobs=map(prompt_logprob, event.prompt_logprobs or ()),
+            )
             return inference_pb2.GenerateStreamResponse(begin=begin)
         case Piece():
             delta = inference_pb2.Delta(
@@ -339,6 +345,11 @@ def token_logprob(entry: dict[str, Any]) -> inference_pb2.TokenLogprob:
     """Return one entry of Piece.logprobs as a message."""
     top = [inference_pb2.TopLogprob(**token_fields(other)) for other in entry["top_logprobs"]]
     return inference_pb2.TokenLogprob(**token_fields(entry), top=top)
+
+
+def prompt_logprob(entry: dict[str, Any] | None) -> inference_pb2.PromptLogprob:
+    """Return one entry of Began.prompt_logprobs as a message."""
+    return inference_pb2.PromptLogprob(logprob=None if entry is None else token_logprob(entry))
 
 
 def token_fields(entry: dict[str, Any]) -> dict[str, Any]:

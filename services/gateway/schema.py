@@ -136,6 +136,7 @@ class ChatRequest(Body):
     include_stop_str_in_output: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     repetition_detection: RepetitionDetection | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def tool_use(self) -> ToolUse:
@@ -157,6 +158,7 @@ class ChatRequest(Body):
         values = self.model_dump(include=SAMPLING_FIELDS)
         values["top_k"] = 0 if self.top_k == -1 else self.top_k
         values["num_logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        values["num_prompt_logprobs"] = self.prompt_logprobs
         return make_sampling(values)
 
     def stopping(self, max_model_len: int | None) -> Stopping:

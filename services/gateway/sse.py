@@ -9,6 +9,7 @@ from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
 from services.gateway.generation import Began, Ended, GenerationEvent, Piece, Result
+from services.gateway.prompt_logprobs import prompt_logprobs_body
 from services.gateway.token_times import TokenTimes
 from services.gateway.tools import Call, join_calls
 
@@ -182,7 +183,7 @@ class CompletionWriter:
         }
         if self.token_times:
             body |= self.token_times[0].whole()
-        return body | self._prompt_ids(began)
+        return body | self._about_prompt(began)
 
     def _choice(self, pieces: list[Piece], ended: Ended) -> dict[str, Any]:
         """Return one answer of a completion that is not streamed."""
@@ -201,7 +202,7 @@ class CompletionWriter:
 
     def first_chunk(self, began: Began) -> bytes:
         """Return the first chunk of an answer, which has the role and no text."""
-        extra = self._prompt_ids(began)
+        extra = self._about_prompt(began)
         if self.token_times:
             extra |= self.token_times[began.choice].first()
         return self._chunk(began.choice, {"role": "assistant", "content": ""}, **extra)
@@ -279,7 +280,11 @@ class CompletionWriter:
     def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return logprobs_body(entries, self.with_ids) if self.with_logprobs else None
 
-    def _prompt_ids(self, began: Began) -> dict[str, Any]:
-        if not self.with_ids or began.choice:
-            return {}
-        return {"prompt_token_ids": began.prompt_token_ids}
+    def _about_prompt(self, began: Began) -> dict[str, Any]:
+        """Return what the client asked for about the prompt, with vLLM's names."""
+        found: dict[str, Any] = {}
+        if self.with_ids and not began.choice:
+            found["prompt_token_ids"] = began.prompt_token_ids
+        if began.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs_body(began.prompt_logprobs)
+        return found

@@ -37,7 +37,6 @@ IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
     "stop_regex": (),
     "lora_path": (),

@@ -19,6 +19,7 @@ from services.llm.embedding_budget import EmbeddingBudget
 from services.llm.guided_decoding import GuidedDecoding, Mask
 from services.llm.lora_registry import LoraRegistry
 from services.llm.metrics import LlmMetrics
+from services.llm.prompt_logprobs import take_prompt_logits
 from services.llm.ranks import Execute
 from services.llm.request import Limits, Request
 from services.llm.sampler import Logprobs, Sampler
@@ -355,7 +356,7 @@ class Engine:
         sampling = [chunk for chunk in chunks if chunk.samples]
         masks = self.guided_decoding.begin_masks([chunk.request.key for chunk in sampling])
         plan = self.scheduler.plan(chunks)
-        logits = self.execute(plan, embeddings)
+        logits = take_prompt_logits(chunks, self.execute(plan, embeddings))
         self.scheduler.computed(chunks)
         results = {row: mask.result() for row, mask in masks.items()}
         outputs = self._outputs_of(sampling, logits, results) if sampling else []

@@ -17,6 +17,7 @@ from common.messages import Prompt, RequestKey, Sampling
 from common.timings import ItemTimings, read_timings
 from common.wire import Tensor
 from services.llm.lora_registry import Resident
+from services.llm.prompt_scores import PromptScores, objection_to_scores
 from services.llm.repetition import LoopGuard, guard_of
 from services.llm.token_rules import objection_to_rules
 
@@ -62,6 +63,7 @@ def objection_to(prompt: Prompt, limits: Limits) -> str:
         or outlier_of(prompt, limits)
         or objection_to_siblings(prompt)
         or objection_to_texts(prompt)
+        or objection_to_scores(prompt)
         or objection_to_rules(prompt.token_rules, limits.vocab_size)
         or ("" if limits.pools else objection_to_peer(prompt.detokenizer))
     )
@@ -253,6 +255,8 @@ class Request:
     """Whether it must be computed in steps of its own."""
     is_looping: bool = False
     """Whether the answer is caught in a loop that ends it."""
+    prompt_scores: PromptScores | None = field(init=False)
+    """The log-probabilities of the prompt's tokens; None if nobody asked for them."""
     _loop_guard: LoopGuard | None = field(init=False)
     _block_hashes: list[bytes] = field(default_factory=list)
 
@@ -262,6 +266,7 @@ class Request:
         if self.prompt.output_token_ids:
             self.output_token_ids += self.prompt.output_token_ids.numpy().tolist()
         self._loop_guard = guard_of(self.prompt.stopping.repetition, self.output_token_ids)
+        self.prompt_scores = PromptScores.of(self.prompt)
         self.positions = self.prompt.positions.numpy()
         self.placeholders = [
             (int(offset), int(length)) for offset, length in self.prompt.placeholders.numpy()
@@ -270,6 +275,11 @@ class Request:
     @property
     def key(self) -> RequestKey:
         return self.prompt.key
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether log-probabilities of its prompt must still be computed."""
+        return self.prompt_scores is not None and not self.prompt_scores.is_complete
 
     def append(self, token_id: int) -> None:
         """Add a token to the answer."""

@@ -25,6 +25,20 @@ class Chunk:
         """Whether the step computes the last known token, so that its logits give the next one."""
         return self.end == self.request.num_tokens
 
+    @property
+    def scored(self) -> range:
+        """The positions whose logits tell the log-probability of the next token of the prompt."""
+        scores = self.request.prompt_scores
+        if scores is None or scores.is_complete:
+            return range(0)
+        assert self.begin <= scores.num_done
+        return range(scores.num_done, min(self.end, len(scores.logprobs)))
+
+
+MAX_SCORED_ROWS = 64
+"""The most rows of prompts whose logits are computed in a step. A row of a large vocabulary takes
+600 KB, and as much again for its log-probabilities."""
+
 
 class Scheduler:
     """There is no prefill phase and no decode phase.
@@ -69,6 +83,8 @@ class Scheduler:
         self.turn = Turn()
         self._block_copies: list[tuple[int, int]] = []
         """The copies of blocks that the next step makes. No step changes the blocks before."""
+        self._num_scored_rows = 0
+        """The rows of this step whose logits are computed for the sake of the prompt."""
         self.num_preemptions = 0
         self.num_queried_tokens = 0
         """The prompt tokens that were looked up in the prefix cache."""
@@ -129,6 +145,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Return the chunks of the next step; empty if nothing can be computed now."""
         self._extend_block_tables()
+        self._num_scored_rows = 0
         if self.turn.holder is None:
             self._begin_turn()
         if self.turn.holder is not None:
@@ -139,10 +156,11 @@ class Scheduler:
         chunks = []
         budget = self.max_num_batched_tokens
         for request, count in wanted[: self.max_num_seqs]:
-            if count := min(count, budget):
-                begin = request.num_computed_tokens
-                chunks.append(Chunk(request, begin, begin + count))
-                budget -= count
+            begin = request.num_computed_tokens
+            end = self._scorable(request, begin + min(count, budget))
+            if end > begin:
+                chunks.append(Chunk(request, begin, end))
+                budget -= end - begin
         return chunks + self._admit(budget, self.max_num_seqs - len(chunks), is_idle=not chunks)
 
     def _begin_turn(self) -> None:
@@ -168,12 +186,14 @@ class Scheduler:
         for request in self.running:
             if request.key == self.turn.holder:
                 begin = request.num_computed_tokens
-                return [Chunk(request, begin, begin + min(request.num_wanted, budget))]
+                end = begin + min(request.num_wanted, budget)
+                return [Chunk(request, begin, self._scorable(request, end))]
         for request in self.waiting:
             if request.key == self.turn.holder:
                 self._start(request, self._cached_blocks(request))
                 begin = request.num_computed_tokens
-                return [Chunk(request, begin, min(request.num_tokens, begin + budget))]
+                end = min(request.num_tokens, begin + budget)
+                return [Chunk(request, begin, self._scorable(request, end))]
         return []
 
     def clear(self, key: RequestKey, gateway_id: str) -> None:
@@ -209,7 +229,7 @@ class Scheduler:
             context_lens=context_lens,
             block_tables=tables,
             item_rows=item_rows,
-            sampled_rows=ends[[chunk.samples for chunk in chunks]] - 1,
+            sampled_rows=self._sampled_rows(chunks, starts),
             rope_parameters=np.array([r.prompt.rope_parameter for r in requests], np.int64),
             adapters=np.array([r.adapter.number if r.adapter else 0 for r in requests], np.int64),
             block_copies=copies,
@@ -276,8 +296,9 @@ class Scheduler:
                 self._preempt_stalled(request, cached)
             if self._can_start(request, begin, end, budget) and self._has_room(request, cached):
                 self._start(request, cached)
-                chunks.append(Chunk(request, begin, min(end, begin + budget)))
-                budget -= chunks[-1].end - begin
+                end = self._scorable(request, min(end, begin + budget))
+                chunks.append(Chunk(request, begin, end))
+                budget -= end - begin
             elif not misses_item:
                 break
         return chunks
@@ -286,7 +307,21 @@ class Scheduler:
         """Whether [begin, end) can be computed now, or a part of it unless it must be whole."""
         if request.prompt.whole:
             return end == request.num_tokens and end - begin <= budget
+        if request.needs_scores and self._num_scored_rows == MAX_SCORED_ROWS:
+            return False
         return end > begin
+
+    def _scorable(self, request: Request, end: int) -> int:
+        """Return how far a request can be computed in this step, at most to `end`.
+
+        That depends on the room for the logits of its prompt, of which this takes some.
+        """
+        scores = request.prompt_scores
+        if scores is None or scores.is_complete:
+            return end
+        end = min(end, scores.num_done + MAX_SCORED_ROWS - self._num_scored_rows)
+        self._num_scored_rows += max(0, end - scores.num_done)
+        return end
 
     def _preempt_stalled(self, request: Request, cached: list[int]) -> None:
         """Make room for a request that can compute, while all that run wait for items."""
@@ -330,9 +365,10 @@ class Scheduler:
     def _cached_blocks(self, request: Request) -> list[int]:
         """Return the blocks of the longest cached prefix.
 
-        The last token is always computed, because its logits are wanted.
+        The last token is always computed, because its logits are wanted, and so is the whole prompt
+        if those of all its tokens are.
         """
-        if not self._uses_prefix_cache(request):
+        if request.needs_scores or not self._uses_prefix_cache(request):
             return []
         blocks: list[int] = []
         num_full = (request.num_tokens - 1) // self.block_size
@@ -351,6 +387,17 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
     # Parts of a plan
+
+    def _sampled_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
+        """Return the rows whose logits are wanted: those that tell about a prompt, and the last one
+        of each request that is computed so far."""
+        rows: list[int] = []
+        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+            offset = start - chunk.begin
+            rows += [position + offset for position in chunk.scored]
+            if chunk.samples:
+                rows.append(chunk.end - 1 + offset)
+        return np.array(rows, np.int64)
 
     def _block_tables(self, requests: list[Request]) -> np.ndarray:
         tables = np.zeros((len(requests), max(len(r.block_table) for r in requests)), np.int64)

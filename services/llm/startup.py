@@ -34,7 +34,7 @@ from services.llm.pooling_engine import PoolingEngine
 from services.llm.pooling_runner import PoolingRunner
 from services.llm.ranks import StepLimits, follow, lead
 from services.llm.sampler import Sampler
-from services.llm.scheduler import Scheduler
+from services.llm.scheduler import MAX_SCORED_ROWS, Scheduler
 from services.llm.step_plan import StepPlan
 from services.llm.worker import Worker
 
@@ -206,7 +206,7 @@ def meet_other_ranks(
     sizes = checkpoint.sizes
     max_elements = max(
         tokens_of_step(settings, checkpoint) * sizes.hidden_size,
-        settings.max_num_seqs * sizes.vocab_size // settings.tp,
+        (settings.max_num_seqs + MAX_SCORED_ROWS) * sizes.vocab_size // settings.tp,
     )
     # Nobody knows when the other ranks come, so this wait is no hang.
     member.progress.idle()

@@ -29,7 +29,7 @@ class StepPlan:
     """int64 [num_embeddings]: rows of the batch whose input is an item's embedding, in the order in
     which the embeddings are given."""
     sampled_rows: np.ndarray
-    """int64 [num_sampled]: rows of the batch whose logits are wanted, in sequence order."""
+    """int64 [num_sampled]: rows of the batch whose logits are wanted, in rising order."""
     rope_parameters: np.ndarray
     """int64 [num_seqs]: the rope parameter of each sequence; 0 if its family has none."""
     adapters: np.ndarray

@@ -377,7 +377,16 @@ def start_of(output: Output) -> Start:
         timeout=max(0.0, request.deadline - time.monotonic()),
         traceparent=prompt.traceparent,
         reads_tool_calls=prompt.reads_tool_calls,
+        **prompt_logprobs_of(request),
     )
+
+
+def prompt_logprobs_of(request: Request) -> dict[str, Any]:
+    """Return the fields of Start about the tokens of a prompt; none if nobody asked for them."""
+    scores = request.prompt_scores
+    if scores is None or not scores.is_complete:
+        return {}
+    return {"prompt_token_ids": request.prompt.token_ids} | scores.tensors()
 
 
 def logprobs_of(output: Output) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import InvalidRequest
-from common.messages import Item, Submit, Task
+from common.messages import MAX_PROMPT_LOGPROBS, Item, Sampling, Submit, Task
 from common.pixel_bounds import PixelBounds
 from common.wire import Tensor
 from services.preprocess.token_rules import check_token_rules
@@ -50,6 +50,16 @@ def check_siblings(submit: Submit) -> None:
         raise InvalidRequest("two answers have the same request id: choose other ones")
     if submit.output_token_ids is not None or submit.task != "generate":
         raise InvalidRequest("only texts that have not begun can be answered several times")
+
+
+def check_prompt_logprobs(sampling: Sampling, num_tokens: int) -> None:
+    """Raise InvalidRequest if too many log-probabilities of a prompt are asked for."""
+    count = sampling.num_prompt_logprobs
+    if count is not None and num_tokens * (count + 1) > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs: {count + 1} for each of {num_tokens} tokens of the prompt are more "
+            f"than {MAX_PROMPT_LOGPROBS}: ask for fewer, or shorten the prompt"
+        )
 
 
 def check_item(item: Item, name: str) -> None:

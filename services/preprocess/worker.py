@@ -46,7 +46,7 @@ from services.preprocess.priority import enqueue
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
 from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
 from services.preprocess.sandbox.pool import Finished, Task, Tasks
-from services.preprocess.submit_checks import check_submit, check_task
+from services.preprocess.submit_checks import check_prompt_logprobs, check_submit, check_task
 from services.preprocess.tasks import preparing, reading, ready_item
 from services.preprocess.traces import record_items
 from services.preprocess.vision_pool import VisionPool
@@ -382,6 +382,7 @@ class Worker:
         max_model_len = self._preprocessor.max_model_len
         submit = preparation.submit
         resolve_stopping(submit.stopping, num_tokens, max_model_len, task=submit.task)
+        check_prompt_logprobs(submit.sampling, num_tokens)
 
     def _on_prepared(
         self, preparation: Preparation, items: tuple[PreparedFacts, ...], blobs: list[memoryview]

@@ -317,9 +317,10 @@ def test_logprob_entries_have_openais_form() -> None:
         "token": "\ufffd",
         "logprob": -0.5,
         "bytes": [0xC3],
+        "token_id": half,
         "top_logprobs": [
-            {"token": "a", "logprob": -0.25, "bytes": [97]},
-            {"token": "\ufffd", "logprob": -9999.0, "bytes": [0xC3]},
+            {"token": "a", "logprob": -0.25, "bytes": [97], "token_id": a},
+            {"token": "\ufffd", "logprob": -9999.0, "bytes": [0xC3], "token_id": half},
         ],
     }
     assert logprob_entry(VOCABULARY, a, -1.0)["top_logprobs"] == []

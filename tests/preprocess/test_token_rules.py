@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from common.errors import InvalidRequest
-from common.messages import MAX_BAD_WORDS, Failed, Prompt, TokenRules
+from common.messages import (
+    MAX_BAD_WORDS,
+    MAX_PROMPT_LOGPROBS,
+    Failed,
+    Prompt,
+    Sampling,
+    TokenRules,
+)
 from common.wire import Tensor
+from services.preprocess.submit_checks import check_prompt_logprobs
 from services.preprocess.token_rules import check_token_rules, word_sequences
 from tests import golden_vocabularies
 from tests.preprocess.builders import PREPROCESSOR, Preprocess, submit
@@ -108,3 +116,10 @@ def test_a_token_outside_the_vocabulary_is_the_clients_mistake() -> None:
     [failed] = [message for _, message in sent if isinstance(message, Failed)]
     assert failed.code == "InvalidRequest" and "vocabulary" in failed.message
     assert preprocess.holds_nothing
+
+
+def test_more_log_probabilities_of_a_prompt_than_can_be_written_are_refused() -> None:
+    check_prompt_logprobs(Sampling(num_prompt_logprobs=1), MAX_PROMPT_LOGPROBS // 2)
+    check_prompt_logprobs(Sampling(), MAX_PROMPT_LOGPROBS + 1)
+    with pytest.raises(InvalidRequest, match="2 for each of"):
+        check_prompt_logprobs(Sampling(num_prompt_logprobs=1), MAX_PROMPT_LOGPROBS // 2 + 1)
