@@ -71,6 +71,15 @@ VLLM = (
     Alias("vllm:admission_rejections", f"{GATEWAY}rejections", labels={"reason": "reason"}),
     Alias("vllm:num_preemptions", f"{LLM}preemptions"),
     Alias("vllm:iteration_tokens_total", f"{LLM}step_tokens"),
+    Alias(
+        "vllm:lora_requests_info",
+        f"{LLM}adapters_in_use",
+        labels={
+            "running": "running_lora_adapters",
+            "waiting": "waiting_lora_adapters",
+            "most": "max_lora",
+        },
+    ),
 )
 SGLANG = (
     Alias("sglang:encoder_requests_received", f"{VISION}offers", labels=KIND),

@@ -68,9 +68,12 @@ class StageMetrics:
 
     def total(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a counter that the service keeps itself, and that is read at each scrape."""
-        total = Total(self._prefix + name, text, read)
-        self.registry.register(total)
-        self._collectors[self._prefix + name] = total
+        self.collect(name, Total(self._prefix + name, text, read))
+
+    def collect(self, name: str, collector: Collector) -> None:
+        """Add a metric that is collected at each scrape, on the thread of the scrape."""
+        self.registry.register(collector)
+        self._collectors[self._prefix + name] = collector
 
     def serve_aliases(self, aliases: Iterable["Alias"], labels: Mapping[str, str]) -> None:
         """Serve the metrics under those `aliases` whose source this stage has, with `labels`."""

@@ -106,7 +106,7 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.budget = budget or EmbeddingBudget(2 * scheduler.max_tokens)
         self.metrics = metrics or LlmMetrics()
-        self.metrics.watch(scheduler, self.budget)
+        self.metrics.watch(scheduler, self.budget, self.adapters)
         self.requests: dict[RequestKey, Request] = {}
         self.on_end: Callable[[Request, str], None] = lambda request, error: None
         """Called with each request that ends, and why it failed; empty if it did not."""
@@ -191,6 +191,8 @@ class Engine:
             self._forget(request.key)
             raise
         self.requests[request.key] = request
+        if adapter:
+            self.metrics.count_adapter(adapter.name)
         if prompt.grammar:
             self._compiling.add(request.key)
         else:

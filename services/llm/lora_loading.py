@@ -173,7 +173,6 @@ class GroupAdapters:
         self.registry = registry
         self._own = own
         self._can_load = bool(settings.lora_root)
-        self._max_loras = settings.max_loras
         self._member = member
         self._ranks = ranks
         self._loading: dict[int, Loading] = {}
@@ -213,11 +212,10 @@ class GroupAdapters:
                 "to be replaced"
             )
         others = (self.registry.names | loading) - {message.name}
-        if len(others) >= self._max_loras:
-            raise InvalidRequest(
-                f"all {self._max_loras} adapters of --max-loras are loaded: unload one first"
-            )
-        if self.registry.num_retired + len(loading) >= self._max_loras:
+        if len(others) >= self.registry.max_loras:
+            most = self.registry.max_loras
+            raise InvalidRequest(f"all {most} adapters of --max-loras are loaded: unload one first")
+        if self.registry.num_retired + len(loading) >= self.registry.max_loras:
             raise Exhausted(
                 "unloaded adapters still have running requests: try again", retry_after=1.0
             )
@@ -263,12 +261,17 @@ class GroupAdapters:
             self._log.info("adapter unloaded", name=message.name)
         self._answer(gateway_id, message.task, error)
 
-    def drop_unused(self, used: Iterable[Resident | None]) -> None:
-        """Free the unloaded adapters that no request uses any more."""
-        for resident in self.registry.take_unused(used):
+    def drop_unused(self, used: Iterable[Resident | None]) -> set[str]:
+        """Free the unloaded adapters that no request uses any more.
+
+        Returns the names that mean nothing any more.
+        """
+        unused = self.registry.take_unused(used)
+        for resident in unused:
             self._send(DropAdapter(adapter=resident.number))
             assert self._own
             self._own.drop(resident.number)
+        return {resident.name for resident in unused} - self.registry.names
 
     def _send(self, message: PrepareAdapter | UseAdapter | DropAdapter) -> None:
         for rank in self._ranks:

@@ -22,7 +22,9 @@ class Resident:
 class LoraRegistry:
     """Which adapter a name means, and which adapters only wait for their last requests to end."""
 
-    def __init__(self, residents: Iterable[Resident] = ()) -> None:
+    def __init__(self, residents: Iterable[Resident] = (), max_loras: int = 0) -> None:
+        self.max_loras = max_loras
+        """The most adapters that may have a name at once."""
         self._named = {resident.name: resident for resident in residents}
         self._retired: list[Resident] = []
         self._last_number = max((r.number for r in self._named.values()), default=0)

@@ -1,9 +1,17 @@
 """The metrics of a language group, which rank 0 serves. Imports no torch."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from common.metrics import TOKENS, StageMetrics
 from services.llm.embedding_budget import EmbeddingBudget
+from services.llm.lora_registry import LoraRegistry
+from services.llm.request import Request
 from services.llm.scheduler import Chunk, Scheduler
 
 
@@ -13,7 +21,7 @@ class LlmMetrics(StageMetrics):
     def __init__(self) -> None:
         super().__init__("llm")
 
-    def watch(self, scheduler: Scheduler, budget: EmbeddingBudget) -> None:
+    def watch(self, scheduler: Scheduler, budget: EmbeddingBudget, adapters: LoraRegistry) -> None:
         """Add the metrics of rank 0, once it has what they are read from."""
         step_seconds = self.histogram(
             "step_seconds",
@@ -28,6 +36,7 @@ class LlmMetrics(StageMetrics):
             "step_tokens", "Tokens that a step computed.", buckets=TOKENS
         )
         self._watch_scheduler(scheduler)
+        self._watch_adapters(scheduler, adapters)
         self.gauge(
             "embedding_capacity_tokens",
             "Item tokens whose embeddings have room in memory.",
@@ -77,6 +86,29 @@ class LlmMetrics(StageMetrics):
             lambda: scheduler.num_hit_tokens,
         )
 
+    def _watch_adapters(self, scheduler: Scheduler, adapters: LoraRegistry) -> None:
+        self._adapter_requests = self.counter(
+            "adapter_requests", "Requests that came for a LoRA adapter.", "adapter"
+        )
+        self.gauge(
+            "adapters_loaded",
+            "LoRA adapters in memory, those included that only wait for their last requests.",
+            lambda: len(adapters.names) + adapters.num_retired,
+        )
+        self.collect(
+            "adapters_in_use",
+            AdaptersInUse(f"{self._prefix}adapters_in_use", scheduler, adapters),
+        )
+
+    def count_adapter(self, name: str) -> None:
+        """Count a request for an adapter."""
+        self._adapter_requests.labels(name).inc()
+
+    def forget_adapter(self, name: str) -> None:
+        """Drop the count of an adapter that was unloaded, so that counts do not pile up."""
+        with suppress(KeyError):  # it had no requests
+            self._adapter_requests.remove(name)
+
     def observe_step(self, chunks: Sequence[Chunk], num_tokens: int, seconds: float) -> None:
         """Observe a step that computed these chunks, with `num_tokens` tokens in all."""
         num_prefills = sum(chunk.begin < chunk.request.num_prompt_tokens for chunk in chunks)
@@ -85,3 +117,30 @@ class LlmMetrics(StageMetrics):
         )
         self._seconds_of[phase].observe(seconds)
         self.step_tokens.observe(num_tokens)
+
+
+class AdaptersInUse(Collector):
+    """The time of the scrape, with the names of the adapters in use as labels.
+
+    There is one series at any time, but its labels change.
+    """
+
+    def __init__(self, name: str, scheduler: Scheduler, adapters: LoraRegistry) -> None:
+        self._name = name
+        self._scheduler = scheduler
+        self._adapters = adapters
+
+    def collect(self) -> Iterator[Metric]:
+        text = (
+            "Seconds since 1970, labelled with the LoRA adapters of running and waiting requests."
+        )
+        family = GaugeMetricFamily(self._name, text, labels=("running", "waiting", "most"))
+        running = names_of(list(self._scheduler.running))
+        waiting = names_of(list(self._scheduler.waiting))
+        family.add_metric((running, waiting, str(self._adapters.max_loras)), time.time())
+        yield family
+
+
+def names_of(requests: Iterable[Request]) -> str:
+    """Return the names of the adapters of some requests, separated by commas."""
+    return ",".join(sorted({request.adapter.name for request in requests if request.adapter}))

@@ -135,7 +135,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     )
     if settings.rank == 0:
         group_adapters = GroupAdapters(
-            LoraRegistry(residents),
+            LoraRegistry(residents, settings.max_loras),
             adapters,
             settings,
             member,

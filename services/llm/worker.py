@@ -118,7 +118,9 @@ class Worker:
 
     def _keep_adapters(self) -> None:
         """Free adapters that nothing uses any more, and report a change."""
-        self._adapters.drop_unused(request.adapter for request in self._engine.requests.values())
+        requests = self._engine.requests.values()
+        for name in self._adapters.drop_unused(request.adapter for request in requests):
+            self._engine.metrics.forget_adapter(name)
         if self._adapters.changed:
             self._adapters.changed = False
             self._report.send_adapters()

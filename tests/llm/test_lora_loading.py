@@ -60,7 +60,7 @@ class Rank:
         self.runner = Runner()
         self.posted = threading.Event()
         self.own = RankAdapters(self.runner, CHECKPOINT, settings)
-        self.registry = LoraRegistry()
+        self.registry = LoraRegistry(max_loras=max_loras)
         self.group = GroupAdapters(
             self.registry,
             self.own,

@@ -16,6 +16,7 @@ from services.detokenizer.metrics import DetokenizerMetrics
 from services.gateway.metrics import Metrics
 from services.llm.block_pool import BlockPool
 from services.llm.embedding_budget import EmbeddingBudget
+from services.llm.lora_registry import LoraRegistry
 from services.llm.metrics import LlmMetrics
 from services.llm.scheduler import Scheduler
 from services.preprocess.metrics import PreprocessMetrics
@@ -56,7 +57,7 @@ def gateway() -> Metrics:
 
 def llm() -> LlmMetrics:
     metrics = LlmMetrics()
-    metrics.watch(Scheduler(BlockPool(4), 16, 8, 64), EmbeddingBudget(64))
+    metrics.watch(Scheduler(BlockPool(4), 16, 8, 64), EmbeddingBudget(64), LoraRegistry())
     return metrics
 
 

@@ -202,11 +202,13 @@ def test_prometheus_scrapes_every_service(compose: dict[str, Any]) -> None:
 def test_the_model_directory_is_only_read_and_must_be_there(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         needs_model = "model" in names_of(SERVICES[role_of(name)])
-        (mount,) = service.get("volumes", []) or [None]
-        assert (mount is not None) == needs_model, name
-        if needs_model:
+        targets = [service["environment"]["TWINLENS_MODEL"]] if needs_model else []
+        if role_of(name) == "llm":
+            targets.append("/adapters")
+        mounts = service.get("volumes", [])
+        assert [mount["target"] for mount in mounts] == targets, name
+        for mount in mounts:
             assert mount["read_only"] and mount["bind"] == {"create_host_path": False}
-            assert mount["target"] == service["environment"]["TWINLENS_MODEL"]
 
 
 def test_a_stop_leaves_time_for_the_longest_request(compose: dict[str, Any]) -> None:

@@ -164,6 +164,7 @@ def test_the_dashboard_shows_every_metric_of_a_stage(families: dict[str, Family]
         "twinlens_gateway_attempts_total",
         "twinlens_gateway_requests_in_flight",
         "twinlens_gateway_llm_kv_cache_usage_ratio",
+        "twinlens_llm_adapters_in_use",
         "twinlens_llm_kv_cache_capacity_tokens",
         "twinlens_member_hung",
     }
