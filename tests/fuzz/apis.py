@@ -49,7 +49,7 @@ LEAKS = re.compile(
     rb"\b(?:Key|Type|Value|Attribute|Assertion|Runtime|Index|Decode|Validation)Error\b"
 )
 """What no answer may contain."""
-HTTP_STATUSES = {200, 400, 404, 405, 408, 413, 429}
+HTTP_STATUSES = {200, 400, 404, 405, 408, 413, 415, 429}
 GRPC_CODES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 ASKED = ("/v1/chat/completions", "/v1/chat/completions", "/v1/classify", "/v1/embeddings")
 PATHS = ("/v1/models/x", "/v1/models", "/", "/v1/chat/completions/", "/livez", "/%ff", "/version")

@@ -318,7 +318,7 @@ def set_field(draw: Random, part: Any, field: Any) -> None:
             getattr(part, field.name).extend([value] * draw.choice([1, 3, 100]))
         else:
             setattr(part, field.name, value)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         pass  # a value of another type
 
 
