@@ -24,6 +24,8 @@ from services.gateway.adapters_http import Load, LoadAdapterEndpoint, Unload, Un
 from services.gateway.bodies import Bodies, BodyDrop
 from services.gateway.body_budget import BodyBudget
 from services.gateway.chat_http import ChatCompletions, TimedChatCompletions
+from services.gateway.completions_http import Completions
+from services.gateway.completions_schema import CompletionsRequest
 from services.gateway.cors import Cors
 from services.gateway.limits import MAX_ADMITTED_IMAGE_BYTES
 from services.gateway.metrics import MeasuredCore, serving_errors_only
@@ -73,6 +75,14 @@ def create_app(
             "Answer a chat, with the times of its tokens.",
             methods=["POST"],
             body=ChatRequest,
+            media_types=STREAMED,
+        ),
+        ApiRoute(
+            "/v1/completions",
+            Completions(*shared),
+            "Continue prompts as they are.",
+            methods=["POST"],
+            body=CompletionsRequest,
             media_types=STREAMED,
         ),
         ApiRoute(
