@@ -139,11 +139,11 @@ async def answers_to(
 class Answer:
     """One answer to one prompt, as far as it has come."""
 
-    def __init__(self, prompt: str) -> None:
+    def __init__(self) -> None:
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        self.logprobs = LegacyLogprobs(prompt)
+        self.logprobs = LegacyLogprobs()
 
 
 class TextWriter:
@@ -168,7 +168,7 @@ class TextWriter:
         self._drops_answers = request.max_tokens == 0
         self._n = requests[0].n
         self._prompts = [prompt_text(one) if request.echo else "" for one in requests]
-        self._answers = [Answer(prompt) for prompt in self._prompts for _ in range(self._n)]
+        self._answers = [Answer() for _ in self._prompts for _ in range(self._n)]
         self._usages: list[Usage] = []
         self._timings: dict[str, Any] = {}
 

@@ -5,13 +5,13 @@ from typing import Any
 
 
 class LegacyLogprobs:
-    """Collects the log-probabilities of one answer, and perhaps of the prompt before it.
+    """Collects the log-probabilities of one answer, and of the prompt if the answer begins with it.
 
     The entries are those of `Piece.logprobs`.
     """
 
-    def __init__(self, prompt: str) -> None:
-        self._offset = len(prompt)
+    def __init__(self) -> None:
+        self._offset = 0
         """The number of characters before the next token."""
         self._tokens: list[str] = []
         self._token_logprobs: list[float | None] = []
@@ -34,7 +34,6 @@ class LegacyLogprobs:
         """
         known = [entry for entry in entries if entry is not None]
         num_first = max(0, len(prompt) - sum(len(entry["token"]) for entry in known))
-        self._offset = 0
         if entries:
             self._add(prompt[:num_first], None, None)
         return self._added(1 if entries else 0, known)
