@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from common.chat import ROLES
 from common.messages import Sampling, Stopping
-from services.gateway.pooling_schema import ENCODING_FORMATS, MAX_INPUTS
+from services.gateway.pooling_schema import ENCODING_FORMATS
 from services.gateway.schema import SAMPLING_FIELDS, STOPPING_FIELDS
 
 Schema = dict[str, Any]
@@ -72,7 +72,6 @@ MORE: dict[str, dict[str, Schema]] = {
                     "type": "array",
                     "items": {"type": "string", "minLength": 1},
                     "minItems": 1,
-                    "maxItems": MAX_INPUTS,
                 },
             ]
         },
