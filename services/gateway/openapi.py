@@ -189,5 +189,5 @@ def ranges_of_values() -> dict[str, Schema]:
         fields = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
         for name in names & fields.keys() - WIDER:
             schema = {key: value for key, value in fields[name].items() if key != "default"}
-            ranges[name] = {"anyOf": [schema, {"type": "null"}]}
+            ranges[name] = schema if "anyOf" in schema else {"anyOf": [schema, {"type": "null"}]}
     return ranges
