@@ -123,8 +123,10 @@ class AdaptersOfGroups:
         Raises
         ------
         ServingError
-            if no group has it, or adapters are not unloaded at run time.
+            if no group has it, none can, or adapters are not unloaded at run time.
         """
+        if objection := objection_to_adapter(name, path="any"):
+            raise InvalidRequest(objection)
         self._loaded.pop(name, None)
         change = await self._change(lambda task: UnloadAdapter(task=task, name=name))
         if change.errors and not change.changed:

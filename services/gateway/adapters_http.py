@@ -47,7 +47,7 @@ class AdapterEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.bodies.reserve(scope) as reservation:
-            body = await self.bodies.read(receive, reservation)
+            body = await self.bodies.receive(scope, receive, reservation)
             text = await self.change(body)
         await PlainTextResponse(text)(scope, receive, send)
 

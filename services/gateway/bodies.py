@@ -11,7 +11,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import TooLarge, TooSlow
 from services.gateway.body_budget import BodyBudget, Reservation, client_of
-from services.gateway.encodings import decoded
+from services.gateway.encodings import (
+    check_content_type,
+    decoded,
+    encoding_of,
+    remove_mark,
+)
 from services.gateway.limits import (
     BODY_PATIENCE_SECONDS,
     DROP_PATIENCE_SECONDS,
@@ -53,7 +58,27 @@ class Bodies:
             raise too_large(self._max_bytes)
         return self._budget.reserve(address_of(scope), num_bytes)
 
-    async def read(self, receive: Receive, reservation: Reservation) -> bytearray:
+    async def receive(self, scope: Scope, receive: Receive, reservation: Reservation) -> bytearray:
+        """Return the JSON text of a request; `reservation` grows with it.
+
+        Raises
+        ------
+        UnsupportedType
+            if its headers say that it is something else, or encoded in a way that is not read.
+        InvalidRequest, TooLarge, TooSlow, Exhausted
+            if it cannot be decoded, is larger than any body may be, comes too slowly, or if there
+            is no room for it.
+        """
+        headers = Headers(scope=scope)
+        check_content_type(headers)
+        encoding = encoding_of(headers)
+        body = await self._read(receive, reservation)
+        if encoding:
+            body = await self._decode(scope, body, encoding, reservation)
+        remove_mark(body)
+        return body
+
+    async def _read(self, receive: Receive, reservation: Reservation) -> bytearray:
         """Return the body of the request; `reservation` grows if it is longer than announced.
 
         Raises
@@ -81,7 +106,7 @@ class Bodies:
             ) from None
         return body
 
-    async def decode(
+    async def _decode(
         self, scope: Scope, body: bytearray, encoding: str, reservation: Reservation
     ) -> bytearray:
         """Return a body that is encoded as `encoding_of` says; `reservation` grows with it.

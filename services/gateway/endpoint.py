@@ -16,7 +16,6 @@ from common.errors import InvalidRequest
 from common.tracing import read_traceparent
 from services.gateway.bodies import Bodies, address_of
 from services.gateway.body_budget import BodyBudget, Reservation
-from services.gateway.encodings import check_content_type, encoding_of, remove_mark
 from services.gateway.generation import Core, GenerationRequest
 from services.gateway.schema import MAX_TIMEOUT
 
@@ -65,15 +64,9 @@ class Endpoint(ABC, Generic[A]):
         """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        timeout = read_timeout(headers.get("x-request-timeout"))
-        check_content_type(headers)
-        encoding = encoding_of(headers)
+        timeout = read_timeout(Headers(scope=scope).get("x-request-timeout"))
         with self.bodies.reserve(scope) as reservation:
-            body = await self.bodies.read(receive, reservation)
-            if encoding:
-                body = await self.bodies.decode(scope, body, encoding, reservation)
-            remove_mark(body)
+            body = await self.bodies.receive(scope, receive, reservation)
             work = self._answer(body, timeout, reservation, scope, receive, send)
             del body
             await cancel_on_disconnect(work, receive)

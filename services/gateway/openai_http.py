@@ -310,6 +310,7 @@ class InfoEndpoints:
 
     async def ready(self, request: Request) -> Response:
         if reason := self.core.unready_reason():
+            current_end().leave_out()
             raise Unavailable(reason, stage="gateway")
         return JSONResponse({"status": "ready"})
 

@@ -11,8 +11,8 @@ from starlette.routing import Route
 
 from common.chat import ROLES
 from common.messages import Sampling, Stopping
-from services.gateway.pooling_schema import ENCODING_FORMATS, MAX_INPUTS
-from services.gateway.schema import MAX_TIMEOUT, SAMPLING_FIELDS, STOPPING_FIELDS
+from services.gateway.pooling_schema import ENCODING_FORMATS
+from services.gateway.schema import SAMPLING_FIELDS, STOPPING_FIELDS
 
 Schema = dict[str, Any]
 
@@ -72,7 +72,6 @@ MORE: dict[str, dict[str, Schema]] = {
                     "type": "array",
                     "items": {"type": "string", "minLength": 1},
                     "minItems": 1,
-                    "maxItems": MAX_INPUTS,
                 },
             ]
         },
@@ -80,20 +79,16 @@ MORE: dict[str, dict[str, Schema]] = {
     },
 }
 """What the models of bodies leave to code, by model and field."""
-HEADERS: list[Schema] = [
-    {
-        "name": "X-Request-Id",
-        "in": "header",
-        "description": "The request's id, for logs and traces. The answer repeats it.",
-        "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
-    },
-    {
-        "name": "X-Request-Timeout",
-        "in": "header",
-        "description": "Seconds until the deadline.",
-        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT},
-    },
-]
+REQUEST_ID: Schema = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "The request's id, for logs and traces. The answer repeats it.",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
+}
+DESCRIPTION = """Vision-language models over OpenAI's API.
+
+Any request may have the header `X-Request-Timeout`: the seconds until its deadline, up to 1e9.
+"""
 
 
 class ApiRoute(Route):
@@ -139,7 +134,7 @@ def document(routes: Sequence[ApiRoute], version: str) -> Schema:
             operations[method.lower()] = operation(route, bodies)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Twinlens", "version": version},
+        "info": {"title": "Twinlens", "version": version, "description": DESCRIPTION},
         "paths": paths,
         "components": {"schemas": complete(made["$defs"]) | {"Error": ERROR}},
     }
@@ -149,7 +144,7 @@ def operation(route: ApiRoute, bodies: Mapping[type[BaseModel], Schema]) -> Sche
     """Return what one method of a route does. `bodies` has references to their schemas."""
     described: Schema = {
         "summary": route.summary,
-        "parameters": [*path_parameters(route), *(HEADERS if route.body else HEADERS[:1])],
+        "parameters": [*path_parameters(route), REQUEST_ID],
         "responses": {
             "200": {
                 "description": "The answer.",
@@ -194,5 +189,5 @@ def ranges_of_values() -> dict[str, Schema]:
         fields = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
         for name in names & fields.keys() - WIDER:
             schema = {key: value for key, value in fields[name].items() if key != "default"}
-            ranges[name] = {"anyOf": [schema, {"type": "null"}]}
+            ranges[name] = schema if "anyOf" in schema else {"anyOf": [schema, {"type": "null"}]}
     return ranges

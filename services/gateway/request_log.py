@@ -28,6 +28,7 @@ class RequestEnd:
     def __init__(self, request_id: str = "") -> None:
         self.request_id = request_id
         self._status = 0
+        self._is_left_out = False
         self._reason = ""
         self._fields: dict[str, str] = {}
         self._trace: dict[str, str] = {}
@@ -35,6 +36,10 @@ class RequestEnd:
     def trace(self, trace_id: str) -> None:
         """Note the trace that has the request; its id may be empty."""
         self._trace = {"trace_id": trace_id} if trace_id else {}
+
+    def leave_out(self) -> None:
+        """Write no line: the request asks whether others would be refused."""
+        self._is_left_out = True
 
     def fail(self, error: ServingError) -> None:
         """Note the error that ends the request. The first one counts."""
@@ -53,7 +58,7 @@ class RequestEnd:
 
     def write(self) -> None:
         """Write the line, if there is something to say."""
-        if not self._status:
+        if not self._status or self._is_left_out:
             return
         log = get_logger()
         fields = self._trace | self._fields

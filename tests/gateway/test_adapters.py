@@ -138,3 +138,11 @@ async def test_a_request_waits_for_its_adapter_unless_that_was_unloaded() -> Non
         gateway.on_event(failed("Unavailable", attempt=1))
         error = await error_of(events)
         assert isinstance(error, NotFound) and "unloaded" in error.message
+
+
+@pytest.mark.parametrize("name", ["", "a\rb", "\x89", "x" * 200])
+async def test_a_name_that_no_adapter_can_have_reaches_no_group(name: str) -> None:
+    gateway = AdaptedGateway()
+    with pytest.raises(InvalidRequest):
+        await gateway.core.adapters.unload(name)
+    assert not gateway.links.to("llm-1")
