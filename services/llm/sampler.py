@@ -296,34 +296,33 @@ def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
 
 
 def restricted(scores: Tensor, requests: list[SamplingState]) -> Tensor:
-    """Return the scores with -inf for the tokens that the rules of each request leave out."""
+    """Return the scores with -inf for the tokens that the rules of each request leave out: those
+    that are not allowed, and the rivals of those that are forced if one of these can be drawn."""
     narrowed = [
-        (row, narrowed_row(scores[row], request.rules))
+        (row, request.rules)
         for row, request in enumerate(requests)
         if request.rules is not None and request.rules.narrows
     ]
     if narrowed:
         scores = scores.clone()  # it may be the logits, which must not change
-    for row, values in narrowed:
-        scores[row] = values
+    for row, rules in narrowed:
+        if rules.allowed_ids is not None:
+            keep_only(scores[row], rules.allowed_ids)
+        if rules.forced_ids.size:
+            keep_only(scores[row], rules.forced_ids, if_possible=True)
     return scores
 
 
-def narrowed_row(scores: Tensor, rules: RulesInForce) -> Tensor:
-    """Return the scores of a request, [vocab_size], with -inf for tokens that are not allowed, and
-    for the rivals of those that are forced if one of these can be drawn."""
-    if rules.allowed_ids is not None:
-        scores = only(scores, rules.allowed_ids)
-    if not rules.forced_ids.size:
-        return scores
-    forced = only(scores, rules.forced_ids)
-    return torch.where(forced.isfinite().any(), forced, scores)
+def keep_only(scores: Tensor, token_ids: np.ndarray, if_possible: bool = False) -> None:
+    """Set the scores of one row, [vocab_size], to -inf for all tokens but these.
 
-
-def only(scores: Tensor, token_ids: np.ndarray) -> Tensor:
-    """Return the scores, [vocab_size], with -inf for all tokens but these."""
+    With `if_possible` nothing is changed if none of these can be drawn.
+    """
     ids = torch.from_numpy(token_ids).to(scores.device)
-    return torch.full_like(scores, -torch.inf).index_copy_(0, ids, scores[ids])
+    kept = scores[ids]
+    if not if_possible or kept.isfinite().any():
+        scores.fill_(-torch.inf)
+        scores[ids] = kept
 
 
 def is_sound(logits: Tensor) -> bool:
