@@ -1,8 +1,8 @@
 """Logging with structlog: readable on a terminal, JSON otherwise.
 
-The loggers of the standard library take the same way. Text from outside can neither fill a log nor
-forge a line of it: long values are cut, lines of one cause are limited in number
-(`common/log_limit.py`), and control characters are escaped.
+The loggers of the standard library, and Python's warnings, take the same way. Text from outside can
+neither fill a log nor forge a line of it: long values are cut, lines of one cause are limited in
+number (`common/log_limit.py`), and control characters are escaped.
 """
 
 import atexit
@@ -57,6 +57,7 @@ def set_up_logging(service: str, log_format: str, log_level: str) -> None:
             foreign_pre_chain=shared, processors=final_processors(console)
         )
     )
+    logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     atexit.register(report_left_out)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
-import logging, sys
+import logging, sys, warnings
 import structlog
 from common.logs import get_logger, set_up_logging
 
@@ -26,6 +26,7 @@ log.debug("not told")
 log.info("ready", num_patches=4, path=sys, text="größer")
 logging.getLogger("library").warning("a library says %s", "hello")
 logging.getLogger("library").debug("not told")
+warnings.warn("a library advises")
 structlog.contextvars.bind_contextvars(request_id="r-7")
 try:
     fail()
@@ -53,7 +54,8 @@ def lines() -> list[dict[str, Any]]:
 
 
 def test_json_has_one_object_per_line_with_the_same_keys_for_us_and_libraries() -> None:
-    ready, library, failed, _ = lines()
+    ready, library, warning, failed, _ = lines()
+    assert warning.keys() == library.keys() and "a library advises" in warning["event"]
     common = {"event", "level", "timestamp", "service"}
     assert ready.keys() == common | {"member", "num_patches", "path", "text"}
     assert (
@@ -76,13 +78,13 @@ def test_json_has_one_object_per_line_with_the_same_keys_for_us_and_libraries() 
 
 
 def test_every_line_has_the_request_id_of_the_context() -> None:
-    ready, _, failed, failed_too = lines()
+    ready, _, _, failed, failed_too = lines()
     assert failed["request_id"] == failed_too["request_id"] == "r-7"
     assert "request_id" not in ready
 
 
 def test_a_traceback_in_json_has_frames_but_no_locals() -> None:
-    for line in lines()[2:]:
+    for line in lines()[3:]:
         (error,) = line["exception"]
         assert (error["exc_type"], error["exc_value"]) == ("ValueError", "spoilt")
         assert [frame["name"] for frame in error["frames"]] == ["<module>", "fail"]
