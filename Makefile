@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz
+.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz schemathesis
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -53,6 +53,11 @@ BODIES ?= 100000
 fuzz: install
 	$(VENV)/bin/python -m tests.fuzz --seed $(SEED) --messages $(COUNT) --bodies $(BODIES) \
 		--processes 20000
+
+# Generated requests to a running server, by its own OpenAPI document.
+URL ?= http://127.0.0.1:8000
+schemathesis:
+	scripts/schemathesis $(URL)
 
 # docs/images/bench.png, from a run of the embedded model: about a minute.
 plots: install

@@ -6,7 +6,6 @@ they take. It also drops the body of a request that offers an upgrade, which no 
 
 import asyncio
 from functools import partial
-from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
@@ -31,7 +30,16 @@ from services.gateway.limits import (
     MAX_HEAD_BYTES,
     MAX_PIPELINED,
 )
-from services.gateway.refusal import Refusal
+from services.gateway.refusal import (
+    HTTP2,
+    LONG_EXTENSIONS,
+    LONG_HEAD,
+    MALFORMED,
+    MANY_CHUNKS,
+    MANY_PIPELINED,
+    SLOW_HEAD,
+    Refusal,
+)
 from services.gateway.request_log import log_abort
 from services.gateway.schema import new_request_id
 from services.gateway.slow_readers import ReadDeadlineProtocol
@@ -50,31 +58,9 @@ GOODBYE_SECONDS = 2.0
 answer."""
 
 
+HTTP2_BEGIN = b"PRI * HTTP/2"
 FRAMING = (b"content-length", b"transfer-encoding")
 """The headers that say where a body ends."""
-
-MALFORMED = Refusal(HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
-HTTP2_BEGIN = b"PRI * HTTP/2"
-HTTP2 = Refusal(
-    HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this port speaks HTTP/1.1, not HTTP/2 from the start"
-)
-LONG_HEAD = Refusal(
-    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-    f"the request line and headers, or the trailers, have more than {MAX_HEAD_BYTES} bytes",
-)
-LONG_EXTENSIONS = Refusal(
-    HTTPStatus.BAD_REQUEST,
-    f"the chunk extensions have more than {MAX_CHUNK_EXTENSION_BYTES} bytes",
-)
-MANY_CHUNKS = Refusal(
-    HTTPStatus.BAD_REQUEST, f"the body has more than {MAX_CHUNKS} chunks; send larger ones"
-)
-MANY_PIPELINED = Refusal(
-    HTTPStatus.BAD_REQUEST, f"more than {MAX_PIPELINED} requests wait on this connection"
-)
-SLOW_HEAD = Refusal(
-    HTTPStatus.REQUEST_TIMEOUT, f"the headers were not complete after {HEAD_SECONDS:g} seconds"
-)
 
 
 class BoundedProtocol(ReadDeadlineProtocol, asyncio.BufferedProtocol):

@@ -100,12 +100,15 @@ class ApiRoute(Route):
         endpoint: Any,
         summary: str,
         *,
-        methods: Sequence[str] = ("GET",),
+        methods: Sequence[str] = (),
         body: type[BaseModel] | None = None,
         media_types: Sequence[str] = ("application/json",),
     ) -> None:
-        """`body` is the model of the request's body. `media_types` are those of answers."""
-        super().__init__(path, endpoint, methods=methods)
+        """`body` is the model of the request's body, and `media_types` are those of answers.
+
+        Without `methods`, a route with a body is for POST, and another one for GET.
+        """
+        super().__init__(path, endpoint, methods=methods or ("POST" if body else "GET",))
         self.summary = summary
         self.body = body
         self.media_types = media_types

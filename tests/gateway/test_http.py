@@ -273,7 +273,7 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_form(client: TestClien
     for answer, status in [
         (client.get("/nothing"), 404),
         (client.get(CHAT), 405),
-        (client.post("/v1/completions"), 404),
+        (client.post("/v1/nothing"), 404),
     ]:
         assert answer.status_code == status
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
