@@ -184,7 +184,7 @@ class TextWriter:
                 answer.text += event.text
                 answer.token_ids += event.token_ids
                 logprobs = answer.logprobs.add(event.logprobs) if self._with_logprobs else None
-                if not (event.text or event.logprobs or (self.with_ids and event.token_ids)):
+                if not (event.text or logprobs or (self.with_ids and event.token_ids)):
                     return b""
                 return self._chunk(index, event.text, logprobs, None, event.token_ids)
             case Ended():
