@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 from common.config import BadSetting
 from common.messages import MAX_ADAPTERS, MAX_PATH_BYTES, NO_CONTROL_CHARACTERS
@@ -39,8 +40,12 @@ def objection_to_adapter(name: str, path: str) -> str:
     return ""
 
 
-def check_adapter_settings(adapters: dict[str, str], served_name: str, max_loras: int) -> None:
-    """Raise BadSetting if one group cannot have these adapters."""
+def check_adapter_settings(
+    adapters: dict[str, str], root: str, served_name: str, max_loras: int
+) -> None:
+    """Raise BadSetting if one group cannot have these adapters, or load others from this folder."""
+    if root and not Path(root).expanduser().is_dir():
+        raise BadSetting(f"--lora-root {root}: no such folder")
     if served_name in adapters:
         raise BadSetting(f"--lora {served_name}=...: this is the name of the served model")
     if len(adapters) > max_loras:

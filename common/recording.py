@@ -103,6 +103,8 @@ class Asked(msgspec.Struct, tag="request", kw_only=True, frozen=True, omit_defau
     """Seconds until the deadline; None if the client set none."""
     chat_options: bytes = b""
     """As in GenerationRequest."""
+    adapter: str = ""
+    """As in GenerationRequest."""
 
 
 class Answered(msgspec.Struct, tag="end", kw_only=True, frozen=True, omit_defaults=True):

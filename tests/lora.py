@@ -48,9 +48,9 @@ def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
 
 def merge(model: Path, adapter: Path, out: Path) -> Path:
     """Write the checkpoint with an adapter added to its weights in float32."""
-    shutil.copytree(model, out)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.bin", "*.bin.index.json"))
     family = open_checkpoint(model).family
-    tensors = {name: t.float() for name, t in load_file(out / "model.safetensors").items()}
+    tensors = {name: tensor.float() for name, tensor in tensors_of(model).items()}
     stored = {family.canonical_name(name): name for name in tensors}
     config = json.loads((adapter / "adapter_config.json").read_text())
     pairs = load_file(adapter / "adapter_model.safetensors")
@@ -61,3 +61,10 @@ def merge(model: Path, adapter: Path, out: Path) -> Path:
         weight += scale_of(config, module, len(pairs[name])) * (up @ pairs[name])
     save_file(tensors, out / "model.safetensors")
     return out
+
+
+def tensors_of(model: Path) -> dict[str, torch.Tensor]:
+    if (file := model / "model.safetensors").exists():
+        return load_file(file)
+    parts = (torch.load(file, weights_only=True) for file in sorted(model.glob("*.bin")))
+    return {name: tensor for part in parts for name, tensor in part.items()}

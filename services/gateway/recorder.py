@@ -201,4 +201,5 @@ def asked(
         guide=request.guide,
         timeout=request.timeout,
         chat_options=request.chat_options,
+        adapter=request.adapter,
     )

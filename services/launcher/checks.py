@@ -53,7 +53,7 @@ def check_adapters(settings: ServeSettings, checkpoint: Checkpoint, served_name:
     if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
         raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
     adapters = parse_adapters(settings.lora)
-    check_adapter_settings(adapters, served_name, settings.max_loras)
+    check_adapter_settings(adapters, settings.lora_root, served_name, settings.max_loras)
     for path in adapters.values():
         open_adapter(path, checkpoint, settings.max_lora_rank)
 

@@ -97,7 +97,9 @@ def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
     if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
         raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
     adapters = parse_adapters(settings.lora)
-    check_adapter_settings(adapters, settings.served_model_name, settings.max_loras)
+    check_adapter_settings(
+        adapters, settings.lora_root, settings.served_model_name, settings.max_loras
+    )
     if settings.rank > 0 and not settings.rendezvous:
         raise BadSetting(f"--rank {settings.rank} needs --rendezvous, the same for every rank")
 

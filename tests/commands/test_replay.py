@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,13 @@ def read_grpc(message: Any) -> GenerationRequest:
     split = split_media(message.SerializeToString(), 4096)
     kind = type(message)
     return to_request(kind.FromString(split.request), split.media, "r", None, 4096)
+
+
+def test_a_request_is_sent_to_its_adapter_again() -> None:
+    request = replace(read_http({"messages": TEXT}, "generate"), adapter="a")
+    read = files_of(request).__getitem__
+    assert http_body(exchange(request), "m", read)["model"] == "a"
+    assert grpc_request(exchange(request), read).model == "a"
 
 
 def test_an_aborted_request_asks_for_the_tokens_that_it_got() -> None:

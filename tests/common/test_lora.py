@@ -201,6 +201,8 @@ def test_adapters_are_named_by_one_setting() -> None:
         with pytest.raises(BadSetting, match=r"^--lora"):
             parse_adapters(text)
     with pytest.raises(BadSetting, match="the name of the served model"):
-        check_adapter_settings({"tiny": "/x"}, "tiny", 8)
+        check_adapter_settings({"tiny": "/x"}, "", "tiny", 8)
     with pytest.raises(BadSetting, match="names 2 adapters, --max-loras is 1"):
-        check_adapter_settings({"a": "/x", "b": "/y"}, "tiny", 1)
+        check_adapter_settings({"a": "/x", "b": "/y"}, "", "tiny", 1)
+    with pytest.raises(BadSetting, match="--lora-root /nowhere"):
+        check_adapter_settings({}, "/nowhere", "tiny", 1)

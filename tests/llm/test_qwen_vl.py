@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import BadCheckpoint, open_checkpoint
+from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
+from common.lora import open_adapter
 from common.messages import Peer, Prompt, Sampling, Stopping
 from common.vocabulary import open_vocabulary
 from common.wire import Tensor as WireTensor
@@ -23,6 +24,7 @@ from services.llm import families
 from services.llm.block_pool import BlockPool
 from services.llm.engine import Engine
 from services.llm.guided_decoding import GuidedDecoding
+from services.llm.lora_registry import Resident
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.llm.sampler import SampledTokens, Sampler
@@ -32,6 +34,7 @@ from tests.golden import max_difference
 from tests.golden.qwen_vl_requests import CASES, REQUESTS, GoldenRequest, requests_of
 from tests.golden.qwen_vl_requests import golden_request as request_of
 from tests.llm.test_model_runner import ThreadGroup
+from tests.lora import merge, write_adapter
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -63,8 +66,9 @@ class Group:
         num_blocks: int = 400,
         chunk: int = 256,
         sampler: Sampler | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(request_of(name, 0).case.checkpoint)
+        checkpoint = checkpoint or open_checkpoint(request_of(name, 0).case.checkpoint)
         self.loaded: list[float] = []
         self.runner = ModelRunner(
             checkpoint,
@@ -93,8 +97,12 @@ class Group:
         self.logits.append(logits)
         return logits
 
-    def add(self, golden: GoldenRequest, request_id: str, num_delivered: int = 0) -> None:
-        assert self.engine.add(prompt_of(golden, request_id, num_delivered))
+    def add(
+        self, golden: GoldenRequest, request_id: str, num_delivered: int = 0, adapter: str = ""
+    ) -> None:
+        prompt = prompt_of(golden, request_id, num_delivered)
+        prompt.adapter = adapter
+        assert self.engine.add(prompt)
         request = self.engine.requests[request_id, 0]
         for item, embeddings in enumerate(golden.embeddings):
             key = (request_id, 0, item)
@@ -281,3 +289,31 @@ def test_smaller_numbers_stay_near_the_reference(name: str, dtype: str, quantiza
         num_clear += is_clear.sum()
         assert (logits.argmax(1) == golden.answer)[is_clear].all()
     assert num_clear > 40
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_adapter_computes_what_a_merged_checkpoint_computes(
+    world_size: int, tmp_path: Path
+) -> None:
+    golden = request_of("a_chat_image", 0)
+    model = golden.case.checkpoint
+    adapter = write_adapter(tmp_path / "adapter", model)
+    merged = open_checkpoint(merge(model, adapter, tmp_path / "merged"))
+
+    def logits_of(checkpoint: Checkpoint, shard: Shard, number: int) -> np.ndarray:
+        sampler = Forced(golden.answer)
+        group = Group(golden.case.name, shard=shard, checkpoint=checkpoint, sampler=sampler)
+        if number:
+            files = open_adapter(adapter, checkpoint, 64)
+            group.runner.use_adapter(number, group.runner.prepare_adapter(files))
+            group.engine.adapters.add(Resident(number, "a", "/a", files.identity))
+        group.add(golden, "r", adapter="a" if number else "")
+        group.answers()
+        return torch.cat(group.logits).numpy()
+
+    expected = logits_of(merged, Shard(), 0)
+    for found in ThreadGroup(world_size).run(
+        lambda shard: logits_of(open_checkpoint(model), shard, 1)
+    ):
+        assert max_difference(found, expected) < 1e-3
+    assert max_difference(expected, logits_of(open_checkpoint(model), Shard(), 0)) > 0.01

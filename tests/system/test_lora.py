@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ def ask(running: Running, model: str) -> list[int]:
     return ids
 
 
+def stream(running: Running, model: str, on_first: Callable[[], object]) -> list[int]:
+    """Return the token ids of a long streamed answer; calls `on_first` with its first token."""
+    ids: list[int] = []
+    for event in running.stream(
+        MESSAGES, model=model, max_tokens=200, return_token_ids=True, ignore_eos=True
+    ):
+        assert "error" not in event, event
+        for choice in event["choices"]:
+            if not ids and choice.get("token_ids"):
+                on_first()
+            ids += choice.get("token_ids") or []
+    return ids
+
+
 def post(running: Running, path: str, **body: Any) -> tuple[int, Any]:
     headers = {"content-type": "application/json"}
     request = urllib.request.Request(running.url(path), json.dumps(body).encode(), headers)
@@ -71,11 +85,15 @@ def test_adapters_come_answer_survive_and_go(running: Running) -> None:
     assert list(models) == ["base", "a", "b"]
     assert (models["b"]["root"], models["b"]["parent"]) == ("second", "base")
 
+    long = stream(running, "b", lambda: None)
     leader = min(running.members("llm"), key=lambda member: member.rank)
-    os.kill(leader.pid, signal.SIGKILL)
+    assert stream(running, "b", lambda: os.kill(leader.pid, signal.SIGKILL)) == long
     assert [ask(running, name) for name in ("a", "b", "base")] == [first, second, base]
 
-    assert post(running, "/v1/unload_lora_adapter", lora_name="b")[0] == 200
+    def unload() -> None:
+        assert post(running, "/v1/unload_lora_adapter", lora_name="b")[0] == 200
+
+    assert stream(running, "b", unload) == long
     status, error = running.chat(MESSAGES, model="b")
     assert status == 404, error
     assert ask(running, "a") == first

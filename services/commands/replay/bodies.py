@@ -44,7 +44,7 @@ def http_body(exchange: Exchange, model: str, read_file: ReadFile) -> dict[str, 
     asked = exchange.asked
     items = iter(asked.items)
     messages = [message_body(message, items, read_file) for message in messages_of(asked)]
-    body: dict[str, Any] = {"model": model, "messages": messages}
+    body: dict[str, Any] = {"model": asked.adapter or model, "messages": messages}
     if asked.task == "embed":
         return body | {"encoding_format": "base64"}
     if asked.task == "classify":
@@ -179,7 +179,7 @@ def grpc_request(exchange: Exchange, read_file: ReadFile) -> GrpcRequest:
         if the recording is damaged.
     """
     asked = exchange.asked
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"model": asked.adapter}
     if asked.prompt_kind == "token_ids":
         fields["token_ids"] = inference_pb2.TokenIds(ids=token_ids_of(asked))
     else:
