@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from common.checkpoint import BadCheckpoint
+from common.pixel_bounds import PixelBounds
 from services.preprocess.sandbox import pool
 from services.preprocess.sandbox.jobs import Prepare, Prepared, Read, ReadDone, Refused, Setup
 from services.preprocess.sandbox.meter import NOTHING, read_mark
@@ -35,9 +36,9 @@ PATIENCE_SECONDS = 120.0
 class Running:
     """Sandboxes of a model, and what they have posted."""
 
-    def __init__(self, model: Path = MODEL, size: int = 2) -> None:
+    def __init__(self, model: Path = MODEL, size: int = 2, **setup: Any) -> None:
         self.posted: queue.Queue[object] = queue.Queue()
-        self.sandboxes = Sandboxes(Setup(str(model), 4096), size)
+        self.sandboxes = Sandboxes(Setup(str(model), 4096, **setup), size)
         try:
             self.sandboxes.wait_until_loaded()
         except BadCheckpoint:
@@ -164,6 +165,22 @@ def test_a_bomb_in_the_header_of_a_png_is_refused_or_left_packed(
 def test_of_an_animation_only_the_first_frame_is_decoded(running: Running, format: str) -> None:
     result = running.do(preparing(frames(format)))
     assert isinstance(result, Prepared) and result.items[0].grid_thw[0] == 1
+
+
+def test_a_sandbox_reads_only_the_formats_that_are_on_and_keeps_to_the_bounds() -> None:
+    running = Running(size=1, image_formats=("jpeg",))
+    result = running.do(reading(JPEG, IMAGE))
+    assert is_unreadable(result, index=1)
+    assert result.message == (
+        "image 1: this is a png file, which is not read here; send an image in one of the formats "
+        "jpeg"
+    )
+    file = encoded(noise(280, 280), "JPEG")
+    bounds = {2: PixelBounds(max_pixels=16 * 784)}
+    job = Prepare(1, ("image",) * 2, 0, {}, bounds)
+    done = running.do(Task(job, [file, file], 0.01))
+    assert [item.num_tokens for item in done.items] == [100, 16]
+    running.sandboxes.close()
 
 
 TIFF_FIELDS = {256: 56, 257: 56, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 56, 279: 56 * 56}
