@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.image_formats import IMAGE_FORMATS
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.commands.client import (
     ClientError,
@@ -35,7 +36,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="a PNG, JPEG, WebP or GIF file; may be repeated",
+        help=f"an image file ({', '.join(IMAGE_FORMATS)}); may be repeated",
     )
     parser.add_argument(
         "--video",

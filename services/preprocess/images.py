@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import (
     ExifTags,
+    GifImagePlugin,
     Image,
     ImageOps,
     JpegImagePlugin,
@@ -116,11 +117,14 @@ def decode(image: Image.Image) -> Image.Image:
     """
     try:
         with quiet():
+            check_rows(image)
             raw_mode = raw_mode_of(image)
+            frame = frame_of(image)
             if isinstance(image, JpegImagePlugin.JpegImageFile):
                 load_jpeg(image)
             ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image, raw_mode)
+            rgb = to_rgb(image, raw_mode)
+            return on_canvas(rgb, frame) if frame else rgb
     except ServingError:
         raise
     except READER_ERRORS as e:
@@ -131,6 +135,30 @@ def decode(image: Image.Image) -> Image.Image:
         ) from e
     except MemoryError as e:
         raise UnreadableImage(TOO_COSTLY) from e
+
+
+def check_rows(image: Image.Image) -> None:
+    """Refuse a TIFF whose header says that it has more rows than it stores."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
+        return
+    *_, bottom = np.max([tile.extents for tile in image.tile if tile.extents], axis=0)
+    if bottom < image._tile_size[1]:
+        raise UnreadableImage("the image is a TIFF that is cut off; send the whole file")
+
+
+def frame_of(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Return the part of a GIF that its first frame covers; None if that is all of it."""
+    if not isinstance(image, GifImagePlugin.GifImageFile) or not image.tile:
+        return None
+    extents = image.tile[0].extents
+    return None if extents == (0, 0, *image.size) else extents
+
+
+def on_canvas(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return an image of which only a box is left, on white."""
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image.crop(box), box[:2])
+    return canvas
 
 
 def quiet() -> AbstractContextManager[object]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-WHITE = (255, 255, 255)
 STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 """The modes whose colours are multiplied by their alpha, and those to which they are converted."""
 DEEP_MODES = ("I", "F")
@@ -49,9 +48,11 @@ def on_white(image: Image.Image) -> Image.Image:
     """Composite an image with any kind of transparency on white, in its own memory."""
     if image.mode in STRAIGHT:
         image = image.convert(STRAIGHT[image.mode])
-    if image.mode != "RGBA":
+    if image.mode not in STRAIGHT.values():
         image = image.convert("RGBA")
-    image.paste(WHITE, mask=ImageChops.invert(image.getchannel("A")))
+    hidden = ImageChops.invert(image.getchannel("A"))
+    if hidden.getbbox():
+        image.paste((255,) * len(image.getbands()), mask=hidden)
     return image.convert("RGB")
 
 

@@ -45,7 +45,7 @@ REST_LOOKS = 200
 OPENED_SHARE = 0.2
 """How many of the accepted requests are opened as preprocess does it."""
 LEAKS = re.compile(
-    rb"0x[0-9a-f]{6,}|Traceback|<class|pydantic|msgspec|\.py\b|_pb2|"
+    rb"\b0x[0-9a-f]{6,}|Traceback|<class|pydantic|msgspec|\.py\b|_pb2|"
     rb"\b(?:Key|Type|Value|Attribute|Assertion|Runtime|Index|Decode|Validation)Error\b"
 )
 """What no answer may contain."""

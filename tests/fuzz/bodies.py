@@ -20,6 +20,20 @@ from services.gateway.schema import ChatRequest
 from services.gateway.unsupported import IN_MESSAGE, IN_POOLING, IN_REQUEST
 
 FORMATS = (*(name.upper() for name in IMAGE_FORMATS), "ICO", "PPM", "TGA", "MPO")
+VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("RGB", "JPEG", {"progressive": True}),
+    ("RGBA", "PNG", {}),
+    ("P", "PNG", {"transparency": 3}),
+    ("I", "TIFF", {}),
+    ("F", "TIFF", {}),
+    ("CMYK", "TIFF", {"compression": "tiff_lzw"}),
+    ("RGB", "TIFF", {"compression": "jpeg"}),
+    ("RGBA", "TIFF", {"compression": "tiff_adobe_deflate"}),
+    ("RGBA", "AVIF", {}),
+    ("RGBA", "JPEG2000", {"no_jp2": True}),
+    ("P", "BMP", {}),
+)
+"""Further modes and forms of the formats."""
 MODEL = "org/tiny"
 VALUES: tuple[Any, ...] = (
     None,
@@ -114,9 +128,11 @@ def small_images() -> tuple[bytes, ...]:
         target = BytesIO()
         Image.fromarray(pixels).save(target, name)
         found.append(target.getvalue())
-    progressive = BytesIO()
-    Image.fromarray(pixels).save(progressive, "JPEG", progressive=True)
-    return (*found, progressive.getvalue())
+    for mode, name, options in VARIANTS:
+        target = BytesIO()
+        Image.fromarray(pixels).convert(mode).save(target, name, **options)
+        found.append(target.getvalue())
+    return tuple(found)
 
 
 def image_file(draw: Random) -> bytes:

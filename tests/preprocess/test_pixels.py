@@ -125,6 +125,12 @@ def test_a_gif_shows_white_where_it_is_transparent() -> None:
     assert pixels(encoded(image, "GIF", transparency=0)) == [WHITE, [1, 2, 3]]
 
 
+def test_a_gif_shows_white_where_its_first_frame_is_not() -> None:
+    screen = struct.pack("<HHBBB", 3, 1, 0xF6, 0, 0) + bytes((10, 20, 30)) * 128
+    frame = b"\x2c" + struct.pack("<HHHHB", 1, 0, 1, 1, 0) + b"\7\3\x80\1\x81\0;"
+    assert pixels(b"GIF89a" + screen + frame) == [WHITE, COLOUR, WHITE]
+
+
 PALETTE = bytes((*COLOUR, 100, 100, 100))
 
 

@@ -1,5 +1,6 @@
 """Files that lack only their end are read, and those that lack pixels are refused."""
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_a_jpeg2000_that_lacks_only_its_end_is_read(options: dict[str, Any]) -> 
         assert np.array_equal(pixels(cut), pixels(whole))
     with pytest.raises(UnreadableImage, match="cut off"):
         pixels(whole[:-3])
+
+
+def test_a_tiff_that_stores_fewer_rows_than_it_has_is_refused() -> None:
+    whole = encoded(PICTURE, "TIFF")
+    height = struct.pack("<HHI", 257, 4, 1)
+    [start, end] = whole.split(height + struct.pack("<I", PICTURE.height))
+    with pytest.raises(UnreadableImage, match="cut off"):
+        pixels(start + height + struct.pack("<I", 2 * PICTURE.height) + end)
 
 
 @pytest.mark.parametrize(("format", "end"), [("PNG", 12), ("GIF", 1)])

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from common.checkpoint import BadCheckpoint
+from common.pixel_bounds import PixelBounds
 from services.preprocess.sandbox import pool
 from services.preprocess.sandbox.jobs import Prepare, Prepared, Read, ReadDone, Refused, Setup
 from services.preprocess.sandbox.meter import NOTHING, read_mark
@@ -35,9 +36,9 @@ PATIENCE_SECONDS = 120.0
 class Running:
     """Sandboxes of a model, and what they have posted."""
 
-    def __init__(self, model: Path = MODEL, size: int = 2) -> None:
+    def __init__(self, model: Path = MODEL, size: int = 2, **setup: Any) -> None:
         self.posted: queue.Queue[object] = queue.Queue()
-        self.sandboxes = Sandboxes(Setup(str(model), 4096), size)
+        self.sandboxes = Sandboxes(Setup(str(model), 4096, **setup), size)
         try:
             self.sandboxes.wait_until_loaded()
         except BadCheckpoint:
@@ -160,10 +161,91 @@ def test_a_bomb_in_the_header_of_a_png_is_refused_or_left_packed(
     assert is_unreadable(result) or isinstance(result, ReadDone)
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "MPO"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "MPO", "TIFF"])
 def test_of_an_animation_only_the_first_frame_is_decoded(running: Running, format: str) -> None:
     result = running.do(preparing(frames(format)))
     assert isinstance(result, Prepared) and result.items[0].grid_thw[0] == 1
+
+
+def test_a_sandbox_reads_only_the_formats_that_are_on_and_keeps_to_the_bounds() -> None:
+    running = Running(size=1, image_formats=("jpeg",))
+    result = running.do(reading(JPEG, IMAGE))
+    assert is_unreadable(result, index=1)
+    assert result.message == (
+        "image 1: this is a png file, which is not read here; send an image in one of the formats "
+        "jpeg"
+    )
+    file = encoded(noise(280, 280), "JPEG")
+    bounds = {2: PixelBounds(max_pixels=16 * 784)}
+    job = Prepare(1, ("image",) * 2, 0, {}, bounds)
+    done = running.do(Task(job, [file, file], 0.01))
+    assert [item.num_tokens for item in done.items] == [100, 16]
+    running.sandboxes.close()
+
+
+TIFF_FIELDS = {256: 56, 257: 56, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 56, 279: 56 * 56}
+
+
+def directory(fields: dict[int, int], behind: int = 0) -> bytes:
+    """A directory of a TIFF, and where the next one is."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    return struct.pack("<H", len(fields)) + entries + struct.pack("<I", behind)
+
+
+def tiff_of_pages(count: int) -> bytes:
+    size = len(directory(TIFF_FIELDS))
+    pages = [directory(TIFF_FIELDS, 8 + size * (n + 1)) for n in range(count - 1)]
+    return b"II*\0" + struct.pack("<I", 8) + b"".join(pages) + directory(TIFF_FIELDS) + bytes(56**2)
+
+
+def tiff_of_overlapping_tags() -> bytes:
+    """A TIFF with 200 fields of 10 MB, which are the same bytes."""
+    entries = b"".join(struct.pack("<HHII", 1000 + n, 1, 10**7, 8) for n in range(200))
+    table = struct.pack("<H", 200) + entries + b"\0\0\0\0"
+    return b"II*\0" + struct.pack("<I", 8) + table + bytes(10**7)
+
+
+HOSTILE: dict[str, bytes] = {
+    "a TIFF of overlapping fields": tiff_of_overlapping_tags(),
+    "a TIFF of 60,000 samples": b"II*\0\x08\0\0\0" + directory(TIFF_FIELDS | {277: 60_000}),
+    "a TIFF that ends in its header": b"II*\0\x08\0\0\0" + directory(TIFF_FIELDS)[:30],
+    "a JPEG 2000 with a box beyond it": encoded(noise(8, 8), "JPEG2000")[:12] + b"\xff" * 60,
+    "an AVIF whose boxes are cut": encoded(noise(56, 56), "AVIF")[:200],
+    "a BMP with a palette beyond it": b"BM"
+    + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 54, 40, 56, 56, 1, 8, 0, 0, 0, 0, 2**31, 0),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_alone(running: Running, kind: str) -> None:
+    assert is_unreadable(running.do(preparing(HOSTILE[kind])))
+    assert isinstance(running.do(preparing(IMAGE)), Prepared)
+
+
+@pytest.mark.parametrize("behind", [8, 0], ids=["its own", "no"])
+def test_a_tiff_whose_next_page_is_a_page_before_is_read(running: Running, behind: int) -> None:
+    file = b"II*\0\x08\0\0\0" + directory(TIFF_FIELDS, behind) + bytes(56**2)
+    assert isinstance(running.do(preparing(file)), Prepared)
+
+
+def test_of_a_tiff_of_many_pages_only_the_first_is_read(running: Running) -> None:
+    result = running.do(preparing(tiff_of_pages(100_000)))
+    assert isinstance(result, Prepared) and result.items[0].seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("format", "size"), [("TIFF", (7100, 7100)), ("BMP", (2**31 - 1, 1)), ("TIFF", (2**31, 2**31))]
+)
+def test_a_bomb_of_any_format_is_refused_by_its_header(
+    running: Running, format: str, size: tuple[int, int]
+) -> None:
+    width, height = size
+    file = b"II*\0\x08\0\0\0" + directory(TIFF_FIELDS | {256: width, 257: height})
+    if format == "BMP":
+        header = (40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        file = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 54, *header)
+    result = running.do(reading(file))
+    assert isinstance(result, Refused) and (result.code, result.item) == ("TooLarge", 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=str)

@@ -3,11 +3,16 @@
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image, ImageChops
 
+from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
+from services.commands.client import connect
 from services.commands.evaluation.command import evaluate
 from tests.commands.evaluation.endpoint import parse
+from tests.preprocess.cases import encoded
 from tests.system.running import RECEIPT, ROOT, Running, ask_about, piece_of, text_of, until
 
 pytestmark = pytest.mark.system
@@ -180,6 +185,45 @@ def test_an_image_that_cannot_be_read_is_named_and_the_next_request_works(
     assert status == 400
     assert "image" in answer["error"]["message"]
     assert embedded.chat(ask_about(RECEIPT), max_tokens=1)[0] == 200
+
+
+def test_what_a_picture_hides_is_not_read_and_its_format_does_not_matter(
+    embedded: Running,
+) -> None:
+    with Image.open(RECEIPT) as opened:
+        picture = opened.convert("RGB")
+    _, plain = embedded.chat(ask_about(RECEIPT), max_tokens=24)
+    seen = Image.new("RGBA", picture.size)
+    seen.putalpha(ImageChops.invert(picture.convert("L")))
+    for file in (encoded(picture, "TIFF"), encoded(picture, "BMP"), encoded(seen)):
+        status, answer = embedded.chat(ask_about(file), max_tokens=24)
+        assert (status, text_of(answer)) == (200, text_of(plain))
+    picture.putalpha(0)
+    blank = Image.new("RGB", picture.size, "white")
+    answers = [embedded.chat(ask_about(encoded(one)), max_tokens=24)[1] for one in (picture, blank)]
+    assert text_of(answers[0]) == text_of(answers[1]) != text_of(plain)
+
+
+def image_tokens(system: Running, bounds: dict[str, Any], **body: Any) -> int:
+    messages = ask_about(RECEIPT)
+    messages[0]["content"][0] |= bounds
+    status, answer = system.chat(messages, max_tokens=1, **body)
+    assert status == 200, answer
+    return answer["usage"]["prompt_tokens_details"]["image_tokens"]
+
+
+def test_a_client_bounds_the_size_of_its_image_through_both_apis(embedded: Running) -> None:
+    whole = image_tokens(embedded, {})
+    few = image_tokens(embedded, {"max_pixels": 40 * 784})
+    assert few <= 40 < whole
+    assert image_tokens(embedded, {}, mm_processor_kwargs={"max_pixels": 40 * 784}) == few
+    image = inference_pb2.Image(data=RECEIPT.read_bytes(), max_pixels=40 * 784)
+    request = inference_pb2.GenerateRequest(
+        text="OCR:", images=[image], stopping=inference_pb2.StoppingParams(max_tokens=1)
+    )
+    with connect(f"127.0.0.1:{embedded.grpc_port}") as channel:
+        answer = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+    assert answer.usage.image_tokens == few
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(embedded: Running) -> None:
