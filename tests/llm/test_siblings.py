@@ -9,16 +9,20 @@ import pytest
 
 from common.events import PeerDown, Received
 from common.messages import Failed, Prompt, Sibling, Start
+from tests.golden import CASES_WITH_ITEMS, GoldenCase
 from tests.llm.builders import BLOCK_SIZE, create_prompt, create_request, expected_output
 from tests.llm.test_engine import (
     IMAGE,
     POISON,
+    add_golden,
     answer,
     assert_nothing_is_held,
     create_engine,
+    golden_engine,
     images,
     outputs_of,
     send_embeddings,
+    send_golden,
 )
 from tests.llm.test_worker import abort, answers, work
 
@@ -203,6 +207,18 @@ def test_usage_and_times_of_a_sibling_are_those_of_the_prompt() -> None:
     assert [request.num_cached_tokens for request in requests] == [BLOCK_SIZE] * 3
     assert len({request.first_scheduled for request in requests}) == 1
     assert engine.scheduler.num_queried_tokens == BLOCK_SIZE + 1 + NUM_TOKENS, "the prompt once"
+
+
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
+def test_siblings_give_the_references_answer(name: str) -> None:
+    """The real model: the last block of the prompt is copied in its cache."""
+    case = GoldenCase(name)
+    engine = golden_engine(case, num_blocks=96)
+    add_golden(engine, case, "r", tuple(Sibling(id, 0) for id in ALL[1:]))
+    send_golden(engine, case, "r")
+    outputs = outputs_of(engine)
+    for id in ALL:
+        assert answer(outputs, id) == (case.expected["greedy_ids"], "length")
 
 
 # What the worker reports
