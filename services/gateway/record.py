@@ -30,7 +30,7 @@ from common.timings import Timings
 from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
 from services.gateway.deltas import in_order
-from services.gateway.generation import GenerationEvent, GenerationRequest, Piece, Result
+from services.gateway.generation import Began, GenerationEvent, GenerationRequest, Piece, Result
 from services.gateway.parameters import MAX_SEED
 from services.gateway.videos import item_of
 
@@ -143,21 +143,32 @@ class Choices:
     """By role: how many members in a row have died while they worked on this request."""
     apart: set[str] = field(default_factory=set)
     """The roles whose members must work on this request apart from the others."""
-    early: list[GenerationEvent] | None = field(default_factory=list)
-    """Events of other answers that came before the first one began, as after a failover; None since
-    it has begun."""
+    began: Began | None = None
+    """The begin of the first answer."""
+    early: list[GenerationEvent] = field(default_factory=list)
+    """Events of other answers that came before the first one began, as after a failover."""
     usages: dict[int, Usage] = field(default_factory=dict)
     """The token counts of the answers that have ended, by index."""
 
     def put(self, event: GenerationEvent) -> None:
-        """Pass an event on to the API server, which gets the begin of the first answer first."""
-        is_first = isinstance(event, Result) or event.choice == 0
-        if self.early is not None and not is_first:
+        """Pass an event on to the API server, which gets the begin of the first answer first.
+
+        What that says of the prompt is in the begin of each other answer, too.
+        """
+        if isinstance(event, Began) and event.choice == 0:
+            self.began = event
+        elif self.began is None and not isinstance(event, Result) and event.choice:
             self.early.append(event)
             return
-        for each in (event, *(self.early or ())):
+        for each in (event, *self.early):
+            if isinstance(each, Began) and self.began:
+                each = replace(
+                    each,
+                    prompt_token_ids=self.began.prompt_token_ids,
+                    prompt_logprobs=self.began.prompt_logprobs,
+                )
             self.events.put_nowait(each)
-        self.early = None
+        self.early = []
 
     @property
     def total_usage(self) -> Usage:

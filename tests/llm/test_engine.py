@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
-from common.messages import RequestKey
+from common.messages import RequestKey, Sibling
 from common.vocabulary import Vocabulary, open_vocabulary
 from common.wire import Tensor
 from compute.torch_tensors import to_wire
@@ -436,7 +436,9 @@ def golden_engine(case: GoldenCase, num_blocks: int) -> Engine:
     )
 
 
-def add_golden(engine: Engine, case: GoldenCase, request_id: str) -> None:
+def add_golden(
+    engine: Engine, case: GoldenCase, request_id: str, siblings: tuple[Sibling, ...] = ()
+) -> None:
     images = [(offset, length, n) for n, (offset, length) in enumerate(image_ranges(case))]
     prompt = create_prompt(
         request_id,
@@ -447,6 +449,7 @@ def add_golden(engine: Engine, case: GoldenCase, request_id: str) -> None:
     )
     prompt.positions = Tensor.of(case.tensors["position_ids"])
     prompt.rope_delta = case.expected["rope_delta"]
+    prompt.siblings = siblings
     engine.add(prompt)
 
 

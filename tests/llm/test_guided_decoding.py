@@ -79,6 +79,17 @@ def test_each_request_has_its_own_place_in_its_grammar() -> None:
     assert masks[1].result()[ord("1")] and not masks[1].result()[ord("x")]
 
 
+def test_a_copy_goes_on_by_itself() -> None:
+    found = guides()
+    add(found, A, LLMatcher.grammar_from_regex("(ab|ba)"))
+    found.copy(A, B)
+    found.copy(("none", 0), ("also none", 0))
+    found.accept(A, ord("a"))
+    found.accept(B, ord("b"))
+    assert (allowed(found, A), allowed(found, B)) == ({ord("b")}, {ord("a")})
+    assert found.begin_masks([("also none", 0)]) == {}
+
+
 def test_a_small_grammar_is_compiled_before_a_large_one_that_waits() -> None:
     found = guides()
     sizes = {("first", 0): 3, ("large", 0): 900, ("small", 0): 1}

@@ -51,6 +51,7 @@ def plan(num_tokens: int = 3) -> StepPlan:
         sampled_rows=np.array([num_tokens - 1]),
         rope_parameters=np.array([3]),
         adapters=np.array([1]),
+        block_copies=np.array([[1, 3]]),
     )
 
 

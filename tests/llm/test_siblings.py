@@ -7,18 +7,24 @@ from typing import Any
 
 import pytest
 
-from common.messages import Prompt, Sibling
+from common.events import PeerDown, Received
+from common.messages import Failed, Prompt, Sibling, Start
+from tests.golden import CASES_WITH_ITEMS, GoldenCase
 from tests.llm.builders import BLOCK_SIZE, create_prompt, create_request, expected_output
 from tests.llm.test_engine import (
     IMAGE,
     POISON,
+    add_golden,
     answer,
     assert_nothing_is_held,
     create_engine,
+    golden_engine,
     images,
     outputs_of,
     send_embeddings,
+    send_golden,
 )
+from tests.llm.test_worker import abort, answers, work
 
 ALL = ("r", "s1", "s2")
 NUM_TOKENS = 10
@@ -201,3 +207,61 @@ def test_usage_and_times_of_a_sibling_are_those_of_the_prompt() -> None:
     assert [request.num_cached_tokens for request in requests] == [BLOCK_SIZE] * 3
     assert len({request.first_scheduled for request in requests}) == 1
     assert engine.scheduler.num_queried_tokens == BLOCK_SIZE + 1 + NUM_TOKENS, "the prompt once"
+
+
+@pytest.mark.parametrize("name", CASES_WITH_ITEMS)
+def test_siblings_give_the_references_answer(name: str) -> None:
+    """The real model: the last block of the prompt is copied in its cache."""
+    case = GoldenCase(name)
+    engine = golden_engine(case, num_blocks=96)
+    add_golden(engine, case, "r", tuple(Sibling(id, 0) for id in ALL[1:]))
+    send_golden(engine, case, "r")
+    outputs = outputs_of(engine)
+    for id in ALL:
+        assert answer(outputs, id) == (case.expected["greedy_ids"], "length")
+
+
+# What the worker reports
+
+
+def received(prompt: Prompt, peer_id: str = "preprocess") -> Any:
+    return Received(peer_id, "preprocess", prompt)
+
+
+def test_each_answer_has_a_start_and_tokens() -> None:
+    sent = work([received(prompt_of(max_tokens=2))])
+    for id in ALL:
+        start, *tokens = answers(sent, id)
+        assert isinstance(start, Start) and start.usage.prompt_tokens == NUM_TOKENS
+        assert [each.token_ids.numpy().tolist() for each in tokens] == [
+            [token] for token in wanted(max_tokens=2)
+        ]
+
+
+def test_gateways_retry_those_that_waited_for_an_aborted_one() -> None:
+    sent = work([received(prompt_of(images=IMAGE))], [abort("r")])
+    failed = [(to, m.request_id, m.code) for to, m in sent if isinstance(m, Failed)]
+    assert failed == [("gateway", "s1", "Unavailable"), ("gateway", "s2", "Unavailable")]
+
+
+def test_an_abort_of_all_is_not_answered() -> None:
+    sent = work([received(prompt_of(images=IMAGE))], [PeerDown("preprocess", "preprocess", "gone")])
+    assert not [message for _, message in sent if isinstance(message, Failed)]
+
+
+@pytest.mark.parametrize("siblings", [("s1", "s1"), ("r",)])
+def test_two_answers_of_one_name_are_refused(siblings: tuple[str, ...]) -> None:
+    [(to, failed)] = work([received(prompt_of(siblings))])
+    assert to == "gateway" and "the same request id" in failed.message
+
+
+def test_a_sibling_that_is_here_already_is_ignored() -> None:
+    sent = work([received(create_prompt("s2")), received(prompt_of())])
+    assert {message.request_id for _, message in sent} == {"s2"}
+
+
+def test_the_answers_of_a_lost_detokenizer_are_all_reported() -> None:
+    gone = PeerDown("detokenizer", "detokenizer", "gone")
+    sent = work([received(prompt_of(images=IMAGE))], [gone])
+    failed = {m.request_id for _, m in sent if isinstance(m, Failed) and m.stage == "detokenizer"}
+    assert failed == set(ALL)

@@ -205,6 +205,7 @@ def submit(
         token_rules=fields.get("token_rules"),
         priority=fields.get("priority", 0),
         siblings=fields.get("siblings", ()),
+        output_token_ids=fields.get("output_token_ids"),
     )
     return received(gateway, "gateway", message)
 
