@@ -176,3 +176,16 @@ async def test_a_call_that_is_cancelled_leaves_one_line(lines: list[Any]) -> Non
         call.cancel()
         assert await only_line(lines) == (499, "the client hung up")
     assert len(lines) == 1
+
+
+async def test_a_refused_call_of_the_control_plane_leaves_one_line(lines: list[Any]) -> None:
+    async with (
+        grpc_server(FakeCore()) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        asyncio.timeout(10),
+    ):
+        drain = channel.unary_unary("/twinlens.control.v1.ControlService/Drain")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await drain(b"\xff" * 10, metadata=[("x-request-id", "mine")])
+        status, reason = await only_line(lines)
+        assert status == 400 and "message" in reason
