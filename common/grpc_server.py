@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import logging
 import resource
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -198,5 +199,14 @@ def serving_errors_only() -> Iterator[None]:
 
 
 async def abort(context: Context, error: ServingError) -> None:
-    """End the call with the error's code and text."""
+    """End the call with the error's code and text, and write its line into the log."""
+    metadata = dict(context.invocation_metadata() or ())
+    log = get_logger().info if error.http_status < 500 else get_logger().warning
+    log(
+        "refused",
+        request_id=metadata.get("x-request-id") or uuid.uuid4().hex,
+        status=error.http_status,
+        code=error.code,
+        reason=error.message,
+    )
     await context.abort(grpc.StatusCode[error.grpc_code], shorten(error.message, MAX_ERROR_CHARS))

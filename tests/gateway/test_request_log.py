@@ -55,7 +55,7 @@ async def only_line(lines: list[Any]) -> tuple[int, str]:
         (FakeCore(), mine(b"GET /nothing HTTP/1.1\r\nhost: here\r\n\r\n"), 404, "/nothing"),
         (FakeCore(), mine(b"PUT /v1/models HTTP/1.1\r\nhost: here\r\n\r\n"), 405, "/v1/models"),
         (FakeCore(), HEAD + b"content-length: 9999999\r\n\r\n", 413, "larger"),
-        (FakeCore(), HEAD + b"content-type: a/b\r\ncontent-length: 0\r\n\r\n", 415, "a/b"),
+        (FakeCore(), mine(request()).replace(b"\r\n", b"\r\ncontent-type: a/b\r\n", 1), 415, "a/b"),
         (FakeCore(), HEAD + b"x: \0\r\n\r\n", 400, "not a valid"),
         (FakeCore(), HEAD + b"x: " + b"x" * 70_000, 431, "bytes"),
         (FakeCore(), HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", 400, "not a valid"),
@@ -176,3 +176,16 @@ async def test_a_call_that_is_cancelled_leaves_one_line(lines: list[Any]) -> Non
         call.cancel()
         assert await only_line(lines) == (499, "the client hung up")
     assert len(lines) == 1
+
+
+async def test_a_refused_call_of_the_control_plane_leaves_one_line(lines: list[Any]) -> None:
+    async with (
+        grpc_server(FakeCore()) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        asyncio.timeout(10),
+    ):
+        drain = channel.unary_unary("/twinlens.control.v1.ControlService/Drain")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await drain(b"\xff" * 10, metadata=[("x-request-id", "mine")])
+        status, reason = await only_line(lines)
+        assert status == 400 and "message" in reason
