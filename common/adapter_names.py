@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 from common.config import BadSetting
+from common.families import Family
 from common.messages import MAX_ADAPTERS, MAX_PATH_BYTES, NO_CONTROL_CHARACTERS
+from common.settings import LoraSettings
 
 MAX_NAME_BYTES = 190
 
@@ -40,16 +42,25 @@ def objection_to_adapter(name: str, path: str) -> str:
     return ""
 
 
-def check_adapter_settings(
-    adapters: dict[str, str], root: str, served_name: str, max_loras: int
-) -> None:
-    """Raise BadSetting if one group cannot have these adapters, or load others from this folder."""
+def adapters_of(settings: LoraSettings, family: Family, served_name: str) -> dict[str, str]:
+    """Return the directories of the adapters that the settings name, by their names.
+
+    Raises
+    ------
+    BadSetting
+        if a group of this family cannot have them, or cannot load others at run time.
+    """
+    adapters = parse_adapters(settings.lora)
+    root = settings.lora_root
+    if (adapters or root) and not family.lora_modules:
+        raise BadSetting(f"--lora: there are no LoRA adapters for {family.title}")
     if root and not Path(root).expanduser().is_dir():
         raise BadSetting(f"--lora-root {root}: no such folder")
     if served_name in adapters:
         raise BadSetting(f"--lora {served_name}=...: this is the name of the served model")
-    if len(adapters) > max_loras:
+    if len(adapters) > settings.max_loras:
         raise BadSetting(
-            f"--lora names {len(adapters)} adapters, --max-loras is {max_loras} (at most "
+            f"--lora names {len(adapters)} adapters, --max-loras is {settings.max_loras} (at most "
             f"{MAX_ADAPTERS})"
         )
+    return adapters

@@ -348,12 +348,12 @@ class GatewayCore:
     def _on_failed(self, record: Record, failed: Failed) -> None:
         error = from_code(failed.code, failed.message, failed.stage, failed.item)
         adapter = record.request.adapter
-        if adapter and adapter not in self.adapters.paths():
-            self._fail(record, NotFound(f"the adapter {adapter!r} was unloaded"))
-        elif isinstance(error, Unavailable) and failed.item is None:
-            self._failover.retry_later(record, error)
-        else:
+        if not isinstance(error, Unavailable) or failed.item is not None:
             self._fail(record, error)
+        elif adapter and adapter not in self.adapters.paths():
+            self._fail(record, NotFound(f"the adapter {adapter!r} was unloaded"))
+        else:
+            self._failover.retry_later(record, error)
 
     def _on_delta(self, record: Record, delta: Delta) -> None:
         try:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from common.adapter_names import check_adapter_settings, parse_adapters
+from common.adapter_names import adapters_of
 from common.address import bound_socket, host_port
 from common.buckets import parse_buckets
 from common.checkpoint import Checkpoint, open_checkpoint
@@ -44,18 +44,9 @@ def check(settings: ServeSettings) -> ServeSettings:
     if settings.read and not Path(settings.read).is_file():
         raise BadSetting(f"--read {settings.read}: no such file")
     name = settings.served_model_name or checkpoint.name
-    check_adapters(settings, checkpoint, name)
-    return replace(without_unused_roles(settings, checkpoint), served_model_name=name)
-
-
-def check_adapters(settings: ServeSettings, checkpoint: Checkpoint, served_name: str) -> None:
-    """Check the LoRA adapters. Raises BadSetting, or BadCheckpoint for what is in their files."""
-    if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
-        raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
-    adapters = parse_adapters(settings.lora)
-    check_adapter_settings(adapters, settings.lora_root, served_name, settings.max_loras)
-    for path in adapters.values():
+    for path in adapters_of(settings, checkpoint.family, name).values():
         open_adapter(path, checkpoint, settings.max_lora_rank)
+    return replace(without_unused_roles(settings, checkpoint), served_model_name=name)
 
 
 def without_unused_roles(settings: ServeSettings, checkpoint: Checkpoint) -> ServeSettings:

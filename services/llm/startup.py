@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.adapter_names import check_adapter_settings, parse_adapters
+from common.adapter_names import adapters_of, parse_adapters
 from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.logs import get_logger
@@ -94,12 +94,7 @@ def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
         raise BadSetting(
             f"--quantization {settings.quantization}: a model that generates no text has none"
         )
-    if (settings.lora or settings.lora_root) and not checkpoint.family.lora_modules:
-        raise BadSetting(f"--lora: there are no LoRA adapters for {checkpoint.family.title}")
-    adapters = parse_adapters(settings.lora)
-    check_adapter_settings(
-        adapters, settings.lora_root, settings.served_model_name, settings.max_loras
-    )
+    adapters_of(settings, checkpoint.family, settings.served_model_name)
     if settings.rank > 0 and not settings.rendezvous:
         raise BadSetting(f"--rank {settings.rank} needs --rendezvous, the same for every rank")
 

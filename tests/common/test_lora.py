@@ -1,5 +1,6 @@
 """What a directory of a LoRA adapter may hold. Whatever is not supported is refused by name."""
 
+import argparse
 import json
 import struct
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import lora
-from common.adapter_names import check_adapter_settings, parse_adapters
+from common.adapter_names import adapters_of, parse_adapters
 from common.checkpoint import BadCheckpoint, open_checkpoint
-from common.config import BadSetting
+from common.config import BadSetting, load
 from common.lora import open_adapter
+from common.settings import LoraSettings
 from tests.golden import GoldenCase
 from tests.lora import PREFIX, write_adapter
 
@@ -192,6 +194,8 @@ def test_other_families_refuse_adapters_by_name(adapter: Path) -> None:
     wemm = open_checkpoint(GoldenCase("a_image", family="wemm").checkpoint)
     with pytest.raises(BadCheckpoint, match="no LoRA adapters for WeMM"):
         open_adapter(adapter, wemm, 64)
+    with pytest.raises(BadSetting, match="no LoRA adapters for WeMM"):
+        adapters_of(LoraSettings(lora_root="/"), wemm.family, "tiny")
 
 
 def test_adapters_are_named_by_one_setting() -> None:
@@ -200,9 +204,27 @@ def test_adapters_are_named_by_one_setting() -> None:
     for text in ("a", "=x", "a=", "a=x,a=y", f"{'n' * 200}=x", f"a={'x' * 300}", "a\nb=x"):
         with pytest.raises(BadSetting, match=r"^--lora"):
             parse_adapters(text)
-    with pytest.raises(BadSetting, match="the name of the served model"):
-        check_adapter_settings({"tiny": "/x"}, "", "tiny", 8)
-    with pytest.raises(BadSetting, match="names 2 adapters, --max-loras is 1"):
-        check_adapter_settings({"a": "/x", "b": "/y"}, "", "tiny", 1)
-    with pytest.raises(BadSetting, match="--lora-root /nowhere"):
-        check_adapter_settings({}, "/nowhere", "tiny", 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora": "tiny=/x"}, "the name of the served model"),
+        ({"lora": "a=/x,b=/y", "max_loras": 1}, "names 2 adapters, --max-loras is 1"),
+        ({"lora_root": "/nowhere"}, "--lora-root /nowhere: no such folder"),
+    ],
+)
+def test_settings_that_no_group_can_have_are_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadSetting, match=reason):
+        adapters_of(LoraSettings(**settings), MODEL.family, "tiny")
+
+
+def test_the_flag_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINLENS_LORA", "c=/z")
+    for given, expected in (
+        ([], "c=/z"),
+        (["--lora", "a=/x"], "a=/x"),
+        (["--lora", "a=/x", "--lora=b=/y"], "a=/x,b=/y"),
+    ):
+        parser = argparse.ArgumentParser()
+        assert load(LoraSettings, parser, given, ["lora"]).lora == expected

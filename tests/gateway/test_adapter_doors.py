@@ -58,7 +58,11 @@ def test_adapters_are_models_with_a_parent(client: TestClient) -> None:
 def test_the_model_of_a_request_may_be_an_adapter(
     client: TestClient, core: FakeCore, model: str, adapter: str
 ) -> None:
-    for path, body in ((CHAT, ASK), ("/v1/responses", {"input": "hi"})):
+    for path, body in (
+        (CHAT, ASK),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+    ):
         answer = client.post(path, json=body | {"model": model})
         assert answer.json()["model"] == model, answer.text
         assert core.requests[-1].adapter == adapter

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from common.checkpoint import open_checkpoint
+from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.lora import open_adapter
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
@@ -115,3 +116,20 @@ def test_a_dropped_adapter_is_gone(tmp_path: Path) -> None:
     runner.drop_adapter(1)
     with pytest.raises(KeyError):
         forced_logits(runner, case, 33, adapter=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(torch.nan, torch.float32), (torch.inf, torch.bfloat16), (1e5, torch.float16)],
+)
+def test_a_value_that_is_not_finite_is_refused(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = GoldenCase("d_text")
+    adapter = write_adapter(tmp_path / "a", case.checkpoint, ("v_proj",))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if ".lora_A." in name)[0, 0] = value
+    save_file(tensors, file)
+    with pytest.raises(BadCheckpoint, match="not finite in torch"):
+        adapted_runner(case, adapter, dtype=dtype)
