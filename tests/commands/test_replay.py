@@ -81,8 +81,8 @@ def uri(data: bytes) -> str:
 
 
 VIDEO_PARTS = [
-    image(JPEG),
-    {"type": "video", "video": [uri(PNG), uri(JPEG)], "fps": 4.0},
+    image(JPEG) | {"min_pixels": 4, "max_pixels": 9},
+    {"type": "video", "video": [uri(PNG), uri(JPEG)], "fps": 4.0, "max_pixels": 9},
     {"type": "video_url", "video_url": {"url": uri(b"an MP4 file")}},
     {"type": "text", "text": "What happens?"},
 ]
@@ -171,7 +171,7 @@ def test_over_http_the_gateway_reads_the_recorded_request_again(
 def test_over_grpc_the_gateway_reads_the_recorded_request_again(kind: str, ids: bool) -> None:
     from proto.twinlens.inference.v1 import inference_pb2 as pb
 
-    fields: dict[str, Any] = {"images": [pb.Image(data=PNG), pb.Image(data=JPEG)]}
+    fields: dict[str, Any] = {"images": [pb.Image(data=PNG), pb.Image(data=JPEG, max_pixels=9)]}
     fields |= {"token_ids": pb.TokenIds(ids=[1, 2, 2**32 - 1])} if ids else {"text": "What?"}
     if kind == "GenerateStreamRequest":
         fields["sampling"] = pb.SamplingParams(temperature=0.7, seed=9)

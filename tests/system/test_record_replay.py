@@ -57,7 +57,7 @@ class Recorded:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     path = tmp_path_factory.mktemp("recording") / "traffic"
-    with Running("--record", str(path)) as system:
+    with Running("--record", str(path), "--image-formats", "gif,PNG") as system:
         yield Recorded(system, path)
 
 
@@ -74,7 +74,8 @@ def first_traffic(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) 
     for _ in range(4):
         next(stream)
     stream.close()
-    assert system.chat(ask_about(b"not an image at all"))[0] == 400
+    status, answer = system.chat(ask_about(b"not an image at all"))
+    assert status == 400 and answer["error"]["message"].endswith("one of the formats png, gif")
     with connect(f"127.0.0.1:{system.grpc_port}") as channel:
         request = inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=range(20, 40)),
