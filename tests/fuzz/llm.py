@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLMatcher
 
@@ -18,8 +19,10 @@ from common.messages import (
     Noted,
     Peer,
     Prompt,
+    Repetition,
     RequestMessage,
     StopFound,
+    TokenRules,
     Tokens,
 )
 from common.vocabulary import open_vocabulary
@@ -53,6 +56,18 @@ INNOCENTS = (
 )
 IMAGES: tuple[tuple[Image, ...], ...] = ((), (), ((2, 5, 1),), ((0, 2, 2), (3, 3, 1)))
 GRAMMARS = (None, None, None, LLMatcher.grammar_from_regex("[a-c]{2,5}"), "no grammar")
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_logprobs": 2},
+    {"num_prompt_logprobs": 2},
+    {"temperature": 1.0, "seed": 5},
+)
+RULES = TokenRules(
+    bias_token_ids=Tensor.of_int64([5, 6, 7]),
+    bias_values=Tensor.of(np.array([100, -100, 0.5], np.float32)),
+    allowed_token_ids=Tensor.of_int64([*range(40)]),
+    bad_words=Tensor.of_text("[[5], [9, 9], [1, 2, 3]]"),
+)
 
 
 class LlmTarget(Target):
@@ -115,9 +130,11 @@ class LlmTarget(Target):
             images=draw.choice(IMAGES),
             num_tokens=draw.choice([8, 9, 20]),
             max_tokens=draw.choice([1, 4, 12]),
-            sampling=draw.choice([{}, {"num_logprobs": 2}, {"temperature": 1.0, "seed": 5}]),
+            sampling=draw.choice(SAMPLINGS),
+            repetition=draw.choice([None, Repetition(max_pattern_size=3, min_count=2)]),
             apart=draw.random() < 0.15,
         )
+        prompt.token_rules = draw.choice([None, None, RULES])
         prompt.grammar = Tensor.of_text(grammar) if grammar else None
         found = [Say(preprocess, prompt), *map(from_vision, embeddings_of(prompt))]
         if prompt.apart and draw.random() < 0.8:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import numpy as np
+
 from common.events import Event
 from common.messages import (
     Abort,
@@ -26,6 +28,7 @@ from common.messages import (
     Sampling,
     Stopping,
     Submit,
+    TokenRules,
     VisionLoad,
 )
 from common.wire import Tensor
@@ -179,6 +182,14 @@ class GatewaysTarget(PreprocessTarget):
         return super().held() | {"replicas": 0, "groups": 0}
 
 
+RULES = TokenRules(
+    bias_token_ids=Tensor.of_int64([5]),
+    bias_values=Tensor.of(np.array([0.5], np.float32)),
+    allowed_token_ids=Tensor.of_int64([5, 6]),
+    bad_words=Tensor.of_text('["no", " "]'),
+)
+
+
 def submit(request_id: str, attempt: int, num_images: int, first_image: int) -> Submit:
     """Return a request as a gateway sends it."""
     files = [IMAGES[(first_image + n) % len(IMAGES)] for n in range(num_images)]
@@ -193,6 +204,7 @@ def submit(request_id: str, attempt: int, num_images: int, first_image: int) -> 
         stopping=Stopping(),
         detokenizer=Peer("detokenizer-1", ADDRESS),
         timeout=60.0,
+        token_rules=RULES,
     )
 
 

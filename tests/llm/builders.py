@@ -138,8 +138,8 @@ class FakeRunner:
             [np.zeros(0), *(np.asarray(e)[:, 0] for e in embeddings)]
         )
         self.cache[plan.slot_mapping] = np.concatenate([inputs[None], plan.positions]).T
-        last_rows = (plan.query_lens.cumsum() - 1).tolist()
-        return [self._next_token(plan, last_rows.index(row)) for row in plan.sampled_rows]
+        seqs = np.searchsorted(plan.query_lens.cumsum() - 1, plan.sampled_rows)
+        return [self._next_token(plan, seq) for seq in seqs.tolist()]
 
     def _next_token(self, plan: StepPlan, seq: int) -> int:
         index = np.arange(plan.context_lens[seq])

@@ -49,7 +49,7 @@ class LogitsRunner(FakeRunner):
         logits = torch.nn.functional.one_hot(
             torch.tensor(self.next_tokens(plan, embeddings), dtype=torch.int64), VOCAB_SIZE
         ).float()
-        seqs = np.isin(plan.query_lens.cumsum() - 1, plan.sampled_rows)
+        seqs = np.searchsorted(plan.query_lens.cumsum() - 1, plan.sampled_rows)
         for row, (table, context) in enumerate(
             zip(plan.block_tables[seqs], plan.context_lens[seqs], strict=True)
         ):
