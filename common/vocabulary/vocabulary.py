@@ -201,6 +201,13 @@ class Vocabulary:
         """
         return self.bytes_by_id.get(token_id, b"")
 
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of tokens, in which special tokens stand by their names."""
+        data = b"".join([self.token_bytes(token_id) for token_id in token_ids])
+        text = data.decode(errors=self.decode_errors)
+        stripped = text.lstrip(" ")
+        return text[min(self.max_stripped_spaces, len(text) - len(stripped)) :]
+
     def visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """Return the bytes that a token adds to an answer with or without special tokens."""
         hidden = token_id in self.special_ids and token_id not in self.markup_ids

@@ -3,7 +3,7 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias, assert_never
 
@@ -242,6 +242,21 @@ class Preprocessor:
             return self.vocabulary.encode_marked(piece.text, piece.mark)
         return self.vocabulary.encode(piece.text, piece.special_tokens, piece.continues)
 
+    def names_of(self, token_ids: Iterable[int]) -> list[str]:
+        """Return the names of tokens in the vocabulary; empty for one that is not in it."""
+        return [self.vocabulary.token_of(token_id) or "" for token_id in token_ids]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens.
+
+        Raises InvalidRequest if the vocabulary has no such token.
+        """
+        known = self.vocabulary.bytes_by_id
+        for token_id in token_ids:
+            if token_id not in known:
+                raise InvalidRequest(f"the model's vocabulary has no token {token_id}")
+        return self.vocabulary.decode(token_ids)
+
     def find_placeholders(self, token_ids: np.ndarray, kinds: Sequence[ItemKind]) -> np.ndarray:
         """Return the index of the placeholder of each item of a prompt: int64 [num_items].
 
@@ -269,6 +284,17 @@ class Preprocessor:
             raise InvalidRequest(f"the prompt's markers of images are wrong: {objection}")
         return found
 
+    def expanded_ids(
+        self, token_ids: np.ndarray, kinds: Sequence[ItemKind], num_tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Return a prompt, int64 [n], in which the placeholder of item i stands num_tokens[i]
+        times.
+
+        Raises InvalidRequest as `find_placeholders` does.
+        """
+        found = self.find_placeholders(token_ids, kinds)
+        return repeated(token_ids, found, np.array(num_tokens, dtype=np.int64))
+
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:
         """Repeat each item's placeholder as often as the item has tokens, and add the positions.
 
@@ -282,10 +308,8 @@ class Preprocessor:
         """
         found = self.find_placeholders(token_ids, [item.kind for item in items])
         lengths = np.array([item.num_tokens for item in items], dtype=np.int64)
-        repeats = np.ones(len(token_ids), dtype=np.int64)
-        repeats[found] = lengths
         offsets = found + np.cumsum(lengths - 1) - (lengths - 1)
-        expanded = np.repeat(token_ids, repeats)
+        expanded = repeated(token_ids, found, lengths)
         form = (len(expanded), tuple(zip(offsets.tolist(), lengths.tolist(), strict=True)))
         if self.prompt_forms is not None and form not in self.prompt_forms:
             raise InvalidRequest("this model takes chat messages only: send no token ids")
@@ -298,6 +322,13 @@ class Preprocessor:
             self.rules.rope_parameter(len(expanded)),
             self.rules.whole,
         )
+
+
+def repeated(token_ids: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the token ids with the one at places[i] repeated lengths[i] times."""
+    repeats = np.ones(len(token_ids), dtype=np.int64)
+    repeats[places] = lengths
+    return np.repeat(token_ids, repeats)
 
 
 def uses_tools(messages: list[dict[str, Any]], options: ChatOptions) -> bool:
