@@ -189,7 +189,7 @@ class Preprocessor:
         known = add_instruction(chat_template.normalise(messages), self.defaults.instruction)
         if self.rules.chat_prompt is not None:
             refuse_for_own_prompt(known, options)
-            return self.rules.chat_prompt(known)
+            return self.rules.chat_prompt(known, options)
         template = self.template
         if uses_tools(known, options) and not template.knows_tools:
             template = self.tool_template
@@ -212,8 +212,8 @@ class Preprocessor:
             )
         return token_ids
 
-    def encode(self, parts: PromptParts) -> np.ndarray:
-        """Return the token ids of a prompt: int64 [num_tokens].
+    def encode(self, parts: PromptParts, is_chat: bool = True) -> np.ndarray:
+        """Return the token ids of a prompt: int64 [num_tokens]. Only those of a chat are fitted.
 
         Raises
         ------
@@ -229,7 +229,8 @@ class Preprocessor:
         for part in parts:
             token_ids += self._encode_piece(part) if isinstance(part, Piece) else [part]
         found = np.array(token_ids, dtype=np.int64)
-        return found if self.rules.fit_prompt is None else self.rules.fit_prompt(found)
+        fit = self.rules.fit_prompt if is_chat else None
+        return found if fit is None else fit(found)
 
     def _encode_piece(self, piece: Piece) -> list[int]:
         try:
@@ -339,14 +340,8 @@ def uses_tools(messages: list[dict[str, Any]], options: ChatOptions) -> bool:
 
 
 def refuse_for_own_prompt(messages: list[dict[str, Any]], options: ChatOptions) -> None:
-    """Raise InvalidRequest if a conversation needs a chat template, for a model that has none."""
+    """Raise InvalidRequest if a conversation needs a chat template, which the model lacks."""
     if uses_tools(messages, options):
         raise InvalidRequest("this model takes no tools: leave tools and tool messages out")
-    names = {
-        "add_generation_prompt": not options.add_generation_prompt,
-        "continue_final_message": options.continue_final_message,
-        "chat_template_kwargs": bool(options.template_kwargs),
-    }
-    for name, is_given in names.items():
-        if is_given:
-            raise InvalidRequest(f"{name}: this model has no chat template; leave it out")
+    if options.template_kwargs:
+        raise InvalidRequest("chat_template_kwargs: this model has no chat template; leave it out")

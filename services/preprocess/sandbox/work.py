@@ -109,7 +109,7 @@ class Workbench:
             limits.begin(meter.TEMPLATE)
             parts = self._preprocessor.render(messages_of(prompt), options_of(options))
         limits.begin(meter.TOKENIZER, CPU_SECONDS + num_chars(parts) / CHARS_A_SECOND)
-        return self._preprocessor.encode(parts)
+        return self._preprocessor.encode(parts, is_chat=kind != "text")
 
     def _spelled(self, job: Spell, ids: Buffer, limits: Meter) -> bytes:
         """Return the names of tokens as a JSON list, or their text."""
