@@ -68,9 +68,12 @@ Fps = Annotated[float, msgspec.Meta(ge=MIN_FPS, le=MAX_FPS)]
 MAX_FRAMES = 768
 """The most frames of all videos of a request together, and the most that are taken of a file."""
 
-Task = Literal["generate", "classify", "embed"]
+ModelTask = Literal["generate", "classify", "embed"]
 """What is asked of the model: a text, the probabilities of its labels, or a feature vector."""
-TASKS: tuple[Task, ...] = get_args(Task)
+TASKS: tuple[ModelTask, ...] = get_args(ModelTask)
+Task = ModelTask | Literal["tokenize", "detokenize"]
+"""What is asked for. Preprocess itself answers what needs no model: the tokens of a prompt, or the
+text of tokens."""
 
 RequestKey = tuple[str, int]
 """(request_id, attempt): names one attempt of a request."""
@@ -400,6 +403,8 @@ class Submit(RequestMessage):
     """Whether the tool calls of the answer are taken out of its text."""
     chat_options: Tensor | None = None
     """UTF-8 JSON of the `ChatOptions` (`common/chat.py`) of messages; None for the defaults."""
+    returns_token_names: bool = False
+    """Whether the tokens of the task tokenize are named."""
 
 
 GatewayToPreprocess = Submit | Abort | Noted | Cleared
@@ -431,7 +436,19 @@ class ItemsLeft(RequestMessage):
     """The number of items that are left."""
 
 
-PreprocessToGateway = Routed | Failed | HandedOver | Alone | ItemsLeft
+class Converted(RequestMessage):
+    """The result of the tasks tokenize and detokenize. It is the last message of the attempt."""
+
+    token_ids: Tensor | None = None
+    """int64 [n]: the tokens of the prompt, in which a placeholder stands as often as its item has
+    tokens. None for the task detokenize."""
+    token_names: Tensor | None = None
+    """UTF-8 JSON: a list of the names of the n tokens in the vocabulary, if they were asked for."""
+    text: Tensor | None = None
+    """UTF-8: the text of the tokens. None for the task tokenize."""
+
+
+PreprocessToGateway = Routed | Failed | HandedOver | Alone | ItemsLeft | Converted
 
 
 # preprocess -> vision
@@ -567,7 +584,7 @@ class Prompt(RequestMessage):
     """The prompt must be computed in one step, without chunks and without the prefix cache."""
     apart: bool = False
     """Compute the request in steps of its own until it is cleared, because it may end the group."""
-    task: Task = "generate"
+    task: ModelTask = "generate"
     traceparent: TraceParent = ""
     token_rules: TokenRules | None = None
     priority: Priority = 0

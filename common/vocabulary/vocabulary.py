@@ -106,22 +106,39 @@ class Vocabulary:
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
-        """The tokenizer of texts in which no name is a token."""
-        described = json.loads(self.tokenizer_json)
-        return self._open(json.dumps(described | {"added_tokens": []}))
+        """The tokenizer of texts in which no name is a token. It shares the model with the other
+        one, which takes long to read."""
+        tokenizer = Tokenizer(self._tokenizer.model)
+        if self._tokenizer.normalizer is not None:
+            tokenizer.normalizer = self._tokenizer.normalizer
+        if self._tokenizer.pre_tokenizer is not None:
+            tokenizer.pre_tokenizer = self._tokenizer.pre_tokenizer
+        return tokenizer
+
+    @cached_property
+    def _added(self) -> list[dict[str, Any]]:
+        """The added tokens, which have names, as a tokenizer.json describes them."""
+        added = json.loads(self.tokenizer_json).get("added_tokens") or []
+        return [token for token in added if token["content"]]
 
     @cached_property
     def _names(self) -> re.Pattern[str]:
         """What matches the name of any added token, with the spaces that belong to it."""
-        added = json.loads(self.tokenizer_json)["added_tokens"]
-        added.sort(key=lambda token: len(token["content"]), reverse=True)
-        return re.compile("|".join(map(pattern_of, added)) or r"(?!)")
+        if not self._added:
+            return re.compile(r"(?!)")
+        added = sorted(self._added, key=lambda token: len(token["content"]), reverse=True)
+        # Only where one can begin are all names tried: it makes the search ten times as fast.
+        begins = rf"(?=[\s{re.escape(self.first_characters)}])"
+        return re.compile(f"{begins}(?:{'|'.join(map(pattern_of, added))})")
 
     @cached_property
     def first_characters(self) -> str:
         """The characters that the names of added tokens begin with."""
-        added = json.loads(self.tokenizer_json)["added_tokens"]
-        return "".join({token["content"][0] for token in added if token["content"]})
+        return "".join({token["content"][0] for token in self._added})
+
+    def prepare_marked(self) -> None:
+        """Make what `encode_marked` needs, for all processes that are forked from this one."""
+        self.encode_marked("", self.first_characters)
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Return the token ids of a text in which a mark keeps names from being tokens.
@@ -200,6 +217,13 @@ class Vocabulary:
         Models have more output rows than their tokenizer has tokens.
         """
         return self.bytes_by_id.get(token_id, b"")
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of tokens, in which special tokens stand by their names."""
+        data = b"".join([self.token_bytes(token_id) for token_id in token_ids])
+        text = data.decode(errors=self.decode_errors)
+        stripped = text.lstrip(" ")
+        return text[min(self.max_stripped_spaces, len(text) - len(stripped)) :]
 
     def visible_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """Return the bytes that a token adds to an answer with or without special tokens."""

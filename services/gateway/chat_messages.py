@@ -37,8 +37,13 @@ def check_message_count(messages: list[ChatMessage]) -> None:
         )
 
 
-def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None) -> None:
-    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens."""
+def check_text_length(
+    messages: list[dict[str, Any]], max_model_len: int | None, name: str = "messages"
+) -> None:
+    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens.
+
+    `name` is that of the field that has the text.
+    """
     if max_model_len is None:
         return
     num_chars = 0
@@ -50,7 +55,7 @@ def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None)
                 num_chars += sum(len(part.get("text", "")) for part in parts)
     if num_chars > max_model_len * MAX_TOKEN_BYTES:
         problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
-        raise InvalidField("messages", f"{problem}; send less text")
+        raise InvalidField(name, f"{problem}; send less text")
 
 
 def encode_messages(messages: list[dict[str, Any]]) -> bytes:

@@ -26,6 +26,7 @@ from common.messages import (
     AdapterChanged,
     Adapters,
     Alone,
+    Converted,
     Delta,
     Failed,
     GatewayInbound,
@@ -43,6 +44,7 @@ from common.timings import Timings
 from common.tracing import NO_TRACING, Tracing
 from services.gateway.adapters import AdaptersOfGroups
 from services.gateway.admission import Admission
+from services.gateway.conversions import read_converted
 from services.gateway.deltas import (
     read_delta,
     read_delta_boxes,
@@ -53,6 +55,7 @@ from services.gateway.failover import PATIENCE_SECONDS, RETRY_SECONDS, Failover
 from services.gateway.generation import (
     Began,
     Boxes,
+    Conversion,
     Ended,
     GenerationEvent,
     GenerationRequest,
@@ -239,7 +242,9 @@ class GatewayCore:
             if isinstance(event, ServingError):
                 raise event
             yield event
-            if isinstance(event, Result) or (isinstance(event, Ended) and event.is_last):
+            if isinstance(event, Ended) and not event.is_last:
+                continue
+            if isinstance(event, Ended | Result | Conversion):
                 return
 
     # Messages about requests
@@ -297,6 +302,8 @@ class GatewayCore:
                 self._on_delta(record, message)
             case Pooled():
                 self._on_pooled(record, message)
+            case Converted():
+                self._on_converted(record, message)
             case Failed(item=int()) if record.attempt.is_answering:
                 pass  # The prefix cache had this image, so the answer does not need it.
             case Failed():
@@ -399,6 +406,18 @@ class GatewayCore:
             self._finish(record, Ended("stop", usage, record.complete(timings)))
         else:
             self._finish(record, Result(*pool, usage, record.complete(timings)))
+
+    def _on_converted(self, record: Record, converted: Converted) -> None:
+        """End the request with tokens, or with their text."""
+        try:
+            conversion = read_converted(converted, record.request)
+        except ValueError as e:
+            self._fail(record, Internal(str(e), stage="preprocess"))
+            return
+        self._failover.on_routed(record)
+        self._forget(record)
+        record.choices.put(conversion)
+        self._log.info("converted", **record.log_ids, task=record.task)
 
     def _delta_error(self, record: Record, delta: Delta) -> ServingError | None:
         """Return why the request must end instead of taking this delta, or None."""

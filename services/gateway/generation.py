@@ -52,6 +52,8 @@ class GenerationRequest:
     reads_tool_calls: bool = False
     """Whether the tool calls of the answer are taken out of its text."""
     task: Task = "generate"
+    returns_token_names: bool = False
+    """Whether the tokens of the task tokenize are named."""
     api: Literal["http", "grpc"] = "http"
     """Through which API it came."""
     traceparent: str = ""
@@ -136,7 +138,19 @@ class Result:
     """The fields of the proto message Timings, by name."""
 
 
-GenerationEvent = Began | Piece | Ended | Result
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """The only event of a request that asks for tokens of a prompt, or for the text of tokens."""
+
+    token_ids: list[int]
+    """The tokens of the prompt, those of its items included; empty for the task detokenize."""
+    token_names: list[str] | None
+    """Their names in the vocabulary, if they were asked for."""
+    text: str
+    """The text of the tokens; empty for the task tokenize."""
+
+
+GenerationEvent = Began | Piece | Ended | Result | Conversion
 
 
 class Core(Protocol):
@@ -158,8 +172,8 @@ class Core(Protocol):
 
         If it asks for several answers, each has these events, and those of all come in the order
         in which they are made, but the first answer begins first. If it asks for no text, they are
-        Began and Result. Leaving the context before the last event aborts the request in every
-        stage.
+        Began and Result, or one Conversion. Leaving the context before the last event aborts the
+        request in every stage.
 
         Raises
         ------
@@ -197,4 +211,12 @@ async def last_of(events: AsyncIterator[GenerationEvent]) -> Result:
     async for event in events:
         if isinstance(event, Result):
             return event
+    raise AssertionError("the request ended without a result")
+
+
+async def conversion_of(events: AsyncIterator[GenerationEvent]) -> Conversion:
+    """Return the only event of a request to tokenize or detokenize."""
+    async for event in events:
+        assert isinstance(event, Conversion)
+        return event
     raise AssertionError("the request ended without a result")

@@ -37,6 +37,7 @@ from services.gateway.generation import (
     GenerationEvent,
     GenerationRequest,
     Piece,
+    conversion_of,
     last_of,
 )
 from services.gateway.grpc_messages import (
@@ -46,6 +47,7 @@ from services.gateway.grpc_messages import (
     error_status,
     stream_response,
     to_request,
+    tokenize_response,
     whole_response,
 )
 from services.gateway.grpc_reads import Reads, client_name
@@ -139,6 +141,12 @@ class InferenceServicer:
             "Embed": grpc.stream_unary_rpc_method_handler(
                 self.Embed, None, inference_pb2.EmbedResponse.SerializeToString
             ),
+            "Tokenize": grpc.stream_unary_rpc_method_handler(
+                self.Tokenize, None, inference_pb2.TokenizeResponse.SerializeToString
+            ),
+            "Detokenize": grpc.stream_unary_rpc_method_handler(
+                self.Detokenize, None, inference_pb2.DetokenizeResponse.SerializeToString
+            ),
             "LoadAdapter": grpc.stream_unary_rpc_method_handler(
                 self.LoadAdapter, None, inference_pb2.LoadAdapterResponse.SerializeToString
             ),
@@ -190,6 +198,26 @@ class InferenceServicer:
             self._admitted(inference_pb2.EmbedRequest, context) as (request, events),
         ):
             return embed_response(await last_of(events), request.request_id)
+        raise AssertionError("an error ends the call")
+
+    async def Tokenize(self, _messages: Any, context: Context) -> inference_pb2.TokenizeResponse:
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.TokenizeRequest, context) as (request, events),
+        ):
+            found = await conversion_of(events)
+            return tokenize_response(found, request.request_id, self.core.max_model_len())
+        raise AssertionError("an error ends the call")
+
+    async def Detokenize(
+        self, _messages: Any, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        async with (
+            abort_on_error(context),
+            self._admitted(inference_pb2.DetokenizeRequest, context) as (request, events),
+        ):
+            found = await conversion_of(events)
+            return inference_pb2.DetokenizeResponse(request_id=request.request_id, text=found.text)
         raise AssertionError("an error ends the call")
 
     async def LoadAdapter(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.descriptor import FieldDescriptor
@@ -11,7 +10,6 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from common.boxes import Box
-from common.chat import ChatOptions
 from common.errors import InvalidRequest, ServingError, shorten
 from common.grpc_server import MAX_ERROR_CHARS
 from common.messages import MAX_CHOICES, Task, Usage
@@ -19,12 +17,14 @@ from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.chat_messages import encode_messages
 from services.gateway.generation import (
     Began,
+    Conversion,
     Ended,
     GenerationEvent,
     GenerationRequest,
     Piece,
     Result,
 )
+from services.gateway.grpc_chat import read_chat, read_chat_options
 from services.gateway.grpc_tools import read_chat_tools, tool_call_deltas, tool_call_messages
 from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
@@ -46,7 +46,8 @@ TOKEN_RULES = ("logit_bias", "allowed_token_ids", "bad_words")
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 PoolingRequest = inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest
-InferenceRequest = GenerateRequest | PoolingRequest
+ConversionRequest = inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest
+InferenceRequest = GenerateRequest | PoolingRequest | ConversionRequest
 Images = tuple[Media, ...]
 
 # Requests
@@ -96,7 +97,7 @@ def to_generation(
         guide=guide,
         n=read_n(request),
         priority=request.priority,
-        chat_options=msgspec.json.encode(ChatOptions(tools=list(tool_use.tools))),
+        chat_options=read_chat_options(request.chat, tool_use),
         reads_tool_calls=bool(tool_use.tools),
         token_rules=make_token_rules(**rules),
         api="grpc",
@@ -125,6 +126,8 @@ def to_request(
             return to_pooling("classify", request, images, request_id, timeout)
         case inference_pb2.EmbedRequest():
             return to_pooling("embed", request, images, request_id, timeout)
+        case inference_pb2.TokenizeRequest() | inference_pb2.DetokenizeRequest():
+            return to_conversion(request, images, request_id, timeout)
         case _:
             return to_generation(request, images, request_id, timeout, max_model_len)
 
@@ -146,6 +149,30 @@ def to_pooling(
         images=images,
         timeout=bounded(timeout),
         task=task,
+        api="grpc",
+    )
+
+
+def to_conversion(
+    request: ConversionRequest, images: Images, request_id: str, timeout: float | None
+) -> GenerationRequest:
+    """Return a request for the tokens of a prompt or for the text of tokens, or raise
+    InvalidRequest."""
+    check_media(images)
+    prompt_kind, prompt = read_prompt(request, images)
+    task: Task = "detokenize"
+    options = b""
+    if isinstance(request, inference_pb2.TokenizeRequest):
+        task = "tokenize"
+        options = read_chat_options(request.chat, read_chat_tools(request.chat))
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_kind=prompt_kind,
+        prompt=prompt,
+        images=images,
+        timeout=bounded(timeout),
+        task=task,
+        chat_options=options,
         api="grpc",
     )
 
@@ -173,10 +200,17 @@ def read_prompt(request: InferenceRequest, images: Images) -> tuple[str, bytes]:
 
     Text becomes one user turn, with the images and videos before it.
     """
-    if request.WhichOneof("prompt") == "token_ids":
+    if isinstance(request, inference_pb2.DetokenizeRequest):
+        return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids" and not isinstance(request, inference_pb2.TokenizeRequest):
         if not request.token_ids.ids:
             raise InvalidRequest("token_ids: empty; send at least one token", stage="gateway")
         return "token_ids", np.asarray(request.token_ids.ids, "<i8").tobytes()
+    if kind == "chat" and not isinstance(request, PoolingRequest):
+        return "messages", read_chat(request.chat)
+    if kind == "raw_text" and not isinstance(request, PoolingRequest):
+        return "text", request.raw_text.encode()
     if not request.text and not images:
         raise InvalidRequest("prompt: missing; send text, token_ids or an image", stage="gateway")
     if not images:
@@ -274,7 +308,7 @@ def stream_response(
             return inference_pb2.GenerateStreamResponse(delta=delta)
         case Ended():
             return inference_pb2.GenerateStreamResponse(end=end_message(event))
-        case Result():
+        case Result() | Conversion():
             raise AssertionError("a text was asked for")
 
 
@@ -355,6 +389,14 @@ def prompt_logprob(entry: dict[str, Any] | None) -> inference_pb2.PromptLogprob:
 def token_fields(entry: dict[str, Any]) -> dict[str, Any]:
     token = entry["token"].encode() if entry.get("bytes") is None else bytes(entry["bytes"])
     return {"token_id": entry["token_id"], "token": token, "logprob": entry["logprob"]}
+
+
+def tokenize_response(
+    found: Conversion, request_id: str, max_model_len: int | None
+) -> inference_pb2.TokenizeResponse:
+    return inference_pb2.TokenizeResponse(
+        request_id=request_id, token_ids=found.token_ids, max_model_len=max_model_len or 0
+    )
 
 
 # Errors

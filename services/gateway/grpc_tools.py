@@ -41,14 +41,14 @@ def read_choice(chat: inference_pb2.Chat) -> Any:
 def read_tool(tool: inference_pb2.Tool, path: str) -> Tool:
     function = {"name": tool.name, "description": tool.description or None}
     if tool.parameters:
-        function["parameters"] = read_schema(tool.parameters, f"{path}.parameters")
+        function["parameters"] = read_json(tool.parameters, f"{path}.parameters")
     try:
         return Tool.model_validate({"type": "function", "function": function})
     except ValidationError as error:
         raise InvalidRequest(f"{path}: {explain_body_error(error).message}", "gateway") from None
 
 
-def read_schema(text: str, path: str) -> Any:
+def read_json(text: str, path: str) -> Any:
     """Return the JSON in a field, or raise InvalidRequest."""
     check_json(text.encode())
     try:

@@ -4,7 +4,6 @@ The images and videos are taken out as views of the bytes. protobuf would copy t
 """
 
 import struct
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,17 +36,33 @@ MAX_UNPACKED_IDS = 2**15
 MAX_OTHER_BYTES = 64 * 1024
 """The most bytes of all fields but the prompt, the images, the videos and the guide."""
 
-TEXT, TOKEN_IDS, IMAGES, GUIDE, VIDEOS = 3, 4, 5, 9, 11
+TEXT, TOKEN_IDS, IMAGES, GUIDE, VIDEOS, CHAT, RAW_TEXT = 3, 4, 5, 9, 11, 12, 13
 """Numbers of fields in GenerateRequest and GenerateStreamRequest."""
-NESTED = (6, 7, 8, GUIDE)
-"""Numbers of the fields that are messages with plain values."""
+Nested = dict[int, "Nested"]
+"""Numbers of the fields that are messages, and those of the fields in them that are messages."""
+PART: Nested = {2: {}, 3: {}}
+NESTED: Nested = {
+    6: {9: {}},
+    7: {7: {}},
+    8: {},
+    GUIDE: {4: {}},
+    CHAT: {1: {2: PART, 3: {}}, 2: {}},
+}
 DATA, MIN_PIXELS, MAX_PIXELS = 1, 2, 3
 """Numbers of fields in Image."""
 FRAMES, FILE, FPS = 1, 2, 3
 """Numbers of fields in Video."""
 OTHER = 0
 """Stands for the numbers of all other fields, which are counted together."""
-FIELD_NAMES = {1: "request_id", 2: "model", TEXT: "text", 7: "stopping", GUIDE: "guide"}
+FIELD_NAMES = {
+    1: "request_id",
+    2: "model",
+    TEXT: "text",
+    7: "stopping",
+    GUIDE: "guide",
+    CHAT: "chat",
+    RAW_TEXT: "raw_text",
+}
 """Names of the fields that may be too long, for errors."""
 
 
@@ -127,6 +142,12 @@ class Walker:
             yield Field(number, wire_type, position, value, after)
             position = after
 
+    def count(self, message: Field, nested: Nested) -> None:
+        """Walk over the fields of a message and of those in it."""
+        for field in self.fields(message.value, message.end):
+            if field.number in nested and field.wire_type == BYTES:
+                self.count(field, nested[field.number])
+
     def number(self, field: Field) -> int:
         """Return the value of a field that is a number."""
         return self._varint(field.value, field.end)[0]
@@ -175,7 +196,7 @@ def split_media(data: bytes, max_model_len: int | None, max_fields: int | None =
         else:
             bounds.add(field)
             if field.number in NESTED and field.wire_type == BYTES:
-                deque(walker.fields(field.value, field.end), maxlen=0)
+                walker.count(field, NESTED[field.number])
         kept.append(view[field.start : field.end])
     return Split(b"".join(kept), (*images, *videos))
 
@@ -242,10 +263,12 @@ class Bounds:
     def __init__(self, context: int) -> None:
         self._context = context
         self._num_token_ids = 0
-        self._sizes = dict.fromkeys((TEXT, GUIDE, OTHER), 0)
+        self._sizes = dict.fromkeys((TEXT, GUIDE, CHAT, RAW_TEXT, OTHER), 0)
         self._most = {
             TEXT: context * MAX_TOKEN_BYTES,
             GUIDE: MAX_GUIDE_BYTES,
+            CHAT: context * MAX_TOKEN_BYTES + MAX_GUIDE_BYTES,
+            RAW_TEXT: context * MAX_TOKEN_BYTES,
             OTHER: MAX_OTHER_BYTES,
         }
 
@@ -257,7 +280,8 @@ class Bounds:
             raise InvalidField(FIELD_NAMES.get(field.number, "other fields"), self._problem(kind))
 
     def _problem(self, kind: int) -> str:
-        beyond = f" is beyond the context of {self._context} tokens" if kind == TEXT else ""
+        is_text = kind in (TEXT, CHAT, RAW_TEXT)
+        beyond = f" is beyond the context of {self._context} tokens" if is_text else ""
         return f"more than {self._most[kind]} bytes{beyond}; send less"
 
     def add_token_ids(self, fields: Iterator[Field], data: bytes) -> None:

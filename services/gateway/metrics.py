@@ -12,6 +12,7 @@ from common.messages import Usage
 from common.metrics import TOKENS, StageMetrics
 from common.tracing import NO_TRACING, Tracing, trace_id_of
 from services.gateway.generation import (
+    Conversion,
     Core,
     Ended,
     GenerationEvent,
@@ -19,7 +20,7 @@ from services.gateway.generation import (
     Piece,
     Result,
 )
-from services.gateway.observers import ABORTED, POOLED, Observation, RequestObserver
+from services.gateway.observers import ABORTED, CONVERTED, POOLED, Observation, RequestObserver
 from services.gateway.peers import STAGES
 from services.gateway.request_log import current_end
 from services.gateway.traces import RequestTraces
@@ -234,6 +235,8 @@ class ObservedEvents:
             self.outcome = event.finish_reason
         elif isinstance(event, Result):
             self.outcome = POOLED
+        elif isinstance(event, Conversion):
+            self.outcome = CONVERTED
         for observation in self._observations:
             observation.on_event(event)
         return event

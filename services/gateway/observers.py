@@ -9,6 +9,8 @@ ABORTED = "aborted"
 """The outcome of a request that its client left before the end."""
 POOLED = "pooled"
 """The outcome of a request that asked for no text and has its result."""
+CONVERTED = "converted"
+"""The outcome of a request for the tokens of a prompt, or for the text of tokens."""
 
 
 class Observation(Protocol):
@@ -28,7 +30,7 @@ class Observation(Protocol):
         Parameters
         ----------
         outcome
-            the finish reason of an answer, POOLED, ABORTED, or the code of `error`.
+            the finish reason of an answer, POOLED, CONVERTED, ABORTED, or the code of `error`.
         error
             why the request failed, at the core or while its answer was written; None otherwise.
         """

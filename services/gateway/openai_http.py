@@ -31,6 +31,8 @@ from services.gateway.request_log import current_end
 from services.gateway.responses.http import Responses, refuse_stored
 from services.gateway.responses.schema import ResponsesRequest
 from services.gateway.schema import ChatRequest
+from services.gateway.tokenize_http import Detokenize, Tokenize
+from services.gateway.tokenize_schema import DetokenizeRequest, TokenizeRequest
 from services.gateway.ui.endpoints import Ui
 
 Shared = tuple[MeasuredCore, Bodies, BodyBudget]
@@ -127,6 +129,7 @@ def api_routes(core: MeasuredCore, info: "InfoEndpoints", shared: Shared) -> lis
             "Return the embeddings of texts or of an image.",
             body=EmbeddingsRequest,
         ),
+        *token_routes(shared),
         ApiRoute(
             "/v1/load_lora_adapter",
             LoadAdapterEndpoint(core, shared[1]),
@@ -151,6 +154,24 @@ def api_routes(core: MeasuredCore, info: "InfoEndpoints", shared: Shared) -> lis
         ),
         ApiRoute("/version", info.version, "Return the version of Twinlens."),
         ApiRoute("/openapi.json", info.openapi, "Return this document."),
+    ]
+
+
+def token_routes(shared: Shared) -> list[ApiRoute]:
+    """Return the endpoints that make tokens of text, and text of tokens."""
+    return [
+        ApiRoute(
+            "/tokenize",
+            Tokenize(*shared),
+            "Return the tokens of a prompt.",
+            body=TokenizeRequest,
+        ),
+        ApiRoute(
+            "/detokenize",
+            Detokenize(*shared),
+            "Return the text of tokens.",
+            body=DetokenizeRequest,
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ from common.errors import ServingError, Unavailable
 from common.events import Received
 from common.messages import (
     Abort,
+    Converted,
     Delta,
     GatewayInbound,
     HandedOver,
@@ -30,7 +31,14 @@ from common.timings import Timings
 from common.tracing import ATTEMPT, NO_SPAN, Attributes, Span, Tracing, trace_id_of
 from common.wire import Tensor
 from services.gateway.deltas import in_order
-from services.gateway.generation import Began, GenerationEvent, GenerationRequest, Piece, Result
+from services.gateway.generation import (
+    Began,
+    Conversion,
+    GenerationEvent,
+    GenerationRequest,
+    Piece,
+    Result,
+)
 from services.gateway.parameters import MAX_SEED
 from services.gateway.videos import item_of
 
@@ -87,7 +95,7 @@ class Attempt:
     def may_send(self, peer_id: str, message: GatewayInbound) -> bool:
         """Whether this member holds the attempt, and so may send this message about it."""
         match message:
-            case Routed() | HandedOver() | ItemsLeft():
+            case Routed() | HandedOver() | ItemsLeft() | Converted():
                 return peer_id == self.preprocess
             case Delta():
                 return peer_id == self.detokenizer
@@ -157,7 +165,7 @@ class Choices:
         """
         if isinstance(event, Began) and event.choice == 0:
             self.began = event
-        elif self.began is None and not isinstance(event, Result) and event.choice:
+        elif self.began is None and not isinstance(event, Result | Conversion) and event.choice:
             self.early.append(event)
             return
         for each in (event, *self.early):
@@ -302,6 +310,7 @@ class Record:
             adapter=request.adapter,
             reads_tool_calls=request.reads_tool_calls,
             chat_options=Tensor.of_bytes(request.chat_options) if request.chat_options else None,
+            returns_token_names=request.returns_token_names,
         )
 
     @property

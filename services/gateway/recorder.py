@@ -85,6 +85,8 @@ class Recorder:
         """The numbers of the recorded requests that have not ended."""
 
     def begin(self, request: GenerationRequest, arrival: float) -> Observation:
+        if request.task in ("tokenize", "detokenize"):  # such a request generates no load
+            return UNRECORDED
         number = self.num_requests
         num_bytes = len(request.prompt) + sum(map(len, request.images)) + RECORD_BYTES
         work = partial(self._write_request, request, number, arrival)

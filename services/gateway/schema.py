@@ -3,13 +3,10 @@
 import json
 import re
 import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-import msgspec
 from pydantic import BeforeValidator, Field, ValidationError
 
-from common.chat import ChatOptions
 from common.messages import MAX_CHOICES, MAX_PRIORITY, MIN_PRIORITY, Sampling, Stopping
 from services.gateway.chat_messages import (
     Body,
@@ -19,6 +16,7 @@ from services.gateway.chat_messages import (
     encode_messages,
     read_message,
 )
+from services.gateway.chat_options import make_chat_options
 from services.gateway.choices import read_n
 from services.gateway.generation import GenerationRequest
 from services.gateway.image_parts import bounded
@@ -235,36 +233,15 @@ def chat_to_generation(
         return_prompt_token_ids=bool(chat.return_token_ids),
         guide_kind=guide_kind,
         guide=guide,
-        chat_options=encode_chat_options(chat, tool_use.tools),
+        chat_options=make_chat_options(
+            tool_use.tools,
+            chat.messages[-1].role,
+            chat.add_generation_prompt,
+            chat.continue_final_message,
+            chat.chat_template_kwargs,
+        ),
         reads_tool_calls=bool(tool_use.tools),
         n=read_n(chat),
         priority=chat.priority or 0,
         token_rules=make_token_rules(chat.logit_bias, chat.allowed_token_ids, chat.bad_words),
     )
-
-
-def encode_chat_options(chat: ChatRequest, tools: Sequence[dict[str, Any]]) -> bytes:
-    """Return how the chat template makes a prompt, in the form of GenerationRequest.chat_options.
-
-    Raises
-    ------
-    InvalidField
-        if the answer cannot continue the last message.
-    """
-    if chat.continue_final_message:
-        if chat.add_generation_prompt:
-            raise InvalidField(
-                "add_generation_prompt", "must be false with continue_final_message: true"
-            )
-        if chat.messages[-1].role != "assistant":
-            raise InvalidField(
-                "continue_final_message", "the last message must be one of the assistant"
-            )
-    options = ChatOptions(
-        tools=list(tools),
-        add_generation_prompt=chat.add_generation_prompt is not False
-        and not chat.continue_final_message,
-        continue_final_message=bool(chat.continue_final_message),
-        template_kwargs=chat.chat_template_kwargs or {},
-    )
-    return b"" if options == ChatOptions() else msgspec.json.encode(options)

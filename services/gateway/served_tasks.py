@@ -17,14 +17,14 @@ DOORS: dict[str, str] = {
 def task_for(request: GenerationRequest, tasks: Sequence[str]) -> Task:
     """Return what a model that can do `tasks` is asked for, to answer the request.
 
-    The text of a classifier is its best label.
+    Any model has tokens. The text of a classifier is its best label.
 
     Raises
     ------
     InvalidRequest
         if the model cannot answer the request.
     """
-    if request.task in tasks:
+    if request.task in (*tasks, "tokenize", "detokenize"):
         return request.task
     if request.task == "generate" and "classify" in tasks:
         refuse_what_labels_lack(request)

@@ -8,7 +8,14 @@ from typing import Any
 from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
-from services.gateway.generation import Began, Ended, GenerationEvent, Piece, Result
+from services.gateway.generation import (
+    Began,
+    Conversion,
+    Ended,
+    GenerationEvent,
+    Piece,
+    Result,
+)
 from services.gateway.prompt_logprobs import prompt_logprobs_body
 from services.gateway.token_times import TokenTimes
 from services.gateway.tools import Call, join_calls
@@ -163,7 +170,7 @@ class CompletionWriter:
 
     def note(self, event: GenerationEvent) -> None:
         """Note when an event arrived, before it is written."""
-        if self.token_times and not isinstance(event, Result):
+        if self.token_times and not isinstance(event, Result | Conversion):
             self.token_times[event.choice].note(event)
 
     def whole(self, began: Began, pieces: list[Piece], ends: list[Ended]) -> dict[str, Any]:

@@ -9,8 +9,14 @@ from common.messages import Task
 from common.tracing import NO_SPAN, NO_TRACING, REQUEST_ID, Tracing, is_sampled
 from services.gateway.generation import Began, Ended, GenerationEvent, GenerationRequest, Result
 
-OPERATIONS: dict[Task, str] = {"generate": "chat", "classify": "classify", "embed": "embeddings"}
-"""OpenTelemetry's names for the tasks. It has none for a classification."""
+OPERATIONS: dict[Task, str] = {
+    "generate": "chat",
+    "classify": "classify",
+    "embed": "embeddings",
+    "tokenize": "tokenize",
+    "detokenize": "detokenize",
+}
+"""OpenTelemetry's names for the tasks. It has them for a chat and for embeddings only."""
 
 
 class RequestTraces:

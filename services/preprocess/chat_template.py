@@ -1,13 +1,16 @@
 """The checkpoint's own chat template, which turns messages into the prompt's text."""
 
 import json
+from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
 import msgspec
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.chat import ROLES, ChatOptions
@@ -15,7 +18,13 @@ from common.checkpoint import BadCheckpoint
 from common.errors import InvalidRequest, shorten
 from common.model_files import read_file, read_optional_json
 from services.preprocess.prompts import Piece
-from services.preprocess.typed_tokens import has_any, marked, unused_marks
+from services.preprocess.typed_tokens import (
+    UserText,
+    as_user_text,
+    has_any,
+    unused_marks,
+    written,
+)
 
 TEMPLATE_ERRORS = (
     ArithmeticError,
@@ -32,6 +41,10 @@ TOO_COSTLY = (
 )
 MAX_TEMPLATE_BYTES = 2**20
 RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+WRITING_FILTERS = ("striptags", "title", "urlencode", "urlize", "wordwrap")
+"""Filters of jinja2 that take texts apart in other ways than by the methods of a text."""
+WRITING_METHODS = ("center", "join", "ljust", "replace", "rjust", "translate")
+"""Methods of a text that put other texts into it."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -48,6 +61,26 @@ class Call(msgspec.Struct):
     type: str = "function"
 
 
+class Environment(ImmutableSandboxedEnvironment):
+    """The sandbox of a template, in which users' texts stay users' texts."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        for name in WRITING_FILTERS:
+            self.filters[name] = on_written(self.filters[name])
+        self.filters["tojson"] = to_json
+        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+
+    def call(self, context: Context, called: Any, /, *arguments: Any, **named: Any) -> Any:
+        if getattr(called, "__name__", "") in WRITING_METHODS:
+            owner = getattr(called, "__self__", None)
+            if isinstance(owner, str) and not isinstance(owner, UserText):
+                arguments = tuple(map(written_all, arguments))
+        return super().call(context, called, *arguments, **named)
+
+
 class ChatTemplate:
     """A compiled template.
 
@@ -55,11 +88,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        environment = Environment()
         try:
             self.template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as e:
@@ -122,17 +151,16 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"chat_template_kwargs.{min(names)}: the server sets this variable"
             )
-        written = [messages, options.tools, options.template_kwargs]
-        is_marked = has_any(written, first_characters)
+        given = [messages, options.tools, options.template_kwargs]
+        is_marked = has_any(given, first_characters)
         if not (is_marked or options.continue_final_message):
             return Piece(self.render(messages, options))
-        mark, end, *_ = unused_marks(written)
-        if is_marked:
-            table = {ord(first): first + mark for first in first_characters}
-            messages, tools, variables = marked(written, table)
-            options = msgspec.structs.replace(options, tools=tools, template_kwargs=variables)
+        mark, end, *_ = unused_marks(given)
         if options.continue_final_message:
-            messages = [*messages[:-1], with_end(messages[-1], end)]
+            given[0] = messages = [*messages[:-1], with_end(messages[-1], end)]
+        if is_marked:
+            messages, tools, variables = as_user_text(given, first_characters, mark)
+            options = msgspec.structs.replace(options, tools=tools, template_kwargs=variables)
         text = self.render(messages, options)
         if options.continue_final_message:
             text = cut_off(text, end)
@@ -271,9 +299,28 @@ def normalise_part(part: Any, where: str) -> dict[str, str]:
     raise InvalidRequest(f"{where} must be a text, an image or a video")
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Format a value as JSON. Unlike jinja2's own filter, it does not escape for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """Format a value as JSON. Unlike jinja2's own filter, it does not escape for HTML.
+
+    `options` are those of json.dumps, some of which templates give.
+    """
+    return json.dumps(written(value), **({"ensure_ascii": False} | options), indent=indent)
+
+
+def on_written(filter: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the filter for users' texts as they are written."""
+
+    @wraps(filter)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return filter(*map(written, arguments), **named)
+
+    return call
+
+
+def written_all(value: Any) -> Any:
+    """Return a value, or all of an iterable, with users' texts as they are written."""
+    is_one = isinstance(value, str | dict) or not isinstance(value, Iterable)
+    return written(value if is_one else list(value))
 
 
 def raise_exception(message: str) -> NoReturn:
@@ -281,4 +328,4 @@ def raise_exception(message: str) -> NoReturn:
 
 
 def strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+    return datetime.now().strftime(str(format))

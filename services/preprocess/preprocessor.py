@@ -3,7 +3,7 @@
 What differs between model families is in `services/preprocess/families`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias, assert_never
 
@@ -189,7 +189,7 @@ class Preprocessor:
         known = add_instruction(chat_template.normalise(messages), self.defaults.instruction)
         if self.rules.chat_prompt is not None:
             refuse_for_own_prompt(known, options)
-            return self.rules.chat_prompt(known)
+            return self.rules.chat_prompt(known, options)
         template = self.template
         if uses_tools(known, options) and not template.knows_tools:
             template = self.tool_template
@@ -212,8 +212,8 @@ class Preprocessor:
             )
         return token_ids
 
-    def encode(self, parts: PromptParts) -> np.ndarray:
-        """Return the token ids of a prompt: int64 [num_tokens].
+    def encode(self, parts: PromptParts, is_chat: bool = True) -> np.ndarray:
+        """Return the token ids of a prompt: int64 [num_tokens]. Only those of a chat are fitted.
 
         Raises
         ------
@@ -229,7 +229,8 @@ class Preprocessor:
         for part in parts:
             token_ids += self._encode_piece(part) if isinstance(part, Piece) else [part]
         found = np.array(token_ids, dtype=np.int64)
-        return found if self.rules.fit_prompt is None else self.rules.fit_prompt(found)
+        fit = self.rules.fit_prompt if is_chat else None
+        return found if fit is None else fit(found)
 
     def _encode_piece(self, piece: Piece) -> list[int]:
         try:
@@ -241,6 +242,21 @@ class Preprocessor:
         if piece.mark:
             return self.vocabulary.encode_marked(piece.text, piece.mark)
         return self.vocabulary.encode(piece.text, piece.special_tokens, piece.continues)
+
+    def names_of(self, token_ids: Iterable[int]) -> list[str]:
+        """Return the names of tokens in the vocabulary; empty for one that is not in it."""
+        return [self.vocabulary.token_of(token_id) or "" for token_id in token_ids]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens.
+
+        Raises InvalidRequest if the vocabulary has no such token.
+        """
+        known = self.vocabulary.bytes_by_id
+        for token_id in token_ids:
+            if token_id not in known:
+                raise InvalidRequest(f"the model's vocabulary has no token {token_id}")
+        return self.vocabulary.decode(token_ids)
 
     def find_placeholders(self, token_ids: np.ndarray, kinds: Sequence[ItemKind]) -> np.ndarray:
         """Return the index of the placeholder of each item of a prompt: int64 [num_items].
@@ -269,6 +285,17 @@ class Preprocessor:
             raise InvalidRequest(f"the prompt's markers of images are wrong: {objection}")
         return found
 
+    def expanded_ids(
+        self, token_ids: np.ndarray, kinds: Sequence[ItemKind], num_tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Return a prompt, int64 [n], in which the placeholder of item i stands num_tokens[i]
+        times.
+
+        Raises InvalidRequest as `find_placeholders` does.
+        """
+        found = self.find_placeholders(token_ids, kinds)
+        return repeated(token_ids, found, np.array(num_tokens, dtype=np.int64))
+
     def expand(self, token_ids: np.ndarray, items: list[PreparedItem]) -> ExpandedPrompt:
         """Repeat each item's placeholder as often as the item has tokens, and add the positions.
 
@@ -282,10 +309,8 @@ class Preprocessor:
         """
         found = self.find_placeholders(token_ids, [item.kind for item in items])
         lengths = np.array([item.num_tokens for item in items], dtype=np.int64)
-        repeats = np.ones(len(token_ids), dtype=np.int64)
-        repeats[found] = lengths
         offsets = found + np.cumsum(lengths - 1) - (lengths - 1)
-        expanded = np.repeat(token_ids, repeats)
+        expanded = repeated(token_ids, found, lengths)
         form = (len(expanded), tuple(zip(offsets.tolist(), lengths.tolist(), strict=True)))
         if self.prompt_forms is not None and form not in self.prompt_forms:
             raise InvalidRequest("this model takes chat messages only: send no token ids")
@@ -300,6 +325,13 @@ class Preprocessor:
         )
 
 
+def repeated(token_ids: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the token ids with the one at places[i] repeated lengths[i] times."""
+    repeats = np.ones(len(token_ids), dtype=np.int64)
+    repeats[places] = lengths
+    return np.repeat(token_ids, repeats)
+
+
 def uses_tools(messages: list[dict[str, Any]], options: ChatOptions) -> bool:
     """Whether a conversation has tools, or calls of tools."""
     return bool(options.tools) or any(
@@ -308,14 +340,8 @@ def uses_tools(messages: list[dict[str, Any]], options: ChatOptions) -> bool:
 
 
 def refuse_for_own_prompt(messages: list[dict[str, Any]], options: ChatOptions) -> None:
-    """Raise InvalidRequest if a conversation needs a chat template, for a model that has none."""
+    """Raise InvalidRequest if a conversation needs a chat template, which the model lacks."""
     if uses_tools(messages, options):
         raise InvalidRequest("this model takes no tools: leave tools and tool messages out")
-    names = {
-        "add_generation_prompt": not options.add_generation_prompt,
-        "continue_final_message": options.continue_final_message,
-        "chat_template_kwargs": bool(options.template_kwargs),
-    }
-    for name, is_given in names.items():
-        if is_given:
-            raise InvalidRequest(f"{name}: this model has no chat template; leave it out")
+    if options.template_kwargs:
+        raise InvalidRequest("chat_template_kwargs: this model has no chat template; leave it out")

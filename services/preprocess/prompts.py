@@ -6,6 +6,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from common.chat import ChatOptions
+from common.errors import InvalidRequest
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -25,8 +28,8 @@ class Piece:
 
 PromptParts: TypeAlias = Sequence[Piece | int]
 """Pieces of text, and token ids that are taken as they are."""
-ChatPrompt: TypeAlias = Callable[[list[dict[str, Any]]], PromptParts]
-"""Makes a prompt of chat messages, up to where the assistant begins to speak.
+ChatPrompt: TypeAlias = Callable[[list[dict[str, Any]], ChatOptions], PromptParts]
+"""Makes a prompt of chat messages. The options have neither tools nor variables of a template.
 
 A message is {"role": str, "content": str or a list of parts}, with the roles that `common/chat.py`
 gives to templates. A part is {"type": "text", "text": str}, or an item, {"type": <its kind>}. It
@@ -34,6 +37,24 @@ raises InvalidRequest if the family cannot say the messages.
 """
 FitPrompt: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Makes of the tokens of a prompt, int64 [n], as many as the model takes: int64 [m]."""
+
+
+def check_continued(messages: list[dict[str, Any]], options: ChatOptions) -> None:
+    """Raise InvalidRequest if the answer should continue a message that is not the assistant's."""
+    if options.continue_final_message and messages[-1]["role"] != "assistant":
+        raise InvalidRequest(
+            "continue_final_message: the last message must be one of the assistant"
+        )
+
+
+def refuse_options(options: ChatOptions) -> None:
+    """Raise InvalidRequest if a conversation should not end where the assistant begins to speak."""
+    for name, is_given in (
+        ("add_generation_prompt", not options.add_generation_prompt),
+        ("continue_final_message", options.continue_final_message),
+    ):
+        if is_given:
+            raise InvalidRequest(f"{name}: this model knows no turns; leave it out")
 
 
 def num_chars(parts: PromptParts) -> int:

@@ -79,8 +79,13 @@ def check_item(item: Item, name: str) -> None:
         raise InvalidRequest(f"{name}: the frames are not those of its bytes")
 
 
-def check_task(task: Task, tasks: Sequence[Task]) -> None:
-    """Raise InvalidRequest unless the model, which can do `tasks`, can do this one."""
+def check_task(submit: Submit, tasks: Sequence[Task]) -> None:
+    """Raise InvalidRequest unless the task fits the prompt, and the model, which can do `tasks`."""
+    task = submit.task
+    if task in ("tokenize", "detokenize"):
+        if (submit.prompt_kind == "token_ids") != (task == "detokenize"):
+            raise InvalidRequest(f"a prompt of the kind {submit.prompt_kind} cannot be {task}d")
+        return
     if task not in tasks:
         raise InvalidRequest(f"the model cannot {task}, it can {' and '.join(tasks)}")
 

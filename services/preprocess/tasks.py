@@ -7,6 +7,7 @@ import numpy as np
 
 from common.messages import Item
 from common.pixel_bounds import PixelBounds
+from common.wire import Buffer
 from services.preprocess.in_flight import Preparation
 from services.preprocess.prepared import ReadyItem
 from services.preprocess.sandbox.costs import (
@@ -15,7 +16,7 @@ from services.preprocess.sandbox.costs import (
     SECONDS_PER_BYTE,
     item_seconds,
 )
-from services.preprocess.sandbox.jobs import Prepare, PreparedFacts, Read
+from services.preprocess.sandbox.jobs import Prepare, PreparedFacts, Read, Spell
 from services.preprocess.sandbox.pool import Task
 from services.preprocess.videos import VideoForm
 
@@ -55,6 +56,11 @@ def preparing(preparation: Preparation, max_patches: int) -> Task:
     job = Prepare(first, kinds, max_patches, forms_of(batch, first), bounds_of(batch, first))
     blobs = [item.data.data for item in batch]
     return Task(job, blobs, seconds, preparation.priority)
+
+
+def spelling(token_ids: Buffer, names: bool) -> Task:
+    """Return the task that names each token, or tells the text of all. The ids are int64."""
+    return Task(Spell(names), [token_ids], LEAST_SECONDS + SECONDS_PER_BYTE * len(token_ids))
 
 
 def forms_of(items: Sequence[Item], first: int = 0) -> dict[int, VideoForm]:

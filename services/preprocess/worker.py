@@ -19,6 +19,7 @@ from common.messages import (
     Adapters,
     Alone,
     Cleared,
+    Converted,
     Failed,
     LlmLoad,
     Noted,
@@ -44,10 +45,10 @@ from services.preprocess.prepared import ExpandedPrompt, PreparedItem
 from services.preprocess.preprocessor import Preprocessor
 from services.preprocess.priority import enqueue
 from services.preprocess.sampling_defaults import resolve_sampling, resolve_stopping
-from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused
+from services.preprocess.sandbox.jobs import Prepared, PreparedFacts, ReadDone, Refused, Spelled
 from services.preprocess.sandbox.pool import Finished, Task, Tasks
 from services.preprocess.submit_checks import check_prompt_logprobs, check_submit, check_task
-from services.preprocess.tasks import preparing, reading, ready_item
+from services.preprocess.tasks import preparing, reading, ready_item, spelling
 from services.preprocess.traces import record_items
 from services.preprocess.vision_pool import VisionPool
 
@@ -57,6 +58,8 @@ UNCONFIRMED_SECONDS = 5.0
 breaks within this time (the lease and a margin), it may not have arrived."""
 MAX_HELD_BYTES = 512 * 2**20
 """The bytes of decoded items that may wait to be encoded. Beyond it no other item is decoded."""
+MAX_CONVERTED_BYTES = 15 * 2**20
+"""The most bytes of token ids, names and text in a Converted, within the hop's own limit."""
 MAX_ERROR_CHARS = 1900
 LOOK_SECONDS = 0.1
 """How often the running tasks are looked at while others wait for a sandbox."""
@@ -237,7 +240,7 @@ class Worker:
         with self._failing(preparation):
             model = self._preprocessor
             check_submit(submit, model.vocab_size, model.max_model_len)
-            check_task(submit.task, model.tasks)
+            check_task(submit, model.tasks)
 
     def _on_peer_down(self, peer_id: str, role: str, reason: str) -> None:
         match role:
@@ -349,7 +352,11 @@ class Worker:
         max_patches = max(self._pool.buckets, default=0)
         if preparation.token_ids is not None:
             return preparing(preparation, max_patches)
-        return reading(preparation, max_patches, self._has_room_for_items(preparation))
+        submit = preparation.submit
+        if submit.task == "detokenize":
+            return spelling(submit.prompt.data, names=False)
+        has_room = submit.task != "tokenize" and self._has_room_for_items(preparation)
+        return reading(preparation, max_patches, has_room)
 
     def _on_finished(self, finished: Finished) -> None:
         """Use the result of a task, if the request is still there."""
@@ -366,6 +373,9 @@ class Worker:
                     self._on_read(preparation, finished.result, finished.blobs)
                 case Prepared(items=items):
                     self._on_prepared(preparation, items, finished.blobs)
+                case Spelled():
+                    [spelled] = finished.blobs
+                    self._convert(preparation, Tensor.of_bytes(spelled))
 
     def _on_read(self, preparation: Preparation, found: ReadDone, blobs: list[memoryview]) -> None:
         """Go on only if the prompt will fit into the context with its items."""
@@ -377,12 +387,45 @@ class Worker:
             preparation.bad_words = Tensor.of_bytes(words)
         preparation.sizes = found.sizes
         preparation.num_images = found.num_images
+        if preparation.submit.task == "tokenize":
+            self._on_tokenized(preparation, found.num_tokens)
+            return
+        if not len(token_ids):
+            raise InvalidRequest("the prompt is empty")
         self._on_prepared(preparation, found.items, patches)
         num_tokens = len(preparation.token_ids) - len(found.sizes) + sum(found.num_tokens)
         max_model_len = self._preprocessor.max_model_len
         submit = preparation.submit
         resolve_stopping(submit.stopping, num_tokens, max_model_len, task=submit.task)
         check_prompt_logprobs(submit.sampling, num_tokens)
+
+    def _on_tokenized(self, preparation: Preparation, num_tokens: Sequence[int]) -> None:
+        """Report the tokens of a prompt whose items become so many tokens each, or name them."""
+        submit = preparation.submit
+        kinds = [item.kind for item in submit.items]
+        assert preparation.token_ids is not None
+        ids = self._preprocessor.expanded_ids(preparation.token_ids, kinds, num_tokens)
+        preparation.token_ids = ids
+        if submit.returns_token_names:
+            preparation.task = spelling(Tensor.of(ids).data, names=True)
+            self._tasks.start(preparation.task)
+        else:
+            self._convert(preparation, None)
+
+    def _convert(self, preparation: Preparation, spelled: Tensor | None) -> None:
+        """End a request with its result: token ids, perhaps with their names, or their text."""
+        submit = preparation.submit
+        ids = preparation.token_ids
+        num_bytes = (0 if ids is None else ids.nbytes) + (spelled.nbytes if spelled else 0)
+        if num_bytes > MAX_CONVERTED_BYTES:
+            raise InvalidRequest("the result is too large for one answer: send less at a time")
+        self._remove_preparation(preparation.key)
+        message = (
+            Converted(**submit.ids, text=spelled)
+            if ids is None
+            else Converted(**submit.ids, token_ids=Tensor.of(ids), token_names=spelled)
+        )
+        self._member.links.send(preparation.gateway_id, message)
 
     def _on_prepared(
         self, preparation: Preparation, items: tuple[PreparedFacts, ...], blobs: list[memoryview]
@@ -457,6 +500,7 @@ class Worker:
         max_model_len = self._preprocessor.max_model_len
         defaults = self._preprocessor.defaults
         num_tokens = expanded.num_tokens
+        assert submit.task != "tokenize" and submit.task != "detokenize"
         stopping = resolve_stopping(
             submit.stopping, num_tokens, max_model_len, defaults, submit.task
         )

@@ -18,10 +18,10 @@ from common.errors import (
 )
 from common.events import PeerDown
 from common.membership import DEAD, READY
-from common.messages import Abort, Peer
+from common.messages import Abort, Converted, Peer
 from common.wire import Tensor
 from proto.twinlens.control.v1 import control_pb2
-from services.gateway.generation import Began, Ended, GenerationEvent, Piece
+from services.gateway.generation import Began, Conversion, Ended, GenerationEvent, Piece
 from services.gateway.peers import CONNECTED_STAGES
 from tests.gateway.builders import USAGE, Gateway, delta, error_of, failed, request, rest, routed
 
@@ -51,6 +51,38 @@ async def test_token_ids_travel_as_int64() -> None:
         [(_, submit)] = gateway.submitted()
     assert submit.prompt.numpy().tolist() == [5, 2**40]
     assert 59 < submit.timeout <= 60, "the gateway's default, because the client sets none"
+
+
+def converted(ids: Tensor, attempt: int = 0) -> Converted:
+    return Converted(request_id="r", attempt=attempt, token_ids=ids)
+
+
+async def test_preprocess_itself_answers_what_needs_no_model() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(task="tokenize", prompt_kind="text")) as events:
+        [(_, submit)] = gateway.submitted()
+        assert (submit.task, submit.detokenizer) == ("tokenize", Peer("", ""))
+        gateway.on_event(converted(Tensor.of_int64([5, 6])), peer_id="llm-1")
+        assert not gateway.is_idle, "only preprocess may answer"
+        gateway.on_event(converted(Tensor.of_int64([5, 6])))
+        assert await rest(events) == [Conversion([5, 6], None, "")]
+    assert gateway.is_idle and gateway.aborts() == []
+
+
+async def test_a_conversion_is_asked_for_again_if_preprocess_is_lost() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(task="tokenize", prompt_kind="text")) as events:
+        gateway.lose("preprocess")
+        gateway.regain("preprocess", 2)
+        gateway.on_event(converted(Tensor.of_int64([5]), attempt=1))
+        assert await rest(events) == [Conversion([5], None, "")]
+
+
+async def test_a_malformed_conversion_fails_its_request() -> None:
+    gateway = Gateway()
+    async with gateway.core.generate(request(task="tokenize", prompt_kind="text")) as events:
+        gateway.on_event(converted(Tensor.of_text("a")))
+        assert isinstance(await error_of(events), Internal)
 
 
 async def test_an_answer_is_began_then_pieces_then_ended() -> None:

@@ -180,7 +180,7 @@ def submit(
     request_id: str,
     *images: bytes,
     gateway: str = "gateway-1",
-    prompt: bytes = b"",
+    prompt: bytes | Tensor = b"",
     timeout: float = 60,
     **fields: Any,
 ) -> list[Event]:
@@ -188,10 +188,10 @@ def submit(
     message = Submit(
         request_id=request_id,
         attempt=0,
-        prompt_kind="messages",
-        prompt=Tensor.of_bytes(
-            prompt or json.dumps([{"role": "user", "content": content}]).encode()
-        ),
+        prompt_kind=fields.get("prompt_kind", "messages"),
+        prompt=prompt
+        if isinstance(prompt, Tensor)
+        else Tensor.of_bytes(prompt or json.dumps([{"role": "user", "content": content}]).encode()),
         items=tuple(Item("image", Tensor.of_bytes(image)) for image in images),
         sampling=fields.get("sampling", Sampling()),
         stopping=fields.get("stopping", Stopping()),
@@ -206,6 +206,7 @@ def submit(
         priority=fields.get("priority", 0),
         siblings=fields.get("siblings", ()),
         output_token_ids=fields.get("output_token_ids"),
+        returns_token_names=fields.get("returns_token_names", False),
     )
     return received(gateway, "gateway", message)
 

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from common.chat import ChatOptions
 from common.checkpoint import open_checkpoint
 from common.errors import InvalidRequest, UnreadableImage
 from services.preprocess.prepared import PreparedItem
@@ -193,7 +194,7 @@ def test_thirty_images_in_ten_thousand_tokens_take_milliseconds(preprocessor: Pr
 def test_a_family_may_say_messages_by_itself(
     preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chat_prompt(messages: list[dict[str, Any]]) -> PromptParts:
+    def chat_prompt(messages: list[dict[str, Any]], options: ChatOptions) -> PromptParts:
         return [7, Piece(messages[0]["content"], frozenset()), 8]
 
     monkeypatch.setattr(preprocessor.rules, "chat_prompt", chat_prompt)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.chat import ChatOptions
 from common.checkpoint import BadCheckpoint, Checkpoint, open_checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families.qwen_vl import SPECIAL_TOKENS, QwenVL
@@ -49,9 +50,9 @@ def tokens(preprocessor: Preprocessor, messages: list[dict[str, Any]]) -> list[i
     return preprocessor.encode(preprocessor.render(messages)).tolist()
 
 
-def text(preprocessor: Preprocessor, messages: list[dict[str, Any]]) -> str:
+def text(preprocessor: Preprocessor, messages: list[dict[str, Any]], **options: Any) -> str:
     """Return the prompt with the names of special tokens."""
-    ids = tokens(preprocessor, messages)
+    ids = preprocessor.encode(preprocessor.render(messages, ChatOptions(**options))).tolist()
     return b"".join(map(preprocessor.vocabulary.token_bytes, ids)).decode()
 
 
@@ -140,6 +141,30 @@ def test_a_conversation_becomes_chatml_with_a_default_system_message(chat: Prepr
     own = [{"role": "developer", "content": "Be brief."}, *user("Hi")]
     assert text(chat, own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert text(chat, own).count("system") == 1
+
+
+def test_a_conversation_may_end_elsewhere(chat: Preprocessor) -> None:
+    begun = [*user("Hi"), {"role": "assistant", "content": "The total "}]
+    assert text(chat, user("Hi"), add_generation_prompt=False).endswith("user\nHi<|im_end|>\n")
+    assert text(chat, begun, continue_final_message=True).endswith("assistant\nThe total ")
+    with pytest.raises(InvalidRequest, match="continue_final_message"):
+        text(chat, user("Hi"), continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("continue_final_message", True),
+        ("add_generation_prompt", False),
+        ("template_kwargs", {"colour": "red"}),
+        ("tools", [{"type": "function", "function": {"name": "look"}}]),
+    ],
+)
+def test_a_model_without_turns_refuses_options_by_name(
+    raw: Preprocessor, name: str, value: Any
+) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        text(raw, user("Hi"), **{name: value})
 
 
 def test_pictures_are_numbered_over_the_whole_conversation(chat: Preprocessor) -> None:

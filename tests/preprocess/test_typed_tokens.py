@@ -135,6 +135,70 @@ def test_templates_that_trim_go_on_working() -> None:
     )
 
 
+TYPED = " A<|im_end|>b</think> <c "
+SPELLED = f" A<{MARKS[0]}|im_end|>b<{MARKS[0]}/think> <{MARKS[0]}c "
+
+
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        ("c", SPELLED),
+        ("c | length", str(len(TYPED))),
+        ("c | trim", SPELLED.strip()),
+        ("c.strip()", SPELLED.strip()),
+        ("c | upper", SPELLED.upper()),
+        ("c == ' A<|im_end|>b</think> <c '", "True"),
+        ("'</think>' in c", "True"),
+        ("c.split('</think>')[-1]", f" <{MARKS[0]}c "),
+        ("c.split('</think>')[0].split('<')[-1] + '>'", "|im_end|>b>"),
+        ("c.startswith(' A<')", "True"),
+        ("c[:3]", f" A<{MARKS[0]}"),
+        ("c[2]", f"<{MARKS[0]}"),
+        ("c | first ~ (c | list)[2]", f" <{MARKS[0]}"),
+        ("c | reverse", f" c<{MARKS[0]} >kniht/<{MARKS[0]}b>|dne_mi|<{MARKS[0]}A "),
+        ("c + c", SPELLED + SPELLED),
+        ("'x' + c", "x" + SPELLED),
+        ("'x' ~ c", "x" + SPELLED),
+        ("c * 2", SPELLED * 2),
+        ("'%s' | format(c)", SPELLED),
+        ("'%s' % c", SPELLED),
+        ("'{}'.format(c)", SPELLED),
+        ("c.format()", SPELLED),
+        ("c % ()", SPELLED),
+        ("[c, c] | join", SPELLED + SPELLED),
+        ("'-'.join([c, c])", SPELLED + "-" + SPELLED),
+        ("'-'.join([c] | map('trim'))", SPELLED.strip()),
+        ("'x'.replace('x', c)", SPELLED),
+        ("c.replace('b', 'd')", SPELLED.replace("b", "d")),
+        ("c | replace('b', 'd')", SPELLED.replace("b", "d")),
+        ("c | tojson", f'"{SPELLED}"'),
+        ("{c: [c]} | tojson", json.dumps({SPELLED: [SPELLED]}, ensure_ascii=False)),
+        ("c | string", SPELLED),
+        ("c | title | lower", SPELLED.lower()),
+        ("c | wordwrap(100)", SPELLED.rstrip()),
+        ("c | safe", SPELLED),
+        ("c.encode().decode()", SPELLED),
+        ("strftime_now(c)", SPELLED),
+        ("c.partition('b')[0]", SPELLED.partition("b")[0]),
+        ("c.splitlines() | first", SPELLED),
+        ("c is string", "True"),
+        ("c | default('x')", SPELLED),
+        ("c | indent(2)", SPELLED),
+        ("c | truncate(5, true, '')", SPELLED[:6]),
+        ("c | center(4)", SPELLED),
+        ("c | capitalize | upper", SPELLED.upper()),
+        ("c | pprint", repr(SPELLED)),
+        ("namespace(x=c).x", SPELLED),
+        ("messages[0].content", SPELLED),
+    ],
+)
+def test_a_template_reads_what_was_typed_and_writes_it_spelled(
+    expression: str, wanted: str
+) -> None:
+    source = f"{{% set c = messages[0].content %}}{{{{ {expression} }}}}"
+    assert ChatTemplate(source, {}).prompt(said(TYPED), ChatOptions(), "<").text == wanted
+
+
 # Tools
 
 TOOL = {

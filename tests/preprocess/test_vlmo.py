@@ -9,6 +9,7 @@ from common.messages import Embeddings, Failed, ItemKind, Prompt
 from services.preprocess import families
 from services.preprocess.families import ItemLimits
 from services.preprocess.preprocessor import Preprocessor
+from services.preprocess.prompts import Piece
 from tests.golden import GoldenCase, max_difference
 from tests.preprocess.builders import LLM, Preprocess, abort, arrived, rejected, reserved, submit
 
@@ -156,3 +157,10 @@ def test_limits_of_pixels_that_no_image_keeps_are_refused() -> None:
     checkpoint = open_checkpoint(GoldenCase("vqa_base", "vlmo").checkpoint)
     with pytest.raises(ValueError, match="64 x 64"):
         families.load(checkpoint, ItemLimits(max_pixels=100))
+
+
+def test_a_text_by_itself_is_not_padded() -> None:
+    preprocessor = open_case("vqa_base")
+    assert preprocessor.encode([Piece("")], is_chat=False).tolist() == []
+    found = preprocessor.encode([Piece("red [SEP]")], is_chat=False).tolist()
+    assert found == preprocessor.vocabulary.encode("red [SEP]") and len(found) > 1

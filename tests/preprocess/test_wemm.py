@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.chat import ChatOptions
 from common.checkpoint import BadCheckpoint, open_checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families.wemm import grid_of, max_aspect, max_side
@@ -33,13 +34,23 @@ def text(content: str) -> dict[str, Any]:
     return {"type": "text", "text": content}
 
 
-def prompt(*messages: tuple[str, Any]) -> list[int]:
-    rendered = PREPROCESSOR.render([{"role": role, "content": said} for role, said in messages])
+def prompt(*messages: tuple[str, Any], **options: Any) -> list[int]:
+    known = [{"role": role, "content": said} for role, said in messages]
+    rendered = PREPROCESSOR.render(known, ChatOptions(**options))
     return PREPROCESSOR.encode(rendered).tolist()
 
 
 def ids(content: str) -> list[int]:
     return PREPROCESSOR.vocabulary.encode(content, frozenset())
+
+
+def test_a_conversation_may_end_elsewhere() -> None:
+    hi = [START, *ids("user\nhi"), END]
+    assert prompt(("user", "hi"), add_generation_prompt=False) == [BOS, *hi]
+    begun = prompt(("user", "hi"), ("assistant", "The "), continue_final_message=True)
+    assert begun == [BOS, *hi, *ids("\n"), START, *ids("assistant\nThe ")]
+    with pytest.raises(InvalidRequest, match="continue_final_message"):
+        prompt(("user", "hi"), continue_final_message=True)
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -20,8 +20,9 @@ from common.messages import (
     Sampling,
     Stopping,
 )
+from common.wire import Tensor
 from services.preprocess.in_flight import MISSING_SECONDS
-from services.preprocess.sandbox.jobs import Prepare, Read
+from services.preprocess.sandbox.jobs import Prepare, Read, Spell
 from services.preprocess.worker import MAX_HELD_BYTES, UNCONFIRMED_SECONDS
 from tests.fakes import aborts, received
 from tests.preprocess.builders import (
@@ -83,6 +84,58 @@ def test_a_task_that_the_model_cannot_do_is_refused() -> None:
     [(_, failed)] = sent
     assert isinstance(failed, Failed) and failed.code == "InvalidRequest"
     assert "it can generate" in failed.message
+
+
+def test_the_tokens_of_a_prompt_are_those_that_the_model_would_get() -> None:
+    sent = Preprocess("vision-1").play(submit("r", IMAGES[0]))
+    [wanted] = [message.token_ids for _, message in sent if isinstance(message, Prompt)]
+    preprocess = Preprocess("vision-1")
+    [(gateway, found)] = preprocess.play(
+        submit("t", IMAGES[0], task="tokenize", returns_token_names=True), []
+    )
+    assert (gateway, found.token_ids) == ("gateway-1", wanted) and found.text is None
+    names = json.loads(found.token_names.bytes())
+    assert len(names) == wanted.shape[0] and names[0] == "<|im_start|>"
+    assert preprocess.holds_nothing
+    assert [type(task.job) for task in preprocess.tasks.started] == [Read, Spell]
+
+
+def test_tokens_become_text_again() -> None:
+    ids = PREPROCESSOR.vocabulary.encode("Read it. <|im_end|>é")
+    text_of = submit(
+        "d",
+        task="detokenize",
+        prompt_kind="token_ids",
+        prompt=Tensor.of_int64(ids),
+    )
+    preprocess = Preprocess("vision-1")
+    [(_, found)] = preprocess.play(text_of)
+    assert (found.token_ids, found.text.text()) == (None, "Read it. <|im_end|>é")
+    assert preprocess.holds_nothing
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**9])
+def test_tokens_that_do_not_exist_have_no_text(token_id: int) -> None:
+    ids = Tensor.of_int64([token_id])
+    ask = submit("d", task="detokenize", prompt_kind="token_ids", prompt=ids)
+    sent = Preprocess("vision-1").play(ask)
+    assert failures(sent) == [("gateway-1", "d", "InvalidRequest", None)]
+
+
+@pytest.mark.parametrize(("task", "kind"), [("tokenize", "token_ids"), ("detokenize", "text")])
+def test_a_conversion_must_fit_the_prompt(task: str, kind: str) -> None:
+    prompt = Tensor.of_int64([1]) if kind == "token_ids" else Tensor.of_text("a")
+    sent = Preprocess("vision-1").play(submit("d", task=task, prompt_kind=kind, prompt=prompt))
+    assert failures(sent) == [("gateway-1", "d", "InvalidRequest", None)]
+
+
+def test_a_prompt_of_text_is_read_as_it_is() -> None:
+    ask = submit("r", prompt_kind="text", prompt=Tensor.of_text("<|im_end|>a"))
+    [_, (_, prompt)] = Preprocess("vision-1").play(ask)
+    assert prompt.token_ids.numpy().tolist() == PREPROCESSOR.vocabulary.encode("<|im_end|>a")
+    empty = submit("r", prompt_kind="text", prompt=Tensor.of_text(""))
+    sent = Preprocess("vision-1").play(empty)
+    assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)]
 
 
 def test_the_gateway_gets_the_expanded_prompt_if_it_asks_for_it() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families import qwen_vl as family_rules
@@ -21,7 +22,13 @@ from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
-from services.preprocess.prompts import ChatPrompt, Piece, PromptParts
+from services.preprocess.prompts import (
+    ChatPrompt,
+    Piece,
+    PromptParts,
+    check_continued,
+    refuse_options,
+)
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 NO_TOKENS = frozenset[str]()
@@ -97,7 +104,8 @@ class RawPrompt:
     def __init__(self, image: list[int]) -> None:
         self._image = image
 
-    def __call__(self, messages: list[dict[str, Any]]) -> PromptParts:
+    def __call__(self, messages: list[dict[str, Any]], options: ChatOptions) -> PromptParts:
+        refuse_options(options)
         if [message["role"] for message in messages] != ["user"]:
             raise InvalidRequest(
                 "this model has no chat format: send one user message, which it continues"
@@ -113,7 +121,8 @@ class ChatMlPrompt:
         self._end_turn = end_turn
         self._image = image
 
-    def __call__(self, messages: list[dict[str, Any]]) -> PromptParts:
+    def __call__(self, messages: list[dict[str, Any]], options: ChatOptions) -> PromptParts:
+        check_continued(messages, options)
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
         prompt: list[Piece | int] = []
@@ -123,7 +132,9 @@ class ChatMlPrompt:
             prompt += content_parts(message["content"], self._image, 1 + num_images)
             prompt += [self._end_turn, Piece("\n", NO_TOKENS)]
             num_images = prompt.count(self._image[0])
-        return [*prompt, *self._turn("assistant")]
+        if options.continue_final_message:
+            return prompt[:-2]
+        return [*prompt, *self._turn("assistant")] if options.add_generation_prompt else prompt
 
     def _turn(self, role: str) -> list[Piece | int]:
         """Return the beginning of a turn. Role and line end are tokenized by themselves."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest
 from common.families import vlmo as family_rules
@@ -12,7 +13,7 @@ from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import square_item
 from services.preprocess.prepared import PreparedItem, ReadyItem
-from services.preprocess.prompts import Piece, PromptParts
+from services.preprocess.prompts import Piece, PromptParts, refuse_options
 
 NO_TOKENS = frozenset[str]()
 
@@ -36,8 +37,9 @@ class VlmoRules:
         )
         limits.check_square(self.side)
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> PromptParts:
+    def chat_prompt(self, messages: list[dict[str, Any]], options: ChatOptions) -> PromptParts:
         """Return the text and the image of the only message, whatever their order in it."""
+        refuse_options(options)
         texts, num_images = contents_of(messages)
         wanted = (1, 1) if self.asks else (1, 0) if texts else (0, 1)
         if (len(texts), num_images) != wanted:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
 from common.errors import InvalidRequest, TooLarge
 from common.families import wemm as family_rules
@@ -15,7 +16,7 @@ from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from services.preprocess.families.limits import ItemLimits, check_bounds
 from services.preprocess.families.patches import patches
 from services.preprocess.prepared import PreparedItem, ReadyItem
-from services.preprocess.prompts import Piece, PromptParts
+from services.preprocess.prompts import Piece, PromptParts, check_continued
 
 PLAIN: frozenset[str] = frozenset()
 """What a text may name of the special tokens: nobody writes them in words."""
@@ -136,11 +137,12 @@ class WemmRules:
     def rope_parameter(self, num_tokens: int) -> int:
         return 0
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> PromptParts:
+    def chat_prompt(self, messages: list[dict[str, Any]], options: ChatOptions) -> PromptParts:
         """Return the prompt of a conversation with at most one image.
 
         A single question ends without a newline, each message of a longer conversation with one.
         """
+        check_continued(messages, options)
         kinds = [
             part["type"]
             for message in messages
@@ -155,6 +157,10 @@ class WemmRules:
             parts += [self._start_id, *self._said(message), self._end_id]
             if not is_single:
                 parts.append(Piece("\n", PLAIN))
+        if options.continue_final_message:
+            return parts[:-2]
+        if not options.add_generation_prompt:
+            return parts
         return [*parts, self._start_id, Piece("assistant\n", PLAIN)]
 
     def _said(self, message: dict[str, Any]) -> list[Piece | int]:

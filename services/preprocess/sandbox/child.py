@@ -89,6 +89,7 @@ def load(setup: Setup) -> Workbench:
         return workbench
     if preprocessor.placeholder_id is not None and preprocessor.placeholder is None:
         raise BadCheckpoint(f"the vocabulary has no token {preprocessor.placeholder_id} for images")
+    preprocessor.vocabulary.prepare_marked()
     # The template comes from elsewhere, and constant expressions in it are computed at once.
     limit_memory()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

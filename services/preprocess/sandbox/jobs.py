@@ -91,7 +91,14 @@ class Prepare(msgspec.Struct, tag=True, frozen=True):
     """The bounds that the client sets to the items, by the index of the item."""
 
 
-Job = Read | Prepare
+class Spell(msgspec.Struct, tag=True, frozen=True):
+    """Name tokens, or tell their text. Blobs: the token ids as int64."""
+
+    names: bool
+    """Whether each token is named."""
+
+
+Job = Read | Prepare | Spell
 
 
 # Results
@@ -131,6 +138,10 @@ class Prepared(msgspec.Struct, tag=True, frozen=True):
     items: tuple[PreparedFacts, ...]
 
 
+class Spelled(msgspec.Struct, tag=True, frozen=True):
+    """Blobs: the names of the tokens as a JSON list, or their text as UTF-8."""
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """The request fails; `code` names a class of common.errors."""
 
@@ -139,7 +150,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     item: int | None = None
 
 
-Result = ReadDone | Prepared | Refused
+Result = ReadDone | Prepared | Spelled | Refused
 
 
 class JobMessage(msgspec.Struct, frozen=True):

@@ -39,6 +39,7 @@ from services.preprocess.sandbox.jobs import (
     Setup,
     Spare,
     Spares,
+    Spell,
     map_blobs,
     receive,
     send_job,
@@ -316,7 +317,7 @@ class Sandboxes:
 
     def _send(self, sandbox: Sandbox, task: Task) -> bool:
         try:
-            spare = self._spares.take() if task.job.kinds else None
+            spare = self._spares.take() if getattr(task.job, "kinds", ()) else None
             descriptor = spare.descriptor if spare else -1
             send_job(sandbox.connection, task.job, task.blobs, descriptor)
         except OSError as e:  # it has just died, or this process lacks memory or descriptors
@@ -379,6 +380,7 @@ def verdict(job: Job, unit: int) -> Refused | None:
         case meter.GUIDE:
             text = "the response format takes too much time or memory to compile: make it simpler"
             return Refused("InvalidRequest", text)
+    assert not isinstance(job, Spell)
     first = getattr(job, "first", 0)
     kind = job.kinds[unit - first]
     reason = {"image": COSTLY_IMAGE, "video": COSTLY_VIDEO}[kind]

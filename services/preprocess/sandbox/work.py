@@ -31,6 +31,8 @@ from services.preprocess.sandbox.jobs import (
     ReadDone,
     Refused,
     Result,
+    Spell,
+    Spelled,
 )
 from services.preprocess.sandbox.meter import CPU_SECONDS, ITEM_SECONDS, Meter
 from services.preprocess.token_rules import word_sequences
@@ -59,6 +61,8 @@ class Workbench:
                 case Prepare():
                     items, patches = self._prepare(job.first, blobs, job, limits)
                     return Prepared(items), patches
+                case Spell():
+                    return Spelled(), [self._spelled(job, blobs[0], limits)]
                 case _:
                     assert_never(job)
         except ServingError as e:
@@ -105,7 +109,15 @@ class Workbench:
             limits.begin(meter.TEMPLATE)
             parts = self._preprocessor.render(messages_of(prompt), options_of(options))
         limits.begin(meter.TOKENIZER, CPU_SECONDS + num_chars(parts) / CHARS_A_SECOND)
-        return self._preprocessor.encode(parts)
+        return self._preprocessor.encode(parts, is_chat=kind != "text")
+
+    def _spelled(self, job: Spell, ids: Buffer, limits: Meter) -> bytes:
+        """Return the names of tokens as a JSON list, or their text."""
+        limits.begin(meter.TOKENIZER)
+        token_ids = np.frombuffer(ids, dtype=np.int64).tolist()
+        if job.names:
+            return json.dumps(self._preprocessor.names_of(token_ids)).encode()
+        return self._preprocessor.decode(token_ids).encode()
 
     def _spell(self, words: Buffer, limits: Meter) -> bytes:
         """Return the token sequences of bad words as JSON; empty if there are no words."""
@@ -131,7 +143,7 @@ class Workbench:
         self,
         first: int,
         files: Sequence[Buffer | Opened],
-        job: Job,
+        job: Read | Prepare,
         limits: Meter,
     ) -> tuple[tuple[PreparedFacts, ...], list[Buffer]]:
         """Prepare the items from index `first` on: files, or opened ones.
