@@ -66,7 +66,10 @@ class Grammars:
     def _tool_grammar(self, guide: ToolGuide) -> str:
         other = guide.otherwise
         otherwise = self.grammar(other.kind, other.text) if other else ""
-        grammar = tool_grammar(guide, self._vocabulary, otherwise)
+        try:
+            grammar = tool_grammar(guide, self._vocabulary, otherwise)
+        except RecursionError as e:
+            raise InvalidRequest("the parameters of the tools are nested too deeply") from e
         if not self._objection_to(grammar):
             return grammar
         for function in guide.functions:

@@ -20,6 +20,11 @@ OTHER = "otherwise"
 """The name of the grammar of an answer without calls."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
+ALWAYS_COMBINING = {"allOf", "not", "if", "dependentSchemas"}
+COMBINING = ALWAYS_COMBINING | {"$ref", "anyOf", "oneOf"}
+"""Keywords that combine properties with those of other schemas."""
+OTHER_PROPERTIES = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+
 
 class Function(msgspec.Struct, forbid_unknown_fields=True):
     """A function that the answer may call."""
@@ -124,15 +129,52 @@ def either_spelling(mark: str, vocabulary: Vocabulary) -> str:
     return json.dumps(mark) if token is None else f"({json.dumps(mark)} | <[{token}]>)"
 
 
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema whose objects have no other properties than those that it names.
+
+    One that combines the properties of several objects stays as it is.
+    """
+    return schema if is_combined(schema) else close(schema)
+
+
+def is_combined(value: Any) -> bool:
+    """Whether an object of a schema may have properties of several schemas."""
+    if isinstance(value, list):
+        return any(map(is_combined, value))
+    if not isinstance(value, dict):
+        return False
+    names = COMBINING if "properties" in value else ALWAYS_COMBINING
+    return not value.keys().isdisjoint(names) or any(map(is_combined, value.values()))
+
+
+def close(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return list(map(close, schema))
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for name in found.keys() & {"properties", "$defs", "definitions"}:
+        if isinstance(found[name], dict):
+            found[name] = {key: close(value) for key, value in found[name].items()}
+    for name in found.keys() & {"items", "prefixItems", "anyOf", "oneOf"}:
+        found[name] = close(found[name])
+    if "properties" in found and found.keys().isdisjoint(OTHER_PROPERTIES):
+        found["additionalProperties"] = False
+    return found
+
+
 def arguments_schema(function: Function, is_bound: bool) -> dict[str, Any]:
     """Return the schema that the arguments of a call follow. It is any object, if not `is_bound`.
 
-    JSON is compact, because a model may write white space for ever. What llguidance does not know
-    of a schema counts only if the tool is strict.
+    JSON is compact, because a model may write white space for ever. Likewise, objects have no
+    properties but those that the schema names, unless it says more about others. What llguidance
+    does not know of a schema counts only if the tool is strict.
     """
     if is_bound:
         schema = NO_ARGUMENTS if function.parameters is None else function.parameters
     else:
         schema = {}
+    if not function.strict:
+        schema = closed(schema)
     options = {"whitespace_flexible": False, "lenient": not function.strict}
     return schema | {"type": "object", "x-guidance": options}

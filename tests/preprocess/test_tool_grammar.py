@@ -1,5 +1,6 @@
 """Answers that call tools follow their grammar, whichever tokens the marks of a call are."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -189,6 +190,32 @@ def test_what_a_schema_asks_beyond_llguidance_counts_only_if_the_tool_is_strict(
         Followed(functions=[odd | {"strict": True}])
 
 
+OPEN_SCHEMA = {
+    "$defs": {"d": {"properties": {"y": {"type": "integer"}}}},
+    "properties": {"x": {"$ref": "#/$defs/d"}, "l": {"items": {"$ref": "#/$defs/d"}}},
+}
+
+
+def test_a_required_call_has_no_properties_that_the_schema_does_not_name() -> None:
+    followed = Followed(functions=[{"name": "f", "parameters": OPEN_SCHEMA}], parallel=False)
+    assert followed.both(call('{"x":{"y":1},"l":[{"y":2}]}')) == "end"
+    for arguments in ('{"z":1}', '{"x":{"z":1}}', '{"l":[{"z":1}]}'):
+        assert followed.both(call(arguments)) == "none"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"additionalProperties": {"type": "integer"}},
+        {"anyOf": [{"properties": {"z": {"type": "integer"}}}]},
+        {"allOf": [{"properties": {"z": {"type": "integer"}}}]},
+    ],
+)
+def test_a_schema_that_says_more_about_other_properties_is_followed(more: dict[str, Any]) -> None:
+    function = {"name": "f", "parameters": OPEN_SCHEMA | more}
+    assert Followed(functions=[function], parallel=False).both(call('{"z":1}')) == "end"
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -209,3 +236,11 @@ def test_parameters_that_no_call_can_follow_are_refused(parameters: dict[str, An
 def test_a_malformed_guide_is_refused(guide: str) -> None:
     with pytest.raises(InvalidRequest):
         Grammars(EMBEDDED).grammar("tool_calls", guide)
+
+
+@pytest.mark.parametrize("depth", [100, 800, 5000])
+def test_parameters_that_are_nested_deeply_are_followed_or_refused(depth: int) -> None:
+    items = '{"items": ' * depth + "{}" + "}" * depth
+    guide = f'{{"functions": [{{"name": "f", "parameters": {{"properties": {{"x": {items}}}}}}}]}}'
+    with contextlib.suppress(InvalidRequest):
+        assert Grammars(EMBEDDED).grammar("tool_calls", guide)
