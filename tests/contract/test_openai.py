@@ -55,6 +55,7 @@ async def raw_stream(port: int, **body: Any) -> bytes:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         json.dumps({"messages": SEE, "stream": True, **body}).encode(),
+        {"Content-Type": "application/json"},
     )
 
     def read() -> bytes:
