@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from common.chat import ROLES
 from services.gateway.image_parts import read_image
 from services.gateway.images import check_item_count
-from services.gateway.invalid_field import InvalidField
+from services.gateway.invalid_field import BeyondContext, InvalidField
 from services.gateway.limits import MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.pixel_bounds import ABOUT_CACHES, refuse_unknown
 from services.gateway.tool_messages import read_tool_fields
@@ -48,7 +48,7 @@ def check_message_count(messages: list[ChatMessage]) -> None:
 
 
 def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None) -> None:
-    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens."""
+    """Raise BeyondContext if the text of messages cannot fit, whatever its tokens."""
     if max_model_len is None:
         return
     num_chars = 0
@@ -59,8 +59,8 @@ def check_text_length(messages: list[dict[str, Any]], max_model_len: int | None)
             case parts:
                 num_chars += sum(len(part.get("text", "")) for part in parts)
     if num_chars > max_model_len * MAX_TOKEN_BYTES:
-        problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
-        raise InvalidField("messages", f"{problem}; send less text")
+        problem = f"The messages have {num_chars} characters, which do not fit: send less text."
+        raise BeyondContext("messages", max_model_len, problem)
 
 
 def encode_messages(messages: list[dict[str, Any]]) -> bytes:

@@ -127,11 +127,11 @@ def lark_of(text: str) -> str:
     """Return a grammar in Lark's form, which it may have already; otherwise it is GBNF."""
     if not GBNF_RULE.search(text):
         return text
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance import grammar_from
 
     try:
-        return gbnf_to_lark(text)
-    except (GbnfToLarkError, ValueError, LookupError, RecursionError) as e:
+        return str(grammar_from("gbnf", text))
+    except ValueError as e:
         raise InvalidRequest(f"the grammar cannot be read as GBNF: {shorten(str(e))}") from e
 
 

@@ -198,7 +198,7 @@ async def test_sampling_and_stopping_values_are_passed_on_as_written(
         (
             {"stopping": inference_pb2.StoppingParams(max_tokens=5000)},
             "INVALID_ARGUMENT",
-            "beyond the context of 4096 tokens",
+            "This model's maximum context length is 4096 tokens. ",
         ),
         (
             {"response": inference_pb2.ResponseOptions(num_logprobs=21)},

@@ -220,12 +220,14 @@ def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(nam
         (
             "max_tokens",
             4097,
-            "max_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer",
+            "This model's maximum context length is 4096 tokens. You asked for an answer of up "
+            "to 4097 tokens: ask for fewer.",
         ),
         (
             "max_completion_tokens",
             4097,
-            "max_completion_tokens: 4097 is beyond the context of 4096 tokens; ask for fewer",
+            "This model's maximum context length is 4096 tokens. You asked for an answer of up "
+            "to 4097 tokens: ask for fewer.",
         ),
         ("max_tokens", 10**30, "max_tokens: input should be less than or equal to 2147483648"),
         ("stop", "", "stop[0]: expected str of length >= 1"),
