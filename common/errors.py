@@ -3,6 +3,7 @@
 ServingError                 the base, with a code, a stage and perhaps the index of an item
 ├── InvalidRequest           400 / INVALID_ARGUMENT: the request is wrong; the message says how
 │   ├── UnreadableImage      400 / INVALID_ARGUMENT: an image cannot be decoded
+│   ├── ContextLengthExceeded  400 / INVALID_ARGUMENT: the request does not fit into the context
 │   ├── TooLarge             413 / INVALID_ARGUMENT: a body, an image or a count is over a limit
 │   └── TooSlow              408 / INVALID_ARGUMENT: a request is sent too slowly
 ├── NotFound                 404 / NOT_FOUND: the model does not exist
@@ -76,6 +77,23 @@ class TooLarge(InvalidRequest):
     http_status = 413
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt, or the answer after it, does not fit into the model's context.
+
+    Clients recognize the beginning of the message, which is that of OpenAI's, or the code.
+    """
+
+    @classmethod
+    def beyond(cls, max_model_len: int, problem: str) -> "ContextLengthExceeded":
+        """Return the error for a context of this many tokens; `problem` says what to do."""
+        return cls(context_message(max_model_len, problem))
+
+
+def context_message(max_model_len: int, problem: str) -> str:
+    """Return the message of a ContextLengthExceeded."""
+    return f"This model's maximum context length is {max_model_len} tokens. {problem}"
+
+
 class UnsupportedType(InvalidRequest):
     """A body is not in a form, or not encoded in a way, that the server reads."""
 
@@ -125,6 +143,7 @@ BY_CODE = {
     for cls in (
         InvalidRequest,
         UnreadableImage,
+        ContextLengthExceeded,
         TooLarge,
         UnsupportedType,
         TooSlow,

@@ -1,5 +1,7 @@
 """Which requests are admitted: those that find room in the queue and can meet their deadline."""
 
+from collections.abc import Callable
+
 from common.errors import Exhausted, ServingError, Unavailable
 from common.pace import Pace
 from services.gateway.peers import Peers
@@ -22,10 +24,14 @@ class Admission:
         """Refuse all requests from now on, with this reason."""
         self._closed_reason = reason
 
-    def check(self, waiting: int, timeout: float) -> None:
+    def check(
+        self, waiting: int, timeout: float, seconds_left: Callable[[], float] = lambda: 0.0
+    ) -> None:
         """Raise an error if a request with this timeout (seconds) must be refused.
 
-        `waiting` is the number of admitted requests that have no token yet.
+        `waiting` is the number of admitted requests that have no token yet. `seconds_left` returns
+        how long the requests in flight take until the first of them ends. A refused client should
+        wait for that long at least: the pace alone says little before many were served.
 
         Raises
         ------
@@ -42,13 +48,15 @@ class Admission:
         wait = self.pace.expected_wait(waiting)
         if waiting >= self._max_waiting:
             reason = f"{waiting} requests are waiting, which is the limit: try again later"
-            raise exhausted(reason, "too_many_waiting", max(1.0, wait))
+            raise exhausted(reason, "too_many_waiting", max(1.0, wait, seconds_left()))
         if wait > timeout:
             reason = (
                 f"{waiting} requests are waiting, which takes about {wait:.0f} s, but the "
                 f"deadline is in {timeout:g} s: try again later, or allow more time"
             )
-            raise exhausted(reason, "deadline_unreachable", max(1.0, wait - timeout))
+            raise exhausted(
+                reason, "deadline_unreachable", max(1.0, wait - timeout, seconds_left())
+            )
 
 
 def unavailable(reason: str, cause: str) -> ServingError:

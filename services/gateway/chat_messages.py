@@ -8,11 +8,21 @@ from pydantic import BaseModel, ConfigDict
 from common.chat import ROLES
 from services.gateway.image_parts import read_image
 from services.gateway.images import check_item_count
-from services.gateway.invalid_field import InvalidField
+from services.gateway.invalid_field import BeyondContext, InvalidField
 from services.gateway.limits import MAX_MESSAGES, MAX_TOKEN_BYTES
+from services.gateway.pixel_bounds import ABOUT_CACHES, refuse_unknown
 from services.gateway.tool_messages import read_tool_fields
-from services.gateway.unsupported import IN_MESSAGE, refuse_unsupported
+from services.gateway.unsupported import (
+    IN_MESSAGE,
+    NEUTRAL_IN_MESSAGE,
+    refuse_extra,
+    refuse_unsupported,
+)
 from services.gateway.videos import Media, read_video
+
+IN_TEXT_PART = ("type", "text", "annotations", *ABOUT_CACHES)
+"""The keys of a part of text that are accepted."""
+IN_REFUSAL_PART = ("type", "refusal", *ABOUT_CACHES)
 
 
 class Body(BaseModel):
@@ -40,7 +50,7 @@ def check_message_count(messages: list[ChatMessage]) -> None:
 def check_text_length(
     messages: list[dict[str, Any]], max_model_len: int | None, name: str = "messages"
 ) -> None:
-    """Raise InvalidField if the messages' text cannot fit into the context, whatever its tokens.
+    """Raise BeyondContext if the messages' text cannot fit, whatever its tokens.
 
     `name` is that of the field that has the text.
     """
@@ -54,8 +64,8 @@ def check_text_length(
             case parts:
                 num_chars += sum(len(part.get("text", "")) for part in parts)
     if num_chars > max_model_len * MAX_TOKEN_BYTES:
-        problem = f"{num_chars} characters do not fit into the context of {max_model_len} tokens"
-        raise InvalidField(name, f"{problem}; send less text")
+        problem = f"The messages have {num_chars} characters, which do not fit: send less text."
+        raise BeyondContext(name, max_model_len, problem)
 
 
 def encode_messages(messages: list[dict[str, Any]]) -> bytes:
@@ -74,16 +84,29 @@ def read_message(message: ChatMessage, path: str, images: list[Media]) -> dict[s
             f"{path}.role",
             f"{message.role[:40]!r} is not supported; use {', '.join(ROLES)}",
         )
-    refuse_unsupported(message.model_extra or {}, IN_MESSAGE, f"{path}.")
+    check_fields(message, path)
     content = read_content(message, path, images)
     tool_fields = read_tool_fields(message.role, message.tool_calls, message.tool_call_id, path)
     return {"role": ROLES[message.role], "content": content} | tool_fields
+
+
+def check_fields(message: ChatMessage, path: str) -> None:
+    """Raise InvalidField if a message has a key that is not known, or not supported."""
+    given = message.model_extra or {}
+    refuse_unsupported(given, IN_MESSAGE, f"{path}.")
+    refuse_extra(message, path, (*NEUTRAL_IN_MESSAGE, *IN_MESSAGE))
+    if not isinstance(given.get("name"), str | None):
+        raise InvalidField(f"{path}.name", "must be a text")
+    if message.role == "assistant" and not isinstance(given.get("refusal"), str | None):
+        raise InvalidField(f"{path}.refusal", "must be a text, or null")
 
 
 def read_content(
     message: ChatMessage, path: str, images: list[Media]
 ) -> str | list[dict[str, str]]:
     match message.content:
+        case None if message.role == "assistant":
+            return (message.model_extra or {}).get("refusal") or ""
         case None:
             return ""
         case str(text):
@@ -99,8 +122,10 @@ def read_content(
 def read_part(part: Any, role: str, path: str, images: list[Media]) -> dict[str, str]:
     match part:
         case {"type": "text", "text": str(text)}:
+            refuse_unknown(part, IN_TEXT_PART, path)
             return {"type": "text", "text": text}
         case {"type": "refusal", "refusal": str(text)} if role == "assistant":
+            refuse_unknown(part, IN_REFUSAL_PART, path)
             return {"type": "text", "text": text}
         case {"type": "image_url", "image_url": str() | {"url": str()}}:
             check_role("an image", role, path)

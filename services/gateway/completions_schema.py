@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from services.gateway.chat_messages import Body
 from services.gateway.generation import GenerationRequest
-from services.gateway.invalid_field import InvalidField, explain_body_error
+from services.gateway.invalid_field import BeyondContext, InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.limits import MAX_TOKEN_BYTES
 from services.gateway.schema import ChatRequest, chat_to_generation, read_chat
@@ -150,6 +150,6 @@ def encode_prompt(prompt: str | list[int], max_model_len: float) -> tuple[str, b
     if not prompt:
         raise InvalidField("prompt", "must not be empty")
     if len(prompt) > max_model_len * MAX_TOKEN_BYTES:
-        problem = f"{len(prompt)} characters do not fit into the context of {max_model_len} tokens"
-        raise InvalidField("prompt", f"{problem}; send less text")
+        problem = f"The prompt has {len(prompt)} characters, which do not fit: send less text."
+        raise BeyondContext("prompt", int(max_model_len), problem)
     return "text", prompt.encode(errors="surrogatepass")

@@ -220,7 +220,7 @@ class GatewayCore:
 
     def _admit(self, request: GenerationRequest) -> Choices:
         timeout = self.request_timeout if request.timeout is None else request.timeout
-        self._admission.check(self._num_waiting, timeout)
+        self._admission.check(self._num_waiting, timeout, self._seconds_left)
         task = task_for(request, self.peers.tasks)
         self._num_admitted += 1
         record_id = f"{request.request_id}~{self._instance}{self._num_admitted:x}"
@@ -235,6 +235,13 @@ class GatewayCore:
         self._num_waiting += request.n
         self.idle.clear()
         return choices
+
+    def _seconds_left(self) -> float:
+        """Return about how long the request in flight that ends first still takes; 0 for none."""
+        now = time.monotonic()
+        answering = [r for r in self._records.values() if r.first_token is not None]
+        running = answering or self._records.values()
+        return min((record.seconds_left(now) for record in running), default=0.0)
 
     async def _events(self, choices: Choices) -> AsyncGenerator[GenerationEvent, None]:
         while True:

@@ -26,6 +26,7 @@ from services.gateway.generation import (
 )
 from services.gateway.grpc_chat import read_chat, read_chat_options
 from services.gateway.grpc_tools import read_chat_tools, tool_call_deltas, tool_call_messages
+from services.gateway.guides import NO_GUIDE, Guide, choice_guide, text_guide, with_whitespace
 from services.gateway.invalid_field import InvalidField
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
@@ -83,7 +84,8 @@ def to_generation(
     sampling["num_prompt_logprobs"] = response.get("num_prompt_logprobs")
     stopping["skip_special_tokens"] = response.get("skip_special_tokens")
     tool_use = read_chat_tools(request.chat)
-    guide_kind, guide = tool_use.guide_with(*read_guide(request.guide))
+    guide = read_guide(request.guide)
+    guide_kind, guide_text = tool_use.guide_with(guide.kind, guide.text)
     return GenerationRequest(
         request_id=request_id,
         prompt_kind=prompt_kind,
@@ -94,7 +96,8 @@ def to_generation(
         timeout=bounded(timeout),
         return_prompt_token_ids=request.response.return_prompt_token_ids,
         guide_kind=guide_kind,
-        guide=guide,
+        guide=guide_text,
+        guide_whitespace=guide.whitespace,
         n=read_n(request),
         priority=request.priority,
         chat_options=read_chat_options(request.chat, tool_use),
@@ -182,17 +185,22 @@ def bounded(timeout: float | None) -> float | None:
     return None if timeout is None else min(max(timeout, 0.0), MAX_TIMEOUT)
 
 
-def read_guide(params: inference_pb2.GuideParams) -> tuple[str, str]:
-    """Return the kind and the text of the guide; both are empty for a free answer."""
+def read_guide(params: inference_pb2.GuideParams) -> Guide:
+    """Return what the answer follows, or raise InvalidField if it cannot be followed."""
+    guide = NO_GUIDE
     match params.WhichOneof("guide"):
         case "json_object" if params.json_object:
-            return "json_object", ""
+            guide = Guide("json_object")
         case "json_schema":
             check_json(params.json_schema.encode())
-            return "json_schema", params.json_schema
+            guide = Guide("json_schema", params.json_schema)
         case "regex":
-            return "regex", params.regex
-    return "", ""
+            guide = Guide("regex", params.regex)
+        case "choice":
+            guide = choice_guide(list(params.choice.texts), "guide.choice.texts")
+        case "grammar":
+            guide = text_guide("grammar", params.grammar, "guide.grammar")
+    return with_whitespace(guide, "guide.whitespace_pattern", params.whitespace_pattern)
 
 
 def read_prompt(request: InferenceRequest, images: Images) -> tuple[str, bytes]:

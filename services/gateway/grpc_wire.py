@@ -5,7 +5,7 @@ The images and videos are taken out as views of the bytes. protobuf would copy t
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from common.errors import InvalidRequest, TooLarge
 from common.pixel_bounds import PixelBounds
 from common.wire import Buffer
 from services.gateway.images import check_item_count
-from services.gateway.invalid_field import InvalidField
+from services.gateway.invalid_field import BeyondContext, InvalidField
 from services.gateway.limits import MAX_GUIDE_BYTES, MAX_MESSAGES, MAX_TOKEN_BYTES
 from services.gateway.videos import (
     BoundedImage,
@@ -277,12 +277,14 @@ class Bounds:
         kind = field.number if field.number in self._sizes else OTHER
         self._sizes[kind] += field.end - field.start
         if self._sizes[kind] > self._most[kind]:
-            raise InvalidField(FIELD_NAMES.get(field.number, "other fields"), self._problem(kind))
+            self._refuse(FIELD_NAMES.get(field.number, "other fields"), kind)
 
-    def _problem(self, kind: int) -> str:
-        is_text = kind in (TEXT, CHAT, RAW_TEXT)
-        beyond = f" is beyond the context of {self._context} tokens" if is_text else ""
-        return f"more than {self._most[kind]} bytes{beyond}; send less"
+    def _refuse(self, name: str, kind: int) -> NoReturn:
+        most = self._most[kind]
+        if kind in (TEXT, CHAT, RAW_TEXT):
+            problem = f"The {name} has more than {most} bytes, which do not fit: send less text."
+            raise BeyondContext(name, self._context, problem)
+        raise InvalidField(name, f"more than {most} bytes; send less")
 
     def add_token_ids(self, fields: Iterator[Field], data: bytes) -> None:
         """Count ids, packed or not. Each byte below 0x80 ends one."""
@@ -293,5 +295,5 @@ class Bounds:
                 size = int(np.count_nonzero(packed < 0x80))
             self._num_token_ids += size if field.wire_type == BYTES else 1
             if self._num_token_ids > self._context:
-                problem = f"more tokens than the context of {self._context} holds; send fewer"
-                raise InvalidField("token_ids", problem)
+                problem = "Your token_ids are more than that: send fewer."
+                raise BeyondContext("token_ids", self._context, problem)

@@ -3,7 +3,7 @@
 import msgspec
 from pydantic import ValidationError
 
-from common.errors import InvalidRequest
+from common.errors import ContextLengthExceeded, InvalidRequest, context_message
 
 
 class InvalidField(InvalidRequest):
@@ -13,6 +13,16 @@ class InvalidField(InvalidRequest):
 
     def __init__(self, param: str, problem: str) -> None:
         super().__init__(f"{param}: {problem}", stage="gateway")
+        self.param = param
+
+
+class BeyondContext(ContextLengthExceeded):
+    """A ContextLengthExceeded that names the field which asks for too much."""
+
+    code = "ContextLengthExceeded"
+
+    def __init__(self, param: str, max_model_len: int, problem: str) -> None:
+        super().__init__(context_message(max_model_len, problem), stage="gateway")
         self.param = param
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from common.messages import Sampling, Stopping
-from services.gateway.invalid_field import InvalidField, explain_value_error
+from services.gateway.invalid_field import BeyondContext, InvalidField, explain_value_error
 
 MAX_SEED = 2**63 - 1
 
@@ -46,14 +46,16 @@ def make_stopping(
     ------
     InvalidField
         if a value has the wrong type or is out of range.
+    BeyondContext
+        if the answer may be longer than the context.
     """
     stopping = convert(values, Stopping, {"max_tokens": limit_name})
     limit = stopping.max_tokens
     if limit is None:
         return stopping
     if max_model_len is not None and limit > max_model_len:
-        problem = f"{limit} is beyond the context of {max_model_len} tokens; ask for fewer"
-        raise InvalidField(limit_name, problem)
+        problem = f"You asked for an answer of up to {limit} tokens: ask for fewer."
+        raise BeyondContext(limit_name, max_model_len, problem)
     if stopping.min_tokens > limit:
         problem = f"{stopping.min_tokens} is more than {limit_name}, which is {limit}"
         raise InvalidField("min_tokens", problem)

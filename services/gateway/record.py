@@ -273,6 +273,19 @@ class Record:
             num_tokens=len(self.token_ids),
         )
 
+    def seconds_left(self, now: float) -> float:
+        """Return about how long the answer still takes, at most until the deadline.
+
+        The pace so far counts, if the length is known. Otherwise, what has lasted for some time is
+        taken to last for as long again.
+        """
+        left = now - self.admitted
+        most = self.request.stopping.max_tokens
+        if self.first_token is not None and most is not None:
+            num_tokens = len(self.token_ids)
+            left = (most - num_tokens) * (now - self.first_token) / max(1, num_tokens - 1)
+        return max(0.0, min(left, self.admitted + self.timeout - now))
+
     def submit_message(self, detokenizer: Peer, avoid: str) -> Submit:
         """Return the message that starts the current attempt.
 

@@ -1,6 +1,5 @@
 """The body of a chat completion, and its translation to a GenerationRequest."""
 
-import json
 import re
 import uuid
 from typing import Annotated, Any
@@ -19,15 +18,15 @@ from services.gateway.chat_messages import (
 from services.gateway.chat_options import make_chat_options
 from services.gateway.choices import read_n
 from services.gateway.generation import GenerationRequest
+from services.gateway.guides import Guided
 from services.gateway.image_parts import bounded
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
-from services.gateway.limits import MAX_GUIDE_BYTES
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.repetition import RepetitionDetection, make_repetition
 from services.gateway.token_rules import make_token_rules
 from services.gateway.tools import MAX_TOOLS, Tool, ToolUse, read_tool_use
-from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
+from services.gateway.unsupported import IN_REQUEST, obey_aliases, refuse_extra, refuse_unsupported
 from services.gateway.videos import Media
 
 MAX_TIMEOUT = 1e9
@@ -53,44 +52,13 @@ def one_or_many(stop: Any) -> Any:
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Whether every chunk has the usage so far."""
+    include_obfuscation: bool | None = None
+    """Asks for random padding against an observer of the network. There is none."""
 
 
-class ResponseFormat(Body):
-    type: str
-    json_schema: dict[str, Any] | None = None
-
-    def guide(self) -> tuple[str, str]:
-        """Return the kind and the text of the guide; both are empty for plain text."""
-        match self.type:
-            case "text":
-                return "", ""
-            case "json_object":
-                return "json_object", ""
-            case "json_schema":
-                return "json_schema", self._schema_text()
-        raise InvalidField(
-            "response_format.type", "this is not supported; use text, json_object or json_schema"
-        )
-
-    def _schema_text(self) -> str:
-        text = json.dumps(self._schema())
-        if len(text) > MAX_GUIDE_BYTES:
-            raise InvalidField(
-                "response_format.json_schema.schema",
-                f"it has more than {MAX_GUIDE_BYTES} bytes; send a smaller schema",
-            )
-        return text
-
-    def _schema(self) -> dict[str, Any]:
-        schema = (self.json_schema or {}).get("schema")
-        if not isinstance(schema, dict):
-            raise InvalidField(
-                "response_format.json_schema.schema", "must be a JSON schema (an object)"
-            )
-        return schema
-
-
-class ChatRequest(Body):
+class ChatRequest(Guided):
     """The body of a chat completion.
 
     The ranges of sampling and stopping values are checked by `parameters.py`.
@@ -118,7 +86,6 @@ class ChatRequest(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = None
-    response_format: ResponseFormat | None = None
     timings: bool | None = None
     """Whether a stream ends with the stage timings. An answer as a whole always has them."""
     token_timestamps: bool | None = None
@@ -149,6 +116,11 @@ class ChatRequest(Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def has_running_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling(self) -> Sampling:
         if self.top_logprobs and not self.logprobs:
@@ -204,8 +176,19 @@ def read_chat(values: dict[str, Any]) -> ChatRequest:
 
 def checked_chat(chat: ChatRequest) -> ChatRequest:
     check_message_count(chat.messages)
+    obey_aliases(chat)
     refuse_unsupported(chat.model_extra or {}, IN_REQUEST)
+    check_stream_options(chat.stream_options, chat.stream)
     return chat
+
+
+def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
+    """Raise InvalidField if a body that wants no stream says how it wants it, as OpenAI does."""
+    if options is None:
+        return
+    refuse_extra(options, "stream_options")
+    if not stream:
+        raise InvalidField("stream_options", "is allowed with stream: true only")
 
 
 def chat_to_generation(
@@ -219,9 +202,9 @@ def chat_to_generation(
         read_message(message, f"messages[{n}]", images) for n, message in enumerate(chat.messages)
     ]
     check_text_length(messages, max_model_len)
-    guide_kind, guide = chat.response_format.guide() if chat.response_format else ("", "")
+    guide = chat.guide()
     tool_use = chat.tool_use
-    guide_kind, guide = tool_use.guide_with(guide_kind, guide)
+    guide_kind, guide_text = tool_use.guide_with(guide.kind, guide.text)
     return GenerationRequest(
         request_id=request_id,
         prompt_kind="messages",
@@ -232,7 +215,8 @@ def chat_to_generation(
         timeout=timeout,
         return_prompt_token_ids=bool(chat.return_token_ids),
         guide_kind=guide_kind,
-        guide=guide,
+        guide=guide_text,
+        guide_whitespace=guide.whitespace,
         chat_options=make_chat_options(
             tool_use.tools,
             chat.messages[-1].role,

@@ -27,6 +27,7 @@ DONE = b"data: [DONE]\n\n"
 ERROR_CODES = {
     "InvalidRequest": "invalid_request",
     "UnreadableImage": "unreadable_image",
+    "ContextLengthExceeded": "context_length_exceeded",
     "TooLarge": "too_large",
     "UnsupportedType": "unsupported_media_type",
     "TooSlow": "request_timeout",

@@ -5,15 +5,17 @@ They are checked here, before anything is computed for a request.
 
 import importlib.util
 import json
+import re
 from typing import Any
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, shorten
 from common.vocabulary import Vocabulary
 from services.preprocess.tool_grammar import ToolGuide, read_tool_guide, tool_grammar
 
 ANY_OBJECT = '{"type": "object"}'
 # A model that is forced into JSON it would not write may indent for ever.
-JSON_STYLE = {"whitespace_pattern": r"[ \n\t]{0,20}"}
+COMPACT = {"whitespace_flexible": False}
+GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 class Grammars:
@@ -40,9 +42,11 @@ class Grammars:
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(self._vocabulary.grammar_tokenizer_json())
 
-    def grammar(self, kind: str, text: str) -> str:
-        """Return the grammar of "json_object", or of a "json_schema", "regex" or "tool_calls" in
-        `text`.
+    def grammar(self, kind: str, text: str, whitespace: str = "") -> str:
+        """Return the grammar of a guide, which has a `GuideKind` and a text.
+
+        JSON is compact, unless `whitespace` is a regular expression for what stands between its
+        tokens.
 
         Raises
         ------
@@ -51,21 +55,15 @@ class Grammars:
         """
         self.load()
         if kind == "tool_calls":
-            return self._tool_grammar(read_tool_guide(text))
-        from llguidance import LLMatcher
-
-        if kind == "regex":
-            grammar = LLMatcher.grammar_from_regex(text)
-        else:
-            schema = checked_schema(text) if kind == "json_schema" else ANY_OBJECT
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+            return self._tool_grammar(read_tool_guide(text), whitespace)
+        grammar = made_grammar(kind, text, whitespace)
         if problem := self._objection_to(grammar):
             raise InvalidRequest(f"the {kind} cannot be followed: {problem}")
         return grammar
 
-    def _tool_grammar(self, guide: ToolGuide) -> str:
+    def _tool_grammar(self, guide: ToolGuide, whitespace: str) -> str:
         other = guide.otherwise
-        otherwise = self.grammar(other.kind, other.text) if other else ""
+        otherwise = self.grammar(other.kind, other.text, whitespace) if other else ""
         try:
             grammar = tool_grammar(guide, self._vocabulary, otherwise)
         except RecursionError as e:
@@ -85,6 +83,59 @@ class Grammars:
 
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         return problem.splitlines()[0][:300] if problem else ""
+
+
+def made_grammar(kind: str, text: str, whitespace: str) -> str:
+    """Return the grammar of a guide other than "tool_calls", which may not be one to follow.
+
+    Raises
+    ------
+    InvalidRequest
+        if the text is not of its kind.
+    """
+    from llguidance import LLMatcher
+
+    match kind:
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            return of_lark(lark_of_choice(text))
+        case "grammar":
+            return of_lark(lark_of(text))
+    schema = checked_schema(text) if kind == "json_schema" else ANY_OBJECT
+    style = {"whitespace_pattern": whitespace} if whitespace else COMPACT
+    return LLMatcher.grammar_from_json_schema(schema, overrides=style)
+
+
+def of_lark(lark: str) -> str:
+    """Return a grammar in Lark's form as one in the form that others can refer to."""
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+
+def lark_of_choice(text: str) -> str:
+    """Return the grammar of exactly one of the texts in a JSON list.
+
+    They are one terminal. As rules, each of them would be a state of the parser at every step.
+    """
+    try:
+        texts = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequest("the choice is not valid JSON") from e
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise InvalidRequest("the choice must be a list of texts")
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, texts))}"
+
+
+def lark_of(text: str) -> str:
+    """Return a grammar in Lark's form, which it may have already; otherwise it is GBNF."""
+    if not GBNF_RULE.search(text):
+        return text
+    from llguidance import grammar_from
+
+    try:
+        return str(grammar_from("gbnf", text))
+    except ValueError as e:
+        raise InvalidRequest(f"the grammar cannot be read as GBNF: {shorten(str(e))}") from e
 
 
 def checked_schema(text: str) -> str:

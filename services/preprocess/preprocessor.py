@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from common.chat import ChatOptions
 from common.checkpoint import Checkpoint
-from common.errors import InvalidRequest
+from common.errors import ContextLengthExceeded, InvalidRequest
 from common.messages import ItemKind
 from common.pixel_bounds import NO_BOUNDS, PixelBounds
 from common.vocabulary import Vocabulary, open_vocabulary
@@ -218,13 +218,13 @@ class Preprocessor:
         Raises
         ------
         InvalidRequest
-            if the text is far longer than the model's context, or not valid Unicode.
+            if the text is not valid Unicode.
+        ContextLengthExceeded
+            if it is far longer than the model's context.
         """
         if (length := num_chars(parts)) > MAX_CHARS_PER_TOKEN * self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt's text has {length} characters, far more than the model's context "
-                f"of {self.max_model_len} tokens: shorten it"
-            )
+            problem = f"Your prompt has {length} characters, which do not fit: shorten it."
+            raise ContextLengthExceeded.beyond(self.max_model_len, problem)
         token_ids: list[int] = []
         for part in parts:
             token_ids += self._encode_piece(part) if isinstance(part, Piece) else [part]

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from common.errors import InvalidRequest
+from common.errors import ContextLengthExceeded
 from common.families.family import RequestDefaults
 from common.messages import Sampling, Stopping, Task
 
@@ -45,7 +45,7 @@ def resolve_stopping(
     Neither means anything for a task that generates no text. `max_tokens` becomes the model's own
     length, if it has one, but at most what is left.
 
-    Raises InvalidRequest if the context is too short.
+    Raises ContextLengthExceeded if the context is too short.
     """
     if task != "generate":
         return msgspec.structs.replace(stopping, max_tokens=1)
@@ -53,18 +53,19 @@ def resolve_stopping(
         stopping = msgspec.structs.replace(stopping, repetition=model.repetition)
     left = max_model_len - num_prompt_tokens
     if left <= 0:
-        raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens, image tokens included, and the model's "
-            f"context is {max_model_len}:"
-            " shorten it, or send fewer or smaller images"
+        raise ContextLengthExceeded.beyond(
+            max_model_len,
+            f"Your prompt has {num_prompt_tokens} tokens, image tokens included, which leaves none "
+            "for an answer: shorten it, or send fewer or smaller images.",
         )
     if stopping.max_tokens is None:
         return msgspec.structs.replace(stopping, max_tokens=min(left, model.max_tokens or left))
     if stopping.max_tokens > left:
-        raise InvalidRequest(
-            f"max_tokens is {stopping.max_tokens}, but the prompt has {num_prompt_tokens} tokens "
-            f"and the model's context is {max_model_len}:"
-            f" ask for at most {left}"
+        raise ContextLengthExceeded.beyond(
+            max_model_len,
+            f"Your prompt has {num_prompt_tokens} tokens, image tokens included, and max_tokens is "
+            f"{stopping.max_tokens}, which is {num_prompt_tokens + stopping.max_tokens} together: "
+            f"ask for at most {left} tokens, or shorten the prompt.",
         )
     return stopping
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.errors import InvalidRequest
+from common.errors import ContextLengthExceeded, InvalidRequest
 from common.messages import MAX_PROMPT_LOGPROBS, Item, Sampling, Submit, Task
 from common.pixel_bounds import PixelBounds
 from common.wire import Tensor
@@ -21,9 +21,9 @@ def check_submit(submit: Submit, vocab_size: int, max_model_len: int) -> None:
     """
     check_vector(submit.prompt, PROMPT_DTYPES.get(submit.prompt_kind, ""), "the prompt")
     if submit.prompt_kind == "token_ids" and len(submit.prompt.data) > 8 * max_model_len:
-        raise InvalidRequest(
-            f"the prompt has {len(submit.prompt.data) // 8} tokens and the model's context is "
-            f"{max_model_len}: shorten it"
+        num_tokens = len(submit.prompt.data) // 8
+        raise ContextLengthExceeded.beyond(
+            max_model_len, f"Your prompt has {num_tokens} tokens: shorten it."
         )
     for index, item in enumerate(submit.items):
         check_item(item, f"{item.kind} {index}")

@@ -37,7 +37,16 @@ def reading(preparation: Preparation, max_patches: int, has_room: bool) -> Task:
     seconds = LEAST_SECONDS + SECONDS_PER_BYTE * sum(map(len, blobs))
     forms = forms_of(submit.items)
     bounds = bounds_of(submit.items)
-    job = Read(submit.prompt_kind, submit.guide_kind, kinds, max_patches, has_room, forms, bounds)
+    job = Read(
+        submit.prompt_kind,
+        submit.guide_kind,
+        kinds,
+        max_patches,
+        has_room,
+        forms,
+        bounds,
+        submit.guide_whitespace,
+    )
     return Task(job, blobs, seconds, submit.priority)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from common.errors import DeadlineExceeded, Exhausted, ServingError, Unavailable
-from common.messages import HandedOver
+from common.messages import HandedOver, Stopping
 from services.gateway.metrics import MeasuredCore
 from tests.gateway.builders import Gateway, delta, error_of, request, rest, routed
 
@@ -75,6 +75,23 @@ async def test_refusals_are_counted_by_cause() -> None:
     assert isinstance(await refusal(Gateway(replicas=0)), Unavailable)
     for reason in ("too_many_waiting", "deadline_unreachable", "stopping"):
         assert metric(gateway, "rejections_total", reason=reason) == 1, reason
+
+
+async def test_a_refused_client_is_told_to_wait_for_the_running_request() -> None:
+    """The pace is not known before a second request was served."""
+    gateway = Gateway(max_waiting=1)
+    running = request("a", stopping=Stopping(max_tokens=11), timeout=100.0)
+    async with gateway.core.generate(running), gateway.core.generate(request("b")):
+        gateway.on_event(routed("a"), delta(0, [10], "a", request_id="a"))
+        gateway.on_event(delta(1, [11], "b", request_id="a"))
+        record = next(r for r in gateway.core._records.values() if r.request.request_id == "a")
+        assert record.first_token is not None
+        record.first_token -= 2.0
+        refused = await refusal(gateway)
+        assert refused.retry_after is not None and 18 <= refused.retry_after < 20
+        record.timeout = 1.0
+        refused = await refusal(gateway)
+        assert refused.retry_after == 1.0, "it cannot run beyond its deadline"
 
 
 async def test_attempts_failovers_and_waiting_requests_are_counted() -> None:

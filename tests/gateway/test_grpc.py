@@ -188,7 +188,7 @@ async def test_sampling_and_stopping_values_are_passed_on_as_written(
         (
             {"sampling": inference_pb2.SamplingParams(top_p=float("nan"))},
             "INVALID_ARGUMENT",
-            "top_p: expected float > 0.0, got nan",
+            "top_p: expected float >= 0.0, got nan",
         ),
         (
             {"stopping": inference_pb2.StoppingParams(max_tokens=0)},
@@ -198,7 +198,7 @@ async def test_sampling_and_stopping_values_are_passed_on_as_written(
         (
             {"stopping": inference_pb2.StoppingParams(max_tokens=5000)},
             "INVALID_ARGUMENT",
-            "beyond the context of 4096 tokens",
+            "This model's maximum context length is 4096 tokens. ",
         ),
         (
             {"response": inference_pb2.ResponseOptions(num_logprobs=21)},

@@ -58,12 +58,28 @@ def test_a_context_full_of_token_ids_passes(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        pytest.param(ids(CONTEXT + 1), "token_ids: more tokens", id="ids"),
-        pytest.param(ids(60) + ids(60), "token_ids: more tokens", id="ids in two fields"),
-        pytest.param(field(4, b"\x08\x01" * 101), "token_ids: more tokens", id="unpacked ids"),
-        pytest.param(ids(2_000_000), "token_ids: more tokens", id="far too many ids"),
-        pytest.param(field(3, b"a" * 25_601), "text: more than 25600 bytes", id="text"),
-        pytest.param(field(3, b"a" * 20_000) * 2, "text: more than", id="text in two fields"),
+        pytest.param(ids(CONTEXT + 1), "length is 100 tokens. Your token_ids are more", id="ids"),
+        pytest.param(
+            ids(60) + ids(60),
+            "length is 100 tokens. Your token_ids are more",
+            id="ids in two fields",
+        ),
+        pytest.param(
+            field(4, b"\x08\x01" * 101),
+            "length is 100 tokens. Your token_ids are more",
+            id="unpacked ids",
+        ),
+        pytest.param(
+            ids(2_000_000), "length is 100 tokens. Your token_ids are more", id="far too many ids"
+        ),
+        pytest.param(
+            field(3, b"a" * 25_601),
+            "length is 100 tokens. The text has more than 25600 bytes",
+            id="text",
+        ),
+        pytest.param(
+            field(3, b"a" * 20_000) * 2, "The text has more than", id="text in two fields"
+        ),
         pytest.param(field(2, b"a" * 70_000), "model: more than", id="model"),
         pytest.param(field(1, b"a" * 70_000), "request_id: more than", id="request_id"),
         pytest.param(field(99, b"a" * 70_000), "other fields: more than", id="unknown field"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.errors import InvalidRequest
+from common.errors import ContextLengthExceeded
 from common.families.family import RequestDefaults
 from common.messages import Repetition, Sampling, Stopping
 from services.preprocess.sampling_defaults import (
@@ -59,9 +59,9 @@ def test_no_max_tokens_means_what_the_prompt_leaves() -> None:
 def test_max_tokens_may_fill_the_context_and_no_more() -> None:
     assert resolve_stopping(Stopping(max_tokens=10), 90, 100).max_tokens == 10
     with pytest.raises(
-        InvalidRequest,
-        match="max_tokens is 11, but the prompt has 90 tokens and the model's context is 100: ask "
-        "for at most 10",
+        ContextLengthExceeded,
+        match=r"^This model's maximum context length is 100 tokens\. Your prompt has 90 tokens, "
+        r"image tokens included, and max_tokens is 11, which is 101 together: ask for at most 10 ",
     ):
         resolve_stopping(Stopping(max_tokens=11), 90, 100)
 
@@ -69,7 +69,7 @@ def test_max_tokens_may_fill_the_context_and_no_more() -> None:
 @pytest.mark.parametrize("num_prompt_tokens", [100, 5000])
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(num_prompt_tokens: int) -> None:
     with pytest.raises(
-        InvalidRequest, match=rf"{num_prompt_tokens} tokens.* context is 100: shorten it"
+        ContextLengthExceeded, match=rf"length is 100 tokens. Your prompt has {num_prompt_tokens} "
     ):
         resolve_stopping(Stopping(), num_prompt_tokens, 100)
     assert resolve_stopping(Stopping(), 99, 100).max_tokens == 1

@@ -174,7 +174,7 @@ def test_a_prompt_longer_than_the_context_never_reaches_the_language_group() -> 
     sent = Preprocess("vision-1").play(
         submit("r", stopping=Stopping(max_tokens=PREPROCESSOR.max_model_len))
     )
-    assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)] and len(sent) == 1
+    assert failures(sent) == [("gateway-1", "r", "ContextLengthExceeded", None)] and len(sent) == 1
 
 
 def test_an_unforeseen_error_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

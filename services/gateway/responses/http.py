@@ -11,7 +11,7 @@ from services.gateway import sse
 from services.gateway.chat_http import send_body, start_stream
 from services.gateway.endpoint import Asked, Endpoint
 from services.gateway.generation import Began, Ended, GenerationRequest, Piece
-from services.gateway.invalid_field import InvalidField
+from services.gateway.invalid_field import BeyondContext, InvalidField
 from services.gateway.request_log import current_end
 from services.gateway.responses.schema import (
     NOT_STORED,
@@ -21,6 +21,9 @@ from services.gateway.responses.schema import (
 )
 from services.gateway.responses.writer import ResponseWriter
 from services.gateway.schema import chat_to_generation
+
+CONTEXT_FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
+"""The fields of a chat that may ask for too much, and those of a body that they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class Responses(Endpoint[AskedResponse]):
             return chat_to_generation(asked.chat, request_id, timeout, self.core.max_model_len())
         except InvalidField as error:
             raise asked.explain(error) from None
+        except BeyondContext as error:
+            error.param = CONTEXT_FIELDS.get(error.param, error.param)
+            raise
 
     async def answer(
         self, asked: AskedResponse, scope: Scope, receive: Receive, send: Send

@@ -76,6 +76,7 @@ class Read(msgspec.Struct, tag=True, frozen=True):
     """The forms of the videos, by the index of the item."""
     bounds: dict[int, PixelBounds] = {}
     """The bounds that the client sets to the items, by the index of the item."""
+    guide_whitespace: str = ""
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):

@@ -75,7 +75,7 @@ class Workbench:
         self._preprocessor.check_kinds(job.kinds)
         token_ids = self._tokenize(job.prompt_kind, prompt, options, limits)
         self._preprocessor.find_placeholders(token_ids, job.kinds)
-        grammar = self._check_guide(job.guide_kind, guide, limits)
+        grammar = self._check_guide(job, guide, limits)
         sequences = self._spell(words, limits)
         # One limit for all headers: those of honest files take microseconds.
         limits.begin(0)
@@ -126,7 +126,8 @@ class Workbench:
         limits.begin(meter.TOKENIZER)
         return json.dumps(word_sequences(self._preprocessor.vocabulary, words)).encode()
 
-    def _check_guide(self, kind: str, guide: Buffer, limits: Meter) -> bytes:
+    def _check_guide(self, job: Read, guide: Buffer, limits: Meter) -> bytes:
+        kind = job.guide_kind
         if not kind:
             return b""
         try:
@@ -137,7 +138,7 @@ class Workbench:
             return b""
         self._grammars.load()
         limits.begin(meter.GUIDE)
-        return self._grammars.grammar(kind, text).encode()
+        return self._grammars.grammar(kind, text, job.guide_whitespace).encode()
 
     def _prepare(
         self,
