@@ -40,11 +40,16 @@ class UserText(str):
     """A text that a user wrote. It is marked once it is written, and so is what is made of it."""
 
     __slots__ = ()
-    table: dict[int, str]
-    """What the characters that could begin a name become."""
+    characters: str
+    """Those that could begin a name."""
+    mark: str
+    """What follows each of them."""
 
     def __str__(self) -> str:
-        return str.translate(self, self.table)
+        text = str.__getitem__(self, slice(None))
+        for character in self.characters:
+            text = text.replace(character, character + self.mark)
+        return text
 
     def __repr__(self) -> str:
         return repr(str(self))
@@ -94,13 +99,13 @@ for name in METHODS:
 def as_user_text(value: Any, characters: str, mark: str) -> Any:
     """Return a JSON value whose texts and keys are users' texts, if they have a character that
     could begin a name."""
-    table = {ord(character): character + mark for character in characters}
-    kind = type("UserText", (UserText,), {"__slots__": (), "table": table})
+    fields = {"__slots__": (), "characters": characters, "mark": mark}
+    kind = type("UserText", (UserText,), fields)
 
     def convert(value: Any) -> Any:
         match value:
             case str():
-                return value if value.translate(table) == value else kind(value)
+                return kind(value) if any(one in value for one in characters) else value
             case dict():
                 return {convert(name): convert(one) for name, one in value.items()}
             case list():
