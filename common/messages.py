@@ -182,6 +182,9 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """Like `num_logprobs`, for the tokens of the prompt."""
 
 
+MAX_NGRAM_SIZE = 1024
+
+
 class TokenRules(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Which tokens an answer prefers, and which it may not have."""
 
@@ -195,6 +198,8 @@ class TokenRules(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     bad_words: Tensor | None = None
     """UTF-8 JSON: a list of the texts that the answer may not have. In a Prompt it is a list of the
     token sequences that spell them."""
+    no_repeat_ngram_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_NGRAM_SIZE)] = 0
+    """No sequence of this many tokens comes twice in the answer; 0 if any may."""
 
 
 class Repetition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ FINISH_REASONS = {
     "repetition": inference_pb2.FINISH_REASON_REPETITION,
     "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
-TOKEN_RULES = ("logit_bias", "allowed_token_ids", "bad_words")
+TOKEN_RULES = ("logit_bias", "allowed_token_ids", "bad_words", "no_repeat_ngram_size")
 """The fields of SamplingParams that are not those of a Sampling."""
 
 GenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest

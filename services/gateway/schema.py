@@ -24,7 +24,7 @@ from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.repetition import RepetitionDetection, make_repetition
-from services.gateway.token_rules import make_token_rules
+from services.gateway.token_rules import make_token_rules, read_ngram_size
 from services.gateway.tools import MAX_TOOLS, Tool, ToolUse, read_tool_use
 from services.gateway.unsupported import IN_REQUEST, obey_aliases, refuse_extra, refuse_unsupported
 from services.gateway.videos import Media
@@ -98,6 +98,8 @@ class ChatRequest(Guided):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    no_repeat_ngram_size: int | None = None
+    vllm_xargs: dict[str, Any] | None = None
     include_stop_str_in_output: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     repetition_detection: RepetitionDetection | None = None
@@ -227,5 +229,10 @@ def chat_to_generation(
         reads_tool_calls=bool(tool_use.tools),
         n=read_n(chat),
         priority=chat.priority or 0,
-        token_rules=make_token_rules(chat.logit_bias, chat.allowed_token_ids, chat.bad_words),
+        token_rules=make_token_rules(
+            chat.logit_bias,
+            chat.allowed_token_ids,
+            chat.bad_words,
+            read_ngram_size(chat.no_repeat_ngram_size, chat.vllm_xargs),
+        ),
     )

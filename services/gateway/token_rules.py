@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from common.messages import (
     MAX_BAD_WORDS,
     MAX_BIASES,
     MAX_LOGIT_BIAS,
+    MAX_NGRAM_SIZE,
     TokenRules,
 )
 from common.wire import Tensor
@@ -23,6 +25,7 @@ def make_token_rules(
     logit_bias: Mapping[str, float] | Mapping[int, float] | None,
     allowed_token_ids: Sequence[int] | None,
     bad_words: Sequence[str] | None,
+    no_repeat_ngram_size: int | None = None,
 ) -> TokenRules | None:
     """Return the values as TokenRules, or None if they ask for nothing.
 
@@ -31,15 +34,39 @@ def make_token_rules(
     InvalidField
         if a value is out of range, or there are too many.
     """
-    if not logit_bias and allowed_token_ids is None and not bad_words:
+    size = no_repeat_ngram_size or 0
+    if not logit_bias and allowed_token_ids is None and not bad_words and not size:
         return None
+    if not 0 <= size <= MAX_NGRAM_SIZE:
+        raise InvalidField("no_repeat_ngram_size", f"{size} is outside [0, {MAX_NGRAM_SIZE}]")
     biases = read_biases(logit_bias or {})
     return TokenRules(
         bias_token_ids=Tensor.of_int64([*biases]) if biases else None,
         bias_values=Tensor.of(np.array([*biases.values()], np.float32)) if biases else None,
         allowed_token_ids=None if allowed_token_ids is None else read_allowed(allowed_token_ids),
         bad_words=read_words(bad_words) if bad_words else None,
+        no_repeat_ngram_size=size,
     )
+
+
+def read_ngram_size(size: int | None, arguments: Mapping[str, Any] | None) -> int | None:
+    """Return `no_repeat_ngram_size` of a chat, or that of its `vllm_xargs`.
+
+    MinerU's client sends it there, for a plugin of vLLM. Its `debug` is about that plugin's log.
+
+    Raises
+    ------
+    InvalidField
+        if `vllm_xargs` has anything else, or the two differ.
+    """
+    for name, value in (arguments or {}).items():
+        if name == "no_repeat_ngram_size" and type(value) is int and size in (None, value):
+            size = value
+        elif name != "debug" and value is not None:
+            raise InvalidField(
+                f"vllm_xargs.{name[:60]}", "this value is not supported; leave it out"
+            )
+    return size
 
 
 def read_biases(logit_bias: Mapping[str, float] | Mapping[int, float]) -> dict[int, float]:

@@ -68,11 +68,9 @@ VLLM: dict[str, tuple[Any, ...]] = {
     "guided_decoding_disable_additional_properties": (False,),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
-    "vllm_xargs": ({},),
     "extra_args": ({},),
 }
 SGLANG: dict[str, tuple[Any, ...]] = {
-    "no_repeat_ngram_size": (0,),
     "typical_p": (1,),
     "stop_regex": ([],),
     "no_stop_trim": (False,),

@@ -95,6 +95,31 @@ class BadWords:
         return np.array(self._single + found, np.int64)
 
 
+class Ngrams:
+    """The sequences of one length in an answer, none of which may come twice."""
+
+    def __init__(self, size: int, output_token_ids: list[int]) -> None:
+        """`output_token_ids` are the tokens that the answer has already, of all attempts."""
+        self._size = size
+        self._tail: list[int] = []
+        """The last tokens of the answer, one less than a sequence has."""
+        self._followers: dict[tuple[int, ...], set[int]] = {}
+        """By what stands before it: the last tokens of the sequences so far."""
+        for token_id in output_token_ids:
+            self.record(token_id)
+
+    def record(self, token_id: int) -> None:
+        """Add a token to the answer."""
+        if len(self._tail) == self._size - 1:
+            self._followers.setdefault(tuple(self._tail), set()).add(token_id)
+        self._tail.append(token_id)
+        del self._tail[: len(self._tail) - (self._size - 1)]
+
+    def banned(self) -> np.ndarray:
+        """Return the tokens that would complete a sequence for the second time, int64 [n]."""
+        return np.array(sorted(self._followers.get(tuple(self._tail), ())), np.int64)
+
+
 class RulesInForce:
     """The TokenRules of a request in progress, in the form that the sampler applies."""
 
@@ -114,7 +139,12 @@ class RulesInForce:
         """int64 [n]: the only tokens that may be drawn; None for all."""
         self._never_ids = ids[values <= -MAX_LOGIT_BIAS]
         sequences = sequences_of(rules.bad_words) if rules.bad_words else []
-        self._bad_words = BadWords(sequences, output_token_ids) if sequences else None
+        self._histories: list[BadWords | Ngrams] = []
+        """What depends on the tokens of the answer so far."""
+        if sequences:
+            self._histories.append(BadWords(sequences, output_token_ids))
+        if rules.no_repeat_ngram_size:
+            self._histories.append(Ngrams(rules.no_repeat_ngram_size, output_token_ids))
 
     @property
     def narrows(self) -> bool:
@@ -123,11 +153,12 @@ class RulesInForce:
 
     def record(self, token_id: int) -> None:
         """Note the token that was drawn."""
-        if self._bad_words:
-            self._bad_words.record(token_id)
+        for history in self._histories:
+            history.record(token_id)
 
     def banned_ids(self) -> np.ndarray:
         """Return the tokens that may not be drawn next, int64 [n]."""
-        if self._bad_words is None:
+        if not self._histories:
             return self._never_ids
-        return np.concatenate([self._never_ids, self._bad_words.banned()])
+        found = [history.banned() for history in self._histories]
+        return np.concatenate([self._never_ids, *found])

@@ -10,6 +10,7 @@ from proto.twinlens.inference.v1 import inference_pb2
 from services.gateway.generation import GenerationRequest
 from services.gateway.grpc_messages import to_generation
 from services.gateway.invalid_field import InvalidField
+from services.gateway.token_rules import make_token_rules, read_ngram_size
 from tests.gateway.test_schema import generation, refusal
 
 
@@ -108,3 +109,25 @@ def test_without_a_word_about_loops_the_models_default_holds() -> None:
 def test_wrong_values_about_loops_are_refused_by_name(values: Any, problem: str) -> None:
     message = refusal(repetition_detection=values).message
     assert message.startswith("repetition_detection" + problem)
+
+
+def test_the_size_of_sequences_that_do_not_repeat_is_taken_where_mineru_sends_it() -> None:
+    for size, arguments in ((5, None), (None, {"no_repeat_ngram_size": 5, "debug": False})):
+        rules = make_token_rules(None, None, None, read_ngram_size(size, arguments))
+        assert rules and rules.no_repeat_ngram_size == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "param"),
+    [
+        (2000, None, "no_repeat_ngram_size"),
+        (-1, None, "no_repeat_ngram_size"),
+        (5, {"no_repeat_ngram_size": 6}, "vllm_xargs.no_repeat_ngram_size"),
+        (None, {"no_repeat_ngram_size": "6"}, "vllm_xargs.no_repeat_ngram_size"),
+        (None, {"colour": 1}, "vllm_xargs.colour"),
+    ],
+)
+def test_other_arguments_and_sizes_are_refused(size: Any, arguments: Any, param: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        make_token_rules(None, None, None, read_ngram_size(size, arguments))
+    assert caught.value.param == param

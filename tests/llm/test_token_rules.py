@@ -174,3 +174,27 @@ def test_rules_of_a_preprocess_are_not_trusted(objection: str) -> None:
 def test_sound_rules_and_none_are_accepted() -> None:
     sound = rules({1: 2.0, 2: -100.0}, allowed=[0, 7], words=[[1, 2], [7]])
     assert objection_to_rules(sound, VOCAB_SIZE) == objection_to_rules(None, VOCAB_SIZE) == ""
+
+
+def without_repeats(size: int) -> TokenRules:
+    return TokenRules(no_repeat_ngram_size=size)
+
+
+def reference(logits: list[float], size: int, count: int, before: list[int]) -> list[int]:
+    """Draw greedily, and look at the whole answer for each token."""
+    answer = list(before)
+    for _ in range(count):
+        seen = {tuple(answer[n : n + size]) for n in range(len(answer) - size + 1)}
+        tail = answer[len(answer) - size + 1 :] if size > 1 else []
+        order = sorted(range(len(logits)), key=lambda token: -logits[token])
+        answer.append(next(token for token in order if (*tail, token) not in seen))
+    return answer[len(before) :]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("before", [[], [3, 3, 2, 3]])
+def test_no_sequence_of_a_size_comes_twice(size: int, before: list[int]) -> None:
+    logits = [0.0, 1.0, 2.0, 3.0, 2.5, 1.5, 0.5, 0.25]
+    count = 4
+    found = outputs(sampler_with(without_repeats(size), before), logits, count)
+    assert found == reference(logits, size, count, before)
