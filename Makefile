@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz schemathesis
+.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz schemathesis open-responses
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -58,6 +58,11 @@ fuzz: install
 URL ?= http://127.0.0.1:8000
 schemathesis:
 	scripts/schemathesis $(URL)
+
+# The test suite of Open Responses: `git clone https://github.com/openresponses/openresponses` first.
+SUITE ?= openresponses
+open-responses: install
+	scripts/open-responses $(SUITE)
 
 # docs/images/bench.png, from a run of the embedded model: about a minute.
 plots: install

@@ -89,7 +89,15 @@ def test_one_required_call_ends_the_answer() -> None:
     assert followed.both(call('{"x":1,"s":"<a>"}')) == "end"
     assert followed.both(call("{}", "g")) == "end"
     assert followed.both(call('{"x":1}')[:-20]) == "begin"
-    wrong = ["text", "\n", call("{}"), call('{"x": 1}'), call('{"x":1}', "h"), call('{"x":1}', "g")]
+    assert followed.both(call('{ "x": 1, "s": "<a>" }')) == "end"
+    wrong = [
+        "text",
+        "\n",
+        call("{}"),
+        call('{"x":  1}'),
+        call('{"x":1}', "h"),
+        call('{"x":1}', "g"),
+    ]
     assert {followed.both(text) for text in wrong} == {"none"}
 
 
