@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -27,6 +27,7 @@ from services.gateway.generation import (
     GenerationEvent,
     GenerationRequest,
     Piece,
+    conversion_of,
 )
 from services.gateway.legacy_logprobs import LegacyLogprobs
 
@@ -39,6 +40,8 @@ class AskedCompletion(Asked):
     """The requests of a completion, and what writes its answer."""
 
     writer: "TextWriter"
+    echoes: bool = field(kw_only=True)
+    """Whether the prompts stand before the answers."""
 
 
 class Completions(Endpoint[AskedCompletion]):
@@ -52,11 +55,15 @@ class Completions(Endpoint[AskedCompletion]):
         writer = TextWriter(request_id, adapter or self.core.model_name, request, requests)
         writer.with_usage = asked.chat.include_usage
         writer.with_ids = bool(asked.chat.return_token_ids)
-        return AskedCompletion(requests, writer, is_streamed=bool(request.stream))
+        return AskedCompletion(
+            requests, writer, is_streamed=bool(request.stream), echoes=bool(request.echo)
+        )
 
     async def answer(
         self, asked: AskedCompletion, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        if asked.echoes:
+            asked.writer.prompts = [await text_of(self.core, one) for one in asked.requests]
         if asked.is_streamed:
             await self._send_stream(asked, send)
             return
@@ -167,8 +174,9 @@ class TextWriter:
         self._with_logprobs = request.logprobs is not None
         self._drops_answers = request.max_tokens == 0
         self._n = requests[0].n
-        self._prompts = [prompt_text(one) if request.echo else "" for one in requests]
-        self._answers = [Answer() for _ in self._prompts for _ in range(self._n)]
+        self.prompts = [""] * len(requests)
+        """The texts that stand before the answers; empty if none do."""
+        self._answers = [Answer() for _ in requests for _ in range(self._n)]
         self._usages: list[Usage] = []
         self._timings: dict[str, Any] = {}
 
@@ -179,7 +187,7 @@ class TextWriter:
         answer = self._answers[index]
         match event:
             case Began():
-                return self._begin(index, answer, self._prompts[prompt_index], event)
+                return self._begin(index, answer, self.prompts[prompt_index], event)
             case Piece() if not self._drops_answers:
                 answer.text += event.text
                 answer.token_ids += event.token_ids
@@ -218,7 +226,7 @@ class TextWriter:
                 choice["token_ids"] = answer.token_ids
             choices.append(choice)
         body = self.head | {"choices": choices, "usage": self._usage()}
-        return body | ({"timings": self._timings} if len(self._prompts) == 1 else {})
+        return body | ({"timings": self._timings} if len(self.prompts) == 1 else {})
 
     def totals(self) -> bytes:
         """Return the chunk of a stream with the usage, if it is asked for."""
@@ -257,6 +265,16 @@ class TextWriter:
         return sse.sse_event(self.head | {"choices": [choice]} | usage)
 
 
-def prompt_text(request: GenerationRequest) -> str:
-    """Return the text of a prompt."""
-    return request.prompt.decode(errors="replace")
+async def text_of(core: Core, request: GenerationRequest) -> str:
+    """Return the text of a prompt. Raises ServingError if its tokens have none."""
+    if request.prompt_kind == "text":
+        return request.prompt.decode(errors="replace")
+    spelled = GenerationRequest(
+        request_id=f"{request.request_id}-echo",
+        prompt_kind="token_ids",
+        prompt=request.prompt,
+        timeout=request.timeout,
+        task="detokenize",
+    )
+    async with core.generate(spelled) as events:
+        return (await conversion_of(events)).text

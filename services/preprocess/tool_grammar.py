@@ -167,8 +167,8 @@ def arguments_schema(function: Function, is_bound: bool) -> dict[str, Any]:
     """Return the schema that the arguments of a call follow. It is any object, if not `is_bound`.
 
     Between the tokens of JSON there may be one space, which the models were trained to write after
-    colons and commas, and no more: a model may write white space for ever. Likewise, objects have no
-    properties but those that the schema names, unless it says more about others. What llguidance
+    colons and commas, and no more: a model may write white space for ever. Likewise, objects have
+    no properties but those that the schema names, unless it says more about others. What llguidance
     does not know of a schema counts only if the tool is strict.
     """
     if is_bound:

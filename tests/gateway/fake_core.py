@@ -15,6 +15,7 @@ from services.gateway.body_budget import BodyBudget
 from services.gateway.connection_limits import ConnectionLimits
 from services.gateway.generation import (
     Began,
+    Conversion,
     Ended,
     GenerationEvent,
     GenerationRequest,
@@ -73,6 +74,10 @@ HELLO: tuple[Step, ...] = (
 )
 
 
+async def only(event: GenerationEvent) -> AsyncIterator[GenerationEvent]:
+    yield event
+
+
 class FakeCore:
     """A core that plays the same script for every request, or refuses all of them."""
 
@@ -82,6 +87,8 @@ class FakeCore:
         self.script = script or HELLO
         self.refusal = refusal
         self.requests: list[GenerationRequest] = []
+        self.spellings: dict[bytes, str] = {}
+        """The texts of prompts of token ids. A prompt of text has a token for each byte."""
         self.waiting = asyncio.Event()
         self.aborted = asyncio.Event()
         self.reason = ""
@@ -95,6 +102,10 @@ class FakeCore:
         self.requests.append(request)
         if self.refusal:
             raise self.refusal
+        if request.task in ("tokenize", "detokenize") and self.script[0] is HELLO[0]:
+            ids = [0] * len(request.prompt)
+            yield only(Conversion(ids, None, self.spellings.get(request.prompt, "")))
+            return
         ended = False
 
         async def events() -> AsyncIterator[GenerationEvent]:

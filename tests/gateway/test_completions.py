@@ -189,3 +189,9 @@ def test_a_failure_of_one_prompt_fails_the_whole_body(client: TestClient, core: 
     text = client.post(PATH, json={"prompt": "a", "stream": True}).text
     error = json.loads(text.split("\n\n")[-3].removeprefix("data: "))
     assert error["error"]["message"] == "the llm is gone"
+
+
+def test_an_echo_of_token_ids_is_their_text(client: TestClient, core: FakeCore) -> None:
+    core.spellings = {b"".join(n.to_bytes(8, "little") for n in (5, 6)): "Old"}
+    assert create(client, [5, 6], echo=True).choices[0].text == "OldHello"
+    assert [asked.task for asked in core.requests] == ["detokenize", "generate"]

@@ -300,3 +300,40 @@ def test_nothing_is_stored_and_whoever_asks_is_told_so(client: TestClient) -> No
     for method, path in (("GET", "/x"), ("DELETE", "/x"), ("POST", "/x/cancel")):
         found = client.request(method, PATH + path)
         assert found.status_code == 404 and "not stored" in found.json()["error"]["message"]
+
+
+# Truncation
+
+LONG: list[dict[str, Any]] = [
+    {"role": "system", "content": "s" * 50},
+    {"role": "user", "content": "a" * 1000},
+    {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "o" * 1500},
+    {"role": "assistant", "content": "b" * 1500},
+    {"role": "user", "content": "c" * 1000},
+]
+
+
+def contents(core: FakeCore) -> list[str]:
+    """Return the first letters of the messages of the request that was answered."""
+    return [message["content"][:1] for message in json.loads(core.requests[-1].prompt)]
+
+
+@pytest.mark.parametrize(
+    ("max_output_tokens", "kept"),
+    [(1, ["s", "b", "c"]), (1300, ["s", "b", "c"]), (1600, ["s", "c"]), (2900, ["s", "c"])],
+)
+def test_the_oldest_items_are_dropped_until_the_answer_fits(
+    client: TestClient, core: FakeCore, max_output_tokens: int, kept: list[str]
+) -> None:
+    found = create(client, input=LONG, truncation="auto", max_output_tokens=max_output_tokens)
+    assert contents(core) == kept and found.truncation == "auto"
+
+
+def test_what_fits_is_not_truncated(client: TestClient, core: FakeCore) -> None:
+    create(client, input=LONG[4:], truncation="auto", max_output_tokens=10)
+    assert contents(core) == ["b", "c"]
+    assert [asked.task for asked in core.requests] == ["tokenize", "generate"]
+    create(client, input="hi", truncation="auto")
+    create(client, input=LONG, truncation="disabled", max_output_tokens=10)
+    assert len(contents(core)) == 6, "the core decides whether it fits"

@@ -19,6 +19,7 @@ from services.gateway.responses.schema import (
     chat_of,
     parse_responses,
 )
+from services.gateway.responses.truncation import fitted
 from services.gateway.responses.writer import ResponseWriter
 from services.gateway.schema import chat_to_generation
 
@@ -41,7 +42,13 @@ class Responses(Endpoint[AskedResponse]):
         request = parse_responses(body)
         adapter = self.core.check_model(request.model)
         writer = ResponseWriter(request_id, adapter or self.core.model_name, request)
-        generation = replace(self._generation(request, request_id, timeout), adapter=adapter)
+        try:
+            generation = self._generation(request, request_id, timeout)
+        except BeyondContext:
+            if request.truncation != "auto":
+                raise
+            generation = self._generation(request, request_id, timeout, request.num_items - 1)
+        generation = replace(generation, adapter=adapter)
         return AskedResponse([generation], request, writer, is_streamed=bool(request.stream))
 
     def _generation(
@@ -64,10 +71,24 @@ class Responses(Endpoint[AskedResponse]):
         self, asked: AskedResponse, scope: Scope, receive: Receive, send: Send
     ) -> None:
         [generation] = asked.requests
+        if asked.request.truncation == "auto":
+            generation = await self._truncated(asked.request, generation)
         if asked.request.stream:
             await self._send_stream(generation, asked.writer, send)
         else:
             await self._send_whole(generation, asked.writer, scope, receive, send)
+
+    async def _truncated(
+        self, request: ResponsesRequest, generation: GenerationRequest
+    ) -> GenerationRequest:
+        """Return the request without as many of its oldest items as do not fit."""
+
+        def make(num_dropped: int) -> GenerationRequest:
+            made = self._generation(request, generation.request_id, generation.timeout, num_dropped)
+            given = generation
+            return replace(made, adapter=given.adapter, traceparent=given.traceparent)
+
+        return await fitted(self.core, make, request.num_items, request.max_output_tokens or 1)
 
     async def _send_whole(
         self,

@@ -106,6 +106,11 @@ class ResponsesRequest(Body):
     user: str | None = None
 
     @property
+    def num_items(self) -> int:
+        """The number of items of the input, at least 1."""
+        return max(1, len(self.input)) if isinstance(self.input, list) else 1
+
+    @property
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or []) or bool(self.top_logprobs)
 
