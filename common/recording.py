@@ -19,7 +19,18 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 
-from common.messages import MAX_FRAMES, Fps, ItemKind, Sampling, Stopping, Task, Usage
+from common.messages import (
+    MAX_CHOICES,
+    MAX_FRAMES,
+    Fps,
+    GuideKind,
+    ItemKind,
+    Priority,
+    Sampling,
+    Stopping,
+    Task,
+    Usage,
+)
 from common.wire import Buffer
 
 FORMAT = "twinlens-recording"
@@ -35,8 +46,7 @@ NOT_ONE = "it is not a recording: give a file that `twinlens serve --record` wro
 Hash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-PromptKind = Annotated[str, msgspec.Meta(pattern=r"^(messages|token_ids)\Z")]
-GuideKind = Annotated[str, msgspec.Meta(pattern=r"^(json_object|json_schema|regex|tool_calls)?\Z")]
+PromptKind = Annotated[str, msgspec.Meta(pattern=r"^(messages|text|token_ids)\Z")]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
@@ -79,6 +89,15 @@ class RecordedItem(msgspec.Struct, kw_only=True, frozen=True):
     """The most pixels that the client wanted the resized item to have."""
 
 
+class RecordedRules(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """The `TokenRules` of a request, in the words of the API."""
+
+    logit_bias: dict[str, float] = {}
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[str] = []
+    no_repeat_ngram_size: int = 0
+
+
 class Asked(msgspec.Struct, tag="request", kw_only=True, frozen=True, omit_defaults=True):
     """One admitted request."""
 
@@ -92,13 +111,17 @@ class Asked(msgspec.Struct, tag="request", kw_only=True, frozen=True, omit_defau
     task: Task = "generate"
     prompt_kind: PromptKind
     prompt: bytes
-    """As in GenerationRequest: UTF-8 JSON of messages, or little-endian int64 token ids."""
+    """As in GenerationRequest: UTF-8 JSON of messages, UTF-8 text, or little-endian int64 ids."""
     items: Annotated[tuple[RecordedItem, ...], msgspec.Meta(max_length=MAX_ITEMS)] = ()
     sampling: Sampling = Sampling()
     """Its seed is the one in effect, which the gateway draws if the client sends none."""
     stopping: Stopping = Stopping()
     guide_kind: GuideKind = ""
     guide: str = ""
+    guide_whitespace: str = ""
+    rules: RecordedRules | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] = 1
+    priority: Priority = 0
     timeout: Seconds | None = None
     """Seconds until the deadline; None if the client set none."""
     chat_options: bytes = b""

@@ -1,5 +1,6 @@
 """The observer that writes requests and their ends to a recording."""
 
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -8,8 +9,8 @@ from pathlib import Path
 from common.config import BadSetting
 from common.errors import ServingError
 from common.logs import get_logger
-from common.messages import Usage
-from common.recording import Answered, Asked, File, RecordedItem, file_hash
+from common.messages import TokenRules, Usage
+from common.recording import Answered, Asked, File, RecordedItem, RecordedRules, file_hash
 from common.settings import GatewaySettings
 from services.gateway.generation import (
     Began,
@@ -184,6 +185,21 @@ def recorded_item(media: Media) -> RecordedItem:
     return item(kind="video", frame_lengths=media.frame_lengths, fps=media.fps)
 
 
+def recorded_rules(rules: TokenRules | None) -> RecordedRules | None:
+    """Return the rules of a request in the words of the API."""
+    if rules is None:
+        return None
+    ids = rules.bias_token_ids.numpy().tolist() if rules.bias_token_ids else []
+    values = rules.bias_values.numpy().tolist() if rules.bias_values else []
+    allowed = rules.allowed_token_ids
+    return RecordedRules(
+        logit_bias={str(id): value for id, value in zip(ids, values, strict=True)},
+        allowed_token_ids=allowed.numpy().tolist() if allowed else None,
+        bad_words=json.loads(rules.bad_words.bytes()) if rules.bad_words else [],
+        no_repeat_ngram_size=rules.no_repeat_ngram_size,
+    )
+
+
 def asked(
     request: GenerationRequest, items: Sequence[RecordedItem], number: int, arrival: float
 ) -> Asked:
@@ -201,6 +217,10 @@ def asked(
         stopping=request.stopping,
         guide_kind=request.guide_kind,
         guide=request.guide,
+        guide_whitespace=request.guide_whitespace,
+        rules=recorded_rules(request.token_rules),
+        n=request.n,
+        priority=request.priority,
         timeout=request.timeout,
         chat_options=request.chat_options,
         adapter=request.adapter,

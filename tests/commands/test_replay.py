@@ -141,6 +141,40 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "generate",
         {"messages": TEXT, "return_token_ids": True, "response_format": {"type": "json_object"}},
     ),
+    (
+        "generate",
+        {
+            "messages": TEXT,
+            "return_token_ids": True,
+            "n": 3,
+            "priority": -2,
+            "logit_bias": {"5": -100, "7": 2.5},
+            "allowed_token_ids": [3, 5],
+            "bad_words": ["no"],
+            "no_repeat_ngram_size": 8,
+            "include_stop_str_in_output": True,
+            "repetition_detection": {"max_pattern_size": 20, "min_count": 4},
+            "prompt_logprobs": 1,
+        },
+    ),
+    *[
+        ("generate", {"messages": TEXT, "return_token_ids": True, "structured_outputs": guide})
+        for guide in (
+            {"choice": ["a", "b"]},
+            {"regex": "a+"},
+            {"grammar": 'root ::= "a"'},
+            {"json": SCHEMA, "whitespace_pattern": " ?"},
+        )
+    ],
+    (
+        "generate",
+        {
+            "messages": [*TEXT, {"role": "assistant", "content": "The total is"}],
+            "return_token_ids": True,
+            "continue_final_message": True,
+            "chat_template_kwargs": {"colour": "red"},
+        },
+    ),
     ("generate", {"messages": LOOP, "return_token_ids": True, "tools": [TOOL]}),
     *[
         ("generate", {"messages": TEXT, "return_token_ids": True, "tools": [TOOL], **choice})
@@ -178,9 +212,15 @@ def test_over_grpc_the_gateway_reads_the_recorded_request_again(kind: str, ids: 
         fields["stopping"] = pb.StoppingParams(max_tokens=9, stop=["x"])
         fields["response"] = pb.ResponseOptions(num_logprobs=2, skip_special_tokens=False)
         fields["guide"] = pb.GuideParams(regex="a+")
+        fields["sampling"].logit_bias[7] = 1.5
+        fields["sampling"].bad_words.append("no")
+        fields["stopping"].repetition_detection.max_pattern_size = 20
+        fields["stopping"].repetition_detection.min_count = 4
+        fields["n"] = 2
+        fields["priority"] = -3
         fields["videos"] = [pb.Video(frames=[pb.Image(data=PNG)], fps=2), pb.Video(file=b"MP4")]
     request = read_grpc(getattr(pb, kind)(**fields))
-    assert needs_grpc(exchange(request).asked) == (ids or kind == "GenerateStreamRequest")
+    assert needs_grpc(exchange(request).asked) == ids
     again = grpc_request(exchange(request), files_of(request).__getitem__)
     assert read_grpc(again) == request
 

@@ -8,15 +8,21 @@ import msgspec
 import numpy as np
 
 from common.messages import Sampling, Stopping
-from common.recording import Asked, BadRecording, Exchange, RecordedItem
+from common.recording import Asked, BadRecording, Exchange, RecordedItem, RecordedRules
 from proto.twinlens.inference.v1 import inference_pb2
 from services.commands.chat_client import data_uri, media_type
-from services.commands.replay.tools import ToolCall, call_body, tool_fields, without_tools
+from services.commands.replay.tools import ToolCall, call_body, chat_fields, without_tools
 
 ReadFile = Callable[[str], bytes]
 """Returns the bytes of a file by its hash."""
 
 ABORTED = "aborted"
+HTTP_NAMES = {
+    "include_stop": "include_stop_str_in_output",
+    "repetition": "repetition_detection",
+    "num_prompt_logprobs": "prompt_logprobs",
+}
+"""Fields of sampling and stopping whose names in bodies differ."""
 
 
 class Message(msgspec.Struct):
@@ -30,7 +36,7 @@ class Message(msgspec.Struct):
 
 def needs_grpc(asked: Asked) -> bool:
     """Whether the HTTP API cannot express the request."""
-    return asked.prompt_kind == "token_ids" or asked.guide_kind == "regex"
+    return asked.prompt_kind != "messages"
 
 
 def http_body(exchange: Exchange, model: str, read_file: ReadFile) -> dict[str, Any]:
@@ -52,18 +58,25 @@ def http_body(exchange: Exchange, model: str, read_file: ReadFile) -> dict[str, 
     values = set_values(asked.sampling) | set_values(stopping_of(exchange))
     if "num_logprobs" in values:
         values |= {"logprobs": True, "top_logprobs": values.pop("num_logprobs")}
+    for name, known_as in HTTP_NAMES.items():
+        if name in values:
+            values[known_as] = values.pop(name)
+    values |= set_values(asked.rules) if asked.rules else {}
+    values |= {"n": asked.n} if asked.n > 1 else {}
+    values |= {"priority": asked.priority} if asked.priority else {}
     streamed = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    values |= tool_fields(asked) | response_format(without_tools(asked))
+    values |= chat_fields(asked) | response_format(without_tools(asked))
     return body | streamed | {"seed": asked.sampling.seed} | values
 
 
-def set_values(values: Sampling | Stopping) -> dict[str, Any]:
-    """Return the fields that differ from their defaults."""
+def set_values(values: Sampling | Stopping | RecordedRules) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, in the types of JSON."""
     defaults = type(values)()
+    found: dict[str, Any] = msgspec.to_builtins(values)
     return {
         name: value
-        for name, value in msgspec.structs.asdict(values).items()
-        if value != getattr(defaults, name)
+        for name, value in found.items()
+        if getattr(values, name) != getattr(defaults, name)
     }
 
 
@@ -147,13 +160,26 @@ def stopping_of(exchange: Exchange) -> Stopping:
 
 
 def response_format(asked: Asked) -> dict[str, Any]:
+    """Return the field of a body that makes the answer follow the guide of a request."""
     match asked.guide_kind:
-        case "json_object":
+        case "":
+            return {}
+        case "json_object" if not asked.guide_whitespace:
             return {"response_format": {"type": "json_object"}}
-        case "json_schema":
+        case "json_schema" if not asked.guide_whitespace:
             schema = {"name": "recorded", "schema": schema_of(asked)}
             return {"response_format": {"type": "json_schema", "json_schema": schema}}
-    return {}
+        case "json_object":
+            guide: dict[str, Any] = {"json_object": True}
+        case "json_schema":
+            guide = {"json": schema_of(asked)}
+        case "choice":
+            guide = {"choice": schema_of(asked)}
+        case kind:
+            guide = {kind: asked.guide}
+    if asked.guide_whitespace:
+        guide["whitespace_pattern"] = asked.guide_whitespace
+    return {"structured_outputs": guide}
 
 
 def schema_of(asked: Asked) -> Any:
@@ -182,6 +208,8 @@ def grpc_request(exchange: Exchange, read_file: ReadFile) -> GrpcRequest:
     fields: dict[str, Any] = {"model": asked.adapter}
     if asked.prompt_kind == "token_ids":
         fields["token_ids"] = inference_pb2.TokenIds(ids=token_ids_of(asked))
+    elif asked.prompt_kind == "text":
+        fields["raw_text"] = asked.prompt.decode(errors="replace")
     else:
         fields["text"] = text_of(messages_of(asked))
     files = [(item, read_file(item.hash)) for item in asked.items]
@@ -225,19 +253,34 @@ def options(exchange: Exchange) -> dict[str, Any]:
     """Return sampling, stopping, guide and the form of the response."""
     asked = exchange.asked
     sampling = set_values(asked.sampling) | {"seed": asked.sampling.seed}
+    if asked.rules:
+        rules = set_values(asked.rules)
+        if "logit_bias" in rules:
+            rules["logit_bias"] = {int(id): value for id, value in rules["logit_bias"].items()}
+        sampling |= rules
     stopping = set_values(stopping_of(exchange))
+    for name in ("include_stop", "repetition"):
+        if name in stopping:
+            stopping[HTTP_NAMES[name]] = stopping.pop(name)
     response = {
         "num_logprobs": sampling.pop("num_logprobs", None),
+        "num_prompt_logprobs": sampling.pop("num_prompt_logprobs", None),
         "skip_special_tokens": stopping.pop("skip_special_tokens", None),
     }
     guides: dict[str, dict[str, Any]] = {
         "json_object": {"json_object": True},
         "json_schema": {"json_schema": asked.guide},
         "regex": {"regex": asked.guide},
+        "grammar": {"grammar": asked.guide},
     }
+    if asked.guide_kind == "choice":
+        guides["choice"] = {"choice": inference_pb2.Choices(texts=schema_of(asked))}
+    guide = guides.get(asked.guide_kind, {})
     return {
         "sampling": inference_pb2.SamplingParams(**sampling),
         "stopping": inference_pb2.StoppingParams(**stopping),
         "response": inference_pb2.ResponseOptions(**response),
-        "guide": inference_pb2.GuideParams(**guides.get(asked.guide_kind, {})),
+        "guide": inference_pb2.GuideParams(whitespace_pattern=asked.guide_whitespace, **guide),
+        "n": asked.n,
+        "priority": asked.priority,
     }

@@ -1,4 +1,5 @@
-"""The tools of a recorded request, and the calls in its messages, as HTTP bodies have them."""
+"""The tools and chat options of a recorded request, and the calls in its messages, as HTTP bodies
+have them."""
 
 from typing import Any
 
@@ -41,16 +42,25 @@ def read_tool_guide(asked: Asked) -> ToolGuide:
         raise BadRecording(f"the tools of request {asked.number} are damaged ({error})") from None
 
 
-def tool_fields(asked: Asked) -> dict[str, Any]:
-    """Return the fields of a body about tools, or raise BadRecording."""
-    if asked.guide_kind != "tool_calls":
+def chat_fields(asked: Asked) -> dict[str, Any]:
+    """Return the fields of a body about tools and the chat template, or raise BadRecording."""
+    if not asked.chat_options:
         return {}
-    guide = read_tool_guide(asked)
     try:
         options = msgspec.json.decode(asked.chat_options, type=ChatOptions)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadRecording(f"the tools of request {asked.number} are damaged ({error})") from None
-    return {
+    fields: dict[str, Any] = {}
+    if not options.add_generation_prompt:
+        fields["add_generation_prompt"] = False
+    if options.continue_final_message:
+        fields["continue_final_message"] = True
+    if options.template_kwargs:
+        fields["chat_template_kwargs"] = options.template_kwargs
+    if asked.guide_kind != "tool_calls":
+        return fields
+    guide = read_tool_guide(asked)
+    return fields | {
         "tools": options.tools,
         "tool_choice": "required" if guide.required else "auto",
         "parallel_tool_calls": guide.parallel,
