@@ -36,7 +36,8 @@ class ChatCompletions(Endpoint[AskedChat]):
         chat = parse_chat(body)
         adapter = self.core.check_model(chat.model)
         generation = chat_to_generation(chat, request_id, timeout, self.core.max_model_len())
-        generation = replace(generation, adapter=adapter)
+        if adapter:
+            generation = replace(generation, adapter=adapter)
         has_times = chat.token_timestamps or self.times_tokens
         writer = sse.CompletionWriter(
             request_id,

@@ -144,6 +144,8 @@ class Guided(Body):
         InvalidField
             if that is several things, or cannot be followed.
         """
+        if self.model_fields_set.isdisjoint(Guided.model_fields):
+            return NO_GUIDE  # most requests
         found = dict(
             guides_of(
                 {

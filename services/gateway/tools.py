@@ -85,6 +85,8 @@ def read_tool_use(tools: Sequence[Tool], choice: Any, parallel: bool | None) -> 
     InvalidField
         if they do not fit together.
     """
+    if not tools and choice is None:
+        return NO_TOOLS  # most requests
     check_tools(tools)
     mode, names = read_choice(choice, [tool.function.name for tool in tools])
     if mode == "none" or not tools:
