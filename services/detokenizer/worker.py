@@ -359,7 +359,8 @@ class Worker:
         if finish_reason:
             more = self._end(answer, tokens.offset + len(ids), finish_reason)
         elif answer.is_new:
-            more = {"timings": Tensor.of_bytes(write_timings(answer.timings))}
+            timings = Tensor.of_bytes(write_timings(answer.timings))
+            more = {"timings": timings, "usage": answer.usage}
         if answer.prompt_logprobs:
             more["prompt_logprobs"] = answer.prompt_logprobs
             answer.prompt_logprobs = None

@@ -45,6 +45,7 @@ class ChatCompletions(Endpoint[AskedChat]):
             with_ids=bool(chat.return_token_ids),
             with_logprobs=bool(chat.logprobs),
             with_usage=chat.include_usage,
+            with_running_usage=chat.has_running_usage,
             with_timings=bool(chat.timings),
             token_times=[TokenTimes() for _ in range(generation.n)] if has_times else None,
             names_tool=chat.tool_use.is_named,

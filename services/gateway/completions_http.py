@@ -54,6 +54,7 @@ class Completions(Endpoint[AskedCompletion]):
         requests = [replace(one, adapter=adapter) for one in asked.requests]
         writer = TextWriter(request_id, adapter or self.core.model_name, request, requests)
         writer.with_usage = asked.chat.include_usage
+        writer.has_running_usage = asked.chat.has_running_usage
         writer.with_ids = bool(asked.chat.return_token_ids)
         return AskedCompletion(
             requests, writer, is_streamed=bool(request.stream), echoes=bool(request.echo)
@@ -170,6 +171,8 @@ class TextWriter:
             "model": model,
         }
         self.with_usage = False
+        self.has_running_usage = False
+        self._running = [sse.RunningUsage() for _ in requests]
         self.with_ids = False
         self._with_logprobs = request.logprobs is not None
         self._drops_answers = request.max_tokens == 0
@@ -185,6 +188,7 @@ class TextWriter:
         assert isinstance(event, Began | Piece | Ended)
         index = prompt_index * self._n + event.choice
         answer = self._answers[index]
+        self._running[prompt_index].note(event)
         match event:
             case Began():
                 return self._begin(index, answer, self.prompts[prompt_index], event)
@@ -225,17 +229,17 @@ class TextWriter:
             if self.with_ids:
                 choice["token_ids"] = answer.token_ids
             choices.append(choice)
-        body = self.head | {"choices": choices, "usage": self._usage()}
+        body = self.head | {"choices": choices, "usage": self._usage(self._usages)}
         return body | ({"timings": self._timings} if len(self.prompts) == 1 else {})
 
     def totals(self) -> bytes:
         """Return the chunk of a stream with the usage, if it is asked for."""
         if not self.with_usage:
             return b""
-        return sse.sse_event(self.head | {"choices": [], "usage": self._usage()})
+        return sse.sse_event(self.head | {"choices": [], "usage": self._usage(self._usages)})
 
-    def _usage(self) -> dict[str, Any]:
-        usages = self._usages
+    def _usage(self, usages: list[Usage]) -> dict[str, Any]:
+        """Return the usage of all prompts and their answers together."""
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return sse.usage_body(
             Usage(
@@ -261,7 +265,9 @@ class TextWriter:
         }
         if self.with_ids:
             choice["token_ids"] = token_ids
-        usage = {"usage": None} if self.with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self.with_usage else {}
+        if self.has_running_usage:
+            usage = {"usage": self._usage([running.usage for running in self._running])}
         return sse.sse_event(self.head | {"choices": [choice]} | usage)
 
 

@@ -381,7 +381,7 @@ class GatewayCore:
             self._fail(record, error)
             return
         if not record.attempt.is_answering:
-            self._on_first_token(record, timings, prompt_logprobs)
+            self._on_first_token(record, timings, prompt_logprobs, delta.usage)
         record.add_tokens(piece)
         is_end = delta.finish_reason != ""
         self._failover.on_tokens(record, is_end)
@@ -442,6 +442,7 @@ class GatewayCore:
         record: Record,
         timings: Timings,
         prompt_logprobs: list[dict[str, Any] | None] | None = None,
+        usage: Usage | None = None,
     ) -> None:
         """Note the first token of the attempt, which is not always the first of the request."""
         self._failover.on_first_token(record)
@@ -450,7 +451,13 @@ class GatewayCore:
             self._num_waiting -= 1
             self._admission.pace.on_served(record.first_token, self._num_waiting)
             self.first_token_seconds.append(record.first_token - record.admitted)
-            began = Began(record.prompt_token_ids, {**timings}, record.index, prompt_logprobs)
+            began = Began(
+                record.prompt_token_ids,
+                {**timings},
+                record.index,
+                prompt_logprobs,
+                usage or Usage(),
+            )
             record.choices.put(began)
 
     # Ends

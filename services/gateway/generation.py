@@ -75,6 +75,8 @@ class Began:
     """One OpenAI `logprobs.content` entry for each token of the prompt, and None for the first one;
     None as a whole if the client asked for none. An entry also has a `rank`, which is 1 if the
     token was the most likely one in its place."""
+    usage: Usage = Usage()
+    """The token counts of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

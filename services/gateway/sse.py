@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from common.boxes import Box
 from common.errors import ServingError
 from common.messages import Usage
@@ -141,6 +143,22 @@ def call_delta(part: dict[str, Any]) -> dict[str, Any]:
     return {"index": part["index"], "id": part["id"], "type": "function", "function": function}
 
 
+class RunningUsage:
+    """The usage of all answers to one prompt so far."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    def note(self, event: GenerationEvent) -> None:
+        """Count the tokens of an event."""
+        match event:
+            case Began(usage=prompt) if not self.usage.prompt_tokens:
+                self.usage = prompt
+            case Piece(token_ids=ids):
+                count = self.usage.completion_tokens + len(ids)
+                self.usage = msgspec.structs.replace(self.usage, completion_tokens=count)
+
+
 class CompletionWriter:
     """Writes the bodies of one completion.
 
@@ -157,6 +175,7 @@ class CompletionWriter:
         with_ids: bool,
         with_logprobs: bool,
         with_usage: bool,
+        with_running_usage: bool = False,
         with_timings: bool = False,
         token_times: list[TokenTimes] | None = None,
         names_tool: bool = False,
@@ -165,12 +184,15 @@ class CompletionWriter:
         self.with_ids = with_ids
         self.with_logprobs = with_logprobs
         self.with_usage = with_usage
+        self.running = RunningUsage() if with_running_usage else None
         self.with_timings = with_timings
         self.token_times = token_times
         self.names_tool = names_tool
 
     def note(self, event: GenerationEvent) -> None:
-        """Note when an event arrived, before it is written."""
+        """Note an event and when it arrived, before it is written."""
+        if self.running:
+            self.running.note(event)
         if self.token_times and not isinstance(event, Result | Conversion):
             self.token_times[event.choice].note(event)
 
@@ -275,7 +297,9 @@ class CompletionWriter:
         }
         if self.with_ids and token_ids is not None:
             choice["token_ids"] = token_ids
-        usage = {"usage": None} if self.with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self.with_usage else {}
+        if self.running:
+            usage = {"usage": usage_body(self.running.usage)}
         return sse_event(
             self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | extra
         )

@@ -81,8 +81,12 @@ class Grammars:
         """Return why no answer can follow a grammar; empty if one can."""
         from llguidance import LLMatcher
 
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
-        return problem.splitlines()[0][:300] if problem else ""
+        if problem := LLMatcher.validate_grammar(grammar, self._tokenizer):
+            return str(problem).splitlines()[0][:300]
+        # A valid grammar may have no answer, such as a schema that is only a reference to itself.
+        matcher = LLMatcher(self._tokenizer, grammar)
+        matcher.compute_bitmask()
+        return "nothing can begin an answer" if matcher.is_error() else ""
 
 
 def made_grammar(kind: str, text: str, whitespace: str) -> str:

@@ -140,7 +140,7 @@ def test_deltas_follow_the_tokens_and_their_texts_join_to_the_whole() -> None:
     assert detokenizer.deltas[0].text.text() == "", "half a character is held back"
 
 
-def test_only_the_last_delta_carries_the_end_and_only_it_and_the_first_carry_timings() -> None:
+def test_only_the_last_delta_carries_the_end_and_only_it_and_the_first_carry_more() -> None:
     detokenizer = Detokenizer("gateway-1", "gateway-2")
     detokenizer.play(
         start(),
@@ -150,7 +150,10 @@ def test_only_the_last_delta_carries_the_end_and_only_it_and_the_first_carry_tim
         tokens(3, ids_of("d"), "length"),
     )
     first, second, last = detokenizer.deltas
-    assert (first.finish_reason, first.usage) == ("", Usage())
+    assert (first.finish_reason, first.usage) == (
+        "",
+        Usage(prompt_tokens=9, image_tokens=4, cached_tokens=2),
+    )
     assert first.timings is not None
     assert json.loads(first.timings.bytes()) == {"prefill_seconds": 0.5, "images": []}
     assert (second.finish_reason, second.usage, second.timings) == ("", Usage(), None)

@@ -195,3 +195,16 @@ def test_an_echo_of_token_ids_is_their_text(client: TestClient, core: FakeCore) 
     core.spellings = {b"".join(n.to_bytes(8, "little") for n in (5, 6)): "Old"}
     assert create(client, [5, 6], echo=True).choices[0].text == "OldHello"
     assert [asked.task for asked in core.requests] == ["detokenize", "generate"]
+
+
+def test_each_chunk_has_the_usage_so_far_if_it_is_asked_for(
+    client: TestClient, core: FakeCore
+) -> None:
+    prompt = Usage(prompt_tokens=9)
+    core.script = (Began(None, usage=prompt), *HELLO[1:])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = stream(client, ["a", "b"], stream_options=options)
+    totals = [chunk.usage.total_tokens for chunk in chunks if chunk.usage]
+    assert len(totals) == len(chunks)
+    assert totals == sorted(totals)
+    assert totals[-1] == 24

@@ -19,7 +19,7 @@ from common.messages import Usage
 from services.gateway.generation import Began, Ended, Piece
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
-from tests.gateway.fake_core import TIMINGS, FakeCore
+from tests.gateway.fake_core import HELLO, TIMINGS, FakeCore
 
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -110,6 +110,16 @@ def test_usage_comes_in_a_separate_last_chunk(client: TestClient) -> None:
         and last["usage"]["completion_tokens"] == 3
         and last["timings"] == TIMINGS
     )
+
+
+def test_each_chunk_has_the_usage_so_far_if_it_is_asked_for() -> None:
+    core = FakeCore(Began(None, usage=Usage(prompt_tokens=9)), *HELLO[1:])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with TestClient(create_app(MeasuredCore(core))) as client:
+        answer = client.post(CHAT, json=ASK | {"stream": True, "stream_options": options})
+    found = [chunk["usage"] for chunk in events(answer.text)]
+    assert [usage["completion_tokens"] for usage in found] == [0, 1, 3, 3, 3]
+    assert {usage["prompt_tokens"] for usage in found} == {9}
 
 
 def test_timings_come_with_the_end_of_a_stream_that_asks_for_them(client: TestClient) -> None:

@@ -33,6 +33,8 @@ def test_a_valid_guide_becomes_a_grammar(kind: str, text: str) -> None:
         ("json_schema", "[" * 100_000, "not valid JSON"),
         ("json_schema", "3", "must be an object"),
         ("regex", "[a-", "regex"),
+        ("json_schema", '{"$ref": "#"}', "begin an answer"),
+        ("regex", r"[^\s\S]", "begin an answer"),
     ],
 )
 def test_an_invalid_guide_is_refused_with_the_reason(kind: str, text: str, words: str) -> None:

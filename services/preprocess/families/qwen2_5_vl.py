@@ -39,14 +39,15 @@ def smart_resize(
     # cases.
     rows = round(height / factor)
     columns = round(width / factor)
+    if rows * columns * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor)
+        columns = math.ceil(width * grow / factor)
+    # Rounding up may exceed the upper limit, if both are close to each other.
     if rows * columns * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / factor))
         columns = max(1, math.floor(width / shrink / factor))
-    elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor)
-        columns = math.ceil(width * grow / factor)
     return rows * factor, columns * factor
 
 
