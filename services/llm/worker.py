@@ -334,7 +334,9 @@ class Worker:
         if output.offset == output.request.num_resumed_tokens:
             self._member.links.send(detokenizer_id, start_of(output))
         if output.error:
-            self._log.error("request failed", request_id=prompt.request_id, reason=output.error)
+            # A gateway logs what it refuses; only faults of this group need a line here.
+            log = self._log.error if output.error_code == "Internal" else self._log.debug
+            log("request failed", request_id=prompt.request_id, reason=output.error)
             failed = Failed(**prompt.ids, code=output.error_code, message=output.error, stage="llm")
             self._member.links.send(detokenizer_id, failed)
             return
