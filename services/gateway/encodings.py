@@ -19,7 +19,7 @@ MAX_MEMBERS = 4096
 """The most gzip members of one body. Each takes some microseconds, however small it is."""
 
 JSON_TYPE = re.compile(r"application/(json|[!#$&^_.+a-z0-9-]+\+json)")
-CHARSETS = ("utf-8", "utf8")
+CHARSETS = ("utf-8", "utf8", "us-ascii")
 MARK = b"\xef\xbb\xbf"
 """The byte order mark of UTF-8, which some tools put before a text."""
 WIDE_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"} | {
