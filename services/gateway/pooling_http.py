@@ -44,7 +44,14 @@ class Classifications(Endpoint[AskedClass]):
         assert request.messages is not None
         self.core.check_model(request.model)
         max_model_len = self.core.max_model_len()
-        asked = to_pooling("classify", request.messages, request_id, timeout, max_model_len)
+        asked = to_pooling(
+            "classify",
+            request.messages,
+            request_id,
+            timeout,
+            max_model_len,
+            request.mm_processor_kwargs,
+        )
         return AskedClass([asked], request.top_k)
 
     async def answer(self, asked: AskedClass, scope: Scope, receive: Receive, send: Send) -> None:

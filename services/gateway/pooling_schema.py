@@ -14,6 +14,7 @@ from services.gateway.chat_messages import (
     read_message,
 )
 from services.gateway.generation import GenerationRequest
+from services.gateway.image_parts import bounded
 from services.gateway.invalid_field import InvalidField, explain_body_error
 from services.gateway.json_bounds import check_json
 from services.gateway.unsupported import IN_POOLING, refuse_unsupported
@@ -29,6 +30,7 @@ class PoolingRequest(Body):
 
     model: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    mm_processor_kwargs: dict[str, Any] | None = None
 
 
 class ClassifyRequest(PoolingRequest):
@@ -103,6 +105,7 @@ def to_pooling(
     request_id: str,
     timeout: float | None,
     max_model_len: int | None,
+    processor_kwargs: dict[str, Any] | None = None,
 ) -> GenerationRequest:
     """Return messages as a request for this task, or raise InvalidRequest if one is wrong."""
     images: list[Media] = []
@@ -112,7 +115,7 @@ def to_pooling(
         request_id=request_id,
         prompt_kind="messages",
         prompt=encode_messages(read),
-        images=tuple(images),
+        images=bounded(images, processor_kwargs),
         timeout=timeout,
         task=task,
     )
@@ -126,7 +129,10 @@ def to_embeddings(
     Each has an id of its own if there are several.
     """
     if body.messages is not None:
-        return [to_pooling("embed", body.messages, request_id, timeout, max_model_len)]
+        kwargs = body.mm_processor_kwargs
+        return [to_pooling("embed", body.messages, request_id, timeout, max_model_len, kwargs)]
+    if body.mm_processor_kwargs:
+        raise InvalidField("mm_processor_kwargs", "texts in input have no images; send messages")
     texts = texts_of(body.input)
     requests = []
     for index, text in enumerate(texts):

@@ -308,7 +308,6 @@ IN_POOLING: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "activation": (True,),
-    "mm_processor_kwargs": ({},),
     "add_special_tokens": (True,),
     "normalize": (True,),
     "softmax": (True,),

@@ -27,6 +27,7 @@ FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 SCAN = 0xDA
 GREYS = {127, 128}
 BAND_ROWS = 256
+CUT_OFF = "the image is a JPEG that is cut off; send the whole file"
 
 
 def missing_end(data: bytes) -> bytes:
@@ -49,12 +50,14 @@ def load_jpeg(image: JpegImagePlugin.JpegImageFile) -> None:
     data = image.fp.getvalue()
     lacks_end = LACKS_END in image.info
     image.load()
+    if image.info.get("progressive") and not has_all_scans(data):
+        raise UnreadableImage(CUT_OFF)
     if not lacks_end and not may_be_cut(image):
         return
     with Image.open(BytesIO(with_noise(data)), formats=["JPEG"]) as other:
         is_whole = are_equal(image, other)
     if not is_whole or (lacks_end and not has_all_scans(data)):
-        raise UnreadableImage("the image is a JPEG that is cut off; send the whole file")
+        raise UnreadableImage(CUT_OFF)
 
 
 def may_be_cut(image: Image.Image) -> bool:

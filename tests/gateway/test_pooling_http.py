@@ -18,6 +18,7 @@ from services.gateway.generation import Began, GenerationEvent, GenerationReques
 from services.gateway.metrics import MeasuredCore
 from services.gateway.openai_http import create_app
 from services.gateway.pooling_schema import MAX_INPUTS
+from services.gateway.videos import BoundedImage
 from tests.gateway.fake_core import TIMINGS, FakeCore
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"picture").decode()
@@ -127,6 +128,12 @@ def test_the_best_labels_of_a_classification(client: TestClient) -> None:
         ("classify", {"softmax": False}, "softmax"),
         ("classify", {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ("classify", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages"),
+        ("classify", {"mm_processor_kwargs": {"fps": 2}}, "mm_processor_kwargs.fps"),
+        (
+            "embeddings",
+            {"messages": None, "input": "a", "mm_processor_kwargs": {"max_pixels": 9}},
+            "mm_processor_kwargs",
+        ),
         ("embeddings", {}, None),
         ("embeddings", {"messages": None}, "input"),
         ("embeddings", {"input": "hi"}, "input"),
@@ -174,6 +181,16 @@ def test_refusals_and_failures_are_the_errors_of_a_chat(
     assert answer.status_code == 504 and answer.json()["error"]["stage"] == "llm"
     assert client.post(f"/v1/{path}", content=b" " * 200_001).status_code == 413
     assert client.get(f"/v1/{path}").status_code == 405
+
+
+@pytest.mark.parametrize("path", ["classify", "embeddings"])
+def test_the_bounds_of_pixels_hold_for_the_images(
+    client: TestClient, core: FakeCore, path: str
+) -> None:
+    body = ASK | {"mm_processor_kwargs": {"max_pixels": 5000}}
+    assert client.post(f"/v1/{path}", json=body).status_code == 200
+    [image] = core.requests[0].images
+    assert isinstance(image, BoundedImage) and image.bounds.max_pixels == 5000
 
 
 def test_the_embedding_of_an_image(client: TestClient, core: FakeCore) -> None:

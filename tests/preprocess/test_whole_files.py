@@ -66,6 +66,15 @@ def test_a_jpeg_whose_end_was_put_behind_half_of_its_pixels_is_refused(
         pixels(whole[: len(whole) * 3 // 4] + END)
 
 
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])
+def test_a_progressive_jpeg_whose_end_was_put_behind_its_first_scans_is_refused(
+    kept: float,
+) -> None:
+    whole = encoded(PICTURE, "JPEG", progressive=True)
+    with pytest.raises(UnreadableImage, match="cut off"):
+        pixels(whole[: int(kept * len(whole))] + END)
+
+
 def test_a_jpeg_that_is_grey_is_read() -> None:
     assert (pixels(encoded(Image.new("RGB", (40, 40), (128,) * 3), "JPEG")) == 128).all()
 
