@@ -3,7 +3,7 @@
 One that would change the answer is obeyed, if it means exactly a field of ours, or else refused by
 name. One that says nothing about the answer is accepted. A field that is named nowhere here is
 accepted, too, because clients send many fields of their own. Objects inside a request are stricter:
-a key that is not known there is refused. `docs/request-fields.md` lists all fields.
+a key that is not known there is refused. `docs/api.md` lists all fields.
 """
 
 import json
