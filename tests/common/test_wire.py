@@ -373,7 +373,7 @@ def test_an_invalid_number_of_seconds_is_refused(seconds: Any) -> None:
         ("sampling", "temperature", math.nan),
         ("sampling", "temperature", math.inf),
         ("sampling", "top_p", math.nan),
-        ("sampling", "top_p", 0.0),
+        ("sampling", "top_p", -0.1),
         ("sampling", "repetition_penalty", -math.inf),
         ("sampling", "presence_penalty", math.nan),
         ("sampling", "top_k", True),

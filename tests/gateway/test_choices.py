@@ -50,7 +50,10 @@ async def test_the_events_of_all_answers_come_by_their_index() -> None:
         for choice, offset, end in ((0, 0, False), (1, 0, True), (0, 1, True)):
             asked.token(choice, offset, end)
         begun, zero, other, one, end_of_one, last, end_of_zero = await rest(events)
-    assert [begun, other] == [Began([1, 2, 3]), Began([1, 2, 3], {"decode_seconds": 0.5}, choice=1)]
+    assert [begun, other] == [
+        Began([1, 2, 3]),
+        Began([1, 2, 3], {"decode_seconds": 0.5}, choice=1, usage=USAGE),
+    ]
     assert [zero, one, last] == [
         Piece(0, [0], "0 ", []),
         Piece(0, [10], "10 ", [], choice=1),

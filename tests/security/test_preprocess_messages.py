@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import BY_CODE, InvalidRequest
 from common.events import Event, PeerUp
 from common.messages import (
     Abort,
@@ -85,7 +86,9 @@ def test_a_malformed_request_is_refused_and_the_next_one_is_served(fields: dict[
     preprocess = Preprocess("vision-1")
     [event] = submit("bad")
     sent = preprocess.play(changed(event, **fields) + submit("next"))
-    assert failures(sent) == [("gateway-1", "bad", "InvalidRequest", None)]
+    [(gateway, request, code, item)] = failures(sent)
+    assert (gateway, request, item) == ("gateway-1", "bad", None)
+    assert issubclass(BY_CODE[code], InvalidRequest)
     assert len(sent[0][1].message) < 500
     assert prompts(sent) == ["next"] and preprocess.holds_nothing
 
@@ -181,6 +184,6 @@ def test_images_that_cannot_fit_are_refused_before_one_is_decoded() -> None:
     preprocess = Preprocess("vision-1")
     large = encoded(noise(1300, 1300), "JPEG")
     sent = preprocess.play(submit("r", large, large, large))
-    assert failures(sent) == [("gateway-1", "r", "InvalidRequest", None)]
-    assert "the model's context is 4096" in sent[0][1].message
+    assert failures(sent) == [("gateway-1", "r", "ContextLengthExceeded", None)]
+    assert "maximum context length is 4096" in sent[0][1].message
     assert [type(task.job) for task in preprocess.tasks.started] == [Read]

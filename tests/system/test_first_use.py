@@ -164,7 +164,7 @@ def test_a_deadline_that_passes_ends_the_request_with_504(embedded: Running) -> 
     request = urllib.request.Request(
         embedded.url("/v1/chat/completions"),
         json.dumps(body).encode(),
-        {"x-request-timeout": "0.5"},
+        {"content-type": "application/json", "x-request-timeout": "0.5"},
     )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)
