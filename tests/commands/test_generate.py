@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,7 @@ async def test_a_failure_is_one_line_on_stderr(
     assert await run(core, "hi", *output) == 1
     out, err = capsys.readouterr()
     # The log of the server, which is in this process, goes to stdout, too.
-    *logged, text = out.split("\n")
-    assert text == ("" if output else "x") and all("failed" in line for line in logged)
+    assert re.sub(r"20\d\d-.*status=503\n", "", out) == ("" if output else "x")
     assert (
         err.count("\n") == 1 and err.startswith("twinlens: ") and "UNAVAILABLE: llm was lost" in err
     )
