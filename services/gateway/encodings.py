@@ -137,6 +137,9 @@ def remove_mark(body: bytearray) -> None:
     InvalidRequest
         if the body is in UTF-16 or UTF-32.
     """
+    begin = body[:4]
+    if begin.isascii() and b"\0" not in begin:
+        return  # No mark is ASCII only, but nearly all bodies begin so.
     if body.startswith(MARK):
         del body[: len(MARK)]
         return

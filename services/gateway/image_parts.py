@@ -53,6 +53,8 @@ def bounded(media: Sequence[Media], kwargs: dict[str, Any] | None) -> tuple[Medi
 
     `kwargs` is the field mm_processor_kwargs. Raises InvalidField if it asks for anything else.
     """
+    if not kwargs:
+        return tuple(media)
     of_all, of_images = read_processor_kwargs(kwargs)
     return tuple(
         with_bounds(one, [of_all] if isinstance(one, Video) else [of_all, of_images])

@@ -35,7 +35,7 @@ def bounds_of_detail(given: Mapping[str, Any], path: str) -> PixelBounds:
     return DETAILS[detail]
 
 
-def read_processor_kwargs(kwargs: dict[str, Any] | None) -> tuple[PixelBounds, PixelBounds]:
+def read_processor_kwargs(kwargs: dict[str, Any]) -> tuple[PixelBounds, PixelBounds]:
     """Return the bounds in the field mm_processor_kwargs: of all items, and of images alone.
 
     Raises
@@ -43,14 +43,13 @@ def read_processor_kwargs(kwargs: dict[str, Any] | None) -> tuple[PixelBounds, P
     InvalidField
         if it asks for anything else.
     """
-    given = kwargs or {}
-    refuse_unknown(given, (*IN_KWARGS, "images_kwargs"), KWARGS)
-    nested = given.get("images_kwargs") or {}
+    refuse_unknown(kwargs, (*IN_KWARGS, "images_kwargs"), KWARGS)
+    nested = kwargs.get("images_kwargs") or {}
     path = f"{KWARGS}.images_kwargs"
     if not isinstance(nested, dict):
         raise InvalidField(path, "must be an object")
     refuse_unknown(nested, IN_KWARGS, path)
-    return bounds_of_kwargs(given, KWARGS), bounds_of_kwargs(nested, path)
+    return bounds_of_kwargs(kwargs, KWARGS), bounds_of_kwargs(nested, path)
 
 
 def bounds_of_kwargs(given: Mapping[str, Any], path: str) -> PixelBounds:
