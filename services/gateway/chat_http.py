@@ -49,6 +49,7 @@ class ChatCompletions(Endpoint[AskedChat]):
             with_timings=bool(chat.timings),
             token_times=[TokenTimes() for _ in range(generation.n)] if has_times else None,
             names_tool=chat.tool_use.is_named,
+            names_by_id=bool(chat.return_tokens_as_token_ids),
         )
         return AskedChat([generation], writer, is_streamed=bool(chat.stream))
 

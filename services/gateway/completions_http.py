@@ -56,6 +56,7 @@ class Completions(Endpoint[AskedCompletion]):
         writer.with_usage = asked.chat.include_usage
         writer.has_running_usage = asked.chat.has_running_usage
         writer.with_ids = bool(asked.chat.return_token_ids)
+        writer.names_by_id = bool(asked.chat.return_tokens_as_token_ids)
         return AskedCompletion(
             requests, writer, is_streamed=bool(request.stream), echoes=bool(request.echo)
         )
@@ -174,6 +175,8 @@ class TextWriter:
         self.has_running_usage = False
         self._running = [sse.RunningUsage() for _ in requests]
         self.with_ids = False
+        self.names_by_id = False
+        """Whether log-probabilities name tokens by their ids."""
         self._with_logprobs = request.logprobs is not None
         self._drops_answers = request.max_tokens == 0
         self._n = requests[0].n
@@ -195,7 +198,9 @@ class TextWriter:
             case Piece() if not self._drops_answers:
                 answer.text += event.text
                 answer.token_ids += event.token_ids
-                logprobs = answer.logprobs.add(event.logprobs) if self._with_logprobs else None
+                logprobs = None
+                if self._with_logprobs:
+                    logprobs = answer.logprobs.add(self._named(event.logprobs))
                 if not (event.text or logprobs or (self.with_ids and event.token_ids)):
                     return b""
                 return self._chunk(index, event.text, logprobs, None, event.token_ids)
@@ -215,6 +220,9 @@ class TextWriter:
         if self._with_logprobs:
             logprobs = answer.logprobs.add_prompt(prompt, began.prompt_logprobs or [])
         return self._chunk(index, prompt, logprobs, None, [])
+
+    def _named(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sse.named_by_id(entries) if self.names_by_id else entries
 
     def whole(self) -> dict[str, Any]:
         """Return the body of a completion that is not streamed."""

@@ -86,6 +86,7 @@ class ChatRequest(Guided):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     timings: bool | None = None
     """Whether a stream ends with the stage timings. An answer as a whole always has them."""
     token_timestamps: bool | None = None

@@ -83,6 +83,15 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def named_by_id(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return entries of Piece.logprobs whose tokens are named by their ids, in vLLM's form."""
+    named = [entry | {"token": f"token_id:{entry['token_id']}"} for entry in entries]
+    for entry in named:
+        if "top_logprobs" in entry:
+            entry["top_logprobs"] = named_by_id(entry["top_logprobs"])
+    return named
+
+
 def logprobs_body(entries: list[dict[str, Any]], with_ids: bool) -> dict[str, Any]:
     """Return OpenAI's `logprobs` object: the entries of Piece.logprobs.
 
@@ -179,6 +188,7 @@ class CompletionWriter:
         with_timings: bool = False,
         token_times: list[TokenTimes] | None = None,
         names_tool: bool = False,
+        names_by_id: bool = False,
     ) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self.with_ids = with_ids
@@ -188,6 +198,8 @@ class CompletionWriter:
         self.with_timings = with_timings
         self.token_times = token_times
         self.names_tool = names_tool
+        self.names_by_id = names_by_id
+        """Whether log-probabilities name tokens by their ids."""
 
     def note(self, event: GenerationEvent) -> None:
         """Note an event and when it arrived, before it is written."""
@@ -310,7 +322,9 @@ class CompletionWriter:
         return "stop" if is_named_call else ended.finish_reason
 
     def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-        return logprobs_body(entries, self.with_ids) if self.with_logprobs else None
+        if not self.with_logprobs:
+            return None
+        return logprobs_body(named_by_id(entries) if self.names_by_id else entries, self.with_ids)
 
     def _about_prompt(self, began: Began) -> dict[str, Any]:
         """Return what the client asked for about the prompt, with vLLM's names."""

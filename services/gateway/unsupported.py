@@ -53,7 +53,6 @@ VLLM: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "logprob_token_ids": ([],),
     "prompt_logprob_token_ids": ([],),
-    "return_tokens_as_token_ids": (False,),
     "return_token_offsets": (False,),
     "return_prompt_text": (False,),
     "return_mm_kwargs": (False,),

@@ -321,3 +321,12 @@ def test_metrics_count_how_requests_ended() -> None:
     ):
         assert line in shown
     assert not any("_created" in line for line in shown)
+
+
+def test_log_probabilities_name_tokens_by_their_ids_if_a_client_asks_for_that(
+    client: TestClient,
+) -> None:
+    asked = {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    answer = client.post(CHAT, json=ASK | asked).json()
+    entry = answer["choices"][0]["logprobs"]["content"][0]
+    assert (entry["token"], entry["top_logprobs"][0]["token"]) == ("token_id:10", "token_id:10")

@@ -34,7 +34,6 @@ def test_no_field_is_in_two_tables() -> None:
     [
         "repeat_penalty",
         "bad_words_ids",
-        "return_tokens_as_token_ids",
         "logprob_token_ids",
         "mirostat",
         "top_a",

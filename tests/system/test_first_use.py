@@ -232,15 +232,17 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(embedded: 
     assert "4096" in answer["error"]["message"]
 
 
-def test_a_prompt_that_names_the_placeholder_is_refused(embedded: Running) -> None:
-    status, answer = embedded.chat([{"role": "user", "content": "look: <|image_pad|>"}])
-    assert status == 400
-    assert "placeholder" in answer["error"]["message"]
+def test_a_typed_placeholder_is_text(embedded: Running) -> None:
+    status, answer = embedded.chat(
+        [{"role": "user", "content": "look: <|image_pad|>"}], max_tokens=1
+    )
+    assert status == 200
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 0
 
 
 SCHEMA = {
     "type": "object",
-    "properties": {"total": {"type": "number"}},
+    "properties": {"total": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["total"],
     "additionalProperties": False,
 }
@@ -250,7 +252,8 @@ def test_an_answer_follows_its_schema(embedded: Running) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "receipt", "schema": SCHEMA}}
     status, answer = embedded.chat(ask_about(RECEIPT), response_format=wanted, max_tokens=200)
     assert status == 200
-    assert isinstance(json.loads(text_of(answer))["total"], int | float)
+    assert json.loads(text_of(answer))["total"] in range(100)
+    assert " " not in text_of(answer), "guided JSON is compact"
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
