@@ -25,6 +25,7 @@ from common.messages import (
     RequestKey,
     Start,
     StopFound,
+    Stopping,
     Tokens,
     Usage,
     request_ids,
@@ -66,7 +67,7 @@ class Answer:
     prompt_logprobs: Tensor | None = None
     """Those of the first Delta, until that is sent."""
     hidden_ids: frozenset[int] = frozenset()
-    """The stop tokens whose text does not belong to the answer that they end."""
+    """The tokens whose text does not belong to the answer that they end."""
     began: float = field(default_factory=time.monotonic)
     span: Span = NO_SPAN
     calls: ToolCallParser | None = None
@@ -108,6 +109,7 @@ class Worker:
         self._vocabulary = vocabulary
         self._tool_vocabulary = vocabulary.with_markup((OPEN, CLOSE))
         self._vocab_size = vocab_size
+        self._ending_ids = vocabulary.special_ids - vocabulary.markup_ids
         self._max_model_len = max_model_len
         self._reads_boxes = reads_boxes
         self._metrics = metrics or DetokenizerMetrics()
@@ -245,12 +247,22 @@ class Worker:
             texts=[text] if self._reads_boxes else [],
             calls=calls,
             prompt_logprobs=prompt_entries(self._vocabulary, start),
-            hidden_ids=frozenset() if stopping.include_stop else frozenset(stopping.stop_token_ids),
+            hidden_ids=self._hidden_ids(stopping),
             span=self._member.tracing.begin(
                 "detokenizer", start.traceparent, None, {ATTEMPT: start.attempt}, "consumer"
             ),
         )
         self._log.debug("answer begins", request_id=start.request_id)
+
+    def _hidden_ids(self, stopping: Stopping) -> frozenset[int]:
+        """Return the tokens that end an answer without being part of its text.
+
+        Besides the stop tokens these are special tokens, one of which is the end token. Markup is
+        part of the text also where a grammar ends with it.
+        """
+        if stopping.include_stop:
+            return frozenset()
+        return self._ending_ids.union(stopping.stop_token_ids)
 
     def _objection_to(self, llm_id: str, start: Start) -> str:
         """Return why an answer cannot begin; empty if it can."""

@@ -217,6 +217,16 @@ def test_the_text_of_a_stop_token_belongs_to_the_answer_only_if_asked(include: b
     assert delta.token_ids.numpy().tolist() == ids
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_the_end_token_belongs_to_the_text_only_if_asked(include: bool) -> None:
+    detokenizer = Detokenizer("gateway-1")
+    end = min(VOCABULARY.special_ids)
+    stopping = {"skip_special_tokens": False, "include_stop": include}
+    detokenizer.play(start(**stopping), tokens(0, [*ids_of("a"), end], finish_reason="stop"))
+    name = VOCABULARY.bytes_by_id[end].decode()
+    assert detokenizer.text() == ("a" + name if include else "a")
+
+
 def test_a_stop_token_that_does_not_end_the_answer_is_text() -> None:
     detokenizer = Detokenizer("gateway-1")
     ids = ids_of("a;")
