@@ -1,17 +1,15 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shape."""
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.adapters import check_adapter
 from services.gateway.bodies import Bodies
 from services.gateway.generation import Core
-from services.gateway.invalid_field import explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.json_bodies import read_body
 
 
 class Load(BaseModel):
@@ -33,9 +31,6 @@ class Unload(BaseModel):
     lora_name: str = Field(min_length=1)
     lora_int_id: int | None = None
     """vLLM's own number of an adapter, which it does not read either."""
-
-
-B = TypeVar("B", Load, Unload)
 
 
 class AdapterEndpoint(ABC):
@@ -66,7 +61,7 @@ class LoadAdapterEndpoint(AdapterEndpoint):
     """POST /v1/load_lora_adapter."""
 
     async def change(self, body: bytearray) -> str:
-        asked = parse(Load, body)
+        asked = read_body(body, Load)
         check_adapter(self.core.model_name, asked.lora_name, asked.lora_path)
         await self.core.adapters.load(asked.lora_name, asked.lora_path, asked.load_inplace)
         return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
@@ -76,15 +71,6 @@ class UnloadAdapterEndpoint(AdapterEndpoint):
     """POST /v1/unload_lora_adapter."""
 
     async def change(self, body: bytearray) -> str:
-        asked = parse(Unload, body)
+        asked = read_body(body, Unload)
         await self.core.adapters.unload(asked.lora_name)
         return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
-
-
-def parse(kind: type[B], body: bytearray) -> B:
-    """Return a body. Raises InvalidRequest if it is malformed."""
-    check_json(body)
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None

@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from services.gateway.chat_messages import Body
 from services.gateway.generation import GenerationRequest
-from services.gateway.invalid_field import BeyondContext, InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.invalid_field import BeyondContext, InvalidField
+from services.gateway.json_bodies import read_body
 from services.gateway.limits import MAX_TOKEN_BYTES
 from services.gateway.schema import ChatRequest, chat_to_generation, read_chat
 from services.gateway.token_rules import MAX_TOKEN_ID
@@ -83,18 +83,13 @@ class AskedPrompts:
 
     chat: ChatRequest
     """The fields that a completion shares with a chat."""
-    prompts: list[str | list[int]]
     requests: list[GenerationRequest]
     """One for each prompt."""
 
 
 def parse_completions(body: bytes | bytearray) -> CompletionsRequest:
     """Return the body of a completion, or raise InvalidRequest."""
-    check_json(body)
-    try:
-        request = CompletionsRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None
+    request = read_body(body, CompletionsRequest)
     given = request.model_extra or {}
     for name, problem in UNSUPPORTED.items():
         if given.get(name) not in (None, ""):
@@ -140,7 +135,7 @@ def to_generations(
         own_id = f"{request_id}-{index}" if len(prompts) > 1 else request_id
         kind, encoded = encode_prompt(prompt, max_model_len or math.inf)
         requests.append(replace(base, request_id=own_id, prompt_kind=kind, prompt=encoded))
-    return AskedPrompts(chat, prompts, requests)
+    return AskedPrompts(chat, requests)
 
 
 def encode_prompt(prompt: str | list[int], max_model_len: float) -> tuple[str, bytes]:

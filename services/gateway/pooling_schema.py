@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from common.messages import Task
 from services.gateway.chat_messages import (
@@ -15,8 +15,8 @@ from services.gateway.chat_messages import (
 )
 from services.gateway.generation import GenerationRequest
 from services.gateway.image_parts import bounded
-from services.gateway.invalid_field import InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.invalid_field import InvalidField
+from services.gateway.json_bodies import read_body
 from services.gateway.unsupported import IN_POOLING, refuse_unsupported
 from services.gateway.videos import Media
 
@@ -74,11 +74,7 @@ def parse_embeddings(body: bytes | bytearray) -> EmbeddingsRequest:
 
 
 def parse(body: bytes | bytearray, kind: type[R]) -> R:
-    check_json(body)
-    try:
-        request = kind.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None
+    request = read_body(body, kind)
     check_message_count(request.messages or [])
     refuse_unsupported(request.model_extra or {}, IN_POOLING)
     return request

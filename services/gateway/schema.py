@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -21,7 +22,7 @@ from services.gateway.generation import GenerationRequest
 from services.gateway.guides import Guided
 from services.gateway.image_parts import bounded
 from services.gateway.invalid_field import InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.json_bodies import read_body
 from services.gateway.parameters import make_sampling, make_stopping
 from services.gateway.repetition import RepetitionDetection, make_repetition
 from services.gateway.token_rules import make_token_rules, read_ngram_size
@@ -106,7 +107,7 @@ class ChatRequest(Guided):
     repetition_detection: RepetitionDetection | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
 
-    @property
+    @cached_property
     def tool_use(self) -> ToolUse:
         """What the request asks for of tools. Raises InvalidField if that does not fit together."""
         return read_tool_use(self.tools or [], self.tool_choice, self.parallel_tool_calls)
@@ -160,11 +161,7 @@ def parse_chat(body: bytes | bytearray) -> ChatRequest:
     InvalidRequest
         if the body is malformed, or asks for something that is not supported.
     """
-    check_json(body)
-    try:
-        chat = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None
+    chat = read_body(body, ChatRequest)
     return checked_chat(chat)
 
 

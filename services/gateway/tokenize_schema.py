@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from services.gateway.chat_messages import Body, ChatMessage, check_text_length
 from services.gateway.generation import GenerationRequest
-from services.gateway.invalid_field import InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.invalid_field import InvalidField
+from services.gateway.json_bodies import read_body
 from services.gateway.schema import ChatRequest, chat_to_generation, checked_chat
 from services.gateway.tools import MAX_TOOLS, Tool
 from services.gateway.unsupported import IN_REQUEST, refuse_unsupported
@@ -53,11 +53,7 @@ R = TypeVar("R", TokenizeRequest, DetokenizeRequest)
 
 def parse(body: bytes | bytearray, kind: type[R]) -> R:
     """Return a body of this kind, or raise InvalidRequest."""
-    check_json(body)
-    try:
-        request = kind.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None
+    request = read_body(body, kind)
     refuse_unsupported(request.model_extra or {}, IN_REQUEST)
     return request
 

@@ -20,7 +20,7 @@ LACKS_END = "lacks_end"
 NOISE = bytes((167 * n + 91) % 255 for n in range(2048))
 """No decoder needs this behind the last scan. In a scan that is cut off, it becomes pixels."""
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""A marker in or behind compressed data, which is no stuffed byte, restart or fill byte."""
+"""A marker in or behind compressed data, that is not a stuffed byte, a restart or a fill byte."""
 BARE = (0x01, 0xD8)
 """The markers without a length, besides the end."""
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)

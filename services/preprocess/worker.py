@@ -400,7 +400,7 @@ class Worker:
         check_prompt_logprobs(submit.sampling, num_tokens)
 
     def _on_tokenized(self, preparation: Preparation, num_tokens: Sequence[int]) -> None:
-        """Report the tokens of a prompt whose items become so many tokens each, or name them."""
+        """Report the tokens of a prompt, those of its items included, or have them named first."""
         submit = preparation.submit
         kinds = [item.kind for item in submit.items]
         assert preparation.token_ids is not None

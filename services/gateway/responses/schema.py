@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from common.errors import InvalidRequest
 from services.gateway.chat_messages import Body
-from services.gateway.invalid_field import InvalidField, explain_body_error
-from services.gateway.json_bounds import check_json
+from services.gateway.invalid_field import InvalidField
+from services.gateway.json_bodies import read_body
 from services.gateway.responses.items import InputReader
 from services.gateway.schema import ChatRequest, read_chat
 from services.gateway.unsupported import refuse_unsupported
@@ -130,11 +130,7 @@ class ResponsesChat:
 
 def parse_responses(body: bytes | bytearray) -> ResponsesRequest:
     """Return the body of a response, or raise InvalidRequest."""
-    check_json(body)
-    try:
-        request = ResponsesRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise explain_body_error(error) from None
+    request = read_body(body, ResponsesRequest)
     if request.previous_response_id:
         raise InvalidField("previous_response_id", NOT_STORED)
     if request.truncation not in (None, "auto", "disabled"):
