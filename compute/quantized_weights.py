@@ -1,4 +1,4 @@
-"""Weights of a quantized checkpoint, in one form for all formats, before a product lays them out."""
+"""Weights of a quantized checkpoint, in one form for every format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ Weight = Tensor | Int4Weight | Fp8Weight
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:
-    """Return weights of the same kind, inputs and groups as one, their outputs one after another."""
+    """Return weights of one kind, inputs and groups as one: their outputs follow each other."""
     first = weights[0]
     if isinstance(first, Tensor):
         return torch.cat([w for w in weights if isinstance(w, Tensor)])
