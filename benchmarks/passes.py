@@ -19,7 +19,7 @@ from compute.linear import Linear, can_pack
 from compute.quantization import Int8Linear
 from services.llm import families as llm_families
 from services.llm.attention import GatheredAttention
-from services.llm.decoder import Decoder
+from services.llm.decoder import Decoder, rotary_tables
 from services.llm.model_runner import ModelRunner
 from services.llm.pooling_model import PooledInput
 from services.llm.step_plan import StepPlan
@@ -233,9 +233,10 @@ def decode_attention_part(
     qkv = torch.randn(plan.num_tokens, sizes.num_heads + 2 * sizes.num_kv_heads, sizes.head_dim).to(
         dtype
     )
-    q, k, v = qkv.split((sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads), 1)
+    tables = rotary_tables(torch.zeros(plan.num_tokens, sizes.head_dim // 2))
+    heads = sizes.num_heads, sizes.num_kv_heads
     kernels: dict[str, Callable[[], object]] = {
-        "used": lambda: [step.run(q, k, v, layer) for layer in kv_cache]
+        "used": lambda: [step.run(qkv, *heads, tables, None, layer) for layer in kv_cache]
     }
     num_entries = 2 * int(plan.context_lens.sum()) * sizes.num_kv_heads * sizes.head_dim
     num_flops = num_entries * 2 * sizes.num_heads // sizes.num_kv_heads

@@ -124,6 +124,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def adds_with_norm(x: Tensor) -> bool:
+    """Whether one kernel adds to x and normalises the sum, so that no product should add."""
+    return False
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + delta and `rms_norm` of it, for x and delta [n, width] and weight [width]."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean(x)) / std(x) * weight + bias, for x [n, width], weight and bias [width]."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -308,6 +319,36 @@ def store_rows(rows: Tensor, paged: Tensor, slots: Tensor) -> None:
             len(rows),
             rows.shape[1] * rows.shape[2],
         )
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+) -> None:
+    """Rotate queries and keys in place, then copy keys and values to their slots in the cache.
+
+    Parameters
+    ----------
+    qkv
+        [n, num_heads + 2 * num_kv_heads, head_dim]: query heads, then key heads, then value heads.
+    num_heads, num_kv_heads
+        The number of query heads, and of key heads.
+    cos, signed_sin
+        float32 [n, head_dim], as for `rotate`.
+    cache
+        [2, num_blocks, block_size, num_kv_heads, head_dim] of one layer.
+    slots
+        int64 [n], as for `store_rows`.
+    """
+    rotate(qkv, num_heads + num_kv_heads, cos, signed_sin)
+    _, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    store_rows(k, cache[0], slots)
+    store_rows(v, cache[1], slots)
 
 
 def can_attend_blocks(num_heads: int, cache: Tensor) -> bool:

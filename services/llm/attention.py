@@ -14,17 +14,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compute.kernels.operations import attention, can_attend_blocks, decode_attention, store_rows
+from compute.kernels.operations import (
+    attention,
+    can_attend_blocks,
+    decode_attention,
+    rotate_and_store,
+)
 from services.llm.step_plan import StepPlan
+
+RotaryTables = tuple[Tensor, Tensor]
+"""Cosines and signed sines, float32 [T, head_dim] each. The first half of the sines is negated."""
 
 
 class StepAttention(Protocol):
     """The attention of one step, the same for every layer."""
 
-    def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        """Write the keys and values of T tokens to a layer's cache, then attend to it.
+    def run(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        tables: RotaryTables,
+        scale: Tensor | None,
+        cache: Tensor,
+    ) -> Tensor:
+        """Rotate queries and keys, write keys and values to a layer's cache, and attend to it.
 
-        `cache` is [2, num_blocks, block_size, K, D]. Returns [T, H * D].
+        Parameters
+        ----------
+        qkv
+            [T, H + 2K, D]: query heads, then key heads, then value heads. It is overwritten.
+        num_heads, num_kv_heads
+            H and K.
+        tables
+            The rotary tables of the tokens.
+        scale
+            [T] in the dtype of the queries: factors of the rotated queries; None for one.
+        cache
+            [2, num_blocks, block_size, K, D].
+
+        Returns
+        -------
+        [T, H * D].
         """
 
 
@@ -66,9 +97,19 @@ class GatheredAttention:
         self._decodes = self._plan_decodes(plan)
         self._chunks = list(self._plan_chunks(plan))
 
-    def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        store_rows(k_TKD, cache[0], self._slots)
-        store_rows(v_TKD, cache[1], self._slots)
+    def run(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        tables: RotaryTables,
+        scale: Tensor | None,
+        cache: Tensor,
+    ) -> Tensor:
+        rotate_and_store(qkv, num_heads, num_kv_heads, *tables, cache, self._slots)
+        q_THD, k_TKD, v_TKD = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
+        if scale is not None:
+            q_THD = q_THD * scale[:, None, None]
         if not self._chunks and self._decodes:
             return self._decode(q_THD, cache, self._decodes)
         out = torch.empty(

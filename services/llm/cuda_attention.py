@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from compute.kernels.operations import rotate_and_store
+from services.llm.attention import RotaryTables
 from services.llm.step_plan import StepPlan
 
 PAGE_TOKENS = 256
@@ -178,10 +180,19 @@ class PagedAttention:
             )
         return cls(slots, calls)
 
-    def run(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor) -> Tensor:
-        flat = cache.flatten(1, 2)
-        flat[0].index_copy_(0, self._slots, k_TKD)
-        flat[1].index_copy_(0, self._slots, v_TKD)
+    def run(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        tables: RotaryTables,
+        scale: Tensor | None,
+        cache: Tensor,
+    ) -> Tensor:
+        rotate_and_store(qkv, num_heads, num_kv_heads, *tables, cache, self._slots)
+        q_THD = qkv[:, :num_heads]
+        if scale is not None:
+            q_THD = q_THD * scale[:, None, None]
         out = [
             call.run(q_THD if call.rows is None else q_THD.index_select(0, call.rows), cache)
             for call in self._calls

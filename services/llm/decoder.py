@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from common.families import ModelSizes
-from compute.kernels.operations import PackedWeights, rms_norm, rotate, silu_mul
+from compute.kernels.operations import (
+    PackedWeights,
+    add_rms_norm,
+    adds_with_norm,
+    rms_norm,
+    silu_mul,
+)
 from compute.linear import Linear
+from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.parallel import Shard
-
-RotaryTables = tuple[Tensor, Tensor]
-"""Cosines and signed sines, float32 [T, head_dim] each. The first half of the sines is negated."""
 
 
 class Product(Protocol):
@@ -182,30 +186,33 @@ class Decoder:
         tables = self.rotary(batch)
         scale = self.scale_of(batch)
         item_rows = batch.item_rows
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        normed = rms_norm(x, self.layers[0].input_norm, self.norm_eps)
         for index, (layer, cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             pairs = [(rows, self.adapters[rows.adapter][index]) for rows in batch.adapters]
             adapted = [(rows.rows, pair) for rows, pair in pairs]
-            attended = self._attend(layer, x, batch, tables, scale, cache, adapted)
+            attended = self._attend(layer, normed, batch, tables, scale, cache, adapted)
             if layer is self.layers[-1]:
                 # From here on nothing reads the other rows.
                 x = x[batch.sampled_rows]
                 attended = attended[batch.sampled_rows]
                 item_rows = batch.sampled_item_rows
                 adapted = [(rows.sampled_rows, pair) for rows, pair in pairs]
-            x = self._add(x, layer.o, attended, item_rows, [(r, p.o) for r, p in adapted])
+            o = [(rows, pair.o) for rows, pair in adapted]
+            x, normed = self._add(x, layer.o, attended, item_rows, o, layer.mlp_norm)
             gate_up = layer.gate_up(
-                self._normalise(x, layer.mlp_norm),
-                item_rows,
-                adapted=[(rows, pair.gate_up) for rows, pair in adapted],
+                normed, item_rows, adapted=[(rows, pair.gate_up) for rows, pair in adapted]
             )
             down = [(rows, pair.down) for rows, pair in adapted]
-            x = self._add(x, layer.down, silu_mul(gate_up), item_rows, down)
-        return self.shard.all_gather(self.head(self._normalise(x, self.norm)).float())
+            x, normed = self._add(
+                x, layer.down, silu_mul(gate_up), item_rows, down, next_norms[index]
+            )
+        return self.shard.all_gather(self.head(normed).float())
 
     def _attend(
         self,
         layer: Layer,
-        x: Tensor,
+        normed: Tensor,
         batch: Batch,
         tables: RotaryTables,
         scale: Tensor | None,
@@ -214,19 +221,12 @@ class Decoder:
     ) -> Tensor:
         """[T, hidden] -> [T, heads of this rank * head_dim]."""
         assert batch.attention is not None
-        num_q = self.num_local_heads
-        num_kv = self.num_local_kv_heads
+        num_heads = self.num_local_heads
+        num_kv_heads = self.num_local_kv_heads
         qkv = layer.qkv(
-            self._normalise(x, layer.input_norm),
-            batch.item_rows,
-            adapted=[(rows, pair.qkv) for rows, pair in adapted],
-        )
-        qkv = qkv.view(len(x), num_q + 2 * num_kv, self.sizes.head_dim)
-        rotate(qkv, num_q + num_kv, *tables)
-        q, k, v = qkv.split((num_q, num_kv, num_kv), 1)
-        if scale is not None:
-            q = q * scale[:, None, None]
-        return batch.attention.run(q, k, v, cache)
+            normed, batch.item_rows, adapted=[(rows, pair.qkv) for rows, pair in adapted]
+        ).view(len(normed), num_heads + 2 * num_kv_heads, self.sizes.head_dim)
+        return batch.attention.run(qkv, num_heads, num_kv_heads, tables, scale, cache)
 
     def _add(
         self,
@@ -235,14 +235,17 @@ class Decoder:
         part: Tensor,
         item_rows: Tensor | None,
         adapted: Sequence[Adapted],
-    ) -> Tensor:
-        """Return x plus the sum of the ranks' products."""
-        if self.shard.world_size == 1:
-            return projection(part, item_rows, x, adapted)
-        return x + self.shard.all_reduce(projection(part, item_rows, adapted=adapted))
+        norm: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return x plus the sum of the ranks' products, and the same normalised.
 
-    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.norm_eps)
+        Our products of a CPU add x themselves. A card adds it together with the norm.
+        """
+        if self.shard.world_size == 1 and not adds_with_norm(x):
+            total = projection(part, item_rows, x, adapted)
+            return total, rms_norm(total, norm, self.norm_eps)
+        delta = self.shard.all_reduce(projection(part, item_rows, adapted=adapted))
+        return add_rms_norm(x, delta, norm, self.norm_eps)
 
 
 def rotary_tables(angles: Tensor) -> RotaryTables:

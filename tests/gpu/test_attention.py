@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
+from services.llm.decoder import rotary_tables
 from services.llm.packing import upload
 from tests.golden import max_difference
 from tests.gpu import CUDA, needs_cuda
 from tests.llm import test_attention
-from tests.llm.test_attention import plan_of, written_out
+from tests.llm.test_attention import plan_of, random_tables, rotated, written_out
 
 pytestmark = needs_cuda
 BLOCK_SIZE = 256
@@ -52,7 +53,9 @@ def test_any_mix_equals_attention_written_out(
     qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random).to(
         CUDA, dtype
     )
-    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    tables = random_tables(plan, random)
+    q, *_ = rotated(qkv.float().cpu(), num_heads, num_kv_heads, tables)
+    tables = tables[0].to(CUDA), tables[1].to(CUDA)
     cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random).to(
         CUDA, dtype
     )
@@ -62,8 +65,9 @@ def test_any_mix_equals_attention_written_out(
     slots, *uploaded = upload(
         [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA
     )
-    found = PagedAttention.of(slots, parts, uploaded).run(q, k, v, cache)
-    expected = written_out(plan, q.float().cpu(), cache.float().cpu())
+    step = PagedAttention.of(slots, parts, uploaded)
+    found = step.run(qkv, num_heads, num_kv_heads, tables, None, cache)
+    expected = written_out(plan, q, cache.float().cpu())
     assert max_difference(found.float().cpu().numpy(), expected.numpy()) < (
         0.03 if dtype is torch.bfloat16 else 0.004
     )
@@ -71,8 +75,8 @@ def test_any_mix_equals_attention_written_out(
 
 def test_what_lies_beyond_a_sequences_end_does_not_reach_it() -> None:
     plan = plan_of([1, 5], [300, 270])
-    q = torch.randn(6, 4, HEAD_DIM).to(CUDA, torch.bfloat16)
-    k = torch.randn(6, 2, HEAD_DIM).to(CUDA, torch.bfloat16)
+    qkv = torch.randn(6, 8, HEAD_DIM).to(CUDA, torch.bfloat16)
+    tables = rotary_tables(torch.zeros(6, HEAD_DIM // 2, device=CUDA))
     cache = torch.full(
         (2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM), torch.nan, dtype=torch.bfloat16, device=CUDA
     )
@@ -82,4 +86,5 @@ def test_what_lies_beyond_a_sequences_end_does_not_reach_it() -> None:
     slots, *uploaded = upload(
         [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CUDA
     )
-    assert PagedAttention.of(slots, parts, uploaded).run(q, k, k, cache).isfinite().all()
+    step = PagedAttention.of(slots, parts, uploaded)
+    assert step.run(qkv, 4, 2, tables, None, cache).isfinite().all()

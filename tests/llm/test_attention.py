@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.llm.attention import GatheredAttention
+from services.llm.attention import GatheredAttention, RotaryTables
+from services.llm.decoder import rotary_tables
 from services.llm.step_plan import StepPlan
 from tests.golden import max_difference
 
@@ -47,6 +48,24 @@ def slots(table: np.ndarray, length: int) -> np.ndarray:
     return table[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
 
 
+def random_tables(plan: StepPlan, random: torch.Generator) -> RotaryTables:
+    """The tables of angles that no model has, another for each token and entry."""
+    return rotary_tables(6 * torch.rand(plan.num_tokens, HEAD_DIM // 2, generator=random))
+
+
+def rotated(
+    qkv: torch.Tensor, num_heads: int, num_kv_heads: int, tables: RotaryTables
+) -> list[torch.Tensor]:
+    """Return the rotated queries and keys and the values, written out in complex numbers."""
+    half = qkv.shape[-1] // 2
+    cos, signed_sin = (table[:, None, half:] for table in tables)
+    q, k, v = qkv.clone().split((num_heads, num_kv_heads, num_kv_heads), 1)
+    for x in (q, k):
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, signed_sin)
+        x.copy_(torch.cat((turned.real, turned.imag), -1))
+    return [q, k, v]
+
+
 def written_out(plan: StepPlan, q_THD: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
     groups = q_THD.shape[1] // cache.shape[-2]
     start = 0
@@ -83,13 +102,17 @@ def test_any_mix_equals_attention_written_out(
 ) -> None:
     plan = plan_of(query_lens, context_lens)
     random = torch.Generator().manual_seed(0)
-    q = torch.randn(plan.num_tokens, num_heads, HEAD_DIM, generator=random)
-    k, v = torch.randn(2, plan.num_tokens, num_kv_heads, HEAD_DIM, generator=random)
+    qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random)
+    tables = random_tables(plan, random)
+    scale = torch.rand(plan.num_tokens, generator=random)
+    q, k, v = rotated(qkv, num_heads, num_kv_heads, tables)
     cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random)
     # What nobody owns is not read, be it ever so bad.
     cache[:, 0] = torch.nan
-    found = GatheredAttention(plan, BLOCK_SIZE, torch.float32, torch.device("cpu")).run(
-        q, k, v, cache
-    )
-    assert cache.flatten(1, 2)[0, torch.from_numpy(plan.slot_mapping)].equal(k)
-    assert max_difference(found.numpy(), written_out(plan, q, cache).numpy()) < 1e-5
+    step = GatheredAttention(plan, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    found = step.run(qkv, num_heads, num_kv_heads, tables, scale, cache)
+    stored = cache.flatten(1, 2)[:, torch.from_numpy(plan.slot_mapping)]
+    assert max_difference(stored[0].numpy(), k.numpy()) < 1e-5
+    assert stored[1].equal(v)
+    expected = written_out(plan, q * scale[:, None, None], cache)
+    assert max_difference(found.numpy(), expected.numpy()) < 1e-5

@@ -5,10 +5,19 @@ import pytest
 import torch
 
 from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
+from services.llm.decoder import rotary_tables
 from services.llm.packing import upload
 from tests.golden import max_difference
 from tests.llm.cuda_on_cpu import CPU, pretend
-from tests.llm.test_attention import BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS, plan_of, written_out
+from tests.llm.test_attention import (
+    BLOCK_SIZE,
+    HEAD_DIM,
+    NUM_BLOCKS,
+    plan_of,
+    random_tables,
+    rotated,
+    written_out,
+)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
@@ -34,7 +43,9 @@ def test_any_mix_equals_attention_written_out(
     plan = plan_of(query_lens, context_lens)
     random = torch.Generator().manual_seed(0)
     qkv = torch.randn(plan.num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, generator=random)
-    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    tables = random_tables(plan, random)
+    scale = torch.rand(plan.num_tokens, generator=random)
+    q, k, v = rotated(qkv, num_heads, num_kv_heads, tables)
     cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=random)
     # What nobody owns is not read, be it ever so bad.
     cache[:, 0] = torch.nan
@@ -42,9 +53,13 @@ def test_any_mix_equals_attention_written_out(
     slots, *uploaded = upload(
         [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU
     )
-    found = PagedAttention.of(slots, parts, uploaded).run(q, k, v, cache)
-    assert cache.flatten(1, 2)[0, torch.from_numpy(plan.slot_mapping)].equal(k)
-    assert max_difference(found.numpy(), written_out(plan, q, cache).numpy()) < 1e-5
+    step = PagedAttention.of(slots, parts, uploaded)
+    found = step.run(qkv, num_heads, num_kv_heads, tables, scale, cache)
+    stored = cache.flatten(1, 2)[:, torch.from_numpy(plan.slot_mapping)]
+    assert max_difference(stored[0].numpy(), k.numpy()) < 1e-5
+    assert stored[1].equal(v)
+    expected = written_out(plan, q * scale[:, None, None], cache)
+    assert max_difference(found.numpy(), expected.numpy()) < 1e-5
     assert len(calls.num_splits) == (1 in query_lens) + (max(query_lens) > 1)
 
 
@@ -58,11 +73,10 @@ def test_contexts_are_split_only_where_the_kernel_can_join_the_parts(
         [plan.slot_mapping, *(array for part in parts for array in part.arrays)], CPU
     )
     for num_heads in (4, 2):
-        q = torch.randn(4, num_heads, HEAD_DIM)
-        k = torch.randn(4, 2, HEAD_DIM)
-        PagedAttention.of(slots, parts, uploaded).run(
-            q, k, k, torch.zeros(2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM)
-        )
+        qkv = torch.randn(4, num_heads + 4, HEAD_DIM)
+        tables = rotary_tables(torch.zeros(4, HEAD_DIM // 2))
+        cache = torch.zeros(2, NUM_BLOCKS, BLOCK_SIZE, 2, HEAD_DIM)
+        PagedAttention.of(slots, parts, uploaded).run(qkv, num_heads, 2, tables, None, cache)
     assert calls.num_splits == [None, 1, 1, 1]
 
 

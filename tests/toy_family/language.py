@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.decoder import (
     Decoder,
     Layer,
     LowRank,
     Projection,
-    RotaryTables,
     rotary_tables,
 )
 from services.llm.loading import Bounds, ShardLoader

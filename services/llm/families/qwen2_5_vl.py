@@ -8,8 +8,9 @@ from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.qwen2_5_vl import HEAD, is_tied
+from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
-from services.llm.decoder import Decoder, Layer, RotaryTables, rotary_tables
+from services.llm.decoder import Decoder, Layer, rotary_tables
 from services.llm.loading import RankBounds, ShardLoader
 from services.llm.lora_weights import Columns, LoraTarget, Rows
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.wemm import LAYERS, LowRankFacts, low_rank_facts
+from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.decoder import (
     Decoder,
     Layer,
     LowRank,
     Projection,
-    RotaryTables,
     SideBySide,
     rotary_tables,
 )
