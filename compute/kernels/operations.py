@@ -1,6 +1,6 @@
 """The operations of a model besides its products.
 
-Each uses a C kernel if there is one for the tensor, and torch otherwise.
+Each uses a kernel of ours if there is one for the tensor, in C or in Triton, and torch otherwise.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compute import triton_kernels
 from compute.kernels.library import PORTABLE, bfloat16_kernels
 from compute.kernels.structures import (
     CONTEXT_PADDING,
@@ -30,6 +31,11 @@ def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     """Return the C kernels for this tensor, or None if torch must compute with it."""
     is_ours = x.dtype is torch.bfloat16 and x.device.type == "cpu" and not PORTABLE.get()
     return bfloat16_kernels() if is_ours else None
+
+
+def has_triton_kernels(x: Tensor) -> bool:
+    """Whether the kernels in Triton compute with this tensor."""
+    return not PORTABLE.get() and triton_kernels.serve(x.device)
 
 
 class PackedWeights:
@@ -106,6 +112,10 @@ def num_threads_for(num_entries: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight, for x [n, width] and weight [width]."""
+    if has_triton_kernels(x):
+        from compute.triton_kernels import pointwise
+
+        return pointwise.add_rms_norm(x, None, weight, eps)[1]
     kernels = kernels_for(x)
     if kernels is None:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -125,12 +135,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def adds_with_norm(x: Tensor) -> bool:
-    """Whether one kernel adds to x and normalises the sum, so that no product should add."""
-    return False
+    """Whether `add_rms_norm` is one kernel for x, so that no product should add to it."""
+    return has_triton_kernels(x)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + delta and `rms_norm` of it, for x and delta [n, width] and weight [width]."""
+    if has_triton_kernels(x):
+        from compute.triton_kernels import pointwise
+
+        return pointwise.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)
 
@@ -159,6 +173,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up [n, width], for gate and up side by side in [n, 2 * width]."""
+    if has_triton_kernels(gate_up):
+        from compute.triton_kernels import pointwise
+
+        return pointwise.silu_mul(gate_up)
     kernels = kernels_for(gate_up)
     if kernels is None:
         gate, up = gate_up.chunk(2, -1)
@@ -178,6 +196,10 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
     It is computed in float32. Entry i of a head turns with entry i + head_dim / 2. `cos` and
     `signed_sin` are float32 [n, head_dim]; the first half of the sines is negated.
     """
+    if has_triton_kernels(heads):
+        from compute.triton_kernels import pointwise
+
+        return pointwise.rotate(heads, num_heads, cos, signed_sin)
     kernels = kernels_for(heads)
     if kernels is None:
         turning = heads[:, :num_heads]
@@ -345,6 +367,12 @@ def rotate_and_store(
     slots
         int64 [n], as for `store_rows`.
     """
+    if has_triton_kernels(qkv):
+        from compute.triton_kernels import pointwise
+
+        return pointwise.rotate_and_store(
+            qkv, num_heads, num_kv_heads, cos, signed_sin, cache, slots
+        )
     rotate(qkv, num_heads + num_kv_heads, cos, signed_sin)
     _, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
     store_rows(k, cache[0], slots)
