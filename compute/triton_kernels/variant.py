@@ -16,3 +16,5 @@ class Variant:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    min_arch: int = 80
+    """The first architecture that has the instructions: 80 is compute capability 8.0."""
