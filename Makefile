@@ -7,7 +7,7 @@ TWO_WORKERS := --numprocesses 2 --dist loadfile
 WITH_PROCESSES := contract system
 WITH_EQUIPMENT := deploy gpu
 
-.PHONY: run test unit browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz schemathesis open-responses
+.PHONY: run test unit kernels test-kernels browser screenshots plots sanitize install check proto images image-cuda lock soak fuzz schemathesis open-responses
 
 run: install
 	@exec $(VENV)/bin/twinlens serve --read examples/receipt.png
@@ -29,11 +29,19 @@ browser:
 screenshots: install browser
 	$(VENV)/bin/python -m tests.page.screenshots
 
+# Triton, for the tests of the kernels of CUDA cards.
+kernels: install
+	scripts/kernels
+
+# The tests of these kernels on the CPU, in Triton's interpreter.
+test-kernels: kernels
+	$(PYTEST) $(TWO_WORKERS) tests/kernels
+
 unit: install
 	@echo "Unit tests, with two workers"
 	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=--ignore=tests/%) $(WITH_EQUIPMENT:%=--ignore=tests/%)
 
-test: check browser unit
+test: check browser kernels unit
 	@echo "Tests with real processes and real clients, with two workers"
 	$(PYTEST) $(TWO_WORKERS) $(WITH_PROCESSES:%=tests/%)
 	@echo "Tests that need containers or a GPU, and are skipped without them"

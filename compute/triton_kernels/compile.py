@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.only in variant.name and arch >= variant.min_arch
     ]
     if args.json:
-        args.json.write_text("".join(f"{json.dumps(asdict(usage))}\n" for usage in usages))
+        lines = [f"{json.dumps(asdict(usage))}\n" for usage in usages]
+        args.json.write_text("".join(lines), encoding="utf-8")
     print("Each cell: registers of a thread · spill stores/loads · shared memory in KiB\n")
     print(table_of(usages, args.arch))
     objections = [usage.objection for usage in usages if usage.objection]
