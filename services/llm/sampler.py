@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from common.messages import Sampling, Stopping, TokenRules
-from services.llm.noise import gumbel_noise, mix, signed
+from services.llm.draws import choose
+from services.llm.packing import upload, upload_tensor
 from services.llm.token_rules import RulesInForce
 
 GREEDY_BELOW = 1e-5
-# The noise lies between -2.9 and 22.9, so a token further behind the best cannot win.
-NOISE_RANGE = 26.0
-# A nucleus (top_p) is searched among this number of best tokens before all tokens are sorted.
-FIRST_NUCLEUS_WIDTH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,7 @@ class LogitEdits:
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         places, values = (
-            torch.from_numpy(np.concatenate(parts)).to(device)
+            upload_tensor(torch.from_numpy(np.concatenate(parts)), device)
             for parts in (self.places, self.values)
         )
         return places, values
@@ -187,21 +184,16 @@ class Sampler:
         requests = [self._requests[key] for key in keys]
         scores = masked(self._penalised(logits, requests, positions), masks)
         scores = restricted(scores, requests)
-        best, choice = greatest(scores)
-        if drawn_rows := [row for row, request in enumerate(requests) if not request.is_greedy]:
-            rows = torch.tensor(drawn_rows, device=logits.device)
-            choice[rows] = draw(
-                scores[rows],
-                [requests[row].sampling for row in drawn_rows],
-                [positions[row] for row in drawn_rows],
-            )
-        # A NaN or +inf is the maximum of its row. A row of -inf has no other maximum.
-        token_ids = torch.where(best.isfinite(), choice, -1).tolist()
+        chosen = choose(
+            scores,
+            [request.sampling for request in requests],
+            [request.is_greedy for request in requests],
+            positions,
+        )
+        token_ids, logprobs = fetched(logits, [r.sampling.num_logprobs for r in requests], chosen)
         undrawn = [row for row, token_id in enumerate(token_ids) if token_id < 0]
-        ruled_out = [
-            row for row in undrawn if scores[row].isneginf().all() and is_sound(logits[row])
-        ]
-        logprobs = self._logprobs(logits, requests, token_ids)
+        # Only a row without a token waits for the device again.
+        ruled_out = [row for row in undrawn if is_ruled_out(logits[row], scores[row])]
         for request, token_id in zip(requests, token_ids, strict=True):
             if token_id >= 0:
                 request.record(token_id)
@@ -254,36 +246,35 @@ class Sampler:
             flat[places] = values
         return flat.view_as(logits)
 
-    def _logprobs(
-        self, logits: Tensor, requests: list[SamplingState], token_ids: list[int]
-    ) -> dict[int, Logprobs]:
-        wanted = {
-            row: n
-            for row, r in enumerate(requests)
-            if (n := r.sampling.num_logprobs) is not None and token_ids[row] >= 0
-        }
-        if not wanted:
-            return {}
-        logprobs = logits[torch.tensor(list(wanted), device=logits.device)].log_softmax(-1)
-        chosen = logprobs.gather(
-            1, torch.tensor([[token_ids[row]] for row in wanted], device=logits.device)
-        )[:, 0].tolist()
-        top = logprobs.topk(min(max(wanted.values()), logits.shape[1]))
-        top_ids = top.indices.cpu().numpy()
-        top_values = top.values.cpu().numpy()
-        return {
-            row: Logprobs(chosen[i], top_ids[i, :n], top_values[i, :n])
-            for i, (row, n) in enumerate(wanted.items())
-        }
 
+def fetched(
+    logits: Tensor, nums_logprobs: list[int | None], chosen: Tensor
+) -> tuple[list[int], dict[int, Logprobs]]:
+    """Return the chosen tokens, int64 [num_rows] on the device, and the log-probabilities of the
+    rows that want some and have a token.
 
-def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maximum of each row and its first index. A NaN counts as maximum."""
-    if scores.device.type != "cpu":
-        return scores.max(-1)
-    # torch's maximum with its index takes eight times as long as numpy's.
-    choice = torch.from_numpy(scores.numpy().argmax(-1))
-    return scores.gather(1, choice[:, None])[:, 0], choice
+    All of them come with one transfer.
+    """
+    wanted = {row: n for row, n in enumerate(nums_logprobs) if n is not None}
+    if not wanted:
+        return chosen.cpu().tolist(), {}
+    (rows,) = upload([np.array(list(wanted))], logits.device)
+    logprobs = logits[rows].log_softmax(-1)
+    of_chosen = logprobs.gather(1, chosen[rows].clamp(min=0)[:, None])
+    top = logprobs.topk(min(max(wanted.values()), logits.shape[1]))
+    values = torch.cat((of_chosen, top.values), 1)
+    packed = torch.cat(
+        (chosen, top.indices.flatten(), values.view(torch.int32).flatten().long())
+    ).cpu()
+    ids, top_ids, bits = packed.split((len(chosen), top.indices.numel(), values.numel()))
+    token_ids = ids.tolist()
+    found_ids = top_ids.view(top.indices.shape).numpy()
+    found = bits.int().view(torch.float32).view(values.shape).numpy()
+    return token_ids, {
+        row: Logprobs(float(found[i, 0]), found_ids[i, :n], found[i, 1 : n + 1])
+        for i, (row, n) in enumerate(wanted.items())
+        if token_ids[row] >= 0
+    }
 
 
 def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
@@ -292,7 +283,7 @@ def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
     allowed = torch.ones(scores.shape, dtype=torch.bool)
     for row, mask in masks.items():
         allowed[row] = torch.from_numpy(mask)
-    return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+    return scores.masked_fill(upload_tensor(~allowed, scores.device), -torch.inf)
 
 
 def restricted(scores: Tensor, requests: list[SamplingState]) -> Tensor:
@@ -318,85 +309,16 @@ def keep_only(scores: Tensor, token_ids: np.ndarray, if_possible: bool = False) 
 
     With `if_possible` nothing is changed if none of these can be drawn.
     """
-    ids = torch.from_numpy(token_ids).to(scores.device)
+    ids = upload_tensor(torch.from_numpy(token_ids), scores.device)
     kept = scores[ids]
-    if not if_possible or kept.isfinite().any():
+    if if_possible:
+        scores.masked_fill_(kept.isfinite().any(), -torch.inf)
+    else:
         scores.fill_(-torch.inf)
-        scores[ids] = kept
+    scores[ids] = kept
 
 
-def is_sound(logits: Tensor) -> bool:
-    """Whether the logits of one row hold no NaN and no +inf, and something finite."""
-    return bool(logits.max().isfinite())
-
-
-def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
-    """Draw a token for each row, int64 [num_rows], by its temperature and filters.
-
-    The token with the largest sum of score and Gumbel noise is a draw from softmax(scores).
-    """
-    scaled = scores / column(samplings, "temperature", scores)
-    # Noise is costly, and most tokens of a large vocabulary cannot win with any.
-    kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
-    row = kept // scores.shape[1]
-    token = kept % scores.shape[1]
-    keys = torch.tensor(
-        [
-            signed(mix(mix(s.seed) + position))
-            for s, position in zip(samplings, positions, strict=True)
-        ],
-        device=scores.device,
-    )
-    noisy = torch.full_like(scaled, -torch.inf).flatten()
-    noisy[kept] = scaled.flatten()[kept] + gumbel_noise(keys[row], token)
-    return noisy.view_as(scaled).argmax(-1)
-
-
-def threshold(scaled: Tensor, samplings: list[Sampling]) -> Tensor:
-    """Return the smallest scaled logit of each row that can be drawn, [num_rows, 1].
-
-    Tokens of equal logits are kept or dropped together.
-    """
-    best = scaled.amax(-1, keepdim=True)
-    vocab_size = scaled.shape[1]
-    lowest = torch.maximum(best - NOISE_RANGE, best + column(samplings, "min_p", scaled).log())
-    if all(not s.top_k and s.top_p == 1 for s in samplings):
-        return lowest
-    top_ks = [min(s.top_k or vocab_size, vocab_size) for s in samplings]
-    width = max([FIRST_NUCLEUS_WIDTH, *(k for k in top_ks if k < vocab_size)])
-    top_k = torch.tensor(top_ks, device=scaled.device)[:, None]
-    return torch.maximum(
-        lowest,
-        top_threshold(scaled, top_k, column(samplings, "top_p", scaled), min(width, vocab_size)),
-    )
-
-
-def top_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """Return the threshold that top_k sets, and top_p among the tokens that top_k keeps.
-
-    Only the `width` best tokens are looked at, if these suffice.
-    """
-    vocab_size = scaled.shape[1]
-    ordered = scaled.topk(width).values
-    within = torch.arange(width, device=scaled.device) < top_k
-    total = torch.where(
-        top_k < vocab_size,
-        ordered.where(within, -torch.inf).logsumexp(-1, True),
-        scaled.logsumexp(-1, True),
-    )
-    probabilities = (ordered - total).exp()
-    # A token stays if those before it do not reach top_p, so the first always stays. Rounding must
-    # not cut the tail of a row without top_p.
-    kept = within & ((probabilities.cumsum(-1) - probabilities < top_p) | (top_p == 1))
-    unfiltered = (top_k == vocab_size) & (top_p == 1)
-    if width < vocab_size and (kept[:, -1:] & (top_k > width) & ~unfiltered).any():
-        return top_threshold(scaled, top_k, top_p, vocab_size)
-    smallest = ordered.gather(1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
-    return smallest.masked_fill(unfiltered, -torch.inf)
-
-
-def column(samplings: list[Sampling], name: str, like: Tensor) -> Tensor:
-    """Return one field of the sampling of each row, [num_rows, 1]."""
-    return torch.tensor(
-        [[getattr(s, name)] for s in samplings], dtype=like.dtype, device=like.device
-    )
+def is_ruled_out(logits: Tensor, scores: Tensor) -> bool:
+    """Whether all scores of one row are -inf, and its logits hold no NaN and no +inf, and something
+    finite."""
+    return bool(scores.isneginf().all()) and bool(logits.max().isfinite())

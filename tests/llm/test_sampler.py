@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from common.messages import Sampling, Stopping
-from services.llm.noise import gumbel_noise, mix, mix_tensor, signed
-from services.llm.sampler import FIRST_NUCLEUS_WIDTH, NOISE_RANGE, SampledTokens, Sampler, threshold
+from compute.noise import NOISE_RANGE, gumbel_noise, mix, mix_tensor, signed
+from services.llm.draws import FIRST_NUCLEUS_WIDTH, threshold
+from services.llm.sampler import SampledTokens, Sampler
 from tests.golden import CASES, GoldenCase, max_difference
 from tests.llm.test_model_runner import Sequence, blocks_of, runner_of, step
 

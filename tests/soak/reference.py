@@ -9,8 +9,8 @@ import grpc
 import torch
 
 from common.messages import Sampling
+from compute.noise import gumbel_noise, mix, signed
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.llm.noise import gumbel_noise, mix, signed
 from tests.soak.clients import FINISH_REASONS, grpc_fields
 from tests.soak.workload import SAMPLED_TOP_K, Call, Question
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import grpc
 import torch
 
+from compute.noise import gumbel_noise, mix, signed
 from proto.twinlens.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.llm.noise import gumbel_noise, mix, signed
 from tests.system.running import GOLDEN, READY_SECONDS, Running
 
 IMAGES = [GOLDEN / "b_two_images_tied" / "inputs" / name for name in ("left.png", "right.png")]

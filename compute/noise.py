@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 MASK_64 = 2**64 - 1
+# The noise lies between -2.9 and 22.9, so a token further behind the best cannot win.
+NOISE_RANGE = 26.0
 # The increment and the multipliers of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom
 # number generators, 2014).
 INCREMENT = 0x9E3779B97F4A7C15
@@ -20,6 +22,12 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     # The hash gives 1 - u, because large noise comes from a small 1 - u and needs fine steps.
     complement = ((shift_right(bits, 32).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -(-torch.log1p(-complement)).log()
+
+
+def keys_of(seeds: list[int], positions: list[int]) -> Tensor:
+    """Return the keys of the noise of tokens at these positions of their outputs, int64 [n]."""
+    states = mix_tensor(torch.tensor(seeds) + signed(INCREMENT)) + torch.tensor(positions)
+    return mix_tensor(states + signed(INCREMENT))
 
 
 def mix(state: int) -> int:
