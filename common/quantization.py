@@ -89,7 +89,7 @@ class QuantizationConfig:
         self._check_bits(self._given)
         given = self._given
         layout = given.get("checkpoint_format") or given.get("format") or "gptq"
-        if layout not in CHECKPOINT_FORMATS:
+        if not isinstance(layout, str) or layout not in CHECKPOINT_FORMATS:
             self._refuse(f"GPTQ in the layout {shown(layout)}")
         if given.get("is_marlin_format"):
             self._refuse("GPTQ in the layout 'marlin'")
@@ -164,10 +164,9 @@ class QuantizationConfig:
         self._refuse(f"compressed-tensors with the strategy {shown(weights.get('strategy'))}")
 
     def _check_bits(self, given: dict[str, Any]) -> None:
-        if given.get("bits", given.get("w_bit")) != 4:
-            self._refuse(
-                f"{self._given['quant_method'].upper()} of {shown(given.get('bits'))} bits"
-            )
+        bits = given.get("bits")
+        if bits != 4:
+            self._refuse(f"{self._given['quant_method'].upper()} in {shown(bits)} bits")
 
     def _group_size(self, given: dict[str, Any]) -> int:
         """Return the inputs of a group; 0 for all."""
