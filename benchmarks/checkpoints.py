@@ -1,4 +1,4 @@
-"""Make checkpoints of random bfloat16 weights, complete enough to be served like any other."""
+"""Make checkpoints of random weights, complete enough to be served like any other."""
 
 import shutil
 from pathlib import Path

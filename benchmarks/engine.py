@@ -176,7 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
-    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--quantization", default="auto", choices=("auto", "none", "int8"))
     parser.add_argument(
         "--context",
         type=int,

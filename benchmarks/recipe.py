@@ -1,4 +1,4 @@
-"""How a checkpoint with random bfloat16 weights is made, whatever its family."""
+"""How a checkpoint with random weights is made, whatever its family."""
 
 import json
 import zlib
@@ -29,6 +29,8 @@ class Recipe:
     """The name of the tensor that makes logits."""
     silent: tuple[slice, ...] = ()
     """The rows of the head that are zero: tokens that no greedy answer holds."""
+    store: Callable[[str, Tensor], dict[str, Tensor]] | None = None
+    """Returns the tensors that a file holds instead of a tensor, by their names."""
 
     def values(self, name: str, shape: Shape) -> Tensor:
         """Return random bfloat16 values that keep activations near one."""
@@ -46,9 +48,12 @@ def write_safetensors(folder: Path, recipe: Recipe) -> None:
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(files_of(recipe)):
         file = f"model-{number:05}.safetensors"
-        values = {name: recipe.values(name, shape) for name, shape in shapes.items()}
+        values: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            value = recipe.values(name, shape)
+            values |= {name: value} if recipe.store is None else recipe.store(name, value)
         save_file(values, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shapes, file)
+        weight_map |= dict.fromkeys(values, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 

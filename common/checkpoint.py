@@ -10,6 +10,8 @@ from common.config_checks import CONFIG, GENERATION, PREPROCESSOR, ROPE, SIZE, c
 from common.embedding_table import find_table, table_info
 from common.families import FAMILIES, BadCheckpoint, Family, ModelSizes
 from common.model_files import check_place, read_file, read_json, read_optional_json, shown
+from common.quantization import read_schemes
+from common.quantized_weights import QuantizedWeight, find_quantized
 from common.tensor_info import TensorInfo
 from common.weight_files import INDEXES, find_weight_files, read_table
 
@@ -218,6 +220,20 @@ class Checkpoint:
         name, shape = self.embedding_table
         return self.stored_tensors | {name: table_info(self.embeddings, shape)}
 
+    @cached_property
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        """The quantized weights, by the canonical names that they would have as one tensor.
+
+        Raises BadCheckpoint if they are in a format that is not supported, or are damaged.
+        """
+        schemes = read_schemes(self.config, self.path / "config.json")
+        found = find_quantized(schemes, self.stored_tensors)
+        return {self.family.canonical_name(name): weight for name, weight in found.items()}
+
+    def check_quantized(self) -> None:
+        """Raise BadCheckpoint as `quantized` does."""
+        _ = self.quantized
+
     @property
     def embedding_table(self) -> tuple[str, tuple[int, ...]]:
         """The name and the shape of the token embeddings, which need not be among the weights."""
@@ -291,6 +307,7 @@ def open_checkpoint(path: str | Path, embeddings: str = "") -> Checkpoint:
     if not checkpoint.tensors:
         raise BadCheckpoint(f"{path} holds no tensors: download the whole repository")
     checkpoint.family.check(checkpoint)
+    checkpoint.check_quantized()
     return checkpoint
 
 

@@ -283,9 +283,10 @@ class BatchSettings:
     )
     tp: int = setting(1, "tensor-parallel ranks of a language group", range=Range(1, MAX_RANKS))
     quantization: str = setting(
-        "none",
-        "int8: 8-bit weights in the layers of the language model, on CPU in bfloat16 only",
-        choices=("none", "int8"),
+        "auto",
+        "weights in the layers of the language model. auto: as the checkpoint has them, quantized "
+        "or not; none: never quantized; int8: rounded to 8 bits, on CPU in bfloat16 only",
+        choices=("auto", "none", "int8"),
     )
     embeddings: str = setting(
         "",

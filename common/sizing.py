@@ -1,5 +1,6 @@
 """How many bytes a model takes on a card. Imports no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -17,22 +18,25 @@ class Footprint:
 
     checkpoint: Checkpoint
     item_bytes: int
+    keeps_quantized: bool = True
+    """Whether quantized weights of the language model stay as they are stored. In float32 they are
+    always dequantized, as those of the vision tower are."""
 
     @property
     def vision_bytes(self) -> int:
         """The weights of the vision tower, which every replica holds whole."""
         prefixes = self.checkpoint.family.tower_prefixes
-        return self.item_bytes * sum(
-            prod(shape) for name, shape in self._shapes() if name.startswith(prefixes)
-        )
+        sizes = (size for name, size in self._sizes(False) if name.startswith(prefixes))
+        return sum(sizes)
 
     def rank_bytes(self, world_size: int) -> int:
         """The weights of the language model on one of `world_size` ranks."""
         family = self.checkpoint.family
         sizes = self.checkpoint.sizes
-        return self.item_bytes * sum(
-            int(prod(shape) // family.num_shares(name, sizes, world_size))
-            for name, shape in self._shapes()
+        keeps_quantized = self.keeps_quantized and self.item_bytes < ITEM_BYTES["float32"]
+        return sum(
+            int(num_bytes // family.num_shares(name, sizes, world_size))
+            for name, num_bytes in self._sizes(keeps_quantized)
             if not name.startswith(family.tower_prefixes)
         )
 
@@ -40,12 +44,26 @@ class Footprint:
         """The keys and values of one token on one of `world_size` ranks."""
         return self.checkpoint.sizes.kv_bytes_per_token(world_size, self.item_bytes)
 
-    def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The canonical name and the shape of every tensor that the model needs."""
+    def _sizes(self, keeps_quantized: bool) -> Iterator[tuple[str, int]]:
+        """Yield the canonical name and the bytes of each tensor that the model needs.
+
+        Quantized weights are one tensor each.
+        """
         checkpoint = self.checkpoint
         family = checkpoint.family
-        named = ((family.canonical_name(n), info.shape) for n, info in checkpoint.tensors.items())
-        return [(name, shape) for name, shape in named if family.uses(checkpoint, name)]
+        for stored_name, info in checkpoint.tensors.items():
+            name = family.canonical_name(stored_name)
+            if family.uses(checkpoint, name) and not is_quantized(checkpoint, name):
+                yield name, self.item_bytes * prod(info.shape)
+        for name, weight in checkpoint.quantized.items():
+            dequantized = self.item_bytes * weight.num_weights
+            yield name, weight.num_bytes if keeps_quantized else dequantized
+
+
+def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor, by its canonical name, is a part of quantized weights."""
+    module, _, last = name.rpartition(".")
+    return last != "bias" and f"{module}.weight" in checkpoint.quantized
 
 
 def cache_bytes(card_bytes: int, num_weight_bytes: int) -> int:

@@ -53,12 +53,58 @@ class Fp8Weight:
         return self.values.float() * self.scales[:, self.groups]
 
 
-Weight = Tensor | Int4Weight | Fp8Weight
+QuantizedTensor = Int4Weight | Fp8Weight
+"""Weights that are kept as a checkpoint stores them."""
+Weight = Tensor | QuantizedTensor
 """The weights of a product, [num_outputs, num_inputs]."""
 
 
+def with_zeros(weight: Weight, dim: int, num_zeros: int) -> Weight:
+    """Return weights with the zeros that follow them along a dimension."""
+    if isinstance(weight, Tensor):
+        return padded(weight, dim, num_zeros)
+    if not num_zeros:
+        return weight
+    # Zeros get a group whose scale is zero: no value of four bits need mean zero in another one.
+    groups = weight.groups
+    scales = padded(weight.scales, dim, num_zeros if dim == 0 else 1)
+    if dim == 1:
+        groups = torch.cat((groups, groups.new_full((num_zeros,), scales.shape[1] - 1)))
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(padded(weight.values, dim, num_zeros), scales, groups)
+    zeros = padded(weight.zeros, dim, num_zeros if dim == 0 else 1)
+    return Int4Weight(padded(weight.values, dim, num_zeros), scales, zeros, groups)
+
+
+def padded(tensor: Tensor, dim: int, num_zeros: int) -> Tensor:
+    """Return a tensor with the zeros that follow its entries along a dimension."""
+    if not num_zeros:
+        return tensor
+    zeros = list(tensor.shape)
+    zeros[dim] = num_zeros
+    return joined((tensor, torch.zeros(zeros, device=tensor.device).to(tensor.dtype)), dim)
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return `torch.cat` of the tensors, which may be of eight bits in floating point."""
+    dtype = tensors[0].dtype
+    if dtype is not torch.float8_e4m3fn:
+        return torch.cat(list(tensors), dim)
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors], dim).view(dtype)
+
+
+def can_stack(weights: Sequence[Weight]) -> bool:
+    """Whether `stacked` may join weights: they are of one kind, and share the groups of inputs."""
+    first = weights[0]
+    if isinstance(first, Tensor):
+        return all(isinstance(weight, Tensor) for weight in weights)
+    return all(
+        isinstance(weight, type(first)) and weight.groups.equal(first.groups) for weight in weights
+    )
+
+
 def stacked(weights: Sequence[Weight]) -> Weight:
-    """Return weights of one kind, inputs and groups as one: their outputs follow each other."""
+    """Return weights that `can_stack` as one: their outputs follow each other."""
     first = weights[0]
     if isinstance(first, Tensor):
         return torch.cat([w for w in weights if isinstance(w, Tensor)])
@@ -72,7 +118,7 @@ def stacked(weights: Sequence[Weight]) -> Weight:
         )
     eights = [w for w in weights if isinstance(w, Fp8Weight)]
     return Fp8Weight(
-        torch.cat([w.values.view(torch.uint8) for w in eights]).view(torch.float8_e4m3fn),
+        joined([w.values for w in eights]),
         torch.cat([w.scales for w in eights]),
         first.groups,
     )

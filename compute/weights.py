@@ -12,9 +12,15 @@ import numpy as np
 import torch
 
 from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
+from common.sizing import is_quantized
+from compute.quantized_reading import read_part
+from compute.quantized_weights import QuantizedTensor
 
 Index = tuple[slice, ...]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types of tensors that are read as they are."""
+STORED = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
+"""Those and the types of the parts of quantized weights."""
 
 
 class Weights:
@@ -41,7 +47,10 @@ class Weights:
         self._unread = {
             name: info.num_bytes
             for name, (_, info) in self._tensors.items()
-            if counts(name) and uses(checkpoint, name)
+            if counts(name) and uses(checkpoint, name) and not is_quantized(checkpoint, name)
+        }
+        self._unread |= {
+            name: weight.num_bytes for name, weight in checkpoint.quantized.items() if counts(name)
         }
         self._total = max(sum(self._unread.values()), 1)
         self.num_bytes_read = 0
@@ -50,7 +59,10 @@ class Weights:
     def tensor(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Return a whole tensor. Raises BadCheckpoint if its shape in the file is not `shape`."""
+        """Return a whole tensor, which is dequantized if need be.
+
+        Raises BadCheckpoint if its shape in the file is not `shape`.
+        """
         return self._read(name, shape, (), dtype, device)
 
     def slice(
@@ -63,12 +75,32 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """Return entries `start` to `stop` along `dim`.
+        """Return entries `start` to `stop` along `dim`, dequantized if need be.
 
         Raises BadCheckpoint if the shape of the whole tensor in the file is not `shape`.
         """
         assert 0 <= start <= stop <= shape[dim], f"{name}: {start}:{stop} of {shape}"
         return self._read(name, shape, (slice(None),) * dim + (slice(start, stop),), dtype, device)
+
+    def quantized(
+        self, name: str, shape: tuple[int, ...], index: Index, device: torch.device
+    ) -> QuantizedTensor | None:
+        """Return a part of quantized weights; None if they are not quantized.
+
+        Raises BadCheckpoint if the shape of all of them in the file is not `shape`, or a value has
+        no meaning.
+        """
+        weight = self._checkpoint.quantized.get(name)
+        if weight is None:
+            return None
+        if not weight.may_have_shape(shape):
+            raise BadCheckpoint(
+                f"{weight.values.file}: {weight.name} holds weights of shape {weight.shape}, "
+                f"config.json makes it {shape}"
+            )
+        part = read_part(weight, (shape[0], shape[1]), index, self._stored, device)
+        self._report(name)
+        return part
 
     def _read(
         self,
@@ -78,19 +110,31 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        stored_name, info = self._find(name, shape)
         if not self._checkpoint.has_weights:
+            if name not in self._checkpoint.quantized:
+                self._find(name, shape)
             return torch.empty(shape, dtype=dtype, device="meta")[index or ...]
-        part = self._mapped(stored_name, info)[index or ...]
-        # Always a copy: the file may be replaced while it is served.
-        stored = torch.from_numpy(part.copy()).view(DTYPES[info.dtype])
-        self.num_bytes_read += stored.nbytes
-        loaded = stored.to(device=device, dtype=dtype)
-        self._unread.pop(name, None)
-        self._report_loading(1 - sum(self._unread.values()) / self._total)
+        if (part := self.quantized(name, shape, index, device)) is not None:
+            return part.dequantized().to(dtype)
+        loaded = self._stored(self._find(name, shape), index).to(device=device, dtype=dtype)
+        self._report(name)
         return loaded
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[str, TensorInfo]:
+    def _stored(self, info: TensorInfo, index: Index) -> torch.Tensor:
+        """Return a part of a tensor in the type that it has in its file.
+
+        It is always a copy: the file may be replaced while it is served.
+        """
+        part = self._mapped(info)[index or ...]
+        stored = torch.from_numpy(part.copy()).view(STORED[info.dtype])
+        self.num_bytes_read += stored.nbytes
+        return stored
+
+    def _report(self, name: str) -> None:
+        self._unread.pop(name, None)
+        self._report_loading(1 - sum(self._unread.values()) / self._total)
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         if name not in self._tensors:
             raise BadCheckpoint(
                 f"{self._checkpoint.path} has no tensor {name}: the weights do not belong to its "
@@ -103,12 +147,12 @@ class Weights:
             )
         if info.dtype not in DTYPES:
             raise BadCheckpoint(
-                f"{info.file}: {stored_name} is {info.dtype}, supported are {', '.join(DTYPES)} "
-                "(no quantised weights)"
+                f"{info.file}: {stored_name} is {info.dtype}, supported are {', '.join(DTYPES)}, "
+                "and quantized weights that config.json describes (docs/quantization.md)"
             )
-        return stored_name, info
+        return info
 
-    def _mapped(self, name: str, info: TensorInfo) -> np.ndarray:
+    def _mapped(self, info: TensorInfo) -> np.ndarray:
         """Return a view of a tensor in its file, as integers of the elements' size."""
         try:
             if info.file not in self._files:
@@ -118,6 +162,6 @@ class Weights:
             raise BadCheckpoint(f"{info.file} cannot be read: {e}") from e
         file = self._files[info.file]
         if info.offset + info.num_bytes > len(file):
-            raise BadCheckpoint(f"{info.file}: {name} cannot be read: the file was cut off")
-        item = np.dtype(f"i{DTYPES[info.dtype].itemsize}")
+            raise BadCheckpoint(f"{info.file} cannot be read: the file was cut off")
+        item = np.dtype(f"i{STORED[info.dtype].itemsize}")
         return np.frombuffer(file, item, prod(info.shape), info.offset).reshape(info.shape)

@@ -1,4 +1,7 @@
-"""Checkpoints of Qwen2.5-VL with random weights. `3b` and `7b` have the real shapes."""
+"""Checkpoints of Qwen2.5-VL with random weights. `3b` and `7b` have the real shapes.
+
+`3b-awq` has the same weights quantized; the same goes for each size and format.
+"""
 
 import json
 import shutil
@@ -7,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from benchmarks.quantized import FORMATS, Format
 from benchmarks.recipe import Recipe, Shape, write_json, write_safetensors
 from common.settings import EMBEDDED_MODEL
 
@@ -45,11 +51,16 @@ SHAPES = {
 }
 
 
-def recipe(shapes: Shapes) -> Recipe:
+def recipe(shapes: Shapes, format: Format | None = None) -> Recipe:
+    """Return how a checkpoint is made, the layers of whose language model may be quantized."""
+
     def write_files(folder: Path) -> None:
         for file in COPIED:
             shutil.copy(EMBEDDED_MODEL / file, folder)
-        write_json(folder / "config.json", config_of(shapes))
+        config = config_of(shapes)
+        if format is not None:
+            config["quantization_config"] = format.config
+        write_json(folder / "config.json", config)
         preprocessor = json.loads((EMBEDDED_MODEL / "preprocessor_config.json").read_text())
         write_json(folder / "preprocessor_config.json", preprocessor | {"max_pixels": MAX_PIXELS})
         write_json(folder / "tokenizer.json", tokenizer_of(shapes))
@@ -58,10 +69,15 @@ def recipe(shapes: Shapes) -> Recipe:
         yield from language_tensors(shapes)
         yield from vision_tensors(shapes)
 
+    def store(name: str, value: Tensor) -> dict[str, Tensor]:
+        if format is None or value.ndim < 2 or not name.startswith("model.layers."):
+            return {name: value}
+        module = name.removesuffix(".weight")
+        return {f"{module}.{last}": tensor for last, tensor in format.store(value)[0].items()}
+
     # No greedy answer ends early.
-    return Recipe(
-        write_files, tensors, write_safetensors, "lm_head.weight", (slice(NUM_KNOWN_TOKENS),)
-    )
+    silent = (slice(NUM_KNOWN_TOKENS),)
+    return Recipe(write_files, tensors, write_safetensors, "lm_head.weight", silent, store)
 
 
 def config_of(shapes: Shapes) -> dict[str, Any]:
@@ -158,4 +174,8 @@ def vision_tensors(shapes: Shapes) -> Iterator[tuple[str, Shape]]:
         yield f"visual.merger.{name}.bias", (rows,)
 
 
-RECIPES = {name: recipe(shapes) for name, shapes in SHAPES.items()}
+RECIPES = {name: recipe(shapes) for name, shapes in SHAPES.items()} | {
+    f"{size}-{name}": recipe(shapes, format)
+    for size, shapes in SHAPES.items()
+    for name, format in FORMATS.items()
+}

@@ -33,10 +33,18 @@ class CudaModelRunner(ModelRunner):
         report_loading: Callable[[float], None] = lambda fraction: None,
         shard: Shard = Shard(),
         max_num_seqs: int = 64,
+        quantization: str = "auto",
     ) -> None:
         # One block more than the scheduler knows. Rows that fill up a captured batch write there.
         super().__init__(
-            checkpoint, dtype, device, num_blocks + 1, block_size, report_loading, shard
+            checkpoint,
+            dtype,
+            device,
+            num_blocks + 1,
+            block_size,
+            report_loading,
+            shard,
+            quantization,
         )
         self._graphs: DecodeGraphs | None = None
         if objection := objection_to_pages(dtype, checkpoint.sizes.head_dim, block_size, device):

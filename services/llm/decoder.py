@@ -7,35 +7,17 @@ that ask for them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.families import ModelSizes
-from compute.kernels.operations import (
-    PackedWeights,
-    add_rms_norm,
-    adds_with_norm,
-    rms_norm,
-    silu_mul,
-)
+from compute.kernels.operations import add_rms_norm, adds_with_norm, rms_norm, silu_mul
 from compute.linear import Linear
+from compute.products import Product
 from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.parallel import Shard
-
-
-class Product(Protocol):
-    """x [n, num_inputs] -> x @ weight.T + bias [n, num_outputs], plus `residual` if given."""
-
-    @property
-    def packed(self) -> PackedWeights | None: ...
-
-    @property
-    def max_kernel_rows(self) -> int: ...
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
 class LowRank:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from compute.kernels.operations import can_attend_blocks, kernels_for, new_partials
 from compute.kernels.structures import DecoderStruct, LayerStruct, StepStruct, WeightsStruct
+from compute.products import Product
 from services.llm.batch import Batch
-from services.llm.decoder import Decoder, Layer, Product
+from services.llm.decoder import Decoder, Layer
 from services.llm.language_model import LanguageModel
 from services.llm.step_plan import StepPlan
 

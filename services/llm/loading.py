@@ -1,6 +1,6 @@
 """Loads one rank's share of a decoder's tensors, whatever a family calls them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from torch import Tensor
 from common.checkpoint import Checkpoint
 from common.families import ModelSizes
 from compute.linear import Linear
-from compute.quantization import Int8Linear
+from compute.products import Product, product_of, product_of_parts
+from compute.quantized_weights import Weight, padded, with_zeros
 from compute.weights import Weights
 from services.llm.decoder import LowRank, Projection, SideBySide
 from services.llm.parallel import Shard
@@ -68,14 +69,17 @@ class ShardLoader(RankBounds):
         device: torch.device,
         shard: Shard = Shard(),
         report_loading: Callable[[float], None] = lambda fraction: None,
-        quantization: str = "none",
+        quantization: str = "auto",
     ) -> None:
-        """Raises BadCheckpoint if the ranks cannot share the model."""
+        """Quantized weights stay as they are if `quantization` is "auto".
+
+        Raises BadCheckpoint if the ranks cannot share the model.
+        """
         super().__init__(checkpoint.sizes, shard)
         self.sizes.check_fits(shard.world_size)
         self.dtype = dtype
         self.device = device
-        self._product = Int8Linear if quantization == "int8" else Linear
+        self._quantization = quantization
         if self.sizes.only_world_size:
             checkpoint = replace(checkpoint, rank=shard.rank)
         tower = checkpoint.family.tower_prefixes
@@ -97,22 +101,33 @@ class ShardLoader(RankBounds):
         """Return columns (inputs) of a tensor of this shape in the file."""
         return self._part(name, shape, 1, bounds)
 
+    def weight_rows(self, name: str, shape: tuple[int, int], bounds: Bounds) -> Weight:
+        """Return rows (outputs) of the weights of a product, as they are stored."""
+        return self._weight(name, shape, 0, bounds)
+
+    def weight_columns(self, name: str, shape: tuple[int, int], bounds: Bounds) -> Weight:
+        """Return columns (inputs) of the weights of a product, as they are stored."""
+        return self._weight(name, shape, 1, bounds)
+
     def projection(
         self,
-        weight: Tensor,
+        weights: Sequence[Weight],
         bias: Tensor | None = None,
         low_rank: LowRank | SideBySide | None = None,
     ) -> Projection:
-        return Projection(self._product(weight, bias), low_rank)
+        """Return the product with weights whose outputs follow each other."""
+        return Projection(product_of_parts(weights, bias, self.dtype, self._quantization), low_rank)
 
     def vocabulary(
         self, embedding_name: str, head_name: str | None
-    ) -> tuple[Callable[[Tensor], Tensor], Linear]:
+    ) -> tuple[Callable[[Tensor], Tensor], Product]:
         """Return the lookup of embeddings and the head; without `head_name` they share weights."""
-        embedding = self._vocabulary_rows(embedding_name)
+        rows = (self.sizes.vocab_size, self.sizes.hidden_size)
+        bounds = Bounds(*self.shard.split(self.sizes.vocab_size))
+        embedding = self.rows(embedding_name, rows, bounds)
         if head_name is not None:
-            head = Linear(self._vocabulary_rows(head_name))
-            return partial(F.embedding, weight=embedding), head
+            head_rows = self.weight_rows(head_name, rows, bounds)
+            return partial(F.embedding, weight=embedding), product_of(head_rows, None, self.dtype)
         head = Linear(embedding)
         if head.packed is None:
             return partial(F.embedding, weight=embedding), head
@@ -120,16 +135,20 @@ class ShardLoader(RankBounds):
         # vocabulary is too large to be held twice.
         return head.packed.rows, head
 
-    def _vocabulary_rows(self, name: str) -> Tensor:
-        shape = (self.sizes.vocab_size, self.sizes.hidden_size)
-        return self.rows(name, shape, Bounds(*self.shard.split(self.sizes.vocab_size)))
+    def _weight(self, name: str, shape: tuple[int, int], dim: int, bounds: Bounds) -> Weight:
+        if self._quantization == "auto" and self.dtype is not torch.float32:
+            index = (slice(None),) * dim + (slice(bounds.first, bounds.last),)
+            part = self._weights.quantized(name, shape, index, self.device)
+            if part is not None:
+                return with_zeros(part, dim, bounds.num_zeros)
+        return self._part(name, shape, dim, bounds)
 
     def _part(self, name: str, shape: tuple[int, ...], dim: int, bounds: Bounds) -> Tensor:
         first, last, num_zeros = bounds
         if self.sizes.only_world_size:
             shape, first, last = self._in_own_file(shape, dim, first, last)
         part = self._weights.slice(name, shape, dim, first, last, self.dtype, self.device)
-        return with_zeros(part, dim, num_zeros)
+        return padded(part, dim, num_zeros)
 
     def _in_own_file(
         self, shape: tuple[int, ...], dim: int, first: int, last: int
@@ -144,12 +163,3 @@ class ShardLoader(RankBounds):
         start = first // (length * num_ranks) * length
         own = tuple(size // num_ranks if i == dim else size for i, size in enumerate(shape))
         return own, start, start + length
-
-
-def with_zeros(part: Tensor, dim: int, num_zeros: int) -> Tensor:
-    """Return a rank's part of a tensor with the zeros that follow it along a dimension."""
-    if not num_zeros:
-        return part
-    zeros = list(part.shape)
-    zeros[dim] = num_zeros
-    return torch.cat((part, part.new_zeros(zeros)), dim)

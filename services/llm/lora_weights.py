@@ -15,9 +15,10 @@ from torch import Tensor
 from common.checkpoint import BadCheckpoint
 from common.lora import LoraFiles, LoraPair
 from common.tensor_info import TensorInfo
+from compute.quantized_weights import padded
 from compute.weights import DTYPES
 from services.llm.decoder import LayerPairs, LowRank
-from services.llm.loading import Bounds, with_zeros
+from services.llm.loading import Bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,4 +132,4 @@ class PairReader:
 def cut(whole: Tensor, dim: int, bounds: Bounds) -> Tensor:
     """Return the part of a rank along a dimension, with the zeros that follow it."""
     part = whole.narrow(dim, bounds.first, bounds.last - bounds.first)
-    return with_zeros(part, dim, bounds.num_zeros)
+    return padded(part, dim, bounds.num_zeros)

@@ -32,7 +32,7 @@ class ModelRunner:
         block_size: int,
         report_loading: Callable[[float], None] = lambda fraction: None,
         shard: Shard = Shard(),
-        quantization: str = "none",
+        quantization: str = "auto",
     ) -> None:
         self._model_type = checkpoint.family.model_type
         self._model = families.load(checkpoint, dtype, device, shard, report_loading, quantization)

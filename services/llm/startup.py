@@ -90,9 +90,12 @@ def check_settings(settings: LlmSettings, checkpoint: Checkpoint) -> None:
         raise BadSetting(
             f"--rank {settings.rank}: ranks of --tp {settings.tp} count from 0 to {settings.tp - 1}"
         )
-    if settings.quantization != "none" and not generates(checkpoint):
+    if settings.quantization == "int8" and not generates(checkpoint):
+        raise BadSetting("--quantization int8: a model that generates no text has none")
+    if settings.quantization == "int8" and checkpoint.quantized:
         raise BadSetting(
-            f"--quantization {settings.quantization}: a model that generates no text has none"
+            "--quantization int8: the checkpoint is quantized already, so leave the flag out; "
+            "--quantization none dequantizes it"
         )
     adapters_of(settings, checkpoint.family, settings.served_model_name)
     if settings.rank > 0 and not settings.rendezvous:
@@ -237,7 +240,8 @@ def size_cache(
     num_sharing: int,
 ) -> KvCache:
     """Return the size of the KV cache, on which all ranks agree."""
-    footprint = Footprint(checkpoint, dtype.itemsize)
+    keeps_quantized = settings.quantization == "auto"
+    footprint = Footprint(checkpoint, dtype.itemsize, keeps_quantized)
     num_weight_bytes = footprint.rank_bytes(settings.tp)
     memory = settings.kv_memory or device.kv_cache_bytes(num_sharing, num_weight_bytes)
     block_size = settings.block_size or device.default_block_size(dtype)
@@ -299,7 +303,7 @@ def make_runner(
     # Imported only here: what it needs of torch takes a second to import.
     from services.llm.cuda_model_runner import CudaModelRunner
 
-    return CudaModelRunner(*given, settings.max_num_seqs)
+    return CudaModelRunner(*given, settings.max_num_seqs, settings.quantization)
 
 
 def run_leader(

@@ -101,7 +101,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     weights = Weights(checkpoint_of(tmp_path, {"w": torch.ones(4).to(torch.float8_e4m3fn)}))
-    with pytest.raises(BadCheckpoint, match="w is F8_E4M3, supported are F32, F16, BF16"):
+    with pytest.raises(BadCheckpoint, match="w is F8_E4M3, supported are F32, F16, BF16, and"):
         weights.tensor("w", (4,), torch.float32, CPU)
 
 

@@ -249,7 +249,7 @@ def test_int8_computes_with_the_weights_that_its_bytes_mean(
         forced_logits(runner_of(case, torch.bfloat16, quantization=q), case, 16)
         for q in ("int8", "none")
     )
-    monkeypatch.setattr("services.llm.loading.Int8Linear", dequantised)
+    monkeypatch.setattr("compute.products.Int8Linear", dequantised)
     meant = forced_logits(runner_of(case, torch.float32, quantization="int8"), case, 16)
     assert max_difference(found, meant) < 1.2 * BFLOAT16_DIFFERENCE[case.name]
     assert max_difference(found, exact) > 0

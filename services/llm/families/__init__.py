@@ -41,7 +41,7 @@ def load(
     device: torch.device,
     shard: Shard = Shard(),
     report_loading: Callable[[float], None] = lambda fraction: None,
-    quantization: str = "none",
+    quantization: str = "auto",
 ) -> LanguageModel:
     """Return one rank's share of the checkpoint's language model.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.qwen2_5_vl import HEAD, is_tied
+from compute.quantized_weights import Weight
 from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, rotary_tables
@@ -108,19 +109,19 @@ def load_layer(loader: ShardLoader, name: str) -> Layer:
     hidden = sizes.hidden_size
     inner = sizes.intermediate_size
     q_rows = sizes.num_heads * sizes.head_dim
-    gate, up = (
-        loader.rows(f"{name}.mlp.{part}_proj.weight", (inner, hidden), loader.mlp_bounds)
+    gate_up = [
+        loader.weight_rows(f"{name}.mlp.{part}_proj.weight", (inner, hidden), loader.mlp_bounds)
         for part in ("gate", "up")
-    )
-    down = loader.columns(f"{name}.mlp.down_proj.weight", (hidden, inner), loader.mlp_bounds)
-    o = loader.columns(f"{name}.self_attn.o_proj.weight", (hidden, q_rows), loader.q_bounds)
+    ]
+    down = loader.weight_columns(f"{name}.mlp.down_proj.weight", (hidden, inner), loader.mlp_bounds)
+    o = loader.weight_columns(f"{name}.self_attn.o_proj.weight", (hidden, q_rows), loader.q_bounds)
     return Layer(
         input_norm=loader.whole(f"{name}.input_layernorm.weight", hidden),
         qkv=loader.projection(*load_qkv(loader, f"{name}.self_attn")),
-        o=loader.projection(o),
+        o=loader.projection([o]),
         mlp_norm=loader.whole(f"{name}.post_attention_layernorm.weight", hidden),
-        gate_up=loader.projection(torch.cat((gate, up))),
-        down=loader.projection(down),
+        gate_up=loader.projection(gate_up),
+        down=loader.projection([down]),
     )
 
 
@@ -140,8 +141,8 @@ def lora_targets(bounds: RankBounds) -> dict[str, LoraTarget]:
     }
 
 
-def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:
-    """Return this rank's query, key and value rows as one weight and one bias."""
+def load_qkv(loader: ShardLoader, name: str) -> tuple[list[Weight], Tensor]:
+    """Return this rank's query, key and value rows, and one bias of all."""
     sizes = loader.sizes
     q_rows = sizes.num_heads * sizes.head_dim
     kv_rows = sizes.num_kv_heads * sizes.head_dim
@@ -151,10 +152,10 @@ def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:
         ("v", kv_rows, loader.kv_bounds),
     )
     weights = [
-        loader.rows(f"{name}.{part}_proj.weight", (rows, sizes.hidden_size), bounds)
+        loader.weight_rows(f"{name}.{part}_proj.weight", (rows, sizes.hidden_size), bounds)
         for part, rows, bounds in parts
     ]
     biases = [
         loader.rows(f"{name}.{part}_proj.bias", (rows,), bounds) for part, rows, bounds in parts
     ]
-    return torch.cat(weights), torch.cat(biases)
+    return weights, torch.cat(biases)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.checkpoint import BadCheckpoint, Checkpoint
 from common.families.qwen_vl import seq_length
+from compute.quantized_weights import Weight
 from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.decoder import Decoder, Layer, rotary_tables
@@ -114,19 +115,19 @@ def load_layer(loader: ShardLoader, name: str) -> Layer:
     inner = sizes.intermediate_size
     q_rows = sizes.num_heads * sizes.head_dim
     # Unlike the names suggest, w2 is the gate.
-    gate, up = (
-        loader.rows(f"{name}.mlp.{part}.weight", (inner, hidden), loader.mlp_bounds)
+    gate_up = [
+        loader.weight_rows(f"{name}.mlp.{part}.weight", (inner, hidden), loader.mlp_bounds)
         for part in ("w2", "w1")
-    )
-    down = loader.columns(f"{name}.mlp.c_proj.weight", (hidden, inner), loader.mlp_bounds)
-    o = loader.columns(f"{name}.attn.c_proj.weight", (hidden, q_rows), loader.q_bounds)
+    ]
+    down = loader.weight_columns(f"{name}.mlp.c_proj.weight", (hidden, inner), loader.mlp_bounds)
+    o = loader.weight_columns(f"{name}.attn.c_proj.weight", (hidden, q_rows), loader.q_bounds)
     return Layer(
         input_norm=loader.whole(f"{name}.ln_1.weight", hidden),
         qkv=loader.projection(*load_qkv(loader, f"{name}.attn.c_attn")),
-        o=loader.projection(o),
+        o=loader.projection([o]),
         mlp_norm=loader.whole(f"{name}.ln_2.weight", hidden),
-        gate_up=loader.projection(torch.cat((gate, up))),
-        down=loader.projection(down),
+        gate_up=loader.projection(gate_up),
+        down=loader.projection([down]),
     )
 
 
@@ -149,13 +150,14 @@ def qkv_blocks(bounds: RankBounds) -> list[Bounds]:
     return [Bounds(block * rows + first, block * rows + last) for block in range(3)]
 
 
-def load_qkv(loader: ShardLoader, name: str) -> tuple[Tensor, Tensor]:
-    """Return this rank's query, key and value rows as one weight and one bias."""
+def load_qkv(loader: ShardLoader, name: str) -> tuple[list[Weight], Tensor]:
+    """Return this rank's query, key and value rows, and one bias of all."""
     sizes = loader.sizes
     rows = sizes.num_heads * sizes.head_dim
     blocks = qkv_blocks(loader)
     weights = [
-        loader.rows(f"{name}.weight", (3 * rows, sizes.hidden_size), bounds) for bounds in blocks
+        loader.weight_rows(f"{name}.weight", (3 * rows, sizes.hidden_size), bounds)
+        for bounds in blocks
     ]
     biases = [loader.rows(f"{name}.bias", (3 * rows,), bounds) for bounds in blocks]
-    return torch.cat(weights), torch.cat(biases)
+    return weights, torch.cat(biases)

@@ -85,11 +85,27 @@ class LayerLoader:
         """Every rank has A whole, and the rows of B that belong to its rows of the weight."""
         name = "attention.wqkv"
         hidden = self._loader.sizes.hidden_size
-        weight = self._heads(f"{name}.weight", hidden)
-        up = self._heads(f"{name}.Plora_B.weight", self._pairs.rank) * self._pairs.scale
-        return self._loader.projection(weight, low_rank=LowRank(self._whole_a(name), up))
+        weights = [
+            self._loader.weight_rows(
+                f"{self._name}.{name}.weight", (self._qkv_rows, hidden), bounds
+            )
+            for bounds in self._heads()
+        ]
+        rank = self._pairs.rank
+        ups = [
+            self._loader.rows(f"{self._name}.{name}.Plora_B.weight", (self._qkv_rows, rank), bounds)
+            for bounds in self._heads()
+        ]
+        up = torch.cat(ups) * self._pairs.scale
+        return self._loader.projection(weights, low_rank=LowRank(self._whole_a(name), up))
 
-    def _heads(self, name: str, width: int) -> Tensor:
+    @property
+    def _qkv_rows(self) -> int:
+        """The rows of all heads in the file."""
+        sizes = self._loader.sizes
+        return (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+
+    def _heads(self) -> list[Bounds]:
         """Return this rank's rows of query heads, then key heads, then value heads.
 
         The file has groups: some query heads, then the key head and the value head that they share.
@@ -100,19 +116,17 @@ class LayerLoader:
         first, last = shard.split(sizes.num_heads)
         kv_heads = range(*shard.split_kv_heads(sizes.num_kv_heads))
 
-        def rows(kv_head: int, begin: int, end: int) -> Tensor:
-            """Return some heads of a group."""
+        def rows(kv_head: int, begin: int, end: int) -> Bounds:
+            """Return the rows of some heads of a group."""
             start = kv_head * (group + 2)
-            bounds = Bounds(*(sizes.head_dim * (start + i) for i in (begin, end)))
-            shape = (sizes.num_kv_heads * (group + 2) * sizes.head_dim, width)
-            return self._loader.rows(f"{self._name}.{name}", shape, bounds)
+            return Bounds(*(sizes.head_dim * (start + i) for i in (begin, end)))
 
         queries = [
             rows(i, max(first - i * group, 0), min(last - i * group, group)) for i in kv_heads
         ]
         keys = [rows(i, group, group + 1) for i in kv_heads]
         values = [rows(i, group + 1, group + 2) for i in kv_heads]
-        return torch.cat((*queries, *keys, *values))
+        return [*queries, *keys, *values]
 
     def _gate_up(self) -> Projection:
         """Gate and up have a pair each. Every rank has A whole, and its rows of B."""
@@ -120,7 +134,7 @@ class LayerLoader:
         bounds = self._loader.mlp_bounds
         parts = ("feed_forward.w1", "feed_forward.w3")
         weights = [
-            self._loader.rows(
+            self._loader.weight_rows(
                 f"{self._name}.{part}.weight", (sizes.intermediate_size, sizes.hidden_size), bounds
             )
             for part in parts
@@ -137,7 +151,7 @@ class LayerLoader:
             LowRank(self._whole_a(part), up * self._pairs.scale)
             for part, up in zip(parts, ups, strict=True)
         ]
-        return self._loader.projection(torch.cat(weights), low_rank=SideBySide(tuple(pairs)))
+        return self._loader.projection(weights, low_rank=SideBySide(tuple(pairs)))
 
     def _by_columns(self, part: str, num_inputs: int, bounds: Bounds) -> Projection:
         """Every rank has the columns of A that belong to its columns of the weight, and B whole.
@@ -147,10 +161,10 @@ class LayerLoader:
         hidden = self._loader.sizes.hidden_size
         rank = self._pairs.rank
         name = f"{self._name}.{part}"
-        weight = self._loader.columns(f"{name}.weight", (hidden, num_inputs), bounds)
+        weight = self._loader.weight_columns(f"{name}.weight", (hidden, num_inputs), bounds)
         down = self._loader.columns(f"{name}.Plora_A.weight", (rank, num_inputs), bounds)
         up = self._loader.whole(f"{name}.Plora_B.weight", hidden, rank) * self._pairs.scale
-        return self._loader.projection(weight, low_rank=LowRank(down, up))
+        return self._loader.projection([weight], low_rank=LowRank(down, up))
 
     def _whole_a(self, part: str) -> Tensor:
         hidden = self._loader.sizes.hidden_size

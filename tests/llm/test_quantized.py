@@ -1,0 +1,171 @@
+"""A quantized checkpoint computes what its dequantized weights compute, on any number of ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint import open_checkpoint
+from common.sizing import Footprint
+from compute.linear import Linear
+from compute.products import SideBySideProducts
+from services.llm.decoder import Decoder
+from services.llm.families import load
+from services.llm.model_runner import ModelRunner
+from services.llm.parallel import Shard
+from services.vision.eager_tower import EagerTower
+from tests.fine_tunes import write as write_layout
+from tests.golden import GoldenCase, max_difference
+from tests.llm.test_model_runner import CPU, Sequence, ThreadGroup, blocks_of, runner_of, step
+from tests.llm.test_padded_heads import padded_case
+from tests.quantized import FORMATS, Pair, cosine, in_layers, quantize
+from tests.vision.test_qwen2_5_vl import embed, tower_of
+
+NUM_DECODES = 3
+ONE_OF_EACH = ("fp8 block", "awq", "gptq ordered", "w4a16")
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("quantized")
+    return quantize(GoldenCase("a_image"), FORMATS[request.param], folder)
+
+
+def logits_of(runner: ModelRunner, case: GoldenCase) -> np.ndarray:
+    """The logits of the last prompt token and of some that follow."""
+    sequence = Sequence(case, blocks_of(1)[0])
+    logits = [step(runner, [(sequence, sequence.num_left)])]
+    for token_id in case.expected["greedy_ids"][:NUM_DECODES]:
+        sequence.append(token_id)
+        logits.append(step(runner, [(sequence, 1)]))
+    return np.concatenate(logits)
+
+
+def logits_of_ranks(
+    case: GoldenCase, world_size: int, dtype: torch.dtype = torch.float32
+) -> list[np.ndarray]:
+    return ThreadGroup(world_size).run(
+        lambda shard: logits_of(runner_of(case, dtype, shard, "auto"), case)
+    )
+
+
+def check_cosine(found: np.ndarray, expected: np.ndarray) -> None:
+    assert cosine(torch.from_numpy(found), torch.from_numpy(expected)) >= 0.999
+
+
+def test_float32_is_that_of_the_dequantized_weights(pair: Pair) -> None:
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    for world_size in (1, 2):
+        for logits in logits_of_ranks(pair.quantized, world_size):
+            assert max_difference(logits, expected) < 1e-4
+
+
+def test_bfloat16_is_near_the_dequantized_weights(pair: Pair) -> None:
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    for world_size in (1, 2):
+        for logits in logits_of_ranks(pair.quantized, world_size, BFLOAT16):
+            check_cosine(logits, expected)
+    found, expected = (
+        logits_of(runner_of(case, BFLOAT16, quantization="none"), case)
+        for case in (pair.quantized, pair.meant)
+    )
+    assert max_difference(found, expected) < 1e-3, "dequantized, they are the same"
+
+
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_many_ranks_compute_what_one_computes(format: str, world_size: int, tmp_path: Path) -> None:
+    pair = quantize(GoldenCase("c_gqa_tp8"), FORMATS[format], tmp_path)
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    for logits in logits_of_ranks(pair.quantized, world_size):
+        assert max_difference(logits, expected) < 1e-4
+    for logits in logits_of_ranks(pair.quantized, world_size, BFLOAT16):
+        check_cosine(logits, expected)
+
+
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+def test_heads_of_zeros_stay_zeros(format: str, tmp_path: Path) -> None:
+    case = padded_case(tmp_path / "model")
+    pair = quantize(case, FORMATS[format], tmp_path)
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    for logits in logits_of_ranks(pair.quantized, 8, BFLOAT16):
+        check_cosine(logits, expected)
+
+
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+def test_newer_names_load(format: str, tmp_path: Path) -> None:
+    case = write_layout(GoldenCase("a_image"), "nested", tmp_path / "model")
+    pair = quantize(case, FORMATS[format], tmp_path)
+    logits = logits_of(runner_of(pair.quantized), pair.quantized)
+    assert max_difference(logits, logits_of(runner_of(pair.meant), pair.meant)) < 1e-4
+
+
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+def test_a_quantized_tower_is_dequantized(format: str, tmp_path: Path) -> None:
+    pair = quantize(
+        GoldenCase("a_image"),
+        FORMATS[format],
+        tmp_path,
+        lambda name: "visual.blocks" in name and ".norm" not in name and name.endswith("weight"),
+    )
+    found, expected = (embed(EagerTower(tower_of(c)), c) for c in (pair.quantized, pair.meant))
+    assert max_difference(found, expected) < 1e-4
+    plain, quantized = (
+        Footprint(open_checkpoint(c.checkpoint), 2) for c in (pair.meant, pair.quantized)
+    )
+    assert quantized.vision_bytes == plain.vision_bytes
+
+
+def test_modules_of_several_kinds_stand_side_by_side(tmp_path: Path) -> None:
+    """Only some modules of a layer are quantized, or their inputs are ordered differently."""
+    case = GoldenCase("a_image")
+    pair = quantize(
+        case,
+        FORMATS["gptq disordered"],
+        tmp_path,
+        lambda name: in_layers(name) and "k_proj" not in name,
+    )
+    runner = runner_of(pair.quantized, BFLOAT16, quantization="auto")
+    model = runner._model
+    assert isinstance(model, Decoder)
+    for projection in (model.layers[0].qkv, model.layers[0].gate_up):
+        assert isinstance(projection.product, SideBySideProducts)
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    check_cosine(logits_of(runner, pair.quantized), expected)
+
+
+def test_a_quantized_head_loads(tmp_path: Path) -> None:
+    pair = quantize(
+        GoldenCase("a_image"), FORMATS["gptq"], tmp_path, lambda name: name == "lm_head.weight"
+    )
+    expected = logits_of(runner_of(pair.meant), pair.meant)
+    for dtype in (torch.float32, BFLOAT16):
+        for logits in logits_of_ranks(pair.quantized, 2, dtype):
+            check_cosine(logits, expected)
+
+
+def test_the_memory_that_is_planned_is_that_of_the_stored_weights(pair: Pair) -> None:
+    checkpoint = open_checkpoint(pair.quantized.checkpoint)
+    told: list[float] = []
+    model = load(checkpoint, BFLOAT16, CPU, report_loading=told.append)
+    assert told[-1] == 1
+    stored = sum(weight.num_bytes for weight in checkpoint.quantized.values())
+    footprint = Footprint(checkpoint, 2)
+    plain = Footprint(checkpoint, 2, keeps_quantized=False)
+    num_weights = sum(weight.num_weights for weight in checkpoint.quantized.values())
+    assert plain.rank_bytes(1) == Footprint(open_checkpoint(pair.meant.checkpoint), 2).rank_bytes(1)
+    assert plain.rank_bytes(1) - footprint.rank_bytes(1) == 2 * num_weights - stored
+    assert Footprint(checkpoint, 4).rank_bytes(1) == 2 * plain.rank_bytes(1)
+    assert model.num_bytes_read > stored
+    share = load(checkpoint, BFLOAT16, CPU, Shard(0, 2)).num_bytes_read
+    assert share < 0.7 * model.num_bytes_read
+
+
+def test_a_quantized_module_is_a_plain_product_if_that_is_asked_for(pair: Pair) -> None:
+    checkpoint = open_checkpoint(pair.quantized.checkpoint)
+    for dtype, quantization in ((torch.float32, "auto"), (BFLOAT16, "none")):
+        model = load(checkpoint, dtype, CPU, quantization=quantization)
+        assert isinstance(model, Decoder)
+        assert isinstance(model.layers[0].qkv.product, Linear)
