@@ -16,7 +16,7 @@ from compute.kernels.library import bfloat16_kernels
 from services.llm.decoder import Decoder
 from services.llm.families import load
 from services.llm.families.qwen2_5_vl import TextConfig
-from services.llm.loading import ShardLoader
+from services.llm.loading import Bounds, ShardLoader
 from services.llm.parallel import Shard
 from tests.golden import GoldenCase
 
@@ -112,15 +112,19 @@ def test_a_rank_reads_its_share_of_the_weights(world_size: int) -> None:
 def test_a_vocabulary_that_embedding_and_head_share_is_held_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    checkpoint = open_checkpoint(GoldenCase("b_two_images_tied").checkpoint)
     loaded: list[weakref.ref[torch.Tensor]] = []
-    read = ShardLoader._vocabulary_rows
+    read = ShardLoader.rows
 
-    def remembered(loader: ShardLoader, name: str) -> torch.Tensor:
-        tensor = read(loader, name)
-        loaded.append(weakref.ref(tensor))
+    def remembered(
+        loader: ShardLoader, name: str, shape: tuple[int, ...], bounds: Bounds
+    ) -> torch.Tensor:
+        tensor = read(loader, name, shape, bounds)
+        if name == checkpoint.family.embedding_name:
+            loaded.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(ShardLoader, "_vocabulary_rows", remembered)
-    model = load(open_checkpoint(GoldenCase("b_two_images_tied").checkpoint), torch.bfloat16, CPU)
+    monkeypatch.setattr(ShardLoader, "rows", remembered)
+    model = load(checkpoint, torch.bfloat16, CPU)
     assert isinstance(model, Decoder) and model.head.packed is not None
     assert [tensor() for tensor in loaded] == [None]
