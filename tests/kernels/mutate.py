@@ -45,7 +45,7 @@ class Mutation:
     def applied_to(self, source: str) -> str:
         """Return the source with the change."""
         start = source.index(f"def {self.kernel}(")
-        end = source.find("\n@triton.jit", start)
+        end = source.find("\n\n\n", start)
         end = len(source) if end < 0 else end
         body = source[start:end]
         count = body.count(self.old)
