@@ -1,5 +1,6 @@
 """The kernels between the products return what torch returns, and touch nothing else."""
 
+import math
 from typing import Any
 
 import pytest
@@ -62,6 +63,8 @@ def test_the_norm_of_a_sum_is_that_of_the_rounded_sum(
     total, found = pointwise.add_rms_norm(x, delta, weight, EPS)
     assert total.equal(x + delta) and x.equal(kept)
     assert_near(found, normed(total, weight))
+    if dtype is torch.float16:
+        assert found.equal(normed(total, weight).half())
 
 
 @pytest.mark.parametrize("width", [1, 50, 520])
@@ -223,3 +226,44 @@ def test_operations_use_the_kernels_where_they_serve(
             assert CALLS[name]().equal(expected)
         with pytest.raises(AttributeError):
             CALLS[name]()
+
+
+def far_apart(num_rows: int, *shape: int) -> Tensor:
+    """Return rows so far apart that the last ones are beyond the reach of 32 bits.
+
+    Nothing between them is touched, so it takes no memory.
+    """
+    stride = 2**30
+    room = torch.empty((num_rows - 1) * stride + math.prod(shape), dtype=torch.float16)
+    inner = torch.empty(shape).stride()
+    return room.as_strided((num_rows, *shape), (stride, *inner)).copy_(random(num_rows, *shape))
+
+
+def test_offsets_have_64_bits() -> None:
+    x = far_apart(3, 6)
+    near = x.contiguous()
+    assert_near(pointwise.silu_mul(x), pointwise.silu_mul(near))
+    weight = torch.ones(6, dtype=torch.float16)
+    found = pointwise.add_rms_norm(x, x, weight, EPS)
+    for one, other in zip(found, pointwise.add_rms_norm(near, near, weight, EPS), strict=True):
+        assert one.equal(other)
+    heads = far_apart(3, 3, 2)
+    cache = far_apart(3, 2, 1, 1, 2).transpose(0, 1)
+    near = heads.contiguous()
+    near_cache = torch.zeros(2, 3, 1, 1, 2, dtype=torch.float16)
+    tables = random(2, 3, 2)
+    for qkv, stored in ((heads, cache), (near, near_cache)):
+        pointwise.rotate_and_store(qkv, 1, 1, *tables, stored, torch.tensor([2, 0, 1]))
+    assert heads.equal(near) and cache.equal(near_cache)
+
+
+def test_nothing_is_written_behind_a_row() -> None:
+    x = random(2, 6)
+    room = torch.zeros(3, 2 * 6 + 4096)
+    normed, total, gated = room
+    pointwise.add_rms_norm_kernel[(2,)](
+        x, x, x, total, normed, 6, 6, 6, EPS, HAS_DELTA=True, BLOCK=8
+    )
+    pointwise.silu_mul_kernel[(2, 1)](x, gated, 6, 3, BLOCK=8)
+    assert normed[:12].all() and total[:12].all() and gated[:6].all()
+    assert not room[:2, 12:].any() and not gated[6:].any()
