@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from compute.quantized_weights import Weight
 from services.llm.attention import RotaryTables
 from services.llm.batch import Batch
 from services.llm.decoder import (
@@ -64,21 +65,23 @@ def load_layer(loader: ShardLoader, name: str) -> Layer:
     qkv += (("v", kv_rows, loader.kv_bounds),)
     mlp = (("gate", inner, loader.mlp_bounds), ("up", inner, loader.mlp_bounds))
 
-    def wide(parts: tuple[tuple[str, int, Bounds], ...], low: str) -> tuple[Tensor, LowRank]:
+    def wide(parts: tuple[tuple[str, int, Bounds], ...], low: str) -> tuple[list[Weight], LowRank]:
         """Rows of several tensors, each split among the ranks, with the rows of their pairs."""
-        weights = [loader.rows(f"{name}.{part}", (rows, width), b) for part, rows, b in parts]
+        weights = [
+            loader.weight_rows(f"{name}.{part}", (rows, width), b) for part, rows, b in parts
+        ]
         ups = [loader.rows(f"{name}.{part}.low_up", (rows, LOW_RANK), b) for part, rows, b in parts]
         down = loader.whole(f"{name}.{low}.low_down", LOW_RANK, width)
-        return torch.cat(weights), LowRank(down, torch.cat(ups))
+        return weights, LowRank(down, torch.cat(ups))
 
-    def narrow(part: str, columns: int, bounds: Bounds) -> tuple[Tensor, LowRank]:
+    def narrow(part: str, columns: int, bounds: Bounds) -> tuple[list[Weight], LowRank]:
         """Columns of a tensor and of its pair: the ranks' results are summed."""
-        weight = loader.columns(f"{name}.{part}", (width, columns), bounds)
+        weight = loader.weight_columns(f"{name}.{part}", (width, columns), bounds)
         down = loader.columns(f"{name}.{part}.low_down", (LOW_RANK, columns), bounds)
-        return weight, LowRank(down, loader.whole(f"{name}.{part}.low_up", width, LOW_RANK))
+        return [weight], LowRank(down, loader.whole(f"{name}.{part}.low_up", width, LOW_RANK))
 
-    def projection(weight: Tensor, low_rank: LowRank) -> Projection:
-        return loader.projection(weight, low_rank=low_rank)
+    def projection(weights: list[Weight], low_rank: LowRank) -> Projection:
+        return loader.projection(weights, low_rank=low_rank)
 
     return Layer(
         input_norm=loader.whole(f"{name}.norm_1", width),
