@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far results for normally distributed values may differ from those of another way."""
 WARM_UPS = 3
 ROUNDS = 5
 NEVER = 10**18

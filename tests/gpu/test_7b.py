@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from services.llm.cuda_attention import PAGE_TOKENS
 
 from benchmarks import checkpoints
 from benchmarks.gpu import (
@@ -22,7 +23,6 @@ from benchmarks.gpu import (
     report,
 )
 from common.checkpoint import Checkpoint, open_checkpoint
-from services.llm.cuda_attention import PAGE_TOKENS
 from services.llm.cuda_model_runner import CudaModelRunner
 from tests.gpu import CUDA, needs_cuda
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
+
 from services.llm.decoder import rotary_tables
 from services.llm.packing import upload
 from tests.golden import max_difference

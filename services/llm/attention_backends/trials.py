@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compute.attention_choice import Trial, nanoseconds_of
+from compute.attention_choice import TOLERANCES, Trial, nanoseconds_of
 from compute.cuda_graphs import GraphPool
 from compute.kernels.operations import attention_by_torch
 from services.llm.attention_backends.protocol import Attend, PagedBackend, Shapes
@@ -24,7 +24,6 @@ WEIGHTS = (1, 2, 1)
 """What each case counts: a busy card decodes batches."""
 PROBES = ((1, 1), (1, 40), (1, 300), (5, 5), (7, 290))
 """New tokens and context of sequences whose attention is checked."""
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def try_backend(kind: type[PagedBackend], shapes: Shapes, device: torch.device) -> Trial:
