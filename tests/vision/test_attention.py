@@ -1,9 +1,8 @@
 """The ways in which a tower may attend compute the same, and the fastest is chosen."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ from services.vision.attention import (
 from services.vision.attention_choice import AttendingTower, AttentionShapes, choose_attention
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
-from services.vision.graphed_tower import GraphedTower
-from services.vision.tower import VisionTower
 from tests.golden import GoldenCase, max_difference
 from tests.llm.cuda_on_cpu import CPU, ReplayedPool
 from tests.vision.test_qwen2_5_vl import embed, tower_of
@@ -43,8 +40,9 @@ def varlen_attn(
     assert longest == most == starts.diff().max()
     lens = starts.diff().tolist()
     parts = zip(query.split(lens), key.split(lens), value.split(lens), strict=True)
-    return torch.cat([by_torch(torch.cat(part, 1), query.shape[1], ((1, len(part[0])),), None)
-                      for part in parts]).view(query.shape)
+    return torch.cat(
+        [by_torch(torch.cat(part, 1), query.shape[1], ((1, len(part[0])),), None) for part in parts]
+    ).view(query.shape)
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +101,36 @@ def test_the_fastest_way_is_chosen_for_each_kind(
     assert list(dict.fromkeys(tried)) == kinds
     assert tower.attention.full is by_varlen
     assert tower.attention.windowed is (by_triton if "windowed" in kinds else by_torch)
+
+
+SHAPES = AttentionShapes(2, 16, {"full": (((1, 6),), ((2, 3), (1, 2)))})
+
+
+def tried(name: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> Trial:
+    monkeypatch.setattr(attention_choice, "GraphPool", ReplayedPool)
+    tower: Any = SimpleNamespace(dtype=dtype, device=CPU)
+    return attention_choice.try_way(name, "full", SHAPES, tower)
+
+
+def test_a_way_is_timed_at_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tried("torch", monkeypatch)
+    assert len(trial.nanoseconds) == 2 and not trial.objection
+
+
+def test_a_way_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention_choice.WAYS, "torch", lambda qkv, *_: qkv[:, :2].flatten(1))
+    assert "its results are wrong by" in tried("torch", monkeypatch).objection
+
+
+def test_a_way_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> Tensor:
+        raise RuntimeError("no kernel for this card\nand more")
+
+    monkeypatch.setitem(attention_choice.WAYS, "torch", fail)
+    assert tried("torch", monkeypatch).objection == "RuntimeError: no kernel for this card"
+
+
+def test_what_a_way_does_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not torch.float32" in tried("varlen", monkeypatch).objection
+    assert tried("varlen", monkeypatch, torch.float16).nanoseconds
+    assert "not installed" in tried("triton", monkeypatch).objection
