@@ -49,12 +49,17 @@ def objection_to(kind: type[PagedBackend], shapes: Shapes, device: torch.device)
 
 
 def misses_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> str:
-    """Return which computations differ from attention by torch; "" if none does."""
+    """Return which computations differ from attention by torch; "" if none does.
+
+    What the cache holds beyond the end of a sequence is not a number, and must not be read.
+    """
     queries, contexts = zip(*PROBES, strict=True)
     plan = plan_of(queries, contexts, shapes.block_size)
     random = torch.Generator().manual_seed(0)
     size = (2, plan.block_tables.max() + 1, shapes.block_size, shapes.num_kv_heads, shapes.head_dim)
-    cache = torch.randn(size, generator=random).to(device, shapes.dtype)
+    cache = torch.randn(size, generator=random)
+    cache.flatten(1, 2)[:, unused_slots(plan, shapes.block_size)] = torch.nan
+    cache = cache.to(device, shapes.dtype)
     q = torch.randn(plan.num_tokens, shapes.num_heads, shapes.head_dim, generator=random)
     q = q.to(device, shapes.dtype)
     expected = written_out(plan, q, cache)
@@ -71,6 +76,18 @@ def misses_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> st
         if not difference < TOLERANCES[shapes.dtype]:
             return f"the results of {name} are wrong by {difference:.2g}"
     return ""
+
+
+def unused_slots(plan: StepPlan, block_size: int) -> Tensor:
+    """Return the slots of the plan's blocks that hold no token of a sequence, int64."""
+    num_blocks = -(-plan.context_lens // block_size)
+    ends = num_blocks.cumsum() * block_size
+    unused = num_blocks * block_size - plan.context_lens
+    return torch.from_numpy(
+        np.concatenate(
+            [np.arange(end - count, end) for end, count in zip(ends, unused, strict=True)]
+        )
+    )
 
 
 def written_out(plan: StepPlan, q: Tensor, cache: Tensor) -> Tensor:
