@@ -20,7 +20,7 @@ from common.sizing import Footprint
 from common.vocabulary import open_vocabulary
 from compute.device import Device, prepare
 from compute.quantization import check_quantization
-from services.llm.attention_backends.choice import choose_attention
+from services.llm.attention_backends.choice import choose_attention, gathering
 from services.llm.attention_backends.protocol import PagedBackend
 from services.llm.block_pool import BlockPool
 from services.llm.cuda_model_runner import CudaModelRunner
@@ -122,7 +122,11 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         threads=torch.get_num_threads(),
     )
     shard, ranks = meet_other_ranks(settings, checkpoint, device, member)
-    attention = choose_attention(settings, checkpoint.sizes, device, dtype, shard)
+    attention = gathering(settings)
+    if generates(checkpoint):
+        attention = choose_attention(
+            settings, checkpoint.sizes, device, dtype, shard, member.progress.tick
+        )
     cache = size_cache(
         settings, checkpoint, device, dtype, shard, num_sharing, attention.block_size
     )

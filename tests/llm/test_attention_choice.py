@@ -104,9 +104,16 @@ def test_a_named_backend_is_taken_without_measuring(
     assert not tried
 
 
-def test_a_named_backend_that_cannot_run_is_refused() -> None:
-    with pytest.raises(BadSetting, match=r"--attention triton: .*(not on cpu|not installed)"):
-        chosen(CPU, attention="triton")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_is_not_named_for_a_cpu(name: str) -> None:
+    with pytest.raises(BadSetting, match=f"--attention {name} runs on CUDA, not on cpu"):
+        chosen(CPU, attention=name)
+
+
+def test_a_named_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it may be otherwise, it takes no blocks of this size."""
+    with pytest.raises(BadSetting, match="--attention varlen: it takes blocks of a multiple"):
+        chosen(attention="varlen", block_size=16)
 
 
 def test_a_named_backend_that_another_rank_cannot_run_is_refused(

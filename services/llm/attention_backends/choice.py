@@ -1,5 +1,6 @@
 """Chooses the backend of attention of a language group, and with it the size of its blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,24 +29,33 @@ class ChosenAttention:
     block_size: int
 
 
+def gathering(settings: LlmSettings) -> ChosenAttention:
+    """Return attention that gathers blocks, or the choice for a model without a KV cache."""
+    return ChosenAttention(None, settings.block_size or BLOCK_SIZE)
+
+
 def choose_attention(
     settings: LlmSettings,
     sizes: ModelSizes,
     device: Device,
     dtype: torch.dtype,
     shard: Shard,
+    tick: Callable[[], None] = lambda: None,
 ) -> ChosenAttention:
     """Return the attention that the settings name, or the fastest; all ranks of a group agree.
+
+    `tick` is called between backends, which may compile kernels for a minute each.
 
     Raises
     ------
     BadSetting
         if the named backend cannot run here.
     """
-    gathered = ChosenAttention(None, settings.block_size or BLOCK_SIZE)
     name = settings.attention
     if name == GATHER or (name == "auto" and device.kind != "cuda"):
-        return gathered
+        return gathering(settings)
+    if device.kind != "cuda":
+        raise BadSetting(f"--attention {name} runs on CUDA, not on {device.kind}: give auto")
     shapes = {
         kind: shapes_of(sizes, shard, dtype, settings.block_size or kind.block_size)
         for kind in BACKENDS.values()
@@ -54,8 +64,11 @@ def choose_attention(
         kind = BACKENDS[name]
         check_named(kind, shapes[kind], device.torch_device, shard)
         return ChosenAttention(kind, shapes[kind].block_size)
-    trials = [try_backend(kind, shapes[kind], device.torch_device) for kind in shapes]
-    torch.cuda.empty_cache()
+    trials = []
+    for kind in shapes:
+        trials.append(try_backend(kind, shapes[kind], device.torch_device))
+        torch.cuda.empty_cache()
+        tick()
     trials = agreed(trials, len(CASES), shard.agree)
     best = fastest(trials, WEIGHTS)
     figures = figures_of(trials, CASES)
@@ -63,7 +76,7 @@ def choose_attention(
         get_logger().warning(
             "attention gathers its blocks, and decodes are not captured as graphs", **figures
         )
-        return gathered
+        return gathering(settings)
     kind = BACKENDS[best.name]
     get_logger().info(
         "chose attention", attention=best.name, block_size=shapes[kind].block_size, **figures
