@@ -21,9 +21,12 @@ import torch
 
 from benchmarks import checkpoints
 from common.checkpoint import Checkpoint, open_checkpoint
-from services.llm.cuda_attention import PAGE_TOKENS
+from common.settings import LlmSettings
+from compute.device import Device
+from services.llm.attention_backends.choice import choose_attention
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.families.qwen2_5_vl import TextConfig
+from services.llm.parallel import Shard
 from services.llm.step_plan import StepPlan
 from services.vision.families import load
 from services.vision.families.qwen2_5_vl import VisionConfig
@@ -160,14 +163,24 @@ def vision_operations(checkpoint: Checkpoint, num_patches: int) -> int:
 
 
 def of_language(
-    checkpoint: Checkpoint, device: torch.device, limits: Limits, block_size: int = PAGE_TOKENS
+    checkpoint: Checkpoint, device: torch.device, limits: Limits, attention: str = "auto"
 ) -> list[Row]:
     """Run a step and choose each sequence's best token; the host waits for it, as in serving."""
     batches = DECODE_BATCHES
     longest = max(PREFILLS)
+    chosen = choose_attention(
+        LlmSettings(attention=attention), checkpoint.sizes, Device(device), DTYPE, Shard()
+    )
+    block_size = chosen.block_size
     num_blocks = max(max(batches) * -(-DECODE_CONTEXT // block_size), -(-longest // block_size))
     runner = CudaModelRunner(
-        checkpoint, DTYPE, device, num_blocks, block_size, max_num_seqs=max(batches)
+        checkpoint,
+        DTYPE,
+        device,
+        num_blocks,
+        block_size,
+        max_num_seqs=max(batches),
+        attention=chosen.backend,
     )
 
     def seconds(plan: StepPlan) -> float:

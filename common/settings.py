@@ -20,6 +20,7 @@ from common.setting_checks import (
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-ocr"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "npu")
+ATTENTIONS = ("auto", "triton", "varlen", "flashinfer", "gather")
 MAX_REPLICAS = 256
 MAX_RANKS = 1024
 
@@ -271,9 +272,14 @@ class BatchSettings:
     )
     block_size: int | None = setting(
         None,
-        "tokens in one block of the KV cache (default: 16, or 256 on CUDA in half precision, where "
-        "paged attention needs a multiple of 256)",
+        "tokens in one block of the KV cache (default: 16; on CUDA 64, or 256 if varlen attends)",
         range=COUNTS,
+    )
+    attention: str = setting(
+        "auto",
+        "what attends to the KV cache on CUDA; auto: the fastest of triton, varlen and flashinfer, "
+        "measured at start; gather: none of them, and no graphs",
+        choices=ATTENTIONS,
     )
     kv_memory: int | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""The device that a computing service uses: which one, its memory, its block size, its dtype.
+"""The device that a computing service uses: which one, its memory, its dtype.
 
 Every difference between kinds of device is in this file. CUDA and Ascend NPUs were never tried: no
 card was at hand when this was written.
@@ -23,8 +23,7 @@ FEW_CORES = 4
 CPU_MEMORY_SHARE = 0.2
 """The share of the host's free memory that KV caches take by default."""
 BLOCK_SIZE = 16
-PAGED_BLOCK_SIZE = 256
-"""Tokens of a block in half precision on CUDA, whose paged attention needs a multiple of it."""
+"""Tokens of a block of the KV cache, unless what computes attention on a card wants another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,6 @@ class Device:
             num_free_bytes, _ = card_module(self.kind).mem_get_info(self.torch_device)
             return cache_bytes(num_free_bytes, num_weight_bytes)
         return int(cgroup.available_memory() * CPU_MEMORY_SHARE / num_sharing)
-
-    def default_block_size(self, dtype: torch.dtype) -> int:
-        """Return the tokens of a KV cache block."""
-        is_half = dtype is not torch.float32
-        return PAGED_BLOCK_SIZE if self.kind == "cuda" and is_half else BLOCK_SIZE
 
 
 def card_module(kind: str) -> ModuleType:

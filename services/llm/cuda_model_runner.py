@@ -1,7 +1,7 @@
-"""Executes step plans on CUDA: decodes as graphs, mixed steps with paged attention.
+"""Executes step plans on CUDA: decodes as graphs, mixed steps by the same backend of attention.
 
-In float32 it does what the plain runner does. Nothing here waits for the device. Untried: no CUDA
-device was at hand when this was written.
+Without a backend it does what the plain runner does. Untried: no CUDA device was at hand when this
+was written.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
-from common.logs import get_logger
+from services.llm.attention_backends.choice import shapes_of
+from services.llm.attention_backends.protocol import PagedAttention, PagedBackend
 from services.llm.batch import arrays_of, batch_of
-from services.llm.cuda_attention import PagedAttention, objection_to_pages, parts_of
 from services.llm.decode_graphs import DecodeGraphs, captured_sizes
 from services.llm.model_runner import ModelRunner, check_embeddings
 from services.llm.packing import upload, upload_tensor
@@ -34,7 +34,10 @@ class CudaModelRunner(ModelRunner):
         shard: Shard = Shard(),
         max_num_seqs: int = 64,
         quantization: str = "auto",
+        *,
+        attention: type[PagedBackend] | None,
     ) -> None:
+        """`attention` computes over the blocks where they lie; None gathers them."""
         # One block more than the scheduler knows. Rows that fill up a captured batch write there.
         super().__init__(
             checkpoint,
@@ -46,16 +49,16 @@ class CudaModelRunner(ModelRunner):
             shard,
             quantization,
         )
+        self._backend: PagedBackend | None = None
         self._graphs: DecodeGraphs | None = None
-        if objection := objection_to_pages(dtype, checkpoint.sizes.head_dim, block_size, device):
-            get_logger().warning(
-                "attention gathers its blocks, and decodes are not captured as graphs",
-                reason=objection,
-            )
+        if attention is None:
             return
+        shapes = shapes_of(checkpoint.sizes, shard, dtype, block_size)
+        self._backend = attention(shapes, device)
         max_context = min(checkpoint.max_model_len, num_blocks * block_size)
         self._graphs = DecodeGraphs(
             self._model,
+            self._backend,
             self._kv_cache,
             num_blocks,
             max_context,
@@ -66,25 +69,26 @@ class CudaModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
-        if self._graphs is None:
+        if self._backend is None or self._graphs is None:
             return super().execute(plan, embeddings)
         self._copy_blocks(plan)
         if self._graphs.covers(plan):
             return self._graphs.run(plan)
-        return self._execute_paged(plan, embeddings)
+        return self._execute_paged(self._backend, plan, embeddings)
 
-    def _execute_paged(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
+    def _execute_paged(
+        self, backend: PagedBackend, plan: StepPlan, embeddings: list[Tensor]
+    ) -> Tensor:
         """Run a mixed step.
 
-        What a block's former owner left needs no clearing: the kernel loads nothing beyond the end
+        What a block's former owner left needs no clearing: no backend loads anything beyond the end
         of a sequence.
         """
         check_embeddings(plan, embeddings)
         model = self._model
-        parts = list(parts_of(plan))
+        planned = backend.of_plan(plan)
         own = arrays_of(plan)
-        of_parts = [array for part in parts for array in part.arrays]
-        uploaded = upload([plan.slot_mapping, *own.values(), *of_parts], model.device)
+        uploaded = upload([plan.slot_mapping, *own.values(), *planned.arrays], model.device)
         slots = uploaded[0]
         tensors = dict(zip(own, uploaded[1:], strict=False))
         x = model.embed(tensors["token_ids"])
@@ -92,5 +96,6 @@ class CudaModelRunner(ModelRunner):
             x[tensors["item_rows"]] = torch.cat(
                 [upload_tensor(e, model.device).to(x.dtype) for e in embeddings]
             )
-        attention = PagedAttention.of(slots, parts, uploaded[1 + len(own) :])
-        return model.forward(x, batch_of(tensors, attention), self._kv_cache)
+        attend = planned.bind([array.int() for array in uploaded[1 + len(own) :]])
+        batch = batch_of(tensors, PagedAttention(slots, attend))
+        return model.forward(x, batch, self._kv_cache)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from compute.cuda_graphs import GraphPool
+from services.llm.attention_backends.protocol import PagedAttention, PagedBackend
 from services.llm.batch import Batch
-from services.llm.cuda_attention import Call, PagedAttention
 from services.llm.language_model import LanguageModel
 from services.llm.packing import pack, unpack, upload
 from services.llm.step_plan import StepPlan
@@ -41,6 +41,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: LanguageModel,
+        backend: PagedBackend,
         kv_cache: Tensor,
         scratch_block: int,
         max_context: int,
@@ -55,13 +56,14 @@ class DecodeGraphs:
         self._width = -(-max_context // self._block_size)
         self._num_position_components = num_position_components
         self._sizes = sorted(sizes)
+        self._decodes = {size: backend.of_decodes(size, self._width) for size in self._sizes}
         num_values = sum(map(math.prod, self._shapes(self._sizes[-1]).values()))
         self._buffer = torch.zeros(num_values, dtype=torch.int64, device=model.device)
         pool = GraphPool(model.device)
         self._graphs = {}
         # The largest first, so that the others fit into its memory.
         for size in reversed(self._sizes):
-            self._send(self._blank(size))
+            self._send(size, self._blank(size))
             self._graphs[size] = pool.capture(partial(self._compute, size))
             report_loading(1.0)
 
@@ -77,7 +79,7 @@ class DecodeGraphs:
         """Return float32 logits [num_sampled, vocab_size], as the model computes them."""
         num_seqs = len(plan.query_lens)
         size = self._sizes[bisect_left(self._sizes, num_seqs)]
-        self._send(self._filled(size, plan))
+        self._send(size, self._filled(size, plan))
         graph = self._graphs[size]
         graph.replay()
         if len(plan.sampled_rows) == num_seqs:
@@ -89,14 +91,8 @@ class DecodeGraphs:
         shapes = self._shapes(size)
         values = self._buffer[: sum(map(math.prod, shapes.values()))]
         inputs = dict(zip(shapes, unpack(values, list(shapes.values())), strict=True))
-        context_lens = inputs["context_lens"]
-        call = Call.of(
-            None,
-            torch.ones_like(context_lens),
-            context_lens,
-            inputs["block_tables"],
-            1,
-            self._width * self._block_size,
+        attend = self._decodes[size].bind(
+            inputs["context_lens"].int(), inputs["block_tables"].int()
         )
         batch = Batch(
             positions=inputs["positions"],
@@ -104,7 +100,7 @@ class DecodeGraphs:
             item_rows=None,
             sampled_item_rows=None,
             rope_parameters=inputs["rope_parameters"],
-            attention=PagedAttention(inputs["slots"], [call]),
+            attention=PagedAttention(inputs["slots"], attend),
         )
         x = self._model.embed(inputs["token_ids"])
         return self._model.forward(x, batch, self._kv_cache)
@@ -141,6 +137,7 @@ class DecodeGraphs:
         arrays["rope_parameters"][:num_seqs] = plan.rope_parameters
         return arrays
 
-    def _send(self, arrays: dict[str, np.ndarray]) -> None:
+    def _send(self, size: int, arrays: dict[str, np.ndarray]) -> None:
+        self._decodes[size].prepare(arrays["context_lens"], arrays["block_tables"])
         packed = pack(list(arrays.values()), self._model.device)
         self._buffer[: len(packed)].copy_(packed, non_blocking=True)

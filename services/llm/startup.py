@@ -20,7 +20,10 @@ from common.sizing import Footprint
 from common.vocabulary import open_vocabulary
 from compute.device import Device, prepare
 from compute.quantization import check_quantization
+from services.llm.attention_backends.choice import choose_attention, gathering
+from services.llm.attention_backends.protocol import PagedBackend
 from services.llm.block_pool import BlockPool
+from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
 from services.llm.engine import Engine
 from services.llm.grouping import num_ranks_here
@@ -119,8 +122,17 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         threads=torch.get_num_threads(),
     )
     shard, ranks = meet_other_ranks(settings, checkpoint, device, member)
-    cache = size_cache(settings, checkpoint, device, dtype, shard, num_sharing)
-    runner = make_runner(settings, checkpoint, device, dtype, shard, cache, member)
+    attention = gathering(settings)
+    if generates(checkpoint):
+        attention = choose_attention(
+            settings, checkpoint.sizes, device, dtype, shard, member.progress.tick
+        )
+    cache = size_cache(
+        settings, checkpoint, device, dtype, shard, num_sharing, attention.block_size
+    )
+    runner = make_runner(
+        settings, checkpoint, device, dtype, shard, cache, member, attention.backend
+    )
     adapters = None
     residents = []
     if isinstance(runner, ModelRunner) and checkpoint.family.lora_modules:
@@ -238,13 +250,13 @@ def size_cache(
     dtype: torch.dtype,
     shard: Shard,
     num_sharing: int,
+    block_size: int,
 ) -> KvCache:
     """Return the size of the KV cache, on which all ranks agree."""
     keeps_quantized = settings.quantization == "auto"
     footprint = Footprint(checkpoint, dtype.itemsize, keeps_quantized)
     num_weight_bytes = footprint.rank_bytes(settings.tp)
     memory = settings.kv_memory or device.kv_cache_bytes(num_sharing, num_weight_bytes)
-    block_size = settings.block_size or device.default_block_size(dtype)
     bytes_per_block = ModelRunner.kv_bytes_per_block(checkpoint, dtype, block_size, settings.tp)
     max_model_len = context_of(settings, checkpoint)
     num_blocks = count_blocks(
@@ -285,8 +297,12 @@ def make_runner(
     shard: Shard,
     cache: KvCache,
     member: LlmMember,
+    attention: type[PagedBackend] | None,
 ) -> Runner:
-    """Load this rank's weights and allocate its KV cache."""
+    """Load this rank's weights and allocate its KV cache.
+
+    `attention` is its backend on CUDA; None gathers blocks.
+    """
     if not generates(checkpoint):
         return PoolingRunner(checkpoint, dtype, device.torch_device, member.report_loading, shard)
     given = (
@@ -300,10 +316,9 @@ def make_runner(
     )
     if device.kind != "cuda":
         return ModelRunner(*given, settings.quantization)
-    # Imported only here: what it needs of torch takes a second to import.
-    from services.llm.cuda_model_runner import CudaModelRunner
-
-    return CudaModelRunner(*given, settings.max_num_seqs, settings.quantization)
+    return CudaModelRunner(
+        *given, settings.max_num_seqs, settings.quantization, attention=attention
+    )
 
 
 def run_leader(

@@ -13,6 +13,7 @@ from common.vision_artefact import VisionArtefact
 from common.wire import Tensor
 from compute.device import prepare
 from compute.torch_tensors import DTYPES, NAMES, to_torch, to_wire
+from services.vision.attention_choice import AttendingTower, choose_attention
 from services.vision.compiled_tower import CompiledTower
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
@@ -79,12 +80,14 @@ def make_encoder(
 ) -> Encoder:
     """Load the checkpoint's vision tower and choose how to run it.
 
-    Buckets make it static. Without them, a CUDA device gets graphs. `report_loading` is
-    called with the fraction that is loaded.
+    Buckets make it static. Without them, a CUDA device gets graphs, and the fastest attention.
+    `report_loading` is called with the fraction that is loaded.
     """
     tower = load(checkpoint, dtype, device, report_loading)
     if buckets:
         return StaticTower(tower, buckets)
     if device.type == "cuda":
+        if isinstance(tower, AttendingTower):
+            choose_attention(tower)
         return GraphedTower(tower)
     return EagerTower(tower)

@@ -1,4 +1,4 @@
-"""What depends on the device: the dtype `auto`, the memory and blocks of the KV cache, the card."""
+"""What depends on the device: the dtype `auto`, the memory of the KV cache, the card."""
 
 import sys
 from types import SimpleNamespace
@@ -59,13 +59,6 @@ def test_the_cache_takes_its_share_of_what_the_container_leaves(
     assert CPU.kv_cache_bytes(2, 0) == 100
 
 
-def test_blocks_are_large_only_if_the_attention_needs_it() -> None:
-    assert CUDA.default_block_size(torch.bfloat16) == 256
-    assert CUDA.default_block_size(torch.float16) == 256
-    assert CUDA.default_block_size(torch.float32) == 16
-    assert CPU.default_block_size(torch.bfloat16) == 16
-
-
 def test_ranks_take_the_cards_of_a_host_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -89,4 +82,3 @@ def test_an_npu_is_managed_by_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None
     npu.use_card(3)
     assert taken == [1]
     assert npu.kv_cache_bytes(1, 300) == 500
-    assert npu.default_block_size(torch.bfloat16) == 16

@@ -22,12 +22,15 @@ from benchmarks.gpu import (
     report,
 )
 from common.checkpoint import Checkpoint, open_checkpoint
-from services.llm.cuda_attention import PAGE_TOKENS
+from services.llm.attention_backends import BACKENDS
+from services.llm.attention_backends.choice import shapes_of
 from services.llm.cuda_model_runner import CudaModelRunner
-from tests.gpu import CUDA, needs_cuda
+from services.llm.parallel import Shard
+from tests.gpu import CUDA, backend_for, needs_cuda
 
 pytestmark = [*needs_cuda, pytest.mark.timeout(1800)]
 WEIGHT_BYTES = 17 * 10**9
+LARGEST_BLOCK = max(kind.block_size for kind in BACKENDS.values())
 SCRATCH_BYTES = 4 * 10**9
 """For activations, graphs, and what is joined while weights load."""
 
@@ -43,10 +46,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(checkpoints.make("7b", folder))
 
 
-def test_decodes_and_a_prompt_are_numbers(checkpoint: Checkpoint) -> None:
-    runner = CudaModelRunner(checkpoint, DTYPE, CUDA, 16, PAGE_TOKENS, max_num_seqs=4)
-    assert runner.execute(plan_of([600], 600, PAGE_TOKENS), []).isfinite().all()
-    assert runner.execute(plan_of([1] * 4, 600, PAGE_TOKENS), []).isfinite().all()
+@pytest.mark.parametrize("name", BACKENDS)
+def test_decodes_and_a_prompt_are_numbers(checkpoint: Checkpoint, name: str) -> None:
+    block_size = BACKENDS[name].block_size
+    backend = backend_for(name, shapes_of(checkpoint.sizes, Shard(), DTYPE, block_size))
+    num_blocks = 4 * -(-600 // block_size)
+    runner = CudaModelRunner(
+        checkpoint, DTYPE, CUDA, num_blocks, block_size, max_num_seqs=4, attention=backend
+    )
+    assert runner.execute(plan_of([600], 600, block_size), []).isfinite().all()
+    assert runner.execute(plan_of([1] * 4, 600, block_size), []).isfinite().all()
 
 
 def test_memory_is_that_of_weights_and_cache_and_the_speed_is_printed(
@@ -57,7 +66,7 @@ def test_memory_is_that_of_weights_and_cache_and_the_speed_is_printed(
     torch.cuda.reset_peak_memory_stats()
     rows = of_language(checkpoint, CUDA, limits)
     memory = torch.cuda.max_memory_allocated()
-    num_blocks = 1 + max(DECODE_BATCHES) * -(-DECODE_CONTEXT // PAGE_TOKENS)
-    cache = num_blocks * CudaModelRunner.kv_bytes_per_block(checkpoint, DTYPE, PAGE_TOKENS)
+    most_tokens = max(DECODE_BATCHES) * (DECODE_CONTEXT + 2 * LARGEST_BLOCK)
+    cache = CudaModelRunner.kv_bytes_per_block(checkpoint, DTYPE, most_tokens)
     assert memory < WEIGHT_BYTES + cache + SCRATCH_BYTES
     report(limits, rows + of_vision(checkpoint, CUDA, limits), torch.cuda.get_device_name(), memory)

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from services.vision.attention import TowerAttention
+from services.vision.attention_choice import WAYS, choose_attention, objection_to
 from services.vision.families import load
 from services.vision.graphed_tower import GraphedTower
 from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
@@ -19,13 +21,21 @@ def embed(tower: GraphedTower, case: GoldenCase) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES_WITH_ITEMS)
+@pytest.mark.parametrize("way", [*WAYS, "chosen"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_embeddings_equal_the_reference_at_every_sight_of_a_grid(
-    name: str, dtype: torch.dtype, tolerance: float
+    name: str, way: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Eagerly at the first, by a new graph at the second, by a known one at the third."""
     case = GoldenCase(name)
-    tower = GraphedTower(load(open_checkpoint(case.checkpoint), dtype, CUDA))
+    loaded = load(open_checkpoint(case.checkpoint), dtype, CUDA)
+    if way == "chosen":
+        choose_attention(loaded)
+    elif objection := objection_to(way, dtype, CUDA):
+        pytest.skip(f"{way}: {objection}")
+    else:
+        loaded.attention = TowerAttention(WAYS[way], WAYS[way])
+    tower = GraphedTower(loaded)
     expected = case.embeddings
     scale = 1 if dtype is torch.float32 else np.abs(expected).max()
     for _ in range(3):

@@ -1,7 +1,10 @@
-"""Stand-ins for what only CUDA has: paged attention as its contract says, and graphs that compute
-anew at each replay."""
+"""Stand-ins for what only CUDA has: the kernels of varlen_attn and FlashInfer as their contracts
+say, and graphs that compute again at each replay."""
 
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -93,9 +96,166 @@ class ReplayedPool:
         return Captured(replay, result)
 
 
+class PlannedWrapper:
+    """What both wrappers of FlashInfer have in common: they run what was planned last."""
+
+    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "NHD"
+        self.num_plans = 0
+
+    def keep(
+        self,
+        lens: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        for given in (indptr, indices, last_page_len):
+            assert given.dtype == torch.int32 and given.is_contiguous()
+        assert q_data_type == kv_data_type
+        assert len(lens) == len(last_page_len) == len(indptr) - 1
+        assert indptr[0] == 0 and indptr[-1] == len(indices)
+        assert ((last_page_len >= 1) & (last_page_len <= page_size)).all()
+        assert (indptr.diff() >= 1).all(), "a sequence without a page"
+        self.query_lens = lens
+        self.heads = (num_qo_heads, num_kv_heads, head_dim)
+        self.page_size = page_size
+        self.dtype = q_data_type
+        self.num_plans += 1
+
+    def attend(
+        self,
+        q: Tensor,
+        paged: tuple[Tensor, Tensor],
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+    ) -> Tensor:
+        keys, values = paged
+        assert self.num_plans, "run before plan"
+        assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+        assert q.dtype == keys.dtype == self.dtype
+        assert keys.shape[1:] == (self.page_size, *self.heads[1:])
+        assert q.shape == (int(self.query_lens.sum()), self.heads[0], self.heads[2])
+        out = []
+        first = 0
+        for i, query_len in enumerate(self.query_lens.tolist()):
+            pages = indices[indptr[i] : indptr[i + 1]].long()
+            used = (len(pages) - 1) * self.page_size + int(last_page_len[i])
+            k, v = (x[pages].flatten(0, 1)[:used] for x in (keys, values))
+            out.append(attend(q[first : first + query_len], k, v))
+            first += query_len
+        return torch.cat(out)
+
+
+class Prefills(PlannedWrapper):
+    """BatchPrefillWithPagedKVCacheWrapper without graphs."""
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor,
+        paged_kv_last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        *,
+        causal: bool,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        assert causal and qo_indptr.dtype == torch.int32 and qo_indptr[0] == 0
+        self.pages = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        sizes = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+        self.keep(qo_indptr.diff(), *self.pages, *sizes, q_data_type, kv_data_type)
+
+    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
+        return self.attend(q, paged_kv_cache, *self.pages)
+
+
+class CapturedDecodes(PlannedWrapper):
+    """BatchDecodeWithPagedKVCacheWrapper for graphs: a plan fills memory that a run reads."""
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        kv_layout: str,
+        *,
+        use_cuda_graph: bool,
+        use_tensor_cores: bool,
+        paged_kv_indptr_buffer: Tensor,
+        paged_kv_indices_buffer: Tensor,
+        paged_kv_last_page_len_buffer: Tensor,
+        backend: str,
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout)
+        assert use_cuda_graph and use_tensor_cores and backend == "fa2"
+        self.buffers = (
+            paged_kv_indptr_buffer,
+            paged_kv_indices_buffer,
+            paged_kv_last_page_len_buffer,
+        )
+        assert len(self.buffers[0]) == len(self.buffers[2]) + 1
+
+    def plan(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        *,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        for buffer, given in zip(self.buffers, (indptr, indices, last_page_len), strict=True):
+            assert buffer.dtype == torch.int32 and len(given) <= len(buffer)
+            buffer[: len(given)] = given
+        assert len(last_page_len) == len(self.buffers[2]), "another batch than was captured"
+        sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
+        lens = torch.ones_like(last_page_len)
+        self.keep(lens, indptr, indices, last_page_len, *sizes, q_data_type, kv_data_type)
+
+    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
+        return self.attend(q, paged_kv_cache, *self.buffers)
+
+
+class CopyEvent:
+    """torch.cuda.Event that notes what was asked of it."""
+
+    asked: list[str] = []
+
+    def record(self) -> None:
+        self.asked.append("record")
+
+    def synchronize(self) -> None:
+        self.asked.append("synchronize")
+
+
+def flashinfer_stand_in() -> ModuleType:
+    module = ModuleType("flashinfer")
+    module.__spec__ = ModuleSpec("flashinfer", None)
+    module.BatchPrefillWithPagedKVCacheWrapper = Prefills
+    module.BatchDecodeWithPagedKVCacheWrapper = CapturedDecodes
+    return module
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch) -> PagedAttentionCalls:
     calls = PagedAttentionCalls()
-    monkeypatch.setattr("services.llm.cuda_attention.varlen_attn", calls)
+    monkeypatch.setattr("services.llm.attention_backends.by_varlen.kernel", lambda: calls)
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_stand_in())
+    monkeypatch.setattr("services.llm.attention_backends.by_flashinfer.WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(torch.cuda, "Event", CopyEvent)
     monkeypatch.setattr("services.llm.decode_graphs.GraphPool", ReplayedPool)
-    monkeypatch.setattr("services.llm.cuda_model_runner.objection_to_pages", lambda *_: "")
+    monkeypatch.setattr("services.llm.attention_backends.trials.GraphPool", ReplayedPool)
     return calls

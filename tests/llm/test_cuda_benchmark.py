@@ -60,7 +60,7 @@ def test_the_language_model_is_measured_and_reported(
     monkeypatch.setattr(gpu, "DECODE_BATCHES", {1: 0.8, 3: 0.65})
     monkeypatch.setattr(gpu, "PREFILLS", (8, 24))
     limits = Limits(1e9, 1e12)
-    rows = of_language(CHECKPOINT, CPU, limits, block_size=16)
+    rows = of_language(CHECKPOINT, CPU, limits)
     report(limits, rows, "a device", 5)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["rows"][1]["case"] == "decode, batch 3, 20 tokens of context"

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from services.llm.attention_backends import BACKENDS
+from services.llm.attention_backends.by_varlen import ByVarlen
+from services.llm.attention_backends.protocol import PagedBackend
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.decode_graphs import captured_sizes
 from services.llm.model_runner import ModelRunner
@@ -28,13 +31,22 @@ from tests.llm.test_model_runner import (
 __all__ = ["case"]
 
 
+@pytest.fixture(params=["varlen", "flashinfer"])
+def backend(request: pytest.FixtureRequest) -> type[PagedBackend]:
+    return BACKENDS[request.param]
+
+
 @pytest.fixture
-def runner(case: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> CudaModelRunner:
+def runner(
+    case: GoldenCase, backend: type[PagedBackend], monkeypatch: pytest.MonkeyPatch
+) -> CudaModelRunner:
     pretend(monkeypatch)
-    return cuda_runner_of(case)
+    return cuda_runner_of(case, backend)
 
 
-def cuda_runner_of(case: GoldenCase, max_num_seqs: int = 5) -> CudaModelRunner:
+def cuda_runner_of(
+    case: GoldenCase, backend: type[PagedBackend] | None, max_num_seqs: int = 5
+) -> CudaModelRunner:
     return CudaModelRunner(
         open_checkpoint(case.checkpoint),
         torch.float32,
@@ -42,6 +54,7 @@ def cuda_runner_of(case: GoldenCase, max_num_seqs: int = 5) -> CudaModelRunner:
         NUM_BLOCKS,
         BLOCK_SIZE,
         max_num_seqs=max_num_seqs,
+        attention=backend,
     )
 
 
@@ -128,7 +141,7 @@ def test_only_decodes_of_a_captured_size_are_graphs(
     case: GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch)
-    runner = cuda_runner_of(case, max_num_seqs=3)
+    runner = cuda_runner_of(case, ByVarlen, max_num_seqs=3)
     assert runner._graphs is not None
     replayed = []
     run = runner._graphs.run
@@ -144,7 +157,7 @@ def test_only_decodes_of_a_captured_size_are_graphs(
     assert replayed == [3, 2]
 
 
-def test_without_paged_attention_steps_run_as_elsewhere(case: GoldenCase) -> None:
-    runner = cuda_runner_of(case)
+def test_without_a_backend_steps_run_as_elsewhere(case: GoldenCase) -> None:
+    runner = cuda_runner_of(case, None)
     assert runner._graphs is None
     assert max_difference(forced_logits(runner, case, 33), case.tensors["greedy_logits"]) < 1e-3

@@ -71,6 +71,7 @@ def test_the_cpu_has_the_plain_runner() -> None:
         Shard(),
         KvCache(num_blocks=4, block_size=16, bytes_per_block=1),
         member,
+        attention=None,
     )
     assert type(runner) is ModelRunner
 

@@ -14,7 +14,7 @@ from common.settings import SERVICES
 from tests.policy.sources import ROOT
 
 SERVE = """
---autoscale --block-size --cors-origins
+--attention --autoscale --block-size --cors-origins
 --detokenizer --device --dtype --embedding-cache-mib --embeddings
 --grpc-port --help --image-formats
 --host --http-port --known-as --kv-memory --log-format --log-level --llm --max-body-mib

@@ -15,6 +15,7 @@ from services.vision.compile import compile_vision
 from services.vision.compiled_tower import CompiledTower
 from services.vision.eager_tower import EagerTower
 from services.vision.families.wemm import WemmVisionTower, buckets, squares_of
+from services.vision.plans import tensors_of
 from services.vision.static_tower import StaticTower
 from services.vision.tower import Encoder
 from services.vision.tower_thread import ItemShape
@@ -96,7 +97,7 @@ def test_static_shapes_give_the_same(size: tuple[int, int]) -> None:
 def test_plans_of_one_length_have_equal_shapes() -> None:
     def shapes(size: tuple[int, int]) -> dict[str, Any]:
         plan = tower_of().plan(noise(*size)[1], 225)
-        return {name: getattr(plan, name).shape for name in plan.__dataclass_fields__}
+        return {name: x.shape for name, x in tensors_of(plan).items()}
 
     assert len({str(shapes(size)) for size in SIZES}) == 1
 

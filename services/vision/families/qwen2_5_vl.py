@@ -18,9 +18,10 @@ from common.checkpoint import BadCheckpoint, Checkpoint
 from compute.kernels.operations import rms_norm, rotate, silu_mul
 from compute.linear import Linear
 from compute.weights import Weights
+from services.vision.attention import TowerAttention
+from services.vision.attention_choice import SAMPLE_SIZES, AttentionShapes
 from services.vision.tower_thread import ItemShape
 from services.vision.windows import (
-    attend_by_size,
     attend_masked,
     attend_to_chunks,
     chunk_mask,
@@ -114,6 +115,10 @@ class GridPlan:
     """(number of windows, patches in each), in order. Empty in a padded plan."""
     steps: tuple[tuple[int, int], ...]
     """(number of steps in time, patches in each). Empty in a padded plan."""
+    window_starts: Tensor | None = None
+    """What the attention in windows asks for; None in a padded plan."""
+    step_starts: Tensor | None = None
+    """What the attention in steps asks for; None in a padded plan."""
     window_mask: Tensor | None = None
     """bool [num_chunks, 1, chunk, 3 * chunk] of a padded plan: see `chunk_mask`."""
     full_mask: Tensor | None = None
@@ -148,6 +153,7 @@ class Qwen25VisionTower:
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
+        self.attention = TowerAttention()
         prefixes = checkpoint.family.tower_prefixes
         weights = Weights(checkpoint, lambda name: name.startswith(prefixes), report_loading)
         self._mean, self._std = (
@@ -191,6 +197,20 @@ class Qwen25VisionTower:
         plan = self._grid_plan(steps, height // merge, width // merge)
         return plan if length is None else self._padded(plan, length)
 
+    def attention_shapes(self) -> AttentionShapes:
+        unit = self.config.patch_size * self.config.spatial_merge_size
+        plans = [
+            self._grid_plan(1, height // unit, width // unit) for height, width in SAMPLE_SIZES
+        ]
+        return AttentionShapes(
+            self.config.num_heads,
+            self.config.head_dim,
+            {
+                "windowed": tuple(plan.windows for plan in plans),
+                "full": tuple(plan.steps for plan in plans),
+            },
+        )
+
     def forward(self, patches: Tensor, plan: GridPlan) -> Tensor:
         """uint8 [num_patches, values] in merge-block order -> [num_units, width]."""
         x = self._embed_patches(patches, plan.order)
@@ -224,7 +244,9 @@ class Qwen25VisionTower:
         rotate(qkv, 2 * heads, plan.cos, plan.signed_sin)
         mask = plan.full_mask if full_attention else plan.window_mask
         if mask is None:
-            return attend_by_size(qkv, heads, plan.steps if full_attention else plan.windows)
+            if full_attention:
+                return self.attention.full(qkv, heads, plan.steps, plan.step_starts)
+            return self.attention.windowed(qkv, heads, plan.windows, plan.window_starts)
         if full_attention:
             return attend_masked(qkv, heads, mask)
         return attend_to_chunks(qkv, heads, mask)
@@ -246,13 +268,17 @@ class Qwen25VisionTower:
         order = (units * torch.arange(steps)[:, None] + order).flatten()
         cos = angles.cos()
         sin = angles.sin()
+        groups = tuple((count, size * unit) for count, size in windows) * steps
+        whole = ((steps, units * unit),)
         return GridPlan(
             order=order.to(self.device),
             inverse=order.argsort().to(self.device),
             cos=torch.cat((cos, cos), -1).to(self.device),
             signed_sin=torch.cat((-sin, sin), -1).to(self.device),
-            windows=tuple((count, size * unit) for count, size in windows) * steps,
-            steps=((steps, units * unit),),
+            windows=groups,
+            steps=whole,
+            window_starts=self.attention.starts_of(groups, self.device),
+            step_starts=self.attention.starts_of(whole, self.device),
         )
 
     def _padded(self, plan: GridPlan, length: int) -> GridPlan:
@@ -269,6 +295,8 @@ class Qwen25VisionTower:
             signed_sin=F.pad(plan.signed_sin, (0, 0, 0, rows)),
             windows=(),
             steps=(),
+            window_starts=None,
+            step_starts=None,
             window_mask=chunk_mask(numbers, self.config.window_patches).to(self.device),
             full_mask=step_mask(window_numbers(plan.steps, length)).to(self.device),
         )

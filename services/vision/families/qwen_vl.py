@@ -17,6 +17,8 @@ from compute.kernels.operations import attention, gelu
 from compute.layer_norm import LayerNorm
 from compute.linear import Linear
 from compute.weights import Weights
+from services.vision.attention import TowerAttention
+from services.vision.attention_choice import SAMPLE_SIZES, AttentionShapes
 from services.vision.tower_thread import ItemShape
 
 PREFIX = "transformer.visual"
@@ -79,6 +81,8 @@ class SquarePlan:
 
     visible: Tensor | None = None
     """bool [1, length]: False for padding; None if there is none."""
+    starts: Tensor | None = None
+    """What the attention asks for if there is no padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class QwenVisionTower:
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
+        self.attention = TowerAttention()
         loader = TowerLoader(self.config, checkpoint, dtype, device, report_loading)
         self._mean, self._std = (self._per_value(values) for values in (IMAGE_MEAN, IMAGE_STD))
         self._patch_embed = loader.patch_embed()
@@ -154,8 +159,16 @@ class QwenVisionTower:
             raise ValueError(f"an image has {side} x {side} patches, not {shape.grid_thw}")
         num_patches = self.config.num_patches
         if length in (None, num_patches):
-            return SquarePlan()
+            starts = self.attention.starts_of(((1, num_patches),), self.device)
+            return SquarePlan(starts=starts)
         return SquarePlan((torch.arange(length, device=self.device) < num_patches)[None])
+
+    def attention_shapes(self) -> AttentionShapes:
+        return AttentionShapes(
+            self.config.heads,
+            self.config.width // self.config.heads,
+            {"full": (((1, self.config.num_patches),),) * len(SAMPLE_SIZES)},
+        )
 
     def forward(self, patches: Tensor, plan: SquarePlan) -> Tensor:
         """uint8 [length, values_per_patch] in raster order -> [256, output_width]."""
@@ -169,8 +182,12 @@ class QwenVisionTower:
     def _run_block(self, block: Block, x: Tensor, plan: SquarePlan) -> Tensor:
         heads = self.config.heads
         qkv = block.qkv(block.norm1(x)).view(len(x), 3 * heads, -1)
-        q, k, v = qkv.split(heads, 1)
-        x = block.proj(attention(q, k, v, visible=plan.visible), residual=x)
+        if plan.visible is None:
+            attended = self.attention.full(qkv, heads, ((1, len(x)),), plan.starts)
+        else:
+            q, k, v = qkv.split(heads, 1)
+            attended = attention(q, k, v, visible=plan.visible)
+        x = block.proj(attended, residual=x)
         return block.down(gelu(block.up(block.norm2(x))), residual=x)
 
     def _resample(self, x: Tensor, plan: SquarePlan) -> Tensor:

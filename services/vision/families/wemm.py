@@ -21,10 +21,12 @@ from common.families.wemm import (
     num_tokens,
     patch_size,
 )
-from compute.kernels.operations import attention, gelu, gelu_tanh
+from compute.kernels.operations import gelu, gelu_tanh
 from compute.layer_norm import LayerNorm
 from compute.linear import Linear
 from compute.weights import Weights
+from services.vision.attention import TowerAttention
+from services.vision.attention_choice import SAMPLE_SIZES, AttentionShapes
 from services.vision.tower_thread import ItemShape
 from services.vision.windows import attend_masked
 
@@ -116,6 +118,8 @@ class GridPlan:
     the two learned rows behind them."""
     mask: Tensor | None = None
     """bool [1, 1, 1, length] of a padded plan: False for padding."""
+    starts: Tensor | None = None
+    """What the attention asks for; None in a padded plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,7 @@ class WemmVisionTower:
         self.config = VisionConfig.of(checkpoint)
         self.dtype = dtype
         self.device = device
+        self.attention = TowerAttention()
         self._max_side = max_side(checkpoint)
         self._max_aspect = max_aspect(checkpoint)
         prefixes = checkpoint.family.tower_prefixes
@@ -202,7 +207,10 @@ class WemmVisionTower:
         side = self.config.table_side
         position_ids = buckets(rows, side)[row] * side + buckets(columns, side)[column]
         mask = None
-        if length is not None:
+        starts = None
+        if length is None:
+            starts = self.attention.starts_of(((1, rows * columns),), self.device)
+        else:
             mask = (torch.arange(length) < rows * columns)[None, None, None].to(self.device)
         return GridPlan(
             inside_rows=F.pad(inside(row, height, patch), (0, 0, 0, padding)).to(self.device),
@@ -211,6 +219,16 @@ class WemmVisionTower:
             squares=F.pad(squares, (0, 0, 0, num_squares - len(squares))).to(self.device),
             order=order_of(len(squares), num_squares).to(self.device),
             mask=mask,
+            starts=starts,
+        )
+
+    def attention_shapes(self) -> AttentionShapes:
+        patch = self.config.patch_size
+        lengths = [(height // patch) * (width // patch) for height, width in SAMPLE_SIZES]
+        return AttentionShapes(
+            self.config.num_heads,
+            self.config.hidden_size // self.config.num_heads,
+            {"full": tuple(((1, length),) for length in lengths)},
         )
 
     def forward(self, patches: Tensor, plan: GridPlan) -> Tensor:
@@ -239,7 +257,7 @@ class WemmVisionTower:
         heads = self.config.num_heads
         qkv = block.qkv(block.norm1(x)).view(len(x), 3 * heads, -1)
         if plan.mask is None:
-            attended = attention(*qkv.split(heads, 1))
+            attended = self.attention.full(qkv, heads, ((1, len(x)),), plan.starts)
         else:
             attended = attend_masked(qkv, heads, plan.mask)
         x = block.out(attended, residual=x)
