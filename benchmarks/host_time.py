@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.scheduling import prompt_of
-from common.messages import Sampling
+from common.messages import Sampling, Stopping
 from common.progress import Progress
 from common.tracing import NO_TRACING
 from common.wire import encode
@@ -36,7 +36,8 @@ from services.llm.sampler import Sampler
 from services.llm.scheduler import Scheduler
 from services.llm.worker import Worker
 
-VOCAB_SIZE = 152_064
+VOCAB_SIZE = 512
+"""Small, because only a card would compute with logits. Prompts hold tokens below 200."""
 CONTEXT = 1024
 MAX_CONTEXT = 32_768
 NUM_COMPONENTS = 3
@@ -60,11 +61,11 @@ class Stages:
         def call(*args: Any, **kwargs: Any) -> Any:
             outside = self._inside
             self._inside = 0.0
-            began = time.perf_counter()
+            began = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds = time.perf_counter() - began
+                seconds = time.thread_time() - began
                 self.seconds.setdefault(name, []).append(seconds - self._inside)
                 self._inside = outside + seconds
 
@@ -113,6 +114,7 @@ def measure(batch: int, steps: int, sampling: Sampling, block_size: int) -> Stag
     graphs = graphs_of(batch, num_blocks, block_size)
     scheduler = Scheduler(BlockPool(num_blocks), block_size, batch, batch * CONTEXT)
 
+    @torch.inference_mode()
     def execute(plan: Any, embeddings: list[Tensor]) -> Tensor:
         if graphs.covers(plan):
             return graphs.run(plan)
@@ -134,7 +136,7 @@ def measure(batch: int, steps: int, sampling: Sampling, block_size: int) -> Stag
     for number in range(batch):
         prompt = prompt_of(number, CONTEXT, NUM_COMPONENTS)
         prompt.sampling = sampling
-        prompt.stopping.max_tokens = steps + 50
+        prompt.stopping = Stopping(max_tokens=steps + 50, ignore_eos=True)
         engine.add(prompt)
     watch(stages, engine)
     send = stages.timed("messages", worker._send_output_alone)
@@ -143,10 +145,10 @@ def measure(batch: int, steps: int, sampling: Sampling, block_size: int) -> Stag
         for number in range(steps + 10):
             if number == 10:
                 stages.seconds.clear()
-            began = time.perf_counter()
+            began = time.thread_time()
             for output in step() or []:
                 send(output)
-            stages.seconds.setdefault("all", []).append(time.perf_counter() - began)
+            stages.seconds.setdefault("all", []).append(time.thread_time() - began)
     return stages
 
 

@@ -24,10 +24,17 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     return -(-torch.log1p(-complement)).log()
 
 
-def keys_of(seeds: list[int], positions: list[int]) -> Tensor:
-    """Return the keys of the noise of tokens at these positions of their outputs, int64 [n]."""
-    states = mix_tensor(torch.tensor(seeds) + signed(INCREMENT)) + torch.tensor(positions)
-    return mix_tensor(states + signed(INCREMENT))
+def states_of(seeds: list[int]) -> Tensor:
+    """Return the states that the noise of each seed begins with, int64 [n]."""
+    return mix_tensor(torch.tensor(seeds) + signed(INCREMENT))
+
+
+def keys_of(states: Tensor, positions: list[int]) -> Tensor:
+    """Return the keys of the noise of tokens at these positions of their outputs, int64 [n].
+
+    `states` are those of their seeds.
+    """
+    return mix_tensor(states + torch.tensor(positions) + signed(INCREMENT))
 
 
 def mix(state: int) -> int:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from common.messages import Sampling
-from compute.noise import NOISE_RANGE, gumbel_noise, keys_of
-from compute.triton_kernels import serve
+from compute.noise import NOISE_RANGE, gumbel_noise, keys_of, states_of
 from services.llm.packing import upload
 
 # A nucleus (top_p) is searched among this number of best tokens before all tokens are sorted.
@@ -24,8 +23,6 @@ def choose(
     That is the case if a row of the scores, float32 [num_rows, vocab_size], holds a NaN, +inf, or
     nothing finite. A greedy row takes the first maximum.
     """
-    if serve(scores.device):
-        return choose_on_card(scores, samplings, are_greedy, positions)
     best, choice = greatest(scores)
     if drawn_rows := [row for row, is_greedy in enumerate(are_greedy) if not is_greedy]:
         rows = torch.tensor(drawn_rows, device=scores.device)
@@ -38,29 +35,40 @@ def choose(
     return torch.where(best.isfinite(), choice, -1)
 
 
-def choose_on_card(
-    scores: Tensor, samplings: list[Sampling], are_greedy: list[bool], positions: list[int]
-) -> Tensor:
-    """Do the same with kernels that never wait for each other's results on the host."""
-    from compute.triton_kernels import sampling as kernels  # only there is Triton needed
+class CardDraws:
+    """Chooses tokens with the kernels of a card, for the same requests in one step after another.
 
-    vocab_size = scores.shape[1]
-    top_ks = np.array([s.top_k or vocab_size for s in samplings])
-    top_ps = np.array([s.top_p for s in samplings], np.float32)
-    draws = ~np.array(are_greedy)
-    temperatures = np.array([s.temperature for s in samplings], np.float32)
-    # numpy's logarithm may differ from torch's in the last bit.
-    log_min_ps = torch.tensor([s.min_p for s in samplings], dtype=torch.float32).log()
-    packed = kernels.pack_parameters(
-        np.where(draws, temperatures, 0).astype(np.float32),
-        top_ks,
-        top_ps,
-        log_min_ps.clamp(min=-NOISE_RANGE).numpy(),
-        keys_of([s.seed for s in samplings], positions).numpy(),
-    )
-    (parameters,) = upload([packed], scores.device)
-    filters = draws & ((top_ks < vocab_size) | (top_ps < 1))
-    return kernels.choose(scores, parameters, bool(draws.any()), bool(filters.any()))
+    The host waits for nothing. What does not change between steps is computed once.
+    """
+
+    def __init__(self, samplings: list[Sampling], are_greedy: list[bool], vocab_size: int) -> None:
+        draws = ~np.array(are_greedy)
+        temperatures = np.array([s.temperature for s in samplings], np.float32)
+        top_ks = np.array([s.top_k or vocab_size for s in samplings])
+        top_ps = np.array([s.top_p for s in samplings], np.float32)
+        # numpy's logarithm may differ from torch's in the last bit.
+        margins = torch.tensor([s.min_p for s in samplings], dtype=torch.float32).log()
+        self._states = states_of([s.seed for s in samplings])
+        self._parameters: Tensor | None = None
+        self._draws = bool(draws.any())
+        self._filters = bool((draws & ((top_ks < vocab_size) | (top_ps < 1))).any())
+        self._fields = (
+            np.where(draws, temperatures, 0).astype(np.float32),
+            top_ks,
+            top_ps,
+            margins.clamp(min=-NOISE_RANGE).numpy(),
+        )
+
+    def choose(self, scores: Tensor, positions: list[int]) -> Tensor:
+        """Choose a token for each row, as the function `choose` does."""
+        from compute.triton_kernels import sampling as kernels  # only there is Triton needed
+
+        # Without draws nothing depends on the positions.
+        if self._parameters is None or self._draws:
+            keys = keys_of(self._states, positions).numpy()
+            packed = kernels.pack_parameters(*self._fields, keys)
+            (self._parameters,) = upload([packed], scores.device)
+        return kernels.choose(scores, self._parameters, self._draws, self._filters)
 
 
 def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +90,7 @@ def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
     kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
     row = kept // scores.shape[1]
     token = kept % scores.shape[1]
-    keys = keys_of([s.seed for s in samplings], positions).to(scores.device)
+    keys = keys_of(states_of([s.seed for s in samplings]), positions).to(scores.device)
     noisy = torch.full_like(scaled, -torch.inf).flatten()
     noisy[kept] = scaled.flatten()[kept] + gumbel_noise(keys[row], token)
     return noisy.view_as(scaled).argmax(-1)

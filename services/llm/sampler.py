@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from common.messages import Sampling, Stopping, TokenRules
-from services.llm.draws import choose
+from compute.triton_kernels import serve
+from services.llm.draws import CardDraws, choose
 from services.llm.packing import upload, upload_tensor
 from services.llm.token_rules import RulesInForce
 
@@ -130,6 +131,8 @@ class Sampler:
 
     def __init__(self) -> None:
         self._requests: dict[Hashable, SamplingState] = {}
+        self._card_draws: tuple[list[Hashable], CardDraws] | None = None
+        """What the last step on a card prepared, for requests of these keys."""
 
     def add(
         self,
@@ -151,6 +154,7 @@ class Sampler:
         )
         penalises_repetition = sampling.repetition_penalty != 1
         penalises_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._card_draws = None
         ending_ids = stopping.stop_token_ids + (() if stopping.ignore_eos else eos_token_ids)
         self._requests[key] = SamplingState(
             sampling,
@@ -184,12 +188,7 @@ class Sampler:
         requests = [self._requests[key] for key in keys]
         scores = masked(self._penalised(logits, requests, positions), masks)
         scores = restricted(scores, requests)
-        chosen = choose(
-            scores,
-            [request.sampling for request in requests],
-            [request.is_greedy for request in requests],
-            positions,
-        )
+        chosen = self._choose(scores, keys, requests, positions)
         token_ids, logprobs = fetched(logits, [r.sampling.num_logprobs for r in requests], chosen)
         undrawn = [row for row, token_id in enumerate(token_ids) if token_id < 0]
         # Only a row without a token waits for the device again.
@@ -199,6 +198,24 @@ class Sampler:
                 request.record(token_id)
         bad_rows = [row for row in undrawn if row not in ruled_out]
         return SampledTokens(token_ids, logprobs, bad_rows, ruled_out)
+
+    def _choose(
+        self,
+        scores: Tensor,
+        keys: list[Hashable],
+        requests: list[SamplingState],
+        positions: list[int],
+    ) -> Tensor:
+        """Choose a token for each row, int64 [num_rows] on the device; -1 if none can be drawn."""
+        if serve(scores.device) and self._card_draws and self._card_draws[0] == keys:
+            return self._card_draws[1].choose(scores, positions)
+        samplings = [request.sampling for request in requests]
+        are_greedy = [request.is_greedy for request in requests]
+        if not serve(scores.device):
+            return choose(scores, samplings, are_greedy, positions)
+        draws = CardDraws(samplings, are_greedy, scores.shape[1])
+        self._card_draws = keys, draws
+        return draws.choose(scores, positions)
 
     def _penalised(
         self, logits: Tensor, requests: list[SamplingState], positions: list[int]

@@ -21,6 +21,11 @@ class Chunk:
     end: int
 
     @property
+    def has_prompt(self) -> bool:
+        """Whether some of the tokens are of the prompt."""
+        return self.begin < self.request.num_prompt_tokens
+
+    @property
     def samples(self) -> bool:
         """Whether the step computes the last known token, so that its logits give the next one."""
         return self.end == self.request.num_tokens
@@ -414,21 +419,25 @@ class Scheduler:
         """
         num_components = len(chunks[0].request.positions)
         positions = np.tile(generated, (num_components, 1))
-        for chunk, start in zip(chunks, starts, strict=True):
+        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+            if not chunk.has_prompt:
+                continue
             own = chunk.request.positions[:, chunk.begin : chunk.end]
             positions[:, start : start + own.shape[1]] = own
         return positions
 
     def _item_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
         rows = [np.zeros(0, np.int64)]
-        for chunk, start in zip(chunks, starts, strict=True):
+        for chunk, start in zip(chunks, starts.tolist(), strict=True):
             offset = start - chunk.begin
-            rows += [np.arange(begin, end) + offset for _, begin, end in items_in(chunk)]
+            rows += [np.arange(begin + offset, end + offset) for _, begin, end in items_in(chunk)]
         return np.concatenate(rows)
 
 
 def items_in(chunk: Chunk) -> list[tuple[int, int, int]]:
     """Return (item, begin, end) of the placeholders that fall into the chunk."""
+    if not chunk.has_prompt:
+        return []
     overlaps = [
         (i, max(offset, chunk.begin), min(offset + length, chunk.end))
         for i, (offset, length) in enumerate(chunk.request.placeholders)

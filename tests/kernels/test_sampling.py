@@ -40,10 +40,11 @@ def sampling_of(**fields: Any) -> Sampling:
 
 def both(scores: Tensor, samplings: list[Sampling]) -> tuple[list[int], list[int]]:
     """Return the tokens that the CPU draws and those of the kernels."""
-    given = (scores, samplings, [s.temperature == 0 for s in samplings], list(range(len(scores))))
-    expected = draws.choose(*given)
-    with interpreted():
-        found = draws.choose(*given)
+    are_greedy = [s.temperature == 0 for s in samplings]
+    positions = list(range(len(scores)))
+    expected = draws.choose(scores, samplings, are_greedy, positions)
+    on_card = draws.CardDraws(samplings, are_greedy, scores.shape[1])
+    found = on_card.choose(scores, positions)
     return expected.tolist(), found.tolist()
 
 
