@@ -5,6 +5,7 @@ Each uses a kernel of ours if there is one for the tensor, in C or in Triton, an
 
 import ctypes
 from ctypes import byref
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -33,9 +34,13 @@ def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     return bfloat16_kernels() if is_ours else None
 
 
-def has_triton_kernels(x: Tensor) -> bool:
-    """Whether the kernels in Triton compute with this tensor."""
-    return not PORTABLE.get() and triton_kernels.serve(x.device)
+def triton_kernels_for(x: Tensor) -> ModuleType | None:
+    """Return the kernels in Triton for this tensor, or None if there are none for its device."""
+    if PORTABLE.get() or not triton_kernels.serve(x.device):
+        return None
+    from compute.triton_kernels import pointwise  # it imports Triton
+
+    return pointwise
 
 
 class PackedWeights:
@@ -112,10 +117,8 @@ def num_threads_for(num_entries: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight, for x [n, width] and weight [width]."""
-    if has_triton_kernels(x):
-        from compute.triton_kernels import pointwise
-
-        return pointwise.add_rms_norm(x, None, weight, eps)[1]
+    if ours := triton_kernels_for(x):
+        return ours.add_rms_norm(x, None, weight, eps)[1]
     kernels = kernels_for(x)
     if kernels is None:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -136,15 +139,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def adds_with_norm(x: Tensor) -> bool:
     """Whether `add_rms_norm` is one kernel for x, so that no product should add to it."""
-    return has_triton_kernels(x)
+    return triton_kernels_for(x) is not None
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + delta and `rms_norm` of it, for x and delta [n, width] and weight [width]."""
-    if has_triton_kernels(x):
-        from compute.triton_kernels import pointwise
-
-        return pointwise.add_rms_norm(x, delta, weight, eps)
+    if ours := triton_kernels_for(x):
+        return ours.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)
 
@@ -173,10 +174,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up [n, width], for gate and up side by side in [n, 2 * width]."""
-    if has_triton_kernels(gate_up):
-        from compute.triton_kernels import pointwise
-
-        return pointwise.silu_mul(gate_up)
+    if ours := triton_kernels_for(gate_up):
+        return ours.silu_mul(gate_up)
     kernels = kernels_for(gate_up)
     if kernels is None:
         gate, up = gate_up.chunk(2, -1)
@@ -196,10 +195,8 @@ def rotate(heads: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor) -> No
     It is computed in float32. Entry i of a head turns with entry i + head_dim / 2. `cos` and
     `signed_sin` are float32 [n, head_dim]; the first half of the sines is negated.
     """
-    if has_triton_kernels(heads):
-        from compute.triton_kernels import pointwise
-
-        return pointwise.rotate(heads, num_heads, cos, signed_sin)
+    if ours := triton_kernels_for(heads):
+        return ours.rotate(heads, num_heads, cos, signed_sin)
     kernels = kernels_for(heads)
     if kernels is None:
         turning = heads[:, :num_heads]
@@ -367,12 +364,8 @@ def rotate_and_store(
     slots
         int64 [n], as for `store_rows`.
     """
-    if has_triton_kernels(qkv):
-        from compute.triton_kernels import pointwise
-
-        return pointwise.rotate_and_store(
-            qkv, num_heads, num_kv_heads, cos, signed_sin, cache, slots
-        )
+    if ours := triton_kernels_for(qkv):
+        return ours.rotate_and_store(qkv, num_heads, num_kv_heads, cos, signed_sin, cache, slots)
     rotate(qkv, num_heads + num_kv_heads, cos, signed_sin)
     _, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
     store_rows(k, cache[0], slots)
