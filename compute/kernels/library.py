@@ -38,6 +38,8 @@ PORTABLE = ContextVar("PORTABLE", default=False)
 """Whether this is inside of `portable`."""
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
+    "pack_int8": [c_void_p, c_void_p, c_long, c_long],
+    "pack_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long],
     "take_rows": [c_void_p, c_void_p, c_void_p, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "gelu_tanh": [c_void_p, c_void_p, c_long, c_long, c_int],
@@ -100,14 +102,10 @@ AVX512 = Sources(
 # oneDNN does not pack bfloat16 weights for these CPUs, so the kernels pack them.
 AVX2 = Sources(
     folder=FOLDER / "avx2",
-    needed_flags=frozenset({"avx2", "fma", "bmi1", "bmi2"}),
+    needed_flags=frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}),
     portable=("-march=x86-64-v3",),
     panel=16,
-    signatures=SIGNATURES
-    | {
-        "pack_weights": [c_void_p, c_void_p, c_long, c_long],
-        "pack_int8": [c_void_p, c_void_p, c_long, c_long],
-    },
+    signatures=SIGNATURES | {"pack_weights": [c_void_p, c_void_p, c_long, c_long]},
 )
 
 
@@ -136,14 +134,20 @@ def bfloat16_kernels() -> ctypes.CDLL | None:
 
 @cache
 def int8_kernels() -> ctypes.CDLL | None:
-    """Return the kernels for int8 weights, which are the AVX2 kernels on every CPU.
+    """Return the kernels for weights of eight or four bits: those for bfloat16, if there are any.
 
-    None if the CPU lacks AVX2, or if they were not compiled before and there is no compiler.
+    A CPU that has AVX-512 without bfloat16 uses the AVX2 kernels for such weights. None if the CPU
+    lacks AVX2, or if they were not compiled before and there is no compiler.
     """
     flags = cpu_flags()
-    if sources_for(flags) is AVX2:
+    if sources_for(flags) is not None:
         return bfloat16_kernels()
     return load(AVX2) if AVX2.needed_flags <= flags else None
+
+
+def panel_of(kernels: ctypes.CDLL) -> int:
+    """Return the number of outputs in one panel of these kernels' packed weights."""
+    return exported_layout(kernels)["PANEL"]
 
 
 def load(sources: Sources) -> ctypes.CDLL | None:
