@@ -32,7 +32,7 @@ class Int4Linear:
         scales = (weight.scales / factors[:, None])[:, groups].half().contiguous()
         zeros = weight.zeros[:, groups].contiguous()
         packed = torch.empty(
-            packed_bytes(panel_of(kernels), len(values), len(groups), len(order)),
+            packed_bytes(panel_of(kernels, "INT4_PANEL"), len(values), len(groups), len(order)),
             dtype=torch.uint8,
         )
         kernels.pack_int4(

@@ -84,6 +84,9 @@ class Sources:
     panel: int
     """The number of outputs in one panel of packed weights."""
 
+    int4_panel: int
+    """The same for int4 weights."""
+
     signatures: dict[str, list[type]]
 
     def files(self, pattern: str) -> list[Path]:
@@ -97,6 +100,7 @@ AVX512 = Sources(
     ),
     portable=("-march=x86-64-v4", "-mavx512bf16"),
     panel=64,
+    int4_panel=64,
     signatures=SIGNATURES,
 )
 # oneDNN does not pack bfloat16 weights for these CPUs, so the kernels pack them.
@@ -105,6 +109,7 @@ AVX2 = Sources(
     needed_flags=frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}),
     portable=("-march=x86-64-v3",),
     panel=16,
+    int4_panel=32,
     signatures=SIGNATURES | {"pack_weights": [c_void_p, c_void_p, c_long, c_long]},
 )
 
@@ -145,9 +150,12 @@ def int8_kernels() -> ctypes.CDLL | None:
     return load(AVX2) if AVX2.needed_flags <= flags else None
 
 
-def panel_of(kernels: ctypes.CDLL) -> int:
-    """Return the number of outputs in one panel of these kernels' packed weights."""
-    return exported_layout(kernels)["PANEL"]
+def panel_of(kernels: ctypes.CDLL, name: str = "PANEL") -> int:
+    """Return the number of outputs in one panel of these kernels' packed weights.
+
+    `name` is "PANEL", or "INT4_PANEL" for int4 weights.
+    """
+    return exported_layout(kernels)[name]
 
 
 def load(sources: Sources) -> ctypes.CDLL | None:
@@ -174,7 +182,7 @@ def load(sources: Sources) -> ctypes.CDLL | None:
 def check_layout(library: ctypes.CDLL, sources: Sources) -> None:
     """Raise AssertionError, naming each difference, if C and structures.py do not agree."""
     compiled = exported_layout(library)
-    expected = expected_layout() | {"PANEL": sources.panel}
+    expected = expected_layout() | {"PANEL": sources.panel, "INT4_PANEL": sources.int4_panel}
     differences = [
         f"{name} is {in_c} in C and {in_python} in Python"
         for name in sorted(compiled.keys() | expected.keys())
