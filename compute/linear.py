@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compute.kernels.library import AVX2, PORTABLE, bfloat16_kernels, cpu_flags
+from compute.kernels.library import PORTABLE, bfloat16_kernels, cpu_flags, panel_of
 from compute.kernels.operations import PackedWeights
 from compute.kernels.structures import MAX_LINEAR_ROWS
 
@@ -18,8 +18,6 @@ MAX_KERNEL_ROWS_WITH_AMX = 16
 """The same number on a CPU with AMX, whose tiles oneDNN uses."""
 MAX_FLOAT16_ROWS = 8
 """With more rows float16 weights are widened for a product, because torch emulates float16."""
-PANEL = AVX2.panel
-"""Outputs that our kernels pack together, if they pack the weights themselves."""
 
 
 class Linear:
@@ -65,7 +63,7 @@ class Linear:
             self._use(kernels, max_kernel_rows())
 
     def _pack_by_kernel(self, kernels: ctypes.CDLL) -> None:
-        packed = self._weight.new_empty(packed_shape(self.shape))
+        packed = self._weight.new_empty(packed_shape(self.shape, panel_of(kernels), 2))
         kernels.pack_weights(self._weight.contiguous().data_ptr(), packed.data_ptr(), *self.shape)
         self._weight = packed
         self._use(kernels, sys.maxsize)
@@ -75,10 +73,13 @@ class Linear:
         self.max_kernel_rows = max_rows
 
 
-def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the shape of weights that our kernels pack: whole panels and pairs of inputs."""
+def packed_shape(shape: tuple[int, int], panel: int, inputs: int) -> tuple[int, int]:
+    """Return the shape of weights that our kernels pack: whole panels and whole bundles of inputs.
+
+    A panel has that many outputs, a bundle that many inputs.
+    """
     num_outputs, num_inputs = shape
-    return -(-num_outputs // PANEL) * PANEL, -(-num_inputs // 2) * 2
+    return -(-num_outputs // panel) * panel, -(-num_inputs // inputs) * inputs
 
 
 def max_kernel_rows() -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.logs import get_logger
+from compute.int4_linear import Int4Linear
 from compute.kernels.library import PORTABLE, int8_kernels
 from compute.kernels.operations import PackedWeights
 from compute.linear import Linear
@@ -102,7 +103,7 @@ def cpu_product(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
     if isinstance(weight, Fp8Weight):
         # Rounded again: one scale per output, whatever scales the checkpoint has.
         return Int8Linear(weight.dequantized(), bias)
-    return None
+    return Int4Linear(weight, bias)
 
 
 def card_product(

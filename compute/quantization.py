@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from common.config import BadSetting
-from compute.kernels.library import int8_kernels
+from compute.kernels.library import int8_kernels, panel_of
 from compute.kernels.operations import PackedWeights
+from compute.kernels.structures import OCTET
 from compute.linear import packed_shape
 
 GREATEST = 127
@@ -27,7 +28,7 @@ class Int8Linear:
         assert kernels is not None, "check_quantization comes first"
         shape = (weight.shape[0], weight.shape[1])
         quantized, scales = quantize(weight)
-        packed = quantized.new_empty(packed_shape(shape))
+        packed = quantized.new_empty(packed_shape(shape, panel_of(kernels), OCTET))
         kernels.pack_int8(quantized.data_ptr(), packed.data_ptr(), *shape)
         self.packed = PackedWeights(kernels, packed, shape, bias, scales)
         self.max_kernel_rows = sys.maxsize

@@ -18,7 +18,9 @@ enum {
     HEAD_PADDING = 16,    /* and heads up to this */
     MAX_GROUP = 16,       /* query heads that share a key head */
     MAX_HEAD_DIM = 256,
-    MAX_LINEAR_ROWS = 64, /* rows that every instruction set's product accepts; AVX2 accepts more */
+    MAX_LINEAR_ROWS = 64, /* rows of a product with bfloat16 weights; AVX2 accepts more */
+    MAX_PIECE_INPUTS = 128, /* inputs of int4 weights that share a copy of their scales */
+    OCTET = 8,              /* inputs of int4 weights that are packed together */
     PART_TOKENS = 512     /* a longer context is divided into parts of this many tokens */
 };
 
@@ -65,14 +67,24 @@ INLINE bf16 narrow(float x)
     return (bf16)(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+typedef enum { BFLOAT16, INT8, INT4 } Kind;
+
 /* The weights [num_outputs, num_inputs] of a product, packed in the order in which the kernels
- * read them. */
+ * read them.
+ *
+ * The inputs of int4 weights are packed in pieces, which have whole octets of inputs. All inputs
+ * of a piece have the same scale and the same zero, apart from the factor of the output. */
 typedef struct {
-    const void *packed;  /* bfloat16, or int8 if there are scales */
-    const float *scales; /* [num_outputs], or null */
-    const bf16 *bias;    /* [num_outputs], or null */
+    const void *packed;
+    const float *scales;   /* [num_outputs]: a factor of each output; null for bfloat16 */
+    const bf16 *bias;      /* [num_outputs], or null */
+    const int32_t *pieces; /* [num_pieces + 1]: where pieces begin and end, in octets; int4 only */
+    const int32_t *order;  /* [OCTET * pieces[num_pieces]]: the input at each place, or -1 for none;
+                              null if the inputs are in their own order */
     long num_outputs;
     long num_inputs;
+    long num_pieces;
+    Kind kind;
 } Weights;
 
 /* The rows that a product reads and writes. y may be the same matrix as the residual. */

@@ -18,11 +18,17 @@ typedef struct {
     {"size of " #type "." #field, sizeof(((type *)0)->field)}
 
 const Entry layout[] = {
+    CONSTANT(BFLOAT16),
     CONSTANT(CONTEXT_PADDING),
     CONSTANT(HEAD_PADDING),
+    CONSTANT(INT4),
+    CONSTANT(INT4_PANEL),
+    CONSTANT(INT8),
     CONSTANT(MAX_GROUP),
     CONSTANT(MAX_HEAD_DIM),
     CONSTANT(MAX_LINEAR_ROWS),
+    CONSTANT(MAX_PIECE_INPUTS),
+    CONSTANT(OCTET),
     CONSTANT(PANEL),
     CONSTANT(PART_TOKENS),
 
@@ -30,8 +36,12 @@ const Entry layout[] = {
     FIELD(Weights, packed),
     FIELD(Weights, scales),
     FIELD(Weights, bias),
+    FIELD(Weights, pieces),
+    FIELD(Weights, order),
     FIELD(Weights, num_outputs),
     FIELD(Weights, num_inputs),
+    FIELD(Weights, num_pieces),
+    FIELD(Weights, kind),
 
     STRUCTURE(Paged),
     FIELD(Paged, keys),

@@ -38,6 +38,8 @@ PORTABLE = ContextVar("PORTABLE", default=False)
 """Whether this is inside of `portable`."""
 SIGNATURES: dict[str, list[type]] = {
     "linear": [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long, c_int],
+    "pack_int8": [c_void_p, c_void_p, c_long, c_long],
+    "pack_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long],
     "take_rows": [c_void_p, c_void_p, c_void_p, c_long, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_int],
     "gelu_tanh": [c_void_p, c_void_p, c_long, c_long, c_int],
@@ -82,6 +84,9 @@ class Sources:
     panel: int
     """The number of outputs in one panel of packed weights."""
 
+    int4_panel: int
+    """The same for int4 weights."""
+
     signatures: dict[str, list[type]]
 
     def files(self, pattern: str) -> list[Path]:
@@ -95,19 +100,17 @@ AVX512 = Sources(
     ),
     portable=("-march=x86-64-v4", "-mavx512bf16"),
     panel=64,
+    int4_panel=64,
     signatures=SIGNATURES,
 )
 # oneDNN does not pack bfloat16 weights for these CPUs, so the kernels pack them.
 AVX2 = Sources(
     folder=FOLDER / "avx2",
-    needed_flags=frozenset({"avx2", "fma", "bmi1", "bmi2"}),
+    needed_flags=frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}),
     portable=("-march=x86-64-v3",),
     panel=16,
-    signatures=SIGNATURES
-    | {
-        "pack_weights": [c_void_p, c_void_p, c_long, c_long],
-        "pack_int8": [c_void_p, c_void_p, c_long, c_long],
-    },
+    int4_panel=32,
+    signatures=SIGNATURES | {"pack_weights": [c_void_p, c_void_p, c_long, c_long]},
 )
 
 
@@ -136,14 +139,23 @@ def bfloat16_kernels() -> ctypes.CDLL | None:
 
 @cache
 def int8_kernels() -> ctypes.CDLL | None:
-    """Return the kernels for int8 weights, which are the AVX2 kernels on every CPU.
+    """Return the kernels for weights of eight or four bits: those for bfloat16, if there are any.
 
-    None if the CPU lacks AVX2, or if they were not compiled before and there is no compiler.
+    A CPU that has AVX-512 without bfloat16 uses the AVX2 kernels for such weights. None if the CPU
+    lacks AVX2, or if they were not compiled before and there is no compiler.
     """
     flags = cpu_flags()
-    if sources_for(flags) is AVX2:
+    if sources_for(flags) is not None:
         return bfloat16_kernels()
     return load(AVX2) if AVX2.needed_flags <= flags else None
+
+
+def panel_of(kernels: ctypes.CDLL, name: str = "PANEL") -> int:
+    """Return the number of outputs in one panel of these kernels' packed weights.
+
+    `name` is "PANEL", or "INT4_PANEL" for int4 weights.
+    """
+    return exported_layout(kernels)[name]
 
 
 def load(sources: Sources) -> ctypes.CDLL | None:
@@ -170,7 +182,7 @@ def load(sources: Sources) -> ctypes.CDLL | None:
 def check_layout(library: ctypes.CDLL, sources: Sources) -> None:
     """Raise AssertionError, naming each difference, if C and structures.py do not agree."""
     compiled = exported_layout(library)
-    expected = expected_layout() | {"PANEL": sources.panel}
+    expected = expected_layout() | {"PANEL": sources.panel, "INT4_PANEL": sources.int4_panel}
     differences = [
         f"{name} is {in_c} in C and {in_python} in Python"
         for name in sorted(compiled.keys() | expected.keys())

@@ -5,6 +5,7 @@ Each uses a kernel of ours if there is one for the tensor, in C or in Triton, an
 
 import ctypes
 from ctypes import byref
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -20,6 +21,7 @@ from compute.kernels.structures import (
     MAX_GROUP,
     MAX_HEAD_DIM,
     PART_TOKENS,
+    Kind,
     PagedStruct,
     WeightsStruct,
 )
@@ -43,6 +45,18 @@ def triton_kernels_for(x: Tensor) -> ModuleType | None:
     return pointwise
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4Layout:
+    """Where the inputs of int4 weights lie in the packed weights."""
+
+    pieces: Tensor
+    """int32 [num_pieces + 1]: where each piece begins and the last one ends, in octets. All inputs
+    of a piece are of the same group."""
+    order: Tensor | None
+    """int32 [inputs, filled up to octets]: the input at each place, or -1 for none. None if the
+    inputs are in their own order."""
+
+
 class PackedWeights:
     """Weights [num_outputs, num_inputs] of a product, packed as the kernels read them.
 
@@ -56,22 +70,35 @@ class PackedWeights:
         shape: tuple[int, int],
         bias: Tensor | None = None,
         scales: Tensor | None = None,
+        int4: "Int4Layout | None" = None,
     ) -> None:
         """Keep the tensors alive whose addresses the kernels get.
 
-        `shape` is (num_outputs, num_inputs). `bias` is bfloat16 [num_outputs]. Only int8 weights
-        have `scales`, float32 [num_outputs].
+        `shape` is (num_outputs, num_inputs). `bias` is bfloat16 [num_outputs]. `scales`, float32
+        [num_outputs], are those of int8 weights, or of int4 weights, which also have a layout.
         """
         self.kernels = kernels
-        self._kept = (packed, bias, scales)
+        self._kept = (packed, bias, scales, int4)
         num_outputs, num_inputs = shape
+        kind = Kind.BFLOAT16 if scales is None else Kind.INT8 if int4 is None else Kind.INT4
+        order = None if int4 is None else int4.order
         self.structure = WeightsStruct(
             packed=torch.ops.mkldnn.data_ptr(packed) if packed.is_mkldnn else packed.data_ptr(),
             scales=None if scales is None else scales.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
+            pieces=None if int4 is None else int4.pieces.data_ptr(),
+            order=None if order is None else order.data_ptr(),
             num_outputs=num_outputs,
             num_inputs=num_inputs,
+            num_pieces=0 if int4 is None else len(int4.pieces) - 1,
+            kind=kind,
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the weights, which each product reads."""
+        packed, _, scales, _ = self._kept
+        return nbytes_of(packed) + (0 if scales is None else scales.nbytes)
 
     def multiply(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return x @ weights.T + bias, plus `residual` if there is one.
@@ -108,6 +135,11 @@ class PackedWeights:
             num_threads_for(taken.numel()),
         )
         return taken
+
+
+def nbytes_of(packed: Tensor) -> int:
+    """Return the bytes of a packed tensor, which may be oneDNN's own."""
+    return torch.ops.mkldnn._nbytes(packed) if packed.is_mkldnn else packed.nbytes
 
 
 def num_threads_for(num_entries: int) -> int:

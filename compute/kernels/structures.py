@@ -5,6 +5,7 @@ compares them with `expected_layout`, because a field that only one side has cor
 """
 
 from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_long, c_void_p, sizeof
+from enum import IntEnum
 
 CONTEXT_PADDING = 64
 """The workspace of `attention` holds each context rounded up to a multiple of this."""
@@ -18,10 +19,24 @@ MAX_GROUP = 16
 MAX_HEAD_DIM = 256
 
 MAX_LINEAR_ROWS = 64
-"""The number of rows that every instruction set's product accepts."""
+"""The number of rows that every instruction set's product with bfloat16 weights accepts."""
+
+MAX_PIECE_INPUTS = 128
+"""The greatest number of inputs in a piece of int4 weights, which has a copy of their scales."""
+
+OCTET = 8
+"""The number of inputs of int4 weights that are packed together."""
 
 PART_TOKENS = 512
 """The context of a decode is divided into parts of this many tokens."""
+
+
+class Kind(IntEnum):
+    """What the packed weights of a product are."""
+
+    BFLOAT16 = 0
+    INT8 = 1
+    INT4 = 2
 
 
 class WeightsStruct(Structure):
@@ -31,8 +46,12 @@ class WeightsStruct(Structure):
         ("packed", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
+        ("pieces", c_void_p),
+        ("order", c_void_p),
         ("num_outputs", c_long),
         ("num_inputs", c_long),
+        ("num_pieces", c_long),
+        ("kind", c_int),
     ]
 
 
@@ -119,8 +138,11 @@ def expected_layout() -> dict[str, int]:
         "MAX_GROUP": MAX_GROUP,
         "MAX_HEAD_DIM": MAX_HEAD_DIM,
         "MAX_LINEAR_ROWS": MAX_LINEAR_ROWS,
+        "MAX_PIECE_INPUTS": MAX_PIECE_INPUTS,
+        "OCTET": OCTET,
         "PART_TOKENS": PART_TOKENS,
     }
+    layout |= {kind.name: kind.value for kind in Kind}
     for structure in (WeightsStruct, PagedStruct, LayerStruct, DecoderStruct, StepStruct):
         layout |= layout_of(structure)
     return layout

@@ -99,7 +99,16 @@ def test_structures_with_fields_in_another_order_than_in_c_are_refused(
 
 
 @pytest.mark.parametrize(
-    "constant", ["CONTEXT_PADDING", "MAX_GROUP", "MAX_HEAD_DIM", "MAX_LINEAR_ROWS", "PART_TOKENS"]
+    "constant",
+    [
+        "CONTEXT_PADDING",
+        "MAX_GROUP",
+        "MAX_HEAD_DIM",
+        "MAX_LINEAR_ROWS",
+        "MAX_PIECE_INPUTS",
+        "OCTET",
+        "PART_TOKENS",
+    ],
 )
 def test_a_constant_with_another_value_than_in_c_is_refused(
     constant: str, loadable: Sources, monkeypatch: pytest.MonkeyPatch
@@ -110,8 +119,10 @@ def test_a_constant_with_another_value_than_in_c_is_refused(
 
 
 def test_a_panel_with_another_size_than_in_c_is_refused(loadable: Sources) -> None:
-    with pytest.raises(AssertionError, match=r"PANEL is \d+ in C and 48 in Python"):
+    with pytest.raises(AssertionError, match=r" PANEL is \d+ in C and 48 in Python"):
         load(replace(loadable, panel=48))
+    with pytest.raises(AssertionError, match=r"INT4_PANEL is \d+ in C and 48 in Python"):
+        load(replace(loadable, int4_panel=48))
 
 
 def test_a_field_that_only_c_has_is_refused(
@@ -120,5 +131,5 @@ def test_a_field_that_only_c_has_is_refused(
     expected = structures.expected_layout()
     del expected["offset of Decoder.eps"]
     monkeypatch.setattr(library, "expected_layout", lambda: expected)
-    with pytest.raises(AssertionError, match=r"Decoder\.eps is 88 in C and absent in Python"):
+    with pytest.raises(AssertionError, match=r"Decoder\.eps is 120 in C and absent in Python"):
         load(loadable)

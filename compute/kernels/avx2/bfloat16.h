@@ -18,9 +18,15 @@ typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(32), aligned(4), may_alias));
 #define LOG2_E 1.44269504f
 
+typedef float Factor; /* as products with int4 weights keep x */
+#define factor_of(x) widen(x)
+
 enum {
     LANES = 8,
     PANEL = 16,
+    INT4_PANEL = 32,
+    INT4_MIDDLE = 0,     /* is subtracted from int4 weights */
+    BLOCK_INPUTS = 1088, /* of 48 rows that are multiplied by int4 weights at a time */
     TILE_ROWS = 6,
     AHEAD_BYTES = 2048 /* how far ahead weights of the same panel are prefetched */
 };

@@ -1,6 +1,6 @@
 /* Products of any number of rows. The result of a row does not depend on the other rows. */
 
-#include "bfloat16.h"
+#include "quantized_linear.h"
 
 enum {
     DEPTH = 1024,          /* inputs that are multiplied at a time */
@@ -117,6 +117,7 @@ static Division divide(const Weights *weights, long num_rows, int num_threads)
 
 long num_linear_tasks(const Weights *weights, long num_rows, int num_threads)
 {
+    if (weights->kind == INT4) return num_quantized_tasks(weights, num_rows, num_threads);
     Division division = divide(weights, num_rows, num_threads);
     return division.num_groups * division.num_blocks;
 }
@@ -155,8 +156,12 @@ INLINE void compute(const int is_int8, const Weights *weights, const Rows *rows,
 
 void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task)
 {
+    if (weights->kind == INT4) {
+        quantized_task(weights, rows, num_threads, task);
+        return;
+    }
     Division division = divide(weights, rows->num_rows, num_threads);
-    if (weights->scales)
+    if (weights->kind == INT8)
         compute(1, weights, rows, &division, task);
     else
         compute(0, weights, rows, &division, task);

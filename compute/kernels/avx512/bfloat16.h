@@ -17,9 +17,15 @@
 
 #define LOG2_E 1.44269504f
 
+typedef bf16 Factor; /* as products with integers keep x */
+#define factor_of(x) (x)
+
 enum {
     LANES = 16,
     PANEL = 64,
+    INT4_PANEL = 64,
+    INT4_MIDDLE = 8,     /* is subtracted from int4 weights */
+    BLOCK_INPUTS = 4096, /* of 48 rows that are multiplied by integers at a time */
     TILE_ROWS = 6,
     TILE_PAIRS = 32, /* input pairs that stay in the first-level cache while all rows use them */
     AHEAD = 2        /* how many times TILE_PAIRS pairs ahead weights are prefetched */

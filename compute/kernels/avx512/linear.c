@@ -1,7 +1,7 @@
 /* Products of few rows, which are bound by reading the weights. The result of a row does not
  * depend on the other rows. */
 
-#include "bfloat16.h"
+#include "quantized_linear.h"
 
 enum { TASKS_PER_THREAD = 4 };
 
@@ -44,14 +44,19 @@ static long panels_per_task(const Weights *weights, int num_threads)
 
 long num_linear_tasks(const Weights *weights, long num_rows, int num_threads)
 {
+    if (weights->kind != BFLOAT16) return num_quantized_tasks(weights, num_rows, num_threads);
     long size = panels_per_task(weights, num_threads) * PANEL;
     return (weights->num_outputs + size - 1) / size;
 }
 
-/* The weights are filled up with zeros to whole panels and to a multiple of 32 inputs. num_rows is
- * at most MAX_LINEAR_ROWS, num_inputs is even. */
+/* bfloat16 weights are filled up with zeros to whole panels and to a multiple of 32 inputs. For
+ * them num_rows is at most MAX_LINEAR_ROWS, and num_inputs is even. */
 void linear_task(const Weights *weights, const Rows *rows, int num_threads, long task)
 {
+    if (weights->kind != BFLOAT16) {
+        quantized_task(weights, rows, num_threads, task);
+        return;
+    }
     long panel_size = size_of_panel(weights->num_inputs);
     long num_outputs = weights->num_outputs;
     long count = panels_per_task(weights, num_threads);
