@@ -89,6 +89,16 @@ class NoModel:
     device = torch.device("cpu")
 
 
+class NoAttention:
+    """Stands in for a backend of attention that asks nothing of the host before a replay."""
+
+    def of_decodes(self, num_seqs: int, width: int) -> "NoAttention":
+        return self
+
+    def prepare(self, context_lens: np.ndarray, block_tables: np.ndarray) -> None:
+        pass
+
+
 class Links:
     """Encodes messages as if they were sent."""
 
@@ -156,7 +166,13 @@ def graphs_of(batch: int, num_blocks: int, block_size: int) -> DecodeGraphs:
     with mock.patch("services.llm.decode_graphs.GraphPool", NoGraphs):
         cache = torch.zeros(1).expand(1, 2, num_blocks + 1, block_size, 1, 1)
         return DecodeGraphs(
-            cast(Any, NoModel()), cache, num_blocks, MAX_CONTEXT, NUM_COMPONENTS, [batch]
+            cast(Any, NoModel()),
+            cast(Any, NoAttention()),
+            cache,
+            num_blocks,
+            MAX_CONTEXT,
+            NUM_COMPONENTS,
+            [batch],
         )
 
 

@@ -1,10 +1,9 @@
 """The device that a computing service uses: which one, its memory, its dtype.
 
-Every difference between kinds of device is in this file. CUDA and Ascend NPUs were never tried: no
-card was at hand when this was written.
+What only Ascend NPUs need is in `ascend.py`. CUDA and NPUs were never tried: no card was at hand
+when this was written.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.settings import DeviceSettings
 from common.sizing import cache_bytes
+from compute import ascend
 from compute.kernels.library import bfloat16_kernels
 from compute.torch_tensors import DTYPES
 
@@ -62,11 +62,7 @@ class Device:
 
 def card_module(kind: str) -> ModuleType:
     """Return the part of torch that manages this kind of card."""
-    if kind == "npu":
-        import torch_npu  # adds torch.npu
-
-        return torch_npu.npu
-    return torch.cuda
+    return ascend.npu() if kind == "npu" else torch.cuda
 
 
 def choose_device(name: str) -> Device:
@@ -77,15 +73,15 @@ def choose_device(name: str) -> Device:
     BadSetting
         if the device does not exist.
     """
-    has_npu = importlib.util.find_spec("torch_npu") is not None
-    if name == "npu" and not has_npu:
-        raise BadSetting("--device npu needs the package torch-npu, which is not installed")
+    if name == "npu" and (objection := ascend.objection()):
+        raise BadSetting(f"--device npu: {objection}")
     if name == "cuda" and not torch.cuda.is_available():
         raise BadSetting(
             "--device cuda: torch sees no CUDA device here; use --device cpu, or install "
             "torch's CUDA build and a driver"
         )
     if name == "auto":
+        has_npu = not torch.cuda.is_available() and not ascend.objection()
         name = "cuda" if torch.cuda.is_available() else "npu" if has_npu else "cpu"
     return Device(torch.device(name))
 

@@ -3,6 +3,8 @@
 Untried: no NPU was at hand when this was written.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,19 @@ from services.llm.step_plan import StepPlan
 class AscendModelRunner(ModelRunner):
     """A rank's weights and KV cache on an NPU."""
 
-    def _attention(self, plan: StepPlan) -> StepAttention:
-        reason = ascend.objection_to_attention(
+    def __init__(self, *args: Any) -> None:
+        """Take what ModelRunner takes."""
+        super().__init__(*args)
+        self._objection = ascend.objection_to_attention(
             self._model.dtype, self._kv_cache.shape[-1], self._block_size
         )
-        if reason:
-            self._warn(reason)
+        if self._objection:
+            get_logger().warning("attention gathers its blocks", reason=self._objection)
+
+    def _attention(self, plan: StepPlan) -> StepAttention:
+        if self._objection:
             return super()._attention(plan)
         return AscendAttention(plan, self._model.device)
-
-    def _warn(self, reason: str) -> None:
-        if not self._has_warned:
-            get_logger().warning("attention gathers its blocks", reason=reason)
-            self._has_warned = True
 
 
 class AscendAttention:

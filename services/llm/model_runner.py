@@ -10,7 +10,7 @@ from common.checkpoint import Checkpoint
 from common.lora import LoraFiles
 from common.sizing import Footprint
 from services.llm import families
-from services.llm.attention import GatheredAttention
+from services.llm.attention import GatheredAttention, StepAttention
 from services.llm.batch import arrays_of, batch_of
 from services.llm.decoder import Decoder, LayerPairs
 from services.llm.fused_decode import FusedDecode
@@ -103,8 +103,10 @@ class ModelRunner:
         self._clear_fresh_blocks(plan)
         if self._fused_decode is not None and self._fused_decode.takes(plan):
             return self._fused_decode.run(plan, x, batch_of(tensors, attention=None))
-        attention = GatheredAttention(plan, self._block_size, model.dtype, model.device)
-        return model.forward(x, batch_of(tensors, attention), self._kv_cache)
+        return model.forward(x, batch_of(tensors, self._attention(plan)), self._kv_cache)
+
+    def _attention(self, plan: StepPlan) -> StepAttention:
+        return GatheredAttention(plan, self._block_size, self._model.dtype, self._model.device)
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         """Copy blocks that one sequence has filled in part and several go on from."""

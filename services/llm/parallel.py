@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+from compute import ascend
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": ascend.COLLECTIVES}
 # A group may be idle for days. The death of a rank shows as a broken connection, not as a time-out.
 PATIENCE = datetime.timedelta(days=365)
 FLAG_BYTES = 64

@@ -20,7 +20,8 @@ from common.sizing import Footprint
 from common.vocabulary import open_vocabulary
 from compute.device import Device, prepare
 from compute.quantization import check_quantization
-from services.llm.attention_backends.choice import choose_attention, gathering
+from services.llm.ascend_model_runner import AscendModelRunner
+from services.llm.attention_backends.choice import GATHER, choose_attention, gathering
 from services.llm.attention_backends.protocol import PagedBackend
 from services.llm.block_pool import BlockPool
 from services.llm.cuda_model_runner import CudaModelRunner
@@ -314,6 +315,8 @@ def make_runner(
         member.report_loading,
         shard,
     )
+    if device.kind == "npu" and settings.attention != GATHER:
+        return AscendModelRunner(*given, settings.quantization)
     if device.kind != "cuda":
         return ModelRunner(*given, settings.quantization)
     return CudaModelRunner(

@@ -9,6 +9,7 @@ from common.config import BadSetting
 from common.families import ModelSizes
 from common.logs import get_logger
 from common.settings import LlmSettings
+from compute import ascend
 from compute.attention_choice import agreed, fastest, figures_of
 from compute.device import BLOCK_SIZE, Device
 from services.llm.attention_backends import BACKENDS
@@ -25,7 +26,7 @@ class ChosenAttention:
     """What computes a rank's attention, and the tokens of a block."""
 
     backend: type[PagedBackend] | None
-    """None: blocks are gathered."""
+    """None: blocks are gathered, unless an NPU has operators for them."""
     block_size: int
 
 
@@ -52,6 +53,8 @@ def choose_attention(
         if the named backend cannot run here.
     """
     name = settings.attention
+    if name == "auto" and device.kind == "npu":
+        return ChosenAttention(None, settings.block_size or ascend.BLOCK_SIZE)
     if name == GATHER or (name == "auto" and device.kind != "cuda"):
         return gathering(settings)
     if device.kind != "cuda":
