@@ -10,7 +10,8 @@ ATTENTION_TESTS = (
     "tests/kernels/test_paged_attention.py",
     "tests/kernels/test_dense_attention.py",
 )
-SAMPLING = "compute/triton_kernels/sampling.py"
+SAMPLING = "compute/triton_kernels/sampling_kernels.py"
+THRESHOLDS = "compute/triton_kernels/threshold_kernels.py"
 SAMPLING_TESTS = ("tests/kernels/test_sampling.py",)
 
 
@@ -24,6 +25,10 @@ def in_attention(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
 
 def in_sampling(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
     return [Mutation(SAMPLING, kernel, old, new, SAMPLING_TESTS) for old, new in changes]
+
+
+def in_thresholds(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(THRESHOLDS, kernel, old, new, SAMPLING_TESTS) for old, new in changes]
 
 
 MUTATIONS = [
@@ -225,16 +230,16 @@ MUTATIONS = [
     *in_sampling(
         "log_of", ("1 / 7 + square * (1 / 9)", "1 / 7"), (" - SQRT_HALF_BITS", " - 0x3F800000")
     ),
-    *in_sampling("has_filter", ("has_top_k | has_top_p", "has_top_k")),
-    *in_sampling("level", ("number < NUM_LEVELS - 1", "number < NUM_LEVELS")),
-    *in_sampling(
+    *in_thresholds("has_filter", ("has_top_k | has_top_p", "has_top_k")),
+    *in_thresholds("level", ("number < NUM_LEVELS - 1", "number < NUM_LEVELS")),
+    *in_thresholds(
         "tally_kernel",
         ("count += is_above.to(tl.int32)", "count = is_above.to(tl.int32)"),
         ("tl.exp(scaled - best)", "tl.exp(scaled)"),
         ("row * num_parts + part", "part"),
         ("start + tl.arange(0, CHUNK)", "tl.arange(0, CHUNK)"),
     ),
-    *in_sampling(
+    *in_thresholds(
         "candidates_kernel",
         ("mass >= top_p * total", "mass >= 0.0 * total"),
         ("num_before + tl.cumsum", "tl.cumsum"),
@@ -242,7 +247,7 @@ MUTATIONS = [
         ("tl.div_rn(x, temperature)", "x"),
         ("bounds + row, limit", "bounds, limit"),
     ),
-    *in_sampling(
+    *in_thresholds(
         "threshold_kernel",
         ("counts < top_k", "counts <= top_k"),
         (" + num_last * last", ""),
@@ -250,10 +255,10 @@ MUTATIONS = [
         ("bounds + num_rows + row", "bounds + row"),
         ("row.to(tl.int64) * vocab_size", "0 * vocab_size"),
     ),
-    *in_sampling("rank_of", ("bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits")),
-    *in_sampling("score_of", ("rank ^ ((rank >> 31) & 0x7FFFFFFF)", "rank")),
-    *in_sampling("narrowed", ("tl.where(is_kept, pivots, high)", "pivots")),
-    *in_sampling(
+    *in_thresholds("rank_of", ("bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits")),
+    *in_thresholds("score_of", ("rank ^ ((rank >> 31) & 0x7FFFFFFF)", "rank")),
+    *in_thresholds("narrowed", ("tl.where(is_kept, pivots, high)", "pivots")),
+    *in_thresholds(
         "above_pivots",
         ("> limits", ">= limits"),
         ("start + tl.arange(0, CHUNK)", "tl.arange(0, CHUNK)"),

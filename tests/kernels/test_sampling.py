@@ -16,7 +16,7 @@ import triton.language as tl
 from common.messages import Sampling, Stopping, TokenRules
 from common.wire import Tensor as WireTensor
 from compute.noise import gumbel_noise
-from compute.triton_kernels import interpreted, sampling
+from compute.triton_kernels import interpreted, sampling, sampling_kernels
 from services.llm import draws
 from services.llm.sampler import SampledTokens, Sampler
 
@@ -163,7 +163,7 @@ def test_a_whole_vocabulary_is_searched(monkeypatch: pytest.MonkeyPatch) -> None
 def noise_of(keys, noise, SIZE: tl.constexpr):
     token = tl.arange(0, SIZE)
     key = tl.load(keys + tl.program_id(0)).to(tl.uint64, bitcast=True)
-    tl.store(noise + tl.program_id(0) * SIZE + token, sampling.gumbel_noise(key, token))
+    tl.store(noise + tl.program_id(0) * SIZE + token, sampling_kernels.gumbel_noise(key, token))
 
 
 def test_noise_is_that_of_the_cpu() -> None:
@@ -177,7 +177,7 @@ def test_noise_is_that_of_the_cpu() -> None:
 @triton.jit
 def logs_of(numbers, logs, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(logs + at, sampling.log_of(tl.load(numbers + at)))
+    tl.store(logs + at, sampling_kernels.log_of(tl.load(numbers + at)))
 
 
 def test_the_logarithm_is_precise_where_noise_is_largest() -> None:
