@@ -12,6 +12,8 @@ ATTENTION_TESTS = (
 )
 SAMPLING = "compute/triton_kernels/sampling_kernels.py"
 THRESHOLDS = "compute/triton_kernels/threshold_kernels.py"
+PACKED = "compute/triton_kernels/packed_kernels.py"
+PACKED_TESTS = ("tests/kernels/test_packed_product.py",)
 SAMPLING_TESTS = ("tests/kernels/test_sampling.py",)
 
 
@@ -21,6 +23,10 @@ def in_pointwise(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
 
 def in_attention(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
     return [Mutation(ATTENTION, kernel, old, new, ATTENTION_TESTS) for old, new in changes]
+
+
+def in_packed(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(PACKED, kernel, old, new, PACKED_TESTS) for old, new in changes]
 
 
 def in_sampling(kernel: str, *changes: tuple[str, str]) -> list[Mutation]:
@@ -263,5 +269,58 @@ MUTATIONS = [
         ("> limits", ">= limits"),
         ("start + tl.arange(0, CHUNK)", "tl.arange(0, CHUNK)"),
         ("tl.exp(scaled - best)", "tl.exp(scaled)"),
+    ),
+    *in_packed(
+        "product_kernel",
+        ("tl.program_id(1) * OUTPUTS", "0 * OUTPUTS"),
+        ("tl.program_id(0) * ROWS", "0 * ROWS"),
+        ("row[None, :] * x_stride", "row[None, :] * num_inputs"),
+        ("start = split * tiles_per_split", "start = 0 * tiles_per_split"),
+        ("exists & (tile * TILE + entry < num_inputs)[:, None]", "exists"),
+        (" - half(scale >> 16)[:, None] * sums", ""),
+        ("half(scale)[:, None] * (part", "(part"),
+        ("scale[:, None] * part", "part"),
+        ("scale = next_scale", "pass"),
+        ("tile + 1, stop - 1", "tile, stop - 1"),
+        ("out += split.to(tl.int64) * num_rows * num_outputs", "pass"),
+        ("bias + output,", "bias + 0 * output,"),
+        ("residual + place", "residual + output[:, None]"),
+        ("& (output < num_outputs)[:, None]", ""),
+    ),
+    *in_packed(
+        "group_of",
+        ("(tile + first) // TILES_PER_GROUP", "tile // TILES_PER_GROUP"),
+        ("tile_groups + tile", "tile_groups"),
+    ),
+    *in_packed(
+        "unpacked",
+        ("tl.arange(0, PLANES) * BITS", "tl.arange(0, PLANES) * 8"),
+        ("tl.arange(0, 2) * 16", "tl.arange(0, 2) * 8"),
+        ("weights * 2.0**8", "weights * 2.0**7"),
+    ),
+    *in_packed(
+        "sixteen_and",
+        ("(words & 0x000F000F) << 6", "(words & 0x00070007) << 6"),
+        ("<< 6) | 0x4C004C00", "<< 5) | 0x4C004C00"),
+    ),
+    *in_packed(
+        "widened_eight", ("sign | ((words & 0x007F007F) << 7)", "(words & 0x007F007F) << 7")
+    ),
+    *in_packed(
+        "sum_kernel",
+        ("sums += num_entries", "pass"),
+        ("tl.program_id(0) * BLOCK", "0 * BLOCK"),
+        ("place % num_outputs", "0 * place"),
+        ("residual + place", "residual"),
+    ),
+    *in_packed(
+        "widen_kernel",
+        ("tl.program_id(0) * OUTPUTS", "0 * OUTPUTS"),
+        ("tile * WORDS", "0 * WORDS"),
+        ("tile_groups + tile", "tile_groups"),
+        ("group * scale_stride", "0 * scale_stride"),
+        (" - half(pair >> 16)[:, None]", ""),
+        ("weights.to(tl.float32) * pair[:, None]", "weights.to(tl.float32)"),
+        ("* out_stride", "* TILE"),
     ),
 ]
