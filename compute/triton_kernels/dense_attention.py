@@ -10,8 +10,7 @@ from torch import Tensor
 from compute.triton_kernels.attention_kernels import attend_tiles
 from compute.triton_kernels.attention_tiles import (
     Card,
-    HeadParts,
-    precision,
+    constants_of,
     softmax_scale,
     tile_of_queries,
 )
@@ -55,7 +54,7 @@ def attend_sequences(
         return out
     num_rows = max_len * (num_heads // num_kv_heads)
     tile = tile_of_queries(head_dim, q_THD.dtype, num_rows, Card.of(q_THD.device))
-    parts = HeadParts.of(head_dim)
+    constants = constants_of(num_heads, num_kv_heads, head_dim, q_THD.dtype, tile)
     attend_tiles[-(-num_rows // tile.rows), num_kv_heads, num_seqs](
         q_THD,
         k_TKD,
@@ -68,19 +67,12 @@ def attend_sequences(
         None,
         softmax_scale(head_dim),
         0,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
         Q_STRIDE=q_THD.stride(0),
         OUT_STRIDE=out.stride(0),
         KEY_STRIDE=k_TKD.stride(0),
         BLOCK_SIZE=0,
-        HEAD_DIM=head_dim,
-        MAIN=parts.main,
-        REST=parts.rest,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
         CAUSAL=causal,
-        PRECISION=precision(q_THD.dtype),
+        **constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

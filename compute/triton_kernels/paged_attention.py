@@ -13,8 +13,7 @@ from torch import Tensor
 from compute.triton_kernels.attention_kernels import attend_splits, attend_tiles, merge_splits
 from compute.triton_kernels.attention_tiles import (
     Card,
-    HeadParts,
-    precision,
+    constants_of,
     softmax_scale,
     tile_of_decode,
     tile_of_queries,
@@ -84,7 +83,7 @@ def _attend_many(
     num_kv_heads = cache.shape[3]
     num_rows = sequences.max_query * (num_heads // num_kv_heads)
     tile = tile_of_queries(head_dim, q_THD.dtype, num_rows, Card.of(q_THD.device))
-    parts = HeadParts.of(head_dim)
+    constants = constants_of(num_heads, num_kv_heads, head_dim, q_THD.dtype, tile)
     grid = (-(-num_rows // tile.rows), num_kv_heads, len(sequences.query_starts))
     attend_tiles[grid](
         q_THD,
@@ -98,19 +97,12 @@ def _attend_many(
         sequences.block_tables,
         softmax_scale(head_dim),
         sequences.block_tables.stride(0),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
         Q_STRIDE=q_THD.stride(0),
         OUT_STRIDE=out_THD.stride(0),
         KEY_STRIDE=num_kv_heads * head_dim,
         BLOCK_SIZE=cache.shape[2],
-        HEAD_DIM=head_dim,
-        MAIN=parts.main,
-        REST=parts.rest,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
         CAUSAL=True,
-        PRECISION=precision(q_THD.dtype),
+        **constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -124,7 +116,7 @@ def _attend_one(
     num_kv_heads = cache.shape[3]
     card = Card.of(q_THD.device)
     tile = tile_of_decode(head_dim, q_THD.dtype, num_heads // num_kv_heads, card)
-    parts = HeadParts.of(head_dim)
+    constants = constants_of(num_heads, num_kv_heads, head_dim, q_THD.dtype, tile)
     num_splits = count_splits(num_seqs * num_kv_heads, sequences.max_context, tile.keys, card)
     sums, tops, totals = _partial_results((num_seqs, num_heads, num_splits), head_dim, q_THD.device)
     attend_splits[num_kv_heads, num_seqs, num_splits](
@@ -142,18 +134,11 @@ def _attend_one(
         cache.stride(0),
         sequences.block_tables.stride(0),
         num_splits,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
         Q_STRIDE=q_THD.stride(0),
         OUT_STRIDE=out_THD.stride(0),
         BLOCK_SIZE=cache.shape[2],
-        HEAD_DIM=head_dim,
-        MAIN=parts.main,
-        REST=parts.rest,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
         SPLIT=num_splits > 1,
-        PRECISION=precision(q_THD.dtype),
+        **constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -189,7 +174,7 @@ def _partial_results(
 
 def count_splits(num_programs: int, max_context: int, keys: int, card: Card) -> int:
     """Return in how many splits a decode of `num_programs` sequences and heads fills the card."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * card.num_multiprocessors // num_programs
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * card.num_multiprocessors, num_programs)
     return max(1, min(wanted, MAX_SPLITS, max_context // (MIN_TILES * keys)))
 
 

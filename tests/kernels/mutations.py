@@ -179,7 +179,7 @@ MUTATIONS = [
         ("group < GROUP", "group <= GROUP"),
         ("kv_head * GROUP + group", "group"),
         ("tl.load(scale_ptr + token)", "tl.load(scale_ptr)"),
-        ("k_ptr + values_offset", "k_ptr"),
+        ("k_ptr + values_stride", "k_ptr"),
         ("cache_ptr + kv_head * HEAD_DIM", "cache_ptr"),
         ("top * scale", "top"),
         ("query_starts_ptr + sequence", "query_starts_ptr"),
