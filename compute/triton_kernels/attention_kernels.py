@@ -55,18 +55,18 @@ def store_heads(
 
 @triton.jit
 def load_blocks(table_ptr, first, stop, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """Return the blocks of `KEYS` keys from `first` on, int64: one for all if that is enough.
+    """Return the blocks of `KEYS` keys from `first` on: one for all if that is enough.
 
     Keys from `stop` on get the block of the last key.
     """
     if BLOCK_SIZE == 0:
-        blocks = tl.cast(0, tl.int64)
+        blocks = 0
     else:
         positions = first
         if BLOCK_SIZE % KEYS != 0:
             positions = first + tl.arange(0, KEYS)
         last = tl.maximum(stop - 1, 0)
-        blocks = tl.load(table_ptr + tl.minimum(positions, last) // BLOCK_SIZE).to(tl.int64)
+        blocks = tl.load(table_ptr + tl.minimum(positions, last) // BLOCK_SIZE)
     return blocks
 
 
@@ -111,11 +111,11 @@ def attend_keys(
             base = tl.cast(first, tl.int64) * KEY_STRIDE
             rows = keys * KEY_STRIDE
         elif BLOCK_SIZE % KEYS == 0:
-            base = (blocks * BLOCK_SIZE + first % BLOCK_SIZE) * KEY_STRIDE
+            base = (blocks.to(tl.int64) * BLOCK_SIZE + first % BLOCK_SIZE) * KEY_STRIDE
             rows = keys * KEY_STRIDE
         else:
             base = 0
-            rows = (blocks * BLOCK_SIZE + (first + keys) % BLOCK_SIZE) * KEY_STRIDE
+            rows = (blocks.to(tl.int64) * BLOCK_SIZE + (first + keys) % BLOCK_SIZE) * KEY_STRIDE
         blocks = load_blocks(table_ptr, first + KEYS, stop, BLOCK_SIZE, KEYS)
 
         k = load_heads(k_ptr + base, rows, exists, HEAD_DIM, 0, MAIN)

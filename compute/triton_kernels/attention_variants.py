@@ -22,7 +22,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PAGED_HEADS = (
     (28, 4, 128, 16, torch.bfloat16),
     (28, 4, 128, 256, torch.bfloat16),
-    (16, 2, 128, 64, torch.float16),
+    (16, 2, 128, 128, torch.float16),
     (32, 32, 96, 64, torch.bfloat16),
     (28, 4, 128, 16, torch.float32),
 )

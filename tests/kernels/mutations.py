@@ -119,13 +119,14 @@ MUTATIONS = [
     *in_attention(
         "load_blocks",
         ("tl.minimum(positions, last) // BLOCK_SIZE", "tl.minimum(positions, last) % BLOCK_SIZE"),
-        ("BLOCK_SIZE).to(tl.int64)", "BLOCK_SIZE)"),
         ("positions = first + tl.arange(0, KEYS)", "positions = first"),
     ),
     *in_attention(
         "attend_keys",
         ("first + keys < stop", "first + keys <= stop"),
         ("first % BLOCK_SIZE) * KEY_STRIDE", "0) * KEY_STRIDE"),
+        ("base = (blocks.to(tl.int64)", "base = (blocks"),
+        ("rows = (blocks.to(tl.int64)", "rows = (blocks"),
         ("(first + keys) % BLOCK_SIZE", "keys % BLOCK_SIZE"),
         ("tl.cast(first, tl.int64)", "tl.cast(0, tl.int64)"),
         ("first + KEYS, stop", "first, stop"),

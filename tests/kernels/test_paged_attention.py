@@ -8,13 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from compute.triton_kernels import attention_tiles, paged_attention
-from compute.triton_kernels.attention_tiles import Card, HeadParts
+from compute.triton_kernels.attention_tiles import Card, HeadParts, tile_of_decode, tile_of_queries
 from compute.triton_kernels.paged_attention import Sequences, attend, count_splits
 from tests.kernels.attention_cases import Case, assert_equal, int32
 
 HALF = torch.float16
 FLOAT = torch.float32
 H100 = Card(num_multiprocessors=132, shared_memory=227 * 1024, major=9)
+SMALL = Card(num_multiprocessors=8, shared_memory=99 * 1024, major=8)
 
 
 @pytest.fixture(params=[1, 5], ids=lambda count: f"{count}-splits")
@@ -102,8 +103,7 @@ def test_the_longest_possible_context_is_an_upper_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A captured graph splits for it, so that most splits of short contexts are empty."""
-    card = Card(num_multiprocessors=8, shared_memory=99 * 1024, major=8)
-    monkeypatch.setattr(attention_tiles, "INTERPRETER", card)
+    monkeypatch.setattr(attention_tiles, "INTERPRETER", SMALL)
     case = Case.of([1, 1, 1], [1, 70, 200])
     assert_equal(case, case.computed(max_context=4096))
 
@@ -152,12 +152,15 @@ def test_infinite_scores(
     assert_equal(case, case.computed())
 
 
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("query_lens", [[1], [2]])
-def test_caches_with_more_numbers_than_32_bits_count(query_lens: list[int]) -> None:
+def test_caches_with_more_numbers_than_32_bits_count(
+    query_lens: list[int], block_size: int
+) -> None:
     """Most of its memory is never touched."""
-    case = Case.of(query_lens, [20], num_heads=1, head_dim=64, block_size=32)
-    block = 2**31 // (32 * 64) + 5
-    cache = torch.empty(2, block + 1, 32, 1, 64, dtype=HALF)
+    case = Case.of(query_lens, [20], num_heads=1, head_dim=64)
+    block = 2**31 // (block_size * 64) + 5
+    cache = torch.empty(2, block + 1, block_size, 1, 64, dtype=HALF)
     cache[0, block, :20] = case.keys[0]
     cache[1, block, :20] = case.values[0]
     sequences = Sequences(
@@ -174,6 +177,19 @@ def test_no_sequences() -> None:
     out = torch.empty_like(case.q)
     cache = torch.zeros(2, 1, 16, 1, 16, dtype=HALF)
     attend(case.q, cache, Sequences(none, none, none, none.view(0, 1), 1, 1), out)
+
+
+@pytest.mark.parametrize("card", [H100, SMALL])
+@pytest.mark.parametrize("head_dim", [64, 80, 104, 128, 256])
+@pytest.mark.parametrize("rows", [7, 64, 4096])
+def test_tiles_fit_into_shared_memory(rows: int, head_dim: int, card: Card) -> None:
+    for tile in (
+        tile_of_queries(head_dim, HALF, rows, card),
+        tile_of_decode(head_dim, HALF, 7, card),
+    ):
+        stage = 2 * 2 * tile.keys * HeadParts.of(head_dim).width
+        assert tile.num_stages == 1 or tile.num_stages * stage < card.shared_memory
+    assert tile.num_stages > 1 or head_dim == 256
 
 
 @pytest.mark.parametrize(
