@@ -222,3 +222,16 @@ def test_a_backend_that_computes_something_else_is_refused(
             "tests.llm.cuda_on_cpu.attend", lambda q, k, v: torch.full_like(q, torch.nan)
         )
     assert f"the results of {broken} are wrong" in objection_to(kind, shapes_of(), CPU)
+
+
+def test_a_backend_that_reads_beyond_the_end_of_a_sequence_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = pretend(monkeypatch)
+    monkeypatch.setattr(ByVarlen, "objection", lambda shapes, device: "")
+
+    def careless(*given: torch.Tensor, **named: object) -> torch.Tensor:
+        return calls(*given, **named) + 0 * given[2].sum()
+
+    monkeypatch.setattr("services.llm.attention_backends.by_varlen.kernel", lambda: careless)
+    assert "wrong by nan" in objection_to(ByVarlen, shapes_of(), CPU)
