@@ -169,7 +169,7 @@ def of_language(
     batches = DECODE_BATCHES
     longest = max(PREFILLS)
     chosen = choose_attention(
-        LlmSettings(attention=attention), checkpoint.sizes, Device(device), DTYPE, Shard()
+        LlmSettings(attention=attention), checkpoint, Device(device), DTYPE, Shard()
     )
     block_size = chosen.block_size
     num_blocks = max(max(batches) * -(-DECODE_CONTEXT // block_size), -(-longest // block_size))

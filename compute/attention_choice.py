@@ -14,6 +14,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far results for normally distributed values may differ from those of another way."""
 WARM_UPS = 3
 ROUNDS = 5
+AMPERE = (8, 0)
+"""The compute capability from which on all kernels run."""
 NEVER = 10**18
 """Stands for the nanoseconds of a way that cannot run, where ranks exchange figures."""
 
@@ -27,6 +29,13 @@ class Trial:
     """The time of each case, in the order in which all ways ran them."""
     objection: str = ""
     """Why this way cannot run; "" if it can."""
+
+
+def objection_to_card(device: torch.device) -> str:
+    """Return why kernels for Ampere and newer cards do not run on a device; "" if they do."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE:
+        return ""
+    return f"it runs from compute capability {'.'.join(map(str, AMPERE))} on"
 
 
 def nanoseconds_of(run: Callable[[], object], device: torch.device) -> int:

@@ -57,13 +57,15 @@ class DecodeGraphs:
         self._num_position_components = num_position_components
         self._sizes = sorted(sizes)
         self._decodes = {size: backend.of_decodes(size, self._width) for size in self._sizes}
-        num_values = sum(map(math.prod, self._shapes(self._sizes[-1]).values()))
+        largest = self._sizes[-1]
+        num_values = sum(map(math.prod, self._shapes(largest).values()))
         self._buffer = torch.zeros(num_values, dtype=torch.int64, device=model.device)
+        self._tables = torch.zeros(largest, self._width, dtype=torch.int32, device=model.device)
         pool = GraphPool(model.device)
         self._graphs = {}
         # The largest first, so that the others fit into its memory.
         for size in reversed(self._sizes):
-            self._send(size, self._blank(size))
+            self._send(size, self._blank(size), self._blank_tables(size, 1))
             self._graphs[size] = pool.capture(partial(self._compute, size))
             report_loading(1.0)
 
@@ -79,7 +81,7 @@ class DecodeGraphs:
         """Return float32 logits [num_sampled, vocab_size], as the model computes them."""
         num_seqs = len(plan.query_lens)
         size = self._sizes[bisect_left(self._sizes, num_seqs)]
-        self._send(size, self._filled(size, plan))
+        self._send(size, *self._filled(size, plan))
         graph = self._graphs[size]
         graph.replay()
         if len(plan.sampled_rows) == num_seqs:
@@ -91,9 +93,7 @@ class DecodeGraphs:
         shapes = self._shapes(size)
         values = self._buffer[: sum(map(math.prod, shapes.values()))]
         inputs = dict(zip(shapes, unpack(values, list(shapes.values())), strict=True))
-        attend = self._decodes[size].bind(
-            inputs["context_lens"].int(), inputs["block_tables"].int()
-        )
+        attend = self._decodes[size].bind(inputs["context_lens"].int(), self._tables[:size])
         batch = Batch(
             positions=inputs["positions"],
             sampled_rows=torch.arange(size, device=self._model.device),
@@ -112,7 +112,6 @@ class DecodeGraphs:
             "positions": (self._num_position_components, size),
             "slots": (size,),
             "context_lens": (size,),
-            "block_tables": (size, self._width),
             "rope_parameters": (size,),
         }
 
@@ -121,23 +120,35 @@ class DecodeGraphs:
         fillings = {
             "slots": self._scratch_block * self._block_size,
             "context_lens": 1,
-            "block_tables": self._scratch_block,
         }
         shapes = self._shapes(size).items()
         return {name: np.full(shape, fillings.get(name, 0), np.int64) for name, shape in shapes}
 
-    def _filled(self, size: int, plan: StepPlan) -> dict[str, np.ndarray]:
+    def _blank_tables(self, size: int, num_blocks: int) -> np.ndarray:
+        return np.full((size, num_blocks), self._scratch_block)
+
+    def _filled(self, size: int, plan: StepPlan) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the inputs of a graph and its block tables, filled up with blank rows."""
         arrays = self._blank(size)
         num_seqs, num_blocks = plan.block_tables.shape
         arrays["token_ids"][:num_seqs] = plan.token_ids
         arrays["positions"][:, :num_seqs] = plan.positions
         arrays["slots"][:num_seqs] = plan.slot_mapping
         arrays["context_lens"][:num_seqs] = plan.context_lens
-        arrays["block_tables"][:num_seqs, :num_blocks] = plan.block_tables
         arrays["rope_parameters"][:num_seqs] = plan.rope_parameters
-        return arrays
+        tables = self._blank_tables(size, num_blocks)
+        tables[:num_seqs] = plan.block_tables
+        return arrays, tables
 
-    def _send(self, size: int, arrays: dict[str, np.ndarray]) -> None:
-        self._decodes[size].prepare(arrays["context_lens"], arrays["block_tables"])
-        packed = pack(list(arrays.values()), self._model.device)
-        self._buffer[: len(packed)].copy_(packed, non_blocking=True)
+    def _send(self, size: int, arrays: dict[str, np.ndarray], tables: np.ndarray) -> None:
+        """Fill the memory that a graph reads.
+
+        Of the block tables, only as many columns are sent as the longest sequence has. What stands
+        behind them belonged to other sequences, and nothing reads it.
+        """
+        device = self._model.device
+        self._decodes[size].prepare(arrays["context_lens"], tables)
+        packed = pack([*arrays.values(), tables], device).to(device, non_blocking=True)
+        inputs, blocks = packed.split([len(packed) - tables.size, tables.size])
+        self._buffer[: len(inputs)].copy_(inputs)
+        self._tables[:size, : tables.shape[1]].copy_(blocks.view(tables.shape))

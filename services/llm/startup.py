@@ -126,7 +126,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     attention = gathering(settings)
     if generates(checkpoint):
         attention = choose_attention(
-            settings, checkpoint.sizes, device, dtype, shard, member.progress.tick
+            settings, checkpoint, device, dtype, shard, member.progress.tick
         )
     cache = size_cache(
         settings, checkpoint, device, dtype, shard, num_sharing, attention.block_size

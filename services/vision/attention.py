@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from services.vision.windows import attend_by_size
@@ -66,9 +67,8 @@ class TowerAttention:
         if self.windowed is by_torch and self.full is by_torch:
             return None
         counts, sizes = torch.tensor(groups).T
-        return (
-            torch.cat((torch.zeros(1), sizes.repeat_interleave(counts).cumsum(0))).int().to(device)
-        )
+        ends = sizes.repeat_interleave(counts).cumsum(0)
+        return F.pad(ends, (1, 0)).int().to(device)
 
 
 def largest(groups: Groups) -> int:

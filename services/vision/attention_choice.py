@@ -10,7 +10,14 @@ from torch import Tensor
 
 from common.logs import get_logger
 from compute import triton_kernels
-from compute.attention_choice import TOLERANCES, Trial, fastest, figures_of, nanoseconds_of
+from compute.attention_choice import (
+    TOLERANCES,
+    Trial,
+    fastest,
+    figures_of,
+    nanoseconds_of,
+    objection_to_card,
+)
 from compute.cuda_graphs import GraphPool
 from services.vision.attention import (
     AttendToGroups,
@@ -91,7 +98,7 @@ def objection_to(name: str, dtype: torch.dtype, device: torch.device) -> str:
         return "Triton is not installed"
     if name == "varlen" and dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {dtype}"
-    return ""
+    return "" if name == "torch" else objection_to_card(device)
 
 
 def errors() -> tuple[type[Exception], ...]:

@@ -137,8 +137,8 @@ def test_no_step_waits_for_the_device(case: GoldenCase, name: str, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backend_is_chosen_and_named_ones_are_taken(case: GoldenCase, dtype: torch.dtype) -> None:
-    sizes = open_checkpoint(case.checkpoint).sizes
+    checkpoint = open_checkpoint(case.checkpoint)
     for name in ("auto", "triton"):
         settings = LlmSettings(attention=name)
-        chosen = choose_attention(settings, sizes, Device(CUDA), dtype, Shard())
+        chosen = choose_attention(settings, checkpoint, Device(CUDA), dtype, Shard())
         assert chosen.backend is not None and chosen.block_size == chosen.backend.block_size

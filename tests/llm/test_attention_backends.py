@@ -108,7 +108,7 @@ def test_varlen_splits_contexts_only_where_the_kernel_can_join_the_parts(
         ({"dtype": torch.bfloat16, "block_size": 16}, (9, 0), "256 tokens, not 16"),
         ({"dtype": torch.bfloat16, "head_dim": 20}, (9, 0), "not 20"),
         ({"dtype": torch.bfloat16, "head_dim": 512}, (9, 0), "not 512"),
-        ({"dtype": torch.bfloat16, "block_size": 256}, (7, 5), "(8, 0)"),
+        ({"dtype": torch.bfloat16, "block_size": 256}, (7, 5), "8.0"),
     ],
 )
 def test_varlen_says_what_it_does_not_compute(
@@ -120,7 +120,7 @@ def test_varlen_says_what_it_does_not_compute(
     pretend(monkeypatch)
     monkeypatch.setattr("services.llm.attention_backends.by_varlen.kernel", lambda: print)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = ByVarlen.objection(shapes_of(**values), CPU)
+    found = ByVarlen.objection(shapes_of(**values), torch.device("cuda"))
     assert objection in found and bool(found) == bool(objection)
 
 
@@ -180,8 +180,11 @@ def test_a_plan_waits_until_the_card_has_copied_the_one_before(
 
 def test_our_kernels_run_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "not on cpu" in ByTriton.objection(shapes_of(), CPU)
     assert ByTriton.objection(shapes_of(), torch.device("cuda")) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in ByTriton.objection(shapes_of(), torch.device("cuda"))
     monkeypatch.setattr(triton_kernels, "is_installed", lambda: False)
     assert "not installed" in ByTriton.objection(shapes_of(), torch.device("cuda"))
 
@@ -200,7 +203,7 @@ def test_a_backend_that_computes_attention_is_accepted_and_timed(
     monkeypatch.setattr("services.llm.attention_backends.trials.CALLS", 2)
     shapes = shapes_of(block_size=16)
     assert objection_to(BACKENDS[name], shapes, CPU) == ""
-    times = times_of(BACKENDS[name](shapes, CPU), shapes, CPU)
+    times = times_of(BACKENDS[name](shapes, CPU), shapes, 40, CPU)
     assert len(times) == 3 and min(times) > 0
 
 
@@ -219,3 +222,16 @@ def test_a_backend_that_computes_something_else_is_refused(
             "tests.llm.cuda_on_cpu.attend", lambda q, k, v: torch.full_like(q, torch.nan)
         )
     assert f"the results of {broken} are wrong" in objection_to(kind, shapes_of(), CPU)
+
+
+def test_a_backend_that_reads_beyond_the_end_of_a_sequence_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = pretend(monkeypatch)
+    monkeypatch.setattr(ByVarlen, "objection", lambda shapes, device: "")
+
+    def careless(*given: torch.Tensor, **named: object) -> torch.Tensor:
+        return calls(*given, **named) + 0 * given[2].sum()
+
+    monkeypatch.setattr("services.llm.attention_backends.by_varlen.kernel", lambda: careless)
+    assert "wrong by nan" in objection_to(ByVarlen, shapes_of(), CPU)

@@ -1,6 +1,7 @@
 """The attention of a group: what the settings name, or what was measured to be fastest."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ SIZES = ModelSizes(
     num_kv_heads=2,
     head_dim=16,
 )
+CHECKPOINT: Any = SimpleNamespace(sizes=SIZES, max_model_len=5000)
 TIMES = {"triton": (10, 10, 10), "varlen": (20, 5, 9), "flashinfer": (30, 30, 30)}
 
 
@@ -37,7 +39,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shapes]:
     """The shapes with which each backend was tried. Their times are TIMES."""
     tried = {}
 
-    def try_backend(kind: type[PagedBackend], shapes: Shapes, device: torch.device) -> Trial:
+    def try_backend(
+        kind: type[PagedBackend], shapes: Shapes, max_context: int, device: torch.device
+    ) -> Trial:
+        assert max_context == 5000
         tried[kind.name] = shapes
         return Trial(kind.name, TIMES[kind.name])
 
@@ -47,7 +52,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shapes]:
 
 
 def chosen(device: Device = CUDA, shard: Shard = Shard(), **settings: Any) -> ChosenAttention:
-    return choose_attention(LlmSettings(**settings), SIZES, device, torch.bfloat16, shard)
+    return choose_attention(LlmSettings(**settings), CHECKPOINT, device, torch.bfloat16, shard)
 
 
 def test_every_backend_can_be_named() -> None:

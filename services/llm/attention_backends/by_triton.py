@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compute import triton_kernels
+from compute.attention_choice import objection_to_card
 from services.llm.attention_backends.protocol import (
     Attend,
     PagedBackend,
@@ -38,7 +39,7 @@ class ByTriton(PagedBackend):
             return "Triton is not installed"
         if not triton_kernels.serve(device):
             return f"its kernels run on CUDA, not on {device.type}"
-        return ""
+        return objection_to_card(device)
 
     @classmethod
     def errors(cls) -> tuple[type[Exception], ...]:

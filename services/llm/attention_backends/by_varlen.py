@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compute.attention_choice import objection_to_card
 from services.llm.attention_backends.protocol import (
     Attend,
     PagedBackend,
@@ -26,7 +27,6 @@ from services.llm.step_plan import StepPlan
 
 PAGE_TOKENS = 256
 MAX_HEAD_DIM = 256
-AMPERE = (8, 0)
 # Windows of varlen_attn: (tokens before, tokens after), -1 for all.
 EVERYTHING = (-1, -1)
 CAUSAL = (-1, 0)
@@ -72,9 +72,7 @@ class ByVarlen(PagedBackend):
             return f"it takes blocks of a multiple of {PAGE_TOKENS} tokens, not {shapes.block_size}"
         if kernel() is None:
             return f"varlen_attn of torch {torch.__version__} takes no block table"
-        if torch.cuda.get_device_capability(device) < AMPERE:
-            return f"it runs from compute capability {AMPERE} on"
-        return ""
+        return objection_to_card(device)
 
     @classmethod
     def errors(cls) -> tuple[type[Exception], ...]:
@@ -152,7 +150,7 @@ class VarlenPlan:
         arrays = iter(uploaded)
         calls = []
         for part in self.parts:
-            rows = next(arrays)
+            rows = next(arrays).long()
             call = Call(
                 self.kernel,
                 query_starts=next(arrays),
@@ -176,7 +174,7 @@ class Mixed:
         q_THD = scaled(q_THD, scale_T)
         out = q_THD.new_empty(q_THD.shape)
         for rows, call in self.calls:
-            out.index_copy_(0, rows.long(), call(q_THD.index_select(0, rows), cache, None))
+            out.index_copy_(0, rows, call(q_THD.index_select(0, rows), cache, None))
         return out
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.checkpoint import Checkpoint
 from common.config import BadSetting
 from common.families import ModelSizes
 from common.logs import get_logger
@@ -37,7 +38,7 @@ def gathering(settings: LlmSettings) -> ChosenAttention:
 
 def choose_attention(
     settings: LlmSettings,
-    sizes: ModelSizes,
+    checkpoint: Checkpoint,
     device: Device,
     dtype: torch.dtype,
     shard: Shard,
@@ -60,16 +61,17 @@ def choose_attention(
     if device.kind != "cuda":
         raise BadSetting(f"--attention {name} runs on CUDA, not on {device.kind}: give auto")
     shapes = {
-        kind: shapes_of(sizes, shard, dtype, settings.block_size or kind.block_size)
+        kind: shapes_of(checkpoint.sizes, shard, dtype, settings.block_size or kind.block_size)
         for kind in BACKENDS.values()
     }
     if name != "auto":
         kind = BACKENDS[name]
         check_named(kind, shapes[kind], device.torch_device, shard)
         return ChosenAttention(kind, shapes[kind].block_size)
+    max_context = settings.max_model_len or checkpoint.max_model_len
     trials = []
     for kind in shapes:
-        trials.append(try_backend(kind, shapes[kind], device.torch_device))
+        trials.append(try_backend(kind, shapes[kind], max_context, device.torch_device))
         torch.cuda.empty_cache()
         tick()
     trials = agreed(trials, len(CASES), shard.agree)

@@ -26,13 +26,18 @@ PROBES = ((1, 1), (1, 40), (1, 300), (5, 5), (7, 290))
 """New tokens and context of sequences whose attention is checked."""
 
 
-def try_backend(kind: type[PagedBackend], shapes: Shapes, device: torch.device) -> Trial:
-    """Return what came of checking and timing a backend."""
+def try_backend(
+    kind: type[PagedBackend], shapes: Shapes, max_context: int, device: torch.device
+) -> Trial:
+    """Return what came of checking and timing a backend.
+
+    `max_context` is the longest context that a graph must have room for.
+    """
     objection = objection_to(kind, shapes, device)
     if objection:
         return Trial(kind.name, objection=objection)
     try:
-        return Trial(kind.name, times_of(kind(shapes, device), shapes, device))
+        return Trial(kind.name, times_of(kind(shapes, device), shapes, max_context, device))
     except kind.errors() as e:
         return Trial(kind.name, objection=first_line(e))
 
@@ -67,7 +72,8 @@ def misses_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> st
     is_decode = plan.query_lens == 1
     decodes = plan_of(plan.query_lens[is_decode], plan.context_lens[is_decode], shapes.block_size)
     rows = len(decodes.query_lens)
-    captured = captured_decodes(backend, decodes, device)(q[:rows], cache, None)
+    width = decodes.block_tables.shape[1]
+    captured = captured_decodes(backend, decodes, width, device)(q[:rows], cache, None)
     for name, result, wanted in (
         ("a mixed step", found, expected),
         ("decodes", captured, expected[:rows]),
@@ -106,7 +112,9 @@ def written_out(plan: StepPlan, q: Tensor, cache: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def times_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> tuple[int, ...]:
+def times_of(
+    backend: PagedBackend, shapes: Shapes, max_context: int, device: torch.device
+) -> tuple[int, ...]:
     """Return the nanoseconds of a layer's attention in each of CASES.
 
     Decodes run in a graph, as in a step. Nothing else of a layer is timed.
@@ -116,11 +124,12 @@ def times_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> tup
     cache = torch.empty(size, dtype=shapes.dtype, device=device).normal_()
     q = torch.empty(CONTEXT, shapes.num_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
     q.normal_()
+    width = -(-max(max_context, CONTEXT) // shapes.block_size)
     pool = GraphPool(device)
     times = []
     for batch in (1, BATCH):
         plan = plan_of([1] * batch, [CONTEXT] * batch, shapes.block_size)
-        attend = captured_decodes(backend, plan, device)
+        attend = captured_decodes(backend, plan, width, device)
         graph = pool.capture(partial(repeat, attend, q[:batch], cache))
         times.append(nanoseconds_of(graph.replay, device) // CALLS)
     attend = planned(backend, plan_of([CONTEXT], [CONTEXT], shapes.block_size), device)
@@ -139,11 +148,15 @@ def planned(backend: PagedBackend, plan: StepPlan, device: torch.device) -> Atte
     return attention.bind([x.int() for x in upload(attention.arrays, device)])
 
 
-def captured_decodes(backend: PagedBackend, plan: StepPlan, device: torch.device) -> Attend:
-    decodes = backend.of_decodes(*plan.block_tables.shape)
-    decodes.prepare(plan.context_lens, plan.block_tables)
-    uploaded = upload([plan.context_lens, plan.block_tables], device)
-    return decodes.bind(*(x.int() for x in uploaded))
+def captured_decodes(
+    backend: PagedBackend, plan: StepPlan, width: int, device: torch.device
+) -> Attend:
+    """Return the attention of a plan of decodes as graphs have it, with tables of that width."""
+    num_seqs, num_blocks = plan.block_tables.shape
+    tables = np.pad(plan.block_tables, ((0, 0), (0, width - num_blocks)))
+    decodes = backend.of_decodes(num_seqs, width)
+    decodes.prepare(plan.context_lens, tables)
+    return decodes.bind(*(x.int() for x in upload([plan.context_lens, tables], device)))
 
 
 def plan_of(query_lens: Sequence[int], context_lens: Sequence[int], block_size: int) -> StepPlan:
