@@ -39,7 +39,6 @@ def pack_fp8(values: Tensor) -> Tensor:
     n is a multiple of 16.
     """
     num_outputs = len(values)
-    # Input 8a + 2b + c of a unit is in word b, at bit 16c + 8a.
-    values = values.reshape(num_outputs, -1, 2, 4, 2).permute(0, 1, 3, 4, 2)
-    words = values.reshape(num_outputs, -1).view(torch.int32)
+    # Input 4a + 2b + c is in word a, at bit 16c + 8b.
+    words = values.reshape(num_outputs, -1, 2, 2).mT.reshape(num_outputs, -1).view(torch.int32)
     return F.pad(words, (0, 0, 0, -num_outputs % OUTPUTS))

@@ -38,9 +38,9 @@ def pack_int4(values: Tensor) -> Tensor:
     n is a multiple of 32.
     """
     num_outputs = len(values)
-    # Input 16a + 8b + 2c + d of a unit is in word c, at bit 16d + 8a + 4b.
-    values = values.reshape(num_outputs, -1, 2, 2, 4, 2)
-    pairs = values[:, :, :, 0] | values[:, :, :, 1] << 4
+    # Input 16a + 4b + 2c + d of a unit is in word b, at bit 16d + 8a + 4c.
+    values = values.reshape(num_outputs, -1, 2, 4, 2, 2)
+    pairs = values[:, :, :, :, 0] | values[:, :, :, :, 1] << 4
     words = pairs.permute(0, 1, 3, 4, 2).reshape(num_outputs, -1).view(torch.int32)
     return F.pad(words, (0, 0, 0, -num_outputs % OUTPUTS))
 

@@ -4,8 +4,9 @@ Weights lie in words of 32 bits. A word holds the inputs that one lane of a matr
 takes, in pairs whose entries are 16 bits apart. So a shift and a mask unpack two weights at once,
 in the registers of the lane that multiplies them:
 
-    4 bits: word c of a unit of 32 inputs; bits 4i and 16 + 4i are inputs 8i + 2c and 8i + 2c + 1
-    8 bits: word c of a unit of 16 inputs; bits 8i and 16 + 8i are inputs 8i + 2c and 8i + 2c + 1
+    8 bits: word c holds inputs 4c + 2b and 4c + 2b + 1 at bits 8b and 16 + 8b
+    4 bits: word c of a unit of 32 inputs holds inputs 16a + 4c + 2b and 16a + 4c + 2b + 1 at bits
+            8a + 4b and 16 + 8a + 4b
 """
 
 import triton
@@ -54,7 +55,6 @@ def product_kernel(
     start = split * tiles_per_split
     words += output[:, None].to(tl.int64) * word_stride + tl.arange(0, WORDS)[None, :]
     x += row[None, :] * x_stride + entry[:, None]
-    ones = tl.full([OUTPUTS, TILE], 1.0, dtype)
     acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
     stop = tl.minimum(start + tiles_per_split, num_tiles)
     scales += output
@@ -64,14 +64,14 @@ def product_kernel(
         following = tl.minimum(tile + 1, stop - 1)
         group = group_of(tile_groups, following, first, TILES_PER_GROUP)
         next_scale = tl.load(scales + group * scale_stride)
-        weights = unpacked(tl.load(words + tile * WORDS), TILE, BITS, dtype)
+        bits = unpacked(tl.load(words + tile * WORDS), TILE, BITS, dtype)
         exists = (row < num_rows)[None, :]
         if MASKED:
             exists = exists & (tile * TILE + entry < num_inputs)[:, None]
         inputs = tl.load(x + tile * TILE, mask=exists, other=0.0)
-        part = tl.dot(weights, inputs, input_precision=PRECISION)
+        part = tl.dot(numbers(bits, BITS, dtype), inputs, input_precision=PRECISION)
         if BITS == 4:
-            sums = tl.dot(ones, inputs, input_precision=PRECISION)
+            sums = tl.dot(ones_like(bits, dtype), inputs, input_precision=PRECISION)
             acc += half(scale)[:, None] * (part - half(scale >> 16)[:, None] * sums)
         else:
             acc += scale[:, None] * part
@@ -98,23 +98,27 @@ def group_of(tile_groups, tile, first, TILES_PER_GROUP: tl.constexpr):
 
 @triton.jit
 def unpacked(words, TILE: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """Return the weights in these words, `dtype` [outputs, TILE]: 16 + value if of four bits."""
+    """Return the weights in these words as the bits of `dtype`, or of float16, [outputs, TILE]."""
     OUTPUTS: tl.constexpr = words.shape[0]
-    PLANES: tl.constexpr = 16 // BITS
-    # [output, unit, plane, word, lane]
-    units = tl.reshape(words, [OUTPUTS, TILE // (8 * PLANES), 1, 4, 1])
-    shift = tl.reshape(tl.arange(0, PLANES) * BITS, [1, 1, PLANES, 1, 1])
     if BITS == 4:
-        planes = sixteen_and(units >> shift, dtype)
+        planes = tl.join(
+            tl.join(sixteen_and(words, 0, dtype), sixteen_and(words, 8, dtype)),
+            tl.join(sixteen_and(words, 4, dtype), sixteen_and(words, 12, dtype)),
+        )
+        # From [output, unit, word, bit 3 of the place, bit 2, lane] to the order of inputs.
+        bits = tl.join(planes.to(tl.int16), (planes >> 16).to(tl.int16))
+        bits = tl.reshape(bits, [OUTPUTS, TILE // 32, 4, 2, 2, 2])
+        bits = tl.permute(bits, 0, 1, 3, 2, 4, 5)
     else:
-        planes = widened_eight(units >> shift, dtype)
-    lane = tl.reshape(tl.arange(0, 2) * 16, [1, 1, 1, 1, 2])
-    bits = (planes >> lane).to(tl.int16)
-    bits = tl.reshape(bits, [OUTPUTS, TILE])
-    if dtype == tl.float32:
-        weights = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        weights = bits.to(dtype, bitcast=True)
+        planes = tl.join(widened_eight(words, 0, dtype), widened_eight(words, 8, dtype))
+        bits = tl.join(planes.to(tl.int16), (planes >> 16).to(tl.int16))
+    return tl.reshape(bits, [OUTPUTS, TILE])
+
+
+@triton.jit
+def numbers(bits, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the weights of these bits: 16 + value if they are of four bits."""
+    weights = from_bits(bits, dtype)
     if BITS == 8:
         # The exponent of eight bits counts from another number.
         if dtype == tl.bfloat16:
@@ -125,22 +129,50 @@ def unpacked(words, TILE: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr)
 
 
 @triton.jit
-def sixteen_and(words, dtype: tl.constexpr):
-    """Return two numbers 16 + value in each word, of the bits 0 to 3 and 16 to 19."""
-    # The mantissa of 16 begins with four bits that count whole numbers.
+def ones_like(bits, dtype: tl.constexpr):
+    """Return ones, of the shape of bits that are those of positive numbers."""
+    # Made of the bits, so that the compiler lays ones out as it does weights, and both products can
+    # read the same inputs. In the end it finds out that they are constant.
     if dtype == tl.bfloat16:
-        return ((words & 0x000F000F) << 3) | 0x41804180
-    return ((words & 0x000F000F) << 6) | 0x4C004C00
+        return from_bits((bits >> 15) | 0x3F80, dtype)
+    return from_bits((bits >> 15) | 0x3C00, dtype)
 
 
 @triton.jit
-def widened_eight(words, dtype: tl.constexpr):
-    """Return two numbers in each word, of the bits 0 to 7 and 16 to 23, too small by the
-    difference of exponents."""
-    sign = (words & 0x00800080) << 8
+def from_bits(bits, dtype: tl.constexpr):
+    """Return numbers of these bits, which are those of float16 if `dtype` has more than 16."""
+    if dtype == tl.float32:
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        found = bits.to(dtype, bitcast=True)
+    return found
+
+
+@triton.jit
+def sixteen_and(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """Return two numbers 16 + value in each word, of the four bits at `SHIFT` and 16 above."""
+    # The mantissa of 16 begins with four bits that count whole numbers.
     if dtype == tl.bfloat16:
-        return sign | ((words & 0x007F007F) << 4)
-    return sign | ((words & 0x007F007F) << 7)
+        return (shifted(words, 3 - SHIFT) & 0x00780078) | 0x41804180
+    return (shifted(words, 6 - SHIFT) & 0x03C003C0) | 0x4C004C00
+
+
+@triton.jit
+def widened_eight(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """Return two numbers in each word, of the eight bits at `SHIFT` and 16 above, too small by the
+    difference of exponents."""
+    sign = shifted(words, 8 - SHIFT) & -0x7FFF8000
+    if dtype == tl.bfloat16:
+        return sign | (shifted(words, 4 - SHIFT) & 0x07F007F0)
+    return sign | (shifted(words, 7 - SHIFT) & 0x3F803F80)
+
+
+@triton.jit
+def shifted(words, LEFT: tl.constexpr):
+    """Return the words, shifted left, or right if `LEFT` is negative."""
+    if LEFT >= 0:
+        return words << LEFT
+    return words >> -LEFT
 
 
 @triton.jit
@@ -187,12 +219,13 @@ def widen_kernel(
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     tile = tl.program_id(1)
     words += output[:, None].to(tl.int64) * word_stride + tile * WORDS
-    weights = unpacked(tl.load(words + tl.arange(0, WORDS)[None, :]), TILE, BITS, dtype)
+    bits = unpacked(tl.load(words + tl.arange(0, WORDS)[None, :]), TILE, BITS, dtype)
+    weights = numbers(bits, BITS, dtype).to(tl.float32)
     group = tl.load(tile_groups + tile)
     pair = tl.load(scales + group * scale_stride + output)
     if BITS == 4:
-        wide = (weights.to(tl.float32) - half(pair >> 16)[:, None]) * half(pair)[:, None]
+        wide = (weights - half(pair >> 16)[:, None]) * half(pair)[:, None]
     else:
-        wide = weights.to(tl.float32) * pair[:, None]
+        wide = weights * pair[:, None]
     place = output[:, None].to(tl.int64) * out_stride + tile * TILE + tl.arange(0, TILE)[None, :]
     tl.store(out + place, wide.to(dtype), (output < num_outputs)[:, None])

@@ -183,7 +183,7 @@ def warps_for(rows: int, is_wide: bool) -> int:
     # Hopper's wide matrix instructions begin at four warps. For few rows those of a warp do better.
     if is_wide:
         return 8
-    return 2 if rows <= 16 else 4
+    return 2 if rows <= 32 else 4
 
 
 def precision_of(dtype: torch.dtype) -> str:
