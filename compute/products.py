@@ -12,7 +12,7 @@ from compute.int4_linear import Int4Linear
 from compute.kernels.library import PORTABLE, int8_kernels
 from compute.kernels.operations import PackedWeights
 from compute.linear import Linear
-from compute.quantization import Int8Linear
+from compute.quantization import Int8Linear, scales_of_fp8
 from compute.quantized_weights import (
     Fp8Weight,
     Int4Weight,
@@ -101,8 +101,8 @@ def cpu_product(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
     if dtype is not torch.bfloat16 or int8_kernels() is None:
         return None
     if isinstance(weight, Fp8Weight):
-        # Rounded again: one scale per output, whatever scales the checkpoint has.
-        return Int8Linear(weight.dequantized(), bias)
+        wide = weight.dequantized()
+        return Int8Linear(wide, bias, scales_of_fp8(weight, wide))
     return Int4Linear(weight, bias)
 
 
