@@ -60,7 +60,7 @@ def zeros_of(weight: QuantizedWeight, read: ReadTensor) -> Tensor:
             return unpacked(stored, AWQ_ENTRIES).T.float()
         case "packed":
             return unpacked(stored.T).T.float()
-    return unpacked(stored).T.float() + weight.scheme.zero_offset
+    return unpacked(stored.long() + weight.scheme.zero_offset).T.float()
 
 
 def unpacked(stored: Tensor, entries: tuple[int, ...] = tuple(range(8))) -> Tensor:
