@@ -16,6 +16,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The outputs in an int32 of an AWQ checkpoint, from its lowest four bits to its highest."""
 NIBBLES = 8
 """The values of four bits in an int32."""
+ONES = 0x11111111
+"""An int32 of eight ones."""
 FP8_MAX = 448.0
 
 Stored = tuple[dict[str, Tensor], Tensor]
@@ -37,7 +39,7 @@ def awq(group_size: int = 128) -> Format:
 
     def store(weight: Tensor) -> Stored:
         groups = groups_of(weight.shape[1], group_size)
-        values, scales, zeros = quantize(weight, groups, (0, 15))
+        values, scales, zeros = quantize(weight, groups, symmetric=False)
         tensors = {
             "qweight": packed(values.T, AWQ_ORDER),
             "qzeros": packed(zeros.T, AWQ_ORDER),
@@ -57,6 +59,8 @@ def gptq(
 ) -> Format:
     """GPTQ of version 1, whose stored zero points are one too small, or of version 2.
 
+    GPTQModel subtracts the ones from eight packed values at once: a zero point of 0 borrows from
+    the next one.
     `act_order` is the seed of an order of the inputs, as `desc_act` finds it.
     """
 
@@ -65,12 +69,10 @@ def gptq(
         if act_order is not None:
             random = torch.Generator().manual_seed(act_order)
             groups = groups[torch.randperm(len(groups), generator=random)]
-        offset = 2 - version
-        bounds = None if symmetric else (offset, 15 + offset)
-        values, scales, zeros = quantize(weight, groups, bounds)
+        values, scales, zeros = quantize(weight, groups, symmetric)
         tensors = {
             "qweight": packed(values).T.contiguous(),
-            "qzeros": packed((zeros - offset).T),
+            "qzeros": packed(zeros.T) - (ONES if version == 1 else 0),
             "scales": scales.T.contiguous(),
             "g_idx": groups.int(),
         }
@@ -86,7 +88,7 @@ def w4a16(group_size: int = 128, symmetric: bool = True) -> Format:
 
     def store(weight: Tensor) -> Stored:
         groups = groups_of(weight.shape[1], group_size)
-        values, scales, zeros = quantize(weight, groups, None if symmetric else (0, 15))
+        values, scales, zeros = quantize(weight, groups, symmetric)
         scales = scales.bfloat16()
         tensors = {
             "weight_packed": packed(values),
@@ -155,26 +157,20 @@ def groups_of(num_inputs: int, group_size: int) -> Tensor:
     return torch.arange(num_inputs) // size
 
 
-def quantize(
-    weight: Tensor, groups: Tensor, bounds: tuple[int, int] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(weight: Tensor, groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return values of four bits, scales and zero points, all of whose groups have one size.
 
     uint8 [num_outputs, num_inputs], float16 [num_outputs, num_groups] and uint8 of that shape.
-    `bounds` are those of a zero point; None makes all of them 8.
+    If it is symmetric, all zero points are 8.
     """
     num_groups = int(groups.max()) + 1
     order = groups.argsort(stable=True)
     grouped = weight.float()[:, order].unflatten(1, (num_groups, -1))
-    if bounds is None:
-        scales = grouped.abs().amax(2) / 7
-    else:
-        low, high = grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
-        scales = (high - low) / 15
-    scales = scales.clamp_min(1e-4).half()
-    zeros = torch.full_like(scales, 8)
-    if bounds is not None:
-        zeros = (-low / scales.float()).round().clamp(*bounds)
+    low, high = grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
+    widths = torch.maximum(high, -low) / 7 if symmetric else (high - low) / 15
+    scales = widths.clamp_min(1e-4).half()
+    zeros = torch.full_like(scales, 8) if symmetric else (-low / scales.float()).round()
+    zeros = zeros.clamp(0, 15)
     offsets = grouped / scales.float()[..., None] + zeros[..., None]
     values = torch.empty(weight.shape, dtype=torch.uint8)
     values[:, order] = offsets.round().clamp(0, 15).to(torch.uint8).flatten(1)

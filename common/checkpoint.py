@@ -230,6 +230,21 @@ class Checkpoint:
         found = find_quantized(schemes, self.stored_tensors)
         return {self.family.canonical_name(name): weight for name, weight in found.items()}
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights by their canonical names.
+
+        Quantized weights have the shape of the weights that they mean.
+        """
+        canonical = {self.family.canonical_name(n): info.shape for n, info in self.tensors.items()}
+        plain = {name: shape for name, shape in canonical.items() if not self.is_quantized(name)}
+        return plain | {name: weight.shape for name, weight in self.quantized.items()}
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor, by its canonical name, is a part of quantized weights."""
+        module, _, last = name.rpartition(".")
+        return last != "bias" and f"{module}.weight" in self.quantized
+
     def check_quantized(self) -> None:
         """Raise BadCheckpoint as `quantized` does."""
         _ = self.quantized

@@ -126,11 +126,7 @@ def modules_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
         for layer in range(checkpoint.sizes.num_layers)
         for module in family.lora_modules
     }
-    named = (
-        (family.canonical_name(name).removesuffix(".weight"), info.shape)
-        for name, info in checkpoint.stored_tensors.items()
-        if name.endswith(".weight")
-    )
+    named = ((name.removesuffix(".weight"), shape) for name, shape in checkpoint.shapes.items())
     return {name: (shape[0], shape[1]) for name, shape in named if name in wanted}
 
 

@@ -15,8 +15,9 @@ Layout = Literal["fp8", "packed", "awq", "gptq"]
 """The tensors of a module: those of compressed-tensors in eight or four bits, of AWQ or of GPTQ."""
 KEYS = ("quantization_config", "compression_config")
 FLOAT_FORMATS = ("float-quantized", "naive-quantized")
-CHECKPOINT_FORMATS = {"gptq": 1, "gptq_v2": 0}
-"""What is added to the stored zero points of a GPTQ checkpoint."""
+CHECKPOINT_FORMATS = {"gptq": 0x11111111, "gptq_v2": 0}
+"""What is added to each integer of eight zero points of a GPTQ checkpoint. Version 1 stores them
+less one: so subtracted, a zero point of 0 borrows from the next one."""
 MAX_GROUP = 2**20
 
 
@@ -32,7 +33,7 @@ class Scheme:
     has_zeros: bool = True
     """Whether zero points are stored. If not, the middle of the values means zero."""
     zero_offset: int = 0
-    """What is added to the stored zero points."""
+    """What is added to each stored integer of eight zero points. It may overflow."""
     is_ordered: bool = False
     """Whether a tensor must name the group of each input."""
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from common.families.family import BadCheckpoint
 from common.quantization import Layout, Scheme
@@ -77,10 +76,6 @@ class QuantizedWeight:
             and shape[0] == num_outputs
             and num_inputs - spare <= shape[1] <= num_inputs
         )
-
-    @property
-    def num_weights(self) -> int:
-        return prod(self.shape)
 
     @property
     def num_groups(self) -> int:

@@ -23,6 +23,12 @@ class Footprint:
     always dequantized, as those of the vision tower are."""
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether quantized weights take fewer bytes than `item_bytes` each."""
+        is_float32 = self.item_bytes == ITEM_BYTES["float32"]
+        return self.keeps_quantized and not is_float32 and bool(self.checkpoint.quantized)
+
+    @property
     def vision_bytes(self) -> int:
         """The weights of the vision tower, which every replica holds whole."""
         prefixes = self.checkpoint.family.tower_prefixes
@@ -33,10 +39,9 @@ class Footprint:
         """The weights of the language model on one of `world_size` ranks."""
         family = self.checkpoint.family
         sizes = self.checkpoint.sizes
-        keeps_quantized = self.keeps_quantized and self.item_bytes < ITEM_BYTES["float32"]
         return sum(
             int(num_bytes // family.num_shares(name, sizes, world_size))
-            for name, num_bytes in self._sizes(keeps_quantized)
+            for name, num_bytes in self._sizes(self.is_quantized)
             if not name.startswith(family.tower_prefixes)
         )
 
@@ -45,25 +50,14 @@ class Footprint:
         return self.checkpoint.sizes.kv_bytes_per_token(world_size, self.item_bytes)
 
     def _sizes(self, keeps_quantized: bool) -> Iterator[tuple[str, int]]:
-        """Yield the canonical name and the bytes of each tensor that the model needs.
-
-        Quantized weights are one tensor each.
-        """
+        """Yield the canonical name and the bytes of each tensor that the model needs."""
         checkpoint = self.checkpoint
-        family = checkpoint.family
-        for stored_name, info in checkpoint.tensors.items():
-            name = family.canonical_name(stored_name)
-            if family.uses(checkpoint, name) and not is_quantized(checkpoint, name):
-                yield name, self.item_bytes * prod(info.shape)
-        for name, weight in checkpoint.quantized.items():
-            dequantized = self.item_bytes * weight.num_weights
-            yield name, weight.num_bytes if keeps_quantized else dequantized
-
-
-def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor, by its canonical name, is a part of quantized weights."""
-    module, _, last = name.rpartition(".")
-    return last != "bias" and f"{module}.weight" in checkpoint.quantized
+        quantized = checkpoint.quantized if keeps_quantized else {}
+        for name, shape in checkpoint.shapes.items():
+            if name in quantized:
+                yield name, quantized[name].num_bytes
+            elif checkpoint.family.uses(checkpoint, name):
+                yield name, self.item_bytes * prod(shape)
 
 
 def cache_bytes(card_bytes: int, num_weight_bytes: int) -> int:

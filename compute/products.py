@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from common.logs import get_logger
+from compute import triton_kernels
 from compute.int4_linear import Int4Linear
 from compute.kernels.library import PORTABLE, int8_kernels
 from compute.kernels.operations import PackedWeights
 from compute.linear import Linear
-from compute.quantization import Int8Linear
+from compute.quantization import Int8Linear, scales_of_fp8
 from compute.quantized_weights import (
     Fp8Weight,
     Int4Weight,
@@ -85,13 +86,15 @@ def product_of(
     """
     if isinstance(weight, Tensor):
         return Int8Linear(weight, bias) if quantization == "int8" else Linear(weight, bias)
+    device = weight.values.device
     product: Product | None = None
-    if not PORTABLE.get() and dtype is not torch.float32:
-        on_card = weight.values.device.type == "cuda"
-        product = card_product(weight, bias, dtype) if on_card else cpu_product(weight, bias, dtype)
+    if triton_kernels.serve(device):
+        product = card_product(weight, bias, dtype)
+    elif device.type == "cpu" and not PORTABLE.get():
+        product = cpu_product(weight, bias, dtype)
     if product is None:
         bits = 4 if isinstance(weight, Int4Weight) else 8
-        warn_of_dequantized(bits, dtype, weight.values.device.type)
+        warn_of_dequantized(bits, dtype, device.type)
         product = Linear(weight.dequantized().to(dtype), bias)
     return product
 
@@ -101,16 +104,21 @@ def cpu_product(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
     if dtype is not torch.bfloat16 or int8_kernels() is None:
         return None
     if isinstance(weight, Fp8Weight):
-        # Rounded again: one scale per output, whatever scales the checkpoint has.
-        return Int8Linear(weight.dequantized(), bias)
+        wide = weight.dequantized()
+        return Int8Linear(wide, bias, scales_of_fp8(weight, wide))
     return Int4Linear(weight, bias)
 
 
-def card_product(
-    weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
-) -> Product | None:
-    """Return a product with quantized weights on a CUDA card; None without a kernel."""
-    return None
+def card_product(weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
+    """Return a product with quantized weights where Triton's kernels compute."""
+    # Imported only here, because they import Triton.
+    from compute.triton_kernels.fp8 import CardFp8Linear
+    from compute.triton_kernels.int4 import CardInt4Linear
+
+    device = weight.values.device
+    if isinstance(weight, Int4Weight):
+        return CardInt4Linear(weight, bias, dtype, device)
+    return CardFp8Linear(weight, bias, dtype, device)
 
 
 @cache

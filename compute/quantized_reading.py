@@ -104,7 +104,7 @@ class PartReader:
         else:
             packed = self._load(info, range(info.shape[0]), packed_range(self.rows))
         places = AWQ_PLACES if scheme.layout == "awq" else IN_ORDER
-        return unpack(packed, self.rows, places).T + scheme.zero_offset
+        return unpack(packed + scheme.zero_offset, self.rows, places).T
 
     def _groups(self) -> Tensor:
         """Return the group of each input of the part, int64 [num_inputs]."""

@@ -50,7 +50,8 @@ class Fp8Weight:
 
     def dequantized(self) -> Tensor:
         """Return the weights that these mean, float32 [num_outputs, num_inputs]."""
-        return self.values.float() * self.scales[:, self.groups]
+        scales = self.scales if self.scales.shape[1] == 1 else self.scales[:, self.groups]
+        return self.values.float() * scales
 
 
 QuantizedTensor = Int4Weight | Fp8Weight

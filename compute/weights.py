@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from common.checkpoint import BadCheckpoint, Checkpoint, TensorInfo
-from common.sizing import is_quantized
 from compute.quantized_reading import read_part
 from compute.quantized_weights import QuantizedTensor
 
@@ -47,7 +46,7 @@ class Weights:
         self._unread = {
             name: info.num_bytes
             for name, (_, info) in self._tensors.items()
-            if counts(name) and uses(checkpoint, name) and not is_quantized(checkpoint, name)
+            if counts(name) and uses(checkpoint, name) and not checkpoint.is_quantized(name)
         }
         self._unread |= {
             name: weight.num_bytes for name, weight in checkpoint.quantized.items() if counts(name)

@@ -165,7 +165,7 @@ def is_tied(checkpoint: "Checkpoint") -> bool:
         section.get("tie_word_embeddings", False)
         for section in (checkpoint.config, checkpoint.text_config)
     }
-    return said == {True} or (True in said and HEAD not in checkpoint.tensors)
+    return said == {True} or (True in said and HEAD not in checkpoint.shapes)
 
 
 def patch_size(checkpoint: "Checkpoint") -> int:

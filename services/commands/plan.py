@@ -51,7 +51,8 @@ def lines(settings: PlanSettings) -> Iterator[str]:
         )
     footprint = Footprint(checkpoint, ITEM_BYTES[dtype])
     context = settings.max_model_len or checkpoint.max_model_len
-    yield f"{checkpoint.name} ({checkpoint.family.title}) in {dtype}, {context} tokens of context"
+    kind = f"{dtype} with quantized weights" if footprint.is_quantized else dtype
+    yield f"{checkpoint.name} ({checkpoint.family.title}) in {kind}, {context} tokens of context"
     has_tower = "vision" in checkpoint.family.needed_roles
     if has_tower:
         yield (

@@ -23,6 +23,7 @@ from services.commands import plan
 from services.commands.client import ClientError
 from services.commands.stage_times import StageTimes
 from tests.golden import GoldenCase
+from tests.quantized import FORMATS, quantize
 
 PUBLISHED_7B_BYTES = 16_584_333_312
 """total_size in model.safetensors.index.json of https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct.
@@ -128,6 +129,23 @@ def test_a_dtype_without_a_size_is_refused_by_its_flag(
     (model / "config.json").write_text(json.dumps(config))
     status, _, err = planned(capsys, PlanSettings(model=str(model)))
     assert status == 2 and "--dtype" in err and "float64" in err
+
+
+def test_quantized_weights_are_planned_as_they_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = quantize(GoldenCase("a_image"), FORMATS["awq"], tmp_path)
+    quantized, meant = (
+        planned(capsys, PlanSettings(model=str(case.checkpoint), dtype="bfloat16"))[1]
+        for case in (pair.quantized, pair.meant)
+    )
+    assert " in bfloat16 with quantized weights, " in quantized[0]
+    assert " in bfloat16, " in meant[0]
+    assert quantized[1] == meant[1], "the vision tower is not quantized"
+    sizes = [lines[4].split()[1:3] for lines in (quantized, meant)]
+    assert sizes == [["609.2", "KiB"], ["1.4", "MiB"]]
+    settings = PlanSettings(model=str(pair.quantized.checkpoint), dtype="float32")
+    assert " in float32, " in planned(capsys, settings)[1][0]
 
 
 @pytest.mark.parametrize(

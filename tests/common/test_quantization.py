@@ -39,9 +39,9 @@ def test_a_checkpoint_that_is_not_quantized_has_no_scheme() -> None:
     [
         (awq(64), Scheme("awq", columns=64)),
         (awq(-1), Scheme("awq")),
-        (gptq(64), Scheme("gptq", columns=64, zero_offset=1)),
+        (gptq(64), Scheme("gptq", columns=64, zero_offset=0x11111111)),
         (gptq(64, version=2), Scheme("gptq", columns=64)),
-        (gptq(act_order=1), Scheme("gptq", columns=128, zero_offset=1, is_ordered=True)),
+        (gptq(act_order=1), Scheme("gptq", columns=128, zero_offset=0x11111111, is_ordered=True)),
         (w4a16(32), Scheme("packed", columns=32, has_zeros=False)),
         (w4a16(-1, symmetric=False), Scheme("packed")),
         (fp8("tensor"), Scheme("fp8", rows=0, has_zeros=False)),

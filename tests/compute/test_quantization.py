@@ -1,12 +1,22 @@
 """Products with weights of eight bits equal those with what these weights mean."""
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.quantized import fp8
 from common.config import BadSetting
 from compute.kernels.library import int8_kernels
-from compute.quantization import Int8Linear, check_quantization, quantize
+from compute.quantization import (
+    Int8Linear,
+    check_quantization,
+    quantize,
+    rounding_error,
+    scales_of_fp8,
+)
+from compute.quantized_weights import Fp8Weight
 from tests.compute.test_linear import random, relative_error
 
 CPU = torch.device("cpu")
@@ -72,3 +82,30 @@ def test_a_cpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("compute.quantization.int8_kernels", lambda: None)
     with pytest.raises(BadSetting, match="needs a CPU with AVX2"):
         check_quantization("int8", CPU, BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least_gain"), [("channel", 1.5), ("tensor", 1.05), ("block", 1.0)]
+)
+@pytest.mark.parametrize("is_heavy", [False, True])
+def test_fp8_loses_less_than_weights_that_are_rounded_anyhow(
+    strategy: Literal["tensor", "channel", "block"], least_gain: float, is_heavy: bool
+) -> None:
+    """The steps of int8 are those of FP8, wherever that is nearer."""
+    values = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    values[7] = 0
+    given = values**3 if is_heavy else values
+    tensors, meant = fp8(strategy, (32, 128)).store(given)
+    groups = torch.arange(512) // (128 if strategy == "block" else 512)
+    scales = tensors["weight_scale"].float()
+    height = {"tensor": 64, "channel": 1, "block": 32}[strategy]
+    spread = scales.reshape(-1, int(groups.max()) + 1).repeat_interleave(height, 0)
+    weight = Fp8Weight(tensors["weight"], spread, groups)
+    assert weight.dequantized().equal(meant)
+    chosen = scales_of_fp8(weight, meant)
+    least = quantize(meant)[1]
+    assert (meant.abs().amax(1) <= 127.001 * chosen).all(), "no value overflows"
+    found, plain = (rounding_error(meant, scales) for scales in (chosen, least))
+    assert found.sum() <= 1.01 * plain.sum()
+    if not is_heavy:
+        assert found.sum().sqrt() * least_gain <= plain.sum().sqrt()

@@ -129,7 +129,7 @@ def runner_of(
     case: GoldenCase,
     dtype: torch.dtype = torch.float32,
     shard: Shard = Shard(),
-    quantization: str = "none",
+    quantization: str = "auto",
 ) -> ModelRunner:
     return ModelRunner(
         open_checkpoint(case.checkpoint),

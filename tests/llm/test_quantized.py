@@ -1,5 +1,6 @@
 """A quantized checkpoint computes what its dequantized weights compute, on any number of ranks."""
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,18 @@ from services.llm.parallel import Shard
 from services.vision.eager_tower import EagerTower
 from tests.fine_tunes import write as write_layout
 from tests.golden import GoldenCase, max_difference
-from tests.llm.test_model_runner import CPU, Sequence, ThreadGroup, blocks_of, runner_of, step
+from tests.llm.test_lora import adapted_runner
+from tests.llm.test_model_runner import (
+    CPU,
+    Sequence,
+    ThreadGroup,
+    blocks_of,
+    forced_logits,
+    runner_of,
+    step,
+)
 from tests.llm.test_padded_heads import padded_case
+from tests.lora import write_adapter
 from tests.quantized import FORMATS, Pair, cosine, in_layers, quantize
 from tests.vision.test_qwen2_5_vl import embed, tower_of
 
@@ -46,9 +57,7 @@ def logits_of(runner: ModelRunner, case: GoldenCase) -> np.ndarray:
 def logits_of_ranks(
     case: GoldenCase, world_size: int, dtype: torch.dtype = torch.float32
 ) -> list[np.ndarray]:
-    return ThreadGroup(world_size).run(
-        lambda shard: logits_of(runner_of(case, dtype, shard, "auto"), case)
-    )
+    return ThreadGroup(world_size).run(lambda shard: logits_of(runner_of(case, dtype, shard), case))
 
 
 def check_cosine(found: np.ndarray, expected: np.ndarray) -> None:
@@ -127,7 +136,7 @@ def test_modules_of_several_kinds_stand_side_by_side(tmp_path: Path) -> None:
         tmp_path,
         lambda name: in_layers(name) and "k_proj" not in name,
     )
-    runner = runner_of(pair.quantized, BFLOAT16, quantization="auto")
+    runner = runner_of(pair.quantized, BFLOAT16)
     model = runner._model
     assert isinstance(model, Decoder)
     for projection in (model.layers[0].qkv, model.layers[0].gate_up):
@@ -146,6 +155,19 @@ def test_a_quantized_head_loads(tmp_path: Path) -> None:
             check_cosine(logits, expected)
 
 
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+def test_an_adapter_is_added_to_quantized_weights(format: str, tmp_path: Path) -> None:
+    pair = quantize(GoldenCase("a_image"), FORMATS[format], tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", GoldenCase("a_image").checkpoint)
+    found, expected = (
+        forced_logits(adapted_runner(case, adapter, dtype=dtype), case, 33, 1)
+        for case, dtype in ((pair.quantized, BFLOAT16), (pair.meant, torch.float32))
+    )
+    check_cosine(found, expected)
+    plain = forced_logits(runner_of(pair.meant), pair.meant, 33)
+    assert max_difference(expected, plain) > 0.1, "the adapter changes something"
+
+
 def test_the_memory_that_is_planned_is_that_of_the_stored_weights(pair: Pair) -> None:
     checkpoint = open_checkpoint(pair.quantized.checkpoint)
     told: list[float] = []
@@ -154,7 +176,7 @@ def test_the_memory_that_is_planned_is_that_of_the_stored_weights(pair: Pair) ->
     stored = sum(weight.num_bytes for weight in checkpoint.quantized.values())
     footprint = Footprint(checkpoint, 2)
     plain = Footprint(checkpoint, 2, keeps_quantized=False)
-    num_weights = sum(weight.num_weights for weight in checkpoint.quantized.values())
+    num_weights = sum(prod(weight.shape) for weight in checkpoint.quantized.values())
     assert plain.rank_bytes(1) == Footprint(open_checkpoint(pair.meant.checkpoint), 2).rank_bytes(1)
     assert plain.rank_bytes(1) - footprint.rank_bytes(1) == 2 * num_weights - stored
     assert Footprint(checkpoint, 4).rank_bytes(1) == 2 * plain.rank_bytes(1)
