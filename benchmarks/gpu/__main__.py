@@ -29,7 +29,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 NO_CARD = """torch {version} sees no CUDA device here: nothing was measured.
   scripts/gpu --dry-run  runs every part on the CPU at toy size
-  scripts/gpu --pack     prepares a copy of this folder for a machine with a card and without PyPI"""
+  scripts/gpu --pack     downloads what a machine with a card and without PyPI may lack"""
 
 
 def main() -> int:
@@ -44,6 +44,8 @@ def main() -> int:
     command = [sys.executable, "-m", "benchmarks.gpu.part", "--folder", str(options.checkpoints)]
     if options.dry_run:
         command.append("--dry-run")
+        # Other work on the same cores makes several threads wait for each other.
+        os.environ["OMP_NUM_THREADS"] = "1"
     parts = [Part(name, WEIGHTS[name], command) for name in WEIGHTS if name in options.parts]
     files = Files(options.out)
     results = run(parts, 60 * options.minutes, files, machine(), options.dry_run)

@@ -85,5 +85,3 @@ def vision_operations(checkpoint: Checkpoint, num_patches: int) -> int:
         + 2 * num_patches // config.merge_unit * merger
         + attention
     )
-
-

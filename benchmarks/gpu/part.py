@@ -1,6 +1,8 @@
-"""One part of `scripts/gpu` as a process: python -m benchmarks.gpu.part [--dry-run] NAME ROWS SECONDS
+"""One part of `scripts/gpu` as a process.
 
-It appends its rows to the file ROWS, and is killed after SECONDS.
+    python -m benchmarks.gpu.part [--dry-run] NAME ROWS SECONDS
+
+It appends its rows to the file ROWS, and is interrupted after SECONDS.
 """
 
 import argparse
@@ -27,7 +29,7 @@ class Task:
     part: str
     rows: Path
     seconds: float
-    """The time until it is killed, from the start on."""
+    """The time until it is interrupted, from the start on."""
     dry_run: bool
     folder: Path
     """For checkpoints, which are made once and kept."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-GRACE_SECONDS = 5.0
+END_SECONDS = 5.0
 PAUSE_SECONDS = 0.01
 
 
@@ -46,15 +46,15 @@ def descendants(ancestor: int) -> list[int]:
     return found[1:]
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     """End a process and all its descendants.
 
-    It is interrupted first, so that it can stop what it started.
+    It is interrupted first, and has some seconds to stop what it started.
     """
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(grace_seconds)
     kill_all(descendants(process.pid))
     process.kill()
     process.wait()
@@ -62,7 +62,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def end_orphans() -> None:
     """Kill every process that descends from this one, adopted ones included."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + END_SECONDS
     while (left := descendants(os.getpid())) and time.monotonic() < deadline:
         kill_all(left)
         # A killed process stays in the list until its parent has waited for it.

@@ -28,6 +28,8 @@ INTERRUPTED = "interrupted"
 EXIT_SKIPPED = 77
 """The exit status of a part that cannot run here; its last line of output says why."""
 MAX_REASON_CHARS = 300
+GRACE_SECONDS = 5.0
+"""A part is interrupted this long before its time is up, so that it can stop what it started."""
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,27 @@ def run(
 def run_part(part: Part, limit: float, files: Files) -> Result:
     """Run one part; nothing that it started is left when this returns."""
     began = time.monotonic()
+    grace = min(GRACE_SECONDS, limit / 2)
     status = ""
     with files.log.open("ab") as log:
         log.write(f"\n== {part.name} ==\n".encode())
         log.flush()
         start = log.tell()
         process = subprocess.Popen(
-            [*part.command, part.name, str(files.rows), f"{limit:.1f}"],
+            [*part.command, part.name, str(files.rows), f"{limit - grace:.1f}"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            process.wait(limit)
+            process.wait(limit - grace)
         except subprocess.TimeoutExpired:
             status = TIMED_OUT
         except KeyboardInterrupt:
             status = INTERRUPTED
         finally:
-            processes.end(process)
+            processes.end(process, grace)
             processes.end_orphans()
     seconds = time.monotonic() - began
     reason = ""

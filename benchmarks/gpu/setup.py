@@ -47,7 +47,9 @@ class Setup:
 
     def checkpoint(self) -> Checkpoint:
         """Return the random checkpoint of the sizes, which is made first if it is missing."""
-        return open_checkpoint(made.make(self._task.sizes.checkpoint, self._task.folder, self.device))
+        return open_checkpoint(
+            made.make(self._task.sizes.checkpoint, self._task.folder, self.device)
+        )
 
     def runner(self, checkpoint: Checkpoint) -> CudaModelRunner:
         return CudaModelRunner(

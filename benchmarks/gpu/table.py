@@ -5,6 +5,7 @@ from typing import Any
 NAMED = ("table", "part")
 """What a row has besides its columns."""
 DRY = " (dry)"
+DRY_TITLE = "Dry run on the CPU at toy size: no figure says anything about a card"
 
 
 def markdown(machine: dict[str, Any], results: list[dict[str, Any]], dry_run: bool) -> str:
@@ -12,7 +13,7 @@ def markdown(machine: dict[str, Any], results: list[dict[str, Any]], dry_run: bo
 
     Each figure of a dry run is marked as such.
     """
-    title = "Dry run on the CPU at toy size: no figure says anything about a card" if dry_run else ""
+    title = DRY_TITLE if dry_run else ""
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     parts = [
         {
@@ -36,7 +37,7 @@ def markdown(machine: dict[str, Any], results: list[dict[str, Any]], dry_run: bo
 
 
 def render(rows: list[dict[str, Any]], mark: str) -> str:
-    """Return a Markdown table with a column for each key. `mark` follows each number."""
+    """Return a Markdown table with a column for each key. `mark` follows each figure."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
         [key.replace("_", " ") for key in keys],
@@ -52,7 +53,7 @@ def cell(key: str, value: Any, mark: str) -> str:
         case None:
             return ""
         case bool():
-            return "yes" if value else "**no**"
+            return f"{'yes' if value else '**no**'}{mark}"
         case int() | float() if "share" in key:
             return f"{value:.1%}{mark}"
         case float():

@@ -19,38 +19,37 @@ from benchmarks.serving import ROOT
 FOLDERS = ("tests/kernels", "tests/gpu")
 WORKERS = 4
 OPTIONS = (
-    "-q",
-    "-p",
-    "pytest_asyncio.plugin",
-    "-p",
-    "pytest_timeout",
-    # The warnings of other versions than the tested ones are no failures.
-    "-o",
-    "filterwarnings=default",
-    "-p",
-    "no:cacheprovider",
+    *("-q", "-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "-p", "no:cacheprovider"),
+    # What other versions than the tested ones warn of is not a failure.
+    *("-o", "filterwarnings=default"),
 )
-SYSTEM_TESTS = "not system"
+NO_SYSTEMS = "not system"
 """The part `serve` starts whole systems."""
+PYTEST_HAS_ENDED = (0, 1, 5)
+"""The exit statuses of pytest when all tests passed, some failed, or none was left to run."""
 MAX_REASON_CHARS = 200
 
 
 def run(task: Task) -> None:
     files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("test_*.py"))]
-    workers = 2 if task.dry_run else WORKERS
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        reports = {file: Path(folder) / f"{number}.xml" for number, file in enumerate(files)}
-        running = {pool.submit(test, file, reports[file], task): file for file in files}
+    batches = [files] if task.dry_run else [[file] for file in files]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        running = {
+            pool.submit(test, batch, Path(folder) / f"{number}.xml", task.dry_run): batch
+            for number, batch in enumerate(batches)
+        }
         for finished in as_completed(running):
-            write(task, running[finished], finished.result(), reports[running[finished]])
+            for file in running[finished]:
+                write(task, file, *finished.result())
 
 
-def test(file: Path, report: Path, task: Task) -> subprocess.CompletedProcess[bytes]:
-    dry = ["-p", "benchmarks.gpu.first_tests"] if task.dry_run else []
-    return subprocess.run(
+def test(files: list[Path], report: Path, dry_run: bool) -> tuple[int, list[ElementTree.Element]]:
+    """Run the tests of some files. Return pytest's exit status, and its report of each test."""
+    dry = ["-p", "benchmarks.gpu.first_tests"] if dry_run else []
+    done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", *OPTIONS, *dry),
-            *("-m", SYSTEM_TESTS, f"--junitxml={report}", str(file)),
+            *("-m", NO_SYSTEMS, f"--junitxml={report}", *map(str, files)),
         ],
         cwd=ROOT,
         # Plugins that happen to be installed could change what the tests do.
@@ -58,30 +57,31 @@ def test(file: Path, report: Path, task: Task) -> subprocess.CompletedProcess[by
         check=False,
         capture_output=True,
     )
-
-
-def write(
-    task: Task, file: Path, done: subprocess.CompletedProcess[bytes], report: Path
-) -> None:
     print(done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), flush=True)
-    suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
-    counts = {} if suite is None else {key: int(suite.get(key, 0)) for key in ("tests", "skipped")}
-    bad = [] if suite is None else [*failures(suite)]
-    tests = counts.get("tests", 0) - counts.get("skipped", 0)
-    reason = "; ".join(bad) if suite is not None else f"ended with status {done.returncode}"
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    return done.returncode, cases
+
+
+def write(task: Task, file: Path, status: int, cases: list[ElementTree.Element]) -> None:
+    """Write the row of one file."""
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    own = [case for case in cases if name in (case.get("classname"), case.get("name"))]
+    bad = [failure for case in own for failure in failures(case)]
+    skipped = sum(case.find("skipped") is not None for case in own)
+    has_ended = status in PYTEST_HAS_ENDED
+    reason = bad[0] if bad else "" if has_ended else f"pytest ended with status {status}"
     task.row(
         "Tests of the kernels",
         file=str(file.relative_to(ROOT)),
-        passed=tests - len(bad),
+        passed=len(own) - skipped - len(bad),
         failed=len(bad),
-        skipped=counts.get("skipped", 0),
+        skipped=skipped,
         first_failure=reason[:MAX_REASON_CHARS],
-        ok=suite is not None and not bad,
+        ok=has_ended and not bad,
     )
 
 
-def failures(suite: ElementTree.Element) -> Iterator[str]:
-    for case in suite.iter("testcase"):
-        for kind in ("failure", "error"):
-            for found in case.findall(kind):
-                yield f"{case.get('name')}: {found.get('message', '')}"
+def failures(case: ElementTree.Element) -> Iterator[str]:
+    for kind in ("failure", "error"):
+        for found in case.findall(kind):
+            yield f"{case.get('name')}: {found.get('message', '')}"

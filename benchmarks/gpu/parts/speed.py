@@ -26,9 +26,7 @@ OVERHEAD_STEPS = 20
 def run(task: Task) -> None:
     with Setup(task) as setup:
         sizes = task.sizes
-        limits = measure_limits(
-            setup.device, sizes.buffer_bytes, sizes.matrix_size, sizes.rounds
-        )
+        limits = measure_limits(setup.device, sizes.buffer_bytes, sizes.matrix_size, sizes.rounds)
         task.row(
             "Limits",
             memory_GB_per_second=limits.bytes_per_second / 1e9,
