@@ -2,14 +2,10 @@
 
 from functools import partial
 
-import numpy as np
-
 from benchmarks.gpu.setup import Setup
-from benchmarks.scheduling import GREEDY
+from benchmarks.scheduling import prompt_of
 from common.checkpoint import Checkpoint
-from common.messages import Peer, Prompt, Stopping
 from common.vocabulary import open_vocabulary
-from common.wire import Tensor as WireTensor
 from services.llm.block_pool import BlockPool
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.engine import Engine
@@ -38,25 +34,9 @@ def filled_engine(
         eos,
     )
     for number in range(batch):
-        assert engine.add(prompt_of(number, context, num_components))
+        prompt = prompt_of(number, context, num_components)
+        prompt.stopping.max_tokens = MAX_STEPS
+        assert engine.add(prompt)
     engine.step()
     engine.step()
     return engine
-
-
-def prompt_of(number: int, length: int, num_components: int) -> Prompt:
-    return Prompt(
-        request_id=f"request-{number}",
-        attempt=0,
-        gateway_id="gateway",
-        token_ids=WireTensor.of(np.random.default_rng(number).integers(0, 200, length)),
-        positions=WireTensor.of(np.tile(np.arange(length), (num_components, 1))),
-        rope_delta=0,
-        placeholders=WireTensor.of(np.zeros((0, 2), np.int64)),
-        mm_hashes=WireTensor.of(np.zeros((0, 32), np.uint8)),
-        sampling=GREEDY,
-        stopping=Stopping(max_tokens=MAX_STEPS, ignore_eos=True),
-        detokenizer=Peer("detokenizer", "tcp://127.0.0.1:1"),
-        timeout=600.0,
-        timings=WireTensor.of_text('{"images": []}'),
-    )
