@@ -7,17 +7,27 @@ a step reads as much as with different weights.
 import json
 import re
 import shutil
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.families import RECIPES
-from benchmarks.recipe import Recipe
+from benchmarks.recipe import Recipe, Shape
 
 NUMBER = re.compile(r"\.\d+\.")
 ALIGNMENT = 64
+HEADER_BYTES = 2**20
+"""Room for the table of contents, which is written last."""
+TYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 def make(name: str, folder: Path, device: torch.device) -> Path:
@@ -29,28 +39,38 @@ def make(name: str, folder: Path, device: torch.device) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     RECIPES[name].write_files(unfinished)
-    write(unfinished / "model.safetensors", RECIPES[name], device)
+    # Whatever a format of quantized weights computes, it computes there.
+    with device:
+        write(unfinished / "model.safetensors", RECIPES[name], device)
     return unfinished.rename(path)
 
 
 def write(file: Path, recipe: Recipe, device: torch.device) -> None:
     """Write a safetensors file in which tensors of the same place in their layers overlap."""
     table: dict[str, Any] = {}
-    drawn: dict[tuple[str, tuple[int, ...]], str] = {}
-    end = 0
-    for name, shape in recipe.tensors():
-        first = drawn.setdefault((NUMBER.sub(".N.", name), shape), name)
-        if first == name:
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            end = start + 2 * prod(shape)
-            table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
-        else:
-            table[name] = table[first]
-    header = json.dumps(table).encode()
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    drawn: dict[tuple[str, Shape], dict[str, Any]] = {}
     with file.open("wb") as f:
+        f.seek(HEADER_BYTES)
+        for name, shape in recipe.tensors():
+            module = name.rpartition(".")[0]
+            place = NUMBER.sub(".N.", name), shape
+            if place not in drawn:
+                value = recipe.values(name, shape, device)
+                stored = {name: value} if recipe.store is None else recipe.store(name, value)
+                drawn[place] = {
+                    key.removeprefix(module): append(f, tensor) for key, tensor in stored.items()
+                }
+            table |= {module + ending: entry for ending, entry in drawn[place].items()}
+        header = json.dumps(table).encode().ljust(HEADER_BYTES - 8)
+        assert len(header) == HEADER_BYTES - 8, "the table of contents is too long"
+        f.seek(0)
         f.write(len(header).to_bytes(8, "little") + header)
-        for name in drawn.values():
-            f.seek(8 + len(header) + table[name]["data_offsets"][0])
-            values = recipe.values(name, table[name]["shape"], device).cpu()
-            f.write(values.flatten().view(torch.int16).numpy())
+
+
+def append(f: Any, tensor: Tensor) -> dict[str, Any]:
+    """Write a tensor at the end of the file, and return its entry in the table of contents."""
+    f.seek(-f.tell() % ALIGNMENT, 1)
+    begin = f.tell() - HEADER_BYTES
+    f.write(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    end = f.tell() - HEADER_BYTES
+    return {"dtype": TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
