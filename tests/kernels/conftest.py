@@ -14,7 +14,7 @@ import torch
 from compute.triton_kernels import is_installed
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tensors_are_on_the_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make new tensors and generators on the card, if there is one."""
     if not torch.cuda.is_available():
