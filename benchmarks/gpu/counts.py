@@ -1,18 +1,21 @@
 """The steps that `scripts/gpu` times, with the bytes and operations that they need at least."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from common.checkpoint import Checkpoint
+from common.tensor_info import TensorInfo
 from services.llm.families.qwen2_5_vl import TextConfig
 from services.llm.model_runner import ModelRunner
 from services.llm.step_plan import StepPlan
 from services.vision.families.qwen2_5_vl import VisionConfig
 
 DTYPE = torch.bfloat16
+BYTES = {"F8_E4M3": 1, "I32": 4}
+"""The bytes of an entry of quantized weights; all others are read as DTYPE."""
 
 
 def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> StepPlan:
@@ -41,11 +44,15 @@ def plan_of(query_lens: Iterable[int], context_len: int, block_size: int) -> Ste
 
 def num_values(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> int:
     """Return the number of entries of the matrices whose names begin with one of the prefixes."""
+    return sum(math.prod(info.shape) for info in matrices(checkpoint, prefixes))
+
+
+def matrices(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> Iterator[TensorInfo]:
+    """Yield the matrices whose names begin with one of the prefixes."""
     canonical_name = checkpoint.family.canonical_name
-    tensors = ((canonical_name(name), info.shape) for name, info in checkpoint.tensors.items())
-    return sum(
-        math.prod(shape) for name, shape in tensors if name.startswith(prefixes) and len(shape) > 1
-    )
+    for name, info in checkpoint.tensors.items():
+        if canonical_name(name).startswith(prefixes) and len(info.shape) > 1:
+            yield info
 
 
 def decode_bytes(checkpoint: Checkpoint, batch: int, context_len: int) -> int:
@@ -54,7 +61,11 @@ def decode_bytes(checkpoint: Checkpoint, batch: int, context_len: int) -> int:
     They are every matrix of layers and head once, and the keys and values of each sequence.
     """
     head = "model.language_model.embed_tokens." if TextConfig.of(checkpoint).tied else "lm_head."
-    weights = num_values(checkpoint, ("model.language_model.layers.", head)) * DTYPE.itemsize
+    prefixes = ("model.language_model.layers.", head)
+    weights = sum(
+        math.prod(info.shape) * BYTES.get(info.dtype, DTYPE.itemsize)
+        for info in matrices(checkpoint, prefixes)
+    )
     return weights + batch * context_len * ModelRunner.kv_bytes_per_block(checkpoint, DTYPE, 1)
 
 

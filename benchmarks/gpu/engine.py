@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from benchmarks.gpu.setup import Setup
 from benchmarks.scheduling import prompt_of
 from common.checkpoint import Checkpoint
+from common.messages import Stopping
 from common.vocabulary import open_vocabulary
 from services.llm.block_pool import BlockPool
 from services.llm.cuda_model_runner import CudaModelRunner
@@ -17,7 +17,12 @@ MAX_STEPS = 1000
 
 
 def filled_engine(
-    runner: CudaModelRunner, checkpoint: Checkpoint, setup: Setup, batch: int, context: int
+    runner: CudaModelRunner,
+    checkpoint: Checkpoint,
+    num_blocks: int,
+    block_size: int,
+    batch: int,
+    context: int,
 ) -> Engine:
     """Return an engine with `batch` greedy requests of `context` tokens, prefilled.
 
@@ -26,7 +31,7 @@ def filled_engine(
     eos = checkpoint.eos_token_ids
     num_components = checkpoint.family.num_position_components
     engine = Engine(
-        Scheduler(BlockPool(setup.num_blocks), setup.block_size, batch, batch * context),
+        Scheduler(BlockPool(num_blocks), block_size, batch, batch * context),
         runner.execute,
         Sampler(),
         GuidedDecoding(partial(open_vocabulary, checkpoint), runner.vocab_size, eos),
@@ -35,7 +40,7 @@ def filled_engine(
     )
     for number in range(batch):
         prompt = prompt_of(number, context, num_components)
-        prompt.stopping.max_tokens = MAX_STEPS
+        prompt.stopping = Stopping(max_tokens=MAX_STEPS, ignore_eos=True)
         assert engine.add(prompt)
     engine.step()
     engine.step()

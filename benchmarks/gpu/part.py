@@ -7,6 +7,7 @@ It appends its rows to the file ROWS, and is interrupted after SECONDS.
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ def main() -> int:
     parser.add_argument("seconds", type=float)
     options = parser.parse_args()
     end_with_parent()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
     task = Task(options.name, options.rows, options.seconds, options.dry_run, options.folder)
     # Only now: a part imports what others need not have.
     module = importlib.import_module(f"benchmarks.gpu.parts.{options.name}")

@@ -22,9 +22,10 @@ MAX_NAME_CHARS = 80
 def run(task: Task) -> None:
     with Setup(task) as setup:
         checkpoint = setup.checkpoint()
-        runner = setup.runner(checkpoint)
+        kind = setup.backends(checkpoint)[0]
+        runner = setup.runner(checkpoint, kind)
         for batch in task.sizes.decodes:
-            plan = plan_of([1] * batch, task.sizes.decode_context, setup.block_size)
+            plan = plan_of([1] * batch, task.sizes.decode_context, kind.block_size)
             of_batch(task, setup, runner, batch, plan)
 
 
