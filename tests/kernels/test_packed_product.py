@@ -19,10 +19,7 @@ from tests.kernels import DEVICE, DTYPES
 from tests.kernels.quantized_cases import fp8_weight, in_order, int4_weight, random_for, shuffled
 
 # The interpreter computes by numpy, which warns of what is not finite.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.usefixtures("tensors_are_on_the_card"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 KINDS = [(CardInt4Linear, int4_weight), (CardFp8Linear, fp8_weight)]
@@ -40,7 +37,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=random_for(*shape)).to(dtype)
+    return torch.randn(shape, generator=random_for(*shape)).to(DEVICE, dtype)
 
 
 def check(
@@ -50,13 +47,15 @@ def check(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    expected = x.double() @ weight.dequantized().double().T
-    expected += 0 if bias is None else bias.to(x.dtype).double()
-    expected += 0 if residual is None else residual.double()
+    expected = x.cpu().double() @ weight.dequantized().double().T
+    expected += 0 if bias is None else bias.cpu().to(x.dtype).double()
+    expected += 0 if residual is None else residual.cpu().double()
     found = product(x, residual)
     assert found.dtype is x.dtype and found.shape == expected.shape
     size = expected.abs().max().item()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[x.dtype] * size)
+    torch.testing.assert_close(
+        found.cpu().double(), expected, rtol=0, atol=TOLERANCE[x.dtype] * size
+    )
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 17, 65])
@@ -150,15 +149,17 @@ def test_parts_of_ranks_add_up(kind: Kind) -> None:
     make, weigh = kind
     weight = weigh(64, in_order(384, 128))
     x = random(2, 384, dtype=torch.float32)
-    total = torch.zeros(2, 64)
+    total = torch.zeros(2, 64, device=DEVICE)
     for start, stop in pairwise((0, 96, 192, 384)):
         part = type(weight)(
             **{name: getattr(weight, name) for name in type(weight).__slots__}
             | {"values": weight.values[:, start:stop], "groups": weight.groups[start:stop]}
         )
         total += make(part, None, torch.float32, DEVICE)(x[:, start:stop])
-    expected = x @ weight.dequantized().T
-    torch.testing.assert_close(total, expected, rtol=0, atol=4e-6 * expected.abs().max().item())
+    expected = x.cpu() @ weight.dequantized().T
+    torch.testing.assert_close(
+        total.cpu(), expected, rtol=0, atol=4e-6 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize(
