@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_FILE_BYTES = 2**30
+CPU = torch.device("cpu")
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -32,13 +33,14 @@ class Recipe:
     store: Callable[[str, Tensor], dict[str, Tensor]] | None = None
     """Returns the tensors that a file holds instead of a tensor, by their names."""
 
-    def values(self, name: str, shape: Shape) -> Tensor:
-        """Return random bfloat16 values that keep activations near one."""
+    def values(self, name: str, shape: Shape, device: torch.device = CPU) -> Tensor:
+        """Return random bfloat16 values that keep activations near one, drawn on the device."""
         if len(shape) == 1 and name.endswith("weight"):
             return torch.ones(shape, dtype=torch.bfloat16)
-        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        random = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         scale = 0.02 if len(shape) == 1 else prod(shape[1:]) ** -0.5
-        tensor = torch.randn(shape, generator=random).mul_(scale).bfloat16()
+        drawn = torch.randn(shape, generator=random, device=device)
+        tensor = drawn.mul_(scale).bfloat16()
         for rows in self.silent if name == self.head else ():
             tensor[rows] = 0
         return tensor

@@ -43,7 +43,7 @@ class Serving:
             stderr=subprocess.PIPE,
             text=True,
             # Children do not import from the working directory, so tests name it here.
-            env=own_environment() | {"PYTHONPATH": str(root)},
+            env=own_environment() | {"PYTHONPATH": os.pathsep.join([str(root), *import_path()])},
         )
         self.lines: list[str] = []
         self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -124,6 +124,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def import_path() -> list[str]:
+    """Return the folders that this process was told to import from."""
+    return list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 
 
 def own_environment() -> dict[str, str]:

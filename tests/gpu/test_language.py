@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import plan_of
+from benchmarks.gpu.counts import plan_of
 from common.checkpoint import open_checkpoint
 from common.settings import LlmSettings
 from compute.device import Device

@@ -1,10 +1,28 @@
-"""What holds for all tests of kernels."""
+"""What holds for all tests of kernels.
 
+On a machine with a card, the kernels are compiled and run there. Elsewhere Triton's interpreter
+runs them on the CPU.
+"""
+
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from compute.triton_kernels import is_installed
+
+
+@pytest.fixture
+def tensors_are_on_the_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make new tensors and generators on the card, if there is one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setattr(torch, "Generator", partial(torch.Generator, "cuda"))
+    with torch.device("cuda"):
+        yield
 
 
 @pytest.fixture(autouse=True)

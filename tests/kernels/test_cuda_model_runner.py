@@ -15,6 +15,7 @@ from services.llm import cuda_model_runner
 from services.llm.attention_backends.by_triton import ByTriton
 from services.llm.cuda_model_runner import CudaModelRunner
 from tests.golden import GoldenCase, max_difference
+from tests.kernels import HAS_CARD
 from tests.llm import test_model_runner
 from tests.llm.cuda_on_cpu import CPU, pretend
 from tests.llm.test_model_runner import Sequence, blocks_of, step
@@ -23,6 +24,7 @@ NUM_BLOCKS = 12
 BLOCK_SIZE = 64
 
 
+@pytest.mark.skipif(HAS_CARD, reason="tests/gpu has this test on the card")
 def test_two_sequences_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """One is prefilled while the other decodes; then both decode in one graph of three.
 

@@ -7,10 +7,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from compute.triton_kernels.dense_attention import attend_sequences
+from tests.kernels import DTYPES
 from tests.kernels.attention_cases import int32, tolerance, written_out
 
+pytestmark = pytest.mark.usefixtures("tensors_are_on_the_card")
 HALF = torch.float16
-FLOAT = torch.float32
 
 
 def drawn(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -34,7 +35,7 @@ def assert_attends(
     )
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[64, 64], [1, 63, 5], [65, 130]])
 def test_sequences(lengths: list[int], causal: bool, dtype: torch.dtype) -> None:
@@ -42,7 +43,7 @@ def test_sequences(lengths: list[int], causal: bool, dtype: torch.dtype) -> None
     assert_attends(q, k, v, lengths, causal)
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 96, 104, 128])
 def test_every_head_size(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = drawn(70, 6, head_dim, dtype).split(2, 1)

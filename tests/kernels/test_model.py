@@ -8,12 +8,14 @@ pytest.importorskip("triton")
 
 from compute.triton_kernels import interpreted
 from tests.golden import GoldenCase, max_difference
+from tests.kernels import HAS_CARD
 from tests.llm.test_model_runner import Sequence, blocks_of, runner_of, step
 
 NUM_STEPS = 3
 CHUNK = 5
 
 
+@pytest.mark.skipif(HAS_CARD, reason="tests/gpu has this test on the card")
 def test_a_chunk_and_decodes_equal_the_reference() -> None:
     """The interpreter is slow, so torch computes the beginning of the prompt."""
     case = GoldenCase("c_gqa_tp8")

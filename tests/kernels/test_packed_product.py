@@ -15,13 +15,13 @@ from compute.triton_kernels.fp8 import CardFp8Linear
 from compute.triton_kernels.int4 import CardInt4Linear
 from compute.triton_kernels.packed_product import PackedProduct
 from compute.triton_kernels.tiling import ONE_GROUP, tiled
+from tests.kernels import DEVICE, DTYPES
 from tests.kernels.quantized_cases import fp8_weight, in_order, int4_weight, random_for, shuffled
 
 # The interpreter computes by numpy, which warns of what is not finite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-CPU = torch.device("cpu")
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 KINDS = [(CardInt4Linear, int4_weight), (CardFp8Linear, fp8_weight)]
 Kind = tuple[type[CardInt4Linear | CardFp8Linear], Callable[[int, Tensor], QuantizedTensor]]
 
@@ -31,13 +31,13 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=random_for(*shape)).to(dtype)
+    return torch.randn(shape, generator=random_for(*shape)).to(DEVICE, dtype)
 
 
 def check(
@@ -47,13 +47,15 @@ def check(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    expected = x.double() @ weight.dequantized().double().T
-    expected += 0 if bias is None else bias.to(x.dtype).double()
-    expected += 0 if residual is None else residual.double()
+    expected = x.cpu().double() @ weight.dequantized().double().T
+    expected += 0 if bias is None else bias.cpu().to(x.dtype).double()
+    expected += 0 if residual is None else residual.cpu().double()
     found = product(x, residual)
     assert found.dtype is x.dtype and found.shape == expected.shape
     size = expected.abs().max().item()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[x.dtype] * size)
+    torch.testing.assert_close(
+        found.cpu().double(), expected, rtol=0, atol=TOLERANCE[x.dtype] * size
+    )
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 17, 65])
@@ -61,7 +63,7 @@ def test_any_number_of_rows(kind: Kind, dtype: torch.dtype, num_rows: int) -> No
     make, weigh = kind
     weight = weigh(70, in_order(192, 128))
     bias = random(70, dtype=torch.float32)
-    product = make(weight, bias, dtype, CPU)
+    product = make(weight, bias, dtype, DEVICE)
     check(product, weight, random(num_rows, 192, dtype=dtype), bias)
 
 
@@ -96,7 +98,7 @@ def test_any_groups(kind: Kind, dtype: torch.dtype, groups: Tensor) -> None:
     make, weigh = kind
     weight = weigh(66, groups)
     residual = random(2, 66, dtype=dtype)
-    product = make(weight, None, dtype, CPU)
+    product = make(weight, None, dtype, DEVICE)
     check(product, weight, random(2, len(groups), dtype=dtype), residual=residual)
     many_rows = random(packed_product.MAX_KERNEL_ROWS + 1, len(groups), dtype=dtype)
     check(product, weight, many_rows, residual=random(len(many_rows), 66, dtype=dtype))
@@ -106,7 +108,7 @@ def test_a_product_of_many_inputs_is_split(kind: Kind, dtype: torch.dtype) -> No
     make, weigh = kind
     weight = weigh(65, in_order(9 * 128, 128))
     bias = random(65, dtype=torch.float32)
-    product = make(weight, bias, dtype, CPU)
+    product = make(weight, bias, dtype, DEVICE)
     assert product._num_splits == 2 and product._tiles_per_split == 5
     x = random(3, 9 * 128, dtype=dtype)
     residual = random(3, 65, dtype=dtype)
@@ -118,7 +120,7 @@ def test_rows_do_not_mix(kind: Kind, dtype: torch.dtype) -> None:
     """What is not finite stays in its row, and a row does not depend on the others."""
     make, weigh = kind
     weight = weigh(64, in_order(1024, 128))
-    product = make(weight, None, dtype, CPU)
+    product = make(weight, None, dtype, DEVICE)
     x = random(5, 1024, dtype=dtype)
     alone = product(x[2:3])
     x[1, 7] = torch.nan
@@ -131,7 +133,7 @@ def test_rows_do_not_mix(kind: Kind, dtype: torch.dtype) -> None:
 
 def test_no_rows(kind: Kind, dtype: torch.dtype) -> None:
     make, weigh = kind
-    product = make(weigh(66, in_order(64, 32)), None, dtype, CPU)
+    product = make(weigh(66, in_order(64, 32)), None, dtype, DEVICE)
     assert product(random(0, 64, dtype=dtype)).shape == (0, 66)
 
 
@@ -139,23 +141,25 @@ def test_rows_that_lie_apart(kind: Kind, dtype: torch.dtype) -> None:
     make, weigh = kind
     weight = weigh(64, in_order(96, 32))
     room = random(3, 200, dtype=dtype)
-    check(make(weight, None, dtype, CPU), weight, room[:, 1:97])
-    check(make(weight, None, dtype, CPU), weight, random(96, 3, dtype=dtype).T)
+    check(make(weight, None, dtype, DEVICE), weight, room[:, 1:97])
+    check(make(weight, None, dtype, DEVICE), weight, random(96, 3, dtype=dtype).T)
 
 
 def test_parts_of_ranks_add_up(kind: Kind) -> None:
     make, weigh = kind
     weight = weigh(64, in_order(384, 128))
     x = random(2, 384, dtype=torch.float32)
-    total = torch.zeros(2, 64)
+    total = torch.zeros(2, 64, device=DEVICE)
     for start, stop in pairwise((0, 96, 192, 384)):
         part = type(weight)(
             **{name: getattr(weight, name) for name in type(weight).__slots__}
             | {"values": weight.values[:, start:stop], "groups": weight.groups[start:stop]}
         )
-        total += make(part, None, torch.float32, CPU)(x[:, start:stop])
-    expected = x @ weight.dequantized().T
-    torch.testing.assert_close(total, expected, rtol=0, atol=4e-6 * expected.abs().max().item())
+        total += make(part, None, torch.float32, DEVICE)(x[:, start:stop])
+    expected = x.cpu() @ weight.dequantized().T
+    torch.testing.assert_close(
+        total.cpu(), expected, rtol=0, atol=4e-6 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,6 +189,6 @@ def test_tiles_suit_the_groups(
 def test_memory(kind: Kind) -> None:
     make, weigh = kind
     groups = in_order(1024, 128)
-    product = make(weigh(256, groups), None, torch.bfloat16, CPU)
+    product = make(weigh(256, groups), None, torch.bfloat16, DEVICE)
     most = 0.27 if make is CardInt4Linear else 0.52
     assert product.num_bytes < most * 256 * 1024 * 2

@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 from compute.triton_kernels import attention_tiles, paged_attention
 from compute.triton_kernels.attention_tiles import Card, HeadParts, tile_of_decode, tile_of_queries
 from compute.triton_kernels.paged_attention import Sequences, attend, count_splits
+from tests.kernels import DTYPES
 from tests.kernels.attention_cases import Case, assert_equal, int32
 
+pytestmark = pytest.mark.usefixtures("tensors_are_on_the_card")
 HALF = torch.float16
 FLOAT = torch.float32
 H100 = Card(num_multiprocessors=132, shared_memory=227 * 1024, major=9)
@@ -24,7 +26,7 @@ def num_splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 64, 72, 80, 96, 104, 112, 128, 256])
 @pytest.mark.parametrize("query_lens", [[1, 1], [1, 3]])
 def test_every_head_size(query_lens: list[int], head_dim: int, dtype: torch.dtype) -> None:
@@ -38,7 +40,7 @@ def test_every_head_size_in_splits(head_dim: int, num_splits: int) -> None:
     assert_equal(case, case.computed())
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (14, 2), (8, 1), (20, 1)])
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 1]])
 def test_every_group(
@@ -58,7 +60,7 @@ def test_the_edges_of_blocks(query_lens: list[int], block_size: int, dtype: torc
     assert_equal(case, case.computed())
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_the_edges_of_tiles_in_splits(num_splits: int, block_size: int, dtype: torch.dtype) -> None:
     case = Case.of([1] * 5, [1, 63, 64, 65, 321], 1, block_size=block_size, dtype=dtype)

@@ -13,17 +13,21 @@ pytest.importorskip("triton")
 from compute.kernels import operations
 from compute.kernels.library import portable
 from compute.triton_kernels import interpreted, pointwise
+from tests.kernels import DTYPES
 
 # The interpreter computes by numpy, which warns of what is not finite.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("tensors_are_on_the_card"),
+]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EPS = 1e-3
 BLOCK_SIZE = 4
 NUM_BLOCKS = 6
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 

@@ -19,6 +19,7 @@ from compute.noise import gumbel_noise
 from compute.triton_kernels import interpreted, sampling, sampling_kernels
 from services.llm import draws
 from services.llm.sampler import SampledTokens, Sampler
+from tests.kernels import DEVICE
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 """The operations that wait for the device."""
@@ -44,7 +45,7 @@ def both(scores: Tensor, samplings: list[Sampling]) -> tuple[list[int], list[int
     positions = list(range(len(scores)))
     expected = draws.choose(scores, samplings, are_greedy, positions)
     on_card = draws.CardDraws(samplings, are_greedy, scores.shape[1])
-    found = on_card.choose(scores, positions)
+    found = on_card.choose(scores.to(DEVICE), positions)
     return expected.tolist(), found.tolist()
 
 
@@ -168,10 +169,10 @@ def noise_of(keys, noise, SIZE: tl.constexpr):
 
 def test_noise_is_that_of_the_cpu() -> None:
     keys = torch.tensor([0, -1, 2**62 + 3, -(2**63)])
-    found = torch.empty(4, 4096)
-    noise_of[(4,)](keys, found, 4096)
+    found = torch.empty(4, 4096, device=DEVICE)
+    noise_of[(4,)](keys.to(DEVICE), found, 4096)
     expected = gumbel_noise(keys[:, None], torch.arange(4096))
-    assert (found - expected).abs().max() < 4e-6
+    assert (found.cpu() - expected).abs().max() < 4e-6
 
 
 @triton.jit
@@ -182,10 +183,10 @@ def logs_of(numbers, logs, SIZE: tl.constexpr):
 
 def test_the_logarithm_is_precise_where_noise_is_largest() -> None:
     numbers = torch.cat((torch.logspace(-10, 2, 4032), 1 - torch.arange(64) * 2.0**-24))
-    logs = torch.empty(4096)
-    logs_of[(1,)](numbers, logs, 4096)
+    logs = torch.empty(4096, device=DEVICE)
+    logs_of[(1,)](numbers.to(DEVICE), logs, 4096)
     exact = numbers.double().log()
-    error = ((logs - exact).abs() / exact.abs().clamp(min=1e-7)).max()
+    error = ((logs.cpu() - exact).abs() / exact.abs().clamp(min=1e-7)).max()
     assert error < 4e-7
 
 
@@ -207,7 +208,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def sample_all_kinds() -> SampledTokens:
+def sample_all_kinds(device: torch.device) -> SampledTokens:
     """One step of requests with everything that a request can ask of the sampler."""
     sampler = Sampler()
     ids = np.array([3, 9, 40])
@@ -228,7 +229,7 @@ def sample_all_kinds() -> SampledTokens:
         sampler.add(key, one, Stopping(min_tokens=9), ids, [4, 5, 4], (7,), its_rules)
     logits = random_rows(5, 600, 21)
     logits[4, 3] = torch.nan
-    return sampler.sample(logits, list(range(5)), [3] * 5, {0: np.arange(600) > 500})
+    return sampler.sample(logits.to(device), list(range(5)), [3] * 5, {0: np.arange(600) > 500})
 
 
 def test_a_step_fetches_its_results_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,12 +240,12 @@ def test_a_step_fetches_its_results_once(monkeypatch: pytest.MonkeyPatch) -> Non
         fetched.append(self.shape)
         return cpu(self)
 
-    expected = sample_all_kinds()
+    expected = sample_all_kinds(torch.device("cpu"))
     monkeypatch.setattr(Tensor, "cpu", counting)
     # Only a row without a token is looked at once more.
     monkeypatch.setattr("services.llm.sampler.is_ruled_out", lambda logits, scores: False)
     with interpreted(), Waits() as waits:
-        found = sample_all_kinds()
+        found = sample_all_kinds(DEVICE)
     assert len(fetched) == 1
     assert waits.found == []
     assert found.token_ids == expected.token_ids

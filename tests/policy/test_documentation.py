@@ -21,7 +21,7 @@ PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
 """A relative path without placeholders such as <name>, globs or variables."""
 SUFFIXES = (".py", ".c", ".h", ".proto", ".md", ".toml", ".yaml", "/")
 """A word that ends in one of these is a path of ours even if it names no top-level folder."""
-NOT_OURS = {".git", ".venv", "build"}
+NOT_OURS = {".git", ".gpu", ".venv", "build"}
 
 
 @cache

@@ -1,23 +1,8 @@
-"""The CUDA benchmark's plans and counts, on the CPU and a small model."""
+"""The steps that a card is timed with, and what they need at least, for a small model."""
 
-import json
-
-import numpy as np
-import pytest
-
-from benchmarks import gpu
-from benchmarks.gpu import (
-    Limits,
-    decode_bytes,
-    of_language,
-    plan_of,
-    prefill_operations,
-    report,
-    vision_operations,
-)
+from benchmarks.gpu.counts import decode_bytes, plan_of, prefill_operations, vision_operations
 from common.checkpoint import open_checkpoint
 from tests.golden import GoldenCase
-from tests.llm.cuda_on_cpu import CPU, pretend
 
 CHECKPOINT = open_checkpoint(GoldenCase("a_image").checkpoint)
 
@@ -50,19 +35,3 @@ def test_what_is_read_and_computed_is_counted_by_shape() -> None:
         vision_operations(CHECKPOINT, 80)
         == 2 * 80 * (4 * block + 588 * 64) + 2 * 20 * merger + attention
     )
-
-
-def test_the_language_model_is_measured_and_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretend(monkeypatch)
-    monkeypatch.setattr(gpu, "DECODE_CONTEXT", 20)
-    monkeypatch.setattr(gpu, "DECODE_BATCHES", {1: 0.8, 3: 0.65})
-    monkeypatch.setattr(gpu, "PREFILLS", (8, 24))
-    limits = Limits(1e9, 1e12)
-    rows = of_language(CHECKPOINT, CPU, limits)
-    report(limits, rows, "a device", 5)
-    lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1])["rows"][1]["case"] == "decode, batch 3, 20 tokens of context"
-    assert [row.limited_by for row in rows] == ["memory"] * 2 + ["products"] * 2
-    assert all(np.isfinite(row.share) and row.share > 0 for row in rows)

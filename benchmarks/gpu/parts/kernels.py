@@ -1,0 +1,87 @@
+"""Whether the kernels compute on the card what torch computes.
+
+The tests of the kernels and those that need a card run there, each file in a process of its own:
+after a bad access the card accepts nothing more from that process.
+"""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.gpu.part import Task
+from benchmarks.serving import ROOT
+
+FOLDERS = ("tests/kernels", "tests/gpu")
+WORKERS = 4
+OPTIONS = (
+    *("-q", "-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "-p", "no:cacheprovider"),
+    # What other versions than the tested ones warn of is not a failure.
+    *("-o", "filterwarnings=default"),
+)
+NO_SYSTEMS = "not system"
+"""The part `serve` starts whole systems."""
+PYTEST_HAS_ENDED = (0, 1, 5)
+"""The exit statuses of pytest when all tests passed, some failed, or none was left to run."""
+MAX_REASON_CHARS = 200
+
+
+def run(task: Task) -> None:
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("test_*.py"))]
+    batches = [files] if task.dry_run else [[file] for file in files]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        running = {
+            pool.submit(test, batch, Path(folder) / f"{number}.xml", task.dry_run): batch
+            for number, batch in enumerate(batches)
+        }
+        for finished in as_completed(running):
+            for file in running[finished]:
+                write(task, file, *finished.result())
+
+
+def test(files: list[Path], report: Path, dry_run: bool) -> tuple[int, list[ElementTree.Element]]:
+    """Run the tests of some files. Return pytest's exit status, and its report of each test."""
+    dry = ["-p", "benchmarks.gpu.first_tests"] if dry_run else []
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", *OPTIONS, *dry),
+            *("-m", NO_SYSTEMS, f"--junitxml={report}", *map(str, files)),
+        ],
+        cwd=ROOT,
+        # Plugins that happen to be installed could change what the tests do.
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        check=False,
+        capture_output=True,
+    )
+    print(done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), flush=True)
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    return done.returncode, cases
+
+
+def write(task: Task, file: Path, status: int, cases: list[ElementTree.Element]) -> None:
+    """Write the row of one file."""
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    own = [case for case in cases if name in (case.get("classname"), case.get("name"))]
+    bad = [failure for case in own for failure in failures(case)]
+    skipped = sum(case.find("skipped") is not None for case in own)
+    has_ended = status in PYTEST_HAS_ENDED
+    reason = bad[0] if bad else "" if has_ended else f"pytest ended with status {status}"
+    task.row(
+        "Tests of the kernels",
+        file=str(file.relative_to(ROOT)),
+        passed=len(own) - skipped - len(bad),
+        failed=len(bad),
+        skipped=skipped,
+        first_failure=reason[:MAX_REASON_CHARS],
+        ok=has_ended and not bad,
+    )
+
+
+def failures(case: ElementTree.Element) -> Iterator[str]:
+    for kind in ("failure", "error"):
+        for found in case.findall(kind):
+            yield f"{case.get('name')}: {found.get('message', '')}"
