@@ -94,8 +94,10 @@ def tile_of_queries(head_dim: int, dtype: torch.dtype, most_rows: int, card: Car
         keys = rows
     else:
         keys = 64 if width <= 96 else 32
-    # A pass over 128 keys takes longer than to read them, so that a third tile would be idle.
-    num_stages = min(2 if keys == 128 else 3, _room(rows, keys, width, card))
+    # A third tile would be idle: 128 keys take longer to compute with than to read, and the short
+    # sequences of windows have one tile only.
+    useful = 3 if rows == 128 and keys < 128 else 2
+    num_stages = min(useful, _room(rows, keys, width, card))
     return Tile(rows, keys, rows // WARP_ROWS, num_stages)
 
 

@@ -18,6 +18,7 @@ from compute.triton_kernels.variant import Variant
 
 AMPERE = Card(num_multiprocessors=108, shared_memory=163 * KIB, major=8)
 HOPPER = Card(num_multiprocessors=132, shared_memory=227 * KIB, major=9)
+CHUNK_ROWS = 1024
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PAGED_HEADS = (
     (28, 4, 128, 16, torch.bfloat16),
@@ -40,12 +41,20 @@ def variants() -> Iterator[Variant]:
     """Return the kernels with the tiles of Ampere cards, and those for wider products."""
     for heads in PAGED_HEADS:
         yield from _decodes(*heads)
-        for card in (AMPERE, HOPPER):
+        _, _, head_dim, _, dtype = heads
+        for card in _cards(head_dim, dtype, CHUNK_ROWS):
             yield _chunk(*heads, card)
     for tower in DENSE_HEADS:
-        for card in (AMPERE, HOPPER):
+        _, head_dim, length, dtype = tower
+        for card in _cards(head_dim, dtype, length):
             yield _dense(*tower, card)
     yield _merge()
+
+
+def _cards(head_dim: int, dtype: torch.dtype, num_rows: int) -> list[Card]:
+    """Return the cards that have tiles of their own."""
+    narrow, wide = (tile_of_queries(head_dim, dtype, num_rows, card) for card in (AMPERE, HOPPER))
+    return [AMPERE] if narrow == wide else [AMPERE, HOPPER]
 
 
 def _decodes(
@@ -75,7 +84,7 @@ def _chunk(
     dtype: torch.dtype,
     card: Card,
 ) -> Variant:
-    tile = tile_of_queries(head_dim, dtype, 1024, card)
+    tile = tile_of_queries(head_dim, dtype, CHUNK_ROWS, card)
     constants = {
         "Q_STRIDE": (num_heads + 2 * num_kv_heads) * head_dim,
         "OUT_STRIDE": num_heads * head_dim,
