@@ -95,7 +95,7 @@ def try_way(name: str, kind: str, shapes: AttentionShapes, tower: AttendingTower
 def objection_to(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """Return why a way cannot compute; "" if nothing is known of it."""
     if name == "triton" and not triton_kernels.serve(device):
-        return "Triton is not installed"
+        return triton_kernels.objection() or f"it runs on CUDA, not on {device.type}"
     if name == "varlen" and dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {dtype}"
     return "" if name == "torch" else objection_to_card(device)

@@ -45,9 +45,7 @@ def step_of(kind: type[PagedBackend], shapes: Shapes, plan: StepPlan) -> PagedAt
     return PagedAttention(slots, planned.bind([array.int() for array in uploaded]))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("triton", marks=needs_triton), "varlen", "flashinfer"]
-)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize(
     ("query_lens", "context_lens"),
@@ -181,19 +179,18 @@ def test_a_plan_waits_until_the_card_has_copied_the_one_before(
 
 
 def test_our_kernels_run_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "is_installed", lambda: True)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(triton_kernels, "objection", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "not on cpu" in ByTriton.objection(shapes_of(), CPU)
-    assert ByTriton.objection(shapes_of(), torch.device("cuda")) == ""
+    assert ByTriton.objection(shapes_of(), cuda) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0" in ByTriton.objection(shapes_of(), torch.device("cuda"))
-    monkeypatch.setattr(triton_kernels, "is_installed", lambda: False)
-    assert "not installed" in ByTriton.objection(shapes_of(), torch.device("cuda"))
+    assert "8.0" in ByTriton.objection(shapes_of(), cuda)
+    monkeypatch.setattr(triton_kernels, "objection", lambda: "no compiler")
+    assert ByTriton.objection(shapes_of(), cuda) == "no compiler"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("triton", marks=needs_triton), "varlen", "flashinfer"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_backend_that_computes_attention_is_accepted_and_timed(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
