@@ -25,6 +25,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def errors() -> tuple[type[Exception], ...]:
+    """Return what Triton raises if it cannot compile or launch a kernel for a card."""
+    if not is_installed():
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
+
+
 @cache
 def objection() -> str:
     """Return why Triton cannot launch kernels from this host; "" if nothing is known of it.

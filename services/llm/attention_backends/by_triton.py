@@ -41,9 +41,7 @@ class ByTriton(PagedBackend):
 
     @classmethod
     def errors(cls) -> tuple[type[Exception], ...]:
-        from triton.errors import TritonError
-
-        return (RuntimeError, TritonError)
+        return (RuntimeError, *triton_kernels.errors())
 
     def of_plan(self, plan: StepPlan) -> "TritonPlan":
         return TritonPlan(list(parts_of(plan)))

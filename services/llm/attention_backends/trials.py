@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compute.attention_choice import TOLERANCES, Trial, nanoseconds_of
+from compute.attention_choice import TOLERANCES, Trial, nanoseconds_of, reason_of
 from compute.cuda_graphs import GraphPool
 from compute.kernels.operations import attention_by_torch
 from services.llm.attention_backends.protocol import Attend, PagedBackend, Shapes
@@ -45,7 +45,7 @@ def try_backend(
     try:
         return Trial(kind.name, times_of(kind(shapes, device), shapes, room, device))
     except kind.errors() as e:
-        return Trial(kind.name, objection=first_line(e))
+        return Trial(kind.name, objection=reason_of(e))
 
 
 @torch.inference_mode()
@@ -56,7 +56,7 @@ def objection_to(kind: type[PagedBackend], shapes: Shapes, device: torch.device)
     try:
         return misses_of(kind(shapes, device), shapes, device)
     except kind.errors() as e:
-        return first_line(e)
+        return reason_of(e)
 
 
 def misses_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> str:
@@ -189,7 +189,3 @@ def plan_of(query_lens: Sequence[int], context_lens: Sequence[int], block_size: 
         rope_parameters=per_sequence,
         adapters=per_sequence,
     )
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
