@@ -77,6 +77,10 @@ COPY --from=build-slim /opt/twinlens /opt/twinlens
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/twinlens /opt/twinlens
 
+# Triton compiles a small module in C for each kind of kernel launch, when it comes for the first time.
 FROM runtime AS cuda
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/twinlens /opt/twinlens

@@ -38,6 +38,11 @@ def objection_to_card(device: torch.device) -> str:
     return f"it runs from compute capability {'.'.join(map(str, AMPERE))} on"
 
 
+def reason_of(error: Exception) -> str:
+    """Return an error as a trial's objection, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def nanoseconds_of(run: Callable[[], object], device: torch.device) -> int:
     """Return the least time of several runs, at least 1. On CUDA the card itself measures it."""
     for _ in range(WARM_UPS):

@@ -17,6 +17,7 @@ from compute.attention_choice import (
     figures_of,
     nanoseconds_of,
     objection_to_card,
+    reason_of,
 )
 from compute.cuda_graphs import GraphPool
 from services.vision.attention import (
@@ -89,13 +90,13 @@ def try_way(name: str, kind: str, shapes: AttentionShapes, tower: AttendingTower
     try:
         return timed(name, shapes, shapes.groups[kind], tower)
     except errors() as e:
-        return Trial(name, objection=f"{type(e).__name__}: {e}".splitlines()[0])
+        return Trial(name, objection=reason_of(e))
 
 
 def objection_to(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """Return why a way cannot compute; "" if nothing is known of it."""
     if name == "triton" and not triton_kernels.serve(device):
-        return "Triton is not installed"
+        return triton_kernels.objection() or f"it runs on CUDA, not on {device.type}"
     if name == "varlen" and dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {dtype}"
     return "" if name == "torch" else objection_to_card(device)
@@ -103,11 +104,7 @@ def objection_to(name: str, dtype: torch.dtype, device: torch.device) -> str:
 
 def errors() -> tuple[type[Exception], ...]:
     """Return what a way may raise on a card or in a torch with which it does not run."""
-    if not triton_kernels.is_installed():
-        return (RuntimeError, ImportError, TypeError)
-    from triton.errors import TritonError
-
-    return (RuntimeError, ImportError, TypeError, TritonError)
+    return (RuntimeError, ImportError, TypeError, *triton_kernels.errors())
 
 
 @torch.inference_mode()

@@ -1,6 +1,8 @@
 """What each backend asks of its kernel: the kernels of others are stand-ins that hold the caller
 to their contracts, and our own run under Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from services.llm.attention_backends.by_flashinfer import ByFlashInfer, PlanGuar
 from services.llm.attention_backends.by_triton import ByTriton
 from services.llm.attention_backends.by_varlen import ByVarlen, kernel
 from services.llm.attention_backends.protocol import PagedAttention, PagedBackend, Shapes
-from services.llm.attention_backends.trials import objection_to, times_of
+from services.llm.attention_backends.trials import Room, objection_to, times_of, try_backend
 from services.llm.decoder import rotary_tables
 from services.llm.packing import upload
 from services.llm.step_plan import StepPlan
@@ -43,9 +45,7 @@ def step_of(kind: type[PagedBackend], shapes: Shapes, plan: StepPlan) -> PagedAt
     return PagedAttention(slots, planned.bind([array.int() for array in uploaded]))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("triton", marks=needs_triton), "varlen", "flashinfer"]
-)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize(
     ("query_lens", "context_lens"),
@@ -179,19 +179,18 @@ def test_a_plan_waits_until_the_card_has_copied_the_one_before(
 
 
 def test_our_kernels_run_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "is_installed", lambda: True)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(triton_kernels, "objection", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "not on cpu" in ByTriton.objection(shapes_of(), CPU)
-    assert ByTriton.objection(shapes_of(), torch.device("cuda")) == ""
+    assert ByTriton.objection(shapes_of(), cuda) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0" in ByTriton.objection(shapes_of(), torch.device("cuda"))
-    monkeypatch.setattr(triton_kernels, "is_installed", lambda: False)
-    assert "not installed" in ByTriton.objection(shapes_of(), torch.device("cuda"))
+    assert "8.0" in ByTriton.objection(shapes_of(), cuda)
+    monkeypatch.setattr(triton_kernels, "objection", lambda: "no compiler")
+    assert ByTriton.objection(shapes_of(), cuda) == "no compiler"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("triton", marks=needs_triton), "varlen", "flashinfer"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_backend_that_computes_attention_is_accepted_and_timed(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -203,7 +202,7 @@ def test_a_backend_that_computes_attention_is_accepted_and_timed(
     monkeypatch.setattr("services.llm.attention_backends.trials.CALLS", 2)
     shapes = shapes_of(block_size=16)
     assert objection_to(BACKENDS[name], shapes, CPU) == ""
-    times = times_of(BACKENDS[name](shapes, CPU), shapes, 40, CPU)
+    times = times_of(BACKENDS[name](shapes, CPU), shapes, Room(5, 40), CPU)
     assert len(times) == 3 and min(times) > 0
 
 
@@ -235,3 +234,20 @@ def test_a_backend_that_reads_beyond_the_end_of_a_sequence_is_refused(
 
     monkeypatch.setattr("services.llm.attention_backends.by_varlen.kernel", lambda: careless)
     assert "wrong by nan" in objection_to(ByVarlen, shapes_of(), CPU)
+
+
+def test_a_backend_without_memory_for_the_largest_graph_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(ByFlashInfer, "objection", lambda shapes, device: "")
+    plan = CapturedDecodes.plan
+
+    def plan_few(wrapper: CapturedDecodes, indptr: torch.Tensor, *given: Any, **named: Any) -> None:
+        if len(indptr) > 65:
+            raise RuntimeError("Buffer overflow")
+        plan(wrapper, indptr, *given, **named)
+
+    monkeypatch.setattr(CapturedDecodes, "plan", plan_few)
+    trial = try_backend(ByFlashInfer, shapes_of(), Room(65, 40), CPU)
+    assert trial.objection == "RuntimeError: Buffer overflow"

@@ -17,6 +17,7 @@ from services.llm.attention_backends.by_triton import ByTriton
 from services.llm.attention_backends.by_varlen import ByVarlen
 from services.llm.attention_backends.choice import ChosenAttention, choose_attention
 from services.llm.attention_backends.protocol import PagedBackend, Shapes
+from services.llm.attention_backends.trials import Room
 from services.llm.parallel import Shard
 
 CUDA = Device(torch.device("cuda"))
@@ -40,9 +41,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shapes]:
     tried = {}
 
     def try_backend(
-        kind: type[PagedBackend], shapes: Shapes, max_context: int, device: torch.device
+        kind: type[PagedBackend], shapes: Shapes, room: Room, device: torch.device
     ) -> Trial:
-        assert max_context == 5000
+        assert room == Room(64, 5000)
         tried[kind.name] = shapes
         return Trial(kind.name, TIMES[kind.name])
 

@@ -106,11 +106,14 @@ def test_the_variables_of_the_images_are_settings() -> None:
     assert {name.lower() for name in re.findall(r"\bTWINLENS_(\w+)=", dockerfile())} <= KNOWN_NAMES
 
 
-def test_no_image_runs_as_root_or_has_a_compiler() -> None:
-    assert re.findall(r"^USER (.*)$", stage("runtime"), re.MULTILINE) == ["10001:10001"]
+def test_no_image_runs_as_root_and_only_that_of_cards_has_a_compiler() -> None:
+    """Triton needs one where its kernels run."""
+    for target in ("runtime", "cuda"):
+        users = re.findall(r"^USER (.*)$", stage(target), re.MULTILINE)
+        assert users[-1] == "10001:10001"
     for target in EXTRAS:
         assert stage(target).startswith("FROM runtime AS ")
-        assert (
+        assert target == "cuda" or (
             "apt-get" not in stage(target)
             and "pip" not in stage(target)
             and "USER" not in stage(target)

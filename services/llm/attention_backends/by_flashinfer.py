@@ -17,8 +17,8 @@ from torch import Tensor
 from services.llm.attention_backends.protocol import Attend, PagedBackend, Shapes, scaled
 from services.llm.step_plan import StepPlan
 
-WORKSPACE_BYTES = 128 << 20
-"""The recommended size, for partial results of divided contexts."""
+WORKSPACE_BYTES = 384 << 20
+"""For partial results of divided contexts. 128 MiB are recommended, and too few for some shapes."""
 HEAD_DIMS = (64, 128, 256)
 LAYOUT = "NHD"
 """The order of our blocks: tokens, heads, head_dim."""
@@ -52,8 +52,8 @@ class ByFlashInfer(PagedBackend):
 
     @classmethod
     def errors(cls) -> tuple[type[Exception], ...]:
-        """Its kernels are compiled at first use: Ninja or nvcc may be missing, or fail."""
-        return (RuntimeError, ImportError, OSError, TypeError, ValueError)
+        """Its kernels are compiled at first use, for which Ninja or nvcc may be missing."""
+        return (RuntimeError, ImportError, AttributeError, OSError, TypeError, ValueError)
 
     def of_plan(self, plan: StepPlan) -> "FlashInferPlan":
         return FlashInferPlan(self._prefill, self._guard, self._shapes, plan)

@@ -35,17 +35,13 @@ class ByTriton(PagedBackend):
 
     @classmethod
     def objection(cls, shapes: Shapes, device: torch.device) -> str:
-        if not triton_kernels.is_installed():
-            return "Triton is not installed"
         if not triton_kernels.serve(device):
-            return f"its kernels run on CUDA, not on {device.type}"
+            return triton_kernels.objection() or f"it runs on CUDA, not on {device.type}"
         return objection_to_card(device)
 
     @classmethod
     def errors(cls) -> tuple[type[Exception], ...]:
-        from triton.errors import TritonError
-
-        return (RuntimeError, TritonError)
+        return (RuntimeError, *triton_kernels.errors())
 
     def of_plan(self, plan: StepPlan) -> "TritonPlan":
         return TritonPlan(list(parts_of(plan)))

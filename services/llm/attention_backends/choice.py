@@ -15,7 +15,7 @@ from compute.attention_choice import agreed, fastest, figures_of
 from compute.device import BLOCK_SIZE, Device
 from services.llm.attention_backends import BACKENDS
 from services.llm.attention_backends.protocol import PagedBackend, Shapes
-from services.llm.attention_backends.trials import CASES, WEIGHTS, objection_to, try_backend
+from services.llm.attention_backends.trials import CASES, WEIGHTS, Room, objection_to, try_backend
 from services.llm.parallel import Shard
 
 GATHER = "gather"
@@ -68,10 +68,10 @@ def choose_attention(
         kind = BACKENDS[name]
         check_named(kind, shapes[kind], device.torch_device, shard)
         return ChosenAttention(kind, shapes[kind].block_size)
-    max_context = settings.max_model_len or checkpoint.max_model_len
+    room = Room(settings.max_num_seqs, settings.max_model_len or checkpoint.max_model_len)
     trials = []
     for kind in shapes:
-        trials.append(try_backend(kind, shapes[kind], max_context, device.torch_device))
+        trials.append(try_backend(kind, shapes[kind], room, device.torch_device))
         torch.cuda.empty_cache()
         tick()
     trials = agreed(trials, len(CASES), shard.agree)

@@ -1,13 +1,14 @@
 """Tries a backend on the device: whether it computes attention, and how fast."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compute.attention_choice import TOLERANCES, Trial, nanoseconds_of
+from compute.attention_choice import TOLERANCES, Trial, nanoseconds_of, reason_of
 from compute.cuda_graphs import GraphPool
 from compute.kernels.operations import attention_by_torch
 from services.llm.attention_backends.protocol import Attend, PagedBackend, Shapes
@@ -26,20 +27,25 @@ PROBES = ((1, 1), (1, 40), (1, 300), (5, 5), (7, 290))
 """New tokens and context of sequences whose attention is checked."""
 
 
-def try_backend(
-    kind: type[PagedBackend], shapes: Shapes, max_context: int, device: torch.device
-) -> Trial:
-    """Return what came of checking and timing a backend.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the largest graph must have room for."""
 
-    `max_context` is the longest context that a graph must have room for.
-    """
+    max_num_seqs: int
+    max_context: int
+
+
+def try_backend(
+    kind: type[PagedBackend], shapes: Shapes, room: Room, device: torch.device
+) -> Trial:
+    """Return what came of checking and timing a backend."""
     objection = objection_to(kind, shapes, device)
     if objection:
         return Trial(kind.name, objection=objection)
     try:
-        return Trial(kind.name, times_of(kind(shapes, device), shapes, max_context, device))
+        return Trial(kind.name, times_of(kind(shapes, device), shapes, room, device))
     except kind.errors() as e:
-        return Trial(kind.name, objection=first_line(e))
+        return Trial(kind.name, objection=reason_of(e))
 
 
 @torch.inference_mode()
@@ -50,7 +56,7 @@ def objection_to(kind: type[PagedBackend], shapes: Shapes, device: torch.device)
     try:
         return misses_of(kind(shapes, device), shapes, device)
     except kind.errors() as e:
-        return first_line(e)
+        return reason_of(e)
 
 
 def misses_of(backend: PagedBackend, shapes: Shapes, device: torch.device) -> str:
@@ -113,7 +119,7 @@ def written_out(plan: StepPlan, q: Tensor, cache: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def times_of(
-    backend: PagedBackend, shapes: Shapes, max_context: int, device: torch.device
+    backend: PagedBackend, shapes: Shapes, room: Room, device: torch.device
 ) -> tuple[int, ...]:
     """Return the nanoseconds of a layer's attention in each of CASES.
 
@@ -124,7 +130,10 @@ def times_of(
     cache = torch.empty(size, dtype=shapes.dtype, device=device).normal_()
     q = torch.empty(CONTEXT, shapes.num_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
     q.normal_()
-    width = -(-max(max_context, CONTEXT) // shapes.block_size)
+    width = -(-max(room.max_context, CONTEXT) // shapes.block_size)
+    # A backend that has too little memory for the largest graph fails here already.
+    blank = np.zeros((room.max_num_seqs, 1), np.int64)
+    backend.of_decodes(room.max_num_seqs, width).prepare(blank[:, 0] + 1, blank)
     pool = GraphPool(device)
     times = []
     for batch in (1, BATCH):
@@ -180,7 +189,3 @@ def plan_of(query_lens: Sequence[int], context_lens: Sequence[int], block_size: 
         rope_parameters=per_sequence,
         adapters=per_sequence,
     )
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
