@@ -295,18 +295,22 @@ MUTATIONS = [
     ),
     *in_packed(
         "unpacked",
-        ("tl.arange(0, PLANES) * BITS", "tl.arange(0, PLANES) * 8"),
-        ("tl.arange(0, 2) * 16", "tl.arange(0, 2) * 8"),
-        ("weights * 2.0**8", "weights * 2.0**7"),
+        ("sixteen_and(words, 4, dtype)", "sixteen_and(words, 8, dtype)"),
+        ("tl.permute(bits, 0, 1, 3, 2, 4, 5)", "bits"),
+        ("widened_eight(words, 8, dtype)", "widened_eight(words, 0, dtype)"),
     ),
+    *in_packed("numbers", ("weights * 2.0**8", "weights * 2.0**7")),
+    *in_packed("ones_like", ("(bits >> 15) | 0x3C00", "bits")),
     *in_packed(
         "sixteen_and",
-        ("(words & 0x000F000F) << 6", "(words & 0x00070007) << 6"),
-        ("<< 6) | 0x4C004C00", "<< 5) | 0x4C004C00"),
+        ("& 0x03C003C0", "& 0x01C001C0"),
+        ("6 - SHIFT", "5 - SHIFT"),
+        ("| 0x4C004C00", "| 0x48004800"),
     ),
     *in_packed(
-        "widened_eight", ("sign | ((words & 0x007F007F) << 7)", "(words & 0x007F007F) << 7")
+        "widened_eight", ("sign | (shifted(words, 7 - SHIFT)", "(shifted(words, 7 - SHIFT)")
     ),
+    *in_packed("shifted", ("words >> -LEFT", "words >> LEFT")),
     *in_packed(
         "sum_kernel",
         ("sums += num_entries", "pass"),
@@ -321,7 +325,7 @@ MUTATIONS = [
         ("tile_groups + tile", "tile_groups"),
         ("group * scale_stride", "0 * scale_stride"),
         (" - half(pair >> 16)[:, None]", ""),
-        ("weights.to(tl.float32) * pair[:, None]", "weights.to(tl.float32)"),
+        ("weights * pair[:, None]", "weights"),
         ("* out_stride", "* TILE"),
     ),
 ]
