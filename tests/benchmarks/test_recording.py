@@ -63,8 +63,8 @@ def test_a_tower_is_recorded_whatever_its_family() -> None:
     shape = ItemShape((1, 32, 32), (448, 448))
     calls = recorded(tower, partial(EagerTower(tower).encode, patches, shape))
     assert calls.attentions == {
-        Attention(1, 1024, 1024, 3, 3, 16, False, False, "plain"): 2,
-        Attention(1, 256, 1024, 1, 1, 128, False, False, "plain"): 1,
+        Attention(1, 1024, 1024, 3, 3, 16, False, False, False): 2,
+        Attention(1, 256, 1024, 1, 1, 128, False, False, False): 1,
     }
     assert {label for label, _ in products_in(tower)} == {each.label for each in calls.products}
 
