@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,6 +138,40 @@ def report(
     return found
 
 
+def compare_with_bfloat16(
+    measured: Measured, decodes: list[Pass], bandwidth: float
+) -> dict[str, dict[str, float]]:
+    """Print, for each decode with quantized weights, how fast it reads them.
+
+    Next to it stands how much longer the same decode takes with bfloat16 weights.
+    """
+    found = {}
+    print(
+        f"\n{'decode with quantized weights':28} {'MB read':>9} {'GB/s':>7} {'of plain':>9} speed"
+    )
+    for each in decodes:
+        seconds = measured.median(each.name)
+        num_bytes = sum(part.count * part.num_bytes for part in each.parts)
+        ratio = measured.median(unquantized(each.name)) / seconds
+        share = num_bytes / seconds / bandwidth
+        print(
+            f"{each.name:28} {num_bytes / 1e6:9.0f} {num_bytes / seconds / BIG:7.1f} {share:9.0%} "
+            f"{ratio:.2f} times bfloat16's"
+        )
+        found[each.name] = {
+            "mb": round(num_bytes / 1e6, 1),
+            "gb_per_s": round(num_bytes / seconds / BIG, 2),
+            "read_share": round(share, 3),
+            "times_bfloat16": round(ratio, 3),
+        }
+    return found
+
+
+def unquantized(name: str) -> str:
+    """Return the name of the same decode with bfloat16 weights."""
+    return f"{name}, bfloat16"
+
+
 def machine() -> dict[str, object]:
     model = next(
         (line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")),
@@ -193,7 +228,7 @@ def parse() -> argparse.Namespace:
 
 
 def runner_of(
-    options: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype
+    options: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype, quantization: str
 ) -> ModelRunner:
     blocks_of_batch = max(passes.BATCHES) * (options.context // BLOCK_SIZE + 4)
     return ModelRunner(
@@ -202,7 +237,7 @@ def runner_of(
         CPU,
         passes.PROMPT_TOKENS // BLOCK_SIZE + blocks_of_batch,
         BLOCK_SIZE,
-        quantization=options.quantization,
+        quantization=quantization,
     )
 
 
@@ -222,6 +257,16 @@ def choose_passes(
     return found + passes.of_vision(checkpoint, dtype, pictures)
 
 
+def decodes_of_quantized(timed_passes: list[Pass]) -> list[Pass]:
+    """Return the decodes among these passes, if any of their weights are quantized."""
+    return [
+        each
+        for each in timed_passes
+        if each.name.startswith("decode")
+        and any(part.used in ("int8", "int4") for part in each.parts)
+    ]
+
+
 @torch.inference_mode()
 def main() -> None:
     options = parse()
@@ -238,12 +283,19 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
 
     decodes = checkpoint.sizes.num_kv_heads > 0
-    runner = runner_of(options, checkpoint, dtype) if decodes else None
+    runner = runner_of(options, checkpoint, dtype, options.quantization) if decodes else None
     timed_passes = choose_passes(options, checkpoint, runner, dtype)
     num_bytes = sum(part.count * part.num_bytes for part in timed_passes[0].parts if part.is_linear)
     cases = {"read": passes.reading(num_bytes)} | {
         case.name: case for each in timed_passes for case in each.cases()
     }
+    quantized = decodes_of_quantized(timed_passes)
+    if quantized:
+        plain = runner_of(options, checkpoint, dtype, "none")
+        cases |= {
+            unquantized(name): Case(unquantized(name), partial(plain.execute, plan, []))
+            for name, plan in passes.decode_plans(checkpoint, options.context).items()
+        }
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     measured = measure(cases, QUICK_ROUNDS if options.quick else ROUNDS, clock)
 
@@ -257,6 +309,8 @@ def main() -> None:
         "read_gb_per_s": round(bandwidth / BIG, 2),
         "passes": report(measured, timed_passes, bandwidth),
     }
+    if quantized:
+        results["quantized"] = compare_with_bfloat16(measured, quantized, bandwidth)
     if runner is not None:
         overhead = scheduling.overhead(runner, checkpoint, BLOCK_SIZE, options.context)
         print(f"\nscheduling, planning and sampling at batch 16: {overhead:.2%} of a step")

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.recording import Attention, Calls, Product, recorded
+from benchmarks.recording import Attention, Calls, Product, WeightKind, recorded
 from common.checkpoint import Checkpoint
+from compute.int4_linear import Int4Linear
 from compute.kernels.operations import attention, attention_by_torch, kernels_for
 from compute.linear import Linear, can_pack
 from compute.quantization import Int8Linear
+from compute.quantized_weights import Int4Weight
 from services.llm import families as llm_families
 from services.llm.attention import GatheredAttention
 from services.llm.decoder import Decoder, rotary_tables
@@ -42,6 +44,7 @@ PICTURES = {"448x448": (448, 448), "1288x728": (728, 1288)}
 # With more rows a product is bound by arithmetic, and it does not matter where its weights are.
 MAX_STREAMING_ROWS = 64
 WEIGHTS_BYTES = 128 * 2**20
+GROUP_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +107,26 @@ def weights_of(
 
 
 @cache
-def int8_weights_of(num_outputs: int, num_inputs: int) -> list[Int8Linear]:
+def quantized_weights_of(
+    num_outputs: int, num_inputs: int, kind: WeightKind
+) -> list[Int8Linear] | list[Int4Linear]:
+    """Return as many quantized products of one shape as `weights_of` has of bfloat16."""
     plain, _ = weights_of(num_outputs, num_inputs, torch.bfloat16)
-    return [Int8Linear(weight) for weight in plain]
+    if kind == "int8":
+        return [Int8Linear(weight) for weight in plain]
+    return [Int4Linear(int4_weight(num_outputs, num_inputs)) for _ in plain]
+
+
+def int4_weight(num_outputs: int, num_inputs: int) -> Int4Weight:
+    """Return random weights in groups as AWQ and GPTQ usually have them."""
+    groups = torch.arange(num_inputs) // GROUP_SIZE
+    shape = (num_outputs, int(groups[-1]) + 1)
+    return Int4Weight(
+        torch.randint(16, (num_outputs, num_inputs), dtype=torch.uint8),
+        torch.full(shape, 0.2 * num_inputs**-0.5),
+        torch.randint(16, shape, dtype=torch.uint8),
+        groups,
+    )
 
 
 def linear_part(
@@ -116,7 +136,7 @@ def linear_part(
     num_outputs: int,
     num_inputs: int,
     dtype: torch.dtype,
-    quantization: str = "none",
+    kind: WeightKind = "plain",
 ) -> Part:
     plain, laid_out = weights_of(num_outputs, num_inputs, dtype)
     if num_rows > MAX_STREAMING_ROWS:
@@ -148,16 +168,14 @@ def linear_part(
         kernels[used] = lambda: [linear(x) for linear in laid_out]
     calls = len(plain)
     size = num_outputs * num_inputs
-    itemsize = dtype.itemsize
-    if quantization == "int8":
-        used = "int8"
-        itemsize = 1
-        quantized = int8_weights_of(num_outputs, num_inputs)[: len(plain)]
+    num_bytes = size * dtype.itemsize
+    if kind != "plain":
+        used = kind
+        quantized = quantized_weights_of(num_outputs, num_inputs, kind)[: len(plain)]
+        num_bytes = quantized[0].packed.num_bytes
         kernels = {used: lambda: [linear(x) for linear in quantized]}
     name = f"{label} {num_rows} x {num_inputs} -> {num_outputs}"
-    return Part(
-        name, count, kernels, used, calls, size * itemsize, 2 * num_rows * size, is_linear=True
-    )
+    return Part(name, count, kernels, used, calls, num_bytes, 2 * num_rows * size, is_linear=True)
 
 
 def attention_part(label: str, count: int, call: Attention, dtype: torch.dtype) -> Part:
@@ -220,7 +238,7 @@ def product_part(prefix: str, count: int, product: Product, dtype: torch.dtype) 
         product.num_outputs,
         product.num_inputs,
         dtype,
-        "int8" if product.is_int8 else "none",
+        product.kind,
     )
 
 
@@ -259,12 +277,11 @@ def of_language(
     """Return the decodes of each batch size, and the prefills."""
     found = []
     num_components = checkpoint.family.num_position_components
-    for batch in BATCHES:
-        plan = plan_of([1] * batch, [context] * batch, num_components)
+    for name, plan in decode_plans(checkpoint, context).items():
         run = partial(runner.execute, plan, [])
         parts = parts_of(calls_of(runner, run), dtype)
         parts.append(decode_attention_part(runner, plan, checkpoint, dtype))
-        found.append(Pass(f"decode, batch {batch}", run, parts))
+        found.append(Pass(name, run, parts))
     for num_item_rows in (0, ITEM_TOKENS) if has_low_rank(runner) else (0,):
         plan = plan_of([PROMPT_TOKENS], [PROMPT_TOKENS], num_components, num_item_rows)
         embeddings = [torch.randn(num_item_rows, runner.input_width).to(dtype)]
@@ -274,6 +291,15 @@ def of_language(
             name += f", {num_item_rows} an item's"
         found.append(Pass(name, run, parts_of(calls_of(runner, run), dtype)))
     return found
+
+
+def decode_plans(checkpoint: Checkpoint, context: int) -> dict[str, StepPlan]:
+    """Return the plan of a decode of each batch size, by the name of its pass."""
+    num_components = checkpoint.family.num_position_components
+    return {
+        f"decode, batch {batch}": plan_of([1] * batch, [context] * batch, num_components)
+        for batch in BATCHES
+    }
 
 
 def calls_of(runner: ModelRunner, run: Callable[[], object]) -> Calls:

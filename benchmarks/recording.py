@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from compute.int4_linear import Int4Linear
 from compute.kernels import operations
 from compute.linear import Linear
 from compute.quantization import Int8Linear
 
-AnyLinear: TypeAlias = Linear | Int8Linear
+AnyLinear: TypeAlias = Linear | Int8Linear | Int4Linear
+WeightKind: TypeAlias = Literal["plain", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Product:
     num_rows: int
     num_outputs: int
     num_inputs: int
-    is_int8: bool
+    kind: WeightKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,8 @@ def recording(model: object) -> Iterator[Calls]:
     def multiply(product: AnyLinear, x: Tensor, residual: Tensor | None = None) -> Tensor:
         num_outputs, num_inputs = shape_of(product)
         label = labels.get(id(product), "product")
-        is_int8 = isinstance(product, Int8Linear)
-        calls.products[Product(label, len(x), num_outputs, num_inputs, is_int8)] += 1
+        kind = kind_of(product)
+        calls.products[Product(label, len(x), num_outputs, num_inputs, kind)] += 1
         return x.new_zeros(len(x), num_outputs)
 
     def attend(
@@ -100,6 +102,7 @@ def recording(model: object) -> Iterator[Calls]:
         patch.object(operations, "attention_by_torch", attend),
         patch.object(Linear, "__call__", multiply),
         patch.object(Int8Linear, "__call__", multiply),
+        patch.object(Int4Linear, "__call__", multiply),
     ):
         yield calls
 
@@ -117,6 +120,12 @@ def shape_of(product: AnyLinear) -> tuple[int, int]:
         return product.shape
     assert product.packed is not None
     return product.packed.structure.num_outputs, product.packed.structure.num_inputs
+
+
+def kind_of(product: AnyLinear) -> WeightKind:
+    if isinstance(product, Linear):
+        return "plain"
+    return "int8" if isinstance(product, Int8Linear) else "int4"
 
 
 def products_in(model: object, label: str = "") -> Iterator[tuple[str, AnyLinear]]:

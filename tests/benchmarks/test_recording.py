@@ -28,11 +28,11 @@ def test_a_step_that_is_one_call_is_recorded_as_its_products(runner: ModelRunner
     plan = passes.plan_of([1, 1], [9, 9], 1)
     calls = passes.calls_of(runner, partial(runner.execute, plan, []))
     assert calls.products == {
-        Product("qkv", 2, 256, 128, False): 3,
-        Product("o", 2, 128, 128, False): 3,
-        Product("gate up", 2, 384, 128, False): 3,
-        Product("down", 2, 128, 192, False): 3,
-        Product("head", 2, 512, 128, False): 1,
+        Product("qkv", 2, 256, 128, "plain"): 3,
+        Product("o", 2, 128, 128, "plain"): 3,
+        Product("gate up", 2, 384, 128, "plain"): 3,
+        Product("down", 2, 128, 192, "plain"): 3,
+        Product("head", 2, 512, 128, "plain"): 1,
     }
 
 
@@ -42,10 +42,10 @@ def test_low_rank_pairs_count_in_a_prefill_with_an_item(runner: ModelRunner) -> 
     calls = passes.calls_of(runner, run)
     assert passes.has_low_rank(runner)
     # The sampled row is text, and in the last layer nothing else follows the attention.
-    assert calls.products[Product("qkv low rank down", 6, 16, 128, False)] == 3
-    assert calls.products[Product("o low rank up", 6, 128, 16, False)] == 2
-    assert calls.products[Product("down", 20, 128, 192, False)] == 2
-    assert calls.products[Product("down", 1, 128, 192, False)] == 1
+    assert calls.products[Product("qkv low rank down", 6, 16, 128, "plain")] == 3
+    assert calls.products[Product("o low rank up", 6, 128, 16, "plain")] == 2
+    assert calls.products[Product("down", 20, 128, 192, "plain")] == 2
+    assert calls.products[Product("down", 1, 128, 192, "plain")] == 1
     assert calls.attentions == {Attention(1, 20, 20, 8, 4, 16, True, False, False): 3}
 
 

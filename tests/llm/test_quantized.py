@@ -9,10 +9,12 @@ import torch
 
 from common.checkpoint import open_checkpoint
 from common.sizing import Footprint
+from compute.kernels.library import bfloat16_kernels
 from compute.linear import Linear
 from compute.products import SideBySideProducts
 from services.llm.decoder import Decoder
 from services.llm.families import load
+from services.llm.fused_decode import FusedDecode
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.vision.eager_tower import EagerTower
@@ -92,6 +94,25 @@ def test_many_ranks_compute_what_one_computes(format: str, world_size: int, tmp_
         assert max_difference(logits, expected) < 1e-4
     for logits in logits_of_ranks(pair.quantized, world_size, BFLOAT16):
         check_cosine(logits, expected)
+
+
+@pytest.mark.skipif(bfloat16_kernels() is None, reason="no kernels for this CPU, or no compiler")
+@pytest.mark.parametrize("format", ONE_OF_EACH)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_decodes_in_one_call_give_what_single_operations_give(
+    format: str, world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = quantize(GoldenCase("c_gqa_tp8"), FORMATS[format], tmp_path)
+
+    def run(shard: Shard) -> tuple[bool, np.ndarray]:
+        runner = runner_of(pair.quantized, BFLOAT16, shard, "auto")
+        return runner._fused_decode is not None, logits_of(runner, pair.quantized)
+
+    fused = ThreadGroup(world_size).run(run)
+    monkeypatch.setattr(FusedDecode, "of", lambda *given: None)
+    single = ThreadGroup(world_size).run(run)
+    assert all(is_fused for is_fused, _ in fused) and not any(is_fused for is_fused, _ in single)
+    assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(fused, single, strict=True))
 
 
 @pytest.mark.parametrize("format", ONE_OF_EACH)
