@@ -13,7 +13,7 @@ from compute.quantized_weights import QuantizedTensor
 from compute.triton_kernels import packed_product
 from compute.triton_kernels.fp8 import CardFp8Linear
 from compute.triton_kernels.int4 import CardInt4Linear
-from compute.triton_kernels.packed_product import PackedProduct
+from compute.triton_kernels.packed_product import PackedProduct, tiles_per_split
 from compute.triton_kernels.tiling import ONE_GROUP, tiled
 from tests.kernels import DEVICE, DTYPES
 from tests.kernels.quantized_cases import fp8_weight, in_order, int4_weight, random_for, shuffled
@@ -160,6 +160,40 @@ def test_parts_of_ranks_add_up(kind: Kind) -> None:
     torch.testing.assert_close(
         total.cpu(), expected, rtol=0, atol=4e-6 * expected.abs().max().item()
     )
+
+
+def test_widened_in_bfloat16(kind: Kind) -> None:
+    """The interpreter multiplies bfloat16 wrongly, but what unpacks weights for it is the same."""
+    make, weigh = kind
+    weight = weigh(64, in_order(128, 32))
+    product = make(weight, None, torch.bfloat16, CPU)
+    # It also rounds towards zero.
+    expected = weight.dequantized().bfloat16()
+    torch.testing.assert_close(product.widened(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_scales_of_any_size(kind: Kind, size: float) -> None:
+    make, weigh = kind
+    weight = weigh(64, in_order(64, 32))
+    weight.scales.mul_(size)
+    check(make(weight, None, torch.float32, CPU), weight, random(2, 64, dtype=torch.float32))
+
+
+def test_scales_may_be_zero(kind: Kind) -> None:
+    make, weigh = kind
+    weight = weigh(64, in_order(64, 32))
+    weight.scales.zero_()
+    product = make(weight, None, torch.float32, CPU)
+    assert not product(random(2, 64, dtype=torch.float32)).any()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_tiles", "expected"),
+    [(592, 28, 28), (72, 28, 4), (56, 28, 4), (56, 148, 11), (1, 3, 3), (400, 100, 100)],
+)
+def test_a_split_suits_the_card(num_blocks: int, num_tiles: int, expected: int) -> None:
+    assert tiles_per_split(num_blocks, num_tiles) == expected
 
 
 @pytest.mark.parametrize(
