@@ -1,5 +1,7 @@
 """Products with weights of four bits on a card."""
 
+from math import floor, log2
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,12 @@ class CardInt4Linear(PackedProduct):
         positions = tiling.positions.to(device)
         values = F.pad(weight.values.to(device), (0, 1)).index_select(1, positions)
         used = tiling.groups.to(weight.scales.device)
-        scales = paired(weight.scales[:, used].to(device), weight.zeros[:, used].to(device))
-        super().__init__(pack_int4(values), scales, tiling, weight.shape, bias, dtype)
+        scales = weight.scales[:, used].to(device)
+        zeros = weight.zeros[:, used].to(device)
+        # The largest scale becomes 1 to 2, so that float16 holds small ones precisely.
+        factor = 2.0 ** floor(log2(scales.abs().max().item() or 1.0))
+        pairs = paired(scales / factor, zeros)
+        super().__init__(pack_int4(values), pairs, tiling, weight.shape, bias, dtype, factor)
 
 
 def pack_int4(values: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Otherwise Triton compiles again for one row, and for a multiple of 16.
+@triton.jit(do_not_specialize=["num_rows"])
 def product_kernel(
     x,
     words,
@@ -31,6 +32,7 @@ def product_kernel(
     num_tiles,
     tiles_per_split,
     first,
+    factor,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -76,6 +78,7 @@ def product_kernel(
         else:
             acc += scale[:, None] * part
         scale = next_scale
+    acc *= factor
     place = row[None, :] * num_outputs + output[:, None]
     exists = (row < num_rows)[None, :] & (output < num_outputs)[:, None]
     if IS_SPLIT:
@@ -181,7 +184,7 @@ def half(bits):
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def sum_kernel(
     sums, bias, residual, out, num_entries, num_outputs, num_splits, BLOCK: tl.constexpr
 ):
@@ -209,6 +212,7 @@ def widen_kernel(
     word_stride,
     scale_stride,
     out_stride,
+    factor,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
     BITS: tl.constexpr,
@@ -224,8 +228,8 @@ def widen_kernel(
     group = tl.load(tile_groups + tile)
     pair = tl.load(scales + group * scale_stride + output)
     if BITS == 4:
-        wide = (weights - half(pair >> 16)[:, None]) * half(pair)[:, None]
+        wide = (weights - half(pair >> 16)[:, None]) * (half(pair) * factor)[:, None]
     else:
-        wide = weights * pair[:, None]
+        wide = weights * (pair * factor)[:, None]
     place = output[:, None].to(tl.int64) * out_stride + tile * TILE + tl.arange(0, TILE)[None, :]
     tl.store(out + place, wide.to(dtype), (output < num_outputs)[:, None])

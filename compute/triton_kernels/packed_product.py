@@ -45,6 +45,7 @@ class PackedProduct:
         shape: tuple[int, int],
         bias: Tensor | None,
         dtype: torch.dtype,
+        factor: float = 1.0,
     ) -> None:
         """Keep what the kernels read.
 
@@ -59,6 +60,8 @@ class PackedProduct:
             is (num_outputs, num_inputs).
         bias
             is [num_outputs], of any dtype.
+        factor
+            is one of all scales.
         """
         device = words.device
         self._words = words
@@ -69,13 +72,10 @@ class PackedProduct:
         self._tile_groups = tiling.tile_groups.to(device)
         self._positions = None if tiling.is_natural else tiling.positions.to(device)
         self._bias = None if bias is None else bias.to(device, dtype)
+        self._factor = factor
         self._dtype = dtype
-        num_blocks = len(words) // OUTPUTS
-        num_splits = min(-(-TARGET_PROGRAMS // num_blocks), tiling.num_tiles // MIN_TILES)
-        # More programs than a split needs would make the sums of a full card longer.
-        num_splits = 1 if num_blocks * 2 > TARGET_PROGRAMS else max(1, num_splits)
-        self._tiles_per_split = -(-tiling.num_tiles // num_splits)
-        self._num_splits = -(-tiling.num_tiles // self._tiles_per_split)
+        self._tiles_per_split = tiles_per_split(len(words) // OUTPUTS, tiling.num_tiles)
+        self._num_splits = triton.cdiv(tiling.num_tiles, self._tiles_per_split)
         self.shape = shape
         self.packed = None
         self.max_kernel_rows = -1
@@ -109,7 +109,7 @@ class PackedProduct:
             sums = torch.empty(
                 self._num_splits, num_rows, num_outputs, dtype=torch.float32, device=x.device
             )
-        grid = (-(-num_rows // rows), len(self._words) // OUTPUTS, self._num_splits)
+        grid = (triton.cdiv(num_rows, rows), len(self._words) // OUTPUTS, self._num_splits)
         product_kernel[grid](
             x,
             self._words,
@@ -127,6 +127,7 @@ class PackedProduct:
             self._tiling.num_tiles,
             self._tiles_per_split,
             self._first,
+            self._factor,
             OUTPUTS,
             rows,
             self._tiling.tile,
@@ -170,12 +171,25 @@ class PackedProduct:
             self._words.shape[1],
             len(self._words),
             width,
+            self._factor,
             OUTPUTS,
             self._tiling.tile,
             self._bits,
             num_warps=8,
         )
         return out
+
+
+def tiles_per_split(num_blocks: int, num_tiles: int) -> int:
+    """Return the tiles that a program reads, of a product with this number of blocks of outputs.
+
+    It does not depend on the rows, and so neither does the order of a sum.
+    """
+    if 2 * num_blocks > TARGET_PROGRAMS:
+        # They fill the card, and the sums would only be one launch more.
+        return num_tiles
+    num_splits = min(triton.cdiv(TARGET_PROGRAMS, num_blocks), num_tiles // MIN_TILES)
+    return triton.cdiv(num_tiles, max(1, num_splits))
 
 
 def warps_for(rows: int, is_wide: bool) -> int:
@@ -245,6 +259,7 @@ def signature_of(kernel: Any, bits: int, dtype: str, is_split: bool = False) -> 
     """Return the types of a kernel's arguments: pointers, constants, and numbers."""
     kinds = dict.fromkeys(("x", "bias", "residual", "out"), f"*{dtype}")
     kinds |= {"words": "*i32", "tile_groups": "*i32", "sums": "*fp32"}
+    kinds["factor"] = "fp32"
     kinds["scales"] = "*i32" if bits == 4 else "*fp32"
     if is_split:
         kinds["out"] = "*fp32"

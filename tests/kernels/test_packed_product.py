@@ -9,11 +9,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from compute.quantized_weights import QuantizedTensor
 from compute.triton_kernels import packed_product
-from compute.triton_kernels.fp8 import CardFp8Linear
-from compute.triton_kernels.int4 import CardInt4Linear
-from compute.triton_kernels.packed_product import PackedProduct
+from compute.triton_kernels.fp8 import CardFp8Linear, pack_fp8
+from compute.triton_kernels.int4 import CardInt4Linear, pack_int4
+from compute.triton_kernels.packed_kernels import unpacked
+from compute.triton_kernels.packed_product import PackedProduct, tiles_per_split
 from compute.triton_kernels.tiling import ONE_GROUP, tiled
 from tests.kernels import DEVICE, DTYPES
 from tests.kernels.quantized_cases import fp8_weight, in_order, int4_weight, random_for, shuffled
@@ -160,6 +164,56 @@ def test_parts_of_ranks_add_up(kind: Kind) -> None:
     torch.testing.assert_close(
         total.cpu(), expected, rtol=0, atol=4e-6 * expected.abs().max().item()
     )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_unpacked_to_bfloat16(bits: int) -> None:
+    """The interpreter cannot compute with bfloat16, but unpacking is a matter of bits."""
+    values = torch.randint(2**bits, (64, 128), generator=random_for(bits), dtype=torch.uint8)
+    if bits == 4:
+        words = pack_int4(values)
+        expected = (values.int() + 16).bfloat16()
+    else:
+        values[values & 0x7F == 0x7F] = 0
+        words = pack_fp8(values)
+        expected = (values.view(torch.float8_e4m3fn).float() * 2.0**-120).bfloat16()
+    found = torch.empty(64, 128, dtype=torch.int16, device=DEVICE)
+    unpack_kernel[(1,)](words.to(DEVICE), found, 128, bits, tl.bfloat16)
+    assert torch.equal(found.cpu(), expected.view(torch.int16))
+
+
+@triton.jit
+def unpack_kernel(words, out, TILE: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Write what `unpacked` returns for 64 outputs of one tile."""
+    num_words = TILE * BITS // 32
+    output = tl.arange(0, 64)[:, None]
+    read = tl.load(words + output * num_words + tl.arange(0, TILE * BITS // 32)[None, :])
+    bits = unpacked(read, TILE, BITS, dtype)
+    tl.store(out + output * TILE + tl.arange(0, TILE)[None, :], bits)
+
+
+@pytest.mark.parametrize("size", [2.0**-30, 2.0**30])
+def test_scales_of_any_size(kind: Kind, size: float) -> None:
+    make, weigh = kind
+    weight = weigh(64, in_order(64, 32))
+    weight.scales.mul_(size)
+    check(make(weight, None, torch.float32, DEVICE), weight, random(2, 64, dtype=torch.float32))
+
+
+def test_scales_may_be_zero(kind: Kind) -> None:
+    make, weigh = kind
+    weight = weigh(64, in_order(64, 32))
+    weight.scales.zero_()
+    product = make(weight, None, torch.float32, DEVICE)
+    assert not product(random(2, 64, dtype=torch.float32)).any()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_tiles", "expected"),
+    [(592, 28, 28), (72, 28, 4), (56, 28, 4), (56, 148, 11), (1, 3, 3), (400, 100, 100)],
+)
+def test_a_split_suits_the_card(num_blocks: int, num_tiles: int, expected: int) -> None:
+    assert tiles_per_split(num_blocks, num_tiles) == expected
 
 
 @pytest.mark.parametrize(
