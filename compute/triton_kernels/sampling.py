@@ -36,7 +36,7 @@ PART = 4096
 """The tokens of a part of a row."""
 NUM_LEVELS = 32
 """The levels above which scores are counted. They lie as far apart as noise reaches, together."""
-TALLY_CHUNK = 256
+TALLY_CHUNK = 128
 """The tokens that are tallied at once."""
 NUM_PIVOTS = 16
 """The values that are tried in one pass of a search."""

@@ -153,7 +153,7 @@ def test_bad_rows_have_no_token(fields: dict[str, float]) -> None:
 
 
 def test_a_whole_vocabulary_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PART", 4096), ("TALLY_CHUNK", 256), ("CHUNK", 1024)):
+    for name, value in (("PART", 4096), ("TALLY_CHUNK", 128), ("CHUNK", 1024)):
         monkeypatch.setattr(sampling, name, value)
     scores = torch.randn(1, 152_064, generator=torch.Generator().manual_seed(2)) * 3
     expected, found = both(scores, [sampling_of(top_p=0.9, top_k=50)])
