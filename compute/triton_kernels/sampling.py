@@ -45,13 +45,11 @@ CHUNK = 1024
 
 
 def pack_parameters(
-    temperatures: np.ndarray,
-    top_ks: np.ndarray,
-    top_ps: np.ndarray,
-    margins: np.ndarray,
-    keys: np.ndarray,
+    temperatures: np.ndarray, top_ks: np.ndarray, top_ps: np.ndarray, margins: np.ndarray
 ) -> np.ndarray:
     """Return what `choose` needs of each row in one array, int64 [5, num_rows].
+
+    The last row is left to the keys of the noise, which change from step to step.
 
     Parameters
     ----------
@@ -63,18 +61,9 @@ def pack_parameters(
         are float32; 1 if there is no such filter.
     margins
         are float32: what is added to the best scaled score, so that no lower one can be drawn.
-    keys
-        are int64: the keys of the noise.
     """
-    return np.stack(
-        [
-            bits_of(temperatures),
-            top_ks,
-            bits_of(top_ps),
-            bits_of(margins),
-            keys,
-        ]
-    )
+    keys = np.zeros_like(top_ks)
+    return np.stack([bits_of(temperatures), top_ks, bits_of(top_ps), bits_of(margins), keys])
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -92,7 +81,7 @@ def choose(scores: Tensor, parameters: Tensor, draws: bool, filters: bool) -> Te
     scores
         are float32 [num_rows, vocab_size].
     parameters
-        are what `pack_parameters` returns, on the device of the scores.
+        are those of `pack_parameters`, with keys, on the device of the scores.
     draws
         says whether a row has a temperature.
     filters
