@@ -92,22 +92,23 @@ def choose(scores: Tensor, parameters: Tensor, draws: bool, filters: bool) -> Te
     num_parts = triton.cdiv(vocab_size, PART)
     width = triton.next_power_of_2(num_parts)
     device = scores.device
+    # Maxima without noise, then those with it. A kernel gets the whole, because Triton would
+    # compile it again for a part that is not aligned.
     values = torch.empty(2, num_rows, num_parts, device=device)
     indices = torch.empty(2, num_rows, num_parts, dtype=torch.int32, device=device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     grid = (num_rows, num_parts)
-    maxima_kernel[grid](scores, values[0], indices[0], vocab_size, PART, num_warps=4)
+    maxima_kernel[grid](scores, values, indices, vocab_size, PART, num_warps=4)
     if draws:
-        thresholds = values[0]  # not read without filters
+        thresholds = values  # not read without filters
         if filters:
             thresholds = find_thresholds(scores, values[0], parameters)
         noise_kernel[grid](
             scores,
-            values[0],
             parameters,
             thresholds,
-            values[1],
-            indices[1],
+            values,
+            indices,
             vocab_size,
             num_parts,
             width,

@@ -32,7 +32,8 @@ def has_filter(parameters, maximum, vocab_size, row, num_rows):
 def level(best, number, NUM_LEVELS: tl.constexpr):
     """Return the level of each number from 0 to NUM_LEVELS - 1: the larger, the lower.
 
-    Scores below the last one win with no noise, and have no probability that counts.
+    Scores below the last one win with no noise, and have no probability that counts. The distance
+    is exact, so that all kernels get the same levels.
     """
     return best - (number + 1).to(tl.float32) * (RANGE / NUM_LEVELS)
 

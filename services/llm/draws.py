@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.messages import Sampling
 from compute.noise import NOISE_RANGE, gumbel_noise, keys_of, states_of
+from compute.triton_kernels import serve
 from services.llm.packing import upload_tensor
 
 # A nucleus (top_p) is searched among this number of best tokens before all tokens are sorted.
@@ -69,6 +70,16 @@ class CardDraws:
             self._packed[-1] = keys_of(self._states, positions)
             self._parameters = upload_tensor(torch.from_numpy(self._packed), scores.device)
         return self._kernels.choose(scores, self._parameters, self._draws, self._filters)
+
+
+def compile_kernels(vocab_size: int, device: torch.device) -> None:
+    """Compile what draws tokens on a card, so that no request waits for it."""
+    if serve(device):
+        filtered = Sampling(temperature=1.0, top_k=2, top_p=0.5, min_p=0.0)
+        drawn = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        scores = torch.zeros(1, vocab_size, device=device)
+        for sampling in (filtered, drawn):
+            CardDraws([sampling], [False], vocab_size).choose(scores, [0])
 
 
 def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:

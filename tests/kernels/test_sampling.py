@@ -167,6 +167,19 @@ def noise_of(keys, noise, SIZE: tl.constexpr):
     tl.store(noise + tl.program_id(0) * SIZE + token, sampling_kernels.gumbel_noise(key, token))
 
 
+def test_kernels_are_compiled_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(sampling, "choose", lambda *args: given.append(args))
+    draws.compile_kernels(300, torch.device("cpu"))
+    assert given == []
+    with interpreted():
+        draws.compile_kernels(300, torch.device("cpu"))
+    assert [(len(scores), *flags) for scores, _, *flags in given] == [
+        (1, True, True),
+        (1, True, False),
+    ]
+
+
 def test_noise_is_that_of_the_cpu() -> None:
     keys = torch.tensor([0, -1, 2**62 + 3, -(2**63)])
     found = torch.empty(4, 4096, device=DEVICE)
