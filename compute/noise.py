@@ -3,6 +3,7 @@
 The same key and token id give the same noise on any device and in any batch.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +25,17 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     return -(-torch.log1p(-complement)).log()
 
 
-def states_of(seeds: list[int]) -> Tensor:
-    """Return the states that the noise of each seed begins with, int64 [n]."""
-    return mix_tensor(torch.tensor(seeds) + signed(INCREMENT))
+def states_of(seeds: list[int]) -> np.ndarray:
+    """Return the states that the noise of each seed begins with, uint64 [n]."""
+    return mix_array(np.array(seeds, np.uint64))
 
 
-def keys_of(states: Tensor, positions: list[int]) -> Tensor:
+def keys_of(states: np.ndarray, positions: list[int]) -> np.ndarray:
     """Return the keys of the noise of tokens at these positions of their outputs, int64 [n].
 
     `states` are those of their seeds.
     """
-    return mix_tensor(states + torch.tensor(positions) + signed(INCREMENT))
+    return mix_array(states + np.array(positions, np.uint64)).view(np.int64)
 
 
 def mix(state: int) -> int:
@@ -42,6 +43,17 @@ def mix(state: int) -> int:
     x = (state + INCREMENT) & MASK_64
     x = ((x ^ (x >> 30)) * MULTIPLIER_1) & MASK_64
     x = ((x ^ (x >> 27)) * MULTIPLIER_2) & MASK_64
+    return x ^ (x >> 31)
+
+
+def mix_array(states: np.ndarray) -> np.ndarray:
+    """Return the outputs of splitmix64 for states, uint64 [n] both.
+
+    numpy takes a fifth of torch's time for as few as a batch has.
+    """
+    x = states + INCREMENT
+    x = (x ^ (x >> 30)) * MULTIPLIER_1
+    x = (x ^ (x >> 27)) * MULTIPLIER_2
     return x ^ (x >> 31)
 
 

@@ -36,7 +36,7 @@ PART = 4096
 """The tokens of a part of a row."""
 NUM_LEVELS = 32
 """The levels above which scores are counted. They lie as far apart as noise reaches, together."""
-TALLY_CHUNK = 256
+TALLY_CHUNK = 128
 """The tokens that are tallied at once."""
 NUM_PIVOTS = 16
 """The values that are tried in one pass of a search."""
@@ -45,13 +45,11 @@ CHUNK = 1024
 
 
 def pack_parameters(
-    temperatures: np.ndarray,
-    top_ks: np.ndarray,
-    top_ps: np.ndarray,
-    margins: np.ndarray,
-    keys: np.ndarray,
+    temperatures: np.ndarray, top_ks: np.ndarray, top_ps: np.ndarray, margins: np.ndarray
 ) -> np.ndarray:
     """Return what `choose` needs of each row in one array, int64 [5, num_rows].
+
+    The last row is left to the keys of the noise, which change from step to step.
 
     Parameters
     ----------
@@ -63,18 +61,9 @@ def pack_parameters(
         are float32; 1 if there is no such filter.
     margins
         are float32: what is added to the best scaled score, so that no lower one can be drawn.
-    keys
-        are int64: the keys of the noise.
     """
-    return np.stack(
-        [
-            bits_of(temperatures),
-            top_ks,
-            bits_of(top_ps),
-            bits_of(margins),
-            keys,
-        ]
-    )
+    keys = np.zeros_like(top_ks)
+    return np.stack([bits_of(temperatures), top_ks, bits_of(top_ps), bits_of(margins), keys])
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -92,7 +81,7 @@ def choose(scores: Tensor, parameters: Tensor, draws: bool, filters: bool) -> Te
     scores
         are float32 [num_rows, vocab_size].
     parameters
-        are what `pack_parameters` returns, on the device of the scores.
+        are those of `pack_parameters`, with keys, on the device of the scores.
     draws
         says whether a row has a temperature.
     filters
@@ -103,22 +92,23 @@ def choose(scores: Tensor, parameters: Tensor, draws: bool, filters: bool) -> Te
     num_parts = triton.cdiv(vocab_size, PART)
     width = triton.next_power_of_2(num_parts)
     device = scores.device
+    # Maxima without noise, then those with it. A kernel gets the whole, because Triton would
+    # compile it again for a part that is not aligned.
     values = torch.empty(2, num_rows, num_parts, device=device)
     indices = torch.empty(2, num_rows, num_parts, dtype=torch.int32, device=device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     grid = (num_rows, num_parts)
-    maxima_kernel[grid](scores, values[0], indices[0], vocab_size, PART, num_warps=4)
+    maxima_kernel[grid](scores, values, indices, vocab_size, PART, num_warps=4)
     if draws:
-        thresholds = values[0]  # not read without filters
+        thresholds = values  # not read without filters
         if filters:
             thresholds = find_thresholds(scores, values[0], parameters)
         noise_kernel[grid](
             scores,
-            values[0],
             parameters,
             thresholds,
-            values[1],
-            indices[1],
+            values,
+            indices,
             vocab_size,
             num_parts,
             width,

@@ -63,7 +63,6 @@ def lowest_score(best, parameters, row, num_rows):
 @triton.jit
 def noise_kernel(
     scores,
-    maxima,
     parameters,
     thresholds,
     values,
@@ -76,7 +75,7 @@ def noise_kernel(
 ):
     """Write the maximum of one part of one row with noise, and its first index.
 
-    Rows without a temperature are left out.
+    They follow those of all rows without noise. Rows without a temperature are left out.
     """
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -91,11 +90,11 @@ def noise_kernel(
         if FILTERS:
             threshold = tl.load(thresholds + row)
         else:
-            best = tl.div_rn(maximum_of_row(maxima, row, num_parts, WIDTH), temperature)
+            best = tl.div_rn(maximum_of_row(values, row, num_parts, WIDTH), temperature)
             threshold = lowest_score(best, parameters, row, num_rows)
         key = parameter(parameters, KEY, row, num_rows).to(tl.uint64, bitcast=True)
         noisy = tl.where(scaled >= threshold, scaled + gumbel_noise(key, token), -INFINITY)
-        write_maximum(noisy, token, values, indices, row, part)
+        write_maximum(noisy, token, values, indices, num_rows + row, part)
 
 
 @triton.jit

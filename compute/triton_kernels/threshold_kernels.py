@@ -32,10 +32,10 @@ def has_filter(parameters, maximum, vocab_size, row, num_rows):
 def level(best, number, NUM_LEVELS: tl.constexpr):
     """Return the level of each number from 0 to NUM_LEVELS - 1: the larger, the lower.
 
-    The last one is -inf.
+    Scores below the last one win with no noise, and have no probability that counts. The distance
+    is exact, so that all kernels get the same levels.
     """
-    below = (number + 1).to(tl.float32) * (RANGE / NUM_LEVELS)
-    return tl.where(number < NUM_LEVELS - 1, best - below, -INFINITY)
+    return best - (number + 1).to(tl.float32) * (RANGE / NUM_LEVELS)
 
 
 @triton.jit

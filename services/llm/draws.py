@@ -9,7 +9,8 @@ from torch import Tensor
 
 from common.messages import Sampling
 from compute.noise import NOISE_RANGE, gumbel_noise, keys_of, states_of
-from services.llm.packing import upload
+from compute.triton_kernels import serve
+from services.llm.packing import upload_tensor
 
 # A nucleus (top_p) is searched among this number of best tokens before all tokens are sorted.
 FIRST_NUCLEUS_WIDTH = 1024
@@ -42,6 +43,8 @@ class CardDraws:
     """
 
     def __init__(self, samplings: list[Sampling], are_greedy: list[bool], vocab_size: int) -> None:
+        from compute.triton_kernels import sampling as kernels  # only here is Triton needed
+
         draws = ~np.array(are_greedy)
         temperatures = np.array([s.temperature for s in samplings], np.float32)
         top_ks = np.array([s.top_k or vocab_size for s in samplings])
@@ -52,7 +55,8 @@ class CardDraws:
         self._parameters: Tensor | None = None
         self._draws = bool(draws.any())
         self._filters = bool((draws & ((top_ks < vocab_size) | (top_ps < 1))).any())
-        self._fields = (
+        self._kernels = kernels
+        self._packed = kernels.pack_parameters(
             np.where(draws, temperatures, 0).astype(np.float32),
             top_ks,
             top_ps,
@@ -61,14 +65,21 @@ class CardDraws:
 
     def choose(self, scores: Tensor, positions: list[int]) -> Tensor:
         """Choose a token for each row, as the function `choose` does."""
-        from compute.triton_kernels import sampling as kernels  # only there is Triton needed
-
         # Without draws nothing depends on the positions.
         if self._parameters is None or self._draws:
-            keys = keys_of(self._states, positions).numpy()
-            packed = kernels.pack_parameters(*self._fields, keys)
-            (self._parameters,) = upload([packed], scores.device)
-        return kernels.choose(scores, self._parameters, self._draws, self._filters)
+            self._packed[-1] = keys_of(self._states, positions)
+            self._parameters = upload_tensor(torch.from_numpy(self._packed), scores.device)
+        return self._kernels.choose(scores, self._parameters, self._draws, self._filters)
+
+
+def compile_kernels(vocab_size: int, device: torch.device) -> None:
+    """Compile what draws tokens on a card, so that no request waits for it."""
+    if serve(device):
+        filtered = Sampling(temperature=1.0, top_k=2, top_p=0.5, min_p=0.0)
+        drawn = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        scores = torch.zeros(1, vocab_size, device=device)
+        for sampling in (filtered, drawn):
+            CardDraws([sampling], [False], vocab_size).choose(scores, [0])
 
 
 def greatest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +101,8 @@ def draw(scores: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
     kept = (scaled >= threshold(scaled, samplings)).flatten().nonzero()[:, 0]
     row = kept // scores.shape[1]
     token = kept % scores.shape[1]
-    keys = keys_of(states_of([s.seed for s in samplings]), positions).to(scores.device)
+    seeds = [s.seed for s in samplings]
+    keys = torch.from_numpy(keys_of(states_of(seeds), positions)).to(scores.device)
     noisy = torch.full_like(scaled, -torch.inf).flatten()
     noisy[kept] = scaled.flatten()[kept] + gumbel_noise(keys[row], token)
     return noisy.view_as(scaled).argmax(-1)

@@ -19,6 +19,7 @@ from services.llm.embedding_budget import EmbeddingBudget
 from services.llm.guided_decoding import GuidedDecoding, Mask
 from services.llm.lora_registry import LoraRegistry
 from services.llm.metrics import LlmMetrics
+from services.llm.packing import upload
 from services.llm.prompt_logprobs import take_prompt_logits
 from services.llm.ranks import Execute
 from services.llm.request import Limits, Request
@@ -385,7 +386,8 @@ class Engine:
             requests += siblings
             rows += [row] * len(siblings)
         if len(rows) > len(chunks):
-            logits = logits[rows]
+            (places,) = upload([np.array(rows)], logits.device)
+            logits = logits[places]
             masks = {row: masks[source] for row, source in enumerate(rows) if source in masks}
         positions = [len(request.output_token_ids) for request in requests]
         sampled = self.sampler.sample(logits, [r.key for r in requests], positions, masks)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.llm.packing import upload
 from services.llm.request import Request
 from services.llm.scheduler import Chunk
 
@@ -30,7 +31,8 @@ def take_prompt_logits(chunks: Sequence[Chunk], logits: Tensor) -> Tensor:
         if chunk.samples:
             drawn.append(row)
             row += 1
-    return logits[torch.tensor(drawn, dtype=torch.int64, device=logits.device)]
+    (rows,) = upload([np.array(drawn, np.int64)], logits.device)
+    return logits[rows]
 
 
 @torch.inference_mode()

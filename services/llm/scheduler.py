@@ -222,13 +222,19 @@ class Scheduler:
         tables = self._block_tables(requests)
         blocks = tables[seqs, index // self.block_size]
         token_ids = np.concatenate([c.request.tokens(c.begin, c.end) for c in chunks])
-        item_rows = self._item_rows(chunks, starts)
+        # Decodes have nothing of their prompts to copy.
+        prefills = [
+            (chunk, start)
+            for chunk, start in zip(chunks, starts.tolist(), strict=True)
+            if chunk.has_prompt
+        ]
+        item_rows = self._item_rows(prefills)
         token_ids[item_rows] = 0  # placeholders may lie outside the vocabulary
         copies = np.array(self._block_copies, np.int64).reshape(-1, 2)
         self._block_copies = []
         return StepPlan(
             token_ids=token_ids,
-            positions=self._positions(chunks, starts, index + deltas[seqs]),
+            positions=self._positions(prefills, index + deltas[seqs], len(requests[0].positions)),
             slot_mapping=blocks * self.block_size + index % self.block_size,
             query_lens=query_lens,
             context_lens=context_lens,
@@ -411,24 +417,21 @@ class Scheduler:
         return tables
 
     def _positions(
-        self, chunks: list[Chunk], starts: np.ndarray, generated: np.ndarray
+        self, prefills: list[tuple[Chunk, int]], generated: np.ndarray, num_components: int
     ) -> np.ndarray:
         """Return the positions of all rows, int64 [num_components, num_tokens].
 
         A prompt brings its own positions. Those of output tokens are `generated` from their index.
         """
-        num_components = len(chunks[0].request.positions)
         positions = np.tile(generated, (num_components, 1))
-        for chunk, start in zip(chunks, starts.tolist(), strict=True):
-            if not chunk.has_prompt:
-                continue
+        for chunk, start in prefills:
             own = chunk.request.positions[:, chunk.begin : chunk.end]
             positions[:, start : start + own.shape[1]] = own
         return positions
 
-    def _item_rows(self, chunks: list[Chunk], starts: np.ndarray) -> np.ndarray:
+    def _item_rows(self, prefills: list[tuple[Chunk, int]]) -> np.ndarray:
         rows = [np.zeros(0, np.int64)]
-        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+        for chunk, start in prefills:
             offset = start - chunk.begin
             rows += [np.arange(begin + offset, end + offset) for _, begin, end in items_in(chunk)]
         return np.concatenate(rows)

@@ -25,6 +25,7 @@ from services.llm.attention_backends.choice import GATHER, choose_attention, gat
 from services.llm.attention_backends.protocol import PagedBackend
 from services.llm.block_pool import BlockPool
 from services.llm.cuda_model_runner import CudaModelRunner
+from services.llm.draws import compile_kernels
 from services.llm.embedding_budget import EmbeddingBudget, embedding_tokens
 from services.llm.engine import Engine
 from services.llm.grouping import num_ranks_here
@@ -147,6 +148,8 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
         max_model_len=context_of(settings, checkpoint),
     )
     if settings.rank == 0:
+        if generates(checkpoint):
+            compile_kernels(runner.vocab_size, device.torch_device)
         group_adapters = GroupAdapters(
             LoraRegistry(residents, settings.max_loras),
             adapters,

@@ -238,7 +238,7 @@ MUTATIONS = [
         "log_of", ("1 / 7 + square * (1 / 9)", "1 / 7"), (" - SQRT_HALF_BITS", " - 0x3F800000")
     ),
     *in_thresholds("has_filter", ("has_top_k | has_top_p", "has_top_k")),
-    *in_thresholds("level", ("number < NUM_LEVELS - 1", "number < NUM_LEVELS")),
+    *in_thresholds("level", ("number + 1", "number")),
     *in_thresholds(
         "tally_kernel",
         ("count += is_above.to(tl.int32)", "count = is_above.to(tl.int32)"),

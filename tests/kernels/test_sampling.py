@@ -153,7 +153,7 @@ def test_bad_rows_have_no_token(fields: dict[str, float]) -> None:
 
 
 def test_a_whole_vocabulary_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PART", 4096), ("TALLY_CHUNK", 256), ("CHUNK", 1024)):
+    for name, value in (("PART", 4096), ("TALLY_CHUNK", 128), ("CHUNK", 1024)):
         monkeypatch.setattr(sampling, name, value)
     scores = torch.randn(1, 152_064, generator=torch.Generator().manual_seed(2)) * 3
     expected, found = both(scores, [sampling_of(top_p=0.9, top_k=50)])
@@ -165,6 +165,19 @@ def noise_of(keys, noise, SIZE: tl.constexpr):
     token = tl.arange(0, SIZE)
     key = tl.load(keys + tl.program_id(0)).to(tl.uint64, bitcast=True)
     tl.store(noise + tl.program_id(0) * SIZE + token, sampling_kernels.gumbel_noise(key, token))
+
+
+def test_kernels_are_compiled_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(sampling, "choose", lambda *args: given.append(args))
+    draws.compile_kernels(300, torch.device("cpu"))
+    assert given == []
+    with interpreted():
+        draws.compile_kernels(300, torch.device("cpu"))
+    assert [(len(scores), *flags) for scores, _, *flags in given] == [
+        (1, True, True),
+        (1, True, False),
+    ]
 
 
 def test_noise_is_that_of_the_cpu() -> None:

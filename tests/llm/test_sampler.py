@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from common.messages import Sampling, Stopping
-from compute.noise import NOISE_RANGE, gumbel_noise, mix, mix_tensor, signed
+from compute.noise import (
+    NOISE_RANGE,
+    gumbel_noise,
+    keys_of,
+    mix,
+    mix_tensor,
+    signed,
+    states_of,
+)
 from services.llm.draws import FIRST_NUCLEUS_WIDTH, threshold
 from services.llm.sampler import SampledTokens, Sampler
 from tests.golden import CASES, GoldenCase, max_difference
@@ -115,6 +123,13 @@ def test_the_hash_is_splitmix64() -> None:
         torch.tensor([signed((s + 0x9E3779B97F4A7C15) % 2**64) for s in states])
     ).tolist()
     assert found == [signed(mix(s)) for s in states]
+
+
+def test_a_key_is_the_hash_of_a_seed_and_then_of_a_position() -> None:
+    seeds = [0, 1, 2**63 - 1]
+    positions = [0, 9, 2**40]
+    expected = [signed(mix(mix(s) + p)) for s, p in zip(seeds, positions, strict=True)]
+    assert keys_of(states_of(seeds), positions).tolist() == expected
 
 
 def test_noise_is_finite_and_within_its_range() -> None:
