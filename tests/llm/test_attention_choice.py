@@ -64,7 +64,7 @@ def test_the_fastest_is_chosen_with_the_size_of_its_blocks(tried: dict[str, Shap
     """Batches count twice: 20 * 5 * 5 * 9 is less than 10 ** 4."""
     assert chosen() == ChosenAttention(ByVarlen, 256)
     assert {name: shapes.block_size for name, shapes in tried.items()} == {
-        "triton": 64,
+        "triton": 128,
         "varlen": 256,
         "flashinfer": 64,
     }
@@ -77,13 +77,13 @@ def test_a_given_size_of_blocks_binds_every_backend(tried: dict[str, Shapes]) ->
 
 def test_a_rank_tries_the_shapes_of_its_own_heads(tried: dict[str, Shapes]) -> None:
     chosen(shard=Shard(rank=3, world_size=4))
-    assert tried["triton"] == Shapes(2, 1, 16, torch.bfloat16, 64)
+    assert tried["triton"] == Shapes(2, 1, 16, torch.bfloat16, 128)
 
 
 def test_ranks_choose_by_the_slowest_of_them(tried: dict[str, Shapes]) -> None:
     """On another rank varlen takes a millisecond."""
     shard = Shard(world_size=2, agree=lambda count: -(10**6) if count == -5 else count)
-    assert chosen(shard=shard) == ChosenAttention(ByTriton, 64)
+    assert chosen(shard=shard) == ChosenAttention(ByTriton, 128)
 
 
 def test_without_any_backend_blocks_are_gathered(
@@ -106,7 +106,7 @@ def test_a_named_backend_is_taken_without_measuring(
     monkeypatch: pytest.MonkeyPatch, tried: dict[str, Shapes]
 ) -> None:
     monkeypatch.setattr(choice, "objection_to", lambda *_: "")
-    assert chosen(attention="triton") == ChosenAttention(ByTriton, 64)
+    assert chosen(attention="triton") == ChosenAttention(ByTriton, 128)
     assert not tried
 
 

@@ -26,8 +26,8 @@ class ByTriton(PagedBackend):
     """Our own kernels."""
 
     name = "triton"
-    # A tile of the kernels has up to 64 keys. It is read at one address if it lies in one block.
-    block_size = 64
+    # A tile of the kernels has up to 128 keys. It is read at one address if it lies in one block.
+    block_size = 128
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         self._shapes = shapes
