@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         default=Path(".gpu/checkpoints"),
         metavar="FOLDER",
-        help="for checkpoints with random weights, which take 3 GB (default: .gpu/checkpoints)",
+        help="for checkpoints with random weights, which take 8 GB (default: .gpu/checkpoints)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="run every part on the CPU, with stand-ins"

@@ -8,11 +8,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
 from benchmarks.gpu.part import Task
 from benchmarks.serving import ROOT
