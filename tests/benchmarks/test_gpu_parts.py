@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu.part import Task
 from benchmarks.gpu.parts import profile, speed
 from benchmarks.gpu.parts.kernels import write as write_tests
+from benchmarks.gpu.served import write as write_level
 from benchmarks.gpu.setup import Setup
 from benchmarks.serving import ROOT
 from services.llm.attention_backends.by_varlen import ByVarlen
@@ -89,3 +90,19 @@ def test_a_files_tests_are_counted(task: Task) -> None:
     assert (failed["passed"], failed["failed"], failed["skipped"]) == (1, 1, 1)
     assert failed["first_failure"] == "bad: 1 is not 2" and not failed["ok"]
     assert died["first_failure"] == "pytest ended with status -11" and not died["ok"]
+
+
+def test_a_level_without_an_answer_has_no_times(task: Task) -> None:
+    figures = {"concurrency": 1, "requests": 4, "succeeded_requests": 0}
+    rates = ("output_tokens_per_second", "images_per_second", "client_busy_share")
+    write_level(task, "Serving", "a system", figures | dict.fromkeys(rates, 0.0))
+    [row] = rows_of(task, "Serving")
+    assert row["ttft_ms"] is None and row["reached"] is None and row["ok"] is False
+
+
+def test_a_level_is_compared_with_what_is_wanted(task: Task) -> None:
+    figures = {"concurrency": 1, "requests": 4, "succeeded_requests": 4, "ttft_p50_seconds": 0.1}
+    rates = ("output_tokens_per_second", "images_per_second", "client_busy_share")
+    write_level(task, "Serving", "a system", figures | dict.fromkeys(rates, 0.0))
+    [row] = rows_of(task, "Serving")
+    assert row["ttft_ms"] == 100 and row["reached"] is False and row["ok"] is True
