@@ -16,7 +16,7 @@ from benchmarks.gpu.processes import adopt_orphans
 from benchmarks.gpu.runner import INTERRUPTED, OK, SKIPPED, Files, Part, run
 
 WEIGHTS = {
-    "kernels": 2.0,
+    "kernels": 2.5,
     "golden": 1.5,
     "speed": 2.5,
     "serve": 3.0,
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         default=Path(".gpu/checkpoints"),
         metavar="FOLDER",
-        help="for checkpoints with random weights, which take 3 GB (default: .gpu/checkpoints)",
+        help="for checkpoints with random weights, which take 8 GB (default: .gpu/checkpoints)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="run every part on the CPU, with stand-ins"

@@ -10,6 +10,9 @@ import importlib
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,15 @@ class Task:
         """Write a row of a table. One that has `ok=False` makes the part fail at its end."""
         append_line(self.rows, {"part": self.part, "table": table} | figures)
         self.num_failed += figures.get("ok") is False
+
+    @contextmanager
+    def attempt(self, table: str, **names: Any) -> Iterator[None]:
+        """Write what a case raises as a row that is not ok, and let the part go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (each case stands alone)
+            traceback.print_exc()
+            self.row(table, **names, error=f"{type(error).__name__}: {error}"[:200], ok=False)
 
     def rows_of(self, part: str) -> list[dict[str, Any]]:
         """Return what an earlier part measured."""

@@ -1,7 +1,6 @@
 """`twinlens serve` on one card under load: what clients see, and where the time goes."""
 
 import asyncio
-from math import nan
 from typing import Any
 
 from benchmarks.gpu.part import Task
@@ -63,31 +62,33 @@ async def ask(task: Task, url: str, table: str, system: str) -> None:
 def write(task: Task, table: str, system: str, figures: dict[str, Any]) -> None:
     sizes = task.sizes
     is_one = figures["concurrency"] == 1
-    ttft_ms = 1e3 * figures.get("ttft_p50_seconds", nan)
+    ttft_ms = milliseconds(figures, "ttft_p50")
     task.row(
         table,
         system=system,
         clients=figures["concurrency"],
         requests=figures["succeeded_requests"],
         ttft_ms=ttft_ms,
-        ttft_p99_ms=1e3 * figures.get("ttft_p99_seconds", nan),
+        ttft_p99_ms=milliseconds(figures, "ttft_p99"),
         wanted_ttft_ms=sizes.wanted_ttft_ms if is_one else None,
-        reached=ttft_ms <= sizes.wanted_ttft_ms if is_one else None,
-        tpot_ms=1e3 * figures.get("tpot_p50_seconds", nan),
+        reached=ttft_ms <= sizes.wanted_ttft_ms if is_one and ttft_ms else None,
+        tpot_ms=milliseconds(figures, "tpot_p50"),
         tokens_per_second=figures["output_tokens_per_second"],
         images_per_second=figures["images_per_second"],
         client_busy_share=figures["client_busy_share"],
         ok=figures["succeeded_requests"] == figures["requests"],
     )
-    stages = {
-        f"{stage}_ms": 1e3 * figures[f"stage_{stage}_mean_seconds"]
-        for stage in STAGES
-        if f"stage_{stage}_mean_seconds" in figures
-    }
+    stages = {f"{stage}_ms": milliseconds(figures, f"stage_{stage}_mean") for stage in STAGES}
     task.row(
         f"{table}: where the time goes",
         system=system,
         clients=figures["concurrency"],
         **stages,
-        whole_ms=1e3 * figures.get("e2e_mean_seconds", nan),
+        whole_ms=milliseconds(figures, "e2e_mean"),
     )
+
+
+def milliseconds(figures: dict[str, Any], name: str) -> float | None:
+    """Return a time, or None if no request succeeded."""
+    seconds = figures.get(f"{name}_seconds")
+    return None if seconds is None else 1e3 * seconds

@@ -32,6 +32,7 @@ from tests.vision import test_qwen2_5_vl
 from tests.vision import test_qwen_vl as vision_of_qwen_vl
 from tests.vision import test_wemm as vision_of_wemm
 
+TABLE = "Golden cases in float32"
 LOGITS_BOUND = 1e-3
 EMBEDDINGS_BOUND = 1e-4
 POOLED_BOUND = 1e-5
@@ -73,8 +74,9 @@ def run(task: Task) -> None:
             vision_wemm,
             vlmo,
         ):
-            for comparison in islice(compare(setup.device), limit):
-                write(task, *comparison)
+            with task.attempt(TABLE, family=compare.__name__):
+                for comparison in islice(compare(setup.device), limit):
+                    write(task, *comparison)
 
 
 def write(
@@ -84,7 +86,7 @@ def write(
     has_choices = bound == LOGITS_BOUND
     same = bool((found.argmax(-1) == expected.argmax(-1)).all()) if has_choices else None
     task.row(
-        "Golden cases in float32",
+        TABLE,
         family=family,
         case=case,
         values=found.size,

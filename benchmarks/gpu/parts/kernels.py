@@ -4,14 +4,15 @@ The tests of the kernels and those that need a card run there, each file in a pr
 after a bad access the card accepts nothing more from that process.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
 from benchmarks.gpu.part import Task
 from benchmarks.serving import ROOT
@@ -45,10 +46,10 @@ def run(task: Task) -> None:
 
 def test(files: list[Path], report: Path, dry_run: bool) -> tuple[int, list[ElementTree.Element]]:
     """Run the tests of some files. Return pytest's exit status, and its report of each test."""
-    dry = ["-p", "benchmarks.gpu.first_tests"] if dry_run else []
+    how = ["-p", "benchmarks.gpu.first_tests"] if dry_run else in_parallel()
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", *OPTIONS, *dry),
+            *(sys.executable, "-m", "pytest", *OPTIONS, *how),
             *("-m", NO_SYSTEMS, f"--junitxml={report}", *map(str, files)),
         ],
         cwd=ROOT,
@@ -60,6 +61,12 @@ def test(files: list[Path], report: Path, dry_run: bool) -> tuple[int, list[Elem
     print(done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), flush=True)
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     return done.returncode, cases
+
+
+def in_parallel() -> list[str]:
+    """Return the options to run a file's tests in several processes, if pytest-xdist is there."""
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    return ["-p", "xdist.plugin", "-n", str(WORKERS)] if has_xdist else []
 
 
 def write(task: Task, file: Path, status: int, cases: list[ElementTree.Element]) -> None:

@@ -55,6 +55,7 @@ def of_batch(task: Task, setup: Setup, runner: CudaModelRunner, batch: int, plan
         share_of_step=busy_ms / step_ms,
         launches=len(spans) // STEPS,
         gaps_ms=gaps(spans) / 1e3 / STEPS,
+        ok=bool(spans),
     )
     for name, (count, microseconds) in longest(spans):
         task.row(

@@ -34,7 +34,8 @@ def run(task: Task) -> None:
     with Setup(task) as setup:
         limits = measure(task, setup)
         checkpoint = setup.checkpoint()
-        of_vision(task, setup, checkpoint, limits)
+        with task.attempt("Speed", case="vision"):
+            of_vision(task, setup, checkpoint, limits)
         of_language(task, setup, checkpoint, limits)
         of_quantized(task, setup, limits)
 
@@ -86,11 +87,11 @@ def of_vision(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits) 
     """Time encodes from pixels on the host to embeddings on the host."""
     tower = load(checkpoint, setup.dtype, setup.device)
     if not task.dry_run:  # images of the real sizes take too long on the CPU
-        for kind, groups in tower.attention_shapes().groups.items():
+        shapes = tower.attention_shapes()
+        for kind in shapes.groups:
             for name in vision_choice.WAYS:
-                trial = vision_choice.try_way(name, kind, tower.attention_shapes(), tower)
+                trial = vision_choice.try_way(name, kind, shapes, tower)
                 trial_row(task, f"vision, {kind}", trial, vision_choice.CASES)
-            assert groups
         vision_choice.choose_attention(tower)
     graphed = GraphedTower(tower)
     size = VisionConfig.of(checkpoint).patch_size
@@ -125,11 +126,13 @@ def of_language(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits
             trial_row(task, "language", trial, CASES)
             free_memory(setup)
     for kind in setup.backends(checkpoint):
-        free_memory(setup)
-        runner = setup.runner(checkpoint, kind)
-        time_decodes(task, checkpoint, limits, runner, kind)
-        time_prefills(task, checkpoint, limits, runner, kind)
-        measure_overhead(task, setup, checkpoint, runner, kind)
+        with task.attempt("Speed", case="language", attention=kind.name):
+            free_memory(setup)
+            runner = setup.runner(checkpoint, kind)
+            time_decodes(task, checkpoint, limits, runner, kind)
+            time_prefills(task, checkpoint, limits, runner, kind)
+            measure_overhead(task, setup, checkpoint, runner, kind)
+            del runner
     if setup.device.type == "cuda":
         gigabytes = torch.cuda.max_memory_allocated(setup.device) / 1e9
         task.row("Memory", models="language and vision in bfloat16", most_GB=gigabytes)
@@ -138,11 +141,13 @@ def of_language(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits
 def of_quantized(task: Task, setup: Setup, limits: Limits) -> None:
     """Time decodes of quantized weights, with the fastest attention."""
     for format, weights in QUANTIZED.items():
-        checkpoint = setup.checkpoint(format)
-        kind = setup.backends(checkpoint)[0]
-        free_memory(setup)
-        runner = setup.runner(checkpoint, kind)
-        time_decodes(task, checkpoint, limits, runner, kind, weights)
+        with task.attempt("Speed", case="decode", weights=weights):
+            checkpoint = setup.checkpoint(format)
+            kind = setup.backends(checkpoint)[0]
+            runner = setup.runner(checkpoint, kind)
+            time_decodes(task, checkpoint, limits, runner, kind, weights)
+            del runner
+            free_memory(setup)
 
 
 def time_decodes(
