@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compute.kernels.library import int8_kernels, panel_of
@@ -26,8 +27,10 @@ class Int4Linear:
         kernels = int8_kernels()
         assert kernels is not None, "check_quantization comes first"
         pieces, groups, order = arranged(weight.groups)
-        layout = Int4Layout(pieces, None if is_identity(order, len(weight.groups)) else order)
-        values = weight.values[:, order.clamp(min=0)].contiguous()
+        in_order = order.equal(torch.arange(len(weight.groups), dtype=order.dtype))
+        layout = Int4Layout(pieces, None if in_order else order)
+        values = weight.values if in_order else weight.values[:, order.clamp(min=0)]
+        values = values.contiguous()
         factors = powers_of_two(weight.scales)
         scales = (weight.scales / factors[:, None])[:, groups].half().contiguous()
         zeros = weight.zeros[:, groups].contiguous()
@@ -62,7 +65,7 @@ def arranged(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     group_of: list[int] = []
     for group in groups.unique().tolist():
         for piece in (groups == group).nonzero()[:, 0].split(MAX_PIECE_INPUTS):
-            order.append(torch.nn.functional.pad(piece, (0, -len(piece) % OCTET), value=MISSING))
+            order.append(F.pad(piece, (0, -len(piece) % OCTET), value=MISSING))
             ends.append(ends[-1] + len(order[-1]) // OCTET)
             group_of.append(group)
     return (
@@ -70,10 +73,6 @@ def arranged(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.tensor(group_of),
         torch.cat(order).to(torch.int32),
     )
-
-
-def is_identity(order: Tensor, num_inputs: int) -> bool:
-    return order.equal(torch.arange(num_inputs, dtype=order.dtype))
 
 
 def powers_of_two(scales: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-/* Products of any number of rows with weights of eight or four bits. The result of a row does not
- * depend on the other rows. */
+/* Products of any number of rows with int4 weights, and with int8 weights for AVX-512; those of
+ * AVX2 are in linear.c. The result of a row does not depend on the other rows. */
 
 #include "quantized_linear.h"
 

@@ -48,6 +48,15 @@ def test_a_product_equals_that_of_the_dequantised_weights(
 
 
 @needs_kernels
+def test_what_another_product_left_behind_does_not_reach_a_row() -> None:
+    linear = Int8Linear(random(64, 31, dtype=BFLOAT16))
+    x = random(1, 31, dtype=BFLOAT16)
+    expected = linear(x)
+    Int8Linear(random(64, 64, dtype=BFLOAT16))(torch.full((1, 64), torch.nan, dtype=BFLOAT16))
+    assert linear(x).equal(expected)
+
+
+@needs_kernels
 def test_neither_rows_beside_it_nor_threads_change_a_row() -> None:
     linear = Int8Linear(random(500, 600, dtype=BFLOAT16))
     x = random(130, 600, dtype=BFLOAT16)
