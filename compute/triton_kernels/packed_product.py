@@ -19,10 +19,13 @@ from compute.triton_kernels.variant import Variant
 
 OUTPUTS = 64
 """The outputs of a program. Weights are padded to a multiple."""
-MAX_KERNEL_ROWS = 384
-"""With more rows, widening into a scratch is faster. Of the gate and up products of a 7B model it
-takes about 80 us on an H200, and torch multiplies 384 rows in 90; the kernel reads and widens all
-weights again for every 64 rows, about 25 us each."""
+MAX_KERNEL_ROWS = 256
+"""With more rows, widening into a scratch is faster. By arithmetic, for the gate and up products of
+a 7B model in four bits on an H200: it takes 80 us, and torch then multiplies 256 rows in 99; the
+kernel unpacks all weights again for every 32 rows, 22 us each."""
+MAX_PROGRAM_ROWS = 32
+"""The rows of a program. More need four warps, for which Triton chooses Hopper's wide matrix
+instructions, and these would take the sums of inputs from as many products as those of weights."""
 TARGET_PROGRAMS = 768
 """A product is split over its inputs until it has about this number of programs: six for each
 multiprocessor of a large card."""
@@ -101,7 +104,7 @@ class PackedProduct:
     def _multiply(self, x: Tensor, residual: Tensor | None) -> Tensor:
         num_rows = len(x)
         num_outputs = self.shape[0]
-        rows = min(64, max(8, triton.next_power_of_2(num_rows)))
+        rows = rows_for(num_rows, x.dtype)
         out = x.new_empty(num_rows, num_outputs)
         is_split = self._num_splits > 1
         sums = out
@@ -136,7 +139,7 @@ class PackedProduct:
             x.shape[1] < len(self._tiling.positions),
             is_split,
             precision_of(x.dtype),
-            num_warps=warps_for(rows, x.dtype is torch.float32),
+            num_warps=warps_for(x.dtype),
             num_stages=NUM_STAGES,
         )
         if is_split:
@@ -192,12 +195,16 @@ def tiles_per_split(num_blocks: int, num_tiles: int) -> int:
     return triton.cdiv(num_tiles, max(1, num_splits))
 
 
-def warps_for(rows: int, is_wide: bool) -> int:
-    """Return the warps of a program for this number of rows, of float32 if it is wide."""
-    # Hopper's wide matrix instructions begin at four warps. For few rows those of a warp do better.
-    if is_wide:
-        return 8
-    return 2 if rows <= 32 else 4
+def rows_for(num_rows: int, dtype: torch.dtype) -> int:
+    """Return the rows of a program."""
+    # More rows of float32 need more registers than there are.
+    most = 8 if dtype is torch.float32 else MAX_PROGRAM_ROWS
+    return min(most, max(8, triton.next_power_of_2(num_rows)))
+
+
+def warps_for(dtype: torch.dtype) -> int:
+    """Return the warps of a program."""
+    return 8 if dtype is torch.float32 else 2
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -217,10 +224,10 @@ def variants_of(bits: int) -> Iterator[Variant]:
         ("bf16", 8, False),
         ("bf16", 16, True),
         ("bf16", 32, True),
-        ("bf16", 64, True),
         ("fp16", 8, True),
         ("fp32", 8, True),
     ):
+        torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
         yield Variant(
             f"{name} product {dtype}, {rows} rows{', split' if is_split else ''}",
             product_kernel,
@@ -233,9 +240,9 @@ def variants_of(bits: int) -> Iterator[Variant]:
                 "BITS": bits,
                 "MASKED": False,
                 "IS_SPLIT": is_split,
-                "PRECISION": precision_of(torch.float32 if dtype == "fp32" else torch.bfloat16),
+                "PRECISION": precision_of(torch_dtype),
             },
-            num_warps=warps_for(rows, dtype == "fp32"),
+            num_warps=warps_for(torch_dtype),
             num_stages=NUM_STAGES,
         )
     for dtype in ("bf16", "fp32"):
