@@ -449,7 +449,6 @@ def merge_splits(
     context_len = tl.load(context_lens_ptr + sequence)
     splits = tl.arange(0, MAX_SPLITS)
     exists = splits * split_length(context_len, num_splits, KEYS) < context_len
-    exists = exists & (splits < num_splits)
     columns = tl.arange(0, WIDTH)
     parts = (sequence.to(tl.int64) * NUM_HEADS + head) * num_splits + splits
 
@@ -460,8 +459,7 @@ def merge_splits(
         mask=exists[:, None] & (columns[None, :] < HEAD_DIM),
         other=0.0,
     )
-    top = tl.max(tops, 0)
-    weights = tl.exp2(tops - tl.where(top == -float("inf"), 0.0, top))
+    weights = tl.exp2(tops - tl.max(tops, 0))
     merged = tl.sum(sums * weights[:, None], 0) / tl.sum(totals * weights, 0)
     tl.store(
         out_ptr + token * OUT_STRIDE + head * HEAD_DIM + columns,
