@@ -1,5 +1,6 @@
 """A quantized checkpoint computes what its dequantized weights compute, on any number of ranks."""
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from common.checkpoint import open_checkpoint
+from common.config import BadSetting
+from common.settings import LlmSettings
 from common.sizing import Footprint
 from compute.kernels.library import bfloat16_kernels
 from compute.linear import Linear
@@ -17,6 +20,7 @@ from services.llm.families import load
 from services.llm.fused_decode import FusedDecode
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
+from services.llm.startup import check_settings
 from services.vision.eager_tower import EagerTower
 from tests.fine_tunes import write as write_layout
 from tests.golden import GoldenCase, max_difference
@@ -212,3 +216,13 @@ def test_a_quantized_module_is_a_plain_product_if_that_is_asked_for(pair: Pair) 
         model = load(checkpoint, dtype, CPU, quantization=quantization)
         assert isinstance(model, Decoder)
         assert isinstance(model.layers[0].qkv.product, Linear)
+
+
+def test_int8_is_refused_for_a_checkpoint_that_is_quantized_already(pair: Pair) -> None:
+    checkpoint = open_checkpoint(pair.quantized.checkpoint)
+    given = LlmSettings(model=str(checkpoint.path))
+    with pytest.raises(BadSetting, match="the checkpoint is quantized already"):
+        check_settings(replace(given, quantization="int8"), checkpoint)
+    for quantization in ("auto", "none"):
+        check_settings(replace(given, quantization=quantization), checkpoint)
+    check_settings(replace(given, quantization="int8"), open_checkpoint(pair.meant.checkpoint))
