@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compute.int4_linear import Int4Linear, arranged
 from compute.kernels.library import int8_kernels
+from compute.products import product_of
 from compute.quantized_weights import Int4Weight
 from tests.compute.test_linear import random, relative_error
 
@@ -116,6 +117,12 @@ def test_scales_that_float16_does_not_hold_are_exact_enough(factor: float) -> No
     small = Int4Weight(weight.values, weight.scales * factor, weight.zeros, weight.groups)
     x = random(3, 256, dtype=BFLOAT16)
     assert Int4Linear(small)(x).equal((Int4Linear(weight)(x).float() * factor).bfloat16())
+
+
+@needs_kernels
+def test_a_cpu_multiplies_such_weights_as_they_are() -> None:
+    weight = weight_of(40, groups_of(256, 32))
+    assert isinstance(product_of(weight, None, BFLOAT16), Int4Linear)
 
 
 @needs_kernels
