@@ -100,9 +100,9 @@ def _dense(num_heads: int, head_dim: int, length: int, dtype: torch.dtype, card:
     tile = tile_of_queries(head_dim, dtype, length, card)
     constants = {
         **dict.fromkeys(("scale_ptr", "query_lens_ptr", "context_lens_ptr", "tables_ptr")),
-        "Q_STRIDE": num_heads * head_dim,
+        "Q_STRIDE": 3 * num_heads * head_dim,
         "OUT_STRIDE": num_heads * head_dim,
-        "KEY_STRIDE": num_heads * head_dim,
+        "KEY_STRIDE": 3 * num_heads * head_dim,
         "BLOCK_SIZE": 0,
         "CAUSAL": False,
         **constants_of(num_heads, num_heads, head_dim, dtype, tile),
