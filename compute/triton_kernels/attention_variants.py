@@ -1,6 +1,7 @@
 """The attention kernels as models launch them, for the ahead-of-time compiler."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,18 +44,27 @@ def variants() -> Iterator[Variant]:
         yield from _decodes(*heads)
         _, _, head_dim, _, dtype = heads
         for card in _cards(head_dim, dtype, CHUNK_ROWS):
-            yield _chunk(*heads, card)
+            yield _for_card(_chunk(*heads, card), card)
     for tower in DENSE_HEADS:
         _, head_dim, length, dtype = tower
         for card in _cards(head_dim, dtype, length):
-            yield _dense(*tower, card)
+            yield _for_card(_dense(*tower, card), card)
     yield _merge()
 
 
-def _cards(head_dim: int, dtype: torch.dtype, num_rows: int) -> list[Card]:
-    """Return the cards that have tiles of their own."""
+def _cards(head_dim: int, dtype: torch.dtype, num_rows: int) -> list[Card | None]:
+    """Return the cards that have tiles of their own; None if all have the same."""
     narrow, wide = (tile_of_queries(head_dim, dtype, num_rows, card) for card in (AMPERE, HOPPER))
-    return [AMPERE] if narrow == wide else [AMPERE, HOPPER]
+    return [None] if narrow == wide else [AMPERE, HOPPER]
+
+
+def _for_card(variant: Variant, card: Card | None) -> Variant:
+    """Return the variant for the architectures that launch it."""
+    if card is None:
+        return variant
+    if card is AMPERE:
+        return replace(variant, max_arch=10 * HOPPER.major - 1)
+    return replace(variant, name=f"{variant.name} (wide)", min_arch=10 * HOPPER.major)
 
 
 def _decodes(
@@ -82,9 +92,9 @@ def _chunk(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    card: Card,
+    card: Card | None,
 ) -> Variant:
-    tile = tile_of_queries(head_dim, dtype, CHUNK_ROWS, card)
+    tile = tile_of_queries(head_dim, dtype, CHUNK_ROWS, card or AMPERE)
     constants = {
         "Q_STRIDE": (num_heads + 2 * num_kv_heads) * head_dim,
         "OUT_STRIDE": num_heads * head_dim,
@@ -93,11 +103,13 @@ def _chunk(
         "CAUSAL": True,
         **constants_of(num_heads, num_kv_heads, head_dim, dtype, tile),
     }
-    return _variant(f"chunk, blocks of {block_size}", attend_tiles, dtype, constants, tile, card)
+    return _variant(f"chunk, blocks of {block_size}", attend_tiles, dtype, constants, tile)
 
 
-def _dense(num_heads: int, head_dim: int, length: int, dtype: torch.dtype, card: Card) -> Variant:
-    tile = tile_of_queries(head_dim, dtype, length, card)
+def _dense(
+    num_heads: int, head_dim: int, length: int, dtype: torch.dtype, card: Card | None
+) -> Variant:
+    tile = tile_of_queries(head_dim, dtype, length, card or AMPERE)
     constants = {
         **dict.fromkeys(("scale_ptr", "query_lens_ptr", "context_lens_ptr", "tables_ptr")),
         "Q_STRIDE": 3 * num_heads * head_dim,
@@ -107,7 +119,7 @@ def _dense(num_heads: int, head_dim: int, length: int, dtype: torch.dtype, card:
         "CAUSAL": False,
         **constants_of(num_heads, num_heads, head_dim, dtype, tile),
     }
-    return _variant(f"dense of {length}", attend_tiles, dtype, constants, tile, card)
+    return _variant(f"dense of {length}", attend_tiles, dtype, constants, tile)
 
 
 def _merge() -> Variant:
@@ -129,12 +141,9 @@ def _variant(
     dtype: torch.dtype,
     constants: dict[str, Any],
     tile: Tile,
-    card: Card = AMPERE,
 ) -> Variant:
-    heads = f"heads of {constants['HEAD_DIM']}"
-    wide = " (wide)" if card is HOPPER else ""
     return Variant(
-        f"{name}, {NAMES[dtype]}, {heads}{wide}",
+        f"{name}, {NAMES[dtype]}, heads of {constants['HEAD_DIM']}",
         kernel,
         {
             argument: "constexpr" if argument in constants else _type_of(argument, dtype)
@@ -143,7 +152,6 @@ def _variant(
         constants,
         tile.num_warps,
         tile.num_stages,
-        min_arch=10 * card.major,
     )
 
 

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage_of(variant, arch)
         for variant in all_variants()
         for arch in args.arch
-        if args.only in variant.name and arch >= variant.min_arch
+        if args.only in variant.name and variant.min_arch <= arch <= variant.max_arch
     ]
     if args.json:
         lines = [f"{json.dumps(asdict(usage))}\n" for usage in usages]

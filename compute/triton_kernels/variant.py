@@ -17,4 +17,6 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     min_arch: int = 80
-    """The first architecture that has the instructions: 80 is compute capability 8.0."""
+    """The first architecture that runs it: 80 is compute capability 8.0."""
+    max_arch: int = 1000
+    """The last one."""
