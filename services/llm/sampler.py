@@ -297,10 +297,10 @@ def fetched(
 def masked(scores: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
     if not masks:
         return scores
-    allowed = torch.ones(scores.shape, dtype=torch.bool)
-    for row, mask in masks.items():
-        allowed[row] = torch.from_numpy(mask)
-    return scores.masked_fill(upload_tensor(~allowed, scores.device), -torch.inf)
+    ruled_out = torch.from_numpy(~np.stack(list(masks.values())))
+    rows = upload_tensor(torch.tensor(list(masks)), scores.device)
+    narrowed = scores[rows].masked_fill(upload_tensor(ruled_out, scores.device), -torch.inf)
+    return scores.index_copy(0, rows, narrowed)
 
 
 def restricted(scores: Tensor, requests: list[SamplingState]) -> Tensor:

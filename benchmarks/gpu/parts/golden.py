@@ -50,7 +50,8 @@ class Fetching(CudaModelRunner):
     attention: type[PagedBackend] | None = ByTriton
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named, max_num_seqs=MAX_NUM_SEQS, attention=self.attention)
+        named |= {"max_num_seqs": MAX_NUM_SEQS, "attention": self.attention}
+        super().__init__(*given, **named)
 
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:
         return super().execute(plan, embeddings).cpu()

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.counts import plan_of
@@ -72,12 +71,12 @@ def spans_of(recorded: profile, is_card: bool) -> list[tuple[str, float, float]]
 
     On the CPU they are the operations that no other one contains.
     """
-    wanted = torch.autograd.DeviceType.CUDA if is_card else torch.autograd.DeviceType.CPU
+    wanted = "CUDA" if is_card else "CPU"
     return sorted(
         (
             (event.name, event.time_range.start, event.time_range.end)
             for event in recorded.events()
-            if event.device_type == wanted and (is_card or event.cpu_parent is None)
+            if event.device_type.name == wanted and (is_card or event.cpu_parent is None)
         ),
         key=lambda span: span[1],
     )

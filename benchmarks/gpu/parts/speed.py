@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,12 +18,12 @@ from common.checkpoint import Checkpoint
 from compute.attention_choice import Trial
 from services.llm.attention_backends import BACKENDS
 from services.llm.attention_backends.protocol import PagedBackend
-from services.llm.attention_backends.trials import CASES, try_backend
+from services.llm.attention_backends.trials import CASES, Room, try_backend
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.step_plan import StepPlan
 from services.vision import attention_choice as vision_choice
 from services.vision.families import load
-from services.vision.families.qwen2_5_vl import VisionConfig
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
 from services.vision.graphed_tower import GraphedTower
 from services.vision.tower_thread import ItemShape
 
@@ -87,6 +88,7 @@ def of_vision(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits) 
     """Time encodes from pixels on the host to embeddings on the host."""
     tower = load(checkpoint, setup.dtype, setup.device)
     if not task.dry_run:  # images of the real sizes take too long on the CPU
+        assert isinstance(tower, Qwen25VisionTower)
         shapes = tower.attention_shapes()
         for kind in shapes.groups:
             for name in vision_choice.WAYS:
@@ -100,11 +102,13 @@ def of_vision(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits) 
         patches = torch.randint(0, 256, (math.prod(grid), 3 * size**2), dtype=torch.uint8)
         shape = ItemShape(grid, (height, width))
         assert graphed.encode(patches, shape).isfinite().all()
-        seconds = median_seconds(
-            lambda x=patches, shape=shape: graphed.encode(x, shape).cpu(), task.sizes.rounds
-        )
+        seconds = median_seconds(partial(encoded, graphed, patches, shape), task.sizes.rounds)
         least = vision_operations(checkpoint, len(patches)) / limits.operations_per_second
         speed_row(task, f"vision, {width}x{height}", seconds, least, "products", wanted)
+
+
+def encoded(tower: GraphedTower[Any], patches: torch.Tensor, shape: ItemShape) -> torch.Tensor:
+    return tower.encode(patches, shape).cpu()
 
 
 def trial_row(task: Task, where: str, trial: Trial, cases: tuple[str, ...]) -> None:
@@ -120,34 +124,47 @@ def trial_row(task: Task, where: str, trial: Trial, cases: tuple[str, ...]) -> N
 
 
 def of_language(task: Task, setup: Setup, checkpoint: Checkpoint, limits: Limits) -> None:
+    room = Room(max(task.sizes.decodes), checkpoint.max_model_len)
     if not task.dry_run:
         for kind in BACKENDS.values():
-            trial = try_backend(kind, setup.shapes(checkpoint, kind), setup.device)
-            trial_row(task, "language", trial, CASES)
+            with task.attempt("Attention alone: language", attention=kind.name):
+                shapes = setup.shapes(checkpoint, kind)
+                trial_row(task, "language", try_backend(kind, shapes, room, setup.device), CASES)
             free_memory(setup)
     for kind in setup.backends(checkpoint):
         with task.attempt("Speed", case="language", attention=kind.name):
-            free_memory(setup)
-            runner = setup.runner(checkpoint, kind)
-            time_decodes(task, checkpoint, limits, runner, kind)
-            time_prefills(task, checkpoint, limits, runner, kind)
-            measure_overhead(task, setup, checkpoint, runner, kind)
-            del runner
+            measure_language(task, setup, checkpoint, limits, kind)
+        free_memory(setup)
     if setup.device.type == "cuda":
         gigabytes = torch.cuda.max_memory_allocated(setup.device) / 1e9
         task.row("Memory", models="language and vision in bfloat16", most_GB=gigabytes)
 
 
+def measure_language(
+    task: Task,
+    setup: Setup,
+    checkpoint: Checkpoint,
+    limits: Limits,
+    kind: type[PagedBackend],
+) -> None:
+    """Time all steps with one backend. Its runner, and so its KV cache, ends with the call."""
+    runner = setup.runner(checkpoint, kind)
+    time_decodes(task, checkpoint, limits, runner, kind)
+    time_prefills(task, checkpoint, limits, runner, kind)
+    measure_overhead(task, setup, checkpoint, runner, kind)
+
+
 def of_quantized(task: Task, setup: Setup, limits: Limits) -> None:
     """Time decodes of quantized weights, with the fastest attention."""
+    runner: CudaModelRunner | None = None
     for format, weights in QUANTIZED.items():
         with task.attempt("Speed", case="decode", weights=weights):
             checkpoint = setup.checkpoint(format)
             kind = setup.backends(checkpoint)[0]
             runner = setup.runner(checkpoint, kind)
             time_decodes(task, checkpoint, limits, runner, kind, weights)
-            del runner
-            free_memory(setup)
+        runner = None
+        free_memory(setup)
 
 
 def time_decodes(
