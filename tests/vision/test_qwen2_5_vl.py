@@ -12,7 +12,7 @@ import torch
 from common.checkpoint import BadCheckpoint, open_checkpoint
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
-from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig
+from services.vision.families.qwen2_5_vl import Qwen25VisionTower, VisionConfig, mlp_padding
 from services.vision.tower import Encoder
 from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
@@ -73,6 +73,21 @@ def test_embeddings_equal_the_reference(case: GoldenCase) -> None:
 def test_a_grid_seen_before_gives_the_same_embeddings(case: GoldenCase) -> None:
     encoder = EagerTower(tower_of(case))
     assert max_difference(embed(encoder, case), embed(encoder, case)) == 0
+
+
+def test_zeros_in_the_middle_of_an_mlp_change_nothing(
+    case: GoldenCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tower_of(case)
+    monkeypatch.setattr("services.vision.families.qwen2_5_vl.mlp_padding", lambda *_: 4)
+    padded = tower_of(case)
+    assert padded._blocks[0].down.shape[1] == plain._blocks[0].down.shape[1] + 4
+    assert max_difference(embed(EagerTower(padded), case), case.embeddings) < 1e-4
+
+
+def test_a_card_gets_rows_of_whole_16_bytes() -> None:
+    cuda = torch.device("cuda")
+    assert [mlp_padding(3420, cuda), mlp_padding(3456, cuda), mlp_padding(3420, CPU)] == [4, 0, 0]
 
 
 def test_bfloat16_stays_near_the_reference(case: GoldenCase) -> None:
