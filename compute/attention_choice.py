@@ -14,6 +14,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far results for normally distributed values may differ from those of another way."""
 WARM_UPS = 3
 ROUNDS = 5
+REPEATS = 10
+"""The runs between two events. The host launches each while the card computes the one before it, so
+that the time of a launch hardly counts."""
 AMPERE = (8, 0)
 """The compute capability from which on all kernels run."""
 NEVER = 10**18
@@ -39,8 +42,12 @@ def objection_to_card(device: torch.device) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error as a trial's objection, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """Return an error as a trial's objection, in one line, with the error that came before it.
+
+    An error ends the capture of a graph, and what ends it may raise another one.
+    """
+    errors = [error, *filter(None, [error.__context__])]
+    return ", after ".join(f"{type(e).__name__}: {e}".splitlines()[0] for e in errors)
 
 
 def nanoseconds_of(run: Callable[[], object], device: torch.device) -> int:
@@ -52,12 +59,14 @@ def nanoseconds_of(run: Callable[[], object], device: torch.device) -> int:
 
 
 def timed_by_card(run: Callable[[], object]) -> int:
+    """Return the nanoseconds of one of REPEATS runs."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     began.record()
-    run()
+    for _ in range(REPEATS):
+        run()
     ended.record()
     ended.synchronize()
-    return int(began.elapsed_time(ended) * 1e6)
+    return int(began.elapsed_time(ended) * 1e6 / REPEATS)
 
 
 def timed_by_host(run: Callable[[], object]) -> int:

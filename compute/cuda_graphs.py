@@ -49,6 +49,12 @@ class GraphPool:
         graph = torch.cuda.CUDAGraph()
         # thread_local, so that other threads may use CUDA meanwhile: NCCL's watchdog queries its
         # events.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            result = compute()
+        try:
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
+                result = compute()
+        finally:
+            # torch stays on the stream of the capture if ending it fails.
+            torch.cuda.set_stream(current)
         return Captured(graph.replay, result)

@@ -42,11 +42,18 @@ class Device:
         """Whether it has memory of its own."""
         return self.kind != "cpu"
 
-    def use_card(self, rank: int) -> None:
-        """Give each rank of a host its own card, as far as this process sees enough cards."""
-        if self.is_accelerator:
-            cards = card_module(self.kind)
-            cards.set_device(rank % cards.device_count())
+    def use_card(self, rank: int) -> "Device":
+        """Return the card of a rank, and make it the current one of this thread.
+
+        Each rank of a host has its own card, as far as this process sees enough cards. A device
+        without a number is the current one of whichever thread uses it.
+        """
+        if not self.is_accelerator:
+            return self
+        cards = card_module(self.kind)
+        index = rank % cards.device_count()
+        cards.set_device(index)
+        return Device(torch.device(self.kind, index))
 
     def kv_cache_bytes(self, num_sharing: int, num_weight_bytes: int) -> int:
         """Return the bytes that this process may use for its KV cache, before it loads weights.

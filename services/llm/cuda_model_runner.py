@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import Checkpoint
+from services.llm import warm_up
 from services.llm.attention_backends.choice import shapes_of
 from services.llm.attention_backends.protocol import PagedAttention, PagedBackend
 from services.llm.batch import arrays_of, batch_of
@@ -56,16 +57,21 @@ class CudaModelRunner(ModelRunner):
         shapes = shapes_of(checkpoint.sizes, shard, dtype, block_size)
         self._backend = attention(shapes, device)
         max_context = min(checkpoint.max_model_len, num_blocks * block_size)
+        num_components = checkpoint.family.num_position_components
         self._graphs = DecodeGraphs(
             self._model,
             self._backend,
             self._kv_cache,
             num_blocks,
             max_context,
-            checkpoint.family.num_position_components,
+            num_components,
             captured_sizes(max_num_seqs),
             report_loading,
         )
+        with torch.inference_mode():
+            for plan in warm_up.plans(num_blocks, block_size, num_components):
+                self._execute_paged(self._backend, plan, [])
+                report_loading(1.0)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, embeddings: list[Tensor]) -> Tensor:

@@ -112,7 +112,7 @@ def run_rank(settings: LlmSettings, checkpoint: Checkpoint, stop: Stop) -> LlmMe
     num_sharing = num_ranks_here(settings) * settings.local_groups
     device, dtype = prepare(settings, checkpoint, num_sharing)
     check_quantization(settings.quantization, device.torch_device, dtype)
-    device.use_card(settings.rank)
+    device = device.use_card(settings.rank)
     metrics = LlmMetrics()
     member = join_control_plane(settings, checkpoint, stop, metrics)
     log = get_logger().bind(id=member.id)

@@ -13,6 +13,19 @@ VIDEO_STEPS = (1, 2, 3)
 """The steps in time of the videos among the samples."""
 NUM_SAMPLES = 4
 """The samples of each kind and number of steps."""
+SMALL_PATCHES = 256
+"""The patches of a small image. They fill more than one tile of attention."""
+
+
+def small_image(checkpoint: Checkpoint, max_patches: int) -> ItemShape | None:
+    """Return the shape of an image of about SMALL_PATCHES patches, or of the next larger size.
+
+    None if the family accepts no image of at most `max_patches`.
+    """
+    limit = min(SMALL_PATCHES, max_patches)
+    while (shape := next(shapes(checkpoint, limit), None)) is None and limit < max_patches:
+        limit = min(2 * limit, max_patches)
+    return shape
 
 
 def samples(checkpoint: Checkpoint, max_patches: int) -> Iterator[ItemShape]:

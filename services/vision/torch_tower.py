@@ -1,5 +1,6 @@
 """The vision tower that computes: converts between tensors of the wire and those of torch."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,9 +19,13 @@ from services.vision.compiled_tower import CompiledTower
 from services.vision.eager_tower import EagerTower
 from services.vision.families import load
 from services.vision.graphed_tower import GraphedTower
+from services.vision.sample_shapes import small_image
 from services.vision.static_tower import StaticTower
 from services.vision.tower import Encoder
 from services.vision.tower_thread import DeviceLost, ItemShape
+
+MAX_WARM_UP_PATCHES = 1 << 14
+"""Families whose images all have more patches encode none at start."""
 
 
 class TorchTower:
@@ -80,14 +85,31 @@ def make_encoder(
 ) -> Encoder:
     """Load the checkpoint's vision tower and choose how to run it.
 
-    Buckets make it static. Without them, a CUDA device gets graphs, and the fastest attention.
-    `report_loading` is called with the fraction that is loaded.
+    Buckets make it static. Without them, a CUDA device gets graphs, and the fastest attention. On
+    CUDA it encodes an image, so that no request waits for a kernel to compile. `report_loading` is
+    called with the fraction that is loaded.
     """
     tower = load(checkpoint, dtype, device, report_loading)
+    if device.type != "cuda":
+        return StaticTower(tower, buckets) if buckets else EagerTower(tower)
+    encoder: Encoder
     if buckets:
-        return StaticTower(tower, buckets)
-    if device.type == "cuda":
+        encoder = StaticTower(tower, buckets)
+    else:
         if isinstance(tower, AttendingTower):
             choose_attention(tower)
-        return GraphedTower(tower)
-    return EagerTower(tower)
+            report_loading(1.0)
+        encoder = GraphedTower(tower)
+    warm_up(encoder, checkpoint, tower.values_per_patch, max(buckets, default=MAX_WARM_UP_PATCHES))
+    report_loading(1.0)
+    return encoder
+
+
+def warm_up(
+    encoder: Encoder, checkpoint: Checkpoint, values_per_patch: int, max_patches: int
+) -> None:
+    """Encode a black image, and wait for the result, if one of so few patches can be encoded."""
+    shape = small_image(checkpoint, max_patches)
+    if shape is not None:
+        size = (math.prod(shape.grid_thw), shape.frames_per_patch * values_per_patch)
+        encoder.encode(torch.zeros(size, dtype=torch.uint8), shape).cpu()

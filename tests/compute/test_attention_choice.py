@@ -1,8 +1,17 @@
 """Which way to compute attention is chosen from what was measured."""
 
+import pytest
 import torch
 
-from compute.attention_choice import Trial, agreed, fastest, figures_of, nanoseconds_of
+from compute.attention_choice import (
+    REPEATS,
+    Trial,
+    agreed,
+    fastest,
+    figures_of,
+    nanoseconds_of,
+    reason_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -57,3 +66,37 @@ def test_a_run_is_timed_after_others_that_warm_it_up() -> None:
     runs: list[None] = []
     assert nanoseconds_of(lambda: runs.append(None), CPU) >= 1
     assert len(runs) == 8
+
+
+def test_the_time_on_a_card_hardly_counts_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a run takes 3 ms, and the card waits a millisecond for the first one."""
+    runs: list[None] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.num_runs = len(runs)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 1 + 3 * (other.num_runs - self.num_runs)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    found = nanoseconds_of(lambda: runs.append(None), torch.device("cuda"))
+    assert REPEATS >= 10 and found == 3e6 + 1e6 / REPEATS
+
+
+def test_an_objection_names_the_error_that_came_first() -> None:
+    assert reason_of(RuntimeError("no kernel\nand more")) == "RuntimeError: no kernel"
+    try:
+        try:
+            raise ValueError("too large\nand more")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+    except RuntimeError as e:
+        found = reason_of(e)
+    assert found == "RuntimeError: the capture was invalidated, after ValueError: too large"

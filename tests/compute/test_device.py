@@ -63,10 +63,21 @@ def test_ranks_take_the_cards_of_a_host_in_turn(monkeypatch: pytest.MonkeyPatch)
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for rank in range(3):
-        CUDA.use_card(rank)
-        CPU.use_card(rank)
+    used = [CUDA.use_card(rank) for rank in range(3)]
     assert taken == [0, 1, 0]
+    assert used == [Device(torch.device("cuda", index)) for index in taken]
+    assert CPU.use_card(1) == CPU and len(taken) == 3
+
+
+def test_the_memory_of_a_rank_is_that_of_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (asked.append(device), (1000, 4000))[1]
+    )
+    CUDA.use_card(1).kv_cache_bytes(1, 300)
+    assert asked == [torch.device("cuda:1")]
 
 
 def test_an_npu_is_managed_by_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +89,10 @@ def test_an_npu_is_managed_by_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None
         mem_get_info=lambda device: (1000, 4000),
     )
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=cards))
-    npu = Device(SimpleNamespace(type="npu"))  # type: ignore[arg-type]
-    npu.use_card(3)
-    assert taken == [1]
+    # Without torch-npu, torch knows no device of that name.
+    monkeypatch.setattr(
+        torch, "device", lambda kind, index: SimpleNamespace(type=kind, index=index)
+    )
+    npu = Device(SimpleNamespace(type="npu")).use_card(3)  # type: ignore[arg-type]
+    assert taken == [1] and npu.torch_device.index == 1
     assert npu.kv_cache_bytes(1, 300) == 500

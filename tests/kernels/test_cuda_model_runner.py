@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from common.checkpoint import open_checkpoint
 from compute.triton_kernels import interpreted
-from services.llm import cuda_model_runner
+from services.llm import cuda_model_runner, warm_up
 from services.llm.attention_backends.by_triton import ByTriton
 from services.llm.cuda_model_runner import CudaModelRunner
 from tests.golden import GoldenCase, max_difference
@@ -35,6 +35,7 @@ def test_two_sequences_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(test_model_runner, "BLOCK_SIZE", BLOCK_SIZE)
     monkeypatch.setattr(test_model_runner, "NUM_BLOCKS", NUM_BLOCKS)
     monkeypatch.setattr(cuda_model_runner, "captured_sizes", lambda most: [most])
+    monkeypatch.setattr(warm_up, "STEPS", ((1, 8),))
     runner = CudaModelRunner(
         open_checkpoint(case.checkpoint),
         torch.float32,

@@ -10,10 +10,11 @@ import torch
 from common.checkpoint import open_checkpoint
 from services.llm.attention_backends import BACKENDS
 from services.llm.attention_backends.by_varlen import ByVarlen
-from services.llm.attention_backends.protocol import PagedBackend
+from services.llm.attention_backends.protocol import PagedBackend, PlannedAttention
 from services.llm.cuda_model_runner import CudaModelRunner
 from services.llm.decode_graphs import captured_sizes
 from services.llm.model_runner import ModelRunner
+from services.llm.step_plan import StepPlan
 from tests.golden import GoldenCase, max_difference
 from tests.llm.cuda_on_cpu import CPU, pretend
 from tests.llm.test_model_runner import (
@@ -110,6 +111,39 @@ def test_what_fills_up_a_batch_writes_to_the_scratch_block_alone(
     step(runner, [(s, 1) for s in sequences])
     changed = (runner._kv_cache != before).any(0).any(0).any(-1).any(-1).flatten()
     assert sorted(changed.nonzero()[:, 0].tolist()) == sorted([*slots, NUM_BLOCKS * BLOCK_SIZE])
+
+
+def test_eager_steps_warm_up_in_the_scratch_block_alone(
+    case: GoldenCase, backend: type[PagedBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    events: list[tuple[int, ...] | float] = []
+    of_plan = backend.of_plan
+
+    def watched(self: PagedBackend, plan: StepPlan) -> PlannedAttention:
+        assert (plan.block_tables == NUM_BLOCKS).all()
+        events.append(tuple(plan.query_lens))
+        return of_plan(self, plan)
+
+    monkeypatch.setattr(backend, "of_plan", watched)
+    runner = CudaModelRunner(
+        open_checkpoint(case.checkpoint),
+        torch.float32,
+        CPU,
+        NUM_BLOCKS,
+        BLOCK_SIZE,
+        events.append,
+        max_num_seqs=2,
+        attention=backend,
+    )
+    steps = [event for event in events if isinstance(event, tuple)]
+    assert any(1 in step and max(step) > 1 for step in steps), "a mixed step"
+    assert min(map(sum, steps)) <= 8 and max(map(sum, steps)) > 256
+    assert events[-2 * len(steps) :] == [event for step in steps for event in (step, 1.0)]
+    written = runner._kv_cache.ne(0).flatten(3).any(-1).any(1)
+    assert not written[:, :NUM_BLOCKS].any()
+    assert runner._kv_cache[:, :, NUM_BLOCKS].flatten(3).ne(0).any(-1).all(), "each slot"
+    assert runner._kv_cache.isfinite().all()
 
 
 def test_a_sequence_that_samples_nothing_has_no_row(

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint import open_checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from common.config import BadSetting
 from common.families.family import TP_SIZES
 from common.settings import LlmSettings
 from common.sizing import Footprint
 from compute.device import Device
 from compute.torch_tensors import DTYPES
+from services.llm import startup
 from services.llm.model_runner import ModelRunner
 from services.llm.parallel import Shard
 from services.llm.pooling_runner import PoolingRunner
@@ -58,6 +59,28 @@ def test_a_step_has_room_for_several_whole_prompts() -> None:
     settings = LlmSettings(max_num_batched_tokens=10)
     assert tokens_of_step(settings, generating) == 10
     assert tokens_of_step(settings, pooling) == 8 * pooling.max_model_len
+
+
+def test_a_rank_names_its_card_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is loaded by another thread, whose current card is the first one."""
+
+    class Met(Exception):
+        pass
+
+    def meet(settings: LlmSettings, checkpoint: Checkpoint, device: Device, member: Any) -> Any:
+        raise Met(device.torch_device)
+
+    cuda = Device(torch.device("cuda"))
+    monkeypatch.setattr(startup, "prepare", lambda *given: (cuda, torch.float32))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(startup, "join_control_plane", lambda *given: SimpleNamespace(id="llm"))
+    monkeypatch.setattr(startup, "meet_other_ranks", meet)
+    settings = LlmSettings(tp=2, rank=1, rendezvous="file:///nowhere")
+    stop: Any = None
+    with pytest.raises(Met) as caught:
+        startup.run_rank(settings, open_checkpoint(GoldenCase("d_text").checkpoint), stop)
+    assert caught.value.args == (torch.device("cuda", 1),)
 
 
 def test_the_cpu_has_the_plain_runner() -> None:

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from common.checkpoint import open_checkpoint
 from services.vision import graphed_tower as graphed_tower_module
+from services.vision import torch_tower
 from services.vision.eager_tower import EagerTower
 from services.vision.graphed_tower import GraphedTower
+from services.vision.sample_shapes import SMALL_PATCHES
+from services.vision.static_tower import StaticTower
 from services.vision.tower_thread import ItemShape
 from tests.golden import CASES_WITH_ITEMS, GoldenCase, max_difference
 from tests.llm.cuda_on_cpu import ReplayedPool
@@ -59,3 +63,30 @@ def test_shapes_that_came_once_are_forgotten_in_time(monkeypatch: pytest.MonkeyP
         encoder.encode(*image(0, grid))
     assert not encoder._graphs
     assert list(encoder._seen) == [shape_of((1, 2, 6)), shape_of((1, 2, 2))]
+
+
+@pytest.mark.parametrize("buckets", [(), (16, 64)])
+def test_a_tower_on_cuda_encodes_a_small_image_before_it_is_ready(
+    buckets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = GoldenCase("a_image")
+    tower = tower_of(case)
+    lengths: list[int] = []
+    forward = tower.forward
+    monkeypatch.setattr(
+        tower,
+        "forward",
+        lambda patches, plan: (lengths.append(len(patches)), forward(patches, plan))[1],
+    )
+    monkeypatch.setattr(torch_tower, "load", lambda *given: tower)
+    monkeypatch.setattr(torch_tower, "choose_attention", lambda tower: None)
+    reported: list[float] = []
+    encoder = torch_tower.make_encoder(
+        open_checkpoint(case.checkpoint),
+        torch.float32,
+        torch.device("cuda"),
+        reported.append,
+        buckets,
+    )
+    assert type(encoder) is (StaticTower if buckets else GraphedTower)
+    assert len(lengths) == 1 and lengths[0] <= SMALL_PATCHES and reported[-1:] == [1.0]
