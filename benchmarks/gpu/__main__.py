@@ -16,7 +16,7 @@ from benchmarks.gpu.processes import adopt_orphans
 from benchmarks.gpu.runner import INTERRUPTED, OK, SKIPPED, Files, Part, run
 
 WEIGHTS = {
-    "kernels": 2.5,
+    "kernels": 3.5,
     "golden": 1.5,
     "speed": 2.5,
     "serve": 3.0,

@@ -42,7 +42,15 @@ CARRIED = (
     "uvicorn",
 )
 """What is missing there, or may be too old."""
-FOR_TESTS = ("iniconfig", "pluggy", "pytest", "pytest-asyncio", "pytest-timeout")
+FOR_TESTS = (
+    "execnet",
+    "iniconfig",
+    "pluggy",
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+    "pytest-xdist",
+)
 PRESENT = (
     "jinja2",
     "markupsafe",

@@ -230,7 +230,9 @@ def attend_all_keys(
     )
 
 
-@triton.jit
+# Tables are as wide as the longest context of a step needs. While serving, the kernel would be
+# compiled again for the first width that is 1, and for the first multiple of 16.
+@triton.jit(do_not_specialize=["table_stride"])
 def attend_tiles(
     q_ptr,
     k_ptr,
@@ -333,7 +335,7 @@ def split_length(context_len, num_splits, KEYS: tl.constexpr):
     return tl.cdiv(tl.cdiv(context_len, num_splits), KEYS) * KEYS
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def attend_splits(
     q_ptr,
     cache_ptr,

@@ -91,12 +91,12 @@ def tile_of_queries(head_dim: int, dtype: torch.dtype, most_rows: int, card: Car
         return Tile(rows=64 if width <= 96 else 32, keys=32, num_warps=8, num_stages=1)
     rows = 64 if most_rows <= 64 or width > 128 else 128
     if card.major in WIDE_PRODUCTS:
-        keys = rows
+        keys = rows if width <= 96 else 64
     else:
         keys = 64 if width <= 96 else 32
-    # A third tile would be idle: 128 keys take longer to compute with than to read, and the short
-    # sequences of windows have one tile only.
-    useful = 3 if rows == 128 and keys < 128 else 2
+    # With two, the next tile is loaded only when this one is done with. More would be idle for the
+    # short sequences of windows, which have one tile.
+    useful = 3 if rows == 128 else 2
     num_stages = min(useful, _room(rows, keys, width, card))
     return Tile(rows, keys, rows // WARP_ROWS, num_stages)
 

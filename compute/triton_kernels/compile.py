@@ -98,11 +98,16 @@ def usage_of(variant: Variant, arch: int) -> Usage:
 
 
 def alignments(variant: Variant) -> dict[tuple[int], list[list[Any]]]:
-    """Return the attributes of pointers and strides: they are multiples of ALIGNMENT."""
+    """Return the attributes of pointers and strides: they are multiples of ALIGNMENT.
+
+    Strides that the kernel is not specialised for have none.
+    """
+    arguments = zip(variant.signature.items(), variant.kernel.params, strict=True)
     return {
         (index,): [["tt.divisibility", ALIGNMENT]]
-        for index, (name, kind) in enumerate(variant.signature.items())
-        if kind.startswith("*") or (kind != "constexpr" and "stride" in name)
+        for index, ((name, kind), parameter) in enumerate(arguments)
+        if kind.startswith("*")
+        or (kind != "constexpr" and "stride" in name and not parameter.do_not_specialize)
     }
 
 

@@ -1,6 +1,8 @@
 """The parts of `scripts/gpu`, with the small model and the stand-ins of a dry run."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,8 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.gpu.part import Task
-from benchmarks.gpu.parts import profile, speed
-from benchmarks.gpu.parts.kernels import write as write_tests
+from benchmarks.gpu.parts import kernels, profile, speed
 from benchmarks.gpu.served import write as write_level
 from benchmarks.gpu.setup import Setup
 from benchmarks.serving import ROOT
@@ -84,12 +85,37 @@ REPORT = """<testsuites><testsuite>
 def test_a_files_tests_are_counted(task: Task) -> None:
     cases = list(ElementTree.fromstring(REPORT).iter("testcase"))
     file = ROOT / "tests" / "kernels" / "test_sampling.py"
-    write_tests(task, file, 1, cases)
-    write_tests(task, file, -11, [])
+    kernels.write(task, file, 1, cases)
+    kernels.write(task, file, -11, [])
     failed, died = rows_of(task, "Tests of the kernels")
     assert (failed["passed"], failed["failed"], failed["skipped"]) == (1, 1, 1)
     assert failed["first_failure"] == "bad: 1 is not 2" and not failed["ok"]
     assert died["first_failure"] == "pytest ended with status -11" and not died["ok"]
+
+
+def test_files_for_which_no_time_is_left_are_rows(task: Task) -> None:
+    task.seconds = kernels.STOP_SECONDS
+    kernels.run(task)
+    rows = rows_of(task, "Tests of the kernels")
+    assert len(rows) == task.num_failed > 10
+    assert {row["first_failure"] for row in rows} == {"no time was left"}
+
+
+REPORTS_WHEN_INTERRUPTED = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print("ready", flush=True)
+signal.sigwait([signal.SIGINT])
+print("report")
+"""
+
+
+def test_tests_that_take_too_long_still_report() -> None:
+    command = [sys.executable, "-c", REPORTS_WHEN_INTERRUPTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        assert kernels.output_of(process, 0.0) == b"report\n"
+    assert process.returncode == 0
 
 
 def test_a_level_without_an_answer_has_no_times(task: Task) -> None:

@@ -113,7 +113,8 @@ def test_a_graph_computes_what_an_eager_step_does(
     runner = runner_of(case, name, dtype)
     assert runner._graphs is not None and runner._backend is not None
     runner._kv_cache.normal_()
-    plan = plan_of([1] * num_seqs, 700, runner._block_size)
+    plan = plan_of([1] * num_seqs, 3 * runner._block_size - 5, runner._block_size)
+    assert plan.block_tables.max() < NUM_BLOCKS
     assert runner._graphs.covers(plan)
     with torch.inference_mode():
         eager = runner._execute_paged(runner._backend, plan, []).cpu().numpy()

@@ -1,6 +1,7 @@
 """Paged attention in Triton equals attention written out."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from compute.triton_kernels import attention_tiles, paged_attention
+from compute.triton_kernels.attention_kernels import attend_splits, attend_tiles
 from compute.triton_kernels.attention_tiles import Card, HeadParts, tile_of_decode, tile_of_queries
 from compute.triton_kernels.paged_attention import Sequences, attend, count_splits
-from tests.kernels import DTYPES
+from tests.kernels import DTYPES, HAS_CARD
 from tests.kernels.attention_cases import Case, assert_equal, int32
 
 pytestmark = pytest.mark.usefixtures("tensors_are_on_the_card")
@@ -26,8 +28,13 @@ def num_splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 64, 72, 80, 96, 104, 112, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        *((head_dim, DTYPES[-1]) for head_dim in (8, 64, 72, 80, 96, 104, 128, 256)),
+        *((head_dim, dtype) for head_dim in (72, 128) for dtype in DTYPES[:-1]),
+    ],
+)
 @pytest.mark.parametrize("query_lens", [[1, 1], [1, 3]])
 def test_every_head_size(query_lens: list[int], head_dim: int, dtype: torch.dtype) -> None:
     case = Case.of(query_lens, [70, 17], num_heads=1, head_dim=head_dim, dtype=dtype)
@@ -173,6 +180,15 @@ def test_caches_with_more_numbers_than_32_bits_count(
     assert_equal(case, out.float())
 
 
+@pytest.mark.parametrize(
+    ("kernel", "numbers"),
+    [(attend_tiles, {"table_stride"}), (attend_splits, {"table_stride", "num_splits"})],
+)
+def test_kernels_are_not_compiled_again_for_other_steps(kernel: Any, numbers: set[str]) -> None:
+    options = vars(kernel) if HAS_CARD else kernel.kwargs
+    assert set(options["do_not_specialize"]) == numbers
+
+
 def test_no_sequences() -> None:
     case = Case.of([1], [3])
     none = int32([])
@@ -192,6 +208,14 @@ def test_tiles_fit_into_shared_memory(rows: int, head_dim: int, card: Card) -> N
         stage = 2 * 2 * tile.keys * HeadParts.of(head_dim).width
         assert tile.num_stages == 1 or tile.num_stages * stage < card.shared_memory
     assert tile.num_stages > 1 or head_dim == 256
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "keys"), [(64, 128), (80, 128), (96, 128), (104, 64), (128, 64)]
+)
+def test_two_tiles_are_loaded_while_one_is_computed_with(head_dim: int, keys: int) -> None:
+    tile = tile_of_queries(head_dim, HALF, 4096, H100)
+    assert (tile.rows, tile.keys, tile.num_stages) == (128, keys, 3)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from services.llm.decoder import Decoder
 from services.llm.families import load
 from services.llm.parallel import Shard
 from tests.golden import GoldenCase
+from tests.kernels import DEVICE
 from tests.llm.test_model_runner import CPU
 from tests.llm.test_quantized import ONE_OF_EACH
 from tests.quantized import FORMATS, cosine, quantize
@@ -28,7 +29,7 @@ def test_they_compute_what_the_dequantized_weights_compute(format: str, tmp_path
     pair = quantize(GoldenCase("c_gqa_tp8"), FORMATS[format], tmp_path)
     shard = Shard(3, 8)
     with interpreted():
-        found = load(open_checkpoint(pair.quantized.checkpoint), torch.float16, CPU, shard)
+        found = load(open_checkpoint(pair.quantized.checkpoint), torch.float16, DEVICE, shard)
     meant = load(open_checkpoint(pair.meant.checkpoint), torch.float32, CPU, shard)
     assert isinstance(found, Decoder) and isinstance(meant, Decoder)
     random = torch.Generator().manual_seed(0)
@@ -37,4 +38,4 @@ def test_they_compute_what_the_dequantized_weights_compute(format: str, tmp_path
         assert isinstance(product, CardInt4Linear | CardFp8Linear)
         x = torch.randn(NUM_ROWS, product.shape[1], generator=random)
         expected = getattr(meant.layers[0], part).product(x)
-        assert cosine(product(x.half()), expected) > 0.9999
+        assert cosine(product(x.half().to(DEVICE)).cpu(), expected) > 0.9999

@@ -265,5 +265,5 @@ def test_a_step_fetches_its_results_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.bad_rows == expected.bad_rows == [4]
     assert set(found.logprobs) == {1, 2}
     for row, logprobs in found.logprobs.items():
-        assert logprobs.logprob == expected.logprobs[row].logprob
+        assert logprobs.logprob == pytest.approx(expected.logprobs[row].logprob, abs=1e-5)
         assert logprobs.top_token_ids.tolist() == expected.logprobs[row].top_token_ids.tolist()

@@ -6,6 +6,7 @@ after a bad access the card accepts nothing more from that process.
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ NO_SYSTEMS = "not system"
 """The part `serve` starts whole systems."""
 PYTEST_HAS_ENDED = (0, 1, 5)
 """The exit statuses of pytest when all tests passed, some failed, or none was left to run."""
+INTERRUPTED = (2, -signal.SIGINT)
+"""The exit statuses of pytest if it was interrupted; the second before its first test."""
+STOP_SECONDS = 15.0
+"""The tests are interrupted this long before the part is, so that what they found is written."""
+REPORT_SECONDS = 12.0
+"""How long pytest then has for its report: it waits for processes that compile."""
 MAX_REASON_CHARS = 200
 
 
@@ -36,7 +43,7 @@ def run(task: Task) -> None:
     batches = [files] if task.dry_run else [[file] for file in files]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
         running = {
-            pool.submit(test, batch, Path(folder) / f"{number}.xml", task.dry_run): batch
+            pool.submit(test, task, batch, Path(folder) / f"{number}.xml"): batch
             for number, batch in enumerate(batches)
         }
         for finished in as_completed(running):
@@ -44,23 +51,40 @@ def run(task: Task) -> None:
                 write(task, file, *finished.result())
 
 
-def test(files: list[Path], report: Path, dry_run: bool) -> tuple[int, list[ElementTree.Element]]:
-    """Run the tests of some files. Return pytest's exit status, and its report of each test."""
-    how = ["-p", "benchmarks.gpu.first_tests"] if dry_run else in_parallel()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", *OPTIONS, *how),
-            *("-m", NO_SYSTEMS, f"--junitxml={report}", *map(str, files)),
-        ],
+def test(task: Task, files: list[Path], report: Path) -> tuple[int, list[ElementTree.Element]]:
+    """Run the tests of some files. Return pytest's exit status, and its report of each test.
+
+    The report has the tests that ended before the time was up.
+    """
+    seconds = task.seconds_left - STOP_SECONDS
+    if seconds <= 0:
+        return INTERRUPTED[0], []
+    how = ["-p", "benchmarks.gpu.first_tests"] if task.dry_run else in_parallel()
+    command = [sys.executable, "-m", "pytest", *OPTIONS, *how, "-m", NO_SYSTEMS]
+    with subprocess.Popen(
+        [*command, f"--junitxml={report}", *map(str, files)],
         cwd=ROOT,
         # Plugins that happen to be installed could change what the tests do.
         env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        check=False,
-        capture_output=True,
-    )
-    print(done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), flush=True)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        print(output_of(process, seconds).decode(errors="replace"), flush=True)
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    return done.returncode, cases
+    return process.returncode, cases
+
+
+def output_of(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """Return what a process prints. It is interrupted if it takes longer, and killed in the end."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=REPORT_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return process.communicate()[0]
 
 
 def in_parallel() -> list[str]:
@@ -76,7 +100,8 @@ def write(task: Task, file: Path, status: int, cases: list[ElementTree.Element])
     bad = [failure for case in own for failure in failures(case)]
     skipped = sum(case.find("skipped") is not None for case in own)
     has_ended = status in PYTEST_HAS_ENDED
-    reason = bad[0] if bad else "" if has_ended else f"pytest ended with status {status}"
+    ended = "no time was left" if status in INTERRUPTED else f"pytest ended with status {status}"
+    reason = bad[0] if bad else "" if has_ended else ended
     task.row(
         "Tests of the kernels",
         file=str(file.relative_to(ROOT)),
